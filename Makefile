@@ -1,0 +1,45 @@
+# Every target makes .venv itself when it is missing or older than what it was made from.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PACKAGES := proto optim server client
+
+.PHONY: setup demo test lint bench soak format clean
+.DEFAULT_GOAL := test
+
+setup: $(VENV)/ready
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,test]'
+	@touch $@
+
+demo: setup
+	$(BIN)/pushstep demo
+
+test: setup
+	$(BIN)/pytest -m 'not soak and not gpu' tests
+
+lint: setup $(VENV)/typing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	MYPYPATH=$(VENV)/typing $(BIN)/mypy $(addprefix -p pushstep.,$(PACKAGES))
+	$(BIN)/hadolint deploy/Dockerfile
+
+# Type checkers cannot follow an editable install's import hook: give them the same map as links.
+$(VENV)/typing: setup
+	@mkdir -p $@/pushstep
+	@for name in $(PACKAGES); do ln -sfn $(CURDIR)/$$name $@/pushstep/$$name; done
+
+bench: setup
+	$(BIN)/python -m tests.benchmarks
+
+soak: setup
+	$(BIN)/pytest -m soak -s --timeout 3600 tests
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
