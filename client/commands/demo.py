@@ -1,0 +1,37 @@
+"""`pushstep demo`: the whole service on real data, beside the same training done with torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the checkpoint and the picture.")] = Path("demo-out"),
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training flights.")] = 3,
+    workers: Annotated[int, typer.Option(min=1, max=16, help="Worker processes.")] = 2,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="End with one line of JSON; progress goes to stderr.")
+    ] = False,
+) -> None:
+    """Train on real flights through a server and workers, and compare with torch's own optimizers."""
+    from pushstep.client.demo.display import (
+        Display,
+    )  # not needed for --help, and torch takes a second to load
+    from pushstep.client.demo.errors import DemoFailed
+    from pushstep.client.demo.run import run_demo
+
+    try:
+        result = run_demo(out=out, epochs=epochs, workers=workers, display=Display(stderr=as_json))
+    except DemoFailed as failed:
+        typer.echo(f"pushstep demo failed: {failed}", err=True)
+        raise typer.Exit(1) from failed
+    if as_json:
+        typer.echo(result.as_json())
+    short = result.shortcomings()
+    for reason in short:
+        typer.echo(f"pushstep demo failed: {reason}", err=True)
+    if short:
+        raise typer.Exit(1)

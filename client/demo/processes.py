@@ -1,0 +1,141 @@
+"""The processes of the demo, and the promise that none outlives it.
+
+`Processes` starts children in sessions of their own, so that a Ctrl-C reaches only the demo, which then ends them in
+order: SIGTERM, a grace, SIGKILL. What a child prints arrives line by line in one queue; its stderr goes to a log file
+whose end is shown when it fails.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Final, NoReturn, Self, TypeAlias
+
+from .errors import ProcessFailed
+
+GRACE_S: Final = 15.0
+_LOG_LINES_SHOWN: Final = 30
+
+
+class Child:
+    """One started process: its name, its log, and the lines it prints."""
+
+    def __init__(self, name: str, command: Sequence[str], log: Path, lines: queue.Queue[Line]) -> None:
+        self.name = name
+        self.log = log
+        with log.open("wb") as stderr:
+            self.process = subprocess.Popen(  # noqa: S603 (our own programs, no shell)
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                encoding="utf-8",
+                errors="replace",
+                start_new_session=True,
+                env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            )
+        self._reader = threading.Thread(target=self._read, args=(lines,), name=f"{name}-lines", daemon=True)
+        self._reader.start()
+
+    def _read(self, lines: queue.Queue[Line]) -> None:
+        if self.process.stdout is not None:
+            with self.process.stdout as stdout:
+                for text in stdout:
+                    lines.put((self, text.rstrip("\n")))
+        lines.put((self, None))
+
+    def failure(self, what: str) -> ProcessFailed:
+        """An error that shows the end of this child's log."""
+        said = self.log.read_text(errors="replace").splitlines()[-_LOG_LINES_SHOWN:]
+        shown = "\n".join(f"  | {line}" for line in said) or "  | (its log is empty)"
+        return ProcessFailed(f"{self.name} {what}\n{shown}")
+
+    def expect_end(self) -> None:
+        """Wait for an exit with status 0; anything else is a failure."""
+        try:
+            status = self.process.wait(GRACE_S)
+        except subprocess.TimeoutExpired:
+            raise self.failure(f"did not end within {GRACE_S:.0f} s") from None
+        if status != 0:
+            raise self.failure(f"ended with status {status}")
+
+    def stop(self) -> None:
+        """Ask it to end, and expect that it does so in good order."""
+        self.process.terminate()
+        self.expect_end()
+
+
+Line: TypeAlias = tuple[Child, str | None]
+"""Who printed, and what; None when its output ended."""
+
+
+class Processes:
+    """Starts children, hands out their lines, and at exit leaves none of them running."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.children: list[Child] = []
+        self._lines: queue.Queue[Line] = queue.Queue()
+
+    def start(self, name: str, command: Sequence[str]) -> Child:
+        """Start a child under a name that is also its log's."""
+        child = Child(name, command, self.folder / f"{name}.log", self._lines)
+        self.children.append(child)
+        return child
+
+    def next_line(self, timeout_s: float) -> Line | None:
+        """The next line that any child prints, or None after the time-out."""
+        try:
+            return self._lines.get(timeout=timeout_s)
+        except queue.Empty:
+            return None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        running = [child.process for child in self.children if child.process.poll() is None]
+        try:
+            for process in running:
+                process.terminate()
+            until = time.monotonic() + GRACE_S
+            for process in running:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(max(0.0, until - time.monotonic()))
+        finally:  # also when a second Ctrl-C cuts the grace short
+            for process in running:
+                if process.poll() is None:
+                    process.kill()
+                    process.wait()
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP unwind this process like Ctrl-C does, so that children are stopped on the way."""
+
+    def leave(number: int, frame: FrameType | None) -> NoReturn:
+        sys.exit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set handlers, and only it is interrupted by signals
+        return
+    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,86 @@
+"""The one loop that trains: here with local optimizers, in a worker with the service's.
+
+It asks of an optimizer only `step` and `zero_grad`, so nothing in it knows where the step is taken. Each epoch is
+one seeded shuffle cut into batches; worker i of n takes every n-th batch from the i-th on. Together the workers
+see exactly the batches that a lone trainer sees, in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Final, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from .data import Flights
+from .model import FlightModel
+
+BATCH: Final = 1024
+SHUFFLE_SEED: Final = 13
+
+
+class Stepper(Protocol):
+    """What the loop needs of an optimizer."""
+
+    def step(self) -> Any:
+        """Use the gradients."""
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+
+
+class Together:
+    """Several local optimizers stepped as one, as the service steps the groups of one model."""
+
+    def __init__(self, optimizers: list[torch.optim.Optimizer]) -> None:
+        self.optimizers = optimizers
+
+    def step(self) -> None:
+        """Step each of them."""
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def zero_grad(self) -> None:
+        """Clear the gradients of each of them."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+
+
+def batches(flights: Flights, epoch: int, *, index: int = 0, of: int = 1) -> Iterator[Tensor]:
+    """The rows of each batch of this worker's share of an epoch."""
+    order = np.random.default_rng((SHUFFLE_SEED, epoch)).permutation(len(flights.train))
+    shuffled = flights.train[torch.from_numpy(order)]
+    for start in range(index * BATCH, len(shuffled), of * BATCH):
+        yield shuffled[start : start + BATCH]
+
+
+def batch_count(flights: Flights, epochs: int, *, index: int = 0, of: int = 1) -> int:
+    """How many steps `train` will take."""
+    whole = -(-len(flights.train) // BATCH)
+    return epochs * len(range(index, whole, of))
+
+
+def train(
+    model: FlightModel,
+    optimizer: Stepper,
+    flights: Flights,
+    *,
+    epochs: int,
+    report: Callable[[int, float], None],
+    index: int = 0,
+    of: int = 1,
+) -> None:
+    """Train for some epochs on this worker's share; `report(step, loss)` is called after each step."""
+    step = 0
+    for epoch in range(epochs):
+        for rows in batches(flights, epoch, index=index, of=of):
+            optimizer.zero_grad()
+            logits = model(flights.codes[rows], flights.numbers[rows])
+            loss = binary_cross_entropy_with_logits(logits, flights.late[rows])
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            step += 1
+            report(step, loss.item())

@@ -1,0 +1,79 @@
+"""A worker of the demo: a process that computes gradients and lets the service take the steps.
+
+It joins a model by name, trains its share of each epoch and leaves. Each step is one line of JSON on stdout; with
+`--out` a summary is written when all went well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pushstep.client import connect
+
+from .data import load_flights
+from .model import flight_model, optimizers
+from .training import train
+
+
+def work(*, server: str, model: str, worker: str, index: int, of: int, epochs: int) -> dict[str, Any]:
+    """Train this worker's share through the service, printing each step; the summary comes back."""
+    torch.set_num_threads(1)  # the workers and the server of the demo share two cores
+    flights = load_flights()
+    network = flight_model(flights)
+    outcomes: Counter[str] = Counter()
+    staleness: list[int] = []
+    with closing(connect(server, model=model, worker=worker)) as session:
+        optimizer = session.attach(optimizers(network), module=network)
+
+        def report(step: int, loss: float) -> None:
+            receipt = optimizer.last_receipt
+            outcomes[str(receipt.outcome)] += 1
+            staleness.append(int(receipt.staleness))
+            line = {"step": step, "loss": loss, "version": receipt.version, "staleness": receipt.staleness}
+            print(json.dumps(line), flush=True)
+
+        train(network, optimizer, flights, epochs=epochs, report=report, index=index, of=of)
+    return {
+        "worker": worker,
+        "steps": len(staleness),
+        "outcomes": dict(outcomes),
+        "staleness_mean": sum(staleness) / max(1, len(staleness)),
+        "staleness_max": max(staleness, default=0),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m pushstep.client.demo.worker", description=__doc__)
+    parser.add_argument("--server", required=True, help="the service's gRPC address")
+    parser.add_argument(
+        "--model", default="flights", help="the model to join, or to create as the first worker"
+    )
+    parser.add_argument("--worker", required=True, help="this worker's name")
+    parser.add_argument("--index", type=int, default=0, help="which share of the batches, from 0")
+    parser.add_argument("--of", type=int, default=1, help="how many shares there are")
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="where to write the summary, as JSON")
+    given = parser.parse_args(arguments)
+    summary = work(
+        server=given.server,
+        model=given.model,
+        worker=given.worker,
+        index=given.index,
+        of=given.of,
+        epochs=given.epochs,
+    )
+    if given.out is not None:
+        given.out.write_text(json.dumps(summary) + "\n")
+
+
+if __name__ == "__main__":
+    main()

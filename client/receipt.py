@@ -1,0 +1,88 @@
+"""What a push returns, in Python's terms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from pushstep.proto import types_pb2 as pb
+
+
+class Outcome(StrEnum):
+    """What became of a push."""
+
+    APPLIED = "applied"
+    SKIPPED = "skipped"
+    DROPPED_LATE = "dropped_late"
+    TOO_STALE = "too_stale"
+    REJECTED = "rejected"
+    SUPERSEDED = "superseded"
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """One push's receipt. Times are seconds spent in the server."""
+
+    outcome: Outcome
+    reason: str
+    worker: str
+    epoch: int
+    sequence: int
+    timeline: int
+    version: int
+    staleness: int = 0
+    gradient_norm: float = 0.0
+    clip_factor: float = 1.0
+    groups: Sequence[Mapping[str, float | bool]] = ()
+    effective_lr: Sequence[float] = ()
+    ignored_edits: Sequence[str] = ()
+    lead: bool = False
+    durability: str = ""
+    duplicates: int = 0
+    times: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, message: pb.Receipt) -> Receipt:
+        """A receipt from its message."""
+        times = message.times
+        return cls(
+            outcome=Outcome(pb.Outcome.Name(message.outcome).removeprefix("OUTCOME_").lower()),
+            reason=message.reason,
+            worker=message.identity.worker,
+            epoch=message.identity.epoch,
+            sequence=message.identity.sequence,
+            timeline=message.identity.timeline,
+            version=message.version,
+            staleness=message.staleness,
+            gradient_norm=message.gradient_norm,
+            clip_factor=message.clip_factor,
+            groups=[plain_values(group) for group in message.groups],
+            effective_lr=[group.effective_lr for group in message.groups],
+            ignored_edits=list(message.ignored_edits),
+            lead=message.lead,
+            durability=pb.Durability.Name(message.durability).removeprefix("DURABILITY_").lower(),
+            duplicates=message.duplicates,
+            times={
+                "receive_s": times.receive_s,
+                "queue_s": times.queue_s,
+                "wait_s": times.wait_s,
+                "step_s": times.step_s,
+                "publish_s": times.publish_s,
+            },
+        )
+
+
+def plain_values(group: pb.GroupValues) -> dict[str, float | bool]:
+    """A group's hyperparameters as Python numbers and flags."""
+    return {
+        name: value.flag if value.WhichOneof("value") == "flag" else value.number
+        for name, value in group.values.items()
+    }
+
+
+def wire_value(value: float | bool) -> pb.Hyperparameter:
+    """One hyperparameter as a message."""
+    return (
+        pb.Hyperparameter(flag=value) if isinstance(value, bool) else pb.Hyperparameter(number=float(value))
+    )

@@ -1,0 +1,74 @@
+"""Trying again: the same request, unchanged, until it is answered or the time for it is up.
+
+That is harmless because a push carries its identity: the server answers a second one with the first one's receipt.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from typing import Final, TypeVar
+
+import grpc
+
+from pushstep.proto.errors import NoAnswer, PushstepError, Unavailable
+from pushstep.proto.status import from_rpc_error
+
+T = TypeVar("T")
+FIRST_WAIT_S: Final = 0.05
+LONGEST_WAIT_S: Final = 5.0
+# Statuses without a catalogue error behind them: the network's, or a server that has just died.
+_TRANSIENT: Final = frozenset(
+    {
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+        grpc.StatusCode.CANCELLED,
+        grpc.StatusCode.INTERNAL,
+        grpc.StatusCode.UNKNOWN,
+        grpc.StatusCode.ABORTED,
+    }
+)
+
+
+class TransportFailure(Exception):
+    """A call broke off without an answer: whether the server did anything is not known."""
+
+
+def answered(call: Callable[[], T]) -> T:
+    """Run one call. The catalogue's error if the server sent one, TransportFailure if nobody answered."""
+    try:
+        return call()
+    except grpc.RpcError as error:
+        known = from_rpc_error(error)
+        if known is not None:
+            raise known from error
+        if isinstance(error, grpc.Call) and error.code() in _TRANSIENT:
+            raise TransportFailure(f"{error.code().name}: {error.details()}") from error
+        raise
+
+
+class Retry:
+    """How long one session goes on asking."""
+
+    def __init__(self, address: str, for_s: float) -> None:
+        self.address = address
+        self.for_s = for_s
+
+    def run(self, attempt: Callable[[], T]) -> T:
+        """The first answer. NoAnswer when the time is up; other errors of the catalogue go through at once."""
+        until_s = time.monotonic() + self.for_s
+        wait_s = FIRST_WAIT_S
+        while True:
+            try:
+                return answered(attempt)
+            except (Unavailable, TransportFailure) as error:
+                asked_s = error.retry_after_s if isinstance(error, PushstepError) else None
+                # jitter, so that workers cut off together do not come back together
+                pause_s = max(asked_s or 0.0, wait_s * random.uniform(0.5, 1.0))
+                if time.monotonic() + pause_s > until_s:
+                    if isinstance(error, PushstepError):
+                        raise
+                    raise NoAnswer(address=self.address, seconds=self.for_s, problem=error) from error
+                time.sleep(pause_s)
+                wait_s = min(2 * wait_s, LONGEST_WAIT_S)

@@ -1,0 +1,214 @@
+"""The wire as the client sees it: one channel, unary calls, and bulk streams in both directions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import grpc
+import torch
+from torch import Tensor
+
+from pushstep.proto import dtypes
+from pushstep.proto import training_pb2 as pb
+from pushstep.proto.errors import MalformedFrame, ServerUnavailable
+from pushstep.proto.frames import TRANSPORT_LIMIT_BYTES, Assembly, BodyDigest, Piece, pack, unpack
+from pushstep.proto.layout import ID_BYTES, Layout, Slot, check_body
+from pushstep.proto.types_pb2 import Segment
+
+SERVICE: Final = "/pushstep.v1.TrainingService/"
+OPTIONS: Final = (
+    ("grpc.max_receive_message_length", TRANSPORT_LIMIT_BYTES),
+    ("grpc.max_send_message_length", TRANSPORT_LIMIT_BYTES),
+    ("grpc.http2.max_frame_size", 4 << 20),
+    ("grpc.http2.lookahead_bytes", 8 << 20),
+    # gRPC's own retries stop at 256 KiB and know nothing of identities: ours are in retry.py
+    ("grpc.enable_retries", 0),
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.keepalive_time_ms", 60_000),
+    # a dead server is asked again this often, not after gRPC's default of up to 20 s and then 2 minutes
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Body:
+    """What an upload or push carries: segments, and for each its pieces."""
+
+    segments: Sequence[Segment]
+    pieces: Sequence[Sequence[Piece]]
+
+
+@dataclass(frozen=True, slots=True)
+class Pulled:
+    """A complete answer: its header, and the segments' bytes."""
+
+    header: pb.PullHeader
+    layout: Layout
+    body: Assembly
+
+    def dense(self) -> Iterator[tuple[Slot, str, Tensor]]:
+        """(slot, state name or "", values in the slot's shape) of every dense segment."""
+        for index, segment in enumerate(self.header.segments):
+            if not segment.HasField("rows"):
+                flat = self.body.part(index, dtypes.to_torch(segment.dtype, "segment"))
+                for slot in self.layout.slots_of(segment):
+                    start = slot.start - segment.start
+                    yield slot, segment.state, flat[start : start + slot.stop - slot.start].view(slot.shape)
+
+    def rows(self) -> Iterator[tuple[Slot, Tensor, Tensor]]:
+        """(slot, ids, rows) of every row-sparse segment."""
+        for index, segment in enumerate(self.header.segments):
+            if segment.HasField("rows"):
+                slot, count = self.layout.slots_of(segment)[0], int(segment.rows)
+                ids = self.body.part(index, torch.int64, 0, count)
+                rows = self.body.part(index, dtypes.to_torch(segment.dtype, "segment"), count * ID_BYTES)
+                yield slot, ids, rows.view(count, *slot.shape[1:])
+
+
+class Transport:
+    """One channel to one server. `timeout_s` bounds each attempt of each call."""
+
+    def __init__(self, address: str, timeout_s: float) -> None:
+        self.address = address
+        self.timeout_s = timeout_s
+        self._channel = grpc.insecure_channel(address, options=OPTIONS)
+
+    def wait_for_server(self) -> pb.DescribeResponse:
+        """The server's description; ServerUnavailable if none answers in time."""
+        call = self._unary("Describe", pb.DescribeResponse)
+        try:
+            found: pb.DescribeResponse = call(
+                pb.DescribeRequest(), timeout=self.timeout_s, wait_for_ready=True
+            )
+        except grpc.RpcError as error:
+            problem = error.details() if isinstance(error, grpc.Call) else str(error)
+            raise ServerUnavailable(address=self.address, seconds=self.timeout_s, problem=problem) from error
+        return found
+
+    def _unary(self, method: str, answer: Any) -> Callable[..., Any]:
+        return self._channel.unary_unary(
+            SERVICE + method, request_serializer=_serialize, response_deserializer=answer.FromString
+        )
+
+    def join(self, request: pb.JoinRequest) -> pb.JoinResponse:
+        """Join."""
+        answer: pb.JoinResponse = self._unary("Join", pb.JoinResponse)(request, timeout=self.timeout_s)
+        return answer
+
+    def heartbeat(self, request: pb.HeartbeatRequest) -> pb.HeartbeatResponse:
+        """Heartbeat."""
+        answer: pb.HeartbeatResponse = self._unary("Heartbeat", pb.HeartbeatResponse)(
+            request, timeout=self.timeout_s
+        )
+        return answer
+
+    def leave(self, request: pb.LeaveRequest) -> None:
+        """Leave."""
+        self._unary("Leave", pb.LeaveResponse)(request, timeout=min(5.0, self.timeout_s))
+
+    def push(self, header: pb.PushHeader, body: Body) -> pb.PushResponse:
+        """Push."""
+        messages = _Messages(pb.PushRequest(header=header), body, commits=True)
+        call = self._channel.stream_unary(
+            SERVICE + "Push", request_serializer=None, response_deserializer=pb.PushResponse.FromString
+        )
+        answer: pb.PushResponse = messages.sent(lambda: call(iter(messages), timeout=self.timeout_s))
+        return answer
+
+    def exchange(self, header: pb.PushHeader, body: Body, layout: Layout) -> Pulled:
+        """Exchange."""
+        messages = _Messages(pb.PushRequest(header=header), body, commits=True)
+        call = self._channel.stream_stream(
+            SERVICE + "Exchange", request_serializer=None, response_deserializer=None
+        )
+        return messages.sent(lambda: _received(call(iter(messages), timeout=self.timeout_s), layout))
+
+    def upload(self, header: pb.UploadHeader, body: Body) -> pb.UploadResponse:
+        """Upload."""
+        messages = _Messages(pb.UploadRequest(header=header), body, commits=False)
+        call = self._channel.stream_unary(
+            SERVICE + "Upload", request_serializer=None, response_deserializer=pb.UploadResponse.FromString
+        )
+        answer: pb.UploadResponse = messages.sent(lambda: call(iter(messages), timeout=self.timeout_s))
+        return answer
+
+    def pull(self, request: pb.PullRequest, layout: Layout | None) -> Pulled:
+        """Pull; without a layout the answer brings its own."""
+        return self._pulled("Pull", request, layout)
+
+    def pull_rows(self, request: pb.PullRowsRequest, layout: Layout) -> Pulled:
+        """PullRows."""
+        return self._pulled("PullRows", request, layout)
+
+    def pull_state(self, request: pb.PullStateRequest) -> Pulled:
+        """PullState."""
+        return self._pulled("PullState", request, None)
+
+    def _pulled(self, method: str, request: Any, layout: Layout | None) -> Pulled:
+        call = self._channel.unary_stream(
+            SERVICE + method, request_serializer=_serialize, response_deserializer=None
+        )
+        return _received(call(request, timeout=self.timeout_s), layout)
+
+    def close(self) -> None:
+        """Close the channel."""
+        self._channel.close()
+
+
+class _Messages:
+    """The messages of one outgoing stream. gRPC iterates them in a thread of its own, so faults are kept here."""
+
+    def __init__(self, first: pb.PushRequest | pb.UploadRequest, body: Body, *, commits: bool) -> None:
+        self._first = first
+        self._body = body
+        self._commits = commits
+        self._fault: Exception | None = None
+
+    def __iter__(self) -> Iterator[bytes]:
+        try:
+            yield self._first.SerializeToString()
+            digest = BodyDigest(self._body.segments)
+            yield from pack(self._body.pieces, digest)
+            if self._commits:
+                yield pb.PushRequest(commit=pb.PushCommit(digest=digest.value)).SerializeToString()
+        except Exception as error:
+            self._fault = error
+            raise
+
+    def sent(self, call: Callable[[], Any]) -> Any:
+        """Run the call; if making a message failed, raise that and not gRPC's word for it."""
+        try:
+            return call()
+        except grpc.RpcError as error:
+            if self._fault is not None:
+                raise self._fault from error
+            raise
+
+
+def _received(messages: Any, layout: Layout | None) -> Pulled:
+    fields, chunk = unpack(next(messages, b""), pb.PullResponse)
+    if fields is None or not fields.HasField("header"):
+        raise MalformedFrame(problem="the server's answer does not begin with a header")
+    header = fields.header
+    if layout is None or (header.manifest.parameters and layout.manifest_hash != header.manifest_hash):
+        layout = Layout(header.manifest)
+    elif layout.manifest_hash != header.manifest_hash:
+        raise MalformedFrame(problem="the server's answer is of another manifest")
+    # the body's size is the server's to say; what it says has to fit this model
+    body = Assembly(check_body(layout, header.segments, 1 << 62))
+    if chunk is not None:
+        body.place(chunk)
+    for message in messages:
+        _, chunk = unpack(message, pb.PullResponse)
+        if chunk is not None:
+            body.place(chunk)
+    body.finish()
+    return Pulled(header, layout, body)
+
+
+def _serialize(message: Any) -> bytes:
+    return bytes(message.SerializeToString())

@@ -1,0 +1,88 @@
+"""torch's state_dict of an optimizer, put together from parts and taken apart again.
+
+Both ends of the wire need it: the export that plain torch loads, and the state_dict that a remote optimizer fetches.
+Nothing here aliases memory that a step will write to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from .rules import RULES
+
+# torch's group keys that are about execution, not about numbers, with torch's defaults
+EXECUTION_KEYS: Final[Mapping[str, Mapping[str, Any]]] = {
+    "adadelta": {"foreach": None, "capturable": False, "differentiable": False, "fused": None},
+    "adagrad": {"foreach": None, "differentiable": False, "fused": None},
+}
+
+
+@dataclass(slots=True)
+class ParameterState:
+    """One parameter's share: how many steps it took, and its states by torch's names, in its own shape."""
+
+    steps: int
+    tensors: Mapping[str, Tensor]
+
+
+@dataclass(slots=True)
+class GroupState:
+    """One param group: its rule, hyperparameters, and its parameters in order."""
+
+    rule: str
+    values: Mapping[str, float | bool]
+    parameters: list[ParameterState] = field(default_factory=list)
+
+
+def torch_state_dict(groups: Sequence[GroupState]) -> dict[str, Any]:
+    """What torch.optim's `state_dict()` returns for an optimizer of these groups.
+
+    A parameter that Adadelta has not stepped yet has no entry, as in torch; Adagrad's always have. `step` is
+    a float32 scalar, as torch has it.
+    """
+    state: dict[int, dict[str, Tensor]] = {}
+    param_groups: list[dict[str, Any]] = []
+    number = 0
+    for group in groups:
+        ids = list(range(number, number + len(group.parameters)))
+        for parameter_id, parameter in zip(ids, group.parameters, strict=True):
+            if parameter.steps or group.rule == "adagrad":
+                step = torch.tensor(float(parameter.steps), dtype=torch.float32)
+                state[parameter_id] = {"step": step, **{n: t.clone() for n, t in parameter.tensors.items()}}
+        param_groups.append({**group.values, **EXECUTION_KEYS.get(group.rule, {}), "params": ids})
+        number += len(ids)
+    return {"state": state, "param_groups": param_groups}
+
+
+def parts_of(state_dict: Mapping[str, Any], rules: Sequence[str]) -> list[GroupState]:
+    """A torch state_dict as parts, one group per entry of `rules`. ValueError, in torch's words, if it does not fit.
+
+    Keys that are not hyperparameters of the rule stay behind: they are the caller's.
+    """
+    saved = state_dict["param_groups"]
+    if len(saved) != len(rules):
+        raise ValueError("loaded state dict has a different number of parameter groups")
+    groups = []
+    for entry, rule_name in zip(saved, rules, strict=True):
+        rule = RULES[rule_name]
+        values = {name: _plain(entry[name]) for name in rule.defaults if name in entry}
+        group = GroupState(rule_name, values)
+        for parameter_id in entry["params"]:
+            state = state_dict["state"].get(parameter_id, {})
+            tensors = {name: torch.as_tensor(state[name]) for name in rule.state_names if name in state}
+            if state and set(tensors) != set(rule.state_names):
+                raise ValueError(
+                    f"state of parameter {parameter_id} lacks {set(rule.state_names) - set(tensors)}"
+                )
+            group.parameters.append(ParameterState(int(_plain(state.get("step", 0))), tensors))
+        groups.append(group)
+    return groups
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, Tensor) else value

@@ -1,0 +1,235 @@
+"""The frame codec: bulk bytes in and out of messages that every protobuf library can read.
+
+A chunk is a message whose fields are `segment`, `offset` and, last, `payload`. Written by hand it is a constant 24
+bytes followed by the payload, so sending costs one cast-and-copy into the message and receiving none: the payload
+is a view of the message that gRPC handed over. Lengths are five-byte varints (legal, if not the shortest), which
+keeps the prefix constant and the payload on an 8-byte border. A message in any other legal form is parsed by
+protobuf.
+
+A body is the segments' payloads one after the other. Its digest is xxh3-64 over the segment table (per segment,
+little-endian: arena u32, rows-flag u32, start u64, stop u64, rows u64) and then the body.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final, Protocol, Self, TypeVar
+
+import numpy as np
+import torch
+import xxhash
+from google.protobuf.message import DecodeError
+from torch import Tensor
+
+from .errors import MalformedFrame, MessageTooLarge, WrongLength
+from .types_pb2 import Segment
+
+# 1 MiB: above it gRPC's receive path stalls the event loop for milliseconds, below it the cost per message shows.
+CHUNK_BYTES: Final = 1 << 20
+# What a receiver accepts: other clients may choose their own chunk size up to this.
+MAX_CHUNK_BYTES: Final = 4 << 20
+# Headers are limited by the same bound: a chunk plus slack.
+MAX_MESSAGE_BYTES: Final = MAX_CHUNK_BYTES + (64 << 10)
+# gRPC's own limit lies above ours, so that a somewhat too large message still gets a named error.
+TRANSPORT_LIMIT_BYTES: Final = 2 * MAX_MESSAGE_BYTES
+
+_PREFIX: Final = struct.Struct("<BQBQB5s")
+_SEGMENT_TAG: Final = 2 << 3 | 1
+_OFFSET_TAG: Final = 3 << 3 | 1
+_PAYLOAD_TAG: Final = 15 << 3 | 2
+_TABLE_ROW: Final = struct.Struct("<IIQQQ")
+
+
+class BulkMessage(Protocol):
+    """What PushRequest, PullResponse and UploadRequest have in common."""
+
+    segment: int
+    offset: int
+    payload: bytes
+
+    @classmethod
+    def FromString(cls, s: bytes, /) -> Self: ...  # noqa: D102
+
+    def HasField(self, field_name: str, /) -> bool: ...  # noqa: D102
+
+
+M = TypeVar("M", bound=BulkMessage)
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A piece of a segment: `offset` in bytes from the segment's start."""
+
+    segment: int
+    offset: int
+    payload: memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Elements to be sent: any tensor, read in row-major order, cast to `dtype` on the way."""
+
+    source: Tensor
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the wire."""
+        return self.source.numel() * self.dtype.itemsize
+
+
+class BodyDigest:
+    """xxh3-64 over a segment table and then the body, as it passes."""
+
+    def __init__(self, segments: Sequence[Segment]) -> None:
+        self._hash = xxhash.xxh3_64()
+        for s in segments:
+            self._hash.update(_TABLE_ROW.pack(s.arena, s.HasField("rows"), s.start, s.stop, s.rows))
+
+    def update(self, payload: memoryview | bytes) -> None:
+        """Take in the next bytes of the body."""
+        self._hash.update(payload)
+
+    @property
+    def value(self) -> int:
+        """The digest so far; never 0, which stands for "not given"."""
+        return self._hash.intdigest() or 1
+
+
+def pack(
+    bodies: Iterable[Sequence[Piece]], digest: BodyDigest | None = None, first: int = 0
+) -> Iterator[bytes]:
+    """The frames of a body, one list of pieces per segment, numbered from `first`.
+
+    Each piece is read once, cast straight into the frame.
+    """
+    for segment, pieces in enumerate(bodies, first):
+        yield from _pack_segment(segment, pieces, digest)
+
+
+def _pack_segment(segment: int, pieces: Sequence[Piece], digest: BodyDigest | None) -> Iterator[bytes]:
+    left = sum(piece.nbytes for piece in pieces)
+    sources = iter((piece.source.detach().reshape(-1), piece.dtype) for piece in pieces)
+    offset = 0
+    flat, dtype, done = torch.empty(0), torch.float32, 0
+    while left:
+        size = min(left, CHUNK_BYTES)
+        frame = io.BytesIO()
+        frame.write(_prefix(segment, offset, size))
+        frame.seek(_PREFIX.size + size - 1)
+        frame.write(b"\0")
+        with frame.getbuffer() as view:
+            at = 0
+            while at < size:
+                while done == flat.numel():
+                    (flat, dtype), done = next(sources), 0
+                count = min(flat.numel() - done, (size - at) // dtype.itemsize)
+                target = torch.frombuffer(view, dtype=dtype, count=count, offset=_PREFIX.size + at)
+                target.copy_(flat[done : done + count])
+                del target
+                done += count
+                at += count * dtype.itemsize
+            if digest is not None:
+                with view[_PREFIX.size :] as payload:
+                    digest.update(payload)
+        yield frame.getvalue()
+        offset += size
+        left -= size
+
+
+def _prefix(segment: int, offset: int, size: int) -> bytes:
+    varint = bytes((size >> shift & 0x7F) | (0x80 if shift < 28 else 0) for shift in range(0, 35, 7))
+    return _PREFIX.pack(_SEGMENT_TAG, segment, _OFFSET_TAG, offset, _PAYLOAD_TAG, varint)
+
+
+def unpack(message: bytes, kind: type[M]) -> tuple[M | None, Chunk | None]:
+    """A received message as (fields, chunk), either of them None. MalformedFrame or MessageTooLarge otherwise."""
+    if len(message) > MAX_MESSAGE_BYTES:
+        raise MessageTooLarge(got=len(message), limit=MAX_MESSAGE_BYTES)
+    chunk = _unpack_fast(message)
+    if chunk is not None:
+        return None, chunk
+    try:
+        fields = kind.FromString(message)
+    except DecodeError as error:
+        raise MalformedFrame(problem=f"not a {kind.__name__}") from error
+    payload = fields.payload
+    if payload:
+        chunk = Chunk(fields.segment, fields.offset, memoryview(payload))
+    return fields, chunk
+
+
+def _unpack_fast(message: bytes) -> Chunk | None:
+    if len(message) < _PREFIX.size or message[0] != _SEGMENT_TAG:
+        return None
+    _, segment, offset_tag, offset, payload_tag, varint = _PREFIX.unpack_from(message)
+    size = sum((byte & 0x7F) << 7 * i for i, byte in enumerate(varint))
+    constant_form = varint[3] & 0x80 and varint[4] < 0x10 and offset_tag == _OFFSET_TAG
+    if not constant_form or payload_tag != _PAYLOAD_TAG or size != len(message) - _PREFIX.size:
+        return None
+    return Chunk(segment, offset, memoryview(message)[_PREFIX.size :])
+
+
+class Assembly:
+    """A body being received: one buffer, filled strictly in order, complete or not used at all.
+
+    `lengths` are the segments' byte lengths. Each segment starts on a 64-byte border of the buffer, so that it can
+    be viewed in its dtype.
+    """
+
+    def __init__(self, lengths: Sequence[int], digest: BodyDigest | None = None) -> None:
+        self._lengths = list(lengths)
+        self._starts = []
+        end = 0
+        for length in self._lengths:
+            self._starts.append(end)
+            end += -(-length // 64) * 64
+        self.buffer = torch.empty(end, dtype=torch.uint8)
+        self._bytes = self.buffer.numpy()
+        self._digest = digest
+        self._segment = 0
+        self._filled = 0
+        self._skip_complete()
+
+    def place(self, chunk: Chunk) -> None:
+        """Copy a chunk to its place. WrongLength or MalformedFrame, before a byte is written, if it is not next."""
+        if self._segment >= len(self._lengths):
+            raise WrongLength(what="the body", got="longer", expected=sum(self._lengths))
+        if chunk.segment != self._segment or chunk.offset != self._filled:
+            raise MalformedFrame(
+                problem=f"chunk at segment {chunk.segment} byte {chunk.offset} where segment {self._segment} "
+                f"byte {self._filled} is next"
+            )
+        end = self._filled + len(chunk.payload)
+        if end > self._lengths[self._segment]:
+            raise WrongLength(
+                what=f"segment {self._segment}", got=f"at least {end}", expected=self._lengths[self._segment]
+            )
+        base = self._starts[self._segment]
+        # numpy lets go of the GIL for a copy of this size; assigning to a memoryview would not
+        self._bytes[base + self._filled : base + end] = np.frombuffer(chunk.payload, dtype=np.uint8)
+        if self._digest is not None:
+            self._digest.update(chunk.payload)
+        self._filled = end
+        self._skip_complete()
+
+    def _skip_complete(self) -> None:
+        while self._segment < len(self._lengths) and self._filled == self._lengths[self._segment]:
+            self._segment += 1
+            self._filled = 0
+
+    def finish(self) -> None:
+        """Raise WrongLength if the stream ended early."""
+        if self._segment < len(self._lengths):
+            got = sum(self._lengths[: self._segment]) + self._filled
+            raise WrongLength(what="the body", got=got, expected=sum(self._lengths))
+
+    def part(self, segment: int, dtype: torch.dtype, start: int = 0, count: int | None = None) -> Tensor:
+        """Elements of a segment as a flat tensor over the buffer: `count` of `dtype` from byte `start` on."""
+        base = self._starts[segment] + start
+        room = self._lengths[segment] - start
+        size = room if count is None else count * dtype.itemsize
+        return self.buffer[base : base + size].view(dtype)

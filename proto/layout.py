@@ -1,0 +1,229 @@
+"""Where each parameter of a model lies: its slot in a flat arena, and which segments are therefore legal.
+
+An arena holds the parameters of one param group and one dtype back to back, in manifest order and without
+padding, so a whole group's gradient is one segment and one kernel call. The manifest hash covers what two workers
+must agree on: names, shapes, dtypes, order, groups and their rules.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+import xxhash
+
+from . import dtypes
+from .errors import InvalidManifest, MalformedFrame, UnknownParameter, WrongLength
+from .types_pb2 import Arena, Manifest, Segment
+
+ID_BYTES: Final = 8
+MAX_PARAMETERS: Final = 1_000_000
+MAX_DIMENSIONS: Final = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One parameter and its place: elements [start, stop) of its arena."""
+
+    index: int
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    group: int
+    arena: int
+    start: int
+    stop: int
+    aliases: tuple[str, ...]
+
+    @property
+    def rows(self) -> int:
+        """Length of the first dimension; 0 for a scalar, which has no rows."""
+        return self.shape[0] if self.shape else 0
+
+    @property
+    def row_elements(self) -> int:
+        """Elements of one row."""
+        return math.prod(self.shape[1:])
+
+
+@dataclass(frozen=True, slots=True)
+class ArenaSpec:
+    """One arena's group, dtype, length in elements and the slots in it, in order."""
+
+    index: int
+    group: int
+    dtype: torch.dtype
+    elements: int
+    slots: tuple[Slot, ...]
+
+
+class Layout:
+    """A manifest with every place filled in. Immutable; a changed manifest is another Layout."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        """Arrange `manifest` (a copy is kept, with arenas and offsets set). InvalidManifest if it contradicts itself."""
+        self.manifest = Manifest()
+        self.manifest.CopyFrom(manifest)
+        _check(self.manifest)
+        _arrange(self.manifest)
+        self.slots = tuple(_slot(index, self.manifest) for index in range(len(self.manifest.parameters)))
+        self.arenas = tuple(
+            ArenaSpec(
+                index,
+                arena.group,
+                dtypes.to_torch(arena.dtype, f"arena {index}"),
+                arena.elements,
+                tuple(slot for slot in self.slots if slot.arena == index),
+            )
+            for index, arena in enumerate(self.manifest.arenas)
+        )
+        self.by_name = {slot.name: slot for slot in self.slots}
+        self.manifest_hash = _hash(self.manifest)
+        self._borders = [
+            {slot.start: slot for slot in arena.slots if slot.stop > slot.start} for arena in self.arenas
+        ]
+
+    def slot(self, name: str, model: str) -> Slot:
+        """The slot of a parameter by name or alias; UnknownParameter otherwise."""
+        found = self.by_name.get(name) or next((s for s in self.slots if name in s.aliases), None)
+        if found is None:
+            raise UnknownParameter(model=model, parameter=name)
+        return found
+
+    def slots_of(self, segment: Segment) -> list[Slot]:
+        """The non-empty parameters that a segment covers, whole. MalformedFrame if its borders are not theirs."""
+        if segment.arena >= len(self.arenas):
+            raise MalformedFrame(problem=f"segment names arena {segment.arena} of {len(self.arenas)}")
+        borders = self._borders[segment.arena]
+        covered = []
+        at = segment.start
+        while at < segment.stop and at in borders:
+            covered.append(borders[at])
+            at = borders[at].stop
+        if at != segment.stop or segment.start > segment.stop:
+            raise MalformedFrame(
+                problem=f"segment [{segment.start}, {segment.stop}) of arena {segment.arena} does not lie on "
+                "parameter borders"
+            )
+        if segment.HasField("rows") and (len(covered) != 1 or not covered[0].shape):
+            raise MalformedFrame(problem="a row-sparse segment must be exactly one parameter that has rows")
+        return covered
+
+    def segment_bytes(self, segment: Segment) -> int:
+        """Payload bytes of a legal segment."""
+        size = dtypes.to_torch(segment.dtype, "segment").itemsize
+        slots = self.slots_of(segment)
+        if segment.HasField("rows"):
+            return int(segment.rows) * (ID_BYTES + slots[0].row_elements * size)
+        return int(segment.stop - segment.start) * size
+
+    def dense_segments(
+        self, slots: Iterable[Slot], wire: torch.dtype | None = None, state: str = ""
+    ) -> list[tuple[Segment, list[Slot]]]:
+        """The fewest dense segments that cover exactly `slots` (in manifest order), each with its slots.
+
+        `wire` None sends each parameter in its own dtype, and each state in the state's.
+        """
+        runs: list[list[Slot]] = []
+        for slot in sorted(slots, key=lambda slot: (slot.arena, slot.start)):
+            if slot.start == slot.stop:
+                continue
+            if runs and runs[-1][-1].arena == slot.arena and runs[-1][-1].stop == slot.start:
+                runs[-1].append(slot)
+            else:
+                runs.append([slot])
+        return [
+            (
+                Segment(
+                    arena=run[0].arena,
+                    start=run[0].start,
+                    stop=run[-1].stop,
+                    dtype=dtypes.to_wire(
+                        wire or (dtypes.state_dtype(run[0].dtype) if state else run[0].dtype), "segment"
+                    ),
+                    state=state,
+                ),
+                run,
+            )
+            for run in runs
+        ]
+
+
+def check_body(layout: Layout, segments: Sequence[Segment], limit_bytes: int) -> list[int]:
+    """The byte length of each segment; refuses overlaps and bodies over `limit_bytes` before anything is read."""
+    seen: set[tuple[str, int]] = set()
+    lengths = []
+    for segment in segments:
+        for slot in layout.slots_of(segment):
+            if (segment.state, slot.index) in seen:
+                raise MalformedFrame(problem=f"parameter {slot.name!r} appears in two segments")
+            seen.add((segment.state, slot.index))
+        lengths.append(layout.segment_bytes(segment))
+    if sum(lengths) > limit_bytes:
+        raise WrongLength(what="the declared body", got=sum(lengths), expected=f"at most {limit_bytes}")
+    return lengths
+
+
+def _check(manifest: Manifest) -> None:
+    names: set[str] = set()
+    if not manifest.parameters:
+        raise InvalidManifest(problem="no parameters")
+    if len(manifest.parameters) > MAX_PARAMETERS:
+        raise InvalidManifest(problem=f"more than {MAX_PARAMETERS} parameters")
+    for parameter in manifest.parameters:
+        for name in (parameter.name, *parameter.aliases):
+            if not name or len(name) > 1000 or name in names:
+                raise InvalidManifest(
+                    problem=f"parameter name {name[:100]!r} is empty, over-long or used twice"
+                )
+            names.add(name)
+        if parameter.group >= len(manifest.groups):
+            raise InvalidManifest(
+                problem=f"{parameter.name!r} is in group {parameter.group}, which does not exist"
+            )
+        if len(parameter.shape) > MAX_DIMENSIONS or math.prod(parameter.shape) >= 2**48:
+            raise InvalidManifest(problem=f"{parameter.name!r} has an impossible shape")
+        dtypes.to_torch(parameter.dtype, f"parameter {parameter.name!r}")
+
+
+def _arrange(manifest: Manifest) -> None:
+    del manifest.arenas[:]
+    index_of: dict[tuple[int, int], int] = {}
+    for parameter in manifest.parameters:
+        key = (parameter.group, parameter.dtype)
+        if key not in index_of:
+            index_of[key] = len(manifest.arenas)
+            manifest.arenas.append(Arena(group=parameter.group, dtype=parameter.dtype, elements=0))
+        parameter.arena = index_of[key]
+        arena = manifest.arenas[parameter.arena]
+        parameter.offset = arena.elements
+        arena.elements += math.prod(parameter.shape)
+
+
+def _slot(index: int, manifest: Manifest) -> Slot:
+    parameter = manifest.parameters[index]
+    shape = tuple(int(length) for length in parameter.shape)
+    start = int(parameter.offset)
+    return Slot(
+        index,
+        parameter.name,
+        shape,
+        dtypes.to_torch(parameter.dtype, f"parameter {parameter.name!r}"),
+        int(parameter.group),
+        int(parameter.arena),
+        start,
+        start + math.prod(shape),
+        tuple(parameter.aliases),
+    )
+
+
+def _hash(manifest: Manifest) -> int:
+    agreed = [
+        [[p.name, list(p.shape), int(p.dtype), p.group, list(p.aliases)] for p in manifest.parameters],
+        [[group.rule, group.optimizer] for group in manifest.groups],
+    ]
+    return xxhash.xxh3_64_intdigest(json.dumps(agreed, separators=(",", ":")).encode())

@@ -1,0 +1,83 @@
+"""How a catalogue error crosses the wire: as google.rpc.Status over gRPC, as problem+json over HTTP.
+
+Over gRPC the code travels as ErrorInfo.reason with the error's fields beside it, in the trailer that every gRPC
+library reads rich errors from, and a wait as RetryInfo. Over HTTP it is RFC 9457's shape with `code` and
+`fields` added. Both come back as the class that was raised.
+"""
+
+from __future__ import annotations
+
+import uuid
+from logging import Logger
+from typing import Final, cast
+
+import grpc
+from google.protobuf.duration_pb2 import Duration
+from google.rpc.code_pb2 import Code
+from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
+from google.rpc.status_pb2 import Status
+
+from . import errors
+
+DOMAIN: Final = "pushstep"
+TRAILER: Final = "grpc-status-details-bin"
+
+# What a plain gRPC status means when no catalogue error came with it: gRPC's own limits, or no server at all.
+_BARE: Final[dict[grpc.StatusCode, type[errors.PushstepError]]] = {
+    grpc.StatusCode.RESOURCE_EXHAUSTED: errors.MessageTooLarge,
+    grpc.StatusCode.UNIMPLEMENTED: errors.MalformedFrame,
+}
+
+
+def named(error: Exception, log: Logger) -> errors.PushstepError:
+    """`error` itself if the catalogue has it, else InternalError, with the traceback in the log under its id."""
+    if isinstance(error, errors.PushstepError) and not isinstance(error, errors.Misuse):
+        return error
+    log_id = uuid.uuid4().hex[:12]
+    log.error("internal error %s", log_id, exc_info=error)
+    return errors.InternalError(log_id=log_id)
+
+
+def to_trailer(error: errors.PushstepError) -> bytes:
+    """The serialized google.rpc.Status of an error."""
+    number = cast("tuple[int, str]", error.grpc_status.value)[0]
+    status = Status(code=cast(Code, number), message=error.message)
+    status.details.add().Pack(ErrorInfo(reason=error.code, domain=DOMAIN, metadata=error.fields))
+    if error.retry_after_s is not None:
+        delay = Duration()
+        delay.FromNanoseconds(int(error.retry_after_s * 1e9))
+        status.details.add().Pack(RetryInfo(retry_delay=delay))
+    return status.SerializeToString()
+
+
+def from_rpc_error(error: grpc.RpcError) -> errors.PushstepError | None:
+    """The catalogue error inside a failed call, or None when the call failed without one (no server, deadline)."""
+    call = cast(grpc.Call, error)
+    for key, value in call.trailing_metadata() or ():
+        if key == TRAILER:
+            status = Status.FromString(cast(bytes, value))
+            for detail in status.details:
+                info = ErrorInfo()
+                if detail.Unpack(info) and info.domain == DOMAIN:
+                    kind = errors.CATALOGUE.get(info.reason, errors.Broken)
+                    return kind(status.message, **dict(info.metadata))
+    bare = _BARE.get(call.code())
+    return None if bare is None else bare(f"the server's gRPC layer refused: {call.details()}")
+
+
+def to_problem(error: errors.PushstepError) -> dict[str, object]:
+    """The application/problem+json body of an error."""
+    return {
+        "type": f"urn:pushstep:error:{error.code}",
+        "title": (type(error).__doc__ or error.code).splitlines()[0],
+        "status": error.http_status,
+        "detail": error.message,
+        "code": error.code,
+        "fields": error.fields,
+    }
+
+
+def from_problem(problem: dict[str, object]) -> errors.PushstepError:
+    """The catalogue error that a problem+json body stands for."""
+    kind = errors.CATALOGUE.get(str(problem.get("code")), errors.Broken)
+    return kind(str(problem.get("detail", problem)), **cast("dict[str, object]", problem.get("fields", {})))

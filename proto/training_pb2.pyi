@@ -1,0 +1,320 @@
+from pushstep.proto import types_pb2 as _types_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class UploadKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    UPLOAD_KIND_UNSPECIFIED: _ClassVar[UploadKind]
+    UPLOAD_KIND_CREATE: _ClassVar[UploadKind]
+    UPLOAD_KIND_PARAMETERS: _ClassVar[UploadKind]
+    UPLOAD_KIND_STATE: _ClassVar[UploadKind]
+    UPLOAD_KIND_GROUP: _ClassVar[UploadKind]
+UPLOAD_KIND_UNSPECIFIED: UploadKind
+UPLOAD_KIND_CREATE: UploadKind
+UPLOAD_KIND_PARAMETERS: UploadKind
+UPLOAD_KIND_STATE: UploadKind
+UPLOAD_KIND_GROUP: UploadKind
+
+class DescribeRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class DescribeResponse(_message.Message):
+    __slots__ = ("server_version", "max_chunk_bytes", "models", "unix_path", "http_url")
+    SERVER_VERSION_FIELD_NUMBER: _ClassVar[int]
+    MAX_CHUNK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MODELS_FIELD_NUMBER: _ClassVar[int]
+    UNIX_PATH_FIELD_NUMBER: _ClassVar[int]
+    HTTP_URL_FIELD_NUMBER: _ClassVar[int]
+    server_version: str
+    max_chunk_bytes: int
+    models: _containers.RepeatedScalarFieldContainer[str]
+    unix_path: str
+    http_url: str
+    def __init__(self, server_version: _Optional[str] = ..., max_chunk_bytes: _Optional[int] = ..., models: _Optional[_Iterable[str]] = ..., unix_path: _Optional[str] = ..., http_url: _Optional[str] = ...) -> None: ...
+
+class JoinRequest(_message.Message):
+    __slots__ = ("model", "worker", "takeover", "manifest", "model_uid", "epoch")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    TAKEOVER_FIELD_NUMBER: _ClassVar[int]
+    MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    MODEL_UID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    worker: str
+    takeover: bool
+    manifest: _types_pb2.Manifest
+    model_uid: bytes
+    epoch: int
+    def __init__(self, model: _Optional[str] = ..., worker: _Optional[str] = ..., takeover: bool = ..., manifest: _Optional[_Union[_types_pb2.Manifest, _Mapping]] = ..., model_uid: _Optional[bytes] = ..., epoch: _Optional[int] = ...) -> None: ...
+
+class JoinResponse(_message.Message):
+    __slots__ = ("member", "create")
+    MEMBER_FIELD_NUMBER: _ClassVar[int]
+    CREATE_FIELD_NUMBER: _ClassVar[int]
+    member: Membership
+    create: CreationTicket
+    def __init__(self, member: _Optional[_Union[Membership, _Mapping]] = ..., create: _Optional[_Union[CreationTicket, _Mapping]] = ...) -> None: ...
+
+class Membership(_message.Message):
+    __slots__ = ("identity", "version", "manifest_hash", "manifest", "groups", "receipts", "lease_s", "lead", "worker_state")
+    IDENTITY_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    MANIFEST_HASH_FIELD_NUMBER: _ClassVar[int]
+    MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
+    RECEIPTS_FIELD_NUMBER: _ClassVar[int]
+    LEASE_S_FIELD_NUMBER: _ClassVar[int]
+    LEAD_FIELD_NUMBER: _ClassVar[int]
+    WORKER_STATE_FIELD_NUMBER: _ClassVar[int]
+    identity: _types_pb2.Identity
+    version: int
+    manifest_hash: int
+    manifest: _types_pb2.Manifest
+    groups: _containers.RepeatedCompositeFieldContainer[_types_pb2.GroupValues]
+    receipts: _containers.RepeatedCompositeFieldContainer[_types_pb2.Receipt]
+    lease_s: float
+    lead: bool
+    worker_state: bytes
+    def __init__(self, identity: _Optional[_Union[_types_pb2.Identity, _Mapping]] = ..., version: _Optional[int] = ..., manifest_hash: _Optional[int] = ..., manifest: _Optional[_Union[_types_pb2.Manifest, _Mapping]] = ..., groups: _Optional[_Iterable[_Union[_types_pb2.GroupValues, _Mapping]]] = ..., receipts: _Optional[_Iterable[_Union[_types_pb2.Receipt, _Mapping]]] = ..., lease_s: _Optional[float] = ..., lead: bool = ..., worker_state: _Optional[bytes] = ...) -> None: ...
+
+class CreationTicket(_message.Message):
+    __slots__ = ("model", "worker", "ticket", "expires_s", "manifest")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    EXPIRES_S_FIELD_NUMBER: _ClassVar[int]
+    MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    worker: str
+    ticket: int
+    expires_s: float
+    manifest: _types_pb2.Manifest
+    def __init__(self, model: _Optional[str] = ..., worker: _Optional[str] = ..., ticket: _Optional[int] = ..., expires_s: _Optional[float] = ..., manifest: _Optional[_Union[_types_pb2.Manifest, _Mapping]] = ...) -> None: ...
+
+class HeartbeatRequest(_message.Message):
+    __slots__ = ("model", "identity")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    IDENTITY_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    identity: _types_pb2.Identity
+    def __init__(self, model: _Optional[str] = ..., identity: _Optional[_Union[_types_pb2.Identity, _Mapping]] = ...) -> None: ...
+
+class HeartbeatResponse(_message.Message):
+    __slots__ = ("version", "lease_s")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    LEASE_S_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    lease_s: float
+    def __init__(self, version: _Optional[int] = ..., lease_s: _Optional[float] = ...) -> None: ...
+
+class LeaveRequest(_message.Message):
+    __slots__ = ("model", "identity")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    IDENTITY_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    identity: _types_pb2.Identity
+    def __init__(self, model: _Optional[str] = ..., identity: _Optional[_Union[_types_pb2.Identity, _Mapping]] = ...) -> None: ...
+
+class LeaveResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class PullOptions(_message.Message):
+    __slots__ = ("have_version", "dtype")
+    HAVE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    have_version: int
+    dtype: _types_pb2.DType
+    def __init__(self, have_version: _Optional[int] = ..., dtype: _Optional[_Union[_types_pb2.DType, str]] = ...) -> None: ...
+
+class GroupEdit(_message.Message):
+    __slots__ = ("group", "values")
+    class ValuesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: _types_pb2.Hyperparameter
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[_types_pb2.Hyperparameter, _Mapping]] = ...) -> None: ...
+    GROUP_FIELD_NUMBER: _ClassVar[int]
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    group: int
+    values: _containers.MessageMap[str, _types_pb2.Hyperparameter]
+    def __init__(self, group: _Optional[int] = ..., values: _Optional[_Mapping[str, _types_pb2.Hyperparameter]] = ...) -> None: ...
+
+class PushHeader(_message.Message):
+    __slots__ = ("model", "identity", "base_version", "manifest_hash", "segments", "edits", "metrics", "worker_state", "samples", "pull")
+    class MetricsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    IDENTITY_FIELD_NUMBER: _ClassVar[int]
+    BASE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    MANIFEST_HASH_FIELD_NUMBER: _ClassVar[int]
+    SEGMENTS_FIELD_NUMBER: _ClassVar[int]
+    EDITS_FIELD_NUMBER: _ClassVar[int]
+    METRICS_FIELD_NUMBER: _ClassVar[int]
+    WORKER_STATE_FIELD_NUMBER: _ClassVar[int]
+    SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    PULL_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    identity: _types_pb2.Identity
+    base_version: int
+    manifest_hash: int
+    segments: _containers.RepeatedCompositeFieldContainer[_types_pb2.Segment]
+    edits: _containers.RepeatedCompositeFieldContainer[GroupEdit]
+    metrics: _containers.ScalarMap[str, float]
+    worker_state: bytes
+    samples: float
+    pull: PullOptions
+    def __init__(self, model: _Optional[str] = ..., identity: _Optional[_Union[_types_pb2.Identity, _Mapping]] = ..., base_version: _Optional[int] = ..., manifest_hash: _Optional[int] = ..., segments: _Optional[_Iterable[_Union[_types_pb2.Segment, _Mapping]]] = ..., edits: _Optional[_Iterable[_Union[GroupEdit, _Mapping]]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., worker_state: _Optional[bytes] = ..., samples: _Optional[float] = ..., pull: _Optional[_Union[PullOptions, _Mapping]] = ...) -> None: ...
+
+class PushCommit(_message.Message):
+    __slots__ = ("digest",)
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    digest: int
+    def __init__(self, digest: _Optional[int] = ...) -> None: ...
+
+class PushRequest(_message.Message):
+    __slots__ = ("header", "segment", "offset", "commit", "payload")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    SEGMENT_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    COMMIT_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    header: PushHeader
+    segment: int
+    offset: int
+    commit: PushCommit
+    payload: bytes
+    def __init__(self, header: _Optional[_Union[PushHeader, _Mapping]] = ..., segment: _Optional[int] = ..., offset: _Optional[int] = ..., commit: _Optional[_Union[PushCommit, _Mapping]] = ..., payload: _Optional[bytes] = ...) -> None: ...
+
+class PushResponse(_message.Message):
+    __slots__ = ("receipt",)
+    RECEIPT_FIELD_NUMBER: _ClassVar[int]
+    receipt: _types_pb2.Receipt
+    def __init__(self, receipt: _Optional[_Union[_types_pb2.Receipt, _Mapping]] = ...) -> None: ...
+
+class PullRequest(_message.Message):
+    __slots__ = ("model", "identity", "options", "timeline")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    IDENTITY_FIELD_NUMBER: _ClassVar[int]
+    OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    TIMELINE_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    identity: _types_pb2.Identity
+    options: PullOptions
+    timeline: int
+    def __init__(self, model: _Optional[str] = ..., identity: _Optional[_Union[_types_pb2.Identity, _Mapping]] = ..., options: _Optional[_Union[PullOptions, _Mapping]] = ..., timeline: _Optional[int] = ...) -> None: ...
+
+class PullRowsRequest(_message.Message):
+    __slots__ = ("model", "parameter", "ids", "dtype")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    PARAMETER_FIELD_NUMBER: _ClassVar[int]
+    IDS_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    parameter: str
+    ids: _containers.RepeatedScalarFieldContainer[int]
+    dtype: _types_pb2.DType
+    def __init__(self, model: _Optional[str] = ..., parameter: _Optional[str] = ..., ids: _Optional[_Iterable[int]] = ..., dtype: _Optional[_Union[_types_pb2.DType, str]] = ...) -> None: ...
+
+class PullStateRequest(_message.Message):
+    __slots__ = ("model",)
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    def __init__(self, model: _Optional[str] = ...) -> None: ...
+
+class PullHeader(_message.Message):
+    __slots__ = ("model_uid", "timeline", "version", "unchanged", "segments", "manifest_hash", "receipt", "groups", "steps", "manifest")
+    MODEL_UID_FIELD_NUMBER: _ClassVar[int]
+    TIMELINE_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    UNCHANGED_FIELD_NUMBER: _ClassVar[int]
+    SEGMENTS_FIELD_NUMBER: _ClassVar[int]
+    MANIFEST_HASH_FIELD_NUMBER: _ClassVar[int]
+    RECEIPT_FIELD_NUMBER: _ClassVar[int]
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    model_uid: bytes
+    timeline: int
+    version: int
+    unchanged: bool
+    segments: _containers.RepeatedCompositeFieldContainer[_types_pb2.Segment]
+    manifest_hash: int
+    receipt: _types_pb2.Receipt
+    groups: _containers.RepeatedCompositeFieldContainer[_types_pb2.GroupValues]
+    steps: _containers.RepeatedScalarFieldContainer[int]
+    manifest: _types_pb2.Manifest
+    def __init__(self, model_uid: _Optional[bytes] = ..., timeline: _Optional[int] = ..., version: _Optional[int] = ..., unchanged: bool = ..., segments: _Optional[_Iterable[_Union[_types_pb2.Segment, _Mapping]]] = ..., manifest_hash: _Optional[int] = ..., receipt: _Optional[_Union[_types_pb2.Receipt, _Mapping]] = ..., groups: _Optional[_Iterable[_Union[_types_pb2.GroupValues, _Mapping]]] = ..., steps: _Optional[_Iterable[int]] = ..., manifest: _Optional[_Union[_types_pb2.Manifest, _Mapping]] = ...) -> None: ...
+
+class PullResponse(_message.Message):
+    __slots__ = ("header", "segment", "offset", "payload")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    SEGMENT_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    header: PullHeader
+    segment: int
+    offset: int
+    payload: bytes
+    def __init__(self, header: _Optional[_Union[PullHeader, _Mapping]] = ..., segment: _Optional[int] = ..., offset: _Optional[int] = ..., payload: _Optional[bytes] = ...) -> None: ...
+
+class UploadHeader(_message.Message):
+    __slots__ = ("model", "kind", "ticket", "identity", "manifest", "segments", "steps", "groups", "force", "manifest_hash")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    IDENTITY_FIELD_NUMBER: _ClassVar[int]
+    MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    SEGMENTS_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
+    FORCE_FIELD_NUMBER: _ClassVar[int]
+    MANIFEST_HASH_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    kind: UploadKind
+    ticket: int
+    identity: _types_pb2.Identity
+    manifest: _types_pb2.Manifest
+    segments: _containers.RepeatedCompositeFieldContainer[_types_pb2.Segment]
+    steps: _containers.RepeatedScalarFieldContainer[int]
+    groups: _containers.RepeatedCompositeFieldContainer[_types_pb2.GroupValues]
+    force: bool
+    manifest_hash: int
+    def __init__(self, model: _Optional[str] = ..., kind: _Optional[_Union[UploadKind, str]] = ..., ticket: _Optional[int] = ..., identity: _Optional[_Union[_types_pb2.Identity, _Mapping]] = ..., manifest: _Optional[_Union[_types_pb2.Manifest, _Mapping]] = ..., segments: _Optional[_Iterable[_Union[_types_pb2.Segment, _Mapping]]] = ..., steps: _Optional[_Iterable[int]] = ..., groups: _Optional[_Iterable[_Union[_types_pb2.GroupValues, _Mapping]]] = ..., force: bool = ..., manifest_hash: _Optional[int] = ...) -> None: ...
+
+class UploadRequest(_message.Message):
+    __slots__ = ("header", "segment", "offset", "payload")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    SEGMENT_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    header: UploadHeader
+    segment: int
+    offset: int
+    payload: bytes
+    def __init__(self, header: _Optional[_Union[UploadHeader, _Mapping]] = ..., segment: _Optional[int] = ..., offset: _Optional[int] = ..., payload: _Optional[bytes] = ...) -> None: ...
+
+class UploadResponse(_message.Message):
+    __slots__ = ("member", "version", "timeline")
+    MEMBER_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    TIMELINE_FIELD_NUMBER: _ClassVar[int]
+    member: Membership
+    version: int
+    timeline: int
+    def __init__(self, member: _Optional[_Union[Membership, _Mapping]] = ..., version: _Optional[int] = ..., timeline: _Optional[int] = ...) -> None: ...

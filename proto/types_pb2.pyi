@@ -1,0 +1,241 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class DType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    DTYPE_UNSPECIFIED: _ClassVar[DType]
+    DTYPE_FLOAT32: _ClassVar[DType]
+    DTYPE_FLOAT64: _ClassVar[DType]
+    DTYPE_BFLOAT16: _ClassVar[DType]
+    DTYPE_FLOAT16: _ClassVar[DType]
+
+class Outcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    OUTCOME_UNSPECIFIED: _ClassVar[Outcome]
+    OUTCOME_APPLIED: _ClassVar[Outcome]
+    OUTCOME_SKIPPED: _ClassVar[Outcome]
+    OUTCOME_DROPPED_LATE: _ClassVar[Outcome]
+    OUTCOME_TOO_STALE: _ClassVar[Outcome]
+    OUTCOME_REJECTED: _ClassVar[Outcome]
+    OUTCOME_SUPERSEDED: _ClassVar[Outcome]
+
+class Durability(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    DURABILITY_UNSPECIFIED: _ClassVar[Durability]
+    DURABILITY_APPLIED: _ClassVar[Durability]
+    DURABILITY_EVERYSEC: _ClassVar[Durability]
+    DURABILITY_DURABLE: _ClassVar[Durability]
+DTYPE_UNSPECIFIED: DType
+DTYPE_FLOAT32: DType
+DTYPE_FLOAT64: DType
+DTYPE_BFLOAT16: DType
+DTYPE_FLOAT16: DType
+OUTCOME_UNSPECIFIED: Outcome
+OUTCOME_APPLIED: Outcome
+OUTCOME_SKIPPED: Outcome
+OUTCOME_DROPPED_LATE: Outcome
+OUTCOME_TOO_STALE: Outcome
+OUTCOME_REJECTED: Outcome
+OUTCOME_SUPERSEDED: Outcome
+DURABILITY_UNSPECIFIED: Durability
+DURABILITY_APPLIED: Durability
+DURABILITY_EVERYSEC: Durability
+DURABILITY_DURABLE: Durability
+
+class Hyperparameter(_message.Message):
+    __slots__ = ("number", "flag")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    FLAG_FIELD_NUMBER: _ClassVar[int]
+    number: float
+    flag: bool
+    def __init__(self, number: _Optional[float] = ..., flag: bool = ...) -> None: ...
+
+class Parameter(_message.Message):
+    __slots__ = ("name", "shape", "dtype", "group", "arena", "offset", "aliases")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    GROUP_FIELD_NUMBER: _ClassVar[int]
+    ARENA_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    ALIASES_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    dtype: DType
+    group: int
+    arena: int
+    offset: int
+    aliases: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, name: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., dtype: _Optional[_Union[DType, str]] = ..., group: _Optional[int] = ..., arena: _Optional[int] = ..., offset: _Optional[int] = ..., aliases: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class ParamGroup(_message.Message):
+    __slots__ = ("rule", "optimizer", "values")
+    class ValuesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: Hyperparameter
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[Hyperparameter, _Mapping]] = ...) -> None: ...
+    RULE_FIELD_NUMBER: _ClassVar[int]
+    OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    rule: str
+    optimizer: int
+    values: _containers.MessageMap[str, Hyperparameter]
+    def __init__(self, rule: _Optional[str] = ..., optimizer: _Optional[int] = ..., values: _Optional[_Mapping[str, Hyperparameter]] = ...) -> None: ...
+
+class Arena(_message.Message):
+    __slots__ = ("group", "dtype", "elements")
+    GROUP_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    ELEMENTS_FIELD_NUMBER: _ClassVar[int]
+    group: int
+    dtype: DType
+    elements: int
+    def __init__(self, group: _Optional[int] = ..., dtype: _Optional[_Union[DType, str]] = ..., elements: _Optional[int] = ...) -> None: ...
+
+class Manifest(_message.Message):
+    __slots__ = ("parameters", "groups", "arenas")
+    PARAMETERS_FIELD_NUMBER: _ClassVar[int]
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
+    ARENAS_FIELD_NUMBER: _ClassVar[int]
+    parameters: _containers.RepeatedCompositeFieldContainer[Parameter]
+    groups: _containers.RepeatedCompositeFieldContainer[ParamGroup]
+    arenas: _containers.RepeatedCompositeFieldContainer[Arena]
+    def __init__(self, parameters: _Optional[_Iterable[_Union[Parameter, _Mapping]]] = ..., groups: _Optional[_Iterable[_Union[ParamGroup, _Mapping]]] = ..., arenas: _Optional[_Iterable[_Union[Arena, _Mapping]]] = ...) -> None: ...
+
+class Segment(_message.Message):
+    __slots__ = ("arena", "start", "stop", "dtype", "rows", "state")
+    ARENA_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    STOP_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    arena: int
+    start: int
+    stop: int
+    dtype: DType
+    rows: int
+    state: str
+    def __init__(self, arena: _Optional[int] = ..., start: _Optional[int] = ..., stop: _Optional[int] = ..., dtype: _Optional[_Union[DType, str]] = ..., rows: _Optional[int] = ..., state: _Optional[str] = ...) -> None: ...
+
+class Identity(_message.Message):
+    __slots__ = ("model_uid", "timeline", "worker", "epoch", "sequence")
+    MODEL_UID_FIELD_NUMBER: _ClassVar[int]
+    TIMELINE_FIELD_NUMBER: _ClassVar[int]
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    model_uid: bytes
+    timeline: int
+    worker: str
+    epoch: int
+    sequence: int
+    def __init__(self, model_uid: _Optional[bytes] = ..., timeline: _Optional[int] = ..., worker: _Optional[str] = ..., epoch: _Optional[int] = ..., sequence: _Optional[int] = ...) -> None: ...
+
+class GroupValues(_message.Message):
+    __slots__ = ("group", "values", "effective_lr")
+    class ValuesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: Hyperparameter
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[Hyperparameter, _Mapping]] = ...) -> None: ...
+    GROUP_FIELD_NUMBER: _ClassVar[int]
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    EFFECTIVE_LR_FIELD_NUMBER: _ClassVar[int]
+    group: int
+    values: _containers.MessageMap[str, Hyperparameter]
+    effective_lr: float
+    def __init__(self, group: _Optional[int] = ..., values: _Optional[_Mapping[str, Hyperparameter]] = ..., effective_lr: _Optional[float] = ...) -> None: ...
+
+class ServerTimes(_message.Message):
+    __slots__ = ("receive_s", "queue_s", "wait_s", "step_s", "publish_s")
+    RECEIVE_S_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_S_FIELD_NUMBER: _ClassVar[int]
+    WAIT_S_FIELD_NUMBER: _ClassVar[int]
+    STEP_S_FIELD_NUMBER: _ClassVar[int]
+    PUBLISH_S_FIELD_NUMBER: _ClassVar[int]
+    receive_s: float
+    queue_s: float
+    wait_s: float
+    step_s: float
+    publish_s: float
+    def __init__(self, receive_s: _Optional[float] = ..., queue_s: _Optional[float] = ..., wait_s: _Optional[float] = ..., step_s: _Optional[float] = ..., publish_s: _Optional[float] = ...) -> None: ...
+
+class Receipt(_message.Message):
+    __slots__ = ("outcome", "reason", "identity", "version", "staleness", "gradient_norm", "clip_factor", "groups", "ignored_edits", "lead", "durability", "times", "duplicates")
+    OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    IDENTITY_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    STALENESS_FIELD_NUMBER: _ClassVar[int]
+    GRADIENT_NORM_FIELD_NUMBER: _ClassVar[int]
+    CLIP_FACTOR_FIELD_NUMBER: _ClassVar[int]
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
+    IGNORED_EDITS_FIELD_NUMBER: _ClassVar[int]
+    LEAD_FIELD_NUMBER: _ClassVar[int]
+    DURABILITY_FIELD_NUMBER: _ClassVar[int]
+    TIMES_FIELD_NUMBER: _ClassVar[int]
+    DUPLICATES_FIELD_NUMBER: _ClassVar[int]
+    outcome: Outcome
+    reason: str
+    identity: Identity
+    version: int
+    staleness: int
+    gradient_norm: float
+    clip_factor: float
+    groups: _containers.RepeatedCompositeFieldContainer[GroupValues]
+    ignored_edits: _containers.RepeatedScalarFieldContainer[str]
+    lead: bool
+    durability: Durability
+    times: ServerTimes
+    duplicates: int
+    def __init__(self, outcome: _Optional[_Union[Outcome, str]] = ..., reason: _Optional[str] = ..., identity: _Optional[_Union[Identity, _Mapping]] = ..., version: _Optional[int] = ..., staleness: _Optional[int] = ..., gradient_norm: _Optional[float] = ..., clip_factor: _Optional[float] = ..., groups: _Optional[_Iterable[_Union[GroupValues, _Mapping]]] = ..., ignored_edits: _Optional[_Iterable[str]] = ..., lead: bool = ..., durability: _Optional[_Union[Durability, str]] = ..., times: _Optional[_Union[ServerTimes, _Mapping]] = ..., duplicates: _Optional[int] = ...) -> None: ...
+
+class Staged(_message.Message):
+    __slots__ = ("identity", "digest", "base_version", "finite", "norms", "segments")
+    IDENTITY_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    BASE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    FINITE_FIELD_NUMBER: _ClassVar[int]
+    NORMS_FIELD_NUMBER: _ClassVar[int]
+    SEGMENTS_FIELD_NUMBER: _ClassVar[int]
+    identity: Identity
+    digest: int
+    base_version: int
+    finite: bool
+    norms: _containers.RepeatedCompositeFieldContainer[ParameterNorm]
+    segments: _containers.RepeatedCompositeFieldContainer[Segment]
+    def __init__(self, identity: _Optional[_Union[Identity, _Mapping]] = ..., digest: _Optional[int] = ..., base_version: _Optional[int] = ..., finite: bool = ..., norms: _Optional[_Iterable[_Union[ParameterNorm, _Mapping]]] = ..., segments: _Optional[_Iterable[_Union[Segment, _Mapping]]] = ...) -> None: ...
+
+class ParameterNorm(_message.Message):
+    __slots__ = ("parameter", "square_sum")
+    PARAMETER_FIELD_NUMBER: _ClassVar[int]
+    SQUARE_SUM_FIELD_NUMBER: _ClassVar[int]
+    parameter: int
+    square_sum: float
+    def __init__(self, parameter: _Optional[int] = ..., square_sum: _Optional[float] = ...) -> None: ...
+
+class Ticket(_message.Message):
+    __slots__ = ("identity", "version", "factor", "lr_scale", "groups")
+    IDENTITY_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    FACTOR_FIELD_NUMBER: _ClassVar[int]
+    LR_SCALE_FIELD_NUMBER: _ClassVar[int]
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
+    identity: Identity
+    version: int
+    factor: float
+    lr_scale: float
+    groups: _containers.RepeatedCompositeFieldContainer[GroupValues]
+    def __init__(self, identity: _Optional[_Union[Identity, _Mapping]] = ..., version: _Optional[int] = ..., factor: _Optional[float] = ..., lr_scale: _Optional[float] = ..., groups: _Optional[_Iterable[_Union[GroupValues, _Mapping]]] = ...) -> None: ...

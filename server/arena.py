@@ -1,0 +1,206 @@
+"""A model's flat buffers: parameters, optimizer state, step counts, and what changed when.
+
+Only the model's writer thread touches them (see stepper.py), so nothing here locks. For a parameter that receives
+row-sparse gradients, each row's last-changed version is kept, so that readers can be sent the rows they lack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pushstep.optim import RULES
+from pushstep.proto import dtypes
+from pushstep.proto.layout import Layout, Slot
+from pushstep.proto.types_pb2 import Ticket
+
+from .groups import plain_values
+from .staging import DensePart, RowsPart
+
+
+class Arenas:
+    """The buffers of one model at one version."""
+
+    def __init__(self, layout: Layout, rule_names: Sequence[str], device: torch.device) -> None:
+        self.layout = layout
+        self.rule_names = list(rule_names)
+        self.device = device
+        self.parameters: list[Tensor] = []
+        self.states: list[dict[str, Tensor]] = []
+        self._allocate()
+        # int64 counts: float32 stops at 2**24
+        self.steps = [0] * len(layout.slots)
+        self.version = 0
+        self.timeline = 1
+        self.changed = [0] * len(layout.slots)
+        self.row_changed: dict[int, Tensor] = {}
+
+    def _allocate(self) -> None:
+        for arena in self.layout.arenas[len(self.parameters) :]:
+            rule = RULES[self.rule_names[arena.group]]
+            self.parameters.append(torch.zeros(arena.elements, dtype=arena.dtype, device=self.device))
+            state = dtypes.state_dtype(arena.dtype)
+            self.states.append(
+                {
+                    name: torch.zeros(arena.elements, dtype=state, device=self.device)
+                    for name in rule.state_names
+                }
+            )
+
+    @staticmethod
+    def bytes_needed(layout: Layout, rule_names: Sequence[str]) -> int:
+        """Bytes that the buffers of such a model take."""
+        total = 0
+        for arena in layout.arenas:
+            states = len(RULES[rule_names[arena.group]].state_names)
+            total += arena.elements * (
+                arena.dtype.itemsize + states * dtypes.state_dtype(arena.dtype).itemsize
+            )
+        return total
+
+    def flat(self, arena: int, state: str = "") -> Tensor:
+        """A whole arena: the parameters, or one of their states."""
+        return self.states[arena][state] if state else self.parameters[arena]
+
+    def view(self, slot: Slot, state: str = "") -> Tensor:
+        """One parameter (or its state) in its own shape."""
+        return self.flat(slot.arena, state)[slot.start : slot.stop].view(slot.shape)
+
+    def state_names(self, slot: Slot) -> tuple[str, ...]:
+        """torch's names of a parameter's states."""
+        return RULES[self.rule_names[slot.group]].state_names
+
+    def fill_initial_state(self, values: Sequence[Mapping[str, float | bool]], first_group: int = 0) -> None:
+        """Fill the states of the groups from `first_group` on with their rules' initial values."""
+        for slot in self.layout.slots:
+            if slot.group < first_group:
+                continue
+            rule = RULES[self.rule_names[slot.group]]
+            for name in rule.state_names:
+                self.view(slot, name).fill_(rule.initial_value(name, values[slot.group]))
+
+    def step(self, ticket: Ticket, parts: Sequence[DensePart | RowsPart]) -> None:
+        """Execute a ticket. Nothing is decided here: equal buffers and an equal ticket give equal bits."""
+        values = [plain_values(group.values) for group in ticket.groups]
+        for group in values:
+            group["lr"] = float(group["lr"]) * ticket.lr_scale
+        for part in parts:
+            if isinstance(part, RowsPart):
+                self._step_rows(part, values, ticket)
+            else:
+                for run in _equal_runs(part.slots, lambda slot: self.steps[slot.index]):
+                    self._step_dense(part, run, values, ticket)
+        self.version = ticket.version
+
+    def _step_dense(
+        self,
+        part: DensePart,
+        run: list[Slot],
+        values: Sequence[Mapping[str, float | bool]],
+        ticket: Ticket,
+    ) -> None:
+        arena, start, stop = part.arena, run[0].start, run[-1].stop
+        rule = RULES[self.rule_names[run[0].group]]
+        rule.step_dense(
+            self.parameters[arena][start:stop],
+            part.gradient[start - part.start : stop - part.start].to(self.device),
+            [self.states[arena][name][start:stop] for name in rule.state_names],
+            values[run[0].group],
+            step=self.steps[run[0].index] + 1,
+            factor=ticket.factor,
+        )
+        for slot in run:
+            self.steps[slot.index] += 1
+            self.mark_changed(slot, ticket.version)
+
+    def _step_rows(
+        self, part: RowsPart, values: Sequence[Mapping[str, float | bool]], ticket: Ticket
+    ) -> None:
+        slot = part.slot
+        rule = RULES[self.rule_names[slot.group]]
+        ids = part.ids.to(self.device)
+        rule.step_rows(
+            self.view(slot),
+            ids,
+            part.rows.to(self.device),
+            [self.view(slot, name) for name in rule.state_names],
+            values[slot.group],
+            step=self.steps[slot.index] + 1,
+            factor=ticket.factor,
+        )
+        self.steps[slot.index] += 1
+        if slot.index not in self.row_changed:
+            self.row_changed[slot.index] = torch.full(
+                (slot.rows,), self.changed[slot.index], dtype=torch.int64, device=self.device
+            )
+        self.row_changed[slot.index][ids] = ticket.version
+
+    def mark_changed(self, slot: Slot, version: int) -> None:
+        """Note that every element of a parameter may differ from `version` on."""
+        self.changed[slot.index] = version
+        if slot.index in self.row_changed:
+            self.row_changed[slot.index].fill_(version)
+
+    def grow(self, layout: Layout, rule_names: Sequence[str]) -> None:
+        """Take on a layout that has this one's slots and further groups after them."""
+        self.layout = layout
+        self.rule_names = list(rule_names)
+        self._allocate()
+        added = len(layout.slots) - len(self.steps)
+        self.steps += [0] * added
+        self.changed += [self.version] * added
+
+    def copy(self) -> ArenasCopy:
+        """The whole of it at this version, in memory of its own on the CPU."""
+        return ArenasCopy(
+            self.layout,
+            self.timeline,
+            self.version,
+            [flat.to("cpu", copy=True) for flat in self.parameters],
+            [{name: flat.to("cpu", copy=True) for name, flat in states.items()} for states in self.states],
+            list(self.steps),
+        )
+
+    def load(self, copy: ArenasCopy, timeline: int) -> None:
+        """Become `copy`, on `timeline`. Readers of any earlier timeline must take everything anew."""
+        for flat, source in zip(self.parameters, copy.parameters, strict=True):
+            flat.copy_(source)
+        for states, sources in zip(self.states, copy.states, strict=True):
+            for name, flat in states.items():
+                flat.copy_(sources[name])
+        self.steps = list(copy.steps)
+        self.version, self.timeline = copy.version, timeline
+        for slot in self.layout.slots:
+            self.mark_changed(slot, copy.version)
+
+
+@dataclass(frozen=True, slots=True)
+class ArenasCopy:
+    """What Arenas held at one version; nobody writes to it any more."""
+
+    layout: Layout
+    timeline: int
+    version: int
+    parameters: list[Tensor]
+    states: list[dict[str, Tensor]]
+    steps: list[int]
+
+    def view(self, slot: Slot, state: str = "") -> Tensor:
+        """One parameter (or its state) in its own shape."""
+        flat = self.states[slot.arena][state] if state else self.parameters[slot.arena]
+        return flat[slot.start : slot.stop].view(slot.shape)
+
+
+def _equal_runs(slots: Sequence[Slot], key: Callable[[Slot], int]) -> Iterator[list[Slot]]:
+    """Neighbouring slots with an equal key, together: one kernel call each."""
+    run: list[Slot] = []
+    for slot in slots:
+        if run and key(slot) != key(run[-1]):
+            yield run
+            run = []
+        run.append(slot)
+    if run:
+        yield run

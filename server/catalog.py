@@ -1,0 +1,296 @@
+"""The models of this server: created by their first worker, found by name, brought back at start.
+
+A model's identity (uid and timeline) lies in a file of its own, outside its snapshots and fsynced before use: a
+timeline, once used, is never used again, whatever is restored. While the server runs the file says so; only an
+orderly stop, which has snapshotted the last version, says that the snapshot holds every acknowledged push. A start
+that cannot prove that begins a new timeline.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import re
+import secrets
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from pushstep.proto.errors import (
+    BeingCreated,
+    InvalidManifest,
+    InvalidName,
+    ModelExists,
+    NoCreationTicket,
+    OverCapacity,
+    StorageFailed,
+    UnknownModel,
+)
+from pushstep.proto.layout import Layout
+from pushstep.proto.types_pb2 import Manifest
+
+from .arena import Arenas, ArenasCopy
+from .config import Config
+from .groups import Group, ParamGroups
+from .hooks.hook import Point
+from .model import Model
+from .session import Sessions
+from .snapshots import Snapshots, rules_known, write_durably
+
+log = logging.getLogger("pushstep.catalog")
+CREATION_S: Final = 120.0
+CREATION_RETRY_S: Final = 0.2
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+@dataclass(slots=True)
+class Creation:
+    """A worker's leave to create a model, until it runs out."""
+
+    ticket: int
+    worker: str
+    layout: Layout
+    expires_at_s: float
+
+
+def check_name(name: str, what: str) -> str:
+    """`name`, or InvalidName."""
+    if not _NAME.fullmatch(name):
+        raise InvalidName(name=name[:200], what=what)
+    return name
+
+
+class Catalog:
+    """Makes, finds, saves and removes models."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.device = torch.device(config.device)
+        self.models: dict[str, Model] = {}
+        self.ready = False
+        self._creations: dict[str, Creation] = {}
+        self._saving: dict[str, asyncio.Lock] = {}
+
+    def get(self, name: str) -> Model:
+        """A model by name; UnknownModel otherwise."""
+        model = self.models.get(name)
+        if model is None:
+            raise UnknownModel(model=name[:200])
+        return model
+
+    def snapshots(self, name: str) -> Snapshots:
+        """Where a model's snapshots are."""
+        return Snapshots(self._folder(name) / "snapshots")
+
+    def _folder(self, name: str) -> Path:
+        return self.config.data / "models" / name
+
+    # Creation: a ticket, then the values, then the model.
+
+    def begin_creation(self, name: str, worker: str, manifest: Manifest, now_s: float) -> Creation:
+        """Give the first caller leave to create a model; BeingCreated for the others while it lasts."""
+        check_name(name, "model name")
+        layout = Layout(manifest)
+        names = [Group.make(group).rule.name for group in manifest.groups]
+        if len(layout.manifest.groups) == 0 or {slot.group for slot in layout.slots} != set(
+            range(len(names))
+        ):
+            raise InvalidManifest(problem="every param group must have parameters")
+        if len(self.models) >= self.config.max_models:
+            raise OverCapacity(
+                problem=f"this server holds at most {self.config.max_models} models", setting="max-models"
+            )
+        held = sum(Arenas.bytes_needed(m.layout, m.arenas.rule_names) for m in self.models.values())
+        need = Arenas.bytes_needed(layout, names)
+        if held + need > self.config.max_bytes:
+            raise OverCapacity(
+                problem=f"the model needs {need} bytes, {held} of {self.config.max_bytes} are taken",
+                setting="max-bytes",
+            )
+        largest = sum(arena.elements * arena.dtype.itemsize for arena in layout.arenas)
+        if largest > self.config.staging_bytes:
+            raise OverCapacity(
+                problem=f"one push of this model is {largest} bytes, staging has {self.config.staging_bytes}",
+                setting="staging-bytes",
+            )
+        current = self._creations.get(name)
+        if current is not None and current.expires_at_s > now_s and current.worker != worker:
+            raise BeingCreated(model=name, worker=current.worker, retry_after_s=CREATION_RETRY_S)
+        creation = Creation(secrets.randbits(63) or 1, worker, layout, now_s + CREATION_S)
+        self._creations[name] = creation
+        return creation
+
+    def creation(self, name: str, ticket: int, now_s: float) -> Creation:
+        """The creation that a ticket stands for; NoCreationTicket otherwise."""
+        current = self._creations.get(name)
+        if name in self.models:
+            raise ModelExists(model=name)
+        if current is None or current.ticket != ticket or current.expires_at_s < now_s:
+            raise NoCreationTicket(model=name)
+        current.expires_at_s = now_s + CREATION_S
+        return current
+
+    def give_up_creation(self, name: str, ticket: int) -> None:
+        """Let the next caller create: this one broke off."""
+        current = self._creations.get(name)
+        if current is not None and current.ticket == ticket:
+            del self._creations[name]
+
+    async def finish_creation(self, name: str, creation: Creation, model: Model) -> None:
+        """Make a filled model durable in name and visible to all."""
+        if name in self.models:
+            raise ModelExists(model=name)
+        await self._write_identity(model, clean_version=None)
+        if self._creations.get(name) is not creation:
+            raise NoCreationTicket(model=name)
+        del self._creations[name]
+        self.models[name] = model
+        model.record("created", creation.worker)
+        log.info("model %s created by %s: %d parameters", name, creation.worker, len(model.layout.slots))
+
+    def new_model(self, name: str, layout: Layout) -> Model:
+        """A model with fresh identity and state, not yet visible."""
+        groups = ParamGroups(Group.make(group) for group in layout.manifest.groups)
+        model = Model(name, secrets.token_bytes(16), 1, layout, groups, self._sessions(), self.device)
+        model.arenas.fill_initial_state([group.values for group in groups.list])
+        return model
+
+    def _sessions(self) -> Sessions:
+        return Sessions(self.config.lease_s, self.config.max_workers)
+
+    async def delete(self, name: str, by: str) -> None:
+        """Forget a model and its snapshots for good."""
+        model = self.get(name)
+        model.record("deleted", by)
+        del self.models[name]
+        await model.close()
+        await asyncio.to_thread(self._remove_folder, name)
+        log.info("model %s deleted by %s", name, by)
+
+    def _remove_folder(self, name: str) -> None:
+        # renamed first, so that a half-deleted model never comes back at the next start
+        trash = self._folder(name).with_name(f".trash-{secrets.token_hex(8)}")
+        try:
+            os.replace(self._folder(name), trash)
+            shutil.rmtree(trash)
+        except OSError as error:
+            raise StorageFailed(path=self._folder(name), problem=error.strerror or str(error)) from error
+
+    # Snapshots and restores.
+
+    async def snapshot(self, name: str, by: str, *, automatic: bool = False) -> dict[str, Any]:
+        """Take a snapshot of the model at its version of now; its manifest."""
+        model = self.get(name)
+        async with self._saving.setdefault(name, asyncio.Lock()):
+            model.tell(Point.STATE_DICT_PRE)
+            facts, copy = await model.copy()
+            manifest = await asyncio.to_thread(self.snapshots(name).write, facts, copy, automatic=automatic)
+            model.tell(Point.STATE_DICT_POST, snapshot=manifest["id"])
+            model.record("snapshot_taken", by, snapshot=manifest["id"])
+            return manifest
+
+    async def restore(self, name: str, snapshot: str, by: str) -> int:
+        """Bring a snapshot back on a new timeline; the version from which it holds."""
+        model = self.get(name)
+        manifest, copy = await asyncio.to_thread(self.snapshots(name).read, snapshot)
+        if copy.layout.manifest_hash != model.layout.manifest_hash:
+            raise InvalidManifest(
+                problem=f"snapshot {snapshot} holds other parameters or groups than the model has now"
+            )
+        await self.replace(model, copy, manifest, by)
+        return copy.version
+
+    async def replace(self, model: Model, copy: ArenasCopy, saved: dict[str, Any] | None, by: str) -> None:
+        """Put `copy` in place of what the model is, on a timeline that is on the disk first."""
+        async with self._saving.setdefault(model.name, asyncio.Lock()):
+            model.tell(Point.LOAD_STATE_DICT_PRE)
+            timeline = model.timeline + 1
+            await self._write_identity(model, clean_version=None, timeline=timeline)
+            model.restore(copy, saved, timeline, by)
+            model.tell(Point.LOAD_STATE_DICT_POST)
+
+    async def _write_identity(
+        self, model: Model, clean_version: int | None, timeline: int | None = None
+    ) -> None:
+        text = json.dumps(
+            {
+                "uid": model.uid.hex(),
+                "timeline": timeline or model.timeline,
+                "clean": clean_version is not None,
+                "version": clean_version,
+            }
+        )
+
+        def write() -> None:
+            folder = self._folder(model.name)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise StorageFailed(path=folder, problem=error.strerror or str(error)) from error
+            write_durably(folder / "identity.json", text)
+
+        await asyncio.to_thread(write)
+
+    # Start and stop.
+
+    async def load(self) -> None:
+        """Bring every model back from its newest verified snapshot."""
+        root = self.config.data / "models"
+        folders = sorted(path for path in root.iterdir() if path.is_dir()) if root.exists() else []
+        for folder in folders:
+            if (folder / "identity.json").exists() and _NAME.fullmatch(folder.name):
+                await self._load_model(folder.name)
+        self.ready = True
+
+    async def _load_model(self, name: str) -> None:
+        snapshots = self.snapshots(name)
+        await asyncio.to_thread(snapshots.sweep)
+        identity = json.loads((self._folder(name) / "identity.json").read_text())
+        found = await asyncio.to_thread(snapshots.newest)
+        if found is None:
+            # its workers will be told model_lost, which is true; the folder stays as it is
+            log.warning("model %s has no snapshot that verifies: not loaded", name)
+            return
+        manifest, copy = found
+        if not rules_known(manifest):
+            log.error("model %s needs an update rule that this build does not have: not loaded", name)
+            return
+        proven = identity["clean"] and (identity["timeline"], identity["version"]) == (
+            copy.timeline,
+            copy.version,
+        )
+        timeline = identity["timeline"] if proven else identity["timeline"] + 1
+        groups = ParamGroups.parse(manifest["groups"])
+        model = Model(
+            name, bytes.fromhex(identity["uid"]), timeline, copy.layout, groups, self._sessions(), self.device
+        )
+        model.version = copy.version
+        model.edit = int(manifest["edit"])
+        model.hooks.parse(manifest["hooks"], groups, name)
+        model.sessions.parse(manifest["workers"], time.monotonic())
+        if not proven:
+            model.sessions.close_epochs()
+        await model.stepper.submit(lambda: model.arenas.load(copy, timeline))
+        await self._write_identity(model, clean_version=None)
+        model.record("loaded", "server", snapshot=manifest["id"])
+        self.models[name] = model
+        log.info(
+            "model %s at version %d, timeline %d, from %s", name, model.version, timeline, manifest["id"]
+        )
+
+    async def stop(self) -> None:
+        """Snapshot every model and say on the disk that nothing is missing."""
+        for name, model in self.models.items():
+            try:
+                manifest = await self.snapshot(name, "server", automatic=True)
+                await self._write_identity(model, clean_version=int(manifest["version"]))
+                await asyncio.to_thread(self.snapshots(name).prune)
+            except Exception:
+                log.exception("model %s could not be snapshotted at stop", name)
+            await model.close()

@@ -1,0 +1,129 @@
+"""The server's settings, read once: argument > environment PUSHSTEP_* > TOML file > default."""
+
+from __future__ import annotations
+
+import ipaddress
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    InitSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+MAX_UNIX_PATH_BYTES = 107  # sun_path
+
+
+class Config(BaseSettings):
+    """What a server is told when it starts."""
+
+    model_config = SettingsConfigDict(env_prefix="PUSHSTEP_", extra="forbid", frozen=True)
+
+    _file_settings: ClassVar[Mapping[str, Any]] = {}
+
+    grpc: str = Field("127.0.0.1:7070", description="HOST:PORT for workers; port 0 takes a free one")
+    http: str = Field("127.0.0.1:7071", description="HOST:PORT for operators; port 0 takes a free one")
+    unix: str | None = Field(
+        None, description="path of the Unix socket [default: pushstep.sock in the data folder; '' for none]"
+    )
+    data: Path = Field(Path("pushstep-data"), description="folder for snapshots; locked by this server")
+    device: str = Field("cpu", description="cpu, cuda or cuda:N")
+    insecure: bool = Field(False, description="listen beyond loopback without TLS and a token")
+    lease_s: float = Field(30.0, gt=0, description="a worker silent for longer is gone")
+    stall_s: float = Field(10.0, gt=0, description="a stream without progress for longer is dropped")
+    drain_s: float = Field(20.0, gt=0, description="how long a stop waits for pushes in flight")
+    max_models: int = Field(100, ge=1, description="models held at once")
+    max_bytes: int = Field(1 << 40, ge=1, description="bytes of parameters and optimizer state held at once")
+    staging_bytes: int = Field(8 << 30, ge=1, description="bytes of pushes in flight at once")
+    max_workers: int = Field(10_000, ge=1, description="workers remembered per model")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what is logged")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Arguments, environment, file; no .env and no secrets folder."""
+        return init_settings, env_settings, InitSettingsSource(settings_cls, dict(cls._file_settings))
+
+    @classmethod
+    def read(cls, arguments: dict[str, Any], file: Path | None) -> Config:
+        """The settings of this process. ValueError, in words for the user, if any is not acceptable."""
+        from_file: dict[str, Any] = {}
+        if file is not None:
+            try:
+                from_file = tomllib.loads(file.read_text())
+            except (OSError, tomllib.TOMLDecodeError) as error:
+                raise ValueError(f"cannot read settings from {file}: {error}") from error
+        try:
+            return _with_file(cls, from_file)(**arguments)
+        except ValidationError as error:
+            problems = [f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}" for e in error.errors()]
+            raise ValueError("; ".join(problems)) from error
+
+    @field_validator("grpc", "http")
+    @classmethod
+    def _address(cls, value: str) -> str:
+        split_address(value)
+        return value
+
+    @field_validator("device")
+    @classmethod
+    def _device(cls, value: str) -> str:
+        kind, _, index = value.partition(":")
+        if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
+            raise ValueError(f"unknown device {value!r}: use cpu, cuda or cuda:N")
+        return value
+
+    @model_validator(mode="after")
+    def _loopback_unless_told(self) -> Self:
+        for name in ("grpc", "http"):
+            host, _ = split_address(getattr(self, name))
+            if not self.insecure and not is_loopback(host):
+                raise ValueError(
+                    f"--{name} {host} is not loopback, and anyone who reaches it could change the models; "
+                    "listen on 127.0.0.1, or pass --insecure on a network that you trust"
+                )
+        if self.unix and len(self.unix.encode()) > MAX_UNIX_PATH_BYTES:
+            raise ValueError(f"--unix: a socket path has at most {MAX_UNIX_PATH_BYTES} bytes")
+        return self
+
+    def unix_path(self) -> str | None:
+        """Where the Unix socket goes; None for none (also when the default place has too long a path)."""
+        if self.unix is not None:
+            return self.unix or None
+        path = str(self.data.resolve() / "pushstep.sock")
+        return path if len(path.encode()) <= MAX_UNIX_PATH_BYTES else None
+
+
+def _with_file(kind: type[Config], file_settings: Mapping[str, Any]) -> type[Config]:
+    """The class with a file's settings as its third source."""
+    return type("Config", (kind,), {"_file_settings": dict(file_settings), "__annotations__": {}})
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """HOST:PORT as a pair; brackets around an IPv6 host."""
+    host, colon, port = address.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not colon or not host or not port.isdigit() or int(port) > 65535:
+        raise ValueError(f"{address!r} is not HOST:PORT")
+    return host, int(port)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether nobody but this machine reaches `host`. A name other than localhost counts as reachable."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,119 @@
+"""Whether a push may touch the model: its declared shape at the header, its content once it is complete.
+
+`check_header` runs before a byte of the body is read. `inspect` is the one pass over a complete body (in a worker
+thread): row ids, finiteness and norms. `decide` turns what it found into a verdict; it is the only place where
+finiteness is decided.
+"""
+
+from __future__ import annotations
+
+import math
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+
+from pushstep.optim.norms import square_sum
+from pushstep.optim.rows import coalesce
+from pushstep.proto import dtypes
+from pushstep.proto.errors import (
+    MalformedFrame,
+    ManifestChanged,
+    NonfiniteGradient,
+    RowOutOfRange,
+    SparseNotSupported,
+)
+from pushstep.proto.frames import Assembly
+from pushstep.proto.layout import ID_BYTES, Layout, check_body
+from pushstep.proto.training_pb2 import PushHeader
+from pushstep.proto.types_pb2 import ParameterNorm, Segment, Staged
+
+from .groups import ParamGroups
+from .staging import DensePart, RowsPart, StagedPush
+
+
+class Nonfinite(StrEnum):
+    """What becomes of a gradient with NaN or infinity."""
+
+    REJECT = "reject"
+    SKIP = "skip"
+    APPLY = "apply"
+
+
+def check_header(layout: Layout, header: PushHeader, model: str, limit_bytes: int) -> list[int]:
+    """The byte length of each declared segment; a named error if the push cannot be one of this model's."""
+    if header.manifest_hash != layout.manifest_hash:
+        raise ManifestChanged(model=model)
+    if not header.segments:
+        raise MalformedFrame(problem="a push must hold at least one gradient")
+    if any(segment.state for segment in header.segments):
+        raise MalformedFrame(problem="a push carries gradients, not optimizer state")
+    if len(header.worker_state) > 64 << 10:
+        raise MalformedFrame(problem="worker_state is over 64 KiB")
+    return check_body(layout, header.segments, limit_bytes)
+
+
+def inspect(layout: Layout, header: PushHeader, body: Assembly, digest: int) -> StagedPush:
+    """Read a complete body once. RowOutOfRange if it names a row that does not exist."""
+    staged = Staged(
+        identity=header.identity,
+        digest=digest,
+        base_version=header.base_version,
+        finite=True,
+        segments=header.segments,
+    )
+    parts: list[DensePart | RowsPart] = []
+    nonfinite = None
+    for index, segment in enumerate(header.segments):
+        slots = layout.slots_of(segment)
+        part = _rows_part(layout, segment, body, index) if segment.HasField("rows") else None
+        if part is None:
+            gradient = body.part(index, dtypes.to_torch(segment.dtype, "segment"))
+            parts.append(DensePart(segment.arena, segment.start, tuple(slots), gradient))
+            pieces = [gradient[slot.start - segment.start : slot.stop - segment.start] for slot in slots]
+        else:
+            parts.append(part)
+            pieces = [part.rows]
+        for slot, piece in zip(slots, pieces, strict=True):
+            norm = square_sum(piece)
+            staged.norms.append(ParameterNorm(parameter=slot.index, square_sum=norm))
+            if not math.isfinite(norm) and not _all_finite(piece):
+                nonfinite = nonfinite or slot.name
+    staged.finite = nonfinite is None
+    return StagedPush(staged, parts, nonfinite)
+
+
+def _rows_part(layout: Layout, segment: Segment, body: Assembly, index: int) -> RowsPart:
+    slot = layout.slots_of(segment)[0]
+    count = int(segment.rows)
+    ids = body.part(index, torch.int64, 0, count)
+    rows = body.part(index, dtypes.to_torch(segment.dtype, "segment"), count * ID_BYTES)
+    if count:
+        lowest, highest = int(ids.min()), int(ids.max())
+        if lowest < 0 or highest >= slot.rows:
+            wrong = lowest if lowest < 0 else highest
+            raise RowOutOfRange(parameter=slot.name, row=wrong, rows=slot.rows)
+    ids, rows = coalesce(ids, rows.view(count, *slot.shape[1:]))
+    return RowsPart(slot, ids, rows)
+
+
+def _all_finite(values: Tensor) -> bool:
+    """For float64, whose squares can overflow where the values do not."""
+    return bool(torch.isfinite(values).all())
+
+
+def decide(push: StagedPush, nonfinite: Nonfinite, groups: ParamGroups) -> bool:
+    """True to go on, False to skip; NonfiniteGradient or SparseNotSupported to reject."""
+    for part in push.parts:
+        if isinstance(part, RowsPart):
+            values = groups.list[part.slot.group].values
+            if values.get("weight_decay", 0.0) != 0:
+                raise SparseNotSupported(
+                    parameter=part.slot.name,
+                    problem="weight_decay is not compatible with sparse gradients: set it to 0 for this group",
+                )
+    if push.nonfinite_parameter is None or nonfinite is Nonfinite.APPLY:
+        return True
+    if nonfinite is Nonfinite.SKIP:
+        return False
+    raise NonfiniteGradient(parameter=push.nonfinite_parameter)

@@ -1,0 +1,159 @@
+"""Param groups: an update rule each, with the hyperparameters that hold for the next version.
+
+Three hands write to them, in an order that cannot compound. The lead worker's edits arrive with its pushes; an
+operator's PATCH pins the fields it names against worker edits until it lets go; a scheduler hook holds the lr of
+its groups against both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pushstep.optim import RULES, Rule
+from pushstep.proto.errors import HeldByHook, InvalidHyperparameter, InvalidManifest, UnknownGroup
+from pushstep.proto.types_pb2 import GroupValues, Hyperparameter, ParamGroup
+
+Values = dict[str, float | bool]
+
+
+def plain_values(values: Mapping[str, Hyperparameter]) -> Values:
+    """Hyperparameters as Python numbers and flags."""
+    return {
+        name: value.flag if value.WhichOneof("value") == "flag" else value.number
+        for name, value in values.items()
+    }
+
+
+def wire_values(values: Mapping[str, float | bool]) -> dict[str, Hyperparameter]:
+    """Hyperparameters as messages."""
+    return {
+        name: Hyperparameter(flag=value) if isinstance(value, bool) else Hyperparameter(number=value)
+        for name, value in values.items()
+    }
+
+
+@dataclass(slots=True)
+class Group:
+    """One param group's rule, values, and who holds which of them."""
+
+    rule: Rule
+    optimizer: int
+    values: Values
+    pinned: set[str] = field(default_factory=set)
+    # hook id that sets lr at every version
+    scheduled_by: str | None = None
+    # counts REST edits: the ETag. A worker's scheduler must not make an operator's edit stale.
+    revision: int = 1
+
+    @classmethod
+    def make(cls, group: ParamGroup) -> Group:
+        """A group from its manifest entry; InvalidManifest or InvalidHyperparameter if it cannot be."""
+        rule = RULES.get(group.rule)
+        if rule is None:
+            raise InvalidManifest(problem=f"unknown rule {group.rule!r}; known are {', '.join(RULES)}")
+        made = cls(rule, group.optimizer, dict(rule.defaults))
+        made.values = made.changed(plain_values(group.values))
+        return made
+
+    def changed(self, edit: Mapping[str, Any]) -> Values:
+        """The values after `edit`, nothing written yet. InvalidHyperparameter if the rule refuses them."""
+        values = dict(self.values)
+        for name, value in edit.items():
+            values[name] = self._typed(name, value)
+        try:
+            self.rule.validate(values)
+        except ValueError as error:
+            raise InvalidHyperparameter(problem=str(error)) from error
+        return values
+
+    def _typed(self, name: str, value: Any) -> float | bool:
+        if name not in self.rule.defaults:
+            raise InvalidHyperparameter(
+                problem=f"rule {self.rule.name!r} has no hyperparameter {name!r}; it has {', '.join(self.rule.defaults)}"
+            )
+        wants_flag = isinstance(self.rule.defaults[name], bool)
+        if wants_flag != isinstance(value, bool) or not isinstance(value, (bool, int, float)):
+            kind = "true or false" if wants_flag else "a number"
+            raise InvalidHyperparameter(problem=f"{name} must be {kind}, not {value!r}")
+        return value if wants_flag else float(value)
+
+
+class ParamGroups:
+    """The groups of one model, in order."""
+
+    def __init__(self, groups: Iterable[Group]) -> None:
+        self.list = list(groups)
+
+    def at(self, index: int, model: str) -> Group:
+        """A group by index; UnknownGroup otherwise."""
+        if not 0 <= index < len(self.list):
+            raise UnknownGroup(model=model, groups=len(self.list), group=index)
+        return self.list[index]
+
+    def patch(self, index: int, edit: Mapping[str, Any], hold: bool, model: str) -> Group:
+        """An operator's edit: validated whole, then written, and held against workers if `hold`."""
+        group = self.at(index, model)
+        if "lr" in edit and group.scheduled_by is not None:
+            raise HeldByHook(field="lr", group=index, hook=group.scheduled_by)
+        group.values = group.changed(edit)
+        group.pinned = group.pinned | set(edit) if hold else group.pinned - set(edit)
+        group.revision += 1
+        return group
+
+    def plan_worker_edits(
+        self, edits: Mapping[int, Mapping[str, Any]], lead: bool, model: str
+    ) -> tuple[dict[int, Values], list[str]]:
+        """What a worker's edits would make of the groups, and which of them do not count, as "group.name"."""
+        planned: dict[int, Values] = {}
+        ignored: list[str] = []
+        for index, edit in edits.items():
+            group = self.at(index, model)
+            counted = {}
+            for name, value in edit.items():
+                held = name in group.pinned or (name == "lr" and group.scheduled_by is not None)
+                if lead and not held:
+                    counted[name] = value
+                else:
+                    ignored.append(f"{index}.{name}")
+            if counted:
+                planned[index] = group.changed(counted)
+        return planned, ignored
+
+    def write(self, planned: Mapping[int, Values]) -> None:
+        """Write what `plan_worker_edits` planned."""
+        for index, values in planned.items():
+            self.list[index].values = values
+
+    def messages(self) -> list[GroupValues]:
+        """Every group's values as they stand."""
+        return [
+            GroupValues(group=index, values=wire_values(group.values), effective_lr=float(group.values["lr"]))
+            for index, group in enumerate(self.list)
+        ]
+
+    def dump(self) -> list[dict[str, Any]]:
+        """The groups as JSON."""
+        return [
+            {
+                "rule": group.rule.name,
+                "optimizer": group.optimizer,
+                "values": group.values,
+                "pinned": sorted(group.pinned),
+            }
+            for group in self.list
+        ]
+
+    @classmethod
+    def parse(cls, dumped: Iterable[Mapping[str, Any]]) -> ParamGroups:
+        """The groups that `dump` wrote."""
+        return cls(
+            Group(
+                RULES[entry["rule"]],
+                int(entry["optimizer"]),
+                dict(entry["values"]),
+                set(entry["pinned"]),
+            )
+            for entry in dumped
+        )

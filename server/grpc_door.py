@@ -1,0 +1,277 @@
+"""The workers' door: gRPC. Decode, call the room, encode; errors leave as the catalogue says.
+
+Bulk methods take and give raw messages, which frames.py reads and writes, so that tensor bytes never pass through a
+protobuf object. Any protobuf client can talk to them all the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from importlib.metadata import version as installed_version
+from typing import Any, Final
+
+import grpc
+import torch
+
+from pushstep.proto import dtypes
+from pushstep.proto import training_pb2 as pb
+from pushstep.proto.errors import Draining, PushstepError, RowOutOfRange
+from pushstep.proto.frames import MAX_CHUNK_BYTES, Piece, pack
+from pushstep.proto.status import TRAILER, named, to_trailer
+from pushstep.proto.types_pb2 import DType, Receipt, Segment
+
+from .arena import ArenasCopy
+from .bulk import BulkStream
+from .catalog import Catalog
+from .intake import Intake, Pending
+from .membership import join
+from .model import Model
+from .publish import Published, rows_body
+from .staging import Budget
+from .upload import Upload
+
+log = logging.getLogger("pushstep.grpc")
+SERVICE: Final = "pushstep.v1.TrainingService"
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class GrpcDoor:
+    """The methods of TrainingService."""
+
+    def __init__(self, catalog: Catalog, budget: Budget, stall_s: float) -> None:
+        self.catalog = catalog
+        self.budget = budget
+        self.stall_s = stall_s
+        self.pending = Pending()
+        self.draining = False
+        self.http_url = ""
+        self.unix_path = ""
+
+    def handler(self) -> grpc.GenericRpcHandler[Any, Any]:
+        """What a grpc.aio server is given."""
+        unary, bulk_in, bulk_out, bulk = (
+            grpc.unary_unary_rpc_method_handler,
+            grpc.stream_unary_rpc_method_handler,
+            grpc.unary_stream_rpc_method_handler,
+            grpc.stream_stream_rpc_method_handler,
+        )
+        methods = {
+            "Describe": unary(_answering(self.describe), pb.DescribeRequest.FromString, _serialize),
+            "Join": unary(_answering(self.join), pb.JoinRequest.FromString, _serialize),
+            "Heartbeat": unary(_answering(self.heartbeat), pb.HeartbeatRequest.FromString, _serialize),
+            "Leave": unary(_answering(self.leave), pb.LeaveRequest.FromString, _serialize),
+            "Upload": bulk_in(_answering(self.upload), None, _serialize),
+            "Push": bulk_in(_answering(self.push), None, _serialize),
+            "Exchange": bulk(_streaming(self.exchange), None, None),
+            "Pull": bulk_out(_streaming(self.pull), pb.PullRequest.FromString, None),
+            "PullRows": bulk_out(_streaming(self.pull_rows), pb.PullRowsRequest.FromString, None),
+            "PullState": bulk_out(_streaming(self.pull_state), pb.PullStateRequest.FromString, None),
+        }
+        return grpc.method_handlers_generic_handler(SERVICE, methods)
+
+    async def describe(self, request: pb.DescribeRequest) -> pb.DescribeResponse:
+        """Describe."""
+        return pb.DescribeResponse(
+            server_version=installed_version("pushstep"),
+            max_chunk_bytes=MAX_CHUNK_BYTES,
+            models=sorted(self.catalog.models),
+            unix_path=self.unix_path,
+            http_url=self.http_url,
+        )
+
+    async def join(self, request: pb.JoinRequest) -> pb.JoinResponse:
+        """Join."""
+        self._take_new_work()
+        return join(self.catalog, request)
+
+    async def heartbeat(self, request: pb.HeartbeatRequest) -> pb.HeartbeatResponse:
+        """Heartbeat."""
+        model = self.catalog.get(request.model)
+        model.require_current(request.identity)
+        model.sessions.require(request.identity, time.monotonic())
+        return pb.HeartbeatResponse(version=model.version, lease_s=model.sessions.lease_s)
+
+    async def leave(self, request: pb.LeaveRequest) -> pb.LeaveResponse:
+        """Leave."""
+        model = self.catalog.get(request.model)
+        model.sessions.leave(request.identity, time.monotonic())
+        model.record("left", request.identity.worker)
+        return pb.LeaveResponse()
+
+    async def upload(self, messages: AsyncIterator[bytes]) -> pb.UploadResponse:
+        """Upload."""
+        self._take_new_work()
+        stream = BulkStream(messages, pb.UploadRequest, self.stall_s)
+        upload = Upload(self.catalog, (await stream.header()).header, self.budget)
+        try:
+            await stream.feed(upload.place)
+            return await upload.commit()
+        finally:
+            upload.release()
+
+    async def push(self, messages: AsyncIterator[bytes]) -> pb.PushResponse:
+        """Push."""
+        _, _, receipt = await self._take_push(messages)
+        return pb.PushResponse(receipt=receipt)
+
+    async def exchange(self, messages: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        """Exchange."""
+        model, header, receipt = await self._take_push(messages)
+        begun_s = time.monotonic()
+        published = await _newest(model, header.pull, header.identity.timeline)
+        answer = pb.PullHeader(receipt=receipt, groups=receipt.groups)
+        answer.receipt.times.publish_s = time.monotonic() - begun_s
+        async for message in _published_messages(model, published, answer):
+            yield message
+
+    async def pull(self, request: pb.PullRequest) -> AsyncIterator[bytes]:
+        """Pull."""
+        model = self.catalog.get(request.model)
+        answer = pb.PullHeader(groups=model.group_values())
+        if request.HasField("identity"):
+            model.require_current(request.identity)
+            model.sessions.require(request.identity, time.monotonic())
+        else:
+            model.require_whole()
+            answer.manifest.CopyFrom(model.layout.manifest)
+        published = await _newest(model, request.options, request.timeline)
+        async for message in _published_messages(model, published, answer):
+            yield message
+
+    async def pull_rows(self, request: pb.PullRowsRequest) -> AsyncIterator[bytes]:
+        """PullRows."""
+        model = self.catalog.get(request.model)
+        model.require_whole()
+        slot = model.layout.slot(request.parameter, model.name)
+        wrong = [row for row in request.ids if row >= slot.rows]
+        if wrong:
+            raise RowOutOfRange(parameter=slot.name, row=wrong[0], rows=slot.rows)
+        ids = torch.tensor(list(request.ids), dtype=torch.int64)
+        wire = dtypes.to_torch(request.dtype, "request") if request.dtype else None
+
+        def read() -> tuple[pb.PullHeader, list[bytes]]:
+            arenas = model.arenas
+            segment, body = rows_body(arenas, slot, ids.to(arenas.device), wire)
+            if not segment.HasField("rows"):  # asked for rows: rows it is, however many
+                segment.rows = ids.numel()
+                dtype = dtypes.to_torch(segment.dtype, "segment")
+                body = [Piece(ids, torch.int64), Piece(arenas.view(slot).index_select(0, ids), dtype)]
+            header = _header(model, arenas.timeline, arenas.version, [segment])
+            return header, list(pack([body]))
+
+        header, frames = await model.stepper.submit(read)
+        yield pb.PullResponse(header=header).SerializeToString()
+        for frame in frames:
+            yield frame
+
+    async def pull_state(self, request: pb.PullStateRequest) -> AsyncIterator[bytes]:
+        """PullState."""
+        model = self.catalog.get(request.model)
+        values = model.group_values()
+        _, copy = await model.copy()
+        segments, bodies = _state_bodies(copy)
+        header = _header(model, copy.timeline, copy.version, segments)
+        header.steps.extend(copy.steps)
+        header.groups.extend(values)
+        header.manifest.CopyFrom(copy.layout.manifest)
+        yield pb.PullResponse(header=header).SerializeToString()
+        frames = pack(bodies)
+        while (frame := await asyncio.to_thread(next, frames, None)) is not None:
+            yield frame
+
+    async def _take_push(self, messages: AsyncIterator[bytes]) -> tuple[Model, pb.PushHeader, Receipt]:
+        self._take_new_work()
+        stream = BulkStream(messages, pb.PushRequest, self.stall_s)
+        header = (await stream.header()).header
+        model = self.catalog.get(header.model)
+        intake = Intake(model, header, self.budget, self.pending)
+        try:
+            last = await stream.feed(intake.place)
+            return model, header, await intake.commit(last.commit.digest if last is not None else 0)
+        finally:
+            intake.release()
+
+    def _take_new_work(self) -> None:
+        if self.draining:
+            raise Draining()
+
+
+async def _newest(model: Model, options: pb.PullOptions, timeline: int) -> Published:
+    have = options.have_version if options.HasField("have_version") else None
+    wire = dtypes.to_torch(options.dtype, "request") if options.dtype != DType.DTYPE_UNSPECIFIED else None
+    return await model.publisher.newest(timeline, have, wire)
+
+
+async def _published_messages(
+    model: Model, published: Published, header: pb.PullHeader
+) -> AsyncIterator[bytes]:
+    header.MergeFrom(_header(model, published.timeline, published.version, published.segments))
+    header.unchanged = published.unchanged
+    yield pb.PullResponse(header=header).SerializeToString()
+    for frame in published.dense.frames if published.dense is not None else ():
+        yield frame
+    for frame in published.own_frames:
+        yield frame
+
+
+def _header(model: Model, timeline: int, version: int, segments: list[Segment]) -> pb.PullHeader:
+    return pb.PullHeader(
+        model_uid=model.uid,
+        timeline=timeline,
+        version=version,
+        segments=segments,
+        manifest_hash=model.layout.manifest_hash,
+    )
+
+
+def _state_bodies(copy: ArenasCopy) -> tuple[list[Segment], list[list[Piece]]]:
+    segments, bodies = [], []
+    for arena in copy.layout.arenas:
+        for state, flat in {"": copy.parameters[arena.index], **copy.states[arena.index]}.items():
+            if arena.elements:
+                dtype = dtypes.to_wire(flat.dtype, "segment")
+                segments.append(
+                    Segment(arena=arena.index, start=0, stop=arena.elements, dtype=dtype, state=state)
+                )
+                bodies.append([Piece(flat, flat.dtype)])
+    return segments, bodies
+
+
+def _serialize(message: Any) -> bytes:
+    return bytes(message.SerializeToString())
+
+
+def _answering(method: Callable[[Any], Awaitable[Any]]) -> Callable[[Any, Context], Awaitable[Any]]:
+    """A unary answer, or the catalogue's error."""
+
+    async def call(request: Any, context: Context) -> Any:
+        try:
+            return await method(request)
+        except Exception as error:  # noqa: BLE001 - the one place where errors become statuses
+            await _abort(context, error)
+
+    return call
+
+
+def _streaming(
+    method: Callable[[Any], AsyncIterator[bytes]],
+) -> Callable[[Any, Context], AsyncIterator[bytes]]:
+    """A stream of answers, or the catalogue's error."""
+
+    async def call(request: Any, context: Context) -> AsyncIterator[bytes]:
+        try:
+            async for message in method(request):
+                yield message
+        except Exception as error:  # noqa: BLE001 - the one place where errors become statuses
+            await _abort(context, error)
+
+    return call
+
+
+async def _abort(context: Context, error: Exception) -> None:
+    known: PushstepError = named(error, log)
+    log.debug("refused: %s", known.message)
+    await context.abort(known.grpc_status, known.message, ((TRAILER, to_trailer(known)),))

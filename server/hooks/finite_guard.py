@@ -1,0 +1,32 @@
+"""The finite guard: what becomes of gradients with NaN or infinity, set for as long as the hook is installed."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import Field
+
+from ..gate import Nonfinite
+from .hook import Hook, Point, Settings
+
+
+class FiniteGuardSettings(Settings):
+    """The model's `nonfinite` setting."""
+
+    action: Nonfinite = Field(
+        Nonfinite.REJECT,
+        description="reject: a named error; skip: the push counts and moves nothing; apply: as torch does",
+    )
+
+
+class FiniteGuard(Hook):
+    """Edits the model's `nonfinite` setting. The decision itself is made in one place, the gate."""
+
+    name: ClassVar[str] = "finite_guard"
+    kind = "guard"
+    points: ClassVar[frozenset[Point]] = frozenset({Point.STEP_PRE})
+    settings_type: ClassVar[type[Settings]] = FiniteGuardSettings
+
+    def nonfinite(self) -> Nonfinite | None:
+        """The action that the operator chose."""
+        return self.settings.action if isinstance(self.settings, FiniteGuardSettings) else None

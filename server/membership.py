@@ -1,0 +1,101 @@
+"""What a worker is told when it joins: who it is now, what the model is, and what became of its last pushes."""
+
+from __future__ import annotations
+
+import time
+
+from pushstep.proto.errors import ManifestMismatch, ModelLost, UnknownModel
+from pushstep.proto.layout import Layout
+from pushstep.proto.training_pb2 import CreationTicket, JoinRequest, JoinResponse, Membership
+from pushstep.proto.types_pb2 import Identity, Manifest
+
+from .catalog import CREATION_S, Catalog, check_name
+from .model import Model
+from .session import Worker
+
+DIFFERENCES_SHOWN = 10
+
+
+def join(catalog: Catalog, request: JoinRequest) -> JoinResponse:
+    """Make the caller a worker, or give it leave to create the model."""
+    check_name(request.worker, "worker name")
+    now_s = time.monotonic()
+    model = catalog.models.get(request.model)
+    if model is None:
+        if request.model_uid:
+            raise ModelLost(model=request.model[:200])
+        if not request.HasField("manifest"):
+            raise UnknownModel(model=request.model[:200])
+        creation = catalog.begin_creation(request.model, request.worker, request.manifest, now_s)
+        return JoinResponse(
+            create=CreationTicket(
+                model=request.model,
+                worker=request.worker,
+                ticket=creation.ticket,
+                expires_s=CREATION_S,
+                manifest=creation.layout.manifest,
+            )
+        )
+    if request.model_uid and request.model_uid != model.uid:
+        raise ModelLost(model=model.name)
+    if request.HasField("manifest"):
+        _check_same(model, request.manifest)
+    known = model.sessions.workers.get(request.worker)
+    itself = known is not None and request.epoch == known.epoch and request.model_uid == model.uid
+    worker = model.sessions.join(request.worker, now_s, request.takeover or itself)
+    model.record("joined", worker.name, epoch=worker.epoch)
+    return JoinResponse(member=membership(model, worker))
+
+
+def membership(model: Model, worker: Worker) -> Membership:
+    """The membership of a joined worker."""
+    return Membership(
+        identity=Identity(
+            model_uid=model.uid,
+            timeline=model.timeline,
+            worker=worker.name,
+            epoch=worker.epoch,
+            sequence=worker.sequence,
+        ),
+        version=model.version,
+        manifest_hash=model.layout.manifest_hash,
+        manifest=model.layout.manifest,
+        groups=model.group_values(),
+        receipts=[verdict.receipt for verdict in worker.verdicts],
+        lease_s=model.sessions.lease_s,
+        lead=model.sessions.leads(worker),
+        worker_state=worker.worker_state,
+    )
+
+
+def _check_same(model: Model, manifest: Manifest) -> None:
+    """ManifestMismatch, listing the differences, unless the worker's manifest is the model's."""
+    theirs = Layout(manifest)
+    if theirs.manifest_hash == model.layout.manifest_hash:
+        return
+    differences = []
+    for index in range(max(len(theirs.slots), len(model.layout.slots))):
+        here = model.layout.slots[index] if index < len(model.layout.slots) else None
+        there = theirs.slots[index] if index < len(theirs.slots) else None
+        if here is None or there is None:
+            what = here or there
+            where = "only the server has" if there is None else "only this worker has"
+            differences.append(f"{where} {what.name if what else ''!r}")
+        elif (here.name, here.shape, here.dtype, here.group) != (
+            there.name,
+            there.shape,
+            there.dtype,
+            there.group,
+        ):
+            differences.append(
+                f"parameter {index}: the server has {here.name!r} {here.shape} {here.dtype} in group {here.group}, "
+                f"this worker {there.name!r} {there.shape} {there.dtype} in group {there.group}"
+            )
+    rules = [[group.rule for group in side.manifest.groups] for side in (model.layout, theirs)]
+    if rules[0] != rules[1]:
+        differences.append(f"the server's groups are {rules[0]}, this worker's {rules[1]}")
+    if not differences:
+        differences.append("aliases or optimizers are not the same")
+    more = len(differences) - DIFFERENCES_SHOWN
+    shown = "; ".join(differences[:DIFFERENCES_SHOWN]) + (f"; and {more} more" if more > 0 else "")
+    raise ManifestMismatch(model=model.name, differences=shown)

@@ -1,0 +1,191 @@
+"""Parameters on their way out: one version's frames are encoded once per wire dtype and shared by all who ask.
+
+A pull never reads a version that is being written, because encoding runs in the writer's own thread between two
+steps. Readers that ask while the writer is busy are answered together. Row-sparse parameters are sent as the rows
+that changed since the version a reader has, or whole where that is smaller; those frames are each reader's own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+
+from pushstep.proto import dtypes
+from pushstep.proto.frames import Piece, pack
+from pushstep.proto.layout import ID_BYTES, Slot
+from pushstep.proto.types_pb2 import Segment
+
+from .arena import Arenas
+from .stepper import Stepper
+
+# Frames of older versions live on while a slow reader is being sent them; beyond this many the next version waits.
+LIVE_VERSIONS: Final = 3
+CROWDED_RETRY_S: Final = 0.01
+
+
+class DenseFrames:
+    """The frames of one version's densely sent parameters."""
+
+    __slots__ = ("__weakref__", "frames", "segments")
+
+    def __init__(self, segments: list[Segment], frames: list[bytes]) -> None:
+        self.segments = segments
+        self.frames = frames
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """What one reader is sent: all of one version, or nothing because it has it."""
+
+    timeline: int
+    version: int
+    unchanged: bool
+    segments: list[Segment]
+    dense: DenseFrames | None
+    own_frames: list[bytes]
+
+
+@dataclass(slots=True)
+class _Request:
+    timeline: int | None
+    have_version: int | None
+    wire: torch.dtype | None
+    answer: asyncio.Future[Published]
+
+
+class Publisher:
+    """Hands out versions of one model."""
+
+    def __init__(self, arenas: Arenas, stepper: Stepper) -> None:
+        self._arenas = arenas
+        self._stepper = stepper
+        self._lock = threading.Lock()  # guards _waiting and _scheduled, between the loop and the writer
+        self._waiting: list[_Request] = []
+        self._scheduled = False
+        self._current: dict[torch.dtype | None, tuple[tuple[int, int], DenseFrames]] = {}
+        self._live: dict[torch.dtype | None, weakref.WeakSet[DenseFrames]] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def newest(
+        self, timeline: int | None, have_version: int | None, wire: torch.dtype | None
+    ) -> Published:
+        """The newest version that is complete when the writer gets to it, for a reader that has `have_version`."""
+        self._loop = asyncio.get_running_loop()
+        request = _Request(timeline, have_version, wire, self._loop.create_future())
+        with self._lock:
+            self._waiting.append(request)
+        self._schedule()
+        return await request.answer
+
+    def _schedule(self) -> None:
+        with self._lock:
+            if self._scheduled or not self._waiting:
+                return
+            self._scheduled = True
+        self._stepper.submit(self._publish)
+
+    def _publish(self) -> None:
+        with self._lock:
+            requests, self._waiting = self._waiting, []
+            self._scheduled = False
+        crowded = False
+        for request in requests:
+            try:
+                published = self._encode(request)
+            except Exception as error:  # noqa: BLE001 - whatever it is belongs to the reader, not to the writer
+                self._answer(request, error)
+            else:
+                if published is None:
+                    crowded = True
+                    with self._lock:
+                        self._waiting.append(request)
+                else:
+                    self._answer(request, published)
+        loop = self._loop
+        if crowded and loop is not None:
+            loop.call_soon_threadsafe(loop.call_later, CROWDED_RETRY_S, self._schedule)
+
+    def _answer(self, request: _Request, result: Published | Exception) -> None:
+        def settle() -> None:
+            if request.answer.done():
+                return
+            if isinstance(result, Published):
+                request.answer.set_result(result)
+            else:
+                request.answer.set_exception(result)
+
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(settle)
+
+    def _encode(self, request: _Request) -> Published | None:
+        """In the writer's thread. None: too many older versions are still being read."""
+        arenas = self._arenas
+        have = request.have_version if request.timeline == arenas.timeline else None
+        if have == arenas.version:
+            return Published(arenas.timeline, arenas.version, True, [], None, [])
+        dense = self._dense(request.wire)
+        if dense is None:
+            return None
+        segments, bodies = self._row_tracked(have, request.wire)
+        own = list(pack(bodies, first=len(dense.segments)))
+        return Published(arenas.timeline, arenas.version, False, dense.segments + segments, dense, own)
+
+    def _dense(self, wire: torch.dtype | None) -> DenseFrames | None:
+        arenas = self._arenas
+        now = (arenas.timeline, arenas.version)
+        if wire in self._current and self._current[wire][0] == now:
+            return self._current[wire][1]
+        self._current.pop(wire, None)
+        live = self._live.setdefault(wire, weakref.WeakSet())
+        if len(live) >= LIVE_VERSIONS:
+            return None
+        slots = [slot for slot in arenas.layout.slots if slot.index not in arenas.row_changed]
+        runs = arenas.layout.dense_segments(slots, wire)
+        bodies = [
+            [Piece(arenas.flat(s.arena)[s.start : s.stop], dtypes.to_torch(s.dtype, ""))] for s, _ in runs
+        ]
+        frames = DenseFrames([segment for segment, _ in runs], list(pack(bodies)))
+        live.add(frames)
+        self._current[wire] = (now, frames)
+        return frames
+
+    def _row_tracked(
+        self, have: int | None, wire: torch.dtype | None
+    ) -> tuple[list[Segment], list[Sequence[Piece]]]:
+        arenas = self._arenas
+        segments: list[Segment] = []
+        bodies: list[Sequence[Piece]] = []
+        for index in sorted(arenas.row_changed):
+            slot = arenas.layout.slots[index]
+            changed = arenas.row_changed[index]
+            ids = None if have is None else torch.nonzero(changed > have).flatten()
+            segment, body = rows_body(arenas, slot, ids, wire)
+            segments.append(segment)
+            bodies.append(body)
+        return segments, bodies
+
+    def forget(self) -> None:
+        """Drop what was encoded: the arenas were replaced."""
+        self._current.clear()
+
+
+def rows_body(
+    arenas: Arenas, slot: Slot, ids: torch.Tensor | None, wire: torch.dtype | None
+) -> tuple[Segment, list[Piece]]:
+    """A segment that carries some rows of a parameter, or all of it when that is smaller or `ids` is None."""
+    dtype = wire or slot.dtype
+    segment = Segment(
+        arena=slot.arena, start=slot.start, stop=slot.stop, dtype=dtypes.to_wire(dtype, "segment")
+    )
+    table = arenas.view(slot)
+    whole_bytes = table.numel() * dtype.itemsize
+    if ids is None or ids.numel() * (ID_BYTES + slot.row_elements * dtype.itemsize) >= whole_bytes:
+        return segment, [Piece(table, dtype)]
+    segment.rows = ids.numel()
+    return segment, [Piece(ids, torch.int64), Piece(table.index_select(0, ids), dtype)]

@@ -1,0 +1,82 @@
+"""Models: what is held here, how large, at which version; and the end of one."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from fastapi import APIRouter, Response
+
+from ..arena import Arenas
+from ..model import Model
+from .depends import OPERATOR, CatalogHere, ModelHere
+
+router = APIRouter(tags=["models"])
+
+
+def describe(model: Model) -> dict[str, Any]:
+    """A model in numbers."""
+    model.sessions.expire(time.monotonic())
+    receipt = model.last_receipt
+    return {
+        "name": model.name,
+        "uid": model.uid.hex(),
+        "timeline": model.timeline,
+        "version": model.version,
+        "edit": model.edit,
+        "parameters": len(model.layout.slots),
+        "elements": sum(arena.elements for arena in model.layout.arenas),
+        "bytes": Arenas.bytes_needed(model.layout, model.arenas.rule_names),
+        "groups": len(model.groups.list),
+        "hooks": len(model.hooks.list),
+        "policy": model.policy.dump(),
+        "nonfinite": model.hooks.nonfinite(),
+        "workers_live": len(model.sessions.live()),
+        "failed": None if model.failed is None else model.failed.message,
+        "last_step": None
+        if receipt is None
+        else {
+            "version": receipt.version,
+            "worker": receipt.identity.worker,
+            "staleness": receipt.staleness,
+            "gradient_norm": receipt.gradient_norm,
+            "clip_factor": receipt.clip_factor,
+        },
+    }
+
+
+@router.get("/models", summary="List the models")
+async def list_models(catalog: CatalogHere) -> dict[str, Any]:
+    """Every model of this server."""
+    return {"models": [describe(model) for _, model in sorted(catalog.models.items())]}
+
+
+@router.get("/models/{m}", summary="Show a model")
+async def show_model(model: ModelHere) -> dict[str, Any]:
+    """One model."""
+    return describe(model)
+
+
+@router.delete("/models/{m}", status_code=204, summary="Delete a model and its snapshots")
+async def delete_model(m: str, catalog: CatalogHere) -> Response:
+    """For good. Its workers are told `model_lost`."""
+    await catalog.delete(m, OPERATOR)
+    return Response(status_code=204)
+
+
+@router.get("/models/{m}/policy", summary="Show when pushes are applied")
+async def show_policy(model: ModelHere) -> dict[str, Any]:
+    """The policy in force."""
+    return {**model.policy.dump(), "effective_version": model.version + 1}
+
+
+@router.get("/capacity", summary="Show how full the server is")
+async def show_capacity(catalog: CatalogHere) -> dict[str, Any]:
+    """Bounds and what is taken of them."""
+    held = sum(Arenas.bytes_needed(m.layout, m.arenas.rule_names) for m in catalog.models.values())
+    return {
+        "models": {"held": len(catalog.models), "limit": catalog.config.max_models},
+        "bytes": {"held": held, "limit": catalog.config.max_bytes},
+        "staging_bytes": {"limit": catalog.config.staging_bytes},
+        "device": str(catalog.device),
+    }

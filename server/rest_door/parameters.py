@@ -1,0 +1,74 @@
+"""Parameters: what they are called, how large they are, what they look like."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import torch
+from fastapi import APIRouter, Query
+
+from pushstep.proto import dtypes
+from pushstep.proto.layout import Slot
+
+from ..model import Model
+from .depends import ModelHere
+
+router = APIRouter(tags=["parameters"])
+
+
+def _show(slot: Slot, model: Model) -> dict[str, Any]:
+    return {
+        "name": slot.name,
+        "shape": list(slot.shape),
+        "dtype": dtypes.NAMES[slot.dtype],
+        "group": slot.group,
+        "aliases": list(slot.aliases),
+        "row_sparse": slot.index in model.arenas.row_changed,
+        "steps": model.arenas.steps[slot.index],
+    }
+
+
+@router.get("/models/{m}/parameters", summary="List the parameters")
+async def list_parameters(
+    model: ModelHere,
+    offset: Annotated[int, Query(ge=0)] = 0,
+    limit: Annotated[int, Query(ge=1, le=10_000)] = 1000,
+) -> dict[str, Any]:
+    """In manifest order, a page at a time."""
+    slots = model.layout.slots
+    return {
+        "parameters": [_show(slot, model) for slot in slots[offset : offset + limit]],
+        "total": len(slots),
+    }
+
+
+@router.get("/models/{m}/parameters/{name:path}", summary="Show a parameter in numbers")
+async def show_parameter(model: ModelHere, name: str) -> dict[str, Any]:
+    """Statistics of its values and states at one version."""
+    slot = model.layout.slot(name, model.name)
+
+    def read() -> dict[str, Any]:
+        arenas = model.arenas
+        tensors = {"value": arenas.view(slot), **{s: arenas.view(slot, s) for s in arenas.state_names(slot)}}
+        return {
+            "version": arenas.version,
+            "timeline": arenas.timeline,
+            "statistics": {name: _statistics(tensor) for name, tensor in tensors.items()},
+        }
+
+    return {**_show(slot, model), **await model.stepper.submit(read)}
+
+
+def _statistics(tensor: torch.Tensor) -> dict[str, float | None]:
+    if tensor.numel() == 0:
+        return {"min": None, "max": None, "mean": None, "norm": None}
+    values = tensor.double()
+    numbers = {
+        "min": float(values.min()),
+        "max": float(values.max()),
+        "mean": float(values.mean()),
+        "norm": float(torch.linalg.vector_norm(values)),
+    }
+    return {
+        name: number if torch.isfinite(torch.tensor(number)) else None for name, number in numbers.items()
+    }

@@ -1,0 +1,45 @@
+"""Workers: who they are, how far behind, and the end of one."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from fastapi import APIRouter
+
+from ..model import Model
+from ..session import Worker
+from .depends import OPERATOR, ModelHere
+
+router = APIRouter(tags=["workers"])
+
+
+def _show(worker: Worker, model: Model, now_s: float) -> dict[str, Any]:
+    return {
+        "name": worker.name,
+        "state": worker.state,
+        "lead": model.sessions.leads(worker),
+        "epoch": worker.epoch,
+        "sequence": worker.sequence,
+        "lag": model.version - worker.base_version,
+        "staleness": worker.staleness,
+        "last_seen_s": round(now_s - worker.last_seen_s, 3),
+        "lease_left_s": round(max(0.0, worker.lease_until_s - now_s), 3),
+        "outcomes": worker.outcomes,
+        "duplicates": worker.duplicates,
+        "metrics": worker.metrics,
+    }
+
+
+@router.get("/models/{m}/workers", summary="List the workers")
+async def list_workers(model: ModelHere) -> dict[str, Any]:
+    """Every worker remembered, those that left included."""
+    now_s = time.monotonic()
+    model.sessions.expire(now_s)
+    return {"workers": [_show(worker, model, now_s) for worker in model.sessions.workers.values()]}
+
+
+@router.delete("/models/{m}/workers/{worker}", summary="Evict a worker")
+async def evict_worker(model: ModelHere, worker: str) -> dict[str, Any]:
+    """Fence it at once; its receipts are kept, and it may join again by hand."""
+    return {"name": worker, "effective_version": model.evict(worker, OPERATOR)}

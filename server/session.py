@@ -1,0 +1,247 @@
+"""Who is pushing: workers, their epochs and sequences, and the receipts that make a retry harmless.
+
+A synchronous state machine: events and the time go in, decisions come out; no clock, thread or I/O inside. A push is
+(worker, epoch, sequence). The next sequence is judged, one that was judged before is answered with the stored
+verdict, a gap or an old epoch is refused.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Final
+
+from pushstep.proto.errors import (
+    CATALOGUE,
+    AlreadyJoined,
+    Conflict,
+    Fenced,
+    LeaseExpired,
+    OutOfOrder,
+    PushstepError,
+    TooOld,
+    UnknownWorker,
+)
+from pushstep.proto.types_pb2 import Identity, Outcome, Receipt
+
+RECEIPTS_KEPT: Final = 8
+FORGET_AFTER_S: Final = 24 * 3600.0
+
+
+class WorkerState(StrEnum):
+    """Where a worker stands."""
+
+    LIVE = "live"
+    LEFT = "left"
+    EXPIRED = "expired"
+    EVICTED = "evicted"
+
+
+@dataclass(slots=True)
+class Verdict:
+    """What became of one sequence: a receipt, and the error that its push was answered with, if any."""
+
+    digest: int
+    receipt: Receipt
+    error: PushstepError | None = None
+
+
+@dataclass(slots=True)
+class Worker:
+    """One worker by name, through all its epochs."""
+
+    name: str
+    epoch: int = 0
+    # of the last sequence consumed in this epoch
+    sequence: int = 0
+    state: WorkerState = WorkerState.LEFT
+    lease_until_s: float = 0.0
+    last_seen_s: float = 0.0
+    # position in the order of joins: the lowest live one leads
+    joined: int = 0
+    verdicts: deque[Verdict] = field(default_factory=lambda: deque(maxlen=RECEIPTS_KEPT))
+    outcomes: dict[str, int] = field(default_factory=dict)
+    duplicates: int = 0
+    base_version: int = 0
+    staleness: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+    worker_state: bytes = b""
+
+
+class Sessions:
+    """The worker table of one model."""
+
+    def __init__(self, lease_s: float, max_workers: int) -> None:
+        self.lease_s = lease_s
+        self.max_workers = max_workers
+        self.workers: dict[str, Worker] = {}
+        self._joins = 0
+
+    def join(self, name: str, now_s: float, takeover: bool) -> Worker:
+        """Open the next epoch under a name. AlreadyJoined while another holds it, unless taken over."""
+        self.expire(now_s)
+        worker = self.workers.get(name)
+        if worker is None:
+            self._forget(now_s)
+            worker = self.workers[name] = Worker(name)
+        if worker.state is WorkerState.LIVE and not takeover:
+            left_s = round(worker.lease_until_s - now_s, 3)
+            raise AlreadyJoined(worker=name, retry_after_s=max(left_s, 0.001))
+        worker.epoch += 1
+        worker.sequence = 0
+        worker.state = WorkerState.LIVE
+        self._joins += 1
+        worker.joined = self._joins
+        self._touch(worker, now_s)
+        return worker
+
+    def require(self, identity: Identity, now_s: float) -> Worker:
+        """The live worker that `identity` is; its lease starts anew. UnknownWorker, Fenced or LeaseExpired."""
+        self.expire(now_s)
+        worker = self.workers.get(identity.worker)
+        if worker is None or identity.epoch > worker.epoch:
+            raise UnknownWorker(model="", worker=identity.worker)
+        if worker.state is WorkerState.EVICTED:
+            raise Fenced(worker=worker.name, epoch=identity.epoch, why="evicted by an operator")
+        if identity.epoch < worker.epoch:
+            raise Fenced(
+                worker=worker.name, epoch=identity.epoch, why="another session joined under this name"
+            )
+        if worker.state is not WorkerState.LIVE:
+            raise LeaseExpired(worker=worker.name, seconds=self.lease_s)
+        self._touch(worker, now_s)
+        return worker
+
+    def judged(self, worker: Worker, identity: Identity, digest: int | None = None) -> Verdict | None:
+        """The stored verdict of a sequence seen before, or None if it is the next one.
+
+        `digest` None: not known yet (only the header has arrived). TooOld, OutOfOrder or Conflict otherwise.
+        """
+        if identity.sequence == worker.sequence + 1:
+            return None
+        if identity.sequence > worker.sequence or identity.sequence == 0:
+            raise OutOfOrder(worker=worker.name, got=identity.sequence, expected=worker.sequence + 1)
+        for verdict in worker.verdicts:
+            seen = verdict.receipt.identity
+            if (seen.epoch, seen.sequence) == (identity.epoch, identity.sequence):
+                if digest is not None and digest != verdict.digest:
+                    raise Conflict(worker=worker.name, sequence=identity.sequence)
+                return verdict
+        oldest = worker.sequence - len(worker.verdicts) + 1
+        raise TooOld(worker=worker.name, got=identity.sequence, oldest=oldest)
+
+    def consume(self, worker: Worker, verdict: Verdict) -> None:
+        """Store the verdict on the worker's next sequence."""
+        worker.sequence = verdict.receipt.identity.sequence
+        worker.verdicts.append(verdict)
+        outcome = Outcome.Name(verdict.receipt.outcome).removeprefix("OUTCOME_").lower()
+        worker.outcomes[outcome] = worker.outcomes.get(outcome, 0) + 1
+
+    def duplicate(self, worker: Worker, verdict: Verdict) -> None:
+        """Count a push that came again."""
+        worker.duplicates += 1
+        verdict.receipt.duplicates += 1
+
+    def leave(self, identity: Identity, now_s: float) -> None:
+        """End an epoch; leaving twice, or after expiry, changes nothing."""
+        worker = self.workers.get(identity.worker)
+        if worker is not None and worker.epoch == identity.epoch and worker.state is WorkerState.LIVE:
+            worker.state = WorkerState.LEFT
+            worker.last_seen_s = now_s
+
+    def evict(self, name: str, model: str) -> Worker:
+        """Fence a worker by an operator's hand; it may join again by a new session."""
+        worker = self.workers.get(name)
+        if worker is None:
+            raise UnknownWorker(model=model, worker=name)
+        worker.state = WorkerState.EVICTED
+        return worker
+
+    def close_epochs(self) -> None:
+        """End every epoch (a restore did): each worker has to join again."""
+        for worker in self.workers.values():
+            if worker.state is WorkerState.LIVE:
+                worker.state = WorkerState.LEFT
+
+    def expire(self, now_s: float) -> None:
+        """Let go of leases that ran out."""
+        for worker in self.workers.values():
+            if worker.state is WorkerState.LIVE and now_s > worker.lease_until_s:
+                worker.state = WorkerState.EXPIRED
+
+    def live(self) -> list[Worker]:
+        """The live workers, longest joined first."""
+        found = [worker for worker in self.workers.values() if worker.state is WorkerState.LIVE]
+        return sorted(found, key=lambda worker: worker.joined)
+
+    def leads(self, worker: Worker) -> bool:
+        """Whether a worker's hyperparameter edits count: the longest-joined live one's do."""
+        live = self.live()
+        return bool(live) and live[0] is worker
+
+    def dump(self) -> list[dict[str, Any]]:
+        """The table as JSON; what is only about this process's clock is left out."""
+        return [
+            {
+                "name": worker.name,
+                "epoch": worker.epoch,
+                "sequence": worker.sequence,
+                "state": str(worker.state),
+                "joined": worker.joined,
+                "outcomes": worker.outcomes,
+                "duplicates": worker.duplicates,
+                "worker_state": worker.worker_state.hex(),
+                "verdicts": [
+                    {
+                        "digest": verdict.digest,
+                        "receipt": verdict.receipt.SerializeToString().hex(),
+                        "error": None
+                        if verdict.error is None
+                        else [verdict.error.code, verdict.error.message, verdict.error.fields],
+                    }
+                    for verdict in worker.verdicts
+                ],
+            }
+            for worker in self.workers.values()
+        ]
+
+    def parse(self, dumped: Iterable[Mapping[str, Any]], now_s: float) -> None:
+        """The table that `dump` wrote; whoever was live gets a fresh lease."""
+        for entry in dumped:
+            worker = Worker(
+                entry["name"],
+                epoch=entry["epoch"],
+                sequence=entry["sequence"],
+                state=WorkerState(entry["state"]),
+                joined=entry["joined"],
+                outcomes=dict(entry["outcomes"]),
+                duplicates=entry["duplicates"],
+                worker_state=bytes.fromhex(entry["worker_state"]),
+            )
+            for saved in entry["verdicts"]:
+                receipt = Receipt.FromString(bytes.fromhex(saved["receipt"]))
+                error = None
+                if saved["error"] is not None:
+                    code, message, fields = saved["error"]
+                    error = CATALOGUE[code](message, **fields)
+                worker.verdicts.append(Verdict(saved["digest"], receipt, error))
+            self._touch(worker, now_s)
+            self._joins = max(self._joins, worker.joined)
+            self.workers[worker.name] = worker
+
+    def _touch(self, worker: Worker, now_s: float) -> None:
+        worker.last_seen_s = now_s
+        worker.lease_until_s = now_s + self.lease_s
+
+    def _forget(self, now_s: float) -> None:
+        """Drop those absent for a day, and beyond max_workers the longest absent."""
+        absent = sorted(
+            (worker for worker in self.workers.values() if worker.state is not WorkerState.LIVE),
+            key=lambda worker: worker.last_seen_s,
+        )
+        surplus = len(self.workers) + 1 - self.max_workers
+        for index, worker in enumerate(absent):
+            if index < surplus or now_s - worker.last_seen_s > FORGET_AFTER_S:
+                del self.workers[worker.name]

@@ -1,0 +1,65 @@
+"""Where a push's bytes wait, complete and checked, before the model sees them; and how many may wait at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from pushstep.proto.errors import OverBudget
+from pushstep.proto.layout import Slot
+from pushstep.proto.types_pb2 import Staged
+
+RETRY_AFTER_S = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class DensePart:
+    """The gradient of neighbouring parameters: elements [start, stop) of an arena, flat."""
+
+    arena: int
+    start: int
+    slots: tuple[Slot, ...]
+    gradient: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class RowsPart:
+    """The gradient of some rows of one parameter. ids: (n,) int64, ascending and unique; rows: (n, *row shape)."""
+
+    slot: Slot
+    ids: Tensor
+    rows: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class StagedPush:
+    """A complete push: its gradient and what the gate's one pass found out about it."""
+
+    staged: Staged
+    parts: Sequence[DensePart | RowsPart]
+    nonfinite_parameter: str | None
+
+
+class Budget:
+    """The bytes that all pushes in flight may hold together.
+
+    A push's whole declared size is taken before its body is read, so a server never finds out half way that it has
+    no room.
+    """
+
+    def __init__(self, total_bytes: int) -> None:
+        self.total_bytes = total_bytes
+        self.used_bytes = 0
+
+    def reserve(self, need_bytes: int) -> None:
+        """Take `need_bytes`, or raise OverBudget with the time after which to ask again."""
+        free = self.total_bytes - self.used_bytes
+        if need_bytes > free:
+            raise OverBudget(need=need_bytes, free=free, budget=self.total_bytes, retry_after_s=RETRY_AFTER_S)
+        self.used_bytes += need_bytes
+
+    def release(self, bytes_taken: int) -> None:
+        """Give back what `reserve` took."""
+        self.used_bytes -= bytes_taken

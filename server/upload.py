@@ -1,0 +1,240 @@
+"""Whole tensors from a worker: a new model's values, edited parameters, a replaced optimizer state, a new group.
+
+As with a push, nothing of the model changes before the body is complete and checked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+
+from pushstep.proto import dtypes
+from pushstep.proto.errors import (
+    InvalidManifest,
+    MalformedFrame,
+    ManifestChanged,
+    OtherWorkersLive,
+    WrongDtype,
+    WrongLength,
+)
+from pushstep.proto.frames import Assembly, BodyDigest, Chunk
+from pushstep.proto.layout import Layout, check_body
+from pushstep.proto.training_pb2 import (
+    UPLOAD_KIND_CREATE,
+    UPLOAD_KIND_GROUP,
+    UPLOAD_KIND_PARAMETERS,
+    UPLOAD_KIND_STATE,
+    UploadHeader,
+    UploadResponse,
+)
+from pushstep.proto.types_pb2 import Durability, Manifest, Outcome, Receipt, Segment
+
+from .arena import Arenas, ArenasCopy
+from .catalog import Catalog, Creation
+from .groups import Group, plain_values
+from .membership import membership
+from .model import Model
+from .session import Verdict
+from .staging import Budget
+
+
+class Upload:
+    """One upload, from its header to its response."""
+
+    def __init__(self, catalog: Catalog, header: UploadHeader, budget: Budget) -> None:
+        """Check the header and set its bytes aside, or raise before anything of the body is read."""
+        self._catalog = catalog
+        self._header = header
+        self._budget = budget
+        self._model: Model | None = None
+        self._creation: Creation | None = None
+        self.committed = False
+        now_s = time.monotonic()
+        if header.kind == UPLOAD_KIND_CREATE:
+            self._creation = catalog.creation(header.model, header.ticket, now_s)
+            self._layout = self._creation.layout
+        elif header.kind in (UPLOAD_KIND_PARAMETERS, UPLOAD_KIND_STATE, UPLOAD_KIND_GROUP):
+            self._model = catalog.get(header.model)
+            self._model.require_current(header.identity)
+            self._worker = self._model.sessions.require(header.identity, now_s)
+            self._layout = self._model.layout
+            if header.kind == UPLOAD_KIND_GROUP:
+                self._layout = _with_group(self._layout, header.manifest)
+            elif header.manifest_hash != self._layout.manifest_hash:
+                raise ManifestChanged(model=header.model)
+        else:
+            raise MalformedFrame(problem=f"upload kind {header.kind} does not exist")
+        for segment in header.segments:
+            _check_exact(self._layout, segment, header.kind)
+        lengths = check_body(self._layout, header.segments, catalog.config.max_bytes)
+        self._check_complete()
+        self._reserved = sum(lengths)
+        budget.reserve(self._reserved)
+        self._digest = BodyDigest(header.segments)
+        self._body = Assembly(lengths, self._digest)
+
+    def _check_complete(self) -> None:
+        kind, header = self._header.kind, self._header
+        if header.steps and len(header.steps) != len(self._layout.slots):
+            raise WrongLength(what="steps", got=len(header.steps), expected=len(self._layout.slots))
+        covered = {slot.index for s in header.segments if not s.state for slot in self._layout.slots_of(s)}
+        if kind == UPLOAD_KIND_CREATE:
+            wanted = {slot.index for slot in self._layout.slots if slot.stop > slot.start}
+            if covered != wanted:
+                missing = [self._layout.slots[i].name for i in sorted(wanted - covered)][:5]
+                raise InvalidManifest(problem=f"the upload lacks the values of {', '.join(missing)}")
+        if kind == UPLOAD_KIND_STATE and covered:
+            raise MalformedFrame(problem="a state upload carries optimizer state, not parameters")
+
+    async def place(self, chunk: Chunk) -> None:
+        """Copy a chunk into staging."""
+        await asyncio.to_thread(self._body.place, chunk)
+
+    def release(self) -> None:
+        """Give everything back. Called once, however the upload ended."""
+        self._budget.release(self._reserved)
+        if self._creation is not None and not self.committed:
+            self._catalog.give_up_creation(self._header.model, self._creation.ticket)
+
+    async def commit(self) -> UploadResponse:
+        """Do what the upload is for."""
+        self._body.finish()
+        kind = self._header.kind
+        if kind == UPLOAD_KIND_CREATE:
+            return await self._create()
+        if self._model is None:
+            raise MalformedFrame(problem="no model")
+        self._model.require_current(self._header.identity)
+        if kind == UPLOAD_KIND_PARAMETERS:
+            return await self._replace_parameters(self._model)
+        if kind == UPLOAD_KIND_STATE:
+            return await self._replace_state(self._model)
+        return await self._add_group(self._model)
+
+    async def _create(self) -> UploadResponse:
+        if self._creation is None:
+            raise MalformedFrame(problem="no creation ticket")
+        header, worker = self._header, self._creation.worker
+        model = await asyncio.to_thread(self._catalog.new_model, header.model, self._layout)
+        await model.stepper.submit(lambda: self._fill(model.arenas, header.steps))
+        await self._catalog.finish_creation(header.model, self._creation, model)
+        self.committed = True
+        model.sessions.join(worker, time.monotonic(), takeover=True)
+        return UploadResponse(
+            member=membership(model, model.sessions.workers[worker]), version=0, timeline=model.timeline
+        )
+
+    def _fill(self, arenas: Arenas | ArenasCopy, steps: Sequence[int]) -> None:
+        """Write the body into arenas (in the writer's thread) or into a copy of them."""
+        for index, segment in enumerate(self._header.segments):
+            part = self._body.part(index, dtypes.to_torch(segment.dtype, "segment"))
+            if segment.state:
+                flat = arenas.states[segment.arena][segment.state]
+            else:
+                flat = arenas.parameters[segment.arena]
+            flat[segment.start : segment.stop].copy_(part)
+        if steps:
+            arenas.steps[:] = [int(step) for step in steps]
+
+    async def _replace_parameters(self, model: Model) -> UploadResponse:
+        identity = self._header.identity
+        worker = model.sessions.require(identity, time.monotonic())
+        seen = model.sessions.judged(worker, identity, self._digest.value)
+        if seen is not None:
+            return UploadResponse(version=seen.receipt.version, timeline=model.timeline)
+        model.version += 1
+        version = model.version
+        receipt = Receipt(
+            outcome=Outcome.OUTCOME_APPLIED,
+            identity=identity,
+            version=version,
+            durability=Durability.DURABILITY_APPLIED,
+        )
+        receipt.groups.extend(model.group_values())
+        model.sessions.consume(worker, Verdict(self._digest.value, receipt))
+        model.record("parameters_uploaded", worker.name)
+
+        def write() -> None:
+            self._fill(model.arenas, [])
+            for segment in self._header.segments:
+                for slot in model.layout.slots_of(segment):
+                    model.arenas.mark_changed(slot, version)
+            model.arenas.version = version
+
+        await model.stepper.submit(write)
+        return UploadResponse(version=version, timeline=model.timeline)
+
+    async def _replace_state(self, model: Model) -> UploadResponse:
+        header = self._header
+        others = [w.name for w in model.sessions.live() if w.name != header.identity.worker]
+        if others and not header.force:
+            raise OtherWorkersLive(count=len(others), workers=", ".join(others[:5]))
+        planned = {
+            entry.group: model.groups.at(entry.group, model.name).changed(plain_values(entry.values))
+            for entry in header.groups
+        }
+        _, copy = await model.copy()
+        await asyncio.to_thread(self._fill, copy, header.steps)
+        await self._catalog.replace(model, copy, None, header.identity.worker)
+        model.groups.write(planned)
+        worker = model.sessions.join(header.identity.worker, time.monotonic(), takeover=True)
+        return UploadResponse(
+            member=membership(model, worker), version=model.version, timeline=model.timeline
+        )
+
+    async def _add_group(self, model: Model) -> UploadResponse:
+        identity = self._header.identity
+        if self._layout.manifest_hash != model.layout.manifest_hash:
+            added = [Group.make(group) for group in self._header.manifest.groups]
+            layout = self._layout
+            model.add_groups(layout, added)
+            model.record("param_group_added", identity.worker, group=len(model.groups.list) - 1)
+
+            def write() -> None:
+                values = [group.values for group in model.groups.list]
+                model.arenas.fill_initial_state(values, first_group=len(values) - len(added))
+                self._fill(model.arenas, [])
+
+            await model.stepper.submit(write)
+        worker = model.sessions.require(identity, time.monotonic())
+        return UploadResponse(
+            member=membership(model, worker), version=model.version + 1, timeline=model.timeline
+        )
+
+
+def _check_exact(layout: Layout, segment: Segment, kind: int) -> None:
+    """Uploads replace values: they come in the dtype in which they are held."""
+    slots = layout.slots_of(segment)
+    if segment.HasField("rows"):
+        raise MalformedFrame(problem="an upload carries whole parameters, not rows")
+    got = dtypes.to_torch(segment.dtype, "segment")
+    held = layout.arenas[segment.arena].dtype
+    expected = dtypes.state_dtype(held) if segment.state else held
+    if got != expected:
+        name = slots[0].name if slots else f"arena {segment.arena}"
+        raise WrongDtype(what=f"{segment.state or 'value'} of {name!r}", got=got, expected=expected)
+    if segment.state:
+        group = layout.manifest.groups[layout.arenas[segment.arena].group]
+        rule = Group.make(group).rule
+        if segment.state not in rule.state_names:
+            raise MalformedFrame(
+                problem=f"rule {rule.name!r} has no state {segment.state[:50]!r}; it has {', '.join(rule.state_names)}"
+            )
+
+
+def _with_group(layout: Layout, added: Manifest) -> Layout:
+    """The layout with one further group, or unchanged if its last group is that one already."""
+    if len(added.groups) != 1 or not added.parameters:
+        raise InvalidManifest(problem="add one param group with its parameters at a time")
+    names = [parameter.name for parameter in added.parameters]
+    last = len(layout.manifest.groups) - 1
+    if [slot.name for slot in layout.slots if slot.group == last] == names:
+        return layout
+    manifest = Manifest()
+    manifest.CopyFrom(layout.manifest)
+    manifest.groups.append(added.groups[0])
+    for parameter in added.parameters:
+        manifest.parameters.append(parameter)
+        manifest.parameters[-1].group = last + 1
+    return Layout(manifest)
