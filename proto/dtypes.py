@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, cast
 
 import torch
 
 from .errors import WrongDtype
 from .types_pb2 import DType
 
-TORCH: Final[dict[DType, torch.dtype]] = {
+TORCH: Final[dict[int, torch.dtype]] = {
     DType.DTYPE_FLOAT32: torch.float32,
     DType.DTYPE_FLOAT64: torch.float64,
     DType.DTYPE_BFLOAT16: torch.bfloat16,
     DType.DTYPE_FLOAT16: torch.float16,
 }
-WIRE: Final[dict[torch.dtype, DType]] = {dtype: wire for wire, dtype in TORCH.items()}
+WIRE: Final[dict[torch.dtype, DType]] = {dtype: cast("DType", wire) for wire, dtype in TORCH.items()}
 NAMES: Final[dict[torch.dtype, str]] = {dtype: str(dtype).removeprefix("torch.") for dtype in WIRE}
 
 
 def to_torch(wire: int, what: str) -> torch.dtype:
     """The torch dtype of an enum value; WrongDtype for one that has none."""
-    dtype = TORCH.get(DType(wire)) if wire in DType.values() else None
+    dtype = TORCH.get(wire)
     if dtype is None:
         raise WrongDtype(what=what, got=f"enum value {wire}", expected=", ".join(NAMES.values()))
     return dtype

@@ -168,6 +168,23 @@ def check_body(layout: Layout, segments: Sequence[Segment], limit_bytes: int) ->
     return lengths
 
 
+def with_group(layout: Layout, added: Manifest) -> Layout:
+    """The layout with one further group, or unchanged if its last group is that one already."""
+    if len(added.groups) != 1 or not added.parameters:
+        raise InvalidManifest(problem="add one param group with its parameters at a time")
+    names = [parameter.name for parameter in added.parameters]
+    last = len(layout.manifest.groups) - 1
+    if [slot.name for slot in layout.slots if slot.group == last] == names:
+        return layout
+    manifest = Manifest()
+    manifest.CopyFrom(layout.manifest)
+    manifest.groups.append(added.groups[0])
+    for parameter in added.parameters:
+        manifest.parameters.append(parameter)
+        manifest.parameters[-1].group = last + 1
+    return Layout(manifest)
+
+
 def _check(manifest: Manifest) -> None:
     names: set[str] = set()
     if not manifest.parameters:

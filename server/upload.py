@@ -19,7 +19,7 @@ from pushstep.proto.errors import (
     WrongLength,
 )
 from pushstep.proto.frames import Assembly, BodyDigest, Chunk
-from pushstep.proto.layout import Layout, check_body
+from pushstep.proto.layout import Layout, check_body, with_group
 from pushstep.proto.training_pb2 import (
     UPLOAD_KIND_CREATE,
     UPLOAD_KIND_GROUP,
@@ -28,7 +28,7 @@ from pushstep.proto.training_pb2 import (
     UploadHeader,
     UploadResponse,
 )
-from pushstep.proto.types_pb2 import Durability, Manifest, Outcome, Receipt, Segment
+from pushstep.proto.types_pb2 import Durability, Outcome, Receipt, Segment
 
 from .arena import Arenas, ArenasCopy
 from .catalog import Catalog, Creation
@@ -60,7 +60,7 @@ class Upload:
             self._worker = self._model.sessions.require(header.identity, now_s)
             self._layout = self._model.layout
             if header.kind == UPLOAD_KIND_GROUP:
-                self._layout = _with_group(self._layout, header.manifest)
+                self._layout = with_group(self._layout, header.manifest)
             elif header.manifest_hash != self._layout.manifest_hash:
                 raise ManifestChanged(model=header.model)
         else:
@@ -221,20 +221,3 @@ def _check_exact(layout: Layout, segment: Segment, kind: int) -> None:
             raise MalformedFrame(
                 problem=f"rule {rule.name!r} has no state {segment.state[:50]!r}; it has {', '.join(rule.state_names)}"
             )
-
-
-def _with_group(layout: Layout, added: Manifest) -> Layout:
-    """The layout with one further group, or unchanged if its last group is that one already."""
-    if len(added.groups) != 1 or not added.parameters:
-        raise InvalidManifest(problem="add one param group with its parameters at a time")
-    names = [parameter.name for parameter in added.parameters]
-    last = len(layout.manifest.groups) - 1
-    if [slot.name for slot in layout.slots if slot.group == last] == names:
-        return layout
-    manifest = Manifest()
-    manifest.CopyFrom(layout.manifest)
-    manifest.groups.append(added.groups[0])
-    for parameter in added.parameters:
-        manifest.parameters.append(parameter)
-        manifest.parameters[-1].group = last + 1
-    return Layout(manifest)

@@ -1,0 +1,38 @@
+"""`pushstep status`: what a server holds."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+
+def status(
+    server: Annotated[str, typer.Argument(help="HOST:PORT or unix:/path")] = "localhost:7070",
+    as_json: Annotated[bool, typer.Option("--json", help="One line of JSON.")] = False,
+) -> None:
+    """Say which server answers and which models it holds."""
+    # not needed for --help, and torch takes a second to load
+    from pushstep.client.transport import Transport
+    from pushstep.proto.errors import PushstepError
+
+    transport = Transport(server, timeout_s=3.0)
+    try:
+        found = transport.wait_for_server()
+    except PushstepError as error:
+        typer.echo(error.message, err=True)
+        raise typer.Exit(1) from error
+    finally:
+        transport.close()
+    facts = {
+        "server": server,
+        "version": found.server_version,
+        "http": found.http_url,
+        "models": list(found.models),
+    }
+    if as_json:
+        typer.echo(json.dumps(facts))
+        return
+    for name, value in facts.items():
+        typer.echo(f"{name:8} {', '.join(value) if isinstance(value, list) else value}")

@@ -1,0 +1,110 @@
+"""Gradients on their way out: from whatever the user holds to segments and pieces of one body."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pushstep.optim.rows import coalesce
+from pushstep.proto import dtypes
+from pushstep.proto.errors import NotAttached, WrongDtype, WrongShape
+from pushstep.proto.frames import Piece
+from pushstep.proto.layout import Layout, Slot
+from pushstep.proto.types_pb2 import Segment
+
+from .transport import Body
+
+Rows = tuple[Tensor, Tensor]
+
+
+def as_gradient(value: Any, slot: Slot) -> Tensor | Rows:
+    """A dense tensor of the slot's shape, or (ids, rows) of a row-sparse one.
+
+    Takes a numpy array, a torch tensor (strided or sparse COO), or a pair (ids, rows). WrongShape or WrongDtype,
+    naming the parameter, for anything else.
+    """
+    if isinstance(value, tuple):
+        ids, rows = (torch.as_tensor(part) for part in value)
+        return _checked_rows(ids, rows, slot)
+    tensor = torch.as_tensor(value) if not isinstance(value, Tensor) else value
+    if tensor.is_sparse:
+        if tensor.sparse_dim() != 1:
+            raise WrongShape(
+                what=f"gradient of {slot.name!r}", got=f"{tensor.sparse_dim()} sparse dimensions", expected=1
+            )
+        return _checked_rows(tensor._indices()[0], tensor._values(), slot)
+    if tuple(tensor.shape) != slot.shape:
+        raise WrongShape(what=f"gradient of {slot.name!r}", got=tuple(tensor.shape), expected=slot.shape)
+    _check_floating(tensor, slot)
+    return tensor
+
+
+def _checked_rows(ids: Tensor, rows: Tensor, slot: Slot) -> Rows:
+    _check_floating(rows, slot)
+    if ids.dtype not in (torch.int64, torch.int32) or ids.dim() != 1:
+        raise WrongDtype(
+            what=f"row ids of {slot.name!r}", got=f"{ids.dim()}-d {ids.dtype}", expected="1-d int64"
+        )
+    expected = (ids.numel(), *slot.shape[1:])
+    if not slot.shape or tuple(rows.shape) != expected:
+        raise WrongShape(what=f"gradient rows of {slot.name!r}", got=tuple(rows.shape), expected=expected)
+    return ids.to(torch.int64), rows
+
+
+def _check_floating(tensor: Tensor, slot: Slot) -> None:
+    if tensor.dtype not in dtypes.WIRE:
+        raise WrongDtype(
+            what=f"gradient of {slot.name!r}", got=tensor.dtype, expected=", ".join(dtypes.NAMES.values())
+        )
+
+
+def push_body(layout: Layout, gradients: Mapping[Slot, Tensor | Rows], wire: torch.dtype | None) -> Body:
+    """The body of a push: one segment per run of neighbouring dense gradients, then one per row-sparse one."""
+    if not gradients:
+        raise NotAttached(problem="a push needs at least one gradient")
+    segments: list[Segment] = []
+    pieces: list[list[Piece]] = []
+    dense = [slot for slot, gradient in gradients.items() if isinstance(gradient, Tensor)]
+    for segment, slots in layout.dense_segments(dense, wire):
+        dtype = dtypes.to_torch(segment.dtype, "segment")
+        segments.append(segment)
+        pieces.append([Piece(gradient, dtype) for s in slots if isinstance(gradient := gradients[s], Tensor)])
+    for slot, gradient in gradients.items():
+        if isinstance(gradient, tuple):
+            # merged here in order of appearance, so that duplicates do not cost bytes
+            ids, rows = coalesce(gradient[0].cpu(), gradient[1].cpu())
+            dtype = wire or slot.dtype
+            segments.append(
+                Segment(
+                    arena=slot.arena,
+                    start=slot.start,
+                    stop=slot.stop,
+                    dtype=dtypes.to_wire(dtype, "segment"),
+                    rows=ids.numel(),
+                )
+            )
+            pieces.append([Piece(ids, torch.int64), Piece(rows, dtype)])
+    return Body(segments, pieces)
+
+
+def values_body(layout: Layout, values: Mapping[tuple[Slot, str], Tensor]) -> Body:
+    """The body of an upload: whole parameters and states, by (slot, state name or "")."""
+    segments: list[Segment] = []
+    pieces: list[list[Piece]] = []
+    for state in dict.fromkeys(state for _, state in values):
+        slots = [slot for slot, name in values if name == state]
+        for segment, run in layout.dense_segments(slots, state=state):
+            dtype = dtypes.to_torch(segment.dtype, "segment")
+            segments.append(segment)
+            pieces.append([Piece(values[slot, state], dtype) for slot in run])
+    return Body(segments, pieces)
+
+
+def as_array(tensor: Tensor) -> np.ndarray[Any, Any]:
+    """A copy in numpy's terms; bfloat16, which numpy lacks, as float32."""
+    wide = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
+    return np.array(wide.numpy())

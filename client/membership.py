@@ -1,0 +1,100 @@
+"""Who this worker is in a model, and how it becomes that: joining, waiting its turn, creating."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from pushstep.proto import training_pb2 as pb
+from pushstep.proto.errors import AlreadyJoined, BeingCreated, ModelExists, NoCreationTicket
+from pushstep.proto.layout import Layout
+from pushstep.proto.types_pb2 import Identity, Manifest
+
+from .receipt import Receipt
+from .retry import Retry
+from .transport import Transport
+
+
+class Member:
+    """A membership, and the sequence that it has reached."""
+
+    def __init__(self, message: pb.Membership) -> None:
+        self.uid = message.identity.model_uid
+        self.timeline = message.identity.timeline
+        self.worker = message.identity.worker
+        self.epoch = message.identity.epoch
+        self.sequence = message.identity.sequence
+        self.version = message.version
+        self.layout = Layout(message.manifest)
+        self.groups = list(message.groups)
+        self.lease_s = message.lease_s
+        self.lead = message.lead
+        self.worker_state = message.worker_state
+        self._receipts = list(message.receipts)
+
+    def identity(self) -> Identity:
+        """Who pushes, with the last sequence used."""
+        return Identity(
+            model_uid=self.uid,
+            timeline=self.timeline,
+            worker=self.worker,
+            epoch=self.epoch,
+            sequence=self.sequence,
+        )
+
+    def next_identity(self) -> Identity:
+        """The identity of the next push."""
+        identity = self.identity()
+        identity.sequence += 1
+        return identity
+
+    def receipt_of(self, identity: Identity) -> Receipt | None:
+        """The receipt that the server held for a push of an earlier epoch when this one was joined."""
+        for receipt in self._receipts:
+            if (receipt.identity.epoch, receipt.identity.sequence) == (identity.epoch, identity.sequence):
+                return Receipt.of(receipt)
+        return None
+
+
+def join(
+    transport: Transport,
+    retry: Retry,
+    model: str,
+    worker: str,
+    manifest: Manifest | None,
+    takeover: bool,
+    old: Member | None,
+    create: Callable[[pb.CreationTicket], pb.Membership] | None,
+) -> tuple[Member, bool]:
+    """Become a member, and whether that created the model.
+
+    Waits out a live lease under this name and another worker's creation, within the retry time. `old` is the
+    session's own earlier membership: it may join over itself, and is told if the model is no longer the one it was.
+    """
+    request = pb.JoinRequest(model=model, worker=worker, takeover=takeover)
+    if manifest is not None:
+        request.manifest.CopyFrom(manifest)
+    if old is not None:
+        request.model_uid = old.uid
+        request.epoch = old.epoch
+    until_s = time.monotonic() + retry.for_s
+    while True:
+        try:
+            answer = retry.run(lambda: transport.join(request))
+        except AlreadyJoined as error:
+            wait_s = error.retry_after_s or 1.0
+            if time.monotonic() + wait_s > until_s:
+                raise
+            time.sleep(wait_s)
+            continue
+        if answer.WhichOneof("result") == "member":
+            return Member(answer.member), False
+        if create is None:
+            raise NoCreationTicket(model=model)
+        ticket = answer.create
+        try:
+            return Member(retry.run(lambda: create(ticket))), True  # noqa: B023
+        except (NoCreationTicket, ModelExists, BeingCreated):
+            # this ticket ran out, or an upload whose answer was lost has made the model: join what is there
+            if time.monotonic() > until_s:
+                raise
