@@ -67,7 +67,7 @@ def parameter_names(
         if len(names) != len(parameters):
             raise UnsupportedModule(problem=f"{len(names)} names for {len(parameters)} parameters")
         return list(names), [[] for _ in parameters]
-    found = []
+    found: list[str] = []
     for number, group in enumerate(groups):
         own = group.get("param_names") or [f"{number}.{index}" for index in range(len(group["params"]))]
         found.extend(clean(name) for name in own)

@@ -335,7 +335,9 @@ class RemoteOptimizer(torch.optim.Optimizer):
                     steps[slot.index] = state.steps
                     rule = RULES[self._rules[index]]
                     for name in rule.state_names:
-                        fresh = torch.full(slot.shape, rule.initial_value(name, part.values | {}))
+                        fresh = torch.full(
+                            slot.shape, rule.initial_value(name, {**rule.defaults, **part.values})
+                        )
                         values[slot, name] = _shaped(state.tensors.get(name, fresh), slot, name)
         header.steps.extend(steps)
         member = self._session.replace_state(header, values)

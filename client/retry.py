@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
-from typing import Final, TypeVar
+from typing import Final, TypeVar, cast
 
 import grpc
 
@@ -43,8 +43,9 @@ def answered(call: Callable[[], T]) -> T:
         known = from_rpc_error(error)
         if known is not None:
             raise known from error
-        if isinstance(error, grpc.Call) and error.code() in _TRANSIENT:
-            raise TransportFailure(f"{error.code().name}: {error.details()}") from error
+        status = cast(grpc.Call, error)  # what grpc raises is both; its stubs do not say so
+        if status.code() in _TRANSIENT:
+            raise TransportFailure(f"{status.code().name}: {status.details()}") from error
         raise
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import grpc
 import torch
@@ -85,7 +85,7 @@ class Transport:
                 pb.DescribeRequest(), timeout=self.timeout_s, wait_for_ready=True
             )
         except grpc.RpcError as error:
-            problem = error.details() if isinstance(error, grpc.Call) else str(error)
+            problem = cast(grpc.Call, error).details()
             raise ServerUnavailable(address=self.address, seconds=self.timeout_s, problem=problem) from error
         return found
 
@@ -113,7 +113,7 @@ class Transport:
     def push(self, header: pb.PushHeader, body: Body) -> pb.PushResponse:
         """Push."""
         messages = _Messages(pb.PushRequest(header=header), body, commits=True)
-        call = self._channel.stream_unary(
+        call: Any = self._channel.stream_unary(
             SERVICE + "Push", request_serializer=None, response_deserializer=pb.PushResponse.FromString
         )
         answer: pb.PushResponse = messages.sent(lambda: call(iter(messages), timeout=self.timeout_s))
@@ -122,15 +122,18 @@ class Transport:
     def exchange(self, header: pb.PushHeader, body: Body, layout: Layout) -> Pulled:
         """Exchange."""
         messages = _Messages(pb.PushRequest(header=header), body, commits=True)
-        call = self._channel.stream_stream(
+        call: Any = self._channel.stream_stream(
             SERVICE + "Exchange", request_serializer=None, response_deserializer=None
         )
-        return messages.sent(lambda: _received(call(iter(messages), timeout=self.timeout_s), layout))
+        answer: Pulled = messages.sent(
+            lambda: _received(call(iter(messages), timeout=self.timeout_s), layout)
+        )
+        return answer
 
     def upload(self, header: pb.UploadHeader, body: Body) -> pb.UploadResponse:
         """Upload."""
         messages = _Messages(pb.UploadRequest(header=header), body, commits=False)
-        call = self._channel.stream_unary(
+        call: Any = self._channel.stream_unary(
             SERVICE + "Upload", request_serializer=None, response_deserializer=pb.UploadResponse.FromString
         )
         answer: pb.UploadResponse = messages.sent(lambda: call(iter(messages), timeout=self.timeout_s))
@@ -149,7 +152,7 @@ class Transport:
         return self._pulled("PullState", request, None)
 
     def _pulled(self, method: str, request: Any, layout: Layout | None) -> Pulled:
-        call = self._channel.unary_stream(
+        call: Any = self._channel.unary_stream(
             SERVICE + method, request_serializer=_serialize, response_deserializer=None
         )
         return _received(call(request, timeout=self.timeout_s), layout)

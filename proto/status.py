@@ -40,14 +40,14 @@ def named(error: Exception, log: Logger) -> errors.PushstepError:
 
 def to_trailer(error: errors.PushstepError) -> bytes:
     """The serialized google.rpc.Status of an error."""
-    number = cast("tuple[int, str]", error.grpc_status.value)[0]
+    number = error.grpc_status.value[0]
     status = Status(code=cast(Code, number), message=error.message)
     status.details.add().Pack(ErrorInfo(reason=error.code, domain=DOMAIN, metadata=error.fields))
     if error.retry_after_s is not None:
         delay = Duration()
         delay.FromNanoseconds(int(error.retry_after_s * 1e9))
         status.details.add().Pack(RetryInfo(retry_delay=delay))
-    return status.SerializeToString()
+    return bytes(status.SerializeToString())
 
 
 def from_rpc_error(error: grpc.RpcError) -> errors.PushstepError | None:

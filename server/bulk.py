@@ -8,6 +8,7 @@ from typing import Generic, TypeVar
 
 from pushstep.proto.errors import MalformedFrame, StreamStalled
 from pushstep.proto.frames import BulkMessage, Chunk, unpack
+from pushstep.proto.training_pb2 import PushRequest
 
 M = TypeVar("M", bound=BulkMessage)
 
@@ -42,11 +43,7 @@ class BulkStream(Generic[M]):
                 raise MalformedFrame(problem="a second header")
             if chunk is not None:
                 await place(chunk)
-            if (
-                fields is not None
-                and "commit" in self._kind.DESCRIPTOR.fields_by_name
-                and fields.HasField("commit")
-            ):
+            if isinstance(fields, PushRequest) and fields.HasField("commit"):
                 last = fields
         return last
 

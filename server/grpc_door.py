@@ -50,7 +50,7 @@ class GrpcDoor:
         self.http_url = ""
         self.unix_path = ""
 
-    def handler(self) -> grpc.GenericRpcHandler[Any, Any]:
+    def handler(self) -> grpc.GenericRpcHandler:
         """What a grpc.aio server is given."""
         unary, bulk_in, bulk_out, bulk = (
             grpc.unary_unary_rpc_method_handler,
@@ -58,7 +58,7 @@ class GrpcDoor:
             grpc.unary_stream_rpc_method_handler,
             grpc.stream_stream_rpc_method_handler,
         )
-        methods = {
+        methods: dict[str, Any] = {
             "Describe": unary(_answering(self.describe), pb.DescribeRequest.FromString, _serialize),
             "Join": unary(_answering(self.join), pb.JoinRequest.FromString, _serialize),
             "Heartbeat": unary(_answering(self.heartbeat), pb.HeartbeatRequest.FromString, _serialize),

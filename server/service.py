@@ -143,7 +143,7 @@ class Service:
             os.umask(old_mask)
         return path
 
-    async def _say(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
+    async def _say(self, status: int) -> None:
         for name in ("", SERVICE):
             await self._health.set(name, status)
 

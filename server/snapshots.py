@@ -103,7 +103,7 @@ class Snapshots:
             "sha256": _file_digest(folder / name),
         }
 
-    def list(self) -> list[dict[str, Any]]:
+    def manifests(self) -> list[dict[str, Any]]:
         """Every snapshot's manifest, newest first. A damaged one is listed with its problem."""
         found = []
         for snapshot in self._ids():
@@ -157,7 +157,7 @@ class Snapshots:
 
     def prune(self) -> None:
         """Delete all but the newest automatic snapshots, counting only those that verify."""
-        automatic = [entry["id"] for entry in self.list() if entry.get("automatic")]
+        automatic = [entry["id"] for entry in self.manifests() if entry.get("automatic")]
         for snapshot in automatic[KEPT_AUTOMATIC:]:
             self.delete(snapshot)
 

@@ -35,6 +35,8 @@ def work(*, server: str, model: str, worker: str, index: int, of: int, epochs: i
 
         def report(step: int, loss: float) -> None:
             receipt = optimizer.last_receipt
+            if receipt is None:  # a step without any gradient sends nothing
+                return
             outcomes[str(receipt.outcome)] += 1
             staleness.append(int(receipt.staleness))
             line = {"step": step, "loss": loss, "version": receipt.version, "staleness": receipt.staleness}

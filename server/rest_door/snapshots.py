@@ -24,7 +24,7 @@ def _show(manifest: Mapping[str, Any]) -> dict[str, Any]:
 @router.get("/models/{m}/snapshots", summary="List the snapshots")
 async def list_snapshots(model: ModelHere, catalog: CatalogHere) -> dict[str, Any]:
     """Newest first; a damaged one says what is wrong with it."""
-    found = await asyncio.to_thread(catalog.snapshots(model.name).list)
+    found = await asyncio.to_thread(catalog.snapshots(model.name).manifests)
     return {"snapshots": [_show(manifest) for manifest in found]}
 
 

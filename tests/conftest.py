@@ -1,0 +1,31 @@
+"""What all tests share: one server for those that only need their own model, and a name for that model."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from harness import RunningServer, running_server
+
+_numbers = itertools.count()
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """One server for the whole run. Tests that stop, restart or reconfigure a server start their own."""
+    with running_server(tmp_path_factory.mktemp("server") / "data") as running:
+        yield running
+
+
+@pytest.fixture
+def model_name(request: pytest.FixtureRequest) -> str:
+    """A model name of the test's own."""
+    return f"m{next(_numbers)}"
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A data folder of the test's own."""
+    return tmp_path / "data"

@@ -1,0 +1,107 @@
+"""Real servers for tests: started as processes on free ports, talked to over real sockets, always ended."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from pushstep.client import Session, connect
+
+SERVER = Path(sys.executable).with_name("pushstep-server")
+START_S = 60.0
+STOP_S = 30.0
+_numbers = itertools.count()
+
+
+@dataclass
+class RunningServer:
+    """A server process and how to reach it."""
+
+    process: subprocess.Popen[str]
+    grpc: str
+    http: str
+    unix: str
+    data: Path
+    log: Path
+    sessions: list[Session] = field(default_factory=list)
+
+    def connect(self, model: str, worker: str = "w0", **options: Any) -> Session:
+        """A session that is closed with the server; retries end soon, so that a failing test does not hang."""
+        session = connect(
+            options.pop("address", self.grpc),
+            model=model,
+            worker=worker,
+            **{"timeout_s": 20.0, "retry_for_s": 20.0, **options},
+        )
+        self.sessions.append(session)
+        return session
+
+    def rest(self, method: str, path: str, **options: Any) -> httpx.Response:
+        """One REST call; `path` below the root."""
+        return httpx.request(method, f"http://{self.http}{path}", timeout=20.0, trust_env=False, **options)
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """Close the sessions, end the process, and return its exit status."""
+        if number == signal.SIGTERM:
+            for session in self.sessions:
+                session.close()
+        self.process.send_signal(number)
+        status = self.process.wait(STOP_S)
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+        return status
+
+
+def start_server(data: Path, *options: str, environment: dict[str, str] | None = None) -> RunningServer:
+    """Start a server on free ports with `data` as its folder, and wait until it is ready."""
+    data.mkdir(parents=True, exist_ok=True)
+    log = data / f"server-{next(_numbers)}.log"
+    with log.open("w") as stderr:
+        process = subprocess.Popen(
+            [SERVER, "--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0", "--data", data, *options],
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            env=environment,
+        )
+    if process.stdout is None:
+        raise RuntimeError("no pipe")
+    line = process.stdout.readline()
+    if not line.startswith("ready "):
+        process.wait(STOP_S)
+        process.stdout.close()
+        raise RuntimeError(f"the server did not start: {line!r}\n{log.read_text()}")
+    where = dict(entry.split("=", 1) for entry in line.split()[1:])
+    return RunningServer(process, where["grpc"], where["http"], where.get("unix", ""), data, log)
+
+
+@contextlib.contextmanager
+def running_server(data: Path, *options: str) -> Iterator[RunningServer]:
+    """A server for the length of a block. Its end must be orderly unless the test ended it itself."""
+    server = start_server(data, *options)
+    try:
+        yield server
+    finally:
+        if server.process.poll() is None:
+            status = server.stop()
+            if status != 0:
+                raise RuntimeError(f"the server ended with {status}\n{server.log.read_text()}")
+
+
+def wait_until(condition: Any, timeout_s: float = 10.0) -> None:
+    """Return once `condition()` is true; AssertionError when it stays false."""
+    until_s = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > until_s:
+            raise AssertionError(f"not within {timeout_s} s")
+        time.sleep(0.01)
