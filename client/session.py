@@ -25,6 +25,7 @@ from pushstep.proto.errors import (
     ForkedSession,
     LeaseExpired,
     ManifestChanged,
+    NoAnswer,
     NotAttached,
     PushstepError,
     SessionClosed,
@@ -104,6 +105,7 @@ class Session:
         self._closed = False
         self._member: Member | None = None
         self._manifest: Manifest | None = None
+        self._in_doubt: Identity | None = None
         # the numpy interface's own copy of the parameters, and the (timeline, version) that it is at
         self._mirror: dict[str, Tensor] = {}
         self._mirror_at: tuple[int, int] | None = None
@@ -188,6 +190,12 @@ class Session:
         self._check_usable()
         if self._member is None:
             self.join_or_create(None, None)
+        if self._in_doubt is not None:
+            # nobody answered the last push: a new epoch makes sure that it is not applied from here on, and brings
+            # its receipt if it had been
+            doubted, self._in_doubt = self._in_doubt, None
+            settled = self.rejoin().receipt_of(doubted)
+            self.last_receipt = settled or self.last_receipt
         if self._member is None:
             raise NotAttached(problem="the session has not joined")
         return self._member
@@ -287,6 +295,9 @@ class Session:
                     if settled is not None:
                         return self._note(settled), None
                 continue
+            except NoAnswer:
+                self._in_doubt = header.identity
+                raise
             except PushstepError as error:
                 if not error.consumed:
                     raise

@@ -138,6 +138,16 @@ class Arenas:
             )
         self.row_changed[slot.index][ids] = ticket.version
 
+    def applied_lrs(self, ticket: Ticket) -> dict[int, float]:
+        """Each group's lr as the step just taken applied it, by its first parameter's step count."""
+        lrs: dict[int, float] = {}
+        for slot in reversed(self.layout.slots):
+            if slot.group < len(ticket.groups):
+                values = plain_values(ticket.groups[slot.group].values)
+                rule = RULES[self.rule_names[slot.group]]
+                lrs[slot.group] = rule.effective_lr(values, max(1, self.steps[slot.index])) * ticket.lr_scale
+        return lrs
+
     def mark_changed(self, slot: Slot, version: int) -> None:
         """Note that every element of a parameter may differ from `version` on."""
         self.changed[slot.index] = version

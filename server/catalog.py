@@ -168,6 +168,7 @@ class Catalog:
         """Forget a model and its snapshots for good."""
         model = self.get(name)
         model.record("deleted", by)
+        model.deleted = True
         del self.models[name]
         await model.close()
         await asyncio.to_thread(self._remove_folder, name)

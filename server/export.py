@@ -8,6 +8,7 @@ one copy of it; of two versions at once, others wait.
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import tempfile
 from collections.abc import AsyncIterator, Mapping
@@ -130,8 +131,9 @@ def describe_state(facts: Mapping[str, Any], copy: ArenasCopy) -> list[dict[str,
 def _describe(name: str, tensor: torch.Tensor) -> float | dict[str, Any]:
     if name == "step":
         return float(tensor)
+    norm = float(torch.linalg.vector_norm(tensor.double()))
     return {
         "shape": list(tensor.shape),
         "dtype": str(tensor.dtype).removeprefix("torch."),
-        "norm": float(torch.linalg.vector_norm(tensor.double())),
+        "norm": norm if math.isfinite(norm) else None,
     }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from enum import StrEnum
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -31,6 +32,9 @@ from pushstep.proto.types_pb2 import ParameterNorm, Segment, Staged
 from .groups import ParamGroups
 from .staging import DensePart, RowsPart, StagedPush
 
+MAX_WORKER_STATE_BYTES: Final = 64 << 10
+MAX_METRICS: Final = 64
+
 
 class Nonfinite(StrEnum):
     """What becomes of a gradient with NaN or infinity."""
@@ -48,8 +52,10 @@ def check_header(layout: Layout, header: PushHeader, model: str, limit_bytes: in
         raise MalformedFrame(problem="a push must hold at least one gradient")
     if any(segment.state for segment in header.segments):
         raise MalformedFrame(problem="a push carries gradients, not optimizer state")
-    if len(header.worker_state) > 64 << 10:
-        raise MalformedFrame(problem="worker_state is over 64 KiB")
+    if len(header.worker_state) > MAX_WORKER_STATE_BYTES or len(header.metrics) > MAX_METRICS:
+        raise MalformedFrame(
+            problem=f"a push may carry {MAX_WORKER_STATE_BYTES} bytes of worker_state and {MAX_METRICS} metrics"
+        )
     return check_body(layout, header.segments, limit_bytes)
 
 

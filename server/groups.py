@@ -7,6 +7,7 @@ its groups against both.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -77,6 +78,8 @@ class Group:
         if wants_flag != isinstance(value, bool) or not isinstance(value, (bool, int, float)):
             kind = "true or false" if wants_flag else "a number"
             raise InvalidHyperparameter(problem=f"{name} must be {kind}, not {value!r}")
+        if not math.isfinite(value):
+            raise InvalidHyperparameter(problem=f"{name} must be a finite number, not {value!r}")
         return value if wants_flag else float(value)
 
 

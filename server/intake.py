@@ -12,7 +12,13 @@ import math
 import time
 from typing import TYPE_CHECKING, Final
 
-from pushstep.proto.errors import DigestMismatch, InvalidRequest, MalformedFrame, PushstepError
+from pushstep.proto.errors import (
+    DigestMismatch,
+    InvalidRequest,
+    MalformedFrame,
+    OverBudget,
+    PushstepError,
+)
 from pushstep.proto.frames import Assembly, BodyDigest, Chunk
 from pushstep.proto.training_pb2 import PushHeader
 from pushstep.proto.types_pb2 import Durability, Identity, Outcome, Receipt, ServerTimes, Ticket
@@ -71,10 +77,14 @@ class Intake:
         worker = model.sessions.require(header.identity, self._started_s)
         model.sessions.judged(worker, header.identity)
         lengths = gate.check_header(self._layout, header, model.name, budget.total_bytes)
+        self._digest = BodyDigest(header.segments)
         self._reserved = sum(lengths)
         budget.reserve(self._reserved)
-        self._digest = BodyDigest(header.segments)
-        self._body = Assembly(lengths, self._digest)
+        try:
+            self._body = Assembly(lengths, self._digest)
+        except (MemoryError, RuntimeError) as error:  # torch's word for no memory
+            budget.release(self._reserved)
+            raise OverBudget(need=self._reserved, free="less", budget=budget.total_bytes) from error
 
     async def place(self, chunk: Chunk) -> None:
         """Copy a chunk into staging."""
@@ -193,24 +203,24 @@ class Intake:
         queued_s = time.monotonic()
         times = ServerTimes()
 
-        def execute() -> None:
+        def execute() -> dict[int, float]:
             begun_s = time.monotonic()
             times.queue_s = begun_s - queued_s
             model.require_whole()
             model.arenas.step(ticket, push.parts)
             times.step_s = time.monotonic() - begun_s
+            return model.arenas.applied_lrs(ticket)
 
         # The step is taken even if the caller goes away meanwhile: its retry will ask for the receipt.
         stepping = asyncio.ensure_future(self._finish(model.stepper.submit(execute), ticket, verdict, times))
         await asyncio.shield(stepping)
 
     async def _finish(
-        self, job: asyncio.Future[None], ticket: Ticket, verdict: Verdict, times: ServerTimes
+        self, job: asyncio.Future[dict[int, float]], ticket: Ticket, verdict: Verdict, times: ServerTimes
     ) -> None:
         model = self.model
         try:
-            await job
-            lrs = applied_lrs(ticket, model)
+            lrs = await job
             for group in verdict.receipt.groups:
                 group.effective_lr = lrs.get(group.group, group.effective_lr)
             times.receive_s = verdict.receipt.times.receive_s
@@ -232,14 +242,3 @@ class Intake:
         worker.metrics = dict(self.header.metrics)
         if self.header.HasField("worker_state"):
             worker.worker_state = self.header.worker_state
-
-
-def applied_lrs(ticket: Ticket, model: Model) -> dict[int, float]:
-    """Each group's lr as this step applied it: after the rule's own decay and the policy's scale."""
-    lrs = {}
-    for slot in reversed(model.layout.slots):
-        if slot.group < len(ticket.groups):
-            values = plain_values(ticket.groups[slot.group].values)
-            step = max(1, model.arenas.steps[slot.index])
-            lrs[slot.group] = model.groups.list[slot.group].rule.effective_lr(values, step) * ticket.lr_scale
-    return lrs

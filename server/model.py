@@ -55,6 +55,7 @@ class Model:
         # edits (hyperparameters, hooks, policy) add no version: each is (after this version, this number)
         self.edit = 0
         self.failed: ModelFailed | None = None
+        self.deleted = False
         self.events: deque[dict[str, Any]] = deque(maxlen=EVENTS_KEPT)
         self._events_seen = 0
         self.last_receipt: Receipt | None = None
@@ -64,7 +65,7 @@ class Model:
         self.publisher = Publisher(self.arenas, self.stepper)
 
     def require_current(self, identity: Identity) -> None:
-        """ModelLost, ModelFailed or Superseded unless `identity` is of this model on this timeline."""
+        """ModelLost, Superseded or ModelFailed unless `identity` is of this model on this timeline."""
         if identity.model_uid != self.uid:
             raise ModelLost(model=self.name)
         if identity.timeline != self.timeline:
@@ -72,7 +73,9 @@ class Model:
         self.require_whole()
 
     def require_whole(self) -> None:
-        """ModelFailed while a broken-off step has left the arenas between two versions."""
+        """ModelLost once it is deleted; ModelFailed while a broken-off step has left it between two versions."""
+        if self.deleted:
+            raise ModelLost(model=self.name)
         if self.failed is not None:
             raise self.failed
 

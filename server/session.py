@@ -78,6 +78,7 @@ class Sessions:
         self.max_workers = max_workers
         self.workers: dict[str, Worker] = {}
         self._joins = 0
+        self._lead: Worker | None = None
 
     def join(self, name: str, now_s: float, takeover: bool) -> Worker:
         """Open the next epoch under a name. AlreadyJoined while another holds it, unless taken over."""
@@ -94,13 +95,16 @@ class Sessions:
         worker.state = WorkerState.LIVE
         self._joins += 1
         worker.joined = self._joins
+        if self._lead is worker:
+            self._lead = None  # it joined anew, behind the others
         self._touch(worker, now_s)
         return worker
 
     def require(self, identity: Identity, now_s: float) -> Worker:
         """The live worker that `identity` is; its lease starts anew. UnknownWorker, Fenced or LeaseExpired."""
-        self.expire(now_s)
         worker = self.workers.get(identity.worker)
+        if worker is not None:
+            self._expire_one(worker, now_s)
         if worker is None or identity.epoch > worker.epoch:
             raise UnknownWorker(model="", worker=identity.worker)
         if worker.state is WorkerState.EVICTED:
@@ -168,8 +172,11 @@ class Sessions:
     def expire(self, now_s: float) -> None:
         """Let go of leases that ran out."""
         for worker in self.workers.values():
-            if worker.state is WorkerState.LIVE and now_s > worker.lease_until_s:
-                worker.state = WorkerState.EXPIRED
+            self._expire_one(worker, now_s)
+
+    def _expire_one(self, worker: Worker, now_s: float) -> None:
+        if worker.state is WorkerState.LIVE and now_s > worker.lease_until_s:
+            worker.state = WorkerState.EXPIRED
 
     def live(self) -> list[Worker]:
         """The live workers, longest joined first."""
@@ -178,8 +185,11 @@ class Sessions:
 
     def leads(self, worker: Worker) -> bool:
         """Whether a worker's hyperparameter edits count: the longest-joined live one's do."""
-        live = self.live()
-        return bool(live) and live[0] is worker
+        if self._lead is None or self._lead.state is not WorkerState.LIVE:
+            # looked for only when the last one is gone: this is asked at every push
+            live = self.live()
+            self._lead = live[0] if live else None
+        return self._lead is worker
 
     def dump(self) -> list[dict[str, Any]]:
         """The table as JSON; what is only about this process's clock is left out."""

@@ -38,7 +38,7 @@ MANIFEST: Final = "manifest.json"
 PARAMETER: Final = "parameter"
 # Snapshots that the server took by itself: the newest ones are kept, an operator's are kept until deleted.
 KEPT_AUTOMATIC: Final = 2
-_ID: Final = re.compile(r"t(\d+)-v(\d+)-e(\d+)")
+_ID: Final = re.compile(r"t(\d+)-v(\d+)-e(\d+)-(\d+)")
 
 
 class Snapshots:
@@ -48,17 +48,11 @@ class Snapshots:
         self.folder = folder
 
     def write(self, facts: Mapping[str, Any], copy: ArenasCopy, *, automatic: bool) -> dict[str, Any]:
-        """Write a snapshot and return its manifest. Of equal (timeline, version, edit) there is only one.
-
-        StorageFailed when the disk refuses; then nothing is left behind.
-        """
-        snapshot = f"t{copy.timeline}-v{copy.version}-e{facts['edit']}"
-        if (self.folder / snapshot).exists():
-            try:
-                return self._verified(snapshot)
-            except SnapshotDamaged:
-                # set aside, never deleted: the bytes may still be worth something to a person
-                os.replace(self.folder / snapshot, self.folder / f"damaged-{snapshot}-{uuid.uuid4().hex[:8]}")
+        """Write a snapshot and return its manifest. StorageFailed when the disk refuses; nothing is left behind then."""
+        state = f"t{copy.timeline}-v{copy.version}-e{facts['edit']}"
+        # the worker table moves on while the version does not: the same state may be written again
+        number = 1 + sum(known.startswith(f"{state}-") for known in self._ids())
+        snapshot = f"{state}-{number}"
         temporary = self.folder / f"tmp-{uuid.uuid4().hex}"
         try:
             temporary.mkdir(parents=True)
@@ -167,7 +161,7 @@ class Snapshots:
             shutil.rmtree(path, ignore_errors=True)
 
     def _ids(self) -> list[str]:
-        """Newest first: by timeline, version, edit."""
+        """Newest first: by timeline, version, edit, number."""
         if not self.folder.exists():
             return []
         matches = [match for path in self.folder.iterdir() if (match := _ID.fullmatch(path.name))]

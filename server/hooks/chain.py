@@ -97,7 +97,12 @@ class HookChain:
     def step_post(self, context: StepContext, groups: ParamGroups) -> None:
         """Run transforms after a step's ticket was written."""
         for hook in self._at(Point.STEP_POST):
-            hook.step_post(context, groups)
+            try:
+                hook.step_post(context, groups)
+            except (ArithmeticError, TypeError, ValueError) as error:
+                # the step is decided: a scheduler past its last step leaves the lr where it is
+                hook.failures += 1
+                log.warning("hook %s failed at version %d: %s", hook.hook_id, context.version, error)
 
     def tell(self, point: Point, event: Callable[[], Mapping[str, Any]]) -> None:
         """Hand an event to the observers at a point. Never waits: when they are behind, it is dropped and counted."""

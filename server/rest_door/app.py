@@ -62,7 +62,9 @@ def _translated(request: Request, error: Exception) -> PushstepError:
         problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
         return InvalidSettings(problem="; ".join(problems))
     if isinstance(error, HTTPException):
-        kind = MethodNotAllowed if error.status_code == MethodNotAllowed.http_status else UnknownRoute
+        kind = {404: UnknownRoute, 405: MethodNotAllowed}.get(error.status_code)
+        if kind is None:
+            return InvalidSettings(problem=str(error.detail))
         return kind(method=request.method, path=request.url.path)
     return named(error, log)
 

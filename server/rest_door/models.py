@@ -10,6 +10,7 @@ from fastapi import APIRouter, Response
 from ..arena import Arenas
 from ..model import Model
 from .depends import OPERATOR, CatalogHere, ModelHere
+from .numbers import finite
 
 router = APIRouter(tags=["models"])
 
@@ -39,8 +40,8 @@ def describe(model: Model) -> dict[str, Any]:
             "version": receipt.version,
             "worker": receipt.identity.worker,
             "staleness": receipt.staleness,
-            "gradient_norm": receipt.gradient_norm,
-            "clip_factor": receipt.clip_factor,
+            "gradient_norm": finite(receipt.gradient_norm),
+            "clip_factor": finite(receipt.clip_factor),
         },
     }
 

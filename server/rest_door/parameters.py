@@ -12,6 +12,7 @@ from pushstep.proto.layout import Slot
 
 from ..model import Model
 from .depends import ModelHere
+from .numbers import finite_values
 
 router = APIRouter(tags=["parameters"])
 
@@ -63,12 +64,11 @@ def _statistics(tensor: torch.Tensor) -> dict[str, float | None]:
     if tensor.numel() == 0:
         return {"min": None, "max": None, "mean": None, "norm": None}
     values = tensor.double()
-    numbers = {
-        "min": float(values.min()),
-        "max": float(values.max()),
-        "mean": float(values.mean()),
-        "norm": float(torch.linalg.vector_norm(values)),
-    }
-    return {
-        name: number if torch.isfinite(torch.tensor(number)) else None for name, number in numbers.items()
-    }
+    return finite_values(
+        {
+            "min": float(values.min()),
+            "max": float(values.max()),
+            "mean": float(values.mean()),
+            "norm": float(torch.linalg.vector_norm(values)),
+        }
+    )

@@ -10,6 +10,7 @@ from fastapi import APIRouter
 from ..model import Model
 from ..session import Worker
 from .depends import OPERATOR, ModelHere
+from .numbers import finite_values
 
 router = APIRouter(tags=["workers"])
 
@@ -27,7 +28,7 @@ def _show(worker: Worker, model: Model, now_s: float) -> dict[str, Any]:
         "lease_left_s": round(max(0.0, worker.lease_until_s - now_s), 3),
         "outcomes": worker.outcomes,
         "duplicates": worker.duplicates,
-        "metrics": worker.metrics,
+        "metrics": finite_values(worker.metrics),
     }
 
 
