@@ -41,6 +41,10 @@ _HOOK_TABLES = (
 )
 
 
+# Buffers (batch statistics) are small and only checkpoints need them: now and then, and at the end.
+EXTRAS_EVERY_STEPS = 100
+
+
 class RemoteOptimizer(torch.optim.Optimizer):
     """Made by `Session.attach`. `last_receipt` says what became of the last step."""
 
@@ -83,6 +87,9 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self.last_receipt: Receipt | None = None
         self._join(self._manifest(found, aliases))
         self._take_over(optimizers)
+        self._steps = 0
+        self._send_extras()
+        session.before_close(self._send_extras)
 
     # Becoming the model's, or the model becoming ours.
 
@@ -186,7 +193,25 @@ class RemoteOptimizer(torch.optim.Optimizer):
         if pulled is not None:
             self._write_groups(pulled.header.groups)
         self._warn_ignored(receipt)
+        self._steps += 1
+        if self._steps % EXTRAS_EVERY_STEPS == 0:
+            self._send_extras()
         return loss
+
+    def _send_extras(self) -> None:
+        """What a checkpoint of the module needs beside the parameters that are stepped; the lead's business."""
+        if self._module is None or not self._session.member().lead:
+            return
+        stepped = {
+            name for slot in self._session.member().layout.slots for name in (slot.name, *slot.aliases)
+        }
+        extras = {
+            clean(name): value
+            for name, value in self._module.state_dict().items()
+            if isinstance(value, Tensor) and clean(name) not in stepped
+        }
+        if extras:
+            self._session.upload_extras(extras)
 
     def _check_unedited(self) -> None:
         for name, parameter in self._parameters.items():

@@ -10,13 +10,14 @@ import os
 import socket
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 import torch
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from pushstep.proto import dtypes
@@ -31,6 +32,7 @@ from pushstep.proto.errors import (
     SessionClosed,
     Superseded,
 )
+from pushstep.proto.frames import Piece
 from pushstep.proto.layout import Layout, Slot, with_group
 from pushstep.proto.types_pb2 import Identity, Manifest, Parameter, ParamGroup
 
@@ -38,7 +40,7 @@ from .gradients import Rows, as_array, as_gradient, push_body, values_body
 from .membership import Member, join
 from .receipt import Outcome, Receipt, wire_value
 from .retry import Retry, TransportFailure, answered
-from .transport import Pulled, Transport
+from .transport import Body, Pulled, Transport
 
 if TYPE_CHECKING:
     from .remote_optimizer import RemoteOptimizer
@@ -110,6 +112,7 @@ class Session:
         self._mirror: dict[str, Tensor] = {}
         self._mirror_at: tuple[int, int] | None = None
         self._mirror_layout: Layout | None = None
+        self._before_close: list[Callable[[], None]] = []
         self._stop_heartbeat = threading.Event()
         self._heartbeat: threading.Thread | None = None
 
@@ -305,6 +308,7 @@ class Session:
                 return self._rejected(error, header.identity), None
             member.sequence = header.identity.sequence
             member.version = receipt.version
+            member.lead = receipt.lead
             return self._note(receipt), pulled
 
     def _note(self, receipt: Receipt) -> Receipt:
@@ -415,6 +419,23 @@ class Session:
         self._manifest = layout.manifest
         return self.adopt(answer.member)
 
+    def upload_extras(self, tensors: Mapping[str, Tensor]) -> None:
+        """Send a module's buffers and frozen values, for exports and snapshots. Only the lead's are kept."""
+        member = self.member()
+        content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+        header = pb.UploadHeader(
+            model=self.model,
+            kind=pb.UPLOAD_KIND_EXTRAS,
+            identity=member.next_identity(),
+            extras_bytes=len(content),
+        )
+        piece = Piece(torch.frombuffer(bytearray(content), dtype=torch.uint8), torch.uint8)
+        self._retry.run(lambda: self._transport.upload(header, Body((), [[piece]])))
+
+    def before_close(self, task: Callable[[], None]) -> None:
+        """Have `task` run when the session is closed, while it can still talk."""
+        self._before_close.append(task)
+
     def replace_state(self, header: pb.UploadHeader, values: Mapping[tuple[Slot, str], Tensor]) -> Member:
         """Replace the optimizer state; `header` lacks only who sends it and what it carries."""
         member = self.member()
@@ -494,13 +515,15 @@ class Session:
         """Leave the model and close the connection. Closing twice, or in a forked child, does nothing."""
         if self._closed or os.getpid() != self._pid:
             return
-        self._closed = True
         self._stop_heartbeat.set()
         if self._member is not None:
             try:
+                for task in self._before_close:
+                    task()
                 self._transport.leave(pb.LeaveRequest(model=self.model, identity=self._member.identity()))
             except Exception as error:  # noqa: BLE001 - the lease ends by itself; a close must not fail
                 warnings.warn(f"could not leave: {type(error).__name__}", RuntimeWarning, stacklevel=2)
+        self._closed = True
         self._transport.close()
         if self._heartbeat is not None:
             self._heartbeat.join(timeout=1)

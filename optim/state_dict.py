@@ -54,7 +54,8 @@ def torch_state_dict(groups: Sequence[GroupState]) -> dict[str, Any]:
             if parameter.steps or group.rule == "adagrad":
                 step = torch.tensor(float(parameter.steps), dtype=torch.float32)
                 state[parameter_id] = {"step": step, **{n: t.clone() for n, t in parameter.tensors.items()}}
-        param_groups.append({**group.values, **EXECUTION_KEYS.get(group.rule, {}), "params": ids})
+        values = {name: group.values[name] for name in RULES[group.rule].defaults if name in group.values}
+        param_groups.append({**values, **EXECUTION_KEYS.get(group.rule, {}), "params": ids})
         number += len(ids)
     return {"state": state, "param_groups": param_groups}
 

@@ -15,11 +15,13 @@ class UploadKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     UPLOAD_KIND_PARAMETERS: _ClassVar[UploadKind]
     UPLOAD_KIND_STATE: _ClassVar[UploadKind]
     UPLOAD_KIND_GROUP: _ClassVar[UploadKind]
+    UPLOAD_KIND_EXTRAS: _ClassVar[UploadKind]
 UPLOAD_KIND_UNSPECIFIED: UploadKind
 UPLOAD_KIND_CREATE: UploadKind
 UPLOAD_KIND_PARAMETERS: UploadKind
 UPLOAD_KIND_STATE: UploadKind
 UPLOAD_KIND_GROUP: UploadKind
+UPLOAD_KIND_EXTRAS: UploadKind
 
 class DescribeRequest(_message.Message):
     __slots__ = ()
@@ -274,7 +276,7 @@ class PullResponse(_message.Message):
     def __init__(self, header: _Optional[_Union[PullHeader, _Mapping]] = ..., segment: _Optional[int] = ..., offset: _Optional[int] = ..., payload: _Optional[bytes] = ...) -> None: ...
 
 class UploadHeader(_message.Message):
-    __slots__ = ("model", "kind", "ticket", "identity", "manifest", "segments", "steps", "groups", "force", "manifest_hash")
+    __slots__ = ("model", "kind", "ticket", "identity", "manifest", "segments", "steps", "groups", "force", "manifest_hash", "extras_bytes")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     TICKET_FIELD_NUMBER: _ClassVar[int]
@@ -285,6 +287,7 @@ class UploadHeader(_message.Message):
     GROUPS_FIELD_NUMBER: _ClassVar[int]
     FORCE_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_HASH_FIELD_NUMBER: _ClassVar[int]
+    EXTRAS_BYTES_FIELD_NUMBER: _ClassVar[int]
     model: str
     kind: UploadKind
     ticket: int
@@ -295,7 +298,8 @@ class UploadHeader(_message.Message):
     groups: _containers.RepeatedCompositeFieldContainer[_types_pb2.GroupValues]
     force: bool
     manifest_hash: int
-    def __init__(self, model: _Optional[str] = ..., kind: _Optional[_Union[UploadKind, str]] = ..., ticket: _Optional[int] = ..., identity: _Optional[_Union[_types_pb2.Identity, _Mapping]] = ..., manifest: _Optional[_Union[_types_pb2.Manifest, _Mapping]] = ..., segments: _Optional[_Iterable[_Union[_types_pb2.Segment, _Mapping]]] = ..., steps: _Optional[_Iterable[int]] = ..., groups: _Optional[_Iterable[_Union[_types_pb2.GroupValues, _Mapping]]] = ..., force: bool = ..., manifest_hash: _Optional[int] = ...) -> None: ...
+    extras_bytes: int
+    def __init__(self, model: _Optional[str] = ..., kind: _Optional[_Union[UploadKind, str]] = ..., ticket: _Optional[int] = ..., identity: _Optional[_Union[_types_pb2.Identity, _Mapping]] = ..., manifest: _Optional[_Union[_types_pb2.Manifest, _Mapping]] = ..., segments: _Optional[_Iterable[_Union[_types_pb2.Segment, _Mapping]]] = ..., steps: _Optional[_Iterable[int]] = ..., groups: _Optional[_Iterable[_Union[_types_pb2.GroupValues, _Mapping]]] = ..., force: bool = ..., manifest_hash: _Optional[int] = ..., extras_bytes: _Optional[int] = ...) -> None: ...
 
 class UploadRequest(_message.Message):
     __slots__ = ("header", "segment", "offset", "payload")

@@ -7,7 +7,7 @@ row-sparse gradients, each row's last-changed version is kept, so that readers c
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -197,6 +197,8 @@ class ArenasCopy:
     parameters: list[Tensor]
     states: list[dict[str, Tensor]]
     steps: list[int]
+    # buffers and frozen values, by name: not stepped, only kept for exports
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
 
     def view(self, slot: Slot, state: str = "") -> Tensor:
         """One parameter (or its state) in its own shape."""

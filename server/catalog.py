@@ -273,6 +273,7 @@ class Catalog:
         )
         model.version = copy.version
         model.edit = int(manifest["edit"])
+        model.extras = copy.extras
         model.hooks.parse(manifest["hooks"], groups, name)
         model.sessions.parse(manifest["workers"], time.monotonic())
         if not proven:

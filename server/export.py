@@ -86,12 +86,13 @@ def optimizer_state(facts: Mapping[str, Any], copy: ArenasCopy) -> dict[str, Any
     return dicts[0] if len(dicts) == 1 else dicts
 
 
-def parameters_by_name(copy: ArenasCopy, *, aliases: bool = True) -> dict[str, torch.Tensor]:
-    """Every parameter by name (and alias), in memory of its own."""
+def parameters_by_name(copy: ArenasCopy) -> dict[str, torch.Tensor]:
+    """Every parameter by name and alias, and the module's buffers and frozen values: what load_state_dict takes."""
     return {
-        name: copy.view(slot).clone()
-        for slot in copy.layout.slots
-        for name in (slot.name, *(slot.aliases if aliases else ()))
+        **copy.extras,
+        **{
+            name: copy.view(slot).clone() for slot in copy.layout.slots for name in (slot.name, *slot.aliases)
+        },
     }
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Final
 
 import torch
@@ -56,6 +57,8 @@ class Model:
         self.edit = 0
         self.failed: ModelFailed | None = None
         self.deleted = False
+        # a module's buffers and frozen values; replaced as a whole, never written to
+        self.extras: Mapping[str, torch.Tensor] = {}
         self.events: deque[dict[str, Any]] = deque(maxlen=EVENTS_KEPT)
         self._events_seen = 0
         self.last_receipt: Receipt | None = None
@@ -139,6 +142,7 @@ class Model:
         self.timeline = timeline
         self.version = copy.version
         self.failed = None
+        self.extras = copy.extras
         if saved is not None:
             revisions = [group.revision for group in self.groups.list]
             for hook in list(self.hooks.list):
@@ -184,8 +188,9 @@ class Model:
     async def copy(self) -> tuple[dict[str, Any], ArenasCopy]:
         """Groups, hooks and workers with the arenas of exactly the same version."""
         self.require_whole()
-        facts = self.dump()
-        return facts, await self.stepper.submit(self.arenas.copy)
+        facts, extras = self.dump(), self.extras
+        copy = await self.stepper.submit(self.arenas.copy)
+        return facts, replace(copy, extras=extras)
 
     def tell(self, point: Point, **facts: Any) -> None:
         """Let the observers at a point know."""

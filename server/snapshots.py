@@ -36,6 +36,7 @@ log = logging.getLogger("pushstep.snapshots")
 FORMAT: Final = 1
 MANIFEST: Final = "manifest.json"
 PARAMETER: Final = "parameter"
+EXTRAS: Final = "extras.safetensors"
 # Snapshots that the server took by itself: the newest ones are kept, an operator's are kept until deleted.
 KEPT_AUTOMATIC: Final = 2
 _ID: Final = re.compile(r"t(\d+)-v(\d+)-e(\d+)-(\d+)")
@@ -57,6 +58,8 @@ class Snapshots:
         try:
             temporary.mkdir(parents=True)
             files = [self._write_arena(temporary, copy, index) for index in range(len(copy.parameters))]
+            if copy.extras:
+                files.append(self._write_extras(temporary, copy))
             manifest = {
                 "format": FORMAT,
                 "id": snapshot,
@@ -82,20 +85,15 @@ class Snapshots:
         return manifest
 
     def _write_arena(self, folder: Path, copy: ArenasCopy, index: int) -> dict[str, Any]:
-        name = f"arena-{index:04d}.safetensors"
-        tensors = {PARAMETER: copy.parameters[index], **copy.states[index]}
-        save_file(tensors, folder / name)
-        fsync(folder / name)
+        path = folder / f"arena-{index:04d}.safetensors"
+        save_file({PARAMETER: copy.parameters[index], **copy.states[index]}, path)
         spec = copy.layout.arenas[index]
-        return {
-            "file": name,
-            "arena": index,
-            "group": spec.group,
-            "start": 0,
-            "stop": spec.elements,
-            "bytes": (folder / name).stat().st_size,
-            "sha256": _file_digest(folder / name),
-        }
+        place = {"arena": index, "group": spec.group, "start": 0, "stop": spec.elements}
+        return {**place, **_sealed(path)}
+
+    def _write_extras(self, folder: Path, copy: ArenasCopy) -> dict[str, Any]:
+        save_file(dict(copy.extras), folder / EXTRAS)
+        return _sealed(folder / EXTRAS)
 
     def manifests(self) -> list[dict[str, Any]]:
         """Every snapshot's manifest, newest first. A damaged one is listed with its problem."""
@@ -112,6 +110,7 @@ class Snapshots:
         manifest = self._verified(snapshot)
         layout = layout_of(manifest)
         parameters, states = [], []
+        extras: Mapping[str, torch.Tensor] = {}
         for entry in manifest["files"]:
             path = self.folder / snapshot / entry["file"]
             try:
@@ -120,12 +119,13 @@ class Snapshots:
                 tensors = load_file(path)
             except (OSError, SafetensorError) as error:
                 raise SnapshotDamaged(snapshot=snapshot, problem=f"{entry['file']}: {error}") from error
+            if entry["file"] == EXTRAS:
+                extras = tensors
+                continue
             parameters.append(tensors.pop(PARAMETER))
             states.append(tensors)
-        copy = ArenasCopy(
-            layout, int(manifest["timeline"]), int(manifest["version"]), parameters, states, manifest["steps"]
-        )
-        return manifest, copy
+        timeline, version = int(manifest["timeline"]), int(manifest["version"])
+        return manifest, ArenasCopy(layout, timeline, version, parameters, states, manifest["steps"], extras)
 
     def newest(self) -> tuple[dict[str, Any], ArenasCopy] | None:
         """The newest snapshot that verifies; damaged ones are named in the log and left alone."""
@@ -210,6 +210,12 @@ def _parameters(layout: Layout) -> list[dict[str, Any]]:
         }
         for slot in layout.slots
     ]
+
+
+def _sealed(path: Path) -> dict[str, Any]:
+    """A written file, forced to the disk, with what it takes to recognise it."""
+    fsync(path)
+    return {"file": path.name, "bytes": path.stat().st_size, "sha256": _file_digest(path)}
 
 
 def _digest(manifest: Mapping[str, Any]) -> str:

@@ -9,6 +9,10 @@ import asyncio
 import time
 from collections.abc import Sequence
 
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load
+
 from pushstep.proto import dtypes
 from pushstep.proto.errors import (
     InvalidManifest,
@@ -22,6 +26,7 @@ from pushstep.proto.frames import Assembly, BodyDigest, Chunk
 from pushstep.proto.layout import Layout, check_body, with_group
 from pushstep.proto.training_pb2 import (
     UPLOAD_KIND_CREATE,
+    UPLOAD_KIND_EXTRAS,
     UPLOAD_KIND_GROUP,
     UPLOAD_KIND_PARAMETERS,
     UPLOAD_KIND_STATE,
@@ -37,6 +42,8 @@ from .membership import membership
 from .model import Model
 from .session import Verdict
 from .staging import Budget
+
+_OF_A_MODEL = (UPLOAD_KIND_PARAMETERS, UPLOAD_KIND_STATE, UPLOAD_KIND_GROUP, UPLOAD_KIND_EXTRAS)
 
 
 class Upload:
@@ -54,20 +61,22 @@ class Upload:
         if header.kind == UPLOAD_KIND_CREATE:
             self._creation = catalog.creation(header.model, header.ticket, now_s)
             self._layout = self._creation.layout
-        elif header.kind in (UPLOAD_KIND_PARAMETERS, UPLOAD_KIND_STATE, UPLOAD_KIND_GROUP):
+        elif header.kind in _OF_A_MODEL:
             self._model = catalog.get(header.model)
             self._model.require_current(header.identity)
             self._worker = self._model.sessions.require(header.identity, now_s)
             self._layout = self._model.layout
             if header.kind == UPLOAD_KIND_GROUP:
                 self._layout = with_group(self._layout, header.manifest)
-            elif header.manifest_hash != self._layout.manifest_hash:
+            elif header.kind != UPLOAD_KIND_EXTRAS and header.manifest_hash != self._layout.manifest_hash:
                 raise ManifestChanged(model=header.model)
         else:
             raise MalformedFrame(problem=f"upload kind {header.kind} does not exist")
         for segment in header.segments:
-            _check_exact(self._layout, segment, header.kind)
+            _check_exact(self._layout, segment)
         lengths = check_body(self._layout, header.segments, catalog.config.max_bytes)
+        if header.kind == UPLOAD_KIND_EXTRAS:
+            lengths = [header.extras_bytes]
         self._check_complete()
         self._reserved = sum(lengths)
         budget.reserve(self._reserved)
@@ -86,6 +95,8 @@ class Upload:
                 raise InvalidManifest(problem=f"the upload lacks the values of {', '.join(missing)}")
         if kind == UPLOAD_KIND_STATE and covered:
             raise MalformedFrame(problem="a state upload carries optimizer state, not parameters")
+        if kind == UPLOAD_KIND_EXTRAS and (header.segments or not header.extras_bytes):
+            raise MalformedFrame(problem="an extras upload carries one safetensors file and no segments")
 
     async def place(self, chunk: Chunk) -> None:
         """Copy a chunk into staging."""
@@ -110,6 +121,8 @@ class Upload:
             return await self._replace_parameters(self._model)
         if kind == UPLOAD_KIND_STATE:
             return await self._replace_state(self._model)
+        if kind == UPLOAD_KIND_EXTRAS:
+            return await self._replace_extras(self._model)
         return await self._add_group(self._model)
 
     async def _create(self) -> UploadResponse:
@@ -183,6 +196,18 @@ class Upload:
             member=membership(model, worker), version=model.version, timeline=model.timeline
         )
 
+    async def _replace_extras(self, model: Model) -> UploadResponse:
+        try:
+            extras = await asyncio.to_thread(load, self._body.part(0, torch.uint8).numpy().tobytes())
+        except SafetensorError as error:
+            raise MalformedFrame(problem=f"the extras are no safetensors file: {error}") from error
+        known = {name for slot in model.layout.slots for name in (slot.name, *slot.aliases)}
+        if not known.isdisjoint(extras):
+            raise MalformedFrame(problem=f"extras name a parameter: {sorted(known & set(extras))[0]!r}")
+        if model.sessions.leads(model.sessions.require(self._header.identity, time.monotonic())):
+            model.extras = extras
+        return UploadResponse(version=model.version, timeline=model.timeline)
+
     async def _add_group(self, model: Model) -> UploadResponse:
         identity = self._header.identity
         if self._layout.manifest_hash != model.layout.manifest_hash:
@@ -203,7 +228,7 @@ class Upload:
         )
 
 
-def _check_exact(layout: Layout, segment: Segment, kind: int) -> None:
+def _check_exact(layout: Layout, segment: Segment) -> None:
     """Uploads replace values: they come in the dtype in which they are held."""
     slots = layout.slots_of(segment)
     if segment.HasField("rows"):
