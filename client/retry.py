@@ -17,7 +17,8 @@ from pushstep.proto.status import from_rpc_error
 
 T = TypeVar("T")
 FIRST_WAIT_S: Final = 0.05
-LONGEST_WAIT_S: Final = 5.0
+# A server that restarts is back within seconds, and an attempt at a closed port costs microseconds.
+LONGEST_WAIT_S: Final = 1.0
 # Statuses without a catalogue error behind them: the network's, or a server that has just died.
 _TRANSIENT: Final = frozenset(
     {

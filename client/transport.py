@@ -27,10 +27,10 @@ OPTIONS: Final = (
     ("grpc.enable_retries", 0),
     ("grpc.enable_http_proxy", 0),
     ("grpc.keepalive_time_ms", 60_000),
-    # a dead server is asked again this often, not after gRPC's default of up to 20 s and then 2 minutes
+    # a server that went away is asked for again this often; gRPC's own default goes up to 2 minutes
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 2_000),
+    ("grpc.max_reconnect_backoff_ms", 500),
 )
 
 

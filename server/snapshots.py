@@ -52,8 +52,8 @@ class Snapshots:
         """Write a snapshot and return its manifest. StorageFailed when the disk refuses; nothing is left behind then."""
         state = f"t{copy.timeline}-v{copy.version}-e{facts['edit']}"
         # the worker table moves on while the version does not: the same state may be written again
-        number = 1 + sum(known.startswith(f"{state}-") for known in self._ids())
-        snapshot = f"{state}-{number}"
+        numbers = [int(known.rpartition("-")[2]) for known in self._ids() if known.startswith(f"{state}-")]
+        snapshot = f"{state}-{max(numbers, default=0) + 1}"
         temporary = self.folder / f"tmp-{uuid.uuid4().hex}"
         try:
             temporary.mkdir(parents=True)
