@@ -8,7 +8,9 @@ attach go on steering them.
 from __future__ import annotations
 
 import copy
+import math
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -135,6 +137,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
             self._note_versions()
         else:
             self._apply(self._session.pull_message(None))
+        self._leads = member.lead
         self._write_groups(member.groups)
         theirs = [self._current(index) for index in range(len(self.param_groups))]
         if mine != theirs:
@@ -143,14 +146,18 @@ class RemoteOptimizer(torch.optim.Optimizer):
                 f"model {self._session.model!r} has other values of {', '.join(differing)} than this worker's optimizer; "
                 "the server's hold",
                 RuntimeWarning,
-                stacklevel=5,
+                stacklevel=4,
             )
 
     def _take_over(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-        for optimizer in optimizers:
+        for number, optimizer in enumerate(optimizers):
             for table in _HOOK_TABLES:
-                getattr(self, table).update(getattr(optimizer, table))
-                getattr(optimizer, table).clear()
+                if number == 0:  # the table itself, so that handles from before still remove their hooks
+                    setattr(self, table, getattr(optimizer, table))
+                    setattr(optimizer, table, OrderedDict())
+                else:
+                    getattr(self, table).update(getattr(optimizer, table))
+                    getattr(optimizer, table).clear()
             optimizer.state.clear()
             optimizer.step = _refuse_step  # type: ignore[method-assign]
 
@@ -188,9 +195,11 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self.last_receipt = receipt
         if receipt.outcome is Outcome.SUPERSEDED:
             self._held = None
+            self._leads = self._session.member().lead
             self._write_groups(self._session.member().groups)
         self._apply(pulled if pulled is not None else self._session.pull_message(self._held))
         if pulled is not None:
+            self._leads = receipt.lead
             self._write_groups(pulled.header.groups)
         self._warn_ignored(receipt)
         self._steps += 1
@@ -258,10 +267,19 @@ class RemoteOptimizer(torch.optim.Optimizer):
     def _edits(self) -> dict[int, dict[str, float | bool]]:
         edits = {}
         for index, known in enumerate(self._values):
-            changed = {k: v for k, v in self._current(index).items() if known.get(k) != v}
+            group = self.param_groups[index]
+            changed = {
+                k: v for k, v in self._current(index).items() if not _same(group[k], known.get(k, math.nan))
+            }
             if changed:
                 edits[index] = changed
         return edits
+
+    def _pending(self, index: int) -> dict[str, float | bool]:
+        """A group's edits that the next push will carry and that, as far as is known here, will count."""
+        ignored = self.last_receipt.ignored_edits if self.last_receipt is not None else ()
+        edits = self._edits().get(index, {}) if self._leads else {}
+        return {name: value for name, value in edits.items() if f"{index}.{name}" not in ignored}
 
     def _write_groups(self, groups: Iterable[GroupValues]) -> None:
         self._values = [plain_values(group) for group in groups][: len(self.param_groups)]
@@ -279,7 +297,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
             warnings.warn(
                 f"hyperparameter edits of this worker were ignored ({', '.join(receipt.ignored_edits)}): {who}",
                 RuntimeWarning,
-                stacklevel=3,
+                stacklevel=5,  # out of step and of the two wrappers that torch puts around it
             )
 
     # State.
@@ -287,7 +305,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> Any:
         """torch's state_dict, fetched from the server; a list of them if a list was attached.
 
-        What torch does not keep in a group here (a scheduler's `initial_lr`) is this side's own and is merged in.
+        What torch does not keep in a group here (a scheduler's `initial_lr`) is this side's own and is merged in, and
+        so are the lead's edits that the next push will carry: a scheduler has stepped since the last one.
         """
         for pre in self._optimizer_state_dict_pre_hooks.values():
             pre(self)
@@ -298,8 +317,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
             if state:
                 tensors[slot.index][state] = values
         groups = [
-            GroupState(rule, plain_values(group))
-            for rule, group in zip(self._rules, pulled.header.groups, strict=False)
+            GroupState(rule, {**plain_values(group), **self._pending(index)})
+            for index, (rule, group) in enumerate(zip(self._rules, pulled.header.groups, strict=False))
         ]
         for slot in pulled.layout.slots:
             if slot.group < len(groups):
@@ -310,7 +329,9 @@ class RemoteOptimizer(torch.optim.Optimizer):
             made = torch_state_dict([groups[i] for i in mine])
             for entry, index in zip(made["param_groups"], mine, strict=True):
                 for key, value in self.param_groups[index].items():
-                    if key not in RULES[self._rules[index]].defaults and key != "params":
+                    if key in entry and key != "params" and isinstance(value, Tensor):
+                        entry[key] = torch.full_like(value, entry[key])
+                    elif key not in RULES[self._rules[index]].defaults and key != "params":
                         entry[key] = value
             dicts.append(made)
         result: Any = dicts[0] if self._single else dicts
@@ -345,7 +366,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         for number, entry in enumerate(dicts):
             mine = [i for i, optimizer in enumerate(self._optimizer_of) if optimizer == number]
             parts = parts_of(entry, [self._rules[i] for i in mine])
-            for index, part, saved in zip(mine, parts, entry["param_groups"], strict=True):
+            for index, part in zip(mine, parts, strict=True):
                 parameters = self.param_groups[index]["params"]
                 if len(parameters) != len(part.parameters):
                     raise ValueError(
@@ -354,7 +375,6 @@ class RemoteOptimizer(torch.optim.Optimizer):
                 header.groups.append(
                     GroupValues(group=index, values={name: wire_value(v) for name, v in part.values.items()})
                 )
-                self._keep_own_keys(index, saved)
                 for parameter, state in zip(parameters, part.parameters, strict=True):
                     slot = layout.slot(self._names[id(parameter)], self._session.model)
                     steps[slot.index] = state.steps
@@ -366,6 +386,10 @@ class RemoteOptimizer(torch.optim.Optimizer):
                         values[slot, name] = _shaped(state.tensors.get(name, fresh), slot, name)
         header.steps.extend(steps)
         member = self._session.replace_state(header, values)
+        for number, entry in enumerate(dicts):
+            mine = [i for i, optimizer in enumerate(self._optimizer_of) if optimizer == number]
+            for index, saved in zip(mine, entry["param_groups"], strict=True):
+                self._keep_own_keys(index, saved)
         self._held = None
         self._write_groups(member.groups)
         self._apply(self._session.pull_message(None))
@@ -382,27 +406,39 @@ class RemoteOptimizer(torch.optim.Optimizer):
             super().add_param_group(param_group)  # torch's constructor adds the groups that are attached
             return
         rule = param_group.pop("rule", self._rules[0] if self._single else None)
-        if rule not in RULES:
-            raise UnsupportedModule(
-                problem=f"a group added to several optimizers needs rule=, one of {', '.join(RULES)}"
-            )
-        for name, default in (self.defaults if self._single else RULES[rule].defaults).items():
-            param_group.setdefault(name, default)
-        super().add_param_group(param_group)
-        index = len(self.param_groups) - 1
+        if rule not in self._rules:
+            rules = ", ".join(dict.fromkeys(self._rules))
+            raise UnsupportedModule(problem=f"a group added here needs rule=, one of those attached: {rules}")
+        # it becomes one of the last optimizer of that rule, with that optimizer's defaults
+        number = max(self._optimizer_of[index] for index, known in enumerate(self._rules) if known == rule)
+        own_defaults, self.defaults = self.defaults, self._originals[number].defaults
+        try:
+            super().add_param_group(param_group)
+        finally:
+            self.defaults = own_defaults
         self._rules.append(rule)
-        self._optimizer_of.append(self._optimizer_of[-1])
-        names = [f"{index}.{number}" for number in range(len(param_group["params"]))]
+        self._optimizer_of.append(number)
+        try:
+            self._send_group(len(self.param_groups) - 1)
+        except BaseException:
+            for added in (self.param_groups, self._rules, self._optimizer_of):
+                added.pop()
+            raise
+
+    def _send_group(self, index: int) -> None:
+        parameters = self.param_groups[index]["params"]
+        names = [f"{index}.{number}" for number in range(len(parameters))]
         if self._module is not None:
             known = {id(parameter): clean(name) for name, parameter in self._module.named_parameters()}
-            names = [known.get(id(p), name) for p, name in zip(param_group["params"], names, strict=True)]
-        values = dict(zip(names, param_group["params"], strict=True))
-        added = Manifest(groups=[self._group_message(index)])
+            names = [known.get(id(p), name) for p, name in zip(parameters, names, strict=True)]
+        values = dict(zip(names, parameters, strict=True))
+        manifest = Manifest(groups=[self._group_message(index)])
         for name, parameter in values.items():
-            added.parameters.append(_parameter_message(name, parameter, index, ()))
+            check_parameter(parameter, name)
+            manifest.parameters.append(_parameter_message(name, parameter, index, ()))
+        member = self._session.add_group(manifest, values)
         self._parameters.update(values)
         self._names.update({id(parameter): name for name, parameter in values.items()})
-        member = self._session.add_group(added, values)
         self._write_groups(member.groups)
         self._apply(self._session.pull_message(None))
 
@@ -441,6 +477,13 @@ _refuse_step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
 def _parameter_message(name: str, parameter: Tensor, group: int, aliases: Sequence[str]) -> Parameter:
     dtype = dtypes.to_wire(parameter.dtype, f"parameter {name!r}")
     return Parameter(name=name, shape=parameter.shape, dtype=dtype, group=group, aliases=aliases)
+
+
+def _same(value: Any, known: float | bool) -> bool:
+    """Whether a group's value is `known`; of a tensor, whether it is what `known` becomes in its dtype."""
+    if isinstance(value, Tensor):
+        return bool(value == torch.full_like(value, known))
+    return bool(value == known)
 
 
 def _metrics(loss: Any) -> dict[str, float]:

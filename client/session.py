@@ -113,6 +113,7 @@ class Session:
         self._mirror_at: tuple[int, int] | None = None
         self._mirror_layout: Layout | None = None
         self._before_close: list[Callable[[], None]] = []
+        self._attached: RemoteOptimizer | None = None
         self._stop_heartbeat = threading.Event()
         self._heartbeat: threading.Thread | None = None
 
@@ -135,7 +136,8 @@ class Session:
         self._check_usable()
         optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
         single = isinstance(optimizer, torch.optim.Optimizer)
-        return RemoteOptimizer(self, optimizers, module, names, single=single)
+        self._attached = RemoteOptimizer(self, optimizers, module, names, single=single)
+        return self._attached
 
     def create(
         self, parameters: Mapping[str, Array | Tensor], groups: Sequence[Mapping[str, Any]] | None = None
@@ -183,7 +185,14 @@ class Session:
             return self._transport.upload(header, body).member
 
         self._member, created = join(
-            self._transport, self._retry, self.model, self.worker, manifest, self._takeover, None, create
+            self._transport,
+            self._retry,
+            self.model,
+            self.worker,
+            manifest,
+            self._takeover,
+            self._member,
+            create,
         )
         self._start_heartbeat()
         return created
@@ -379,9 +388,11 @@ class Session:
 
     def upload(self, values: Mapping[str, Any] | None = None) -> int:
         """Send parameter values as a version of their own; the version. None sends what an attached optimizer holds."""
-        member = self.member()
         if values is None:
-            raise NotAttached(problem="no optimizer is attached: pass values={name: array}")
+            if self._attached is None:
+                raise NotAttached(problem="no optimizer is attached: pass values={name: array}")
+            return self._attached.upload()
+        member = self.member()
         slots = {member.layout.slot(name, self.model): torch.as_tensor(v) for name, v in values.items()}
         for slot, value in slots.items():
             as_gradient(value, slot)
@@ -479,6 +490,10 @@ class Session:
     def _arrays(self) -> dict[str, Array]:
         layout = self._mirror_layout
         names = [slot.name for slot in layout.slots] if layout is not None else []
+        if any(name not in self._mirror for name in names):
+            # a group was added, which makes no version: what this copy lacks did not come as a change
+            self._mirror_at = None
+            return self.pull()
         return {name: as_array(self._mirror[name]) for name in names}
 
     @property
@@ -516,17 +531,19 @@ class Session:
         if self._closed or os.getpid() != self._pid:
             return
         self._stop_heartbeat.set()
-        if self._member is not None:
-            try:
+        self._retry.for_s = 0.0  # a server that is away is not waited for
+        try:
+            if self._member is not None:
                 for task in self._before_close:
                     task()
                 self._transport.leave(pb.LeaveRequest(model=self.model, identity=self._member.identity()))
-            except Exception as error:  # noqa: BLE001 - the lease ends by itself; a close must not fail
-                warnings.warn(f"could not leave: {type(error).__name__}", RuntimeWarning, stacklevel=2)
-        self._closed = True
-        self._transport.close()
-        if self._heartbeat is not None:
-            self._heartbeat.join(timeout=1)
+        except Exception as error:  # noqa: BLE001 - the lease ends by itself; a close must not fail
+            warnings.warn(f"could not leave: {type(error).__name__}", RuntimeWarning, stacklevel=2)
+        finally:
+            self._closed = True
+            self._transport.close()
+            if self._heartbeat is not None:
+                self._heartbeat.join(timeout=1)
 
     def __enter__(self) -> Self:
         return self

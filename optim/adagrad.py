@@ -10,14 +10,15 @@ row-sparse gradients, as in torch. Duplicate rows are summed first, then squared
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from .arithmetic import in_dtype, prepared_gradient
-from .local import LocalRuleOptimizer
+from .local import LocalRuleOptimizer, state_dtype
 
 
 class AdagradRule:
@@ -100,3 +101,13 @@ class Adagrad(LocalRuleOptimizer, torch.optim.Adagrad):
     """torch.optim.Adagrad, stepped by `AdagradRule`."""
 
     rule = AdagradRule()
+
+    @functools.wraps(torch.optim.Adagrad.__init__)  # type: ignore[misc]  # mypy wants a plain def; this one keeps torch's signature
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        for group in self.param_groups:
+            for param in group["params"]:
+                if state_dtype(param) != param.dtype:
+                    # torch has filled it in the parameter's dtype, where 0.1 is another number
+                    value = group["initial_accumulator_value"]
+                    self.state[param]["sum"] = torch.full_like(param, value, dtype=state_dtype(param))

@@ -24,6 +24,16 @@ class LocalRuleOptimizer(torch.optim.Optimizer):
 
     rule: Rule
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._widen_state()  # torch loads state in the parameters' dtype
+
+    def _widen_state(self) -> None:
+        for param, state in self.state.items():
+            for name in self.rule.state_names:
+                if name in state:
+                    state[name] = state[name].to(state_dtype(param))
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step over every parameter that has a gradient."""

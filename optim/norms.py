@@ -20,9 +20,10 @@ def square_sum(values: Tensor) -> float:
     whole = flat.numel() // BLOCK_ELEMENTS * BLOCK_ELEMENTS
     total = 0.0
     if whole:
-        blocks = flat[:whole].view(-1, BLOCK_ELEMENTS).to(torch.float64)
+        # a copy always: of a float64 gradient, `to` alone would be the gradient itself, squared in place below
+        blocks = flat[:whole].view(-1, BLOCK_ELEMENTS).to(torch.float64, copy=True)
         for block in blocks.square_().sum(dim=1).tolist():
             total += block
     if whole < flat.numel():
-        total += float(flat[whole:].to(torch.float64).square_().sum())
+        total += float(flat[whole:].to(torch.float64, copy=True).square_().sum())
     return total

@@ -399,6 +399,13 @@ class Draining(Unavailable):
     template = "the server is stopping and takes no new work"
 
 
+class Starting(Unavailable):
+    """The server has not brought back its models yet: whether it has one is not known."""
+
+    code = "starting"
+    template = "the server is starting and still brings back its models; try again"
+
+
 class BeingCreated(Unavailable):
     """Another worker is uploading the model right now."""
 

@@ -23,6 +23,7 @@ from .types_pb2 import Arena, Manifest, Segment
 ID_BYTES: Final = 8
 MAX_PARAMETERS: Final = 1_000_000
 MAX_DIMENSIONS: Final = 16
+MAX_ELEMENTS: Final = 1 << 48
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +105,7 @@ class Layout:
         while at < segment.stop and at in borders:
             covered.append(borders[at])
             at = borders[at].stop
-        if at != segment.stop or segment.start > segment.stop:
+        if at != segment.stop or not covered:
             raise MalformedFrame(
                 problem=f"segment [{segment.start}, {segment.stop}) of arena {segment.arena} does not lie on "
                 "parameter borders"
@@ -187,6 +188,7 @@ def with_group(layout: Layout, added: Manifest) -> Layout:
 
 def _check(manifest: Manifest) -> None:
     names: set[str] = set()
+    total = 0
     if not manifest.parameters:
         raise InvalidManifest(problem="no parameters")
     if len(manifest.parameters) > MAX_PARAMETERS:
@@ -202,7 +204,9 @@ def _check(manifest: Manifest) -> None:
             raise InvalidManifest(
                 problem=f"{parameter.name!r} is in group {parameter.group}, which does not exist"
             )
-        if len(parameter.shape) > MAX_DIMENSIONS or math.prod(parameter.shape) >= 2**48:
+        # a length of 0 does not make the others harmless: they are somebody's strides
+        total += math.prod(max(1, length) for length in parameter.shape)
+        if len(parameter.shape) > MAX_DIMENSIONS or total >= MAX_ELEMENTS:
             raise InvalidManifest(problem=f"{parameter.name!r} has an impossible shape")
         dtypes.to_torch(parameter.dtype, f"parameter {parameter.name!r}")
 

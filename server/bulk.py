@@ -45,6 +45,9 @@ class BulkStream(Generic[M]):
                 await place(chunk)
             if isinstance(fields, PushRequest) and fields.HasField("commit"):
                 last = fields
+            elif chunk is None or not chunk.payload:
+                # would be progress without bytes: a stream kept alive, and its staging held, for nothing
+                raise MalformedFrame(problem="a message with neither a chunk nor a commit")
         return last
 
     async def _next(self) -> bytes | None:

@@ -27,8 +27,10 @@ from pushstep.proto.errors import (
     InvalidManifest,
     InvalidName,
     ModelExists,
+    ModelLost,
     NoCreationTicket,
     OverCapacity,
+    Starting,
     StorageFailed,
     UnknownModel,
 )
@@ -41,7 +43,7 @@ from .groups import Group, ParamGroups
 from .hooks.hook import Point
 from .model import Model
 from .session import Sessions
-from .snapshots import Snapshots, rules_known, write_durably
+from .snapshots import Snapshots, fsync, reason, rules_known, write_durably
 
 log = logging.getLogger("pushstep.catalog")
 CREATION_S: Final = 120.0
@@ -56,7 +58,10 @@ class Creation:
     ticket: int
     worker: str
     layout: Layout
+    bytes_needed: int
     expires_at_s: float
+    # its values have arrived and its name is being written to the disk
+    finishing: bool = False
 
 
 def check_name(name: str, what: str) -> str:
@@ -74,15 +79,24 @@ class Catalog:
         self.device = torch.device(config.device)
         self.models: dict[str, Model] = {}
         self.ready = False
+        self.loaded = False
         self._creations: dict[str, Creation] = {}
         self._saving: dict[str, asyncio.Lock] = {}
 
-    def get(self, name: str) -> Model:
-        """A model by name; UnknownModel otherwise."""
+    def get(self, name: str, uid: bytes = b"") -> Model:
+        """A model by name; UnknownModel otherwise, or ModelLost for a caller that knew it by its uid."""
         model = self.models.get(name)
         if model is None:
+            self.require_loaded()
+            if uid:
+                raise ModelLost(model=name[:200])
             raise UnknownModel(model=name[:200])
         return model
+
+    def require_loaded(self) -> None:
+        """Starting while models are still being brought back: until then a missing one is not known to be missing."""
+        if not self.loaded:
+            raise Starting()
 
     def snapshots(self, name: str) -> Snapshots:
         """Where a model's snapshots are."""
@@ -102,11 +116,19 @@ class Catalog:
             range(len(names))
         ):
             raise InvalidManifest(problem="every param group must have parameters")
-        if len(self.models) >= self.config.max_models:
+        self._creations = {
+            known: creation
+            for known, creation in self._creations.items()
+            if creation.finishing or creation.expires_at_s > now_s
+        }
+        # leave that was given and not used up yet counts, or several at once would pass the limits
+        others = [creation for known, creation in self._creations.items() if known != name]
+        if len(self.models) + len(others) >= self.config.max_models:
             raise OverCapacity(
                 problem=f"this server holds at most {self.config.max_models} models", setting="max-models"
             )
         held = sum(Arenas.bytes_needed(m.layout, m.arenas.rule_names) for m in self.models.values())
+        held += sum(creation.bytes_needed for creation in others)
         need = Arenas.bytes_needed(layout, names)
         if held + need > self.config.max_bytes:
             raise OverCapacity(
@@ -120,9 +142,9 @@ class Catalog:
                 setting="staging-bytes",
             )
         current = self._creations.get(name)
-        if current is not None and current.expires_at_s > now_s and current.worker != worker:
+        if current is not None and (current.finishing or current.worker != worker):
             raise BeingCreated(model=name, worker=current.worker, retry_after_s=CREATION_RETRY_S)
-        creation = Creation(secrets.randbits(63) or 1, worker, layout, now_s + CREATION_S)
+        creation = Creation(secrets.randbits(63) or 1, worker, layout, need, now_s + CREATION_S)
         self._creations[name] = creation
         return creation
 
@@ -139,20 +161,37 @@ class Catalog:
     def give_up_creation(self, name: str, ticket: int) -> None:
         """Let the next caller create: this one broke off."""
         current = self._creations.get(name)
-        if current is not None and current.ticket == ticket:
+        if current is not None and current.ticket == ticket and not current.finishing:
             del self._creations[name]
 
     async def finish_creation(self, name: str, creation: Creation, model: Model) -> None:
         """Make a filled model durable in name and visible to all."""
         if name in self.models:
             raise ModelExists(model=name)
-        await self._write_identity(model, clean_version=None)
-        if self._creations.get(name) is not creation:
+        if self._creations.get(name) is not creation or creation.finishing:
             raise NoCreationTicket(model=name)
+        creation.finishing = True
+        try:
+            await asyncio.to_thread(self._set_aside, name)
+            await self._write_identity(model, clean_version=None)
+        except BaseException:
+            creation.finishing = False
+            raise
         del self._creations[name]
         self.models[name] = model
         model.record("created", creation.worker)
         log.info("model %s created by %s: %d parameters", name, creation.worker, len(model.layout.slots))
+
+    def _set_aside(self, name: str) -> None:
+        """Keep the files of a model that could not be loaded out of the way of the new one of its name."""
+        folder = self._folder(name)
+        aside = folder.with_name(f".lost-{name}-{secrets.token_hex(4)}")
+        try:
+            if folder.exists():
+                os.replace(folder, aside)
+                log.warning("what was left of an earlier model %s is now %s", name, aside)
+        except OSError as error:
+            raise StorageFailed(path=folder, problem=reason(error)) from error
 
     def new_model(self, name: str, layout: Layout) -> Model:
         """A model with fresh identity and state, not yet visible."""
@@ -181,7 +220,7 @@ class Catalog:
             os.replace(self._folder(name), trash)
             shutil.rmtree(trash)
         except OSError as error:
-            raise StorageFailed(path=self._folder(name), problem=error.strerror or str(error)) from error
+            raise StorageFailed(path=self._folder(name), problem=reason(error)) from error
 
     # Snapshots and restores.
 
@@ -232,8 +271,10 @@ class Catalog:
             folder = self._folder(model.name)
             try:
                 folder.mkdir(parents=True, exist_ok=True)
+                for parent in (folder.parent, folder.parent.parent):
+                    fsync(parent)  # the names of folders just made must last, too
             except OSError as error:
-                raise StorageFailed(path=folder, problem=error.strerror or str(error)) from error
+                raise StorageFailed(path=folder, problem=reason(error)) from error
             write_durably(folder / "identity.json", text)
 
         await asyncio.to_thread(write)
@@ -247,12 +288,18 @@ class Catalog:
         for folder in folders:
             if (folder / "identity.json").exists() and _NAME.fullmatch(folder.name):
                 await self._load_model(folder.name)
-        self.ready = True
+        self.loaded = self.ready = True
 
     async def _load_model(self, name: str) -> None:
         snapshots = self.snapshots(name)
         await asyncio.to_thread(snapshots.sweep)
-        identity = json.loads((self._folder(name) / "identity.json").read_text())
+        try:
+            identity = json.loads((self._folder(name) / "identity.json").read_text())
+            uid, timeline = bytes.fromhex(identity["uid"]), int(identity["timeline"])
+            clean = (timeline, identity["version"]) if identity["clean"] else None
+        except (ValueError, KeyError, TypeError) as error:
+            log.error("model %s: identity.json is damaged (%r): not loaded", name, error)
+            return
         found = await asyncio.to_thread(snapshots.newest)
         if found is None:
             # its workers will be told model_lost, which is true; the folder stays as it is
@@ -262,15 +309,10 @@ class Catalog:
         if not rules_known(manifest):
             log.error("model %s needs an update rule that this build does not have: not loaded", name)
             return
-        proven = identity["clean"] and (identity["timeline"], identity["version"]) == (
-            copy.timeline,
-            copy.version,
-        )
-        timeline = identity["timeline"] if proven else identity["timeline"] + 1
+        proven = clean == (copy.timeline, copy.version)
+        timeline += not proven
         groups = ParamGroups.parse(manifest["groups"])
-        model = Model(
-            name, bytes.fromhex(identity["uid"]), timeline, copy.layout, groups, self._sessions(), self.device
-        )
+        model = Model(name, uid, timeline, copy.layout, groups, self._sessions(), self.device)
         model.version = copy.version
         model.edit = int(manifest["edit"])
         model.extras = copy.extras

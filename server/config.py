@@ -34,9 +34,13 @@ class Config(BaseSettings):
     data: Path = Field(Path("pushstep-data"), description="folder for snapshots; locked by this server")
     device: str = Field("cpu", description="cpu, cuda or cuda:N")
     insecure: bool = Field(False, description="listen beyond loopback without TLS and a token")
-    lease_s: float = Field(30.0, gt=0, description="a worker silent for longer is gone")
-    stall_s: float = Field(10.0, gt=0, description="a stream without progress for longer is dropped")
-    drain_s: float = Field(20.0, gt=0, description="how long a stop waits for pushes in flight")
+    lease_s: float = Field(30.0, gt=0, allow_inf_nan=False, description="a worker silent for longer is gone")
+    stall_s: float = Field(
+        10.0, gt=0, allow_inf_nan=False, description="a stream without progress for longer is dropped"
+    )
+    drain_s: float = Field(
+        20.0, gt=0, allow_inf_nan=False, description="how long a stop waits for pushes in flight"
+    )
     max_models: int = Field(100, ge=1, description="models held at once")
     max_bytes: int = Field(1 << 40, ge=1, description="bytes of parameters and optimizer state held at once")
     staging_bytes: int = Field(8 << 30, ge=1, description="bytes of pushes in flight at once")

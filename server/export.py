@@ -18,14 +18,16 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from pushstep.optim.state_dict import GroupState, ParameterState, torch_state_dict
-from pushstep.proto.errors import ExportsBusy, UnsupportedFormat
+from pushstep.proto.errors import ExportsBusy, StorageFailed, UnsupportedFormat
 
 from .arena import ArenasCopy
 from .hooks.hook import Point
 from .model import Model
+from .snapshots import reason
 
 FORMATS: Final = ("safetensors", "torch")
 COPIES_AT_ONCE: Final = 2
@@ -108,9 +110,13 @@ def write(facts: Mapping[str, Any], copy: ArenasCopy, form: str, folder: Path) -
         else:
             optimizer = optimizer_state(facts, copy)
             torch.save({"model": parameters_by_name(copy), "optimizer": optimizer}, path)
-    except OSError:
+    except (
+        OSError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:  # RuntimeError: torch's word for a disk that refuses
         path.unlink(missing_ok=True)
-        raise
+        raise StorageFailed(path=path, problem=reason(error)) from error
     return path
 
 

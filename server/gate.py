@@ -83,7 +83,9 @@ def inspect(layout: Layout, header: PushHeader, body: Assembly, digest: int) -> 
         for slot, piece in zip(slots, pieces, strict=True):
             norm = square_sum(piece)
             staged.norms.append(ParameterNorm(parameter=slot.index, square_sum=norm))
-            if not math.isfinite(norm) and not _all_finite(piece):
+            stepped = dtypes.state_dtype(slot.dtype)
+            narrowed = piece.dtype.itemsize > stepped.itemsize  # a finite float64 may be an infinite float32
+            if (narrowed or not math.isfinite(norm)) and not _all_finite(piece.to(stepped)):
                 nonfinite = nonfinite or slot.name
     staged.finite = nonfinite is None
     return StagedPush(staged, parts, nonfinite)

@@ -7,16 +7,19 @@ its groups against both.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
+
+import torch
 
 from pushstep.optim import RULES, Rule
 from pushstep.proto.errors import HeldByHook, InvalidHyperparameter, InvalidManifest, UnknownGroup
 from pushstep.proto.types_pb2 import GroupValues, Hyperparameter, ParamGroup
 
 Values = dict[str, float | bool]
+# Steps of float32 parameters are taken with float32 numbers: a larger one would break them off half way.
+LARGEST: Final = torch.finfo(torch.float32).max
 
 
 def plain_values(values: Mapping[str, Hyperparameter]) -> Values:
@@ -78,8 +81,8 @@ class Group:
         if wants_flag != isinstance(value, bool) or not isinstance(value, (bool, int, float)):
             kind = "true or false" if wants_flag else "a number"
             raise InvalidHyperparameter(problem=f"{name} must be {kind}, not {value!r}")
-        if not math.isfinite(value):
-            raise InvalidHyperparameter(problem=f"{name} must be a finite number, not {value!r}")
+        if not abs(value) <= LARGEST:
+            raise InvalidHyperparameter(problem=f"{name} must be a finite float32, not {value!r}")
         return value if wants_flag else float(value)
 
 

@@ -11,14 +11,15 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from importlib.metadata import version as installed_version
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import grpc
 import torch
+from google.protobuf.message import DecodeError
 
 from pushstep.proto import dtypes
 from pushstep.proto import training_pb2 as pb
-from pushstep.proto.errors import Draining, PushstepError, RowOutOfRange
+from pushstep.proto.errors import Draining, MalformedFrame, PushstepError, RowOutOfRange, WrongShape
 from pushstep.proto.frames import MAX_CHUNK_BYTES, Piece, pack
 from pushstep.proto.status import TRAILER, named, to_trailer
 from pushstep.proto.types_pb2 import DType, Receipt, Segment
@@ -36,6 +37,7 @@ from .upload import Upload
 log = logging.getLogger("pushstep.grpc")
 SERVICE: Final = "pushstep.v1.TrainingService"
 Context = grpc.aio.ServicerContext[Any, Any]
+T = TypeVar("T")
 
 
 class GrpcDoor:
@@ -59,16 +61,16 @@ class GrpcDoor:
             grpc.stream_stream_rpc_method_handler,
         )
         methods: dict[str, Any] = {
-            "Describe": unary(_answering(self.describe), pb.DescribeRequest.FromString, _serialize),
-            "Join": unary(_answering(self.join), pb.JoinRequest.FromString, _serialize),
-            "Heartbeat": unary(_answering(self.heartbeat), pb.HeartbeatRequest.FromString, _serialize),
-            "Leave": unary(_answering(self.leave), pb.LeaveRequest.FromString, _serialize),
+            "Describe": unary(_answering(_parsed(self.describe, pb.DescribeRequest)), None, _serialize),
+            "Join": unary(_answering(_parsed(self.join, pb.JoinRequest)), None, _serialize),
+            "Heartbeat": unary(_answering(_parsed(self.heartbeat, pb.HeartbeatRequest)), None, _serialize),
+            "Leave": unary(_answering(_parsed(self.leave, pb.LeaveRequest)), None, _serialize),
             "Upload": bulk_in(_answering(self.upload), None, _serialize),
             "Push": bulk_in(_answering(self.push), None, _serialize),
             "Exchange": bulk(_streaming(self.exchange), None, None),
-            "Pull": bulk_out(_streaming(self.pull), pb.PullRequest.FromString, None),
-            "PullRows": bulk_out(_streaming(self.pull_rows), pb.PullRowsRequest.FromString, None),
-            "PullState": bulk_out(_streaming(self.pull_state), pb.PullStateRequest.FromString, None),
+            "Pull": bulk_out(_streaming(_parsed(self.pull, pb.PullRequest)), None, None),
+            "PullRows": bulk_out(_streaming(_parsed(self.pull_rows, pb.PullRowsRequest)), None, None),
+            "PullState": bulk_out(_streaming(_parsed(self.pull_state, pb.PullStateRequest)), None, None),
         }
         return grpc.method_handlers_generic_handler(SERVICE, methods)
 
@@ -89,16 +91,18 @@ class GrpcDoor:
 
     async def heartbeat(self, request: pb.HeartbeatRequest) -> pb.HeartbeatResponse:
         """Heartbeat."""
-        model = self.catalog.get(request.model)
+        model = self.catalog.get(request.model, request.identity.model_uid)
         model.require_current(request.identity)
         model.sessions.require(request.identity, time.monotonic())
         return pb.HeartbeatResponse(version=model.version, lease_s=model.sessions.lease_s)
 
     async def leave(self, request: pb.LeaveRequest) -> pb.LeaveResponse:
         """Leave."""
-        model = self.catalog.get(request.model)
-        model.sessions.leave(request.identity, time.monotonic())
-        model.record("left", request.identity.worker)
+        model = self.catalog.models.get(request.model)
+        # nothing to leave if the model is gone, or is another one of the same name
+        if model is not None and model.uid == request.identity.model_uid:
+            model.sessions.leave(request.identity, time.monotonic())
+            model.record("left", request.identity.worker)
         return pb.LeaveResponse()
 
     async def upload(self, messages: AsyncIterator[bytes]) -> pb.UploadResponse:
@@ -119,7 +123,7 @@ class GrpcDoor:
 
     async def exchange(self, messages: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         """Exchange."""
-        model, header, receipt = await self._take_push(messages)
+        model, header, receipt = await self._take_push(messages, pulls=True)
         begun_s = time.monotonic()
         published = await _newest(model, header.pull, header.identity.timeline)
         answer = pb.PullHeader(receipt=receipt, groups=receipt.groups)
@@ -129,7 +133,7 @@ class GrpcDoor:
 
     async def pull(self, request: pb.PullRequest) -> AsyncIterator[bytes]:
         """Pull."""
-        model = self.catalog.get(request.model)
+        model = self.catalog.get(request.model, request.identity.model_uid)
         answer = pb.PullHeader(groups=model.group_values())
         if request.HasField("identity"):
             model.require_current(request.identity)
@@ -146,11 +150,13 @@ class GrpcDoor:
         model = self.catalog.get(request.model)
         model.require_whole()
         slot = model.layout.slot(request.parameter, model.name)
+        if not slot.shape:
+            raise WrongShape(what=f"parameter {slot.name!r}", got="()", expected="one with rows")
         wrong = [row for row in request.ids if row >= slot.rows]
         if wrong:
             raise RowOutOfRange(parameter=slot.name, row=wrong[0], rows=slot.rows)
         ids = torch.tensor(list(request.ids), dtype=torch.int64)
-        wire = dtypes.to_torch(request.dtype, "request") if request.dtype else None
+        wire = _wire(request.dtype)
 
         def read() -> tuple[pb.PullHeader, list[bytes]]:
             arenas = model.arenas
@@ -182,11 +188,15 @@ class GrpcDoor:
         while (frame := await asyncio.to_thread(next, frames, None)) is not None:
             yield frame
 
-    async def _take_push(self, messages: AsyncIterator[bytes]) -> tuple[Model, pb.PushHeader, Receipt]:
+    async def _take_push(
+        self, messages: AsyncIterator[bytes], *, pulls: bool = False
+    ) -> tuple[Model, pb.PushHeader, Receipt]:
         self._take_new_work()
         stream = BulkStream(messages, pb.PushRequest, self.stall_s)
         header = (await stream.header()).header
-        model = self.catalog.get(header.model)
+        if pulls:
+            _wire(header.pull.dtype)  # what cannot be answered is refused before it is stepped
+        model = self.catalog.get(header.model, header.identity.model_uid)
         intake = Intake(model, header, self.budget, self.pending)
         try:
             last = await stream.feed(intake.place)
@@ -195,14 +205,18 @@ class GrpcDoor:
             intake.release()
 
     def _take_new_work(self) -> None:
+        self.catalog.require_loaded()
         if self.draining:
             raise Draining()
 
 
 async def _newest(model: Model, options: pb.PullOptions, timeline: int) -> Published:
     have = options.have_version if options.HasField("have_version") else None
-    wire = dtypes.to_torch(options.dtype, "request") if options.dtype != DType.DTYPE_UNSPECIFIED else None
-    return await model.publisher.newest(timeline, have, wire)
+    return await model.publisher.newest(timeline, have, _wire(options.dtype))
+
+
+def _wire(dtype: int) -> torch.dtype | None:
+    return None if dtype == DType.DTYPE_UNSPECIFIED else dtypes.to_torch(dtype, "the answer asked for")
 
 
 async def _published_messages(
@@ -242,6 +256,19 @@ def _state_bodies(copy: ArenasCopy) -> tuple[list[Segment], list[list[Piece]]]:
 
 def _serialize(message: Any) -> bytes:
     return bytes(message.SerializeToString())
+
+
+def _parsed(method: Callable[[Any], T], kind: Any) -> Callable[[bytes], T]:
+    """A method that takes messages as bytes: gRPC would answer those that are none with an error of its own."""
+
+    def call(message: bytes) -> T:
+        try:
+            request = kind.FromString(message)
+        except DecodeError as error:
+            raise MalformedFrame(problem=f"not a {kind.__name__}") from error
+        return method(request)
+
+    return call
 
 
 def _answering(method: Callable[[Any], Awaitable[Any]]) -> Callable[[Any, Context], Awaitable[Any]]:

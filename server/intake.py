@@ -8,6 +8,7 @@ can never be decided in one order and stepped in another. A stream that breaks l
 from __future__ import annotations
 
 import asyncio
+import copy
 import math
 import time
 from typing import TYPE_CHECKING, Final
@@ -41,11 +42,12 @@ class Pending:
     """Pushes that have been decided and not yet stepped, so that a retry can wait for its own."""
 
     def __init__(self) -> None:
-        self._done: dict[tuple[str, int, int], asyncio.Event] = {}
+        self._done: dict[tuple[bytes, int, str, int, int], asyncio.Event] = {}
 
     @staticmethod
-    def _key(identity: Identity) -> tuple[str, int, int]:
-        return identity.worker, identity.epoch, identity.sequence
+    def _key(identity: Identity) -> tuple[bytes, int, str, int, int]:
+        # workers of several models share names, epochs and sequences
+        return identity.model_uid, identity.timeline, identity.worker, identity.epoch, identity.sequence
 
     def begin(self, identity: Identity) -> None:
         """Note that a push is on its way."""
@@ -117,7 +119,7 @@ class Intake:
         else:
             await self._pending.wait(self.header.identity)
         if verdict.error is not None:
-            raise verdict.error
+            raise copy.copy(verdict.error)
         return verdict.receipt
 
     def _decide(
@@ -149,7 +151,8 @@ class Intake:
         except PushstepError as error:
             receipt.outcome = Outcome.OUTCOME_REJECTED
             receipt.reason = error.code
-            verdict.error = refuse_consumed(error)
+            # a copy: the one that was raised holds, in its traceback, the push's whole body
+            verdict.error = refuse_consumed(copy.copy(error))
             model.record("push_rejected", worker.name, code=error.code)
         receipt.durability = Durability.DURABILITY_APPLIED
         if ticket is None:

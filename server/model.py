@@ -62,6 +62,8 @@ class Model:
         self.events: deque[dict[str, Any]] = deque(maxlen=EVENTS_KEPT)
         self._events_seen = 0
         self.last_receipt: Receipt | None = None
+        # whose upload replaced the optimizer state last, so that its retry is answered and not refused
+        self.replaced_by: Identity | None = None
         self.arenas = Arenas(layout, [group.rule.name for group in groups.list], device)
         self.arenas.timeline = timeline
         self.stepper = Stepper(name)
@@ -80,7 +82,7 @@ class Model:
         if self.deleted:
             raise ModelLost(model=self.name)
         if self.failed is not None:
-            raise self.failed
+            raise self.failed.with_traceback(None)  # or it grows with every request that it refuses
 
     def fail(self, problem: BaseException) -> None:
         """A step broke off half way: take nothing more until a restore replaces the arenas."""

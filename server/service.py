@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Final
 
 import grpc
+import torch
 import uvicorn
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
@@ -92,6 +93,7 @@ class Service:
         await self._drain(http, serving)
 
     async def _start(self) -> uvicorn.Server:
+        require_device(self.config.device)
         self._lock = lock_folder(self.config.data)
         self.unix_path = self._bind_grpc()
         self._http_socket, self.http_address = bind_http(self.config.http)
@@ -162,6 +164,14 @@ class Service:
         if self._lock is not None:
             self._lock.close()
         log.info("stopped")
+
+
+def require_device(name: str) -> None:
+    """OSError unless this machine has the device: found out now, not at the first model."""
+    device = torch.device(name)
+    count = torch.cuda.device_count() if device.type == "cuda" else 1
+    if (device.index or 0) >= count:
+        raise OSError(f"--device {name}: torch finds {count} CUDA devices here")
 
 
 def lock_folder(folder: Path) -> IO[str]:

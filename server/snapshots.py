@@ -8,6 +8,7 @@ fsynced. What is damaged is reported and skipped; nothing that cannot be read is
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -56,7 +57,10 @@ class Snapshots:
         snapshot = f"{state}-{max(numbers, default=0) + 1}"
         temporary = self.folder / f"tmp-{uuid.uuid4().hex}"
         try:
-            temporary.mkdir(parents=True)
+            if not self.folder.exists():
+                self.folder.mkdir(parents=True)
+                fsync(self.folder.parent)
+            temporary.mkdir()
             files = [self._write_arena(temporary, copy, index) for index in range(len(copy.parameters))]
             if copy.extras:
                 files.append(self._write_extras(temporary, copy))
@@ -79,9 +83,11 @@ class Snapshots:
             fsync(temporary)
             os.replace(temporary, self.folder / snapshot)
             fsync(self.folder)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
+            with contextlib.suppress(OSError):
+                os.replace(self.folder / snapshot, temporary)  # renamed, but not known to last
             shutil.rmtree(temporary, ignore_errors=True)
-            raise StorageFailed(path=self.folder / snapshot, problem=error.strerror or str(error)) from error
+            raise StorageFailed(path=self.folder / snapshot, problem=reason(error)) from error
         return manifest
 
     def _write_arena(self, folder: Path, copy: ArenasCopy, index: int) -> dict[str, Any]:
@@ -113,9 +119,8 @@ class Snapshots:
         extras: Mapping[str, torch.Tensor] = {}
         for entry in manifest["files"]:
             path = self.folder / snapshot / entry["file"]
+            self._verify_file(snapshot, entry)
             try:
-                if _file_digest(path) != entry["sha256"]:
-                    raise SnapshotDamaged(snapshot=snapshot, problem=f"{entry['file']} has other bytes")
                 tensors = load_file(path)
             except (OSError, SafetensorError) as error:
                 raise SnapshotDamaged(snapshot=snapshot, problem=f"{entry['file']}: {error}") from error
@@ -147,13 +152,23 @@ class Snapshots:
             shutil.rmtree(trash)
             fsync(self.folder)
         except OSError as error:
-            raise StorageFailed(path=self.folder / snapshot, problem=error.strerror or str(error)) from error
+            raise StorageFailed(path=self.folder / snapshot, problem=reason(error)) from error
 
     def prune(self) -> None:
-        """Delete all but the newest automatic snapshots, counting only those that verify."""
-        automatic = [entry["id"] for entry in self.manifests() if entry.get("automatic")]
-        for snapshot in automatic[KEPT_AUTOMATIC:]:
-            self.delete(snapshot)
+        """Delete all but the newest automatic snapshots, counting, and deleting, only those that verify to the last byte."""
+        kept = 0
+        for entry in self.manifests():
+            if not entry.get("automatic"):
+                continue
+            try:
+                for file in entry["files"]:
+                    self._verify_file(entry["id"], file)
+            except SnapshotDamaged:
+                continue
+            if kept == KEPT_AUTOMATIC:
+                self.delete(entry["id"])
+            else:
+                kept += 1
 
     def sweep(self) -> None:
         """Remove what an interrupted write left behind."""
@@ -172,15 +187,29 @@ class Snapshots:
         if not _ID.fullmatch(snapshot) or not (self.folder / snapshot).is_dir():
             raise UnknownSnapshot(model=self.folder.parent.name, snapshot=snapshot)
         try:
-            manifest: dict[str, Any] = json.loads((self.folder / snapshot / MANIFEST).read_text())
+            text = (self.folder / snapshot / MANIFEST).read_text()
+            manifest: dict[str, Any] = json.loads(text)
+            if json.dumps(manifest) != text:  # other bytes may stand for the same JSON
+                raise SnapshotDamaged(snapshot=snapshot, problem="its manifest has other bytes")
             claimed = manifest.pop("digest")
-            if claimed != _digest(manifest) or manifest["format"] != FORMAT:
+            if claimed != _digest(manifest) or manifest["format"] != FORMAT or manifest["id"] != snapshot:
                 raise SnapshotDamaged(
-                    snapshot=snapshot, problem="its manifest has other bytes or another format"
+                    snapshot=snapshot, problem="its manifest has other bytes, another format or another id"
                 )
+            for entry in manifest["files"]:
+                if (self.folder / snapshot / entry["file"]).stat().st_size != entry["bytes"]:
+                    raise SnapshotDamaged(snapshot=snapshot, problem=f"{entry['file']} has another length")
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise SnapshotDamaged(snapshot=snapshot, problem=f"manifest: {error}") from error
         return manifest
+
+    def _verify_file(self, snapshot: str, entry: Mapping[str, Any]) -> None:
+        try:
+            same = _file_digest(self.folder / snapshot / entry["file"]) == entry["sha256"]
+        except OSError as error:
+            raise SnapshotDamaged(snapshot=snapshot, problem=f"{entry['file']}: {error}") from error
+        if not same:
+            raise SnapshotDamaged(snapshot=snapshot, problem=f"{entry['file']} has other bytes")
 
 
 def layout_of(manifest: Mapping[str, Any]) -> Layout:
@@ -227,6 +256,11 @@ def _file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def reason(error: Exception) -> str:
+    """Why the disk refused, in words; safetensors has an error of its own for it."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
 def fsync(path: Path) -> None:
     """Force a file's bytes, or a folder's names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -246,7 +280,7 @@ def write_durably(path: Path, text: str) -> None:
         fsync(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise StorageFailed(path=path, problem=error.strerror or str(error)) from error
+        raise StorageFailed(path=path, problem=reason(error)) from error
 
 
 def rules_known(manifest: Mapping[str, Any]) -> bool:

@@ -19,6 +19,7 @@ from pushstep.proto.errors import (
     MalformedFrame,
     ManifestChanged,
     OtherWorkersLive,
+    OverBudget,
     WrongDtype,
     WrongLength,
 )
@@ -56,16 +57,19 @@ class Upload:
         self._budget = budget
         self._model: Model | None = None
         self._creation: Creation | None = None
+        self._again = False
         self.committed = False
         now_s = time.monotonic()
         if header.kind == UPLOAD_KIND_CREATE:
             self._creation = catalog.creation(header.model, header.ticket, now_s)
             self._layout = self._creation.layout
         elif header.kind in _OF_A_MODEL:
-            self._model = catalog.get(header.model)
-            self._model.require_current(header.identity)
-            self._worker = self._model.sessions.require(header.identity, now_s)
-            self._layout = self._model.layout
+            self._model = catalog.get(header.model, header.identity.model_uid)
+            self._again = header.kind == UPLOAD_KIND_STATE and self._model.replaced_by == header.identity
+            if not self._again:
+                self._model.require_current(header.identity)
+                self._model.sessions.require(header.identity, now_s)
+            self._layout = self._base = self._model.layout
             if header.kind == UPLOAD_KIND_GROUP:
                 self._layout = with_group(self._layout, header.manifest)
             elif header.kind != UPLOAD_KIND_EXTRAS and header.manifest_hash != self._layout.manifest_hash:
@@ -79,9 +83,13 @@ class Upload:
             lengths = [header.extras_bytes]
         self._check_complete()
         self._reserved = sum(lengths)
-        budget.reserve(self._reserved)
         self._digest = BodyDigest(header.segments)
-        self._body = Assembly(lengths, self._digest)
+        budget.reserve(self._reserved)
+        try:
+            self._body = Assembly(lengths, self._digest)
+        except (MemoryError, RuntimeError) as error:  # torch's word for no memory
+            budget.release(self._reserved)
+            raise OverBudget(need=self._reserved, free="less", budget=budget.total_bytes) from error
 
     def _check_complete(self) -> None:
         kind, header = self._header.kind, self._header
@@ -93,6 +101,13 @@ class Upload:
             if covered != wanted:
                 missing = [self._layout.slots[i].name for i in sorted(wanted - covered)][:5]
                 raise InvalidManifest(problem=f"the upload lacks the values of {', '.join(missing)}")
+        if kind == UPLOAD_KIND_GROUP:
+            added = {s.index for s in self._layout.slots if s.group == len(self._layout.manifest.groups) - 1}
+            held = {s.index for s in self._layout.slots if s.index in added and s.stop > s.start}
+            if covered != held or any(segment.state for segment in header.segments):
+                raise InvalidManifest(
+                    problem="the upload must carry the values of the added group, all and no others"
+                )
         if kind == UPLOAD_KIND_STATE and covered:
             raise MalformedFrame(problem="a state upload carries optimizer state, not parameters")
         if kind == UPLOAD_KIND_EXTRAS and (header.segments or not header.extras_bytes):
@@ -116,6 +131,8 @@ class Upload:
             return await self._create()
         if self._model is None:
             raise MalformedFrame(problem="no model")
+        if self._again:  # done already: its answer was lost
+            return self._joined(self._model)
         self._model.require_current(self._header.identity)
         if kind == UPLOAD_KIND_PARAMETERS:
             return await self._replace_parameters(self._model)
@@ -191,7 +208,12 @@ class Upload:
         await asyncio.to_thread(self._fill, copy, header.steps)
         await self._catalog.replace(model, copy, None, header.identity.worker)
         model.groups.write(planned)
-        worker = model.sessions.join(header.identity.worker, time.monotonic(), takeover=True)
+        model.replaced_by = header.identity
+        model.sessions.join(header.identity.worker, time.monotonic(), takeover=True)
+        return self._joined(model)
+
+    def _joined(self, model: Model) -> UploadResponse:
+        worker = model.sessions.workers[self._header.identity.worker]
         return UploadResponse(
             member=membership(model, worker), version=model.version, timeline=model.timeline
         )
@@ -211,6 +233,8 @@ class Upload:
     async def _add_group(self, model: Model) -> UploadResponse:
         identity = self._header.identity
         if self._layout.manifest_hash != model.layout.manifest_hash:
+            if model.layout is not self._base:  # another group came first: this one's places are taken
+                raise ManifestChanged(model=model.name)
             added = [Group.make(group) for group in self._header.manifest.groups]
             layout = self._layout
             model.add_groups(layout, added)
@@ -220,6 +244,7 @@ class Upload:
                 values = [group.values for group in model.groups.list]
                 model.arenas.fill_initial_state(values, first_group=len(values) - len(added))
                 self._fill(model.arenas, [])
+                model.publisher.forget()  # the version stays, its frames lack the group
 
             await model.stepper.submit(write)
         worker = model.sessions.require(identity, time.monotonic())

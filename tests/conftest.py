@@ -15,7 +15,7 @@ _numbers = itertools.count()
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     """One server for the whole run. Tests that stop, restart or reconfigure a server start their own."""
-    with running_server(tmp_path_factory.mktemp("server") / "data") as running:
+    with running_server(tmp_path_factory.mktemp("server") / "data", "--max-models", "10000") as running:
         yield running
 
 

@@ -17,11 +17,10 @@ def demo(
     ] = False,
 ) -> None:
     """Train on real flights through a server and workers, and compare with torch's own optimizers."""
-    from pushstep.client.demo.display import (
-        Display,
-    )  # not needed for --help, and torch takes a second to load
-    from pushstep.client.demo.errors import DemoFailed
-    from pushstep.client.demo.run import run_demo
+    # not needed for --help
+    from ..demo.display import Display
+    from ..demo.errors import DemoFailed
+    from ..demo.run import run_demo
 
     try:
         result = run_demo(out=out, epochs=epochs, workers=workers, display=Display(stderr=as_json))

@@ -13,9 +13,10 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="One line of JSON.")] = False,
 ) -> None:
     """Say which server answers and which models it holds."""
-    # not needed for --help, and torch takes a second to load
-    from pushstep.client.transport import Transport
+    # not needed for --help
     from pushstep.proto.errors import PushstepError
+
+    from ..transport import Transport
 
     transport = Transport(server, timeout_s=3.0)
     try:

@@ -16,8 +16,7 @@ from typing import Any
 
 import torch
 
-from pushstep.client import connect
-
+from .. import connect
 from .data import load_flights
 from .model import flight_model, optimizers
 from .training import train

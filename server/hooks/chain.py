@@ -99,8 +99,7 @@ class HookChain:
         for hook in self._at(Point.STEP_POST):
             try:
                 hook.step_post(context, groups)
-            except (ArithmeticError, TypeError, ValueError) as error:
-                # the step is decided: a scheduler past its last step leaves the lr where it is
+            except Exception as error:  # noqa: BLE001 - the step is decided: a scheduler past its last step keeps the lr
                 hook.failures += 1
                 log.warning("hook %s failed at version %d: %s", hook.hook_id, context.version, error)
 

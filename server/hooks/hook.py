@@ -28,7 +28,7 @@ class Point(StrEnum):
 class Settings(BaseModel):
     """Base of every hook's settings."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 @dataclass(slots=True)

@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 from torch.optim import lr_scheduler
 
-from pushstep.proto.errors import HeldByHook, InvalidHook
+from pushstep.proto.errors import HeldByHook, InvalidHook, InvalidHyperparameter
 
 from ..groups import ParamGroups
 from .hook import Hook, Point, Settings, StepContext
@@ -71,13 +71,21 @@ class LRScheduler(Hook):
             group = groups.at(index, model)
             if group.scheduled_by is not None:
                 raise HeldByHook(field="lr", group=index, hook=group.scheduled_by)
-        self._stand_in = torch.optim.SGD(
-            [{"params": [torch.zeros(())], "lr": groups.list[i].values["lr"]} for i in self._indices], lr=0.0
-        )
-        self._scheduler = build(settings.scheduler, settings.arguments, self._stand_in)
+        try:
+            # torch looks at some arguments at the first step only: one is tried, on a scheduler for that
+            self._stand_in, self._scheduler = self._built(groups)
+            self._advance(0.0)
+        except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+            raise InvalidHook(problem=f"{settings.scheduler}: {error}") from error
+        except ValueError:
+            pass  # it is past its last step already
+        self._stand_in, self._scheduler = self._built(groups)
+        try:
+            self._write(groups)
+        except (TypeError, ValueError) as error:
+            raise InvalidHook(problem=f"{settings.scheduler}: {error}") from error
         for index in self._indices:
             groups.list[index].scheduled_by = self.hook_id
-        self._write(groups)
 
     def remove(self, groups: ParamGroups) -> None:
         """Leave the lr where it is and let the groups go."""
@@ -86,15 +94,24 @@ class LRScheduler(Hook):
 
     def step_post(self, context: StepContext, groups: ParamGroups) -> None:
         """One scheduler step."""
+        if self._advance(context.metrics.get(self._settings.metric)):
+            self._write(groups)
+
+    def _built(self, groups: ParamGroups) -> tuple[torch.optim.Optimizer, Any]:
+        stand_in = torch.optim.SGD(
+            [{"params": [torch.zeros(())], "lr": groups.list[i].values["lr"]} for i in self._indices], lr=0.0
+        )
+        return stand_in, build(self._settings.scheduler, self._settings.arguments, stand_in)
+
+    def _advance(self, metric: float | None) -> bool:
         self._stand_in.step()
-        if isinstance(self._scheduler, lr_scheduler.ReduceLROnPlateau):
-            value = context.metrics.get(self._settings.metric)
-            if value is None:
-                return
-            self._scheduler.step(value)
-        else:
+        if not isinstance(self._scheduler, lr_scheduler.ReduceLROnPlateau):
             self._scheduler.step()
-        self._write(groups)
+        elif metric is None:
+            return False
+        else:
+            self._scheduler.step(metric)
+        return True
 
     def state(self) -> dict[str, Any]:
         """torch's state of the scheduler, and the lr it has set."""
@@ -120,8 +137,13 @@ class LRScheduler(Hook):
         return self.settings
 
     def _write(self, groups: ParamGroups) -> None:
-        for index, group in zip(self._indices, self._stand_in.param_groups, strict=True):
-            groups.list[index].values["lr"] = float(group["lr"])
+        """Hand the scheduler's lr to the groups, all or none; ValueError if a rule refuses one."""
+        pairs = list(zip(self._indices, self._stand_in.param_groups, strict=True))
+        try:
+            values = {index: groups.list[index].changed({"lr": float(group["lr"])}) for index, group in pairs}
+        except InvalidHyperparameter as error:
+            raise ValueError(error.message) from error
+        groups.write(values)
 
 
 def build(name: str, arguments: Mapping[str, Any], optimizer: torch.optim.Optimizer, depth: int = 0) -> Any:
@@ -147,7 +169,7 @@ def build(name: str, arguments: Mapping[str, Any], optimizer: torch.optim.Optimi
         if name == "ChainedScheduler":
             return kind(**keywords)
         return kind(optimizer, **keywords)
-    except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError) as error:
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
         raise InvalidHook(problem=f"{name}: {error}") from error
 
 

@@ -62,6 +62,8 @@ def _translated(request: Request, error: Exception) -> PushstepError:
         problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
         return InvalidSettings(problem="; ".join(problems))
     if isinstance(error, HTTPException):
+        if isinstance(error.__cause__, PushstepError):  # a body over the limit, as FastAPI passes it on
+            return error.__cause__
         kind = {404: UnknownRoute, 405: MethodNotAllowed}.get(error.status_code)
         if kind is None:
             return InvalidSettings(problem=str(error.detail))

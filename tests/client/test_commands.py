@@ -1,0 +1,103 @@
+"""The `pushstep` command as a user runs it: a process, its output, its exit status."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from harness import RunningServer
+
+PUSHSTEP = Path(sys.executable).with_name("pushstep")
+ROOT = Path(__file__).parents[2]
+VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+
+
+def pushstep(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the command on a plain, wide terminal."""
+    environment = {**os.environ, "COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}
+    return subprocess.run(
+        [PUSHSTEP, *arguments], capture_output=True, text=True, timeout=60, check=False, env=environment
+    )
+
+
+@pytest.fixture
+def nobody() -> str:
+    """An address at which nothing listens."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return f"127.0.0.1:{listener.getsockname()[1]}"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], []], ids=["--help", "nothing"])
+def test_help_lists_the_subcommands(arguments: list[str]) -> None:
+    done = pushstep(*arguments)
+    assert done.returncode == (0 if arguments else 2)
+    text = done.stdout + done.stderr
+    for name in ("demo", "status"):
+        assert re.search(rf"^\W*{name}\b +\w", text, re.MULTILINE), text
+
+
+@pytest.mark.parametrize("name", ["demo", "status"])
+def test_each_subcommand_has_help_and_json(name: str) -> None:
+    done = pushstep(name, "--help")
+    assert done.returncode == 0
+    assert "--json" in done.stdout
+
+
+def test_help_loads_nothing_of_the_demo() -> None:
+    code = (
+        "import sys; sys.argv = ['pushstep', '--help']\n"
+        "from pushstep.client.commands import main\n"
+        "try: main()\n"
+        "except SystemExit as ended: assert not ended.code\n"
+        "assert 'matplotlib' not in sys.modules and 'pandas' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_unknown_subcommand_is_refused() -> None:
+    done = pushstep("stauts")
+    assert done.returncode == 2
+    assert "stauts" in done.stderr
+
+
+@pytest.mark.parametrize("over", ["tcp", "unix"])
+def test_status_as_json(server: RunningServer, model_name: str, over: str) -> None:
+    server.connect(model_name).create({"w": np.zeros(2, np.float32)})
+    address = server.grpc if over == "tcp" else f"unix:{server.unix}"
+    done = pushstep("status", address, "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    facts = json.loads(done.stdout)  # one line and nothing else
+    assert done.stdout.count("\n") == 1
+    assert facts["server"] == address
+    assert facts["version"] == VERSION
+    assert facts["http"] == f"http://{server.http}"
+    assert model_name in facts["models"]
+
+
+def test_status_for_people(server: RunningServer, model_name: str) -> None:
+    server.connect(model_name).create({"w": np.zeros(2, np.float32)})
+    done = pushstep("status", server.grpc)
+    assert done.returncode == 0
+    shown = dict(line.split(None, 1) for line in done.stdout.splitlines())
+    assert shown["version"] == VERSION
+    assert shown["http"] == f"http://{server.http}"
+    assert model_name in shown["models"].split(", ")
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_status_without_a_server(nobody: str, options: list[str]) -> None:
+    done = pushstep("status", nobody, *options)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert f"no pushstep server answers at {nobody}" in done.stderr
+    assert "start one with: pushstep-server" in done.stderr
+    assert "Traceback" not in done.stderr

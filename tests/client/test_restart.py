@@ -1,0 +1,104 @@
+"""Servers that stop, are killed, and come back on the same folder and port: what their workers notice of it."""
+
+from __future__ import annotations
+
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from counting import counts, create, grads
+from harness import RunningServer, start_server
+from twin import Network, Twins, adagrad
+
+from pushstep.client import Outcome, connect
+from pushstep.proto.errors import ModelLost, Superseded
+
+
+def restart(server: RunningServer) -> RunningServer:
+    """The same folder, the same port."""
+    return start_server(server.data, "--grpc", server.grpc)
+
+
+def test_a_server_stopped_and_started_between_steps(data: Path, model_name: str) -> None:
+    server = start_server(data)
+    twins = Twins(connect(server.grpc, model=model_name, worker="w0", retry_for_s=30.0), Network(), adagrad)
+    numbers = connect(server.grpc, model="n", worker="w0", retry_for_s=30.0)
+    create(numbers)
+    for round_ in range(2):
+        twins.step(round_)
+        numbers.push(grads(round_))
+        assert server.stop() == 0
+        server = restart(server)
+    twins.step(7)
+    twins.check_state()
+    assert numbers.push(grads(2)).version == 3
+    assert counts(numbers, 3) == [1, 1, 1]
+    receipt = twins.remote.last_receipt
+    # the same epoch and timeline: nothing of it was lost, so nobody had to join again
+    assert receipt is not None and (receipt.version, receipt.epoch, receipt.timeline) == (3, 1, 1)
+    twins.remote._session.close()
+    numbers.close()
+    assert server.stop() == 0
+
+
+def test_a_step_waits_for_a_server_that_is_away(data: Path, model_name: str) -> None:
+    server = start_server(data)
+    session = connect(server.grpc, model=model_name, worker="w0", retry_for_s=60.0)
+    create(session)
+    session.push(grads(0))
+    assert server.stop() == 0
+    with ThreadPoolExecutor(1) as pool:
+        pushing = pool.submit(session.push, grads(1))
+        server = restart(server)
+        assert pushing.result(60).version == 2
+    assert counts(session, 2) == [1, 1]
+    session.close()
+    assert server.stop() == 0
+
+
+def test_a_killed_server_tells_what_it_lost(data: Path, model_name: str) -> None:
+    """Back to the last snapshot, on a new timeline; a model without one is lost, and stays so."""
+    server = start_server(data)
+    numbers = connect(server.grpc, model="n", worker="w0", retry_for_s=30.0)
+    create(numbers)
+    unsaved = connect(server.grpc, model="unsaved", worker="w0", retry_for_s=30.0)
+    create(unsaved)
+    for number in range(3):
+        numbers.push(grads(number))
+        unsaved.push(grads(number))
+        if number == 0:
+            assert server.rest("POST", "/v1/models/n/snapshots").status_code in (200, 201)
+    server.stop(signal.SIGKILL)
+    server = restart(server)
+    with pytest.warns(RuntimeWarning, match=r"restored to version 1 \(timeline 2\).*not applied"):
+        receipt = numbers.push(grads(3))
+    assert receipt.outcome is Outcome.SUPERSEDED
+    assert numbers.push(grads(4)).version == 2
+    assert counts(numbers, 5) == [1, 0, 0, 0, 1]
+    with pytest.raises(ModelLost, match="'unsaved'"):
+        unsaved.push(grads(3))
+    numbers.close()
+    unsaved.close()
+    assert server.stop() == 0
+
+
+@pytest.mark.parametrize("on_restore", ["continue", "raise"])
+def test_a_snapshot_restored_under_a_worker(server: RunningServer, model_name: str, on_restore: str) -> None:
+    """Its next push is not applied, and it is told: by a warning or, if it asked for that, by an error."""
+    session = server.connect(model_name, on_restore=on_restore)
+    create(session)
+    session.push(grads(0))
+    snapshots = f"/v1/models/{model_name}/snapshots"
+    snapshot = server.rest("POST", snapshots).json()["id"]
+    session.push(grads(1))
+    assert server.rest("POST", f"{snapshots}/{snapshot}/restore").status_code == 200
+    if on_restore == "raise":
+        with pytest.raises(Superseded, match="on timeline 2"):
+            session.push(grads(2))
+    else:
+        with pytest.warns(RuntimeWarning, match="restored to version 1"):
+            assert session.push(grads(2)).outcome is Outcome.SUPERSEDED
+    receipt = session.push(grads(3))
+    assert (receipt.version, receipt.timeline) == (2, 2)
+    assert counts(session, 4) == [1, 0, 0, 1]

@@ -1,0 +1,366 @@
+"""Lost replies and cut connections: every push is applied exactly once, or the worker is told."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+import torch
+from counting import counts, create, grads
+from harness import RunningServer, running_server, wait_until
+from proxy import Proxy
+from twin import Network, Twins, adagrad, backward
+
+from pushstep.client import Outcome, Receipt, Session, connect
+from pushstep.client.retry import Retry
+from pushstep.optim import Adagrad
+from pushstep.proto.errors import Draining, NoAnswer, RowOutOfRange
+
+
+@pytest.fixture
+def proxy(server: RunningServer) -> Iterator[Proxy]:
+    with Proxy(server.grpc) as made:
+        yield made
+
+
+@pytest.fixture
+def through(server: RunningServer, model_name: str, proxy: Proxy) -> Iterator[Session]:
+    """A worker behind the proxy, whose model exists."""
+    with connect(proxy.address, model=model_name, worker="w0", timeout_s=10.0, retry_for_s=20.0) as session:
+        create(session)
+        yield session
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(1) as made:
+        yield made
+
+
+def version_of(server: RunningServer, model: str) -> int:
+    answer = server.rest("GET", f"/v1/models/{model}")
+    return int(answer.json()["version"]) if answer.status_code == 200 else -1
+
+
+def lose_the_reply(
+    server: RunningServer,
+    proxy: Proxy,
+    pool: ThreadPoolExecutor,
+    model: str,
+    call: Callable[[], Any],
+    done: Callable[[], bool],
+) -> Any:
+    """Run `call`, hold its answer back until the server has acted, and cut the connection."""
+    proxy.hold("down")
+    running: Future[Any] = pool.submit(call)
+    wait_until(done)
+    assert not running.done()
+    proxy.cut()
+    proxy.release()
+    return running.result(30)
+
+
+@pytest.mark.parametrize("call", ["push", "exchange"])
+def test_a_lost_reply(
+    server: RunningServer, through: Session, proxy: Proxy, pool: ThreadPoolExecutor, call: str
+) -> None:
+    for number in range(3):
+
+        def send(number: int = number) -> Receipt:
+            if call == "push":
+                return through.push(grads(number))
+            receipt, got = through.exchange(grads(number))
+            assert got["w"].tolist() == server_values(server, through)
+            return receipt
+
+        receipt = lose_the_reply(
+            server,
+            proxy,
+            pool,
+            through.model,
+            send,
+            lambda number=number: version_of(server, through.model) == number + 1,
+        )
+        assert (receipt.outcome, receipt.version, receipt.sequence) == (
+            Outcome.APPLIED,
+            number + 1,
+            number + 1,
+        )
+        assert receipt.duplicates >= 1
+    assert counts(through, 3) == [1, 1, 1]
+    worker = server.rest("GET", f"/v1/models/{through.model}/workers").json()["workers"][0]
+    assert worker["outcomes"] == {"applied": 3}
+    assert worker["duplicates"] >= 3
+
+
+def server_values(server: RunningServer, session: Session) -> list[float]:
+    values: list[float] = server.connect(session.model, "reader").pull()["w"].tolist()
+    return values
+
+
+def test_a_lost_reply_of_a_step(
+    server: RunningServer, model_name: str, proxy: Proxy, pool: ThreadPoolExecutor
+) -> None:
+    twins = Twins(server.connect(model_name, address=proxy.address), Network(), adagrad)
+    for seed in range(2):
+        backward(twins.model, [twins.remote], seed)
+        backward(twins.local_model, twins.local, seed)
+        lose_the_reply(
+            server,
+            proxy,
+            pool,
+            model_name,
+            twins.remote.step,
+            lambda seed=seed: version_of(server, model_name) == seed + 1,
+        )
+        twins.local[0].step()
+        twins.check_state()
+    twins.remote._session.close()
+
+
+def test_a_rejection_whose_reply_was_lost_is_told_again(
+    server: RunningServer, through: Session, proxy: Proxy, pool: ThreadPoolExecutor
+) -> None:
+    def rejected() -> bool:
+        workers = server.rest("GET", f"/v1/models/{through.model}/workers").json()["workers"]
+        return bool(workers[0]["sequence"] == 1)
+
+    with pytest.raises(RowOutOfRange, match="row 9") as caught:
+        lose_the_reply(
+            server,
+            proxy,
+            pool,
+            through.model,
+            lambda: through.push({"w": (np.array([9]), np.ones(1, np.float32))}),
+            rejected,
+        )
+    assert caught.value.consumed
+    assert through.push(grads(0)).sequence == 2
+    assert counts(through, 1) == [1]
+
+
+def test_a_cut_in_mid_push(server: RunningServer, model_name: str, proxy: Proxy) -> None:
+    """Nothing of a broken stream counts; what was set aside for it is given back."""
+    size = 1 << 20
+    session = server.connect(model_name, address=proxy.address)
+    create(session, size)
+    for number, count in enumerate([1000, size, 3 * size, 4 * size - 1000]):
+        proxy.cut_after("up", count)
+        connections = proxy.connections
+        assert session.push(grads(number, size)).version == number + 1
+        assert proxy.connections > connections, "the connection must have been cut"
+    assert counts(session, 4) == [1] * 4
+    assert server.rest("GET", "/v1/capacity").status_code == 200
+    session.close()
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_bad_line(server: RunningServer, through: Session, proxy: Proxy, seed: int) -> None:
+    """Cuts at any byte in either direction, some of them before, some after the server acted."""
+    chance = random.Random(seed)
+    for number in range(11):
+        direction = chance.choice(["up", "down"])
+        proxy.cut_after(direction, chance.randrange(1, 600))  # type: ignore[arg-type]
+        if chance.random() < 0.5:
+            receipt = through.push(grads(number))
+        else:
+            receipt, _ = through.exchange(grads(number))
+        assert receipt.version == receipt.sequence == number + 1
+    assert counts(through, 11) == [1] * 11
+    assert proxy.connections > 5
+
+
+def test_idle_connections_may_break(through: Session, proxy: Proxy) -> None:
+    for number in range(3):
+        proxy.cut()
+        assert through.push(grads(number)).version == number + 1
+    assert counts(through, 3) == [1] * 3
+
+
+def test_a_lost_reply_of_an_upload(
+    server: RunningServer, through: Session, proxy: Proxy, pool: ThreadPoolExecutor
+) -> None:
+    def applied() -> bool:
+        return version_of(server, through.model) == 1
+
+    values = {"w": np.float32([1, 2, 3])}
+    assert lose_the_reply(server, proxy, pool, through.model, lambda: through.upload(values), applied) == 1
+    assert through.push(grads(0)).version == 2
+
+
+def test_a_lost_reply_of_an_added_group(
+    server: RunningServer, model_name: str, proxy: Proxy, pool: ThreadPoolExecutor
+) -> None:
+    model = Network()
+    remote = server.connect(model_name, address=proxy.address).attach(adagrad(model), module=model)
+    extra = torch.nn.Parameter(torch.ones(2))
+    path = f"/v1/models/{model_name}/param-groups"
+    lose_the_reply(
+        server,
+        proxy,
+        pool,
+        model_name,
+        lambda: remote.add_param_group({"params": [extra], "lr": 0.25}),
+        lambda: len(server.rest("GET", path).json()["param_groups"]) == 2,
+    )
+    assert len(server.rest("GET", path).json()["param_groups"]) == 2
+    extra.grad = torch.ones(2)
+    remote.step()
+    assert extra.tolist() == [pytest.approx(0.75)] * 2
+    remote._session.close()
+
+
+def test_a_lost_reply_of_a_replaced_state(
+    server: RunningServer, model_name: str, proxy: Proxy, pool: ThreadPoolExecutor
+) -> None:
+    twins = Twins(server.connect(model_name, address=proxy.address), Network(), adagrad)
+    twins.step(0)
+    state_dict = twins.remote.state_dict()
+    state_dict["state"][0]["sum"].fill_(3.0)
+    twins.local[0].load_state_dict(state_dict)
+    lose_the_reply(
+        server,
+        proxy,
+        pool,
+        model_name,
+        lambda: twins.remote.load_state_dict(state_dict),
+        lambda: server.rest("GET", f"/v1/models/{model_name}").json()["timeline"] == 2,
+    )
+    twins.check_state()
+    twins.step(1, 2)
+    twins.remote._session.close()
+
+
+def test_a_lost_reply_of_the_creation(data: Path, pool: ThreadPoolExecutor) -> None:
+    """The worker finds its own name live, waits that out, and takes the model that it made."""
+    size = 1 << 18
+    with running_server(data, "--lease-s", "1") as server, Proxy(server.grpc) as proxy:
+        session = connect(proxy.address, model="m", worker="w0", timeout_s=10.0, retry_for_s=20.0)
+        weight = torch.nn.Parameter(torch.arange(float(size)))
+        # the last bytes of the values wait until answers are held back
+        proxy.stop_after("up", 4 * size - 1000)
+        attaching = pool.submit(session.attach, Adagrad([weight], lr=0.5), names=["w"])
+        wait_until(lambda: proxy.stopped)
+        assert version_of(server, "m") == -1
+        proxy.hold("down")
+        proxy.release("up")
+        wait_until(lambda: version_of(server, "m") == 0)
+        proxy.cut()
+        proxy.release()
+        remote = attaching.result(30)
+        assert torch.equal(weight, torch.arange(float(size)))
+        weight.grad = torch.ones(size)
+        remote.step()
+        assert remote.last_receipt is not None
+        assert (remote.last_receipt.version, remote.last_receipt.epoch) == (1, 2)
+        session.close()
+
+
+# --- no answer
+
+
+def test_no_answer_in_the_time_allowed(server: RunningServer, model_name: str) -> None:
+    with Proxy(server.grpc) as proxy:
+        network = Network()
+        session = connect(proxy.address, model=model_name, worker="w0", timeout_s=5.0, retry_for_s=0.7)
+        remote = session.attach(adagrad(network), module=network)
+        backward(network, [remote], 0)
+        before = [p.detach().clone() for p in network.parameters()]
+        proxy.refuse()
+        started_s = time.monotonic()
+        with pytest.raises(NoAnswer, match=f"no answer from {proxy.address} for 0.7 s.*join again"):
+            remote.step()
+        assert 0.2 < time.monotonic() - started_s < 5.0
+        assert all(torch.equal(p, b) for p, b in zip(network.parameters(), before, strict=True))
+        # the line is back: it was not applied, and is taken as a step of the next epoch
+        proxy.accept()
+        remote.step()
+        assert remote.last_receipt is not None
+        assert (remote.last_receipt.version, remote.last_receipt.epoch) == (1, 2)
+        session.close()
+
+
+def test_a_push_in_doubt_is_settled_by_joining_again(
+    server: RunningServer, model_name: str, pool: ThreadPoolExecutor
+) -> None:
+    with Proxy(server.grpc) as proxy:
+        session = connect(proxy.address, model=model_name, worker="w0", timeout_s=5.0, retry_for_s=0.7)
+        create(session)
+        proxy.hold("down")
+        pushing = pool.submit(session.push, grads(0))
+        wait_until(lambda: version_of(server, model_name) == 1)
+        proxy.refuse()
+        proxy.release()
+        with pytest.raises(NoAnswer):
+            pushing.result(30)
+        proxy.accept()
+        assert session.last_receipt is None
+        assert session.member().epoch == 2
+        receipt = session.last_receipt
+        assert receipt is not None
+        assert (receipt.outcome, receipt.version, receipt.epoch) == (Outcome.APPLIED, 1, 1)
+        assert session.push(grads(1)).version == 2
+        assert counts(session, 2) == [1, 1]
+        session.close()
+
+
+def test_one_attempt_is_bounded_too(server: RunningServer, model_name: str) -> None:
+    """A server that takes the bytes and never answers."""
+    with Proxy(server.grpc) as proxy:
+        session = connect(proxy.address, model=model_name, worker="w0", timeout_s=0.4, retry_for_s=1.0)
+        create(session)
+        proxy.hold("down")
+        started_s = time.monotonic()
+        with pytest.raises(NoAnswer, match="DEADLINE_EXCEEDED"):
+            session.push(grads(0))
+        assert 0.4 < time.monotonic() - started_s < 5.0
+        proxy.release()
+        session.member()
+        assert session.last_receipt is not None and session.last_receipt.version == 1
+        assert session.push(grads(1)).version == 2
+        assert counts(session, 2) == [1, 1]
+        session.close()
+
+
+# --- the loop itself
+
+
+class Unanswered(grpc.RpcError):
+    """What grpc raises when nobody answers."""
+
+    def code(self) -> grpc.StatusCode:
+        return grpc.StatusCode.UNAVAILABLE
+
+    def details(self) -> str:
+        return "gone"
+
+    def trailing_metadata(self) -> tuple[()]:
+        return ()
+
+
+def test_waits_grow_and_a_named_error_keeps_its_name() -> None:
+    times_s: list[float] = []
+
+    def attempt() -> None:
+        times_s.append(time.monotonic())
+        raise Unanswered
+
+    with pytest.raises(NoAnswer, match="UNAVAILABLE: gone"):
+        Retry("here", 1.0).run(attempt)
+    assert 3 <= len(times_s) <= 8
+    assert times_s[-1] - times_s[0] <= 1.0
+
+    def draining() -> None:
+        raise Draining
+
+    with pytest.raises(Draining):
+        Retry("here", 0.1).run(draining)
+    with pytest.raises(ZeroDivisionError):
+        Retry("here", 10.0).run(lambda: 1 // 0)

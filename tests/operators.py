@@ -1,0 +1,54 @@
+"""What an operator does over REST, in one line each; every call must succeed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from harness import RunningServer
+
+
+def patch_group(server: RunningServer, model: str, index: int, **values: float | bool) -> dict[str, Any]:
+    """Change a group's hyperparameters; the reply."""
+    return _answer(server, "PATCH", f"/v1/models/{model}/param-groups/{index}", 200, json=values)
+
+
+def add_hook(
+    server: RunningServer, model: str, name: str, point: str, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """Install a hook; the reply."""
+    body = {"name": name, "point": point, "settings": settings}
+    return _answer(server, "POST", f"/v1/models/{model}/hooks", 201, json=body)
+
+
+def remove_hook(server: RunningServer, model: str, hook_id: str) -> dict[str, Any]:
+    """Take a hook out; the reply."""
+    return _answer(server, "DELETE", f"/v1/models/{model}/hooks/{hook_id}", 200)
+
+
+def take_snapshot(server: RunningServer, model: str) -> dict[str, Any]:
+    """Take a snapshot; its description."""
+    return _answer(server, "POST", f"/v1/models/{model}/snapshots", 201)
+
+
+def restore(server: RunningServer, model: str, snapshot: str) -> dict[str, Any]:
+    """Restore a snapshot; the reply."""
+    return _answer(server, "POST", f"/v1/models/{model}/snapshots/{snapshot}/restore", 200)
+
+
+def show_model(server: RunningServer, model: str) -> dict[str, Any]:
+    """A model in numbers."""
+    return _answer(server, "GET", f"/v1/models/{model}", 200)
+
+
+def download(server: RunningServer, path: str, form: str) -> bytes:
+    """A checkpoint: of a model's `export`, or of a snapshot's `content`."""
+    answer = server.rest("GET", f"/v1/models/{path}", params={"format": form})
+    assert answer.status_code == 200, answer.text
+    return answer.content
+
+
+def _answer(server: RunningServer, method: str, path: str, status: int, **options: Any) -> dict[str, Any]:
+    answer = server.rest(method, path, **options)
+    assert answer.status_code == status, answer.text
+    found: dict[str, Any] = answer.json()
+    return found

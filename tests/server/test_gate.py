@@ -1,0 +1,251 @@
+"""The gate and the policy as functions: what a push is found to be, and what is decided about it."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import math
+import time
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from pushstep.proto import dtypes
+from pushstep.proto.errors import (
+    MalformedFrame,
+    NonfiniteGradient,
+    OverBudget,
+    RowOutOfRange,
+    SparseNotSupported,
+)
+from pushstep.proto.frames import Assembly, BodyDigest, Piece, pack, unpack
+from pushstep.proto.layout import Layout
+from pushstep.proto.training_pb2 import PushHeader, PushRequest
+from pushstep.proto.types_pb2 import DType, Identity, Manifest, Parameter, ParamGroup, Segment, Staged
+from pushstep.server.catalog import Catalog
+from pushstep.server.config import Config
+from pushstep.server.gate import Nonfinite, check_header, decide, inspect
+from pushstep.server.groups import Group, ParamGroups
+from pushstep.server.hooks.chain import HookChain
+from pushstep.server.intake import Intake, Pending
+from pushstep.server.model import Model
+from pushstep.server.policy import AsyncPolicy
+from pushstep.server.staging import Budget, DensePart, RowsPart, StagedPush
+
+NAN, INF = float("nan"), float("inf")
+LAYOUT = Layout(
+    Manifest(
+        parameters=[
+            Parameter(name="table", shape=[6, 2], dtype=DType.DTYPE_FLOAT32),
+            Parameter(name="weight", shape=[3], dtype=DType.DTYPE_FLOAT32),
+            Parameter(name="half", shape=[2], dtype=DType.DTYPE_BFLOAT16),
+            Parameter(name="wide", shape=[2], dtype=DType.DTYPE_FLOAT64),
+        ],
+        groups=[ParamGroup(rule="adagrad")],
+    )
+)
+
+
+def groups(**values: float) -> ParamGroups:
+    group = Group.make(ParamGroup(rule="adagrad"))
+    group.values.update(values)
+    return ParamGroups([group])
+
+
+def inspected(*pieces: tuple[str, Tensor] | tuple[str, Tensor, Tensor]) -> StagedPush:
+    """What the gate finds in a push of (name, dense gradient) or (name, ids, rows)."""
+    segments, bodies = [], []
+    for name, *tensors in pieces:
+        ((segment, _),) = LAYOUT.dense_segments([LAYOUT.slot(name, "m")])
+        segment.dtype = dtypes.to_wire(tensors[-1].dtype, "segment")
+        if len(tensors) == 2:
+            segment.rows = len(tensors[0])
+        segments.append(segment)
+        bodies.append([Piece(tensor, tensor.dtype) for tensor in tensors])
+    header = PushHeader(manifest_hash=LAYOUT.manifest_hash, segments=segments, identity=Identity(worker="w"))
+    body = Assembly(check_header(LAYOUT, header, "m", 1 << 20), BodyDigest(segments))
+    for frame in pack(bodies):
+        chunk = unpack(frame, PushRequest)[1]
+        assert chunk is not None
+        body.place(chunk)
+    body.finish()
+    return inspect(LAYOUT, header, body, 5)
+
+
+def ids(*numbers: int) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int64)
+
+
+def test_a_good_push_is_found_out_whole() -> None:
+    push = inspected(("weight", torch.tensor([1.0, 2.0, 2.0])), ("table", ids(1, 4), torch.full((2, 2), 0.5)))
+    dense, sparse = push.parts
+    assert isinstance(dense, DensePart)
+    assert isinstance(sparse, RowsPart)
+    assert dense.gradient.tolist() == [1, 2, 2]
+    assert sparse.ids.tolist() == [1, 4]
+    assert {n.parameter: n.square_sum for n in push.staged.norms} == {1: 9.0, 0: 1.0}
+    assert (push.staged.finite, push.staged.digest, push.nonfinite_parameter) == (True, 5, None)
+    assert push.staged.identity.worker == "w"
+
+
+def test_duplicate_rows_are_summed_before_anything_is_measured() -> None:
+    push = inspected(("table", ids(3, 1, 3), torch.tensor([[1.0, 2.0], [5.0, 5.0], [2.0, 2.0]])))
+    (part,) = push.parts
+    assert isinstance(part, RowsPart)
+    assert part.ids.tolist() == [1, 3]
+    assert part.rows.tolist() == [[5, 5], [3, 4]]
+    assert push.staged.norms[0].square_sum == 75.0
+
+
+def test_no_rows_are_a_gradient_of_nothing() -> None:
+    push = inspected(("table", ids(), torch.empty(0, 2)))
+    assert push.staged.finite
+    assert push.staged.norms[0].square_sum == 0
+
+
+@pytest.mark.parametrize("wrong", [6, -1, 2**63 - 1, -(2**63)])
+def test_rows_out_of_range_are_named(wrong: int) -> None:
+    with pytest.raises(RowOutOfRange) as caught:
+        inspected(("table", ids(0, wrong, 5), torch.zeros(3, 2)))
+    assert caught.value.fields == {"row": str(wrong), "parameter": "table", "rows": "6"}
+
+
+FINITE = [
+    ("weight", torch.tensor([0.0, 3.4e38, -3.4e38])),
+    ("weight", torch.tensor([1e-45, 0.0, 0.0])),
+    ("weight", torch.tensor([1e200, 3.4e38, 0.0], dtype=torch.float64).clamp(max=3e38)),
+    ("half", torch.tensor([3.3e38, 1.0], dtype=torch.bfloat16)),
+    ("half", torch.tensor([3.3e38, 1.0])),
+    ("wide", torch.tensor([1e308, -1e308], dtype=torch.float64)),
+]
+NONFINITE = [
+    ("weight", torch.tensor([0.0, NAN, 0.0])),
+    ("weight", torch.tensor([0.0, 0.0, INF])),
+    ("weight", torch.tensor([-INF, 0.0, 0.0], dtype=torch.float16)),
+    ("weight", torch.tensor([0.0, 0.0, 1e39], dtype=torch.float64)),
+    ("half", torch.tensor([0.0, -1e39], dtype=torch.float64)),
+    ("wide", torch.tensor([0.0, NAN])),
+    ("table", ids(2), torch.tensor([[0.0, NAN]])),
+    ("table", ids(2, 2), torch.tensor([[3e38, 0.0], [3e38, 0.0]])),
+]
+
+
+@pytest.mark.parametrize("piece", FINITE)
+def test_large_numbers_are_finite(piece: tuple[str, Tensor]) -> None:
+    assert decide(inspected(piece), Nonfinite.REJECT, groups())
+
+
+@pytest.mark.parametrize("piece", NONFINITE)
+def test_nonfinite_is_decided_by_the_setting(piece: tuple[str, Tensor]) -> None:
+    """Also what only becomes infinite in the dtype that is stepped, or in a sum of duplicates."""
+    good = ("wide", torch.zeros(2)) if piece[0] == "weight" else ("weight", torch.zeros(3))
+    push = inspected(good, piece)
+    assert not push.staged.finite
+    assert push.nonfinite_parameter == piece[0]
+    with pytest.raises(NonfiniteGradient) as caught:
+        decide(push, Nonfinite.REJECT, groups())
+    assert caught.value.fields["parameter"] == piece[0]
+    assert decide(push, Nonfinite.SKIP, groups()) is False
+    assert decide(push, Nonfinite.APPLY, groups()) is True
+
+
+def test_sparse_with_weight_decay_is_refused_whatever_the_setting() -> None:
+    push = inspected(("table", ids(2), torch.full((1, 2), NAN)))
+    for setting in Nonfinite:
+        with pytest.raises(SparseNotSupported, match="weight_decay"):
+            decide(push, setting, groups(weight_decay=0.1))
+    assert decide(inspected(("table", torch.ones(6, 2))), Nonfinite.REJECT, groups(weight_decay=0.1))
+
+
+@pytest.mark.parametrize(
+    ("wishes", "setting"),
+    [([], "reject"), (["skip"], "skip"), (["skip", "apply"], "apply"), (["apply", "reject"], "reject")],
+)
+def test_the_last_finite_guard_sets_nonfinite(wishes: Sequence[str], setting: str) -> None:
+    chain = HookChain()
+    for wish in wishes:
+        chain.add("finite_guard", "step_pre", {"action": wish}, groups(), "m")
+    assert chain.nonfinite() is Nonfinite(setting)
+    for hook in list(chain.list):
+        chain.remove(hook.hook_id, groups(), "m")
+    assert chain.nonfinite() is Nonfinite.REJECT
+
+
+def test_a_header_is_refused_before_its_body() -> None:
+    segment = Segment(arena=0, start=0, stop=15, dtype=DType.DTYPE_FLOAT32)
+    good = PushHeader(manifest_hash=LAYOUT.manifest_hash, segments=[segment])
+    assert check_header(LAYOUT, good, "m", 60) == [60]
+    for change in (
+        {"segments": []},
+        {"segments": [Segment(stop=15, dtype=1, state="sum")]},
+        {"worker_state": bytes(65537)},
+    ):
+        header = PushHeader(**{"manifest_hash": LAYOUT.manifest_hash, "segments": [segment], **change})
+        with pytest.raises(MalformedFrame):
+            check_header(LAYOUT, header, "m", 60)
+
+
+@pytest.mark.parametrize(
+    ("base", "version", "staleness"), [(5, 5, 0), (3, 5, 2), (0, 10**12, 10**12), (9, 5, 0)]
+)
+def test_async_applies_at_once_and_measures_staleness(base: int, version: int, staleness: int) -> None:
+    policy, staged = AsyncPolicy(), Staged(identity=Identity(worker="w", sequence=3), base_version=base)
+    assert policy.staleness(staged, version) == staleness
+    ticket = policy.ticket(staged, version, 0.25, groups(lr=0.5).messages())
+    assert (ticket.version, ticket.factor, ticket.lr_scale) == (version + 1, 0.25, 1.0)
+    assert ticket.identity == staged.identity
+    assert ticket.groups[0].values["lr"].number == 0.5
+
+
+def test_budget_gives_all_or_nothing() -> None:
+    budget = Budget(100)
+    budget.reserve(60)
+    with pytest.raises(OverBudget) as caught:
+        budget.reserve(41)
+    assert caught.value.retry_after_s is not None
+    assert (caught.value.fields["need"], caught.value.fields["free"]) == ("41", "40")
+    budget.reserve(40)
+    budget.reserve(0)
+    budget.release(60)
+    budget.release(40)
+    assert budget.used_bytes == 0
+
+
+def test_a_gradient_norm_may_overflow_where_its_elements_do_not() -> None:
+    push = inspected(("wide", torch.tensor([1e308, 1e308], dtype=torch.float64)))
+    assert math.isinf(push.staged.norms[0].square_sum)
+    assert push.staged.finite
+
+
+def test_a_stored_verdict_does_not_hold_on_to_the_body(data: Path) -> None:
+    """Eight refused pushes per worker are kept; what they carried is not, since no budget counts it any more."""
+
+    async def refused() -> tuple[Model, weakref.ref[Assembly]]:
+        model = Catalog(Config(data=data)).new_model("m", LAYOUT)
+        worker = model.sessions.join("w", time.monotonic(), takeover=False)
+        segment = Segment(arena=0, start=12, stop=15, dtype=DType.DTYPE_FLOAT32)
+        identity = Identity(model_uid=model.uid, timeline=1, worker="w", epoch=worker.epoch, sequence=1)
+        header = PushHeader(identity=identity, manifest_hash=LAYOUT.manifest_hash, segments=[segment])
+        for _ in range(2):  # the retry is answered with the stored verdict
+            intake = Intake(model, header, Budget(100), Pending())
+            (frame,) = pack([[Piece(torch.full((3,), NAN), torch.float32)]])
+            chunk = unpack(frame, PushRequest)[1]
+            assert chunk is not None
+            await intake.place(chunk)
+            with pytest.raises(NonfiniteGradient):
+                await intake.commit(0)
+            intake.release()
+        body = weakref.ref(intake._body)
+        await model.close()
+        return model, body
+
+    model, body = asyncio.run(refused())
+    gc.collect()
+    (verdict,) = model.sessions.workers["w"].verdicts
+    assert isinstance(verdict.error, NonfiniteGradient)
+    assert verdict.receipt.duplicates == 1
+    assert body() is None

@@ -1,0 +1,323 @@
+"""Who is pushing, as a state machine: events and a time of the test's own go in, decisions come out."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from pushstep.proto.errors import (
+    AlreadyJoined,
+    Conflict,
+    Fenced,
+    LeaseExpired,
+    NonfiniteGradient,
+    OutOfOrder,
+    PushstepError,
+    TooOld,
+    UnknownWorker,
+)
+from pushstep.proto.types_pb2 import Identity, Outcome, Receipt
+from pushstep.server.session import FORGET_AFTER_S, RECEIPTS_KEPT, Sessions, Verdict, Worker, WorkerState
+
+LEASE_S = 30.0
+
+
+@pytest.fixture
+def sessions() -> Sessions:
+    return Sessions(LEASE_S, max_workers=100)
+
+
+def identity(worker: Worker | str, epoch: int | None = None, sequence: int | None = None) -> Identity:
+    """A worker's next push, or one of another epoch or sequence."""
+    if isinstance(worker, str):
+        return Identity(worker=worker, epoch=epoch or 1, sequence=sequence or 1)
+    return Identity(
+        worker=worker.name,
+        epoch=worker.epoch if epoch is None else epoch,
+        sequence=worker.sequence + 1 if sequence is None else sequence,
+    )
+
+
+def consume(sessions: Sessions, worker: Worker, digest: int = 1, **more: Any) -> Verdict:
+    receipt = Receipt(outcome=Outcome.OUTCOME_APPLIED, identity=identity(worker), version=worker.sequence + 1)
+    verdict = Verdict(digest, receipt, **more)
+    sessions.consume(worker, verdict)
+    return verdict
+
+
+def test_each_join_is_the_next_epoch_from_sequence_0(sessions: Sessions) -> None:
+    worker = sessions.join("w", 0, takeover=False)
+    consume(sessions, worker)
+    assert (worker.epoch, worker.sequence, worker.state) == (1, 1, WorkerState.LIVE)
+    sessions.leave(identity(worker), 1)
+    assert sessions.join("w", 2, takeover=False) is worker
+    assert (worker.epoch, worker.sequence) == (2, 0)
+    assert len(worker.verdicts) == 1
+
+
+@pytest.mark.parametrize(("at_s", "left_s"), [(0, 30.0), (10.5, 19.5), (30.0, 0.001)])
+def test_a_live_name_is_taken_until_its_lease_ends(sessions: Sessions, at_s: float, left_s: float) -> None:
+    sessions.join("w", 0, takeover=False)
+    with pytest.raises(AlreadyJoined) as caught:
+        sessions.join("w", at_s, takeover=False)
+    assert caught.value.retry_after_s == left_s
+    assert sessions.workers["w"].epoch == 1
+
+
+def test_a_lease_ends_just_after_its_last_moment(sessions: Sessions) -> None:
+    worker = sessions.join("w", 0, takeover=False)
+    assert sessions.require(identity(worker), LEASE_S) is worker
+    assert sessions.require(identity(worker), 2 * LEASE_S) is worker  # each call began it anew
+    with pytest.raises(LeaseExpired):
+        sessions.require(identity(worker), 3 * LEASE_S + 0.001)
+    assert worker.state is WorkerState.EXPIRED
+    with pytest.raises(LeaseExpired):
+        sessions.require(identity(worker), 3 * LEASE_S + 0.002)
+    assert sessions.join("w", 200, takeover=False).epoch == 2
+
+
+def test_takeover_fences_the_old_epoch(sessions: Sessions) -> None:
+    old = identity(sessions.join("w", 0, takeover=False))
+    worker = sessions.join("w", 1, takeover=True)
+    with pytest.raises(Fenced, match="another session"):
+        sessions.require(old, 1)
+    sessions.leave(old, 1)  # of the fenced one: it ends nothing
+    assert sessions.require(identity(worker), 1) is worker
+
+
+def test_evicted_is_fenced_until_it_joins_by_hand(sessions: Sessions) -> None:
+    worker = sessions.join("w", 0, takeover=False)
+    verdict = consume(sessions, worker)
+    sessions.evict("w", "m")
+    for at_s in (0.0, 1000.0):
+        with pytest.raises(Fenced, match="evicted"):
+            sessions.require(identity(worker), at_s)
+    sessions.leave(identity(worker), 1)
+    assert worker.state is WorkerState.EVICTED
+    assert list(worker.verdicts) == [verdict]
+    sessions.join("w", 1001, takeover=False)
+    with pytest.raises(Fenced):
+        sessions.require(identity(worker, epoch=1), 1001)
+    sessions.require(identity(worker), 1001)
+    with pytest.raises(UnknownWorker):
+        sessions.evict("nobody", "m")
+
+
+def test_strangers_are_unknown(sessions: Sessions) -> None:
+    worker = sessions.join("w", 0, takeover=False)
+    for stranger in (identity("nobody"), identity(worker, epoch=2), identity(worker, epoch=2**64 - 1)):
+        with pytest.raises(UnknownWorker):
+            sessions.require(stranger, 0)
+
+
+def test_a_closed_epoch_must_join_again(sessions: Sessions) -> None:
+    worker = sessions.join("w", 0, takeover=False)
+    sessions.evict(sessions.join("bad", 0, takeover=False).name, "m")
+    sessions.close_epochs()
+    with pytest.raises(LeaseExpired):
+        sessions.require(identity(worker), 0)
+    with pytest.raises(Fenced):
+        sessions.require(identity("bad"), 0)
+
+
+def test_sequences_are_judged_in_order(sessions: Sessions) -> None:
+    worker = sessions.join("w", 0, takeover=False)
+    for gap in (0, 2, 3, 2**64 - 1):
+        with pytest.raises(OutOfOrder) as caught:
+            sessions.judged(worker, identity(worker, sequence=gap))
+        assert caught.value.fields["expected"] == "1"
+    assert sessions.judged(worker, identity(worker)) is None
+    first = consume(sessions, worker, digest=7)
+    seen = identity(worker, sequence=1)
+    assert sessions.judged(worker, seen) is first
+    assert sessions.judged(worker, seen, 7) is first
+    with pytest.raises(Conflict):
+        sessions.judged(worker, seen, 8)
+    assert sessions.judged(worker, identity(worker)) is None
+
+
+def test_the_last_eight_receipts_are_kept(sessions: Sessions) -> None:
+    worker = sessions.join("w", 0, takeover=False)
+    verdicts = [consume(sessions, worker, digest=n) for n in range(1, 12)]
+    for sequence in range(1, 4):
+        with pytest.raises(TooOld) as caught:
+            sessions.judged(worker, identity(worker, sequence=sequence), sequence)
+        assert caught.value.fields["oldest"] == "4"
+    for sequence in range(4, 12):
+        assert (
+            sessions.judged(worker, identity(worker, sequence=sequence), sequence) is verdicts[sequence - 1]
+        )
+    assert RECEIPTS_KEPT == 8
+
+
+def test_a_receipt_of_an_earlier_epoch_is_no_verdict_of_this_one(sessions: Sessions) -> None:
+    """Sequence 1 of both epochs, with other bodies: the second is new, and the first is kept for its join."""
+    worker = sessions.join("w", 0, takeover=False)
+    first = consume(sessions, worker, digest=1)
+    worker = sessions.join("w", 0, takeover=True)
+    assert sessions.judged(worker, identity(worker), 2) is None
+    second = consume(sessions, worker, digest=2)
+    assert sessions.judged(worker, identity(worker, sequence=1), 2) is second
+    assert list(worker.verdicts) == [first, second]
+
+
+def test_duplicates_and_outcomes_are_counted(sessions: Sessions) -> None:
+    worker = sessions.join("w", 0, takeover=False)
+    verdict = consume(sessions, worker)
+    for _ in range(3):
+        sessions.duplicate(worker, verdict)
+    assert (worker.duplicates, verdict.receipt.duplicates) == (3, 3)
+    receipt = Receipt(outcome=Outcome.OUTCOME_REJECTED, identity=identity(worker))
+    sessions.consume(worker, Verdict(1, receipt))
+    assert worker.outcomes == {"applied": 1, "rejected": 1}
+
+
+def test_the_longest_joined_live_worker_leads(sessions: Sessions) -> None:
+    a, b, c = (sessions.join(name, 0, takeover=False) for name in "abc")
+    assert [sessions.leads(w) for w in (a, b, c)] == [True, False, False]
+    sessions.leave(identity(a), 1)
+    assert [sessions.leads(w) for w in (a, b, c)] == [False, True, False]
+    sessions.join("a", 2, takeover=False)  # behind the others now
+    assert [sessions.leads(w) for w in (a, b, c)] == [False, True, False]
+    sessions.join("b", 3, takeover=True)
+    assert [sessions.leads(w) for w in (a, b, c)] == [False, False, True]
+    sessions.evict("c", "m")
+    assert [sessions.leads(w) for w in (a, b, c)] == [True, False, False]
+    sessions.expire(2 + LEASE_S + 0.5)
+    assert [sessions.leads(w) for w in (a, b, c)] == [False, True, False]
+    sessions.expire(100)
+    assert not any(sessions.leads(w) for w in (a, b, c))
+    assert sessions.live() == []
+
+
+def test_the_absent_are_forgotten_after_a_day(sessions: Sessions) -> None:
+    old, recent = (sessions.join(name, 0, takeover=False) for name in ("old", "recent"))
+    sessions.leave(identity(old), 10)
+    sessions.leave(identity(recent), 20)
+    live = sessions.join("live", 0, takeover=False)
+    live.lease_until_s = 10**9
+    sessions.join("new", FORGET_AFTER_S + 15, takeover=False)
+    assert set(sessions.workers) == {"recent", "live", "new"}
+    with pytest.raises(UnknownWorker):
+        sessions.require(identity("old"), FORGET_AFTER_S + 15)
+
+
+def test_beyond_the_limit_the_longest_absent_go_and_never_the_live() -> None:
+    sessions = Sessions(LEASE_S, max_workers=3)
+    for at_s, name in enumerate("abc"):
+        sessions.leave(identity(sessions.join(name, at_s, takeover=False)), at_s)
+    sessions.join("d", 5, takeover=False)
+    assert list(sessions.workers) == ["b", "c", "d"]
+    sessions.join("b", 6, takeover=False)
+    for at_s, name in enumerate("efg", start=7):
+        sessions.join(name, at_s, takeover=False)
+    assert list(sessions.workers) == ["b", "d", "e", "f", "g"]
+
+
+def test_the_table_survives_as_json(sessions: Sessions) -> None:
+    a, b = (sessions.join(name, 0, takeover=False) for name in "ab")
+    for n in range(10):
+        consume(sessions, a, digest=2**64 - 1 - n)
+    error = NonfiniteGradient(parameter="w'\n", consumed=True)
+    refused = consume(sessions, b, digest=5, error=error)
+    a.worker_state = bytes(range(256))
+    sessions.duplicate(b, refused)
+    sessions.evict("b", "m")
+    restored = Sessions(LEASE_S, 100)
+    restored.parse(json.loads(json.dumps(sessions.dump())), 1000)
+    assert restored.dump() == sessions.dump()
+    a2, b2 = restored.workers["a"], restored.workers["b"]
+    assert restored.leads(a2)
+    assert a2.lease_until_s == 1000 + LEASE_S
+    assert restored.judged(a2, identity(a2, sequence=10), 2**64 - 10) is a2.verdicts[-1]
+    with pytest.raises(TooOld):
+        restored.judged(a2, identity(a2, sequence=2))
+    got = b2.verdicts[0].error
+    assert isinstance(got, NonfiniteGradient)
+    assert (got.message, got.fields, got.consumed) == (error.message, error.fields, True)
+    with pytest.raises(Fenced):
+        restored.require(identity(b2), 1000)
+    assert restored.join("c", 1000, takeover=False).joined > max(a.joined, b.joined)
+
+
+class Model(RuleBasedStateMachine):
+    """Any history: what is applied is applied once, epochs only grow, and at most one live worker leads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now_s = 0.0
+        self.sessions = Sessions(LEASE_S, max_workers=3)
+        self.applied: list[tuple[str, int, int]] = []
+        self.epochs: dict[str, int] = {}
+        self.known: list[Identity] = []
+
+    names = st.sampled_from("abcd")
+
+    @rule(name=names, takeover=st.booleans())
+    def join(self, name: str, takeover: bool) -> None:
+        before = self.sessions.workers.get(name)
+        live = before is not None and before.state is WorkerState.LIVE and before.lease_until_s >= self.now_s
+        old = 0 if before is None else before.epoch
+        try:
+            worker = self.sessions.join(name, self.now_s, takeover)
+        except AlreadyJoined:
+            assert live
+            assert not takeover
+        else:
+            assert takeover or not live
+            assert worker.epoch == old + 1
+            self.known.append(identity(worker))
+
+    @precondition(lambda self: self.known)
+    @rule(data=st.data(), step=st.integers(0, 3), digest=st.integers(1, 2))
+    def push(self, data: st.DataObject, step: int, digest: int) -> None:
+        who = data.draw(st.sampled_from(self.known))
+        sequence = (
+            max(0, self.sessions.workers[who.worker].sequence + 2 - step)
+            if who.worker in self.sessions.workers
+            else 1
+        )
+        sent = Identity(worker=who.worker, epoch=who.epoch, sequence=sequence)
+        try:
+            worker = self.sessions.require(sent, self.now_s)
+            seen = self.sessions.judged(worker, sent, digest)
+        except PushstepError:
+            return
+        if seen is not None:
+            assert seen.digest == digest
+            assert seen.receipt.identity == sent
+            return
+        self.sessions.consume(
+            worker, Verdict(digest, Receipt(outcome=Outcome.OUTCOME_APPLIED, identity=sent))
+        )
+        self.applied.append((who.worker, worker.joined, sequence))
+
+    @rule(data=st.data())
+    @precondition(lambda self: self.known)
+    def leave(self, data: st.DataObject) -> None:
+        self.sessions.leave(data.draw(st.sampled_from(self.known)), self.now_s)
+
+    @rule(name=names)
+    def evict(self, name: str) -> None:
+        if name in self.sessions.workers:
+            self.sessions.evict(name, "m")
+
+    @rule(seconds=st.sampled_from([0.5, LEASE_S, FORGET_AFTER_S]))
+    def wait(self, seconds: float) -> None:
+        self.now_s += seconds
+
+    @invariant()
+    def holds(self) -> None:
+        assert len(set(self.applied)) == len(self.applied)
+        assert sum(self.sessions.leads(worker) for worker in self.sessions.workers.values()) <= 1
+        for worker in self.sessions.workers.values():
+            assert len(worker.verdicts) <= RECEIPTS_KEPT
+
+
+TestModel = Model.TestCase
+TestModel.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)

