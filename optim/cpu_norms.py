@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Final
 
 import numpy as np
 from torch import Tensor
 
-from .cpu import KIND
 from .kernel_cache import compiled
 from .norm_kernels import BLOCK_ELEMENTS, SIGNATURE, block_sums
 from .pool import over_slices
+from .table import KIND
 
 SLICE_BLOCKS: Final = 64
 INLINE_BLOCKS: Final = 32
@@ -31,11 +32,7 @@ def square_sums(tensors: Sequence[Tensor], *, threads: int | None = None) -> lis
         sums = np.zeros(blocks)
         kernel = compiled(block_sums, SIGNATURE, KIND[dtype])
 
-        def work(
-            start: int, stop: int, kernel=kernel, addresses=addresses, sizes=sizes, starts=starts, sums=sums
-        ) -> None:
-            kernel(addresses, sizes, starts, sums, start, stop)
-
+        work = partial(kernel, addresses, sizes, starts, sums)
         over_slices(work, blocks, threads=threads, slice_size=SLICE_BLOCKS, inline=INLINE_BLOCKS)
         for place, k in enumerate(members):
             own = sums[starts[place] : starts[place + 1]]

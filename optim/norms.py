@@ -14,7 +14,7 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
-from .dispatch import FUSED_DTYPES, backend
+from .dispatch import FUSED_DTYPES
 
 BLOCK_ELEMENTS: Final = 4096
 
