@@ -232,6 +232,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """`path_of` for a whole list at the price of a few C loops; False means: look at each."""
         if not (
             path_of(None, group).fused
+            and not group.get("capturable", False)
             and all(map(_is_cpu, params))
             and FUSED_DTYPES.issuperset(map(_dtype, params))
             and _PLAIN.issuperset(map(type, grads))
