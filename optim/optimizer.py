@@ -42,10 +42,6 @@ class FusedOptimizer(torch.optim.Optimizer):
     row_wise: bool
     sparse: bool
 
-    # What GradScaler hands over around a step.
-    grad_scale: Tensor | None = None
-    found_inf: Tensor | None = None
-
     def _construct(
         self, params: Any, defaults: dict[str, Any], *, state_dtype: StateDtype, row_wise: bool, sparse: bool
     ) -> None:
@@ -260,7 +256,9 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _arguments(self, group: dict[str, Any]) -> dict[str, Any]:
         given = self.rule.arguments({name: group[name] for name in self.rule.defaults})
-        return {**given, "grad_scale": self.grad_scale, "found_inf": self.found_inf}
+        # GradScaler sets these around a step; it minds if they exist at other times.
+        handed = {name: getattr(self, name, None) for name in ("grad_scale", "found_inf")}
+        return {**given, **handed}
 
     def _step_fused(
         self,
