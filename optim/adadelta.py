@@ -11,91 +11,110 @@ is coupled: g + weight_decay*p, added after `maximize` has negated g.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Final
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.optim.adadelta import adadelta
+from torch.optim.optimizer import ParamsT
 
-from .arithmetic import in_dtype, prepared_gradient
-from .local import LocalRuleOptimizer
+from .kernel_rule import Hyperparameters, KernelRule
+from .optimizer import FusedOptimizer, StateDtype
 
 
-class AdadeltaRule:
+class AdadeltaRule(KernelRule):
     """The equations above over tensors that somebody else owns."""
 
-    name: Final = "adadelta"
-    state_names: Final = ("square_avg", "acc_delta")
-    defaults: Final[Mapping[str, float | bool]] = {
-        "lr": 1.0,
-        "rho": 0.9,
-        "eps": 1e-6,
-        "weight_decay": 0.0,
-        "maximize": False,
+    name = "adadelta"
+    state_names = ("square_avg", "acc_delta")
+    defaults: ClassVar = {"lr": 1.0, "rho": 0.9, "eps": 1e-6, "weight_decay": 0.0, "maximize": False}
+    ranges: ClassVar = {
+        "lr": ("learning rate", math.inf),
+        "rho": ("rho value", 1.0),
+        "eps": ("epsilon value", math.inf),
+        "weight_decay": ("weight_decay value", math.inf),
     }
 
-    def validate(self, hyperparameters: Mapping[str, float | bool]) -> None:
-        """Raise torch's ValueError for a value out of range."""
-        torch.optim.Adadelta([torch.zeros(1, requires_grad=True)], **hyperparameters)  # type: ignore[arg-type]
-
-    def initial_value(self, state_name: str, hyperparameters: Mapping[str, float | bool]) -> float:
+    def initial_value(self, state_name: str, hyperparameters: Hyperparameters) -> float:
         """Both averages start at zero."""
         return 0.0
 
-    def effective_lr(self, hyperparameters: Mapping[str, float | bool], step: int) -> float:
+    def effective_lr(self, hyperparameters: Hyperparameters, step: int) -> float:
         """Adadelta has no decay of its own."""
         return float(hyperparameters["lr"])
 
-    def step_dense(
-        self,
-        param: Tensor,
-        grad: Tensor,
-        state: Sequence[Tensor],
-        hyperparameters: Mapping[str, float | bool],
-        *,
-        step: int,
-        factor: float = 1.0,
-    ) -> None:
-        """See `Rule.step_dense`."""
-        v, u = state
-        lr, rho, eps = (float(hyperparameters[name]) for name in ("lr", "rho", "eps"))
-
-        def body(p: Tensor) -> None:
-            g = prepared_gradient(
-                grad,
-                p,
-                factor=factor,
-                maximize=bool(hyperparameters["maximize"]),
-                weight_decay=float(hyperparameters["weight_decay"]),
-            )
-            v.mul_(rho).addcmul_(g, g, value=1 - rho)
-            d = u.add(eps).sqrt_().div_(v.add(eps).sqrt_()).mul_(g)
-            u.mul_(rho).addcmul_(d, d, value=1 - rho)
-            p.add_(d, alpha=-lr)
-
-        in_dtype(param, v.dtype, body)
-
-    def step_rows(
-        self,
-        param: Tensor,
-        ids: Tensor,
-        rows: Tensor,
-        state: Sequence[Tensor],
-        hyperparameters: Mapping[str, float | bool],
-        *,
-        step: int,
-        factor: float = 1.0,
-    ) -> None:
-        """An extension of torch's (which refuses sparse gradients): the dense rule on the rows named, no others."""
-        p = param.index_select(0, ids)
-        v, u = (table.index_select(0, ids) for table in state)
-        self.step_dense(p, rows, (v, u), hyperparameters, step=step, factor=factor)
-        param.index_copy_(0, ids, p)
-        for table, touched in zip(state, (v, u), strict=True):
-            table.index_copy_(0, ids, touched)
+    def arguments(self, hyperparameters: Hyperparameters) -> dict[str, Any]:
+        """See `KernelRule.arguments`."""
+        return {name: hyperparameters[name] for name in self.defaults}
 
 
-class Adadelta(LocalRuleOptimizer, torch.optim.Adadelta):
-    """torch.optim.Adadelta, stepped by `AdadeltaRule`."""
+class Adadelta(FusedOptimizer, torch.optim.Adadelta):
+    """torch.optim.Adadelta with fused steps.
+
+    All of torch's arguments, and:
+
+    fused: None takes the kernels wherever they can step (real floating dtypes, no `differentiable`, no explicit
+        `foreach`, no `torch.compile`) and torch's own functions elsewhere; True insists; False never does.
+    state_dtype: None keeps float32 states for half parameters, "param" keeps them in the parameter's dtype as torch
+        does. Plain torch loads our state dict and rounds such states to the parameter's dtype.
+    row_wise: states of shape (rows, 1), fed by the mean over each row. A group may say so for itself.
+    sparse: accept sparse gradients, which torch refuses: only the rows named move, and only their states decay.
+    """
 
     rule = AdadeltaRule()
+    _torch_takes_sparse = False
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1.0,
+        rho: float = 0.9,
+        eps: float = 1e-6,
+        weight_decay: float = 0,
+        foreach: bool | None = None,
+        *,
+        capturable: bool = False,
+        maximize: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        state_dtype: StateDtype = None,
+        row_wise: bool = False,
+        sparse: bool = False,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "rho": rho,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+            "capturable": capturable,
+            "foreach": foreach,
+            "differentiable": differentiable,
+            "fused": fused,
+        }
+        self._construct(params, defaults, state_dtype=state_dtype, row_wise=row_wise, sparse=sparse)
+
+    def _check_sparse(self, group: dict[str, Any]) -> None:
+        if not self._option(group, "sparse"):
+            raise RuntimeError("Adadelta does not support sparse gradients")
+
+    def _step_torch(self, params: Sequence[Tensor], group: dict[str, Any]) -> None:
+        (some, grads, square_avgs, acc_deltas, steps), has_complex = self._torch_lists(params, group)
+        adadelta(
+            some,
+            grads,
+            square_avgs,
+            acc_deltas,
+            steps,
+            capturable=group["capturable"],
+            foreach=group["foreach"],
+            differentiable=group["differentiable"],
+            has_complex=has_complex,
+            lr=group["lr"],
+            rho=group["rho"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            maximize=group["maximize"],
+        )

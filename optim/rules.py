@@ -15,8 +15,7 @@ from torch import Tensor
 
 from .adadelta import AdadeltaRule
 from .adagrad import AdagradRule
-
-Hyperparameters = Mapping[str, float | bool]
+from .kernel_rule import Hyperparameters as Hyperparameters
 
 
 class Rule(Protocol):
@@ -52,11 +51,22 @@ class Rule(Protocol):
         *,
         step: int,
         factor: float = 1.0,
+        decoupled: bool = False,
+        clip_value: float | None = None,
+        zero_grad: bool = False,
+        ema: Tensor | None = None,
+        ema_momentum: float = 0.99,
+        copy_out: Tensor | None = None,
+        threads: int | None = None,
     ) -> None:
         """Step `param` and `state` in place.
 
-        All tensors have one shape. `grad` may be of any real floating dtype; the arithmetic runs in the
-        state's (float32 for half parameters). `step` counts from 1; `factor` multiplies the gradient first.
+        All tensors have one shape; a row-wise state has shape (rows, 1). `grad` may be of any real floating
+        dtype; the arithmetic runs in the state's (float32 for half states). `step` counts from 1; `factor`
+        multiplies the gradient first, then `clip_value` bounds it. `decoupled` takes weight decay off the
+        parameter instead of adding it to the gradient. In the same pass, where asked: `ema` moves towards the
+        new parameter, `copy_out` receives it in its own dtype, and `zero_grad` clears the gradient. `threads` at
+        most (None: torch.get_num_threads()); their number changes no bit. Safe to call from several Python threads.
         """
 
     def step_rows(
@@ -69,10 +79,14 @@ class Rule(Protocol):
         *,
         step: int,
         factor: float = 1.0,
+        unique: bool = True,
+        threads: int | None = None,
     ) -> None:
-        """Step only the rows `ids` (int64, unique) of `param` and `state`, in place.
+        """Step only the rows `ids` (int64) of `param` and `state`, in place.
 
         `rows` has shape (len(ids), *param.shape[1:]). Rows that are not named do not move, nor does their state.
+        With `unique` the caller vouches that no id comes twice; otherwise rows of equal id are summed first, as
+        `rows.coalesce` does. IndexError for an id outside the table.
         """
 
 

@@ -1,0 +1,201 @@
+"""Which path takes a step, and what a path must offer.
+
+A step is described once, as a `Step` (dense gradients of any number of tensors) or a `RowStep` (one table, some
+of its rows), and handed to a backend. `BACKENDS` maps a torch device type to the module that serves it; the
+module is imported at the first step that needs it, so numba and triton cost nothing before. A backend is a module
+with these functions:
+
+    refuses(param) -> str | None           why it cannot step this parameter, or None; cheap, no device sync
+    step(step: Step) -> None               does everything `Step` says, in the order that `Step` documents
+    step_rows(step: RowStep) -> None       the same on rows
+
+To add one: write the module, add its name to `BACKENDS`. A backend owns: advancing `step.steps` (skipped with
+everything else when `found_inf` is 1), lr / (1 + (t-1)*lr_decay), any layout, 0 elements, and mixed dtypes within one
+list. It does not bump version counters: the callers in this package do that for every tensor of `written()`.
+`step.memo` is a dict that lives as long as the list: a backend may keep there what it learned about it, under its
+own name, but must notice tensors that have moved.
+
+Options of the kernels, all of them fields of `Step`: `maximize`, `weight_decay` with `decoupled`, `factor` (a
+number, or one per tensor), `clip_value`, `grad_scale` and `found_inf` (tensors, read where the kernel runs),
+`zero_grad`, `ema` with `ema_momentum`, `copy_out`, `eps_inside_root` (Keras's Adagrad), `multiply_first` (Keras's
+Adadelta). A backend that lacks one raises NotImplementedError naming it; the CPU backend has them all, row-wise
+states excepted. Where no backend serves, the classes use torch's own functions and the rules plain torch operations (`eager`).
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Final, NamedTuple, Protocol, cast
+
+import torch
+from torch import Tensor
+
+BACKENDS: Final[dict[str, str]] = {"cpu": ".cpu", "cuda": ".cuda"}
+
+FUSED_DTYPES: Final = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
+
+
+@dataclass(slots=True, kw_only=True)
+class Step:
+    """One step of one rule over a list of tensors; the order of operations is that of `kernels`.
+
+    Arithmetic is float64 if the parameter or its state is, else float32. `states` has one list per state name of
+    the rule, in the rule's order. A state of shape (rows, 1) beside a wider parameter is row-wise: one number per
+    row, fed by the mean over the row.
+    """
+
+    rule: str
+    params: Sequence[Tensor]
+    grads: Sequence[Tensor]
+    states: Sequence[Sequence[Tensor]]
+    lr: float | Tensor
+    eps: float
+    rho: float = 0.0
+    weight_decay: float = 0.0
+    decoupled: bool = False
+    maximize: bool = False
+    lr_decay: float = 0.0
+    steps: Sequence[Tensor] | None = None
+    """Step counters, advanced before use. Without them `step` is the number of this step, from 1."""
+    step: int = 1
+    factor: float | Sequence[float] = 1.0
+    clip_value: float | None = None
+    grad_scale: Tensor | float | None = None
+    """Divides the gradient, which is written back unscaled, as torch's fused kernels do."""
+    found_inf: Tensor | float | None = None
+    """1: nothing is written, counters included."""
+    zero_grad: bool = False
+    ema: Sequence[Tensor] | None = None
+    ema_momentum: float = 0.99
+    copy_out: Sequence[Tensor] | None = None
+    eps_inside_root: bool = False
+    multiply_first: bool = False
+    threads: int | None = None
+    memo: dict[str, Any] | None = None
+    """Where a backend may keep what it learned about this list until its next step."""
+
+    def written(self) -> Iterator[Tensor]:
+        """Every tensor that the step writes to."""
+        yield from self.params
+        for state in self.states:
+            yield from state
+        yield from self.steps or ()
+        yield from self.ema or ()
+        yield from self.copy_out or ()
+        if self.zero_grad or self.grad_scale is not None:
+            yield from self.grads
+
+
+@dataclass(slots=True, kw_only=True)
+class RowStep:
+    """One step over rows of one table: only the rows named in `ids` move, and only their state.
+
+    ids: int64 (n,), any order. rows: (n, ...) like the table's rows. With `unique` the ids are known to differ;
+    otherwise rows of equal id are summed first, in order of appearance. Adagrad follows torch's sparse order:
+    h = h + g*g without fma, p = p + -lr * (g / (sqrt(h) + eps)).
+    """
+
+    rule: str
+    param: Tensor
+    ids: Tensor
+    rows: Tensor
+    unique: bool
+    states: Sequence[Tensor]
+    lr: float | Tensor
+    eps: float
+    rho: float = 0.0
+    weight_decay: float = 0.0
+    maximize: bool = False
+    lr_decay: float = 0.0
+    steps: Tensor | None = None
+    step: int = 1
+    factor: float = 1.0
+    grad_scale: Tensor | float | None = None
+    found_inf: Tensor | float | None = None
+    threads: int | None = None
+
+    def written(self) -> Iterator[Tensor]:
+        """Every tensor that the step writes to."""
+        yield self.param
+        yield from self.states
+        if self.steps is not None:
+            yield self.steps
+
+
+class Backend(Protocol):
+    """What a module in `BACKENDS` offers."""
+
+    def refuses(self, param: Tensor) -> str | None:
+        """Why this backend cannot step `param`, or None."""
+
+    def step(self, step: Step) -> None:
+        """Take a dense step."""
+
+    def step_rows(self, step: RowStep) -> None:
+        """Take a step on rows."""
+
+
+class Path(NamedTuple):
+    """The answer to "who takes this step": `backend` is a device type of `BACKENDS`, or "torch"."""
+
+    backend: str
+    reason: str
+
+    @property
+    def fused(self) -> bool:
+        """Whether one of our kernels takes it."""
+        return self.backend != "torch"
+
+
+def path_of(param: Tensor | None, group: Mapping[str, Any]) -> Path:
+    """Which path steps `param` under the options of `group`, and why; None for the group's options alone."""
+    if torch.compiler.is_compiling():
+        return Path("torch", "torch.compile traces torch's own operations")
+    if group["fused"] is False:
+        return Path("torch", "fused=False")
+    if group["differentiable"]:
+        return Path("torch", "differentiable=True")
+    if group["foreach"] is not None and not group["fused"]:
+        return Path("torch", f"foreach={group['foreach']} was set")
+    if param is None:
+        return Path("", "decided by each parameter")
+    device_type = param.device.type
+    if type(param) not in (Tensor, torch.nn.Parameter):
+        return Path("torch", f"{type(param).__name__} is a subclass of Tensor")
+    if param.grad is not None and type(param.grad) not in (Tensor, torch.nn.Parameter):
+        return Path("torch", f"its gradient is a {type(param.grad).__name__}, a subclass of Tensor")
+    if param.dtype not in FUSED_DTYPES:
+        return Path("torch", f"{param.dtype} has no kernel")
+    if param.is_inference():
+        return Path("torch", "it is an inference tensor")
+    if group.get("capturable", False) and device_type == "cpu":
+        return Path("torch", "capturable=True on cpu")
+    if param.grad is not None and param.grad.layout not in (torch.strided, torch.sparse_coo):
+        return Path("torch", f"its gradient's layout is {param.grad.layout}")
+    kernels = backend(device_type)
+    if kernels is None:
+        return Path("torch", f"no kernels for {device_type}")
+    refusal = kernels.refuses(param)
+    if refusal is not None:
+        return Path("torch", refusal)
+    return Path(device_type, f"{device_type} kernels")
+
+
+@cache
+def backend(device_type: str) -> Backend | None:
+    """The backend for a device type, imported now; None if there is none, or what it needs is not installed."""
+    name = BACKENDS.get(device_type)
+    if name is None or importlib.util.find_spec(name, __package__) is None:
+        return None
+    if device_type == "cuda" and importlib.util.find_spec("triton") is None:
+        return None
+    return cast(Backend, importlib.import_module(name, __package__))
+
+
+def number(value: Any) -> float:
+    """A hyperparameter as a Python number."""
+    return float(value.item()) if isinstance(value, Tensor) else float(value)

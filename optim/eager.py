@@ -1,0 +1,121 @@
+"""The rules in plain torch operations: for devices without kernels, and as the thing kernels are compared with.
+
+It takes the same `Step` and `RowStep` as a backend and follows the same order of operations, with torch's
+roundings. It is slow and allocates temporaries; nothing else is wrong with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .dispatch import RowStep, Step, number
+
+
+def refuses(param: Tensor) -> str | None:
+    """Nothing real is refused."""
+    return "complex parameters are stepped by torch" if param.is_complex() else None
+
+
+def step(step: Step) -> None:
+    """Take a dense step; see `dispatch.Step`."""
+    if step.found_inf is not None and number(step.found_inf) == 1.0:
+        return
+    for k, (param, grad) in enumerate(zip(step.params, step.grads, strict=True)):
+        states = [state[k] for state in step.states]
+        lr = _lr(step, None if step.steps is None else step.steps[k])
+        dtype = torch.promote_types(states[0].dtype, torch.promote_types(param.dtype, torch.float32))
+        g, p = grad.to(dtype), param.to(dtype)
+        if step.grad_scale is not None:
+            g = g / number(step.grad_scale)
+            grad.copy_(g)
+        factor = step.factor[k] if isinstance(step.factor, Sequence) else step.factor
+        if factor != 1.0:
+            g = g * factor
+        if step.clip_value is not None:
+            g = g.clamp(-step.clip_value, step.clip_value)
+        if step.maximize:
+            g = -g
+        if step.weight_decay != 0 and not step.decoupled:
+            g = g.add(p, alpha=step.weight_decay)
+        if step.weight_decay != 0 and step.decoupled:
+            p = p * (1 - lr * step.weight_decay)
+        p = _update(step, p, g, states, lr)
+        param.copy_(p)
+        if step.ema is not None:
+            step.ema[k].copy_(step.ema_momentum * step.ema[k].to(dtype) + (1 - step.ema_momentum) * p)
+        if step.copy_out is not None:
+            step.copy_out[k].copy_(p)
+        if step.zero_grad:
+            grad.zero_()
+
+
+def step_rows(step: RowStep) -> None:
+    """Take a step on rows of one table; see `dispatch.RowStep`."""
+    if step.found_inf is not None and number(step.found_inf) == 1.0:
+        return
+    lr = _lr(step, step.steps)
+    ids, rows = step.ids, step.rows
+    if not step.unique:
+        from .rows import coalesce
+
+        ids, rows = coalesce(ids, rows)
+    taken = [table.index_select(0, ids) for table in step.states]
+    param = step.param.index_select(0, ids)
+    dtype = torch.promote_types(taken[0].dtype, torch.promote_types(param.dtype, torch.float32))
+    g, p = rows.to(dtype), param.to(dtype)
+    if step.grad_scale is not None:
+        g = g / number(step.grad_scale)
+    if step.factor != 1.0:
+        g = g * step.factor
+    if step.maximize:
+        g = -g
+    if step.weight_decay != 0:
+        g = g.add(p, alpha=step.weight_decay)
+    p = _update(step, p, g, taken, lr)
+    step.param.index_copy_(0, ids, p.to(step.param.dtype))
+    for table, touched in zip(step.states, taken, strict=True):
+        table.index_copy_(0, ids, touched)
+
+
+def _lr(step: Step | RowStep, counter: Tensor | None) -> float:
+    t: float = step.step
+    if counter is not None:
+        counter += 1
+        t = counter.item()
+    return number(step.lr) / (1 + (t - 1) * step.lr_decay)
+
+
+def _mean_square(x: Tensor, state: Tensor) -> Tensor:
+    """x*x, or its mean over each row where the state has one number per row."""
+    if state.shape == x.shape:
+        return x * x
+    return x.reshape(state.shape[0], -1).square().mean(dim=1, keepdim=True)
+
+
+def _per_row(value: Tensor, x: Tensor) -> Tensor:
+    if value.shape == x.shape:
+        return value
+    return value.reshape(value.shape[0] if x.dim() else (), *(1,) * (x.dim() - 1))
+
+
+def _update(step: Step | RowStep, p: Tensor, g: Tensor, states: Sequence[Tensor], lr: float) -> Tensor:
+    """Move the states in place and return the parameter."""
+    first = states[0].to(p.dtype)
+    if step.rule == "adagrad":
+        h = first + _mean_square(g, first)
+        states[0].copy_(h)
+        inside = isinstance(step, Step) and step.eps_inside_root
+        root = (h + step.eps).sqrt() if inside else h.sqrt() + step.eps
+        return p + (-lr * g) / _per_row(root, g)
+    v = step.rho * first + (1 - step.rho) * _mean_square(g, first)
+    u = states[1].to(p.dtype)
+    if isinstance(step, Step) and step.multiply_first:
+        d = _per_row((u + step.eps).sqrt(), g) * g / _per_row((v + step.eps).sqrt(), g)
+    else:
+        d = _per_row((u + step.eps).sqrt() / (v + step.eps).sqrt(), g) * g
+    states[0].copy_(v)
+    states[1].copy_(step.rho * u + (1 - step.rho) * _mean_square(d, u))
+    return p - lr * d

@@ -1,0 +1,145 @@
+"""Where compiled kernels live, so that a process compiles what no process before it has.
+
+Each kernel gets a folder of its own below `folder()`. numba's index maps keys to numbered files, and two processes
+that add different kernels to one index at the same time can end with a key that names the other's code; the
+folder's name holds everything that tells two kernels apart (sources, specialisation, processor), so whoever
+writes there writes the same thing.
+
+The folder is the first writable one of: NUMBA_CACHE_DIR, the package's own `__pycache__`, the folder given to
+`keep_in` (the server's data folder), the user's cache folder. With none, kernels are compiled in each process,
+which is said once in the log: numba itself would raise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import pickle
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Hashable
+from functools import cache
+from pathlib import Path
+from typing import Any, Final
+
+log: Final = logging.getLogger(__name__)
+
+_PACKAGE: Final = Path(__file__).parent
+_SOURCES: Final = ("intrinsics.py", "kernels.py", "norm_kernels.py", "row_kernels.py")
+_kept_in: list[Path] = []
+_compiled: dict[Hashable, Any] = {}
+_lock = threading.RLock()
+
+
+def _fresh_lock() -> None:
+    global _lock
+    _lock = threading.RLock()  # the parent may have forked while another of its threads was compiling
+
+
+os.register_at_fork(after_in_child=_fresh_lock)
+
+
+def keep_in(path: str | os.PathLike[str]) -> None:
+    """Name a folder for compiled kernels, used when the package's own is read-only."""
+    _kept_in[:] = [Path(path)]
+    folder.cache_clear()
+
+
+def _writable(path: Path) -> bool:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError:
+        return False
+    return True
+
+
+@cache
+def folder() -> Path | None:
+    """The folder that holds the compiled kernels; None if nothing is writable."""
+    named = os.environ.get("NUMBA_CACHE_DIR")
+    user = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
+    candidates = [
+        *([Path(named)] if named else []),
+        _PACKAGE / "__pycache__",
+        *_kept_in,
+        user / "pushstep",
+    ]
+    for candidate in candidates:
+        if _writable(candidate / "kernels"):
+            return candidate / "kernels"
+    log.warning("no writable folder for compiled kernels: they are compiled again in every process")
+    return None
+
+
+@cache
+def _surroundings() -> str:
+    import llvmlite.binding
+    import numba
+
+    digest = hashlib.sha256()
+    for name in _SOURCES:
+        digest.update((_PACKAGE / name).read_bytes())
+    for text in (
+        numba.__version__,
+        llvmlite.binding.get_host_cpu_name(),
+        os.environ.get("NUMBA_CPU_NAME", ""),
+    ):
+        digest.update(text.encode())
+    digest.update(llvmlite.binding.get_host_cpu_features().flatten().encode())
+    return digest.hexdigest()[:16]
+
+
+def compiled(make: Callable[..., Callable[..., Any]], signature: str, spec: Any) -> Any:
+    """The kernel `make(spec)` for `signature`: from memory, from disk, or compiled now and written to disk."""
+    key = (make, spec)
+    kernel = _compiled.get(key)
+    if kernel is None:
+        with _lock:
+            kernel = _compiled.get(key)
+            if kernel is None:
+                kernel = _compiled[key] = _compile(make, signature, spec)
+    return kernel
+
+
+def hits_and_misses() -> tuple[int, int]:
+    """How many of this process's kernels came from disk, and how many it compiled."""
+    hits = sum(sum(kernel.stats.cache_hits.values()) for kernel in _compiled.values())
+    return hits, len(_compiled) - hits
+
+
+# What a damaged or unwritable cache makes numba raise; a kernel that cannot be compiled raises them again without.
+_CACHE_ERRORS: Final = (
+    OSError,
+    EOFError,
+    RuntimeError,
+    pickle.UnpicklingError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    ValueError,
+)
+
+
+def _compile(make: Callable[..., Callable[..., Any]], signature: str, spec: Any) -> Any:
+    import numba
+
+    njit: Any = numba.njit
+    config: Any = numba.config
+    options = {"nogil": True, "error_model": "numpy"}
+    root = folder()
+    if root is not None:
+        name = hashlib.sha256(f"{make.__name__} {spec!r}".encode()).hexdigest()[:16]
+        own = root / _surroundings() / f"{make.__name__}-{name}"
+        before = config.CACHE_DIR
+        config.CACHE_DIR = str(own)
+        try:
+            return njit(signature, cache=True, **options)(make(spec))
+        except _CACHE_ERRORS as error:
+            log.warning("the compiled kernel in %s cannot be used, it is compiled again: %s", own, error)
+            shutil.rmtree(own, ignore_errors=True)  # the next process writes it afresh
+        finally:
+            config.CACHE_DIR = before
+    return njit(signature, **options)(make(spec))
