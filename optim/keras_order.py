@@ -160,7 +160,7 @@ class KerasOptimizer(KerasTerms):
                 grads[param], ratio = self._unscaled(grad)
         clips = self.clipping.factors(list(grads.values()), ratio / (every or 1))
         factors = {param: ratio * clip for param, clip in zip(grads, clips, strict=True)}
-        undecayed = self._undecayed()
+        undecayed, momentum = self._undecayed(), self._momentum()
         for group in self.param_groups:
             decay = group["weight_decay"] or 0.0
             mine = [param for param in group["params"] if param in grads]
@@ -175,8 +175,9 @@ class KerasOptimizer(KerasTerms):
                         [grads[param] for param in some],
                         list_name=name,
                         factors=[factors[param] for param in some],
-                        ema=AVERAGE if self.use_ema else None,
-                        ema_momentum=self._momentum(),
+                        ema=AVERAGE if self.use_ema and momentum > 0.0 else None,
+                        ema_momentum=momentum,
+                        copy_out=AVERAGE if self.use_ema and momentum == 0.0 else None,
                         weight_decay=weight_decay,
                         decoupled=True,
                         clip_value=self.clipping.bound,
@@ -197,4 +198,4 @@ class KerasOptimizer(KerasTerms):
             if momentum == 0.0:
                 average.copy_(param)
             else:
-                average.mul_(momentum).add_(param, alpha=1 - momentum)
+                average.lerp_(param.to(average.dtype), 1 - momentum)  # sums its weights to 1, as the kernels

@@ -19,7 +19,7 @@ Order of operations (what is not asked for is skipped):
     p = fma(-lr, d, p)
     h = fma(g, g, h)                    Adagrad
     p = p + (-lr * g) / (sqrt(h) + eps)              or sqrt(h + eps): eps_inside_root
-    ema = fma(ema_momentum, ema, (1 - ema_momentum)*p)
+    ema = fma(1 - ema_momentum, p - ema, ema)        weights of sum 1: rounded apart, they would shrink it
     copy = p                            rounded to the copy's dtype
     gradient = 0
 """
@@ -82,7 +82,7 @@ def dense(spec: Spec) -> Callable[..., None]:
         rho, one_minus_rho = real(scalars[RHO]), real(scalars[ONE_MINUS_RHO])
         eps, weight_decay = real(scalars[EPS]), real(scalars[WEIGHT_DECAY])
         grad_scale, bound = real(scalars[GRAD_SCALE]), real(scalars[CLIP])
-        momentum, rest = real(scalars[EMA_MOMENTUM]), real(scalars[ONE_MINUS_EMA_MOMENTUM])
+        rest = real(scalars[ONE_MINUS_EMA_MOMENTUM])
         zero = real(0.0)
         k = claim(plan, worker)
         while k >= 0:
@@ -140,7 +140,8 @@ def dense(spec: Spec) -> Callable[..., None]:
                             p = p + minus_lr * g / (math.sqrt(h) + eps)
                     store(param, i, p, P, PARAM)
                     if has_ema:
-                        store(ema, i, fma(momentum, load(ema, i, E, wide, EMA), rest * p), E, EMA)
+                        average = load(ema, i, E, wide, EMA)
+                        store(ema, i, fma(rest, p - average, average), E, EMA)
                     if has_copy:
                         store(copy, i, p, C, COPY)
                     if zero_grad:

@@ -32,6 +32,7 @@ from torch.optim.optimizer import ParamsT
 from .adadelta import AdadeltaRule
 from .adagrad import AdagradRule
 from .dispatch import number
+from .kernel_rule import Hyperparameters
 from .learning_rate import Schedule
 from .one_count import OneCountOptimizer, dense
 from .optimizer import StateDtype
@@ -45,6 +46,9 @@ class _AdaDeltaTerms(AdadeltaRule):
 
 class _AdagradTerms(AdagradRule):
     state_names: ClassVar = ("v",)
+
+    def initial_value(self, state_name: str, hyperparameters: Hyperparameters) -> float:
+        return 0.0
 
 
 class MlxOptimizer(OneCountOptimizer):

@@ -169,9 +169,10 @@ class OneCountOptimizer(FusedOptimizer):
         list_name: str,
         factors: Sequence[float] | None = None,
         ema: str | None = None,
+        copy_out: str | None = None,
         **arguments: Any,
     ) -> None:
-        """Step these parameters of one group; `factors` is one per parameter, `ema` a state's name.
+        """Step these parameters of one group; `factors` is one per parameter, `ema` and `copy_out` name states.
 
         A backend may remember a list between steps; `list_name` tells a group's lists apart.
         """
@@ -186,6 +187,7 @@ class OneCountOptimizer(FusedOptimizer):
                 states=[[state[name] for state in states] for name in self.rule.state_names],
                 factor=1.0 if factors is None else [factors[k] for k in members],
                 ema=None if ema is None else [state[ema] for state in states],
+                copy_out=None if copy_out is None else [state[copy_out] for state in states],
                 memo=memo,
                 **arguments,
             )
