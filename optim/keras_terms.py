@@ -229,7 +229,9 @@ class KerasTerms(OneCountOptimizer):
 
     def _fresh(self, param: Tensor, name: str, group: dict[str, Any]) -> Tensor:
         fresh = super()._fresh(param, name, group)
-        return fresh if name in self.rule.state_names else fresh.zero_()
+        if name == AVERAGE:  # of a parameter that joins later, too: nothing but itself to average yet
+            return fresh.copy_(param)
+        return fresh.zero_() if name == ACCUMULATOR else fresh
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), **{name: getattr(self, name) for name in _PICKLED}}
