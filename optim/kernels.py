@@ -14,7 +14,7 @@ Order of operations (what is not asked for is skipped):
     g = fma(weight_decay, p, g)         coupled decay, never negated
     p = p * (1 - lr*weight_decay)       decoupled decay
     v = fma((1-rho)*g, g, rho*v)        Adadelta
-    d = sqrt(u + eps) / sqrt(v + eps) * g            or (sqrt(u + eps) * g) / sqrt(v + eps): multiply_first
+    d = sqrt((u + eps) / (v + eps)) * g              or (sqrt(u + eps) * g) / sqrt(v + eps): multiply_first
     u = fma((1-rho)*d, d, rho*u)
     p = fma(-lr, d, p)
     h = fma(g, g, h)                    Adagrad
@@ -39,6 +39,11 @@ STEP_COLUMN: Final = 6
 COLUMNS: Final = 7
 # Columns of `scalars`.
 RHO, ONE_MINUS_RHO, EPS, WEIGHT_DECAY, GRAD_SCALE, CLIP, EMA_MOMENTUM, ONE_MINUS_EMA_MOMENTUM = range(8)
+
+# The root of the quotient rounds less often than torch's quotient of roots (largest error of d 1.9e-7 against
+# 2.4e-7 of it), which is what keeps every tensor as near to float64 as torch. A quotient of float32 leaves the
+# normal range where its roots would not: scaling by a power of four moves that to gradients above 1e19.
+QUOTIENT_SCALE: Final = 2.0**40
 
 DENSE_SIGNATURE: Final = "void(int64[:, ::1], int64[::1], float64[:, ::1], float64[::1], int64[::1], int64)"
 ADVANCE_SIGNATURE: Final = "void(int64[:, ::1], float64[:, ::1], float64, float64)"
@@ -83,7 +88,7 @@ def dense(spec: Spec) -> Callable[..., None]:
         eps, weight_decay = real(scalars[EPS]), real(scalars[WEIGHT_DECAY])
         grad_scale, bound = real(scalars[GRAD_SCALE]), real(scalars[CLIP])
         rest = real(scalars[ONE_MINUS_EMA_MOMENTUM])
-        zero = real(0.0)
+        zero, up, down = real(0.0), real(QUOTIENT_SCALE), real(QUOTIENT_SCALE**-0.5)
         k = claim(plan, worker)
         while k >= 0:
             start, stop = k * plan[1], min((k + 1) * plan[1], plan[2])
@@ -127,7 +132,7 @@ def dense(spec: Spec) -> Callable[..., None]:
                         if multiply_first:
                             d = math.sqrt(u + eps) * g / math.sqrt(v + eps)
                         else:
-                            d = math.sqrt(u + eps) / math.sqrt(v + eps) * g
+                            d = math.sqrt((u + eps) * up / (v + eps)) * down * g
                         store(first, i, v, S, FIRST)
                         store(second, i, fma(one_minus_rho * d, d, rho * u), S, SECOND)
                         p = fma(minus_lr, d, p)

@@ -42,10 +42,6 @@ class FusedOptimizer(torch.optim.Optimizer):
     row_wise: bool
     sparse: bool
 
-    # What GradScaler hands over around a step.
-    grad_scale: Tensor | None = None
-    found_inf: Tensor | None = None
-
     def _construct(
         self, params: Any, defaults: dict[str, Any], *, state_dtype: StateDtype, row_wise: bool, sparse: bool
     ) -> None:
@@ -232,6 +228,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """`path_of` for a whole list at the price of a few C loops; False means: look at each."""
         if not (
             path_of(None, group).fused
+            and not group.get("capturable", False)
             and all(map(_is_cpu, params))
             and FUSED_DTYPES.issuperset(map(_dtype, params))
             and _PLAIN.issuperset(map(type, grads))
@@ -259,7 +256,9 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _arguments(self, group: dict[str, Any]) -> dict[str, Any]:
         given = self.rule.arguments({name: group[name] for name in self.rule.defaults})
-        return {**given, "grad_scale": self.grad_scale, "found_inf": self.found_inf}
+        # GradScaler sets these around a step; it minds if they exist at other times.
+        handed = {name: getattr(self, name, None) for name in ("grad_scale", "found_inf")}
+        return {**given, **handed}
 
     def _step_fused(
         self,

@@ -39,9 +39,10 @@ class Job:
     def help(self, worker: int) -> None:
         """What a helper thread does; nothing, if the caller has finished before the helper began."""
         with self.lock:
-            if self.closed:
-                return
-            self.active += 1
+            late = self.closed
+            self.active += not late
+        if late:
+            return
         finished = False
         try:
             self.work(self.plan, worker)

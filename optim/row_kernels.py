@@ -12,7 +12,7 @@ Element-wise, Adadelta is the dense rule. Adagrad keeps torch's sparse order, wh
 Row-wise (state (rows, 1)), m is the mean over a row, summed in double:
 
     h = h + m(g*g);  p = fma(-lr / (sqrt(h) + eps), g, p)
-    v = rho*v + (1-rho)*m(g*g);  d = sqrt(u + eps) / sqrt(v + eps) * g;  u = rho*u + (1-rho)*m(d*d);  p = fma(-lr, d, p)
+    v = rho*v + (1-rho)*m(g*g);  d = sqrt((u + eps) / (v + eps)) * g;  u = rho*u + (1-rho)*m(d*d);  p = fma(-lr, d, p)
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from .intrinsics import FIRST, GRAD, PARAM, SECOND, claim, fma, load, prefetch, store, through
-from .kernels import EPS, GRAD_SCALE, ONE_MINUS_RHO, RHO, WEIGHT_DECAY
+from .kernels import EPS, GRAD_SCALE, ONE_MINUS_RHO, QUOTIENT_SCALE, RHO, WEIGHT_DECAY
 
 ROWS_SIGNATURE: Final = "void(int64[::1], int64[::1], int64[::1], int64[::1], int64, float64, float64, float64[::1], int64[::1], int64)"
 ARRANGE_SIGNATURE: Final = "int64(int64[::1], int64, int64[::1], int64[::1], int64[::1])"
@@ -72,6 +72,7 @@ def rows_step(spec: RowSpec) -> Callable[..., None]:
     ) -> None:
         rho, one_minus_rho = real(scalars[RHO]), real(scalars[ONE_MINUS_RHO])
         eps, weight_decay = real(scalars[EPS]), real(scalars[WEIGHT_DECAY])
+        up, down = real(QUOTIENT_SCALE), real(QUOTIENT_SCALE**-0.5)
         grad_scale, minus_lr, scale = real(scalars[GRAD_SCALE]), real(-lr), real(factor)
         param_base, grad_base = addresses[0], addresses[1]
         first_base, second_base = addresses[2], addresses[3]
@@ -129,7 +130,7 @@ def rows_step(spec: RowSpec) -> Callable[..., None]:
                     if adadelta:
                         v = fma(one_minus_rho, mean, rho * load(first, 0, S, wide, FIRST))
                         u = load(second, 0, S, wide, SECOND)
-                        ratio = math.sqrt(u + eps) / math.sqrt(v + eps)
+                        ratio = math.sqrt((u + eps) * up / (v + eps)) * down
                         total = 0.0
                         for j in range(width):
                             d = ratio * g[j]
@@ -150,7 +151,7 @@ def rows_step(spec: RowSpec) -> Callable[..., None]:
                         if adadelta:
                             v = fma(one_minus_rho * x, x, rho * load(first, j, S, wide, FIRST))
                             u = load(second, j, S, wide, SECOND)
-                            d = math.sqrt(u + eps) / math.sqrt(v + eps) * x
+                            d = math.sqrt((u + eps) * up / (v + eps)) * down * x
                             store(first, j, v, S, FIRST)
                             store(second, j, fma(one_minus_rho * d, d, rho * u), S, SECOND)
                             p = fma(minus_lr, d, p)
