@@ -146,7 +146,8 @@ class KerasOptimizer(KerasTerms):
         scale = self.loss_scale_factor
         if scale is None:
             return grad, 1.0
-        if abs(math.frexp(scale)[0]) == 0.5:
+        fraction, exponent = math.frexp(scale)
+        if abs(fraction) == 0.5 and abs(exponent) < 100:
             return grad, 1 / scale
         return grad.to(torch.promote_types(grad.dtype, torch.float32)) / scale, 1.0
 

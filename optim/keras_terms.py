@@ -90,7 +90,7 @@ class KerasTerms(OneCountOptimizer):
                 f"Received instead: learning_rate={learning_rate}"
             )
         defaults = {
-            "lr": learning_rate if schedule is None else number(schedule(0)),
+            "lr": number(learning_rate if schedule is None else schedule(0)),
             **own,
             "weight_decay": weight_decay,
             "gradient_accumulation_steps": self.gradient_accumulation_steps,

@@ -14,8 +14,11 @@ Order of operations (what is not asked for is skipped):
     g = fma(weight_decay, p, g)         coupled decay, never negated
     p = p * (1 - lr*weight_decay)       decoupled decay
     v = fma((1-rho)*g, g, rho*v)        Adadelta
-    d = sqrt((u + eps) / (v + eps)) * g              or (sqrt(u + eps) * g) / sqrt(v + eps): multiply_first
+    d = sqrt((u + eps) / (v + eps)) * g
     u = fma((1-rho)*d, d, rho*u)
+    v = fma(1-rho, g*g, rho*v)          Adadelta with multiply_first, Keras's order
+    d = (sqrt(u + eps) * g) / sqrt(v + eps)
+    u = fma(1-rho, d*d, rho*u)
     p = fma(-lr, d, p)
     h = fma(g, g, h)                    Adagrad
     p = p + (-lr * g) / (sqrt(h) + eps)              or sqrt(h + eps): eps_inside_root
@@ -127,14 +130,18 @@ def dense(spec: Spec) -> Callable[..., None]:
                     if decoupled:
                         p = p * keep
                     if adadelta:
-                        v = fma(one_minus_rho * g, g, rho * load(first, i, S, wide, FIRST))
+                        v = rho * load(first, i, S, wide, FIRST)
                         u = load(second, i, S, wide, SECOND)
                         if multiply_first:
+                            v = fma(one_minus_rho, g * g, v)
                             d = math.sqrt(u + eps) * g / math.sqrt(v + eps)
+                            u = fma(one_minus_rho, d * d, rho * u)
                         else:
+                            v = fma(one_minus_rho * g, g, v)
                             d = math.sqrt((u + eps) * up / (v + eps)) * down * g
+                            u = fma(one_minus_rho * d, d, rho * u)
                         store(first, i, v, S, FIRST)
-                        store(second, i, fma(one_minus_rho * d, d, rho * u), S, SECOND)
+                        store(second, i, u, S, SECOND)
                         p = fma(minus_lr, d, p)
                     else:
                         h = fma(g, g, load(first, i, S, wide, FIRST))

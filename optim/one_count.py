@@ -115,6 +115,13 @@ class OneCountOptimizer(FusedOptimizer):
                 state[name] = self._fresh(param, name, group)
         return state
 
+    def share_memory(self) -> None:
+        """Move everything that the states hold (not the counter) into shared memory, making it first if need be."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                for value in self._state_of(param, group).values():
+                    value.share_memory_()
+
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_schedule": self._schedule, "_shown_lr": self._shown_lr}
 
@@ -191,8 +198,12 @@ class OneCountOptimizer(FusedOptimizer):
                 memo=memo,
                 **arguments,
             )
-            (dispatch.backend(backend) or eager).step(step)
-            torch.autograd.graph.increment_version(step.written())
+            kernels = dispatch.backend(backend)
+            if kernels is None:
+                eager.step(step)
+            else:
+                kernels.step(step)
+                torch.autograd.graph.increment_version(step.written())
 
     def _by_path(
         self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], memo: dict[str, Any]
