@@ -1,8 +1,10 @@
 """pushstep.optim: Adadelta and Adagrad, useful with or without the server.
 
     from pushstep.optim import Adadelta, Adagrad      # torch's, in one pass over memory
+    from pushstep.optim import keras, mlx             # the same rules in those libraries' terms
 
-The classes are torch's, with torch's signatures, state and hooks. Their arithmetic lives behind one seam,
+The classes are torch's, with torch's signatures, state and hooks; `conversion` carries state between the three
+families. Their arithmetic lives behind one seam,
 `rules`: the server steps its arenas through the same functions, which is why a step taken remotely and a
 step taken here give the same bits.
 
@@ -20,9 +22,11 @@ step taken here give the same bits.
 `optimizer.path(param)` says which path its next step takes, and why.
 """
 
+from . import keras as keras
+from . import mlx as mlx
 from .adadelta import Adadelta as Adadelta
 from .adagrad import Adagrad as Adagrad
 from .rules import RULES as RULES
 from .rules import Rule as Rule
 
-__all__ = ["RULES", "Adadelta", "Adagrad", "Rule"]
+__all__ = ["RULES", "Adadelta", "Adagrad", "Rule", "keras", "mlx"]

@@ -45,7 +45,8 @@ def step(step: Step) -> None:
         p = _update(step, p, g, states, lr)
         param.copy_(p)
         if step.ema is not None:
-            step.ema[k].copy_(step.ema_momentum * step.ema[k].to(dtype) + (1 - step.ema_momentum) * p)
+            average = step.ema[k].to(dtype)
+            step.ema[k].copy_(average.add(p - average, alpha=1 - step.ema_momentum))
         if step.copy_out is not None:
             step.copy_out[k].copy_(p)
         if step.zero_grad:

@@ -14,12 +14,15 @@ Order of operations (what is not asked for is skipped):
     g = fma(weight_decay, p, g)         coupled decay, never negated
     p = p * (1 - lr*weight_decay)       decoupled decay
     v = fma((1-rho)*g, g, rho*v)        Adadelta
-    d = sqrt((u + eps) / (v + eps)) * g              or (sqrt(u + eps) * g) / sqrt(v + eps): multiply_first
+    d = sqrt((u + eps) / (v + eps)) * g
     u = fma((1-rho)*d, d, rho*u)
+    v = fma(1-rho, g*g, rho*v)          Adadelta with multiply_first, Keras's order
+    d = (sqrt(u + eps) * g) / sqrt(v + eps)
+    u = fma(1-rho, d*d, rho*u)
     p = fma(-lr, d, p)
     h = fma(g, g, h)                    Adagrad
     p = p + (-lr * g) / (sqrt(h) + eps)              or sqrt(h + eps): eps_inside_root
-    ema = fma(ema_momentum, ema, (1 - ema_momentum)*p)
+    ema = fma(1 - ema_momentum, p - ema, ema)        weights of sum 1: rounded apart, they would shrink it
     copy = p                            rounded to the copy's dtype
     gradient = 0
 """
@@ -87,7 +90,7 @@ def dense(spec: Spec) -> Callable[..., None]:
         rho, one_minus_rho = real(scalars[RHO]), real(scalars[ONE_MINUS_RHO])
         eps, weight_decay = real(scalars[EPS]), real(scalars[WEIGHT_DECAY])
         grad_scale, bound = real(scalars[GRAD_SCALE]), real(scalars[CLIP])
-        momentum, rest = real(scalars[EMA_MOMENTUM]), real(scalars[ONE_MINUS_EMA_MOMENTUM])
+        rest = real(scalars[ONE_MINUS_EMA_MOMENTUM])
         zero, up, down = real(0.0), real(QUOTIENT_SCALE), real(QUOTIENT_SCALE**-0.5)
         k = claim(plan, worker)
         while k >= 0:
@@ -127,14 +130,18 @@ def dense(spec: Spec) -> Callable[..., None]:
                     if decoupled:
                         p = p * keep
                     if adadelta:
-                        v = fma(one_minus_rho * g, g, rho * load(first, i, S, wide, FIRST))
+                        v = rho * load(first, i, S, wide, FIRST)
                         u = load(second, i, S, wide, SECOND)
                         if multiply_first:
+                            v = fma(one_minus_rho, g * g, v)
                             d = math.sqrt(u + eps) * g / math.sqrt(v + eps)
+                            u = fma(one_minus_rho, d * d, rho * u)
                         else:
+                            v = fma(one_minus_rho * g, g, v)
                             d = math.sqrt((u + eps) * up / (v + eps)) * down * g
+                            u = fma(one_minus_rho * d, d, rho * u)
                         store(first, i, v, S, FIRST)
-                        store(second, i, fma(one_minus_rho * d, d, rho * u), S, SECOND)
+                        store(second, i, u, S, SECOND)
                         p = fma(minus_lr, d, p)
                     else:
                         h = fma(g, g, load(first, i, S, wide, FIRST))
@@ -145,7 +152,8 @@ def dense(spec: Spec) -> Callable[..., None]:
                             p = p + minus_lr * g / (math.sqrt(h) + eps)
                     store(param, i, p, P, PARAM)
                     if has_ema:
-                        store(ema, i, fma(momentum, load(ema, i, E, wide, EMA), rest * p), E, EMA)
+                        average = load(ema, i, E, wide, EMA)
+                        store(ema, i, fma(rest, p - average, average), E, EMA)
                     if has_copy:
                         store(copy, i, p, C, COPY)
                     if zero_grad:

@@ -1,0 +1,181 @@
+"""AdaDelta and Adagrad in MLX's terms, for torch parameters.
+
+The arguments, defaults, states and errors are those of `mlx.optimizers`; the classes are torch optimizers, with param
+groups, hooks, `state_dict` and torch's LR schedulers:
+
+    AdaDelta    v = rho*v + (1-rho)*g*g
+                d = sqrt(u + eps) / sqrt(v + eps) * g        u is the old one
+                u = rho*u + (1-rho)*d*d
+                p = p - lr*d
+
+    Adagrad     v = v + g*g
+                p = p - lr*g / (sqrt(v) + eps)               eps outside the root
+
+lr is rounded to the gradient's dtype, as MLX does; only float64, which MLX's learning rates never are, keeps it whole.
+The states are `v` and `u`, float32 for half parameters unless `state_dtype="param"`. There is one step counter, in
+every param group as `step`; a callable learning rate is evaluated on it before it is advanced, so first on 0. A step
+counts even if no parameter has a gradient, as in MLX; parameters without one are left alone.
+
+One thing is stricter: assigning a number where the learning rate is a callable is a TypeError. MLX takes it and puts
+the callable's value back at the next step. Source: mlx/python/mlx/optimizers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from .adadelta import AdadeltaRule
+from .adagrad import AdagradRule
+from .dispatch import number
+from .kernel_rule import Hyperparameters
+from .learning_rate import Schedule
+from .one_count import OneCountOptimizer, dense
+from .optimizer import StateDtype
+
+__all__ = ["AdaDelta", "Adagrad"]
+
+
+class _AdaDeltaTerms(AdadeltaRule):
+    state_names: ClassVar = ("v", "u")
+
+
+class _AdagradTerms(AdagradRule):
+    state_names: ClassVar = ("v",)
+
+    def initial_value(self, state_name: str, hyperparameters: Hyperparameters) -> float:
+        return 0.0
+
+
+class MlxOptimizer(OneCountOptimizer):
+    """What the two classes share."""
+
+    counter = "step"
+    peer = "MLX"
+
+    def _construct_mlx(
+        self,
+        params: ParamsT,
+        learning_rate: float | Schedule,
+        own: dict[str, Any],
+        fused: bool | None,
+        state_dtype: StateDtype,
+    ) -> None:
+        schedule = learning_rate if callable(learning_rate) else None
+        lr = number(learning_rate if schedule is None else schedule(0))
+        self._construct_counted(
+            params, {"lr": lr, **own}, schedule=schedule, fused=fused, state_dtype=state_dtype
+        )
+
+    @property
+    def steps(self) -> int:
+        """Steps taken: MLX's `step`, which is a method here."""
+        return self._count
+
+    @property
+    def learning_rate(self) -> float:
+        """What the last step applied, or the first one will: the first group's `lr`.
+
+        Setting it goes to every group's `lr`; TypeError if the learning rate is a callable.
+        """
+        return number(self.param_groups[0]["lr"])
+
+    @learning_rate.setter
+    def learning_rate(self, learning_rate: float) -> None:
+        if self._schedule is not None:
+            raise TypeError(
+                "the learning rate is a callable, which would put its own value back at the next step"
+            )
+        for group in self.param_groups:
+            group["lr"] = number(learning_rate)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Perform a single optimization step.
+
+        closure: reevaluates the model and returns the loss.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._write_lr()
+        self._advance()
+        for group in self.param_groups:
+            alike: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+            for param in group["params"]:
+                if param.grad is not None:
+                    self._state_of(param, group)
+                    params, grads = alike.setdefault(param.grad.dtype, ([], []))
+                    params.append(param)
+                    grads.append(dense(param.grad))
+            for dtype, (params, grads) in alike.items():
+                lr = _rounded(number(group["lr"]), dtype)
+                self._run(
+                    group,
+                    params,
+                    grads,
+                    list_name=str(dtype),
+                    lr=lr,
+                    rho=group.get("rho", 0.0),
+                    eps=group["eps"],
+                )
+        return loss
+
+
+class AdaDelta(MlxOptimizer):
+    """mlx.optimizers.AdaDelta for torch parameters.
+
+    params: parameters, named parameters or param groups, as for any torch optimizer. A group may have its own `lr`
+        (unless the learning rate is a callable), `rho` and `eps`. Real floating dtypes.
+    learning_rate: a number, or a callable given the number of steps taken before.
+    rho: at least 0. eps: more than 0.
+    fused: None takes the kernels wherever they can step, True insists, False never does.
+    state_dtype: None keeps float32 states for half parameters; "param" keeps them in the parameter's dtype, as MLX.
+    """
+
+    rule = _AdaDeltaTerms()
+
+    def __init__(
+        self,
+        params: ParamsT,
+        learning_rate: float | Schedule,
+        rho: float = 0.9,
+        eps: float = 1e-6,
+        *,
+        fused: bool | None = None,
+        state_dtype: StateDtype = None,
+    ) -> None:
+        if rho < 0.0:
+            raise ValueError(f"AdaDelta rho should be >=0, {rho} was provided instead")
+        if eps <= 0.0:
+            raise ValueError(f"AdaDelta epsilon should be >0, {eps} was provided instead")
+        self._construct_mlx(params, learning_rate, {"rho": rho, "eps": eps}, fused, state_dtype)
+
+
+class Adagrad(MlxOptimizer):
+    """mlx.optimizers.Adagrad for torch parameters; the arguments are AdaDelta's, without `rho`."""
+
+    rule = _AdagradTerms()
+
+    def __init__(
+        self,
+        params: ParamsT,
+        learning_rate: float | Schedule,
+        eps: float = 1e-8,
+        *,
+        fused: bool | None = None,
+        state_dtype: StateDtype = None,
+    ) -> None:
+        if eps <= 0.0:
+            raise ValueError(f"Adagrad epsilon should be >0, {eps} was provided instead")
+        self._construct_mlx(params, learning_rate, {"eps": eps}, fused, state_dtype)
+
+
+def _rounded(lr: float, dtype: torch.dtype) -> float:
+    """MLX holds a learning rate in float32 and casts it to the gradient's dtype."""
+    return lr if dtype == torch.float64 else torch.tensor(lr, dtype=torch.float32).to(dtype).item()
