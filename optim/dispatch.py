@@ -35,7 +35,7 @@ from torch import Tensor
 
 BACKENDS: Final[dict[str, str]] = {"cpu": ".cpu", "cuda": ".cuda"}
 
-FUSED_DTYPES: Final = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+FUSED_DTYPES: Final = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 
 
 @dataclass(slots=True, kw_only=True)
@@ -74,6 +74,8 @@ class Step:
     eps_inside_root: bool = False
     multiply_first: bool = False
     threads: int | None = None
+    memo: dict[str, Any] | None = None
+    """Where a backend may keep what it learned about this list until its next step."""
 
     def written(self) -> Iterator[Tensor]:
         """Every tensor that the step writes to."""

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
+from numba.extending import intrinsic, register_jitable
 
 # Element kinds, closed over by the kernels.
 FLOAT32: Final = 0
@@ -30,6 +30,10 @@ SECOND: Final = 3
 EMA: Final = 4
 COPY: Final = 5
 SLOTS: Final = 6
+
+# A plan of slices (see `pool`): workers, slice size, total; then per worker its next slice and its last, in
+# int64, each worker in a cache line of its own.
+STRIDE: Final = 8
 
 _I16, _I32 = ir.IntType(16), ir.IntType(32)
 _F32, _F64 = ir.FloatType(), ir.DoubleType()
@@ -172,6 +176,14 @@ def _prefetch(_: Any, address: Any) -> Any:
     return types.void(address), generate
 
 
+def _take(_: Any, address: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", pointer, ir.Constant(ir.IntType(64), 1), "monotonic")
+
+    return types.int64(address), generate
+
+
 load: Any = intrinsic(prefer_literal=True)(_load)
 """load(address, index, kind, wide, slot): one element as float32, or as float64 if `wide`."""
 
@@ -186,3 +198,24 @@ fma: Any = intrinsic(_fma)
 
 prefetch: Any = intrinsic(_prefetch)
 """prefetch(address): bring a cache line that will be written."""
+
+take: Any = intrinsic(_take)
+"""take(address): the int64 there, which grows by one; atomic."""
+
+
+def _claim(plan: Any, worker: int) -> int:
+    workers = plan[0]
+    for turn in range(workers):
+        owner = worker + turn
+        if owner >= workers:
+            owner -= workers
+        place = STRIDE * (owner + 1)
+        if plan[place] < plan[place + 1]:
+            k = take(plan.ctypes.data + place * 8)
+            if k < plan[place + 1]:
+                return int(k)
+    return -1
+
+
+claim: Any = register_jitable(_claim)
+"""claim(plan, worker): the next slice for this worker, or -1: its own stretch first, then what others have left."""

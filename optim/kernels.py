@@ -14,7 +14,7 @@ Order of operations (what is not asked for is skipped):
     g = fma(weight_decay, p, g)         coupled decay, never negated
     p = p * (1 - lr*weight_decay)       decoupled decay
     v = fma((1-rho)*g, g, rho*v)        Adadelta
-    d = sqrt(u + eps) / sqrt(v + eps) * g            or (sqrt(u + eps) * g) / sqrt(v + eps): multiply_first
+    d = sqrt((u + eps) / (v + eps)) * g              or (sqrt(u + eps) * g) / sqrt(v + eps): multiply_first
     u = fma((1-rho)*d, d, rho*u)
     p = fma(-lr, d, p)
     h = fma(g, g, h)                    Adagrad
@@ -32,7 +32,7 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from .intrinsics import COPY, EMA, FIRST, GRAD, PARAM, SECOND, fma, load, store
+from .intrinsics import COPY, EMA, FIRST, GRAD, PARAM, SECOND, claim, fma, load, store
 
 # Columns of `addresses`: one row per tensor. The slots of the intrinsics come first, under the same numbers.
 STEP_COLUMN: Final = 6
@@ -40,7 +40,12 @@ COLUMNS: Final = 7
 # Columns of `scalars`.
 RHO, ONE_MINUS_RHO, EPS, WEIGHT_DECAY, GRAD_SCALE, CLIP, EMA_MOMENTUM, ONE_MINUS_EMA_MOMENTUM = range(8)
 
-DENSE_SIGNATURE: Final = "void(int64[:, ::1], int64[::1], float64[:, ::1], float64[::1], int64, int64)"
+# The root of the quotient rounds less often than torch's quotient of roots (largest error of d 1.9e-7 against
+# 2.4e-7 of it), which is what keeps every tensor as near to float64 as torch. A quotient of float32 leaves the
+# normal range where its roots would not: scaling by a power of four moves that to gradients above 1e19.
+QUOTIENT_SCALE: Final = 2.0**40
+
+DENSE_SIGNATURE: Final = "void(int64[:, ::1], int64[::1], float64[:, ::1], float64[::1], int64[::1], int64)"
 ADVANCE_SIGNATURE: Final = "void(int64[:, ::1], float64[:, ::1], float64, float64)"
 
 
@@ -67,7 +72,7 @@ class Spec(NamedTuple):
 
 
 def dense(spec: Spec) -> Callable[..., None]:
-    """The kernel for `spec`, still Python: `kernel(addresses, starts, per_tensor, scalars, start, stop)`.
+    """The kernel for `spec`, still Python: `kernel(addresses, starts, per_tensor, scalars, plan, worker)`.
 
     addresses: (tensors, COLUMNS) byte addresses; starts: (tensors + 1,) first element of each tensor when all are
     laid end to end; per_tensor: (tensors, 2) lr and factor; scalars: by the columns named above, in double, so
@@ -78,70 +83,74 @@ def dense(spec: Spec) -> Callable[..., None]:
     has_ema, has_copy = E >= 0, C >= 0
     real: Any = np.float64 if wide else np.float32
 
-    def kernel(addresses: Any, starts: Any, per_tensor: Any, scalars: Any, start: int, stop: int) -> None:
+    def kernel(addresses: Any, starts: Any, per_tensor: Any, scalars: Any, plan: Any, worker: int) -> None:
         rho, one_minus_rho = real(scalars[RHO]), real(scalars[ONE_MINUS_RHO])
         eps, weight_decay = real(scalars[EPS]), real(scalars[WEIGHT_DECAY])
         grad_scale, bound = real(scalars[GRAD_SCALE]), real(scalars[CLIP])
         momentum, rest = real(scalars[EMA_MOMENTUM]), real(scalars[ONE_MINUS_EMA_MOMENTUM])
-        zero = real(0.0)
-        low, high = 0, len(starts) - 1
-        while high - low > 1:
-            middle = (low + high) >> 1
-            if starts[middle] <= start:
-                low = middle
-            else:
-                high = middle
-        for tensor in range(low, len(starts) - 1):
-            base = starts[tensor]
-            if base >= stop:
-                break
-            param, grad = addresses[tensor, PARAM], addresses[tensor, GRAD]
-            first, second = addresses[tensor, FIRST], addresses[tensor, SECOND]
-            ema, copy = addresses[tensor, EMA], addresses[tensor, COPY]
-            lr = per_tensor[tensor, 0]
-            minus_lr, factor = real(-lr), real(per_tensor[tensor, 1])
-            keep = real(1.0 - lr * scalars[WEIGHT_DECAY])
-            for i in range(max(start, base) - base, min(stop, starts[tensor + 1]) - base):
-                g = load(grad, i, G, wide, GRAD)
-                p = load(param, i, P, wide, PARAM)
-                if unscale:
-                    g = g / grad_scale
-                    if write_grad:
-                        store(grad, i, g, G, GRAD)
-                if scaled:
-                    g = g * factor
-                if clip:
-                    g = bound if g > bound else (-bound if g < -bound else g)  # NaN passes
-                if maximize:
-                    g = -g
-                if coupled:
-                    g = fma(weight_decay, p, g)
-                if decoupled:
-                    p = p * keep
-                if adadelta:
-                    v = fma(one_minus_rho * g, g, rho * load(first, i, S, wide, FIRST))
-                    u = load(second, i, S, wide, SECOND)
-                    if multiply_first:
-                        d = math.sqrt(u + eps) * g / math.sqrt(v + eps)
-                    else:
-                        d = math.sqrt(u + eps) / math.sqrt(v + eps) * g
-                    store(first, i, v, S, FIRST)
-                    store(second, i, fma(one_minus_rho * d, d, rho * u), S, SECOND)
-                    p = fma(minus_lr, d, p)
+        zero, up, down = real(0.0), real(QUOTIENT_SCALE), real(QUOTIENT_SCALE**-0.5)
+        k = claim(plan, worker)
+        while k >= 0:
+            start, stop = k * plan[1], min((k + 1) * plan[1], plan[2])
+            low, high = 0, len(starts) - 1
+            while high - low > 1:
+                middle = (low + high) >> 1
+                if starts[middle] <= start:
+                    low = middle
                 else:
-                    h = fma(g, g, load(first, i, S, wide, FIRST))
-                    store(first, i, h, S, FIRST)
-                    if eps_inside_root:
-                        p = p + minus_lr * g / math.sqrt(h + eps)
+                    high = middle
+            for tensor in range(low, len(starts) - 1):
+                base = starts[tensor]
+                if base >= stop:
+                    break
+                param, grad = addresses[tensor, PARAM], addresses[tensor, GRAD]
+                first, second = addresses[tensor, FIRST], addresses[tensor, SECOND]
+                ema, copy = addresses[tensor, EMA], addresses[tensor, COPY]
+                lr = per_tensor[tensor, 0]
+                minus_lr, factor = real(-lr), real(per_tensor[tensor, 1])
+                keep = real(1.0 - lr * scalars[WEIGHT_DECAY])
+                for i in range(max(start, base) - base, min(stop, starts[tensor + 1]) - base):
+                    g = load(grad, i, G, wide, GRAD)
+                    p = load(param, i, P, wide, PARAM)
+                    if unscale:
+                        g = g / grad_scale
+                        if write_grad:
+                            store(grad, i, g, G, GRAD)
+                    if scaled:
+                        g = g * factor
+                    if clip:
+                        g = bound if g > bound else (-bound if g < -bound else g)  # NaN passes
+                    if maximize:
+                        g = -g
+                    if coupled:
+                        g = fma(weight_decay, p, g)
+                    if decoupled:
+                        p = p * keep
+                    if adadelta:
+                        v = fma(one_minus_rho * g, g, rho * load(first, i, S, wide, FIRST))
+                        u = load(second, i, S, wide, SECOND)
+                        if multiply_first:
+                            d = math.sqrt(u + eps) * g / math.sqrt(v + eps)
+                        else:
+                            d = math.sqrt((u + eps) * up / (v + eps)) * down * g
+                        store(first, i, v, S, FIRST)
+                        store(second, i, fma(one_minus_rho * d, d, rho * u), S, SECOND)
+                        p = fma(minus_lr, d, p)
                     else:
-                        p = p + minus_lr * g / (math.sqrt(h) + eps)
-                store(param, i, p, P, PARAM)
-                if has_ema:
-                    store(ema, i, fma(momentum, load(ema, i, E, wide, EMA), rest * p), E, EMA)
-                if has_copy:
-                    store(copy, i, p, C, COPY)
-                if zero_grad:
-                    store(grad, i, zero, G, GRAD)
+                        h = fma(g, g, load(first, i, S, wide, FIRST))
+                        store(first, i, h, S, FIRST)
+                        if eps_inside_root:
+                            p = p + minus_lr * g / math.sqrt(h + eps)
+                        else:
+                            p = p + minus_lr * g / (math.sqrt(h) + eps)
+                    store(param, i, p, P, PARAM)
+                    if has_ema:
+                        store(ema, i, fma(momentum, load(ema, i, E, wide, EMA), rest * p), E, EMA)
+                    if has_copy:
+                        store(copy, i, p, C, COPY)
+                    if zero_grad:
+                        store(grad, i, zero, G, GRAD)
+            k = claim(plan, worker)
 
     return kernel
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from operator import attrgetter
+from operator import attrgetter, call, is_
 from typing import Any, ClassVar, Literal
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ from .kernel_rule import KernelRule
 
 StateDtype = Literal["param"] | None
 
-_PLAIN = {Tensor, torch.nn.Parameter}
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
 _HALF = (torch.float16, torch.bfloat16)
 _STATE_OPTIONS = ("row_wise", "sparse")
 
@@ -115,6 +116,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 if name in live:
                     new.setdefault(name, live[name])
         super().__setstate__(state)
+        self.__dict__.pop("_memos", None)
         self.__dict__.setdefault("state_dtype", None)
         self.__dict__.setdefault("row_wise", False)
         self.__dict__.setdefault("sparse", False)
@@ -194,16 +196,16 @@ class FusedOptimizer(torch.optim.Optimizer):
         return loss
 
     def _step_group(self, group: dict[str, Any]) -> None:
-        params, grads = [], []
-        for param in group["params"]:
-            grad = param.grad
-            if grad is not None:
-                params.append(param)
-                grads.append(grad)
+        params: list[Tensor] = group["params"]
+        grads: list[Tensor] = [p.grad for p in params]  # type: ignore[misc]  # the None are dropped here
+        if any(map(is_, grads, itertools.repeat(None))):
+            params = [p for p, grad in zip(params, grads, strict=True) if grad is not None]
+            grads = [grad for grad in grads if grad is not None]
         if not params:
             return
-        if self._all_cpu_dense(params, grads, group):
-            self._step_fused("cpu", params, grads, group)
+        memo = self._memo_of(group)
+        if self._all_cpu_dense(params, grads, group, memo):
+            self._step_fused("cpu", params, grads, group, memo)
             return
         fused: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
         by_torch: list[Tensor] = []
@@ -220,37 +222,64 @@ class FusedOptimizer(torch.optim.Optimizer):
             else:
                 by_torch.append(param)
         for device_type, (some, their_grads) in fused.items():
-            self._step_fused(device_type, some, their_grads, group)
+            self._step_fused(device_type, some, their_grads, group, memo)
         if by_torch:
             self._step_torch(by_torch, group)
 
-    def _all_cpu_dense(self, params: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> bool:
+    def _all_cpu_dense(
+        self, params: list[Tensor], grads: list[Tensor], group: dict[str, Any], memo: dict[str, Any]
+    ) -> bool:
         """`path_of` for a whole list at the price of a few C loops; False means: look at each."""
-        return (
+        if not (
             path_of(None, group).fused
-            and set(map(type, params)) <= _PLAIN
+            and not group.get("capturable", False)
             and all(map(_is_cpu, params))
-            and set(map(_dtype, params)).issubset(FUSED_DTYPES)
-            and all(map(Tensor.is_contiguous, params))
-            and set(map(type, grads)) <= _PLAIN
+            and FUSED_DTYPES.issuperset(map(_dtype, params))
+            and _PLAIN.issuperset(map(type, grads))
             and set(map(_layout, grads)) == {torch.strided}
-            and not any(map(Tensor.is_inference, params))
-        )
+        ):
+            return False
+        known: list[ref[Tensor]] = memo.get("plain", [])
+        if len(known) == len(params) and all(map(is_, params, map(call, known))):
+            return True
+        plain = _PLAIN.issuperset(map(type, params)) and not any(map(Tensor.is_inference, params))
+        if not plain or not all(map(Tensor.is_contiguous, params)):
+            return False
+        memo["plain"] = list(map(ref, params))
+        return True
+
+    def _memo_of(self, group: dict[str, Any]) -> dict[str, Any]:
+        """What was learned about this group's list at its last step; forgotten when the group is replaced."""
+        memos: dict[int, dict[str, Any]] = self.__dict__.setdefault("_memos", {})
+        memo = memos.get(id(group))
+        if memo is None or memo["group"] is not group:
+            if len(memos) > 2 * len(self.param_groups):
+                memos.clear()
+            memo = memos[id(group)] = {"group": group}
+        return memo
 
     def _arguments(self, group: dict[str, Any]) -> dict[str, Any]:
         given = self.rule.arguments({name: group[name] for name in self.rule.defaults})
         return {**given, "grad_scale": self.grad_scale, "found_inf": self.found_inf}
 
     def _step_fused(
-        self, device_type: str, params: list[Tensor], grads: list[Tensor], group: dict[str, Any]
+        self,
+        device_type: str,
+        params: list[Tensor],
+        grads: list[Tensor],
+        group: dict[str, Any],
+        memo: dict[str, Any],
     ) -> None:
-        states = [self._state_of(param, group) for param in params]
+        states = [self.state[param] for param in params]
+        if not all(states):
+            states = [self._state_of(param, group) for param in params]
         step = Step(
             rule=self.rule.name,
             params=params,
             grads=grads,
             states=[[state[name] for state in states] for name in self.rule.state_names],
             steps=[state["step"] for state in states],
+            memo=memo,
             **self._arguments(group),
         )
         backend = dispatch.backend(device_type)

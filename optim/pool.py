@@ -1,61 +1,134 @@
 """Threads that run one kernel over slices of a range.
 
-The calling thread always works too, and slices are taken from a shared counter: a caller never waits for a
-helper that has not started, so several Python threads may step at once through one pool without deadlock and
-without a fixed share each. Kernels release the GIL. (numba's own parallel loops are not used: their threading
-layers are not safe under several Python threads.)
+A kernel claims its slices itself, from a plan in shared memory (`intrinsics.claim`): one call per thread, and no
+return to Python, whose lock would be waited for, between slices (1 M elements: 120 us, against 240 us).
 
-A pool inherited by a forked child has no threads behind it and would wait for ever, so a child starts afresh.
+The calling thread always works too and never waits for a helper that has not started, so several Python threads
+may step at once through the same helpers, without deadlock and without a fixed share each. Kernels release the GIL.
+(numba's own parallel loops are not used: their threading layers are not safe under several Python threads.)
+
+Helpers inherited by a forked child have no threads behind them and would be waited for without end, so a child
+starts afresh.
 """
 
 from __future__ import annotations
 
-import itertools
 import os
+import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
+from typing import Any
 
+import numpy as np
 import torch
 
-_pools: dict[str, ThreadPoolExecutor] = {}
+from .intrinsics import STRIDE
 
 
-os.register_at_fork(after_in_child=_pools.clear)
+class Job:
+    """One call of `over_slices`: what is to be called, and who is still at it."""
+
+    __slots__ = ("active", "closed", "done", "failed", "lock", "plan", "work")
+
+    def __init__(self, work: Callable[[Any, int], None], plan: Any) -> None:
+        self.work, self.plan = work, plan
+        self.lock, self.done = threading.Lock(), threading.Lock()
+        self.done.acquire()
+        self.active, self.closed, self.failed = 0, False, False
+
+    def help(self, worker: int) -> None:
+        """What a helper thread does; nothing, if the caller has finished before the helper began."""
+        with self.lock:
+            late = self.closed
+            self.active += not late
+        if late:
+            return
+        finished = False
+        try:
+            self.work(self.plan, worker)
+            finished = True
+        finally:
+            with self.lock:
+                self.failed |= not finished
+                self.active -= 1
+                if self.closed and self.active == 0:
+                    self.done.release()
+
+    def close(self) -> None:
+        """Admit no more helpers and wait for those at work."""
+        with self.lock:
+            self.closed = True
+            waits = self.active > 0
+        if waits:
+            self.done.acquire()
+        if self.failed:
+            raise RuntimeError("a helper thread failed; its own traceback says why")
 
 
-def _pool() -> ThreadPoolExecutor:
-    pool = _pools.get("helpers")
-    if pool is None:
-        pool = _pools.setdefault(
-            "helpers", ThreadPoolExecutor(max_workers=64, thread_name_prefix="pushstep-optim")
-        )
-    return pool
+class Helpers:
+    """Threads that wait for jobs; as many as were ever asked for at once."""
+
+    def __init__(self) -> None:
+        self.queue: SimpleQueue[tuple[Job, int]] = SimpleQueue()
+        self.lock = threading.Lock()
+        self.count = 0
+
+    def ask(self, job: Job, workers: int) -> None:
+        """Offer the job to `workers - 1` helpers."""
+        if self.count < workers - 1:
+            with self.lock:
+                while self.count < workers - 1:
+                    self.count += 1
+                    name = f"pushstep-optim-{self.count}"
+                    threading.Thread(target=self.run, name=name, daemon=True).start()
+        for worker in range(1, workers):
+            self.queue.put((job, worker))
+
+    def run(self) -> None:
+        """A helper's life."""
+        try:
+            while True:
+                job, worker = self.queue.get()
+                job.help(worker)
+                del job  # or its tensors live until the next one
+        finally:
+            with self.lock:
+                self.count -= 1
+
+
+_helpers = Helpers()
+
+
+def _start_afresh() -> None:
+    global _helpers
+    _helpers = Helpers()
+
+
+os.register_at_fork(after_in_child=_start_afresh)
 
 
 def over_slices(
-    work: Callable[[int, int], None], total: int, *, threads: int | None, slice_size: int, inline: int
+    work: Callable[[Any, int], None], total: int, *, threads: int | None, slice_size: int, inline: int
 ) -> None:
-    """Call `work(start, stop)` until [0, total) is covered, in slices of `slice_size`.
+    """Call `work(plan, worker)` so that every slice of [0, total) is claimed by somebody.
 
     threads: how many threads at most, None for torch.get_num_threads(). Up to `inline` the caller does it alone.
     """
-    count = torch.get_num_threads() if threads is None else threads
     slices = -(-total // slice_size)
-    helpers = min(count, slices) - 1
-    if helpers < 1 or total <= inline:
-        if total:
-            work(0, total)
+    workers = 1 if total <= inline else min(torch.get_num_threads() if threads is None else threads, slices)
+    plan = np.zeros(STRIDE * (workers + 1), np.int64)
+    plan[:3] = workers, slice_size, total
+    # Each worker walks a stretch of its own, which keeps its memory streams contiguous (64 M elements of Adagrad:
+    # 10.4 ms, against 14.0 ms with slices dealt out in turn), and then helps with the others' stretches.
+    for worker in range(workers):
+        plan[STRIDE * (worker + 1)] = slices * worker // workers
+        plan[STRIDE * (worker + 1) + 1] = slices * (worker + 1) // workers
+    if workers == 1:
+        work(plan, 0)
         return
-    following = itertools.count()
-
-    def drain() -> None:
-        while (k := next(following)) < slices:
-            work(k * slice_size, min((k + 1) * slice_size, total))
-
-    futures = [_pool().submit(drain) for _ in range(helpers)]
+    job = Job(work, plan)
+    _helpers.ask(job, workers)
     try:
-        drain()
+        work(plan, 0)
     finally:
-        for future in futures:
-            if not future.cancel():
-                future.result()
+        job.close()

@@ -12,7 +12,7 @@ Element-wise, Adadelta is the dense rule. Adagrad keeps torch's sparse order, wh
 Row-wise (state (rows, 1)), m is the mean over a row, summed in double:
 
     h = h + m(g*g);  p = fma(-lr / (sqrt(h) + eps), g, p)
-    v = rho*v + (1-rho)*m(g*g);  d = sqrt(u + eps) / sqrt(v + eps) * g;  u = rho*u + (1-rho)*m(d*d);  p = fma(-lr, d, p)
+    v = rho*v + (1-rho)*m(g*g);  d = sqrt((u + eps) / (v + eps)) * g;  u = rho*u + (1-rho)*m(d*d);  p = fma(-lr, d, p)
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from .intrinsics import FIRST, GRAD, PARAM, SECOND, fma, load, prefetch, store, through
-from .kernels import EPS, GRAD_SCALE, ONE_MINUS_RHO, RHO, WEIGHT_DECAY
+from .intrinsics import FIRST, GRAD, PARAM, SECOND, claim, fma, load, prefetch, store, through
+from .kernels import EPS, GRAD_SCALE, ONE_MINUS_RHO, QUOTIENT_SCALE, RHO, WEIGHT_DECAY
 
-ROWS_SIGNATURE: Final = "void(int64[::1], int64[::1], int64[::1], int64[::1], int64, float64, float64, float64[::1], int64, int64)"
+ROWS_SIGNATURE: Final = "void(int64[::1], int64[::1], int64[::1], int64[::1], int64, float64, float64, float64[::1], int64[::1], int64)"
 ARRANGE_SIGNATURE: Final = "int64(int64[::1], int64, int64[::1], int64[::1], int64[::1])"
 
 PREFETCH_ROWS: Final = 8
@@ -52,7 +52,7 @@ class RowSpec(NamedTuple):
 
 
 def rows_step(spec: RowSpec) -> Callable[..., None]:
-    """`kernel(addresses, ids, order, segments, width, lr, factor, scalars, start, stop)` over unique rows."""
+    """`kernel(addresses, ids, order, segments, width, lr, factor, scalars, plan, worker)` over unique rows."""
     adadelta, wide, P, G, S, row_wise, every_row, merged, unscale, scaled, maximize, coupled = spec
     real: Any = np.float64 if wide else np.float32
     half = G >= 2
@@ -67,95 +67,100 @@ def rows_step(spec: RowSpec) -> Callable[..., None]:
         lr: float,
         factor: float,
         scalars: Any,
-        start: int,
-        stop: int,
+        plan: Any,
+        worker: int,
     ) -> None:
         rho, one_minus_rho = real(scalars[RHO]), real(scalars[ONE_MINUS_RHO])
         eps, weight_decay = real(scalars[EPS]), real(scalars[WEIGHT_DECAY])
+        up, down = real(QUOTIENT_SCALE), real(QUOTIENT_SCALE**-0.5)
         grad_scale, minus_lr, scale = real(scalars[GRAD_SCALE]), real(-lr), real(factor)
         param_base, grad_base = addresses[0], addresses[1]
         first_base, second_base = addresses[2], addresses[3]
         state_width = 1 if row_wise else width
         g = np.empty(width, real)
-        for k in range(start, stop):
-            row = k if every_row else ids[k]
-            param = param_base + row * width * param_bytes
-            first = first_base + row * state_width * state_bytes
-            second = second_base + row * state_width * state_bytes
-            if not every_row and k + PREFETCH_ROWS < stop:
-                ahead = ids[k + PREFETCH_ROWS]
-                for line in range(0, width * param_bytes, 64):
-                    prefetch(param_base + ahead * width * param_bytes + line)
-                for line in range(0, state_width * state_bytes, 64):
-                    prefetch(first_base + ahead * state_width * state_bytes + line)
-                    if adadelta:
-                        prefetch(second_base + ahead * state_width * state_bytes + line)
-            if merged:
-                grad = grad_base + k * width * grad_bytes
-                for j in range(width):
-                    g[j] = load(grad, j, G, wide, GRAD)
-            else:
-                begin, end = segments[k], segments[k + 1]
-                grad = grad_base + order[begin] * width * grad_bytes
-                for j in range(width):
-                    g[j] = load(grad, j, G, wide, GRAD)
-                for m in range(begin + 1, end):
-                    grad = grad_base + order[m] * width * grad_bytes
+        piece = claim(plan, worker)
+        while piece >= 0:
+            start, stop = piece * plan[1], min((piece + 1) * plan[1], plan[2])
+            for k in range(start, stop):
+                row = k if every_row else ids[k]
+                param = param_base + row * width * param_bytes
+                first = first_base + row * state_width * state_bytes
+                second = second_base + row * state_width * state_bytes
+                if not every_row and k + PREFETCH_ROWS < stop:
+                    ahead = ids[k + PREFETCH_ROWS]
+                    for line in range(0, width * param_bytes, 64):
+                        prefetch(param_base + ahead * width * param_bytes + line)
+                    for line in range(0, state_width * state_bytes, 64):
+                        prefetch(first_base + ahead * state_width * state_bytes + line)
+                        if adadelta:
+                            prefetch(second_base + ahead * state_width * state_bytes + line)
+                if merged:
+                    grad = grad_base + k * width * grad_bytes
                     for j in range(width):
-                        g[j] = g[j] + load(grad, j, G, wide, GRAD)
-                if half and end - begin > 1:
+                        g[j] = load(grad, j, G, wide, GRAD)
+                else:
+                    begin, end = segments[k], segments[k + 1]
+                    grad = grad_base + order[begin] * width * grad_bytes
                     for j in range(width):
-                        g[j] = through(g[j], G)
-            if unscale or scaled or maximize or coupled:
-                for j in range(width):
-                    x = g[j]
-                    if unscale:
-                        x = x / grad_scale
-                    if scaled:
-                        x = x * scale
-                    if maximize:
-                        x = -x
-                    if coupled:
-                        x = fma(weight_decay, load(param, j, P, wide, PARAM), x)
-                    g[j] = x
-            if row_wise:
-                total = 0.0
-                for j in range(width):
-                    total += np.float64(g[j]) * np.float64(g[j])
-                mean = real(total / width)
-                if adadelta:
-                    v = fma(one_minus_rho, mean, rho * load(first, 0, S, wide, FIRST))
-                    u = load(second, 0, S, wide, SECOND)
-                    ratio = math.sqrt(u + eps) / math.sqrt(v + eps)
+                        g[j] = load(grad, j, G, wide, GRAD)
+                    for m in range(begin + 1, end):
+                        grad = grad_base + order[m] * width * grad_bytes
+                        for j in range(width):
+                            g[j] = g[j] + load(grad, j, G, wide, GRAD)
+                    if half and end - begin > 1:
+                        for j in range(width):
+                            g[j] = through(g[j], G)
+                if unscale or scaled or maximize or coupled:
+                    for j in range(width):
+                        x = g[j]
+                        if unscale:
+                            x = x / grad_scale
+                        if scaled:
+                            x = x * scale
+                        if maximize:
+                            x = -x
+                        if coupled:
+                            x = fma(weight_decay, load(param, j, P, wide, PARAM), x)
+                        g[j] = x
+                if row_wise:
                     total = 0.0
                     for j in range(width):
-                        d = ratio * g[j]
-                        total += np.float64(d) * np.float64(d)
-                        store(param, j, fma(minus_lr, d, load(param, j, P, wide, PARAM)), P, PARAM)
-                    store(first, 0, v, S, FIRST)
-                    store(second, 0, fma(one_minus_rho, real(total / width), rho * u), S, SECOND)
-                else:
-                    h = load(first, 0, S, wide, FIRST) + mean
-                    store(first, 0, h, S, FIRST)
-                    multiplier = minus_lr / (math.sqrt(h) + eps)
-                    for j in range(width):
-                        store(param, j, fma(multiplier, g[j], load(param, j, P, wide, PARAM)), P, PARAM)
-            else:
-                for j in range(width):
-                    x = g[j]
-                    p = load(param, j, P, wide, PARAM)
+                        total += np.float64(g[j]) * np.float64(g[j])
+                    mean = real(total / width)
                     if adadelta:
-                        v = fma(one_minus_rho * x, x, rho * load(first, j, S, wide, FIRST))
-                        u = load(second, j, S, wide, SECOND)
-                        d = math.sqrt(u + eps) / math.sqrt(v + eps) * x
-                        store(first, j, v, S, FIRST)
-                        store(second, j, fma(one_minus_rho * d, d, rho * u), S, SECOND)
-                        p = fma(minus_lr, d, p)
+                        v = fma(one_minus_rho, mean, rho * load(first, 0, S, wide, FIRST))
+                        u = load(second, 0, S, wide, SECOND)
+                        ratio = math.sqrt((u + eps) * up / (v + eps)) * down
+                        total = 0.0
+                        for j in range(width):
+                            d = ratio * g[j]
+                            total += np.float64(d) * np.float64(d)
+                            store(param, j, fma(minus_lr, d, load(param, j, P, wide, PARAM)), P, PARAM)
+                        store(first, 0, v, S, FIRST)
+                        store(second, 0, fma(one_minus_rho, real(total / width), rho * u), S, SECOND)
                     else:
-                        h = load(first, j, S, wide, FIRST) + x * x
-                        store(first, j, h, S, FIRST)
-                        p = p + minus_lr * (x / (math.sqrt(h) + eps))
-                    store(param, j, p, P, PARAM)
+                        h = load(first, 0, S, wide, FIRST) + mean
+                        store(first, 0, h, S, FIRST)
+                        multiplier = minus_lr / (math.sqrt(h) + eps)
+                        for j in range(width):
+                            store(param, j, fma(multiplier, g[j], load(param, j, P, wide, PARAM)), P, PARAM)
+                else:
+                    for j in range(width):
+                        x = g[j]
+                        p = load(param, j, P, wide, PARAM)
+                        if adadelta:
+                            v = fma(one_minus_rho * x, x, rho * load(first, j, S, wide, FIRST))
+                            u = load(second, j, S, wide, SECOND)
+                            d = math.sqrt((u + eps) * up / (v + eps)) * down * x
+                            store(first, j, v, S, FIRST)
+                            store(second, j, fma(one_minus_rho * d, d, rho * u), S, SECOND)
+                            p = fma(minus_lr, d, p)
+                        else:
+                            h = load(first, j, S, wide, FIRST) + x * x
+                            store(first, j, h, S, FIRST)
+                            p = p + minus_lr * (x / (math.sqrt(h) + eps))
+                        store(param, j, p, P, PARAM)
+            piece = claim(plan, worker)
 
     return kernel
 

@@ -1,0 +1,40 @@
+"""Block norms on the CPU; see `norms`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Final
+
+import numpy as np
+from torch import Tensor
+
+from .kernel_cache import compiled
+from .norm_kernels import BLOCK_ELEMENTS, SIGNATURE, block_sums
+from .pool import over_slices
+from .table import KIND
+
+SLICE_BLOCKS: Final = 64
+INLINE_BLOCKS: Final = 32
+
+
+def square_sums(tensors: Sequence[Tensor], *, threads: int | None = None) -> list[float]:
+    """Sums of squares of CPU tensors, one per tensor, in the order that `norm_kernels` states."""
+    totals = [0.0] * len(tensors)
+    for dtype in {t.dtype for t in tensors}:
+        members = [k for k, t in enumerate(tensors) if t.dtype == dtype]
+        flat = [tensors[k].detach().resolve_neg().contiguous() for k in members]
+        addresses = np.array([t.data_ptr() for t in flat], np.int64)
+        sizes = np.array([t.numel() for t in flat], np.int64)
+        starts = np.zeros(len(flat) + 1, np.int64)
+        np.cumsum(-(-sizes // BLOCK_ELEMENTS), out=starts[1:])
+        blocks = int(starts[-1])
+        sums = np.zeros(blocks)
+        kernel = compiled(block_sums, SIGNATURE, KIND[dtype])
+
+        work = partial(kernel, addresses, sizes, starts, sums)
+        over_slices(work, blocks, threads=threads, slice_size=SLICE_BLOCKS, inline=INLINE_BLOCKS)
+        for place, k in enumerate(members):
+            own = sums[starts[place] : starts[place + 1]]
+            totals[k] = float(np.cumsum(own)[-1]) if len(own) else 0.0  # cumsum adds in order; sum does not
+    return totals

@@ -1,0 +1,190 @@
+"""Steps over rows of a table on the CPU: some rows named by ids, or every row with row-wise state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import intrinsics, row_kernels
+from .dispatch import RowStep, Step, number
+from .kernel_cache import compiled
+from .pool import over_slices
+from .table import KIND, STATE_COLUMNS
+
+SLICE_ELEMENTS: Final = 1 << 14
+INLINE_ELEMENTS: Final = 1 << 12
+
+
+def scalars_of(step: Step | RowStep) -> Any:
+    """The numbers of a step, by the columns that `kernels` names."""
+    momentum = step.ema_momentum if isinstance(step, Step) else 0.0
+    clip = step.clip_value if isinstance(step, Step) else None
+    return np.array(
+        [
+            step.rho,
+            1 - step.rho,
+            step.eps,
+            step.weight_decay,
+            1.0 if step.grad_scale is None else number(step.grad_scale),
+            0.0 if clip is None else clip,
+            momentum,
+            1 - momentum,
+        ]
+    )
+
+
+def wide(*dtypes: torch.dtype) -> bool:
+    """Whether the arithmetic is float64."""
+    return torch.float64 in dtypes
+
+
+def every_row(step: Step, tensors: dict[int, Tensor], lr: float, factor: float) -> None:
+    """One dense tensor with one state number per row: every row steps."""
+    unsupported = {
+        "ema": step.ema is not None,
+        "copy_out": step.copy_out is not None,
+        "clip_value": step.clip_value is not None,
+        "decoupled": step.decoupled and step.weight_decay != 0,
+        "eps_inside_root": step.eps_inside_root,
+        "multiply_first": step.multiply_first,
+    }
+    for name, asked in unsupported.items():
+        if asked:
+            raise NotImplementedError(f"row-wise state does not go with {name}")
+    param, grad = tensors[intrinsics.PARAM], tensors[intrinsics.GRAD]
+    flat_param, flat_grad = param.contiguous(), grad.resolve_neg().contiguous()
+    states = [tensors[column] for column in STATE_COLUMNS if column in tensors]
+    rows = param.shape[0] if param.dim() else 1
+    _run_rows(
+        step,
+        flat_param,
+        None,
+        flat_grad,
+        states,
+        count=rows,
+        arranged=None,
+        lr=lr,
+        factor=factor,
+    )
+    if flat_param is not param:
+        param.copy_(flat_param)
+    if step.zero_grad:
+        grad.zero_()
+    elif step.grad_scale is not None:
+        grad.div_(number(step.grad_scale))
+
+
+def step_rows(step: RowStep) -> None:
+    """Take a step on rows of one table; see `dispatch.RowStep`."""
+    if step.found_inf is not None and number(step.found_inf) == 1.0:
+        return
+    lr = number(step.lr)
+    t: float = step.step
+    if step.steps is not None:
+        step.steps += 1
+        t = step.steps.item()
+    lr = lr / (1 + (t - 1) * step.lr_decay)
+    operands = [step.param, *step.states]
+    ids = step.ids.contiguous()
+    rows = step.rows.resolve_neg().contiguous()
+    arranged = None
+    if step.unique:
+        check_bounds(ids, step.param.shape[0])
+    else:
+        unique, order, segments = arrange(ids, step.param.shape[0])
+        if order is not None:
+            ids, arranged = unique, (order, segments)
+    if ids.numel() == 0:
+        return
+    if all(t.is_contiguous() for t in operands):
+        _run_rows(step, step.param, ids, rows, step.states, ids.numel(), arranged, lr, step.factor)
+        return
+    # A table with gaps: its rows are taken out, stepped as a small table of their own, and put back.
+    taken = [t.index_select(0, ids) for t in operands]
+    own = torch.arange(ids.numel())
+    _run_rows(step, taken[0], own, rows, taken[1:], ids.numel(), arranged, lr, step.factor)
+    for table, touched in zip(operands, taken, strict=True):
+        table.index_copy_(0, ids, touched)
+
+
+_NO_IDS: Final = np.zeros(0, np.int64)
+
+
+def _run_rows(
+    step: Step | RowStep,
+    param: Tensor,
+    ids: Tensor | None,
+    rows: Tensor,
+    states: Sequence[Tensor],
+    count: int,
+    arranged: tuple[Tensor, Tensor] | None,
+    lr: float,
+    factor: float,
+) -> None:
+    table_rows = param.shape[0] if param.dim() else 1
+    width = param.numel() // table_rows if table_rows else 0
+    if count == 0 or width == 0:
+        return
+    row_wise = states[0].numel() != param.numel()
+    spec = row_kernels.RowSpec(
+        adadelta=step.rule == "adadelta",
+        wide=wide(param.dtype, states[0].dtype),
+        param=KIND[param.dtype],
+        grad=KIND[rows.dtype],
+        state=KIND[states[0].dtype],
+        row_wise=row_wise,
+        every_row=ids is None,
+        merged=arranged is None,
+        unscale=step.grad_scale is not None,
+        scaled=factor != 1.0,
+        maximize=step.maximize,
+        coupled=step.weight_decay != 0,
+    )
+    kernel = compiled(row_kernels.rows_step, row_kernels.ROWS_SIGNATURE, spec)
+    second = states[1].data_ptr() if len(states) > 1 else 0
+    addresses = np.array([param.data_ptr(), rows.data_ptr(), states[0].data_ptr(), second])
+    named = _NO_IDS if ids is None else ids.numpy()
+    order, segments = (_NO_IDS, _NO_IDS) if arranged is None else (arranged[0].numpy(), arranged[1].numpy())
+    scalars = scalars_of(step)
+
+    work = partial(kernel, addresses, named, order, segments, width, lr, factor, scalars)
+
+    slice_rows = max(1, SLICE_ELEMENTS // width)
+    over_slices(
+        work,
+        count,
+        threads=step.threads,
+        slice_size=slice_rows,
+        inline=max(1, INLINE_ELEMENTS // width),
+    )
+
+
+def check_bounds(ids: Tensor, rows: int) -> None:
+    """Raise torch's IndexError for an id outside [0, rows): a kernel would write past the table."""
+    if ids.numel():
+        low, high = (int(t) for t in torch.aminmax(ids))
+        if low < 0 or high >= rows:
+            bad = low if low < 0 else high
+            raise IndexError(f"index {bad} is out of bounds for dimension 0 with size {rows}")
+
+
+def arrange(ids: Tensor, rows: int) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Unique ascending ids, positions grouped by id in order of appearance, and where each group starts.
+
+    With ids that ascend strictly already, they come back as they are and the positions are None.
+    """
+    n = ids.numel()
+    unique, order = torch.empty(n, dtype=torch.int64), torch.empty(n, dtype=torch.int64)
+    segments = torch.empty(n + 1, dtype=torch.int64)
+    kernel = compiled(row_kernels.arrange, row_kernels.ARRANGE_SIGNATURE, row_kernels.DIGIT_BITS)
+    count = kernel(ids.numpy(), rows, unique.numpy(), order.numpy(), segments.numpy())
+    if count < 0:
+        raise IndexError(f"index {int(ids[-1 - count])} is out of bounds for dimension 0 with size {rows}")
+    if int(segments[0]) == -1:
+        return ids, None, segments
+    return unique[:count], order, segments[: count + 1]
