@@ -65,7 +65,8 @@ def step(step: Step) -> None:
         operands[EMA] = step.ema
     if step.copy_out is not None:
         operands[COPY] = step.copy_out
-    factors = np.broadcast_to(np.asarray(step.factor, np.float64), len(step.params))
+    factors = np.empty(len(step.params))
+    factors[:] = step.factor
     if plain(list(operands.values())) and (step.steps is None or _alike(step.steps)):
         _launch_dense(step, operands, step.steps, factors)
         return

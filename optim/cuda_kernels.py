@@ -36,6 +36,10 @@ COPY = tl.constexpr(5)
 COUNTER = tl.constexpr(6)
 COLUMNS = tl.constexpr(7)
 
+# `kernels.QUOTIENT_SCALE`, and the root of its inverse; that module is not imported because it needs numba.
+QUOTIENT_SCALE = tl.constexpr(2.0**40)
+QUOTIENT_UNSCALE = tl.constexpr(2.0**-20)
+
 # Bits of FLAGS.
 ADADELTA = tl.constexpr(1 << 0)
 UNSCALE = tl.constexpr(1 << 1)
@@ -118,13 +122,19 @@ def prepare(g, p, factor, bound, weight_decay, FLAGS: tl.constexpr):
 
 
 @triton.jit
+def quotient_root(u, v, eps):
+    """sqrt((u + eps) / (v + eps)), scaled as in `kernels` so that the quotient stays in range."""
+    return root(divide((u + eps) * QUOTIENT_SCALE, v + eps)) * QUOTIENT_UNSCALE
+
+
+@triton.jit
 def adadelta(g, v, u, rho, one_minus_rho, eps, FLAGS: tl.constexpr):
     """The new v, d, and the new u."""
     v = tl.fma(one_minus_rho * g, g, rho * v)
     if MULTIPLY_FIRST & FLAGS:
         d = divide(root(u + eps) * g, root(v + eps))
     else:
-        d = divide(root(u + eps), root(v + eps)) * g
+        d = quotient_root(u, v, eps) * g
     return v, d, tl.fma(one_minus_rho * d, d, rho * u)
 
 

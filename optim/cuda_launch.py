@@ -90,12 +90,8 @@ def inputs(
             flags |= kernels.LR_EACH.value
     else:
         divisors = _advance_on_host(counters, device, step.lr_decay)
-        if (divisors == divisors[0]).all():
-            lr, lr_pointer = _divided(lr, lr_pointer, float(divisors[0]))
-        elif lr_pointer is None:
-            lr_pointer, flags = upload(lr / divisors, device), flags | kernels.LR_EACH.value
-        else:
-            lr_pointer, flags = lr_pointer.double() / upload(divisors, device), flags | kernels.LR_EACH.value
+        each, lr, lr_pointer = _rates_of(divisors, lr, lr_pointer, device)
+        flags |= each
     if lr_pointer is not None:
         flags |= kernels.LR_POINTER.value
     return Inputs(flags, lr, lr_pointer, _number(step.grad_scale, scale_pointer), scale_pointer, found_inf)
@@ -207,3 +203,13 @@ def _advance_on_host(counters: Sequence[Tensor], device: torch.device, lr_decay:
     if lr_decay == 0:
         return np.ones(1)
     return 1 + (torch.stack(list(counters)).to(torch.float64).numpy() - 1) * lr_decay
+
+
+def _rates_of(
+    divisors: Any, lr: float, lr_pointer: Tensor | None, device: torch.device
+) -> tuple[int, float, Tensor | None]:
+    """LR_EACH or nothing, and the learning rate over the host's divisors: one for all if they are equal."""
+    if (divisors == divisors[0]).all():
+        return 0, *_divided(lr, lr_pointer, float(divisors[0]))
+    rates = upload(lr / divisors if lr_pointer is None else divisors, device)
+    return _bit(kernels.LR_EACH, True), lr, rates if lr_pointer is None else lr_pointer.double() / rates

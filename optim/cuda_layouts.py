@@ -65,7 +65,7 @@ def plain(operands: Sequence[Sequence[Tensor]]) -> bool:
         and all(map(Tensor.is_contiguous, tensors))
         and all(t.device == device for t in tensors)
         and [t.shape for t in tensors] == shapes
-        and not any(t.is_neg() or t._is_zerotensor() for t in tensors)
+        and not any(map(_is_lazy, tensors))
         for tensors in operands
     )
 
@@ -81,7 +81,7 @@ def in_one_layout(operands: Mapping[int, Tensor]) -> tuple[dict[int, Tensor], li
     strides = param.stride() if _is_dense(param) else torch.empty(param.shape, device="meta").stride()
     flat, copied = {}, []
     for column, tensor in operands.items():
-        if tensor.is_neg() or tensor._is_zerotensor() or not _lies_like(tensor, strides):
+        if _is_lazy(tensor) or not _lies_like(tensor, strides):
             copy = torch.empty_strided(param.shape, strides, dtype=tensor.dtype, device=tensor.device)
             copy.copy_(tensor)
             copied.append(Copied(tensor, copy))
@@ -99,6 +99,11 @@ def give_back(copied: Sequence[Copied], grad: Tensor, *, grad_too: bool) -> None
             # Of an expanded gradient one element per place is written: torch refuses to write them all.
             places = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in tensor.stride())
             tensor[places].copy_(copy[places])
+
+
+def _is_lazy(tensor: Tensor) -> bool:
+    """Whether memory does not hold the values as they are: a pending negation, zeros that were never written."""
+    return tensor.is_neg() or (tensor.data_ptr() == 0 and tensor.numel() > 0)
 
 
 def _row_shape(param: Tensor) -> tuple[int, int]:

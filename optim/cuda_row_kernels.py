@@ -34,6 +34,7 @@ from .cuda_kernels import (
     load,
     pointer_at,
     prepare,
+    quotient_root,
     real,
     root,
     store,
@@ -156,7 +157,7 @@ def step_rows(
         if ADADELTA & FLAGS:
             v = tl.fma(rest, mean, rho_ * load(first, row, live, REAL))
             u = load(second, row, live, REAL)
-            ratio = divide(root(u + eps_), root(v + eps_))
+            ratio = quotient_root(u, v, eps_)
             store(first, row, v, live)
         else:
             h = load(first, row, live, REAL) + mean
