@@ -24,7 +24,7 @@ from .kernel_cache import compiled
 from .pool import over_slices
 from .table import KIND, Table, is_one_layout, operands, table_of
 
-PIECE_ELEMENTS: Final = 1 << 20
+PIECE_ELEMENTS: Final = 1 << 17
 SLICE_ELEMENTS: Final = 1 << 16
 INLINE_ELEMENTS: Final = 1 << 16
 

@@ -16,6 +16,7 @@ import hashlib
 import logging
 import os
 import pickle
+import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Hashable
@@ -103,6 +104,25 @@ def compiled(make: Callable[..., Callable[..., Any]], signature: str, spec: Any)
     return kernel
 
 
+def hits_and_misses() -> tuple[int, int]:
+    """How many of this process's kernels came from disk, and how many it compiled."""
+    hits = sum(sum(kernel.stats.cache_hits.values()) for kernel in _compiled.values())
+    return hits, len(_compiled) - hits
+
+
+# What a damaged or unwritable cache makes numba raise; a kernel that cannot be compiled raises them again without.
+_CACHE_ERRORS: Final = (
+    OSError,
+    EOFError,
+    RuntimeError,
+    pickle.UnpicklingError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    ValueError,
+)
+
+
 def _compile(make: Callable[..., Callable[..., Any]], signature: str, spec: Any) -> Any:
     import numba
 
@@ -112,12 +132,14 @@ def _compile(make: Callable[..., Callable[..., Any]], signature: str, spec: Any)
     root = folder()
     if root is not None:
         name = hashlib.sha256(f"{make.__name__} {spec!r}".encode()).hexdigest()[:16]
+        own = root / _surroundings() / f"{make.__name__}-{name}"
         before = config.CACHE_DIR
-        config.CACHE_DIR = str(root / _surroundings() / f"{make.__name__}-{name}")
+        config.CACHE_DIR = str(own)
         try:
             return njit(signature, cache=True, **options)(make(spec))
-        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-            log.warning("compiled kernels cannot be kept in %s: %s", root, error)
+        except _CACHE_ERRORS as error:
+            log.warning("the compiled kernel in %s cannot be used, it is compiled again: %s", own, error)
+            shutil.rmtree(own, ignore_errors=True)  # the next process writes it afresh
         finally:
             config.CACHE_DIR = before
     return njit(signature, **options)(make(spec))

@@ -7,6 +7,7 @@ hooks of its own class, and ours by those of ours, so calling it would run every
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from operator import attrgetter, call, is_
@@ -34,6 +35,20 @@ _STATE_OPTIONS = ("row_wise", "sparse")
 _is_cpu, _layout, _dtype = attrgetter("is_cpu"), attrgetter("layout"), attrgetter("dtype")
 
 
+def _grad_only_if_differentiable(step: Callable[..., Any]) -> Callable[..., Any]:
+    """torch's decorator of the same purpose, without its import of torch._dynamo (a second) outside torch.compile."""
+    under_compile: Callable[..., Any] = _use_grad_for_differentiable(step)
+
+    @functools.wraps(step)
+    def wrapper(self: FusedOptimizer, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return under_compile(self, *args, **kwargs)
+        with torch.set_grad_enabled(self.defaults["differentiable"]):
+            return step(self, *args, **kwargs)
+
+    return wrapper
+
+
 class FusedOptimizer(torch.optim.Optimizer):
     """A `torch.optim.Optimizer` whose steps are single passes over memory wherever they can be."""
 
@@ -41,10 +56,6 @@ class FusedOptimizer(torch.optim.Optimizer):
     state_dtype: StateDtype
     row_wise: bool
     sparse: bool
-
-    # What GradScaler hands over around a step.
-    grad_scale: Tensor | None = None
-    found_inf: Tensor | None = None
 
     def _construct(
         self, params: Any, defaults: dict[str, Any], *, state_dtype: StateDtype, row_wise: bool, sparse: bool
@@ -179,7 +190,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             group = next(g for g in self.param_groups if any(p is param for p in g["params"]))
         return path_of(param, group)
 
-    @_use_grad_for_differentiable
+    @_grad_only_if_differentiable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Perform a single optimization step.
 
@@ -260,7 +271,9 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _arguments(self, group: dict[str, Any]) -> dict[str, Any]:
         given = self.rule.arguments({name: group[name] for name in self.rule.defaults})
-        return {**given, "grad_scale": self.grad_scale, "found_inf": self.found_inf}
+        # GradScaler sets these around a step; it minds if they exist at other times.
+        handed = {name: getattr(self, name, None) for name in ("grad_scale", "found_inf")}
+        return {**given, **handed}
 
     def _step_fused(
         self,

@@ -8,7 +8,6 @@ import itertools
 import numpy as np
 import pytest
 import torch
-
 from pushstep.optim import Adadelta, Adagrad
 
 RULES = {
@@ -140,10 +139,8 @@ def test_one_step_is_no_farther_from_float64_than_torch_in_mean_and_max(rule, se
     torchs, torch_optimizer = _step_from(state, params, grads, theirs, {})
     exact, exact_optimizer = _step_from(_double(state), [p.double() for p in params], grads, theirs, {})
     triples = [(mine[0], torchs[0], exact[0])]
-    for name in bounds:
-        triples.append(
-            tuple(o.state_dict()["state"][0][name] for o in (my_optimizer, torch_optimizer, exact_optimizer))
-        )
+    made = (my_optimizer, torch_optimizer, exact_optimizer)
+    triples += [tuple(o.state_dict()["state"][0][name] for o in made) for name in bounds]
     for m, t, e in triples:
         my_error, torch_error = (m.double() - e).abs(), (t.double() - e).abs()
         assert my_error.mean() <= 1.001 * torch_error.mean()

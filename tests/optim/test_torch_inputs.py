@@ -11,7 +11,6 @@ import warnings
 
 import pytest
 import torch
-
 from pushstep.optim import Adadelta, Adagrad
 
 if "expecttest" not in sys.modules:  # torch's test package imports it for a base class that is not used here
@@ -130,7 +129,7 @@ def test_fused_refuses_what_torch_refuses():
     for make in OURS.values():
         with pytest.raises(RuntimeError, match="`fused` does not support `differentiable`"):
             make([p], fused=True, differentiable=True)
-        with pytest.raises(RuntimeError, match="`fused` and `foreach` cannot be `True` together."):
+        with pytest.raises(RuntimeError, match="`fused` and `foreach` cannot be `True` together"):
             make([p], fused=True, foreach=True)
         c = torch.nn.Parameter(torch.randn(3, dtype=torch.complex64))
         c.grad = torch.randn(3, dtype=torch.complex64)
@@ -138,7 +137,9 @@ def test_fused_refuses_what_torch_refuses():
         with pytest.raises(RuntimeError, match="requires all the params to be floating point Tensors"):
             optimizer.step()
     p.grad = torch.randn(3)
-    with pytest.raises(AssertionError, match="If capturable=True, params and state_steps must be on supported"):
+    with pytest.raises(
+        AssertionError, match="If capturable=True, params and state_steps must be on supported"
+    ):
         Adadelta([p], capturable=True).step()
     with pytest.raises(AssertionError, match="don't support autograd"):
         Adadelta([p], foreach=True, differentiable=True).step()
@@ -309,7 +310,11 @@ def test_torch_compile_traces_torchs_path(name):
 def test_schedulers_steer(name, scheduler):
     p = torch.nn.Parameter(torch.ones(3))
     optimizer = OURS[name]([p], lr=1.0)
-    given = {"StepLR": {"step_size": 1, "gamma": 0.5}, "ExponentialLR": {"gamma": 0.5}, "ReduceLROnPlateau": {}}
+    given = {
+        "StepLR": {"step_size": 1, "gamma": 0.5},
+        "ExponentialLR": {"gamma": 0.5},
+        "ReduceLROnPlateau": {},
+    }
     schedule = getattr(torch.optim.lr_scheduler, scheduler)(optimizer, **given[scheduler])
     p.grad = torch.ones(3)
     optimizer.step()

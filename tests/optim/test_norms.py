@@ -1,0 +1,76 @@
+"""Norms: the stated order to the bit, any number of threads, and finiteness from the same read."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from pushstep.optim import norms
+
+
+def _stated(values):
+    """The order of `norm_kernels`, in numpy."""
+    flat = values.reshape(-1).double().numpy()
+    total = 0.0
+    for start in range(0, len(flat), 4096):
+        block = flat[start : start + 4096]
+        lanes = np.zeros(256)
+        for chunk in range(0, len(block), 256):
+            part = block[chunk : chunk + 256]
+            lanes[: len(part)] += part * part
+        while len(lanes) > 1:
+            lanes = lanes[: len(lanes) // 2] + lanes[len(lanes) // 2 :]
+        total += float(lanes[0])
+    return total
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("n", [0, 1, 255, 257, 4096, 4097, 500_001])
+def test_the_stated_order_to_the_bit(dtype, n):
+    torch.manual_seed(n)
+    values = torch.randn(n).to(dtype)
+    expected = _stated(values)
+    for threads in (1, 2, 7):
+        assert norms.square_sum(values, threads=threads) == expected
+
+
+def test_any_split_on_block_borders_adds_up_to_the_same():
+    torch.manual_seed(0)
+    values = torch.randn(10 * 4096 + 17)
+    total = 0.0
+    for start in range(0, len(values), 4096):
+        total += norms.square_sum(values[start : start + 4096])
+    assert total == norms.square_sum(values)
+
+
+def test_layouts_read_in_row_major_order():
+    torch.manual_seed(0)
+    values = torch.randn(300, 100)
+    assert norms.square_sum(values.t().contiguous().t()) == norms.square_sum(values)
+    assert norms.square_sum(torch.randn(300, 1).expand(300, 50)) > 0
+
+
+def test_a_list_is_its_tensors_and_the_global_norm_their_sum_in_order():
+    torch.manual_seed(0)
+    tensors = [
+        torch.randn(n).to(d) for n, d in ((5, torch.float32), (9000, torch.bfloat16), (0, torch.float32))
+    ]
+    each = [norms.square_sum(t) for t in tensors]
+    assert norms.square_sums(tensors) == each
+    assert norms.global_norm(tensors) == math.sqrt(each[0] + each[1] + each[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_finiteness(dtype, bad):
+    values = torch.full((5000,), torch.finfo(dtype).max, dtype=dtype)
+    assert norms.measure(values).finite
+    values[4999] = bad
+    assert not norms.measure(values).finite
+
+
+def test_devices_without_a_kernel_use_torch():
+    values = torch.randn(10_000)
+    assert norms._in_torch(values) == pytest.approx(norms.square_sum(values), rel=1e-14)

@@ -1,0 +1,234 @@
+"""What a process sees: late imports, the kernel cache, forks, memory, and more elements than an int32 counts."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pushstep.optim import kernel_cache
+
+
+def _run(code, **environment):
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(code)],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def test_numba_and_triton_are_imported_at_the_first_fused_step():
+    _run(
+        """
+        import sys, torch
+        loaded = lambda: {"numba", "triton", "llvmlite"} & set(sys.modules)
+        import pushstep.optim
+        from pushstep.optim import Adadelta, Adagrad, RULES, norms
+        assert not loaded(), loaded()
+        torch.optim.SGD([torch.nn.Parameter(torch.ones(3))])
+        by_torch = loaded()  # constructing any torch optimizer imports torch._dynamo, which imports triton
+        assert by_torch <= {"triton"}
+        for make in (Adadelta, Adagrad):
+            p = torch.nn.Parameter(torch.ones(3))
+            p.grad = torch.ones(3)
+            make([p], fused=False).step()
+            optimizer = make([p])
+            optimizer.load_state_dict(optimizer.state_dict())
+            make.rule.validate({"lr": 0.1})
+        assert loaded() == by_torch, loaded()
+        optimizer.step()
+        assert loaded() == by_torch | {"numba", "llvmlite"}, loaded()
+        """
+    )
+
+
+STEP = """
+    import torch
+    from pushstep.optim import RULES, kernel_cache, norms
+    rule = RULES["adagrad"]
+    rule.step_dense(torch.ones(3), torch.ones(3), [torch.ones(3)], rule.defaults, step=1)
+    rule.step_rows(torch.ones(3, 2), torch.tensor([1]), torch.ones(1, 2), [torch.ones(3, 2)], rule.defaults, step=1)
+    norms.square_sum(torch.ones(3))
+    print(*kernel_cache.hits_and_misses())
+"""
+
+
+def test_a_second_process_compiles_nothing_and_a_damaged_cache_heals(tmp_path):
+    def run():
+        return _run(STEP, NUMBA_CACHE_DIR=str(tmp_path))
+
+    assert run() == "0 3"
+    assert run() == "3 0"
+    files = sorted(path for path in tmp_path.rglob("*") if path.suffix in (".nbi", ".nbc"))
+    assert len(files) == 6
+    # Two kernels in one index could take each other's place when two processes write at the same time.
+    assert len({path.parent for path in files}) == 3
+    for k, path in enumerate(files):
+        path.write_bytes(path.read_bytes()[: 40 * (k % 3)])
+    assert run() == "0 3"
+    run()
+    assert run() == "3 0"
+
+
+def test_where_the_cache_lies(tmp_path, monkeypatch, caplog):
+    real = kernel_cache._writable
+    refused: set[Path] = set()
+    monkeypatch.setattr(
+        kernel_cache,
+        "_writable",
+        lambda path: not any(path.is_relative_to(r) for r in refused) and real(path),
+    )
+    monkeypatch.setattr(kernel_cache, "_kept_in", [])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "named"))
+
+    def folder():
+        kernel_cache.folder.cache_clear()
+        return kernel_cache.folder()
+
+    try:
+        assert folder() == tmp_path / "named/kernels"
+        monkeypatch.setenv("NUMBA_CACHE_DIR", "/dev/null/no-folder")
+        package = Path(kernel_cache.__file__).parent
+        assert folder() == package / "__pycache__/kernels"
+        refused.add(package)
+        assert folder() == tmp_path / "user/pushstep/kernels"
+        kernel_cache.keep_in(tmp_path / "data")
+        assert folder() == tmp_path / "data/kernels"
+        refused.add(tmp_path)
+        with caplog.at_level(logging.WARNING):
+            assert folder() is None
+            assert kernel_cache.folder() is None
+        assert [record.message for record in caplog.records] == [
+            "no writable folder for compiled kernels: they are compiled again in every process"
+        ]
+        from pushstep.optim import norm_kernels
+
+        kernel = kernel_cache._compile(norm_kernels.block_sums, norm_kernels.SIGNATURE, 0)
+        assert not kernel.stats.cache_path
+    finally:
+        kernel_cache.folder.cache_clear()
+
+
+def test_a_processor_without_fma_or_wide_vectors_computes_the_same_bits(tmp_path):
+    code = """
+        import torch
+        from pushstep.optim import Adadelta, Adagrad
+        torch.manual_seed(0)
+        for make in (Adadelta, Adagrad):
+            for dtype in (torch.float32, torch.float16):
+                p = torch.nn.Parameter(torch.randn(1003).to(dtype))
+                optimizer = make([p], weight_decay=0.1)
+                for _ in range(3):
+                    p.grad = torch.randn(1003).to(dtype)
+                    optimizer.step()
+                print(p.double().sum().item().hex(), *(s.double().sum().item().hex() for s in optimizer.state[p].values()))
+        """
+    generic = _run(code, NUMBA_CACHE_DIR=str(tmp_path), NUMBA_CPU_NAME="generic", NUMBA_CPU_FEATURES="")
+    assert generic == _run(code)
+
+
+def test_a_forked_child_steps_with_threads_of_its_own():
+    _run(
+        """
+        import os, signal, torch
+        import numpy as np
+        from pushstep.optim import RULES
+        rule = RULES["adadelta"]
+        n = 1 << 20
+        def run():
+            # torch's own threads do not survive a fork, so numpy fills
+            p, g, v, u = (torch.from_numpy(np.full(n, x, np.float32)) for x in (1, 1, 0, 0))
+            rule.step_dense(p, g, [v, u], rule.defaults, step=1, threads=4)
+            return float(p[0]), float(p[-1])
+        expected = run()
+        child = os.fork()
+        if child == 0:
+            signal.alarm(30)
+            os._exit(0 if run() == expected else 1)
+        assert os.waitpid(child, 0)[1] == 0
+        assert run() == expected
+        """
+    )
+
+
+def test_elements_beyond_two_to_the_31():
+    from pushstep.optim import intrinsics, kernels
+
+    border, size = 1 << 31, 1 << 16
+    # Pages nobody has written to cost nothing: only those around the border are touched.
+    arrays = [np.zeros(border + size, np.float32) for _ in range(4)]
+    param, grad, square_avg, acc_delta = arrays
+    grad[border - size :] = 1.0
+    addresses = np.zeros((1, kernels.COLUMNS), np.int64)
+    for column, array in enumerate(arrays):
+        addresses[0, column] = array.ctypes.data
+    scalars = np.array([0.9, 1 - 0.9, 1e-6, 0, 1, 0, 0, 0])
+    plan = np.zeros(2 * intrinsics.STRIDE, np.int64)
+    plan[:3] = 1, size, border + size
+    plan[intrinsics.STRIDE : intrinsics.STRIDE + 2] = border // size - 1, border // size + 1
+    kernel = kernel_cache.compiled(kernels.dense, kernels.DENSE_SIGNATURE, kernels.Spec(True, False, 0, 0, 0))
+    kernel(addresses, np.array([0, border + size]), np.array([[1.0, 1.0]]), scalars, plan, 0)
+    assert (square_avg[border - size :] == np.float32(0.1)).all()
+    assert (param[border - size :] == param[border]).all()
+    assert param[border] < 0
+    assert (acc_delta[border - size :] > 0).all()
+    assert param[border - size - 1] == 0
+
+
+def test_rows_beyond_two_to_the_31_elements():
+    from pushstep.optim import RULES
+
+    count = (1 << 26) + 10
+    table, state = (torch.from_numpy(np.zeros((count, 32), np.float32)) for _ in range(2))
+    ids = torch.tensor([0, count - 1])
+    rule = RULES["adagrad"]
+    rule.step_rows(table, ids, torch.ones(2, 32), [state], rule.defaults, step=1)
+    assert (table[ids] < 0).all()
+    assert (state[ids] == 1).all()
+    assert not table[count - 2].any()
+
+
+MEMORY = """
+    import sys, torch
+    from pushstep.optim import Adadelta, Adagrad
+    kind, n = sys.argv[1], 6000
+    def peak():
+        with open("/proc/self/status") as status:
+            return next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+    def data(rows):
+        p = torch.nn.Parameter(torch.ones(rows, n // 2 if kind == "gaps" else n))
+        if kind != "gaps":
+            p.grad = torch.ones(n, rows).t() if kind == "transposed" else torch.ones(rows, n)
+        else:
+            p = torch.nn.Parameter(torch.ones(rows, n)[:, ::2])
+            p.grad = torch.ones(rows, n // 2)
+        return p
+    for make in (Adadelta, Adagrad):
+        warm, p = data(50), data(n)
+        make([warm]).step()
+        optimizer = make([p])
+        optimizer.step()  # makes the states
+        with open("/proc/self/clear_refs", "w") as reset:
+            reset.write("5")
+        before = peak()
+        optimizer.step()
+        grown = (peak() - before) * 1024
+        assert grown < 0.01 * 4 * p.numel(), (make, grown)
+"""
+
+
+@pytest.mark.parametrize("kind", ["plain", "transposed", "gaps"])
+def test_a_step_needs_no_temporaries(kind):
+    _run(f"import sys; sys.argv = ['-', {kind!r}]\n" + textwrap.dedent(MEMORY))
