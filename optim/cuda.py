@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cache
+from operator import attrgetter
 from typing import Any, Final
 
 import numpy as np
@@ -21,7 +22,17 @@ from . import cuda_kernels as kernels
 from . import cuda_launch
 from . import cuda_row_kernels as row_kernels
 from .cuda_launch import DTYPE, dense_flags, row_flags, scalars, skipped
-from .cuda_layouts import Copied, elementwise, give_back, in_one_layout, is_row_wise, plain, shares_memory
+from .cuda_layouts import (
+    Copied,
+    addresses_of,
+    elementwise,
+    give_back,
+    has_null,
+    in_one_layout,
+    is_row_wise,
+    plain,
+    shares_memory,
+)
 from .cuda_tables import capturing, extents, pointers, upload
 from .dispatch import FUSED_DTYPES, RowStep, Step
 
@@ -67,8 +78,9 @@ def step(step: Step) -> None:
         operands[COPY] = step.copy_out
     factors = np.empty(len(step.params))
     factors[:] = step.factor
-    if plain(list(operands.values())) and (step.steps is None or _alike(step.steps)):
-        _launch_dense(step, operands, step.steps, factors)
+    addresses = addresses_of(operands)
+    if plain(operands) and not has_null(addresses, operands) and _alike(step.steps):
+        _launch_dense(step, operands, addresses, step.steps, factors)
         return
     alike: dict[Any, list[int]] = {}
     flat: list[Mapping[int, Tensor]] = []
@@ -90,9 +102,11 @@ def step(step: Step) -> None:
         flat.append(own)
         copied.append(copies)
     for members in alike.values():
+        together = {column: [flat[k][column] for k in members] for column in operands}
         _launch_dense(
             step,
-            {column: [flat[k][column] for k in members] for column in operands},
+            together,
+            addresses_of(together),
             None if step.steps is None else [step.steps[k] for k in members],
             factors[members],
         )
@@ -101,12 +115,19 @@ def step(step: Step) -> None:
         give_back(copies, grad, grad_too=writes_grad)
 
 
-def _alike(counters: Sequence[Tensor]) -> bool:
-    return len({(t.device, t.dtype) for t in counters}) == 1
+def _alike(counters: Sequence[Tensor] | None) -> bool:
+    """Whether counters, if any, are of one dtype on one device."""
+    return counters is None or (
+        len(set(map(attrgetter("dtype"), counters))) == 1 and len(set(map(Tensor.get_device, counters))) == 1
+    )
 
 
 def _launch_dense(
-    step: Step, operands: Mapping[int, Sequence[Tensor]], counters: Sequence[Tensor] | None, factors: Any
+    step: Step,
+    operands: Mapping[int, Sequence[Tensor]],
+    addresses: Any,
+    counters: Sequence[Tensor] | None,
+    factors: Any,
 ) -> None:
     """Step tensors of equal dtypes on one device: one launch, and one before it if the learning rate decays."""
     params = operands[PARAM]
@@ -137,9 +158,6 @@ def _launch_dense(
             FLAGS=flags & ~kernels.LR_EACH.value, **constants,
         )  # fmt: skip
         return
-    addresses = np.zeros((count, kernels.COLUMNS.value), np.int64)
-    for column, tensors in operands.items():
-        addresses[:, column] = list(map(Tensor.data_ptr, tensors))
     if not (addresses % 16).any():
         flags |= kernels.ALIGNED.value
     if counted:

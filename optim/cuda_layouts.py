@@ -9,12 +9,14 @@ So even then all tensors of a list go into one launch; the copies cost memory fo
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Final, NamedTuple
+from operator import attrgetter
+from typing import Any, Final, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .cuda_kernels import COPY, EMA, FIRST, GRAD, PARAM, SECOND
+from .cuda_kernels import COLUMNS, COPY, EMA, FIRST, GRAD, PARAM, SECOND
 
 NAMES: Final = {
     PARAM.value: "parameter",
@@ -24,6 +26,8 @@ NAMES: Final = {
     EMA.value: "ema",
     COPY.value: "copy_out",
 }
+
+_dtype = attrgetter("dtype")
 
 
 class Copied(NamedTuple):
@@ -56,18 +60,37 @@ def elementwise(param: Tensor, state: Tensor) -> Tensor:
     return state
 
 
-def plain(operands: Sequence[Sequence[Tensor]]) -> bool:
-    """Whether each list is contiguous, of one dtype, and all of them on one device and of equal shapes."""
-    shapes = [t.shape for t in operands[0]]
-    device = operands[0][0].device
-    return all(
-        len({t.dtype for t in tensors}) == 1
+def plain(operands: Mapping[int, Sequence[Tensor]]) -> bool:
+    """Whether each list is contiguous, of one dtype, and all of them on one device and of equal sizes.
+
+    A thousand small tensors are stepped faster than they are looked at: hence a few loops in C, and no shapes.
+    """
+    params = operands[PARAM.value]
+    sizes, place = list(map(Tensor.numel, params)), {params[0].get_device()}
+    return not any(map(Tensor.is_neg, operands[GRAD.value])) and all(
+        len(set(map(_dtype, tensors))) == 1
         and all(map(Tensor.is_contiguous, tensors))
-        and all(t.device == device for t in tensors)
-        and [t.shape for t in tensors] == shapes
-        and not any(map(_is_lazy, tensors))
-        for tensors in operands
+        and set(map(Tensor.get_device, tensors)) == place
+        and list(map(Tensor.numel, tensors)) == sizes
+        for tensors in operands.values()
     )
+
+
+def addresses_of(operands: Mapping[int, Sequence[Tensor]]) -> Any:
+    """The pointer table of the operands; counters are left to whoever counts."""
+    addresses = np.zeros((len(operands[PARAM.value]), COLUMNS.value), np.int64)
+    for column, tensors in operands.items():
+        addresses[:, column] = list(map(Tensor.data_ptr, tensors))
+    return addresses
+
+
+def has_null(addresses: Any, operands: Mapping[int, Sequence[Tensor]]) -> bool:
+    """Whether a tensor with elements has no memory: zeros that were never written, or it was freed."""
+    used = addresses[:, list(operands)]
+    if used.all():
+        return False
+    sizes = np.array(list(map(Tensor.numel, operands[PARAM.value])))
+    return bool(((used == 0) & (sizes > 0)[:, None]).any())
 
 
 def in_one_layout(operands: Mapping[int, Tensor]) -> tuple[dict[int, Tensor], list[Copied]]:
@@ -95,7 +118,7 @@ def give_back(copied: Sequence[Copied], grad: Tensor, *, grad_too: bool) -> None
     for tensor, copy in copied:
         if tensor is not grad:
             tensor.copy_(copy)
-        elif grad_too:
+        elif grad_too and not tensor._is_zerotensor():
             # Of an expanded gradient one element per place is written: torch refuses to write them all.
             places = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in tensor.stride())
             tensor[places].copy_(copy[places])
