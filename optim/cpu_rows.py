@@ -188,3 +188,19 @@ def arrange(ids: Tensor, rows: int) -> tuple[Tensor, Tensor | None, Tensor]:
     if int(segments[0]) == -1:
         return ids, None, segments
     return unique[:count], order, segments[: count + 1]
+
+
+def coalesce(ids: Tensor, rows: Tensor, *, threads: int | None = None) -> tuple[Tensor, Tensor]:
+    """`rows.coalesce` for CPU tensors of a dtype that has kernels."""
+    unique, order, segments = arrange(ids.contiguous(), 2**63 - 1)
+    if order is None:
+        return ids, rows
+    rows = rows.resolve_neg().contiguous()
+    merged = torch.empty((unique.numel(), *rows.shape[1:]), dtype=rows.dtype)
+    width = rows[0].numel()
+    if width:
+        kernel = compiled(row_kernels.merge, row_kernels.MERGE_SIGNATURE, KIND[rows.dtype])
+        pointers = (rows.data_ptr(), merged.data_ptr(), order.numpy(), segments.numpy(), width)
+        size = max(1, SLICE_ELEMENTS // width)
+        over_slices(partial(kernel, *pointers), unique.numel(), threads=threads, slice_size=size, inline=size)
+    return unique.clone(), merged

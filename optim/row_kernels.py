@@ -22,12 +22,15 @@ from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
 import numpy as np
+from numba.extending import register_jitable
 
 from .intrinsics import FIRST, GRAD, PARAM, SECOND, claim, fma, load, prefetch, store, through
 from .kernels import EPS, GRAD_SCALE, ONE_MINUS_RHO, QUOTIENT_SCALE, RHO, WEIGHT_DECAY
 
 ROWS_SIGNATURE: Final = "void(int64[::1], int64[::1], int64[::1], int64[::1], int64, float64, float64, float64[::1], int64[::1], int64)"
 ARRANGE_SIGNATURE: Final = "int64(int64[::1], int64, int64[::1], int64[::1], int64[::1])"
+
+MERGE_SIGNATURE: Final = "void(int64, int64, int64[::1], int64[::1], int64, int64[::1], int64)"
 
 PREFETCH_ROWS: Final = 8
 DIGIT_BITS: Final = 11
@@ -49,6 +52,22 @@ class RowSpec(NamedTuple):
     scaled: bool = False
     maximize: bool = False
     coupled: bool = False
+
+
+def _mean_square(x: Any) -> float:
+    a, b, c, d = 0.0, 0.0, 0.0, 0.0  # four sums, or every addition waits for the one before
+    whole = len(x) & ~3
+    for j in range(0, whole, 4):
+        a += np.float64(x[j]) * np.float64(x[j])
+        b += np.float64(x[j + 1]) * np.float64(x[j + 1])
+        c += np.float64(x[j + 2]) * np.float64(x[j + 2])
+        d += np.float64(x[j + 3]) * np.float64(x[j + 3])
+    for j in range(whole, len(x)):
+        a += np.float64(x[j]) * np.float64(x[j])
+    return float(((a + b) + (c + d)) / len(x))
+
+
+mean_square: Any = register_jitable(_mean_square)
 
 
 def rows_step(spec: RowSpec) -> Callable[..., None]:
@@ -123,21 +142,17 @@ def rows_step(spec: RowSpec) -> Callable[..., None]:
                             x = fma(weight_decay, load(param, j, P, wide, PARAM), x)
                         g[j] = x
                 if row_wise:
-                    total = 0.0
-                    for j in range(width):
-                        total += np.float64(g[j]) * np.float64(g[j])
-                    mean = real(total / width)
+                    mean = real(mean_square(g))
                     if adadelta:
                         v = fma(one_minus_rho, mean, rho * load(first, 0, S, wide, FIRST))
                         u = load(second, 0, S, wide, SECOND)
                         ratio = math.sqrt((u + eps) * up / (v + eps)) * down
-                        total = 0.0
                         for j in range(width):
                             d = ratio * g[j]
-                            total += np.float64(d) * np.float64(d)
+                            g[j] = d
                             store(param, j, fma(minus_lr, d, load(param, j, P, wide, PARAM)), P, PARAM)
                         store(first, 0, v, S, FIRST)
-                        store(second, 0, fma(one_minus_rho, real(total / width), rho * u), S, SECOND)
+                        store(second, 0, fma(one_minus_rho, real(mean_square(g)), rho * u), S, SECOND)
                     else:
                         h = load(first, 0, S, wide, FIRST) + mean
                         store(first, 0, h, S, FIRST)
@@ -160,6 +175,39 @@ def rows_step(spec: RowSpec) -> Callable[..., None]:
                             store(first, j, h, S, FIRST)
                             p = p + minus_lr * (x / (math.sqrt(h) + eps))
                         store(param, j, p, P, PARAM)
+            piece = claim(plan, worker)
+
+    return kernel
+
+
+def merge(kind: int) -> Callable[..., None]:
+    """`kernel(source, target, order, segments, width, plan, worker)`: each unique id's rows, summed.
+
+    source and target are addresses of (n, width) and (unique, width) of one dtype; sums run in float64 for float64,
+    else in float32, and are rounded once.
+    """
+    wide = kind == 1
+    real: Any = np.float64 if wide else np.float32
+    size = _BYTES[kind]
+
+    def kernel(
+        source: int, target: int, order: Any, segments: Any, width: int, plan: Any, worker: int
+    ) -> None:
+        total = np.empty(width, real)
+        piece = claim(plan, worker)
+        while piece >= 0:
+            for k in range(piece * plan[1], min((piece + 1) * plan[1], plan[2])):
+                begin, end = segments[k], segments[k + 1]
+                row = source + order[begin] * width * size
+                for j in range(width):
+                    total[j] = load(row, j, kind, wide, GRAD)
+                for m in range(begin + 1, end):
+                    row = source + order[m] * width * size
+                    for j in range(width):
+                        total[j] = total[j] + load(row, j, kind, wide, GRAD)
+                row = target + k * width * size
+                for j in range(width):
+                    store(row, j, total[j], kind, PARAM)
             piece = claim(plan, worker)
 
     return kernel

@@ -5,13 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .dispatch import FUSED_DTYPES
 
-def coalesce(ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+
+def coalesce(ids: Tensor, rows: Tensor, *, threads: int | None = None) -> tuple[Tensor, Tensor]:
     """Unique ascending ids and their rows, duplicates summed in order of appearance.
 
     ids: int64 of shape (n,); rows: (n, ...). Sums run in float32 for half rows (float64 for double) and are rounded
-    once. Merging what is merged already changes nothing, so both ends of the wire may do it.
+    once. IndexError for a negative id. Merging what is merged already changes nothing, so both ends of the wire may do it.
     """
+    if ids.is_cpu and rows.dtype in FUSED_DTYPES:
+        from .cpu_rows import coalesce as on_cpu
+
+        return on_cpu(ids, rows, threads=threads)
     if ids.numel() < 2 or bool((ids[1:] > ids[:-1]).all()):
         return ids, rows
     order = torch.sort(ids, stable=True).indices
