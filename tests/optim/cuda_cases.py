@@ -18,7 +18,17 @@ import numpy as np
 import pytest
 import torch
 from cuda_steps import BF16, DTYPES, DUPLICATES, F16, F32, F64, OPTIONS, SIZES, make_rows, make_step, moved
-from pushstep.optim import Adadelta, Adagrad, cpu, cuda, cuda_kernels, cuda_launch, cuda_tables, dispatch
+from pushstep.optim import (
+    Adadelta,
+    Adagrad,
+    cpu,
+    cuda,
+    cuda_kernels,
+    cuda_launch,
+    cuda_tables,
+    dispatch,
+    norms,
+)
 from pushstep.optim.dispatch import Step
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -199,6 +209,32 @@ class TestLists:
         for k in range(3 * cuda_tables.KEPT_TABLES):
             cuda_tables.pointers(np.array([16 * k + 1]), device)
         assert len(cuda_tables._kept) <= cuda_tables.KEPT_TABLES
+
+    def test_under_capture_tables_are_not_kept_but_those_in_use_are(self, monkeypatch):
+        before, kept = np.array([16, 32]), []
+        table = cuda_tables.pointers(before, torch.device("cpu"))
+        monkeypatch.setattr(cuda_tables, "capturing", lambda device: True)
+        monkeypatch.setattr(cuda_tables, "_used_by_graphs", kept)
+        assert cuda_tables.pointers(before, torch.device("cpu")) is table
+        assert cuda_tables.pointers(before, torch.device("cpu")) is table
+        assert len(kept) == 1
+        assert kept[0] is table
+        new = np.array([48, 64])
+        assert cuda_tables.pointers(new, torch.device("cpu")) is not cuda_tables.pointers(
+            new, torch.device("cpu")
+        )
+
+    def test_staging_is_never_given_out_twice(self, monkeypatch):
+        monkeypatch.setattr(cuda_tables, "_staging", [torch.zeros(64, dtype=torch.uint8)])
+        monkeypatch.setattr(cuda_tables, "STAGING_BYTES", 48)
+        monkeypatch.setattr(
+            torch, "empty", lambda n, dtype, pin_memory: torch.zeros(n, dtype=dtype)
+        )  # pinning needs a driver
+        taken = [cuda_tables._set_aside(size) for size in (5, 16, 33, 8, 100)]
+        assert [t.numel() for t in taken] == [5, 16, 33, 8, 100]
+        ranges = sorted((t.data_ptr(), t.data_ptr() + t.numel()) for t in taken)
+        assert all(a[1] <= b[0] for a, b in itertools.pairwise(ranges))
+        assert all((t.data_ptr() - t.untyped_storage().data_ptr()) % 16 == 0 for t in taken)
 
     def test_beyond_two_to_the_31(self):
         # One program is told that it is block 2^21 + 1: elements from 2^31 + 1024 on. The pages before are never touched.
@@ -499,7 +535,7 @@ class TestRows:
 
 
 class TestNorms:
-    def test_fixed_order(self):
+    def test_fixed_order(self, monkeypatch):
         torch.manual_seed(0)
         tensors = [
             torch.randn(n).to(dtype)
@@ -510,6 +546,9 @@ class TestNorms:
         got = cuda.square_sums([t.to(DEVICE) for t in tensors])
         assert got == [cuda_reference.square_sum(t) for t in tensors]
         assert got == cpu.square_sums(tensors)
+        monkeypatch.setattr(norms, "path_of", lambda tensor, group: dispatch.Path("cuda", ""))
+        monkeypatch.setattr(norms, "FUSED_DTYPES", ())
+        assert norms.square_sums([t.to(DEVICE) for t in tensors]) == got
 
     @pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
     @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
