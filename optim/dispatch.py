@@ -8,17 +8,18 @@ with these functions:
     refuses(param) -> str | None           why it cannot step this parameter, or None; cheap, no device sync
     step(step: Step) -> None               does everything `Step` says, in the order that `Step` documents
     step_rows(step: RowStep) -> None       the same on rows
-    square_sums(tensors) -> list[float]    optional; see `norms`
 
 To add one: write the module, add its name to `BACKENDS`. A backend owns: advancing `step.steps` (skipped with
 everything else when `found_inf` is 1), lr / (1 + (t-1)*lr_decay), any layout, 0 elements, and mixed dtypes within one
 list. It does not bump version counters: the callers in this package do that for every tensor of `written()`.
+`step.memo` is a dict that lives as long as the list: a backend may keep there what it learned about it, under its
+own name, but must notice tensors that have moved.
 
 Options of the kernels, all of them fields of `Step`: `maximize`, `weight_decay` with `decoupled`, `factor` (a
 number, or one per tensor), `clip_value`, `grad_scale` and `found_inf` (tensors, read where the kernel runs),
 `zero_grad`, `ema` with `ema_momentum`, `copy_out`, `eps_inside_root` (Keras's Adagrad), `multiply_first` (Keras's
-Adadelta). A backend that lacks one says so in `refuses`-like fashion by raising NotImplementedError naming it;
-the CPU backend has them all. Where nothing serves, torch's own functions do (`eager`).
+Adadelta). A backend that lacks one raises NotImplementedError naming it; the CPU backend has them all, row-wise
+states excepted. Where no backend serves, the classes use torch's own functions and the rules plain torch operations (`eager`).
 """
 
 from __future__ import annotations

@@ -32,7 +32,10 @@ ARRANGE_SIGNATURE: Final = "int64(int64[::1], int64, int64[::1], int64[::1], int
 
 MERGE_SIGNATURE: Final = "void(int64, int64, int64[::1], int64[::1], int64, int64[::1], int64)"
 
-PREFETCH_ROWS: Final = 8
+# Random rows wait for memory, so those ahead are asked for early. 100 K rows of 32 in 2 M: 8.8 ms with the next row
+# asked for, 4.9 with the 4th, 3.0 with the 8th, 2.2 with the 16th, 2.6 with the 32nd.
+PREFETCH_ROWS: Final = 16
+# 100 K ids below 2 M are sorted in 0.8 ms, in two passes of 11 bits; torch's coalesce of the same takes 8.9.
 DIGIT_BITS: Final = 11
 _BYTES: Final = (4, 8, 2, 2)
 

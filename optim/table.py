@@ -78,8 +78,8 @@ def table_of(step: Step) -> Table | None:
     if not _flat(grads, known.sizes) or any(map(Tensor.is_neg, grads)):
         return None
     table = known.table
-    pointers = np.array(list(map(Tensor.data_ptr, grads)))
-    if (pointers == 0).any() and not _null_is_empty(pointers, table):
+    pointers = list(map(Tensor.data_ptr, grads))
+    if not _null_is_empty(pointers, known.sizes):
         return None
     addresses = table.addresses.copy()  # the remembered one may be in use by another thread
     addresses[:, intrinsics.GRAD] = pointers
@@ -117,7 +117,7 @@ def _look(columns: Mapping[int, Sequence[Tensor]]) -> Known | None:
         dtypes.pop(kernels.STEP_COLUMN, None)  # counters of other kinds are advanced by torch
     table = Table(addresses, starts, dtypes)
     for column in columns:
-        if column != kernels.STEP_COLUMN and not _null_is_empty(addresses[:, column], table):
+        if column != kernels.STEP_COLUMN and not _null_is_empty(pointers[column], sizes):
             return None
     return Known(
         {column: list(map(ref, tensors)) for column, tensors in columns.items()}, pointers, sizes, table
@@ -133,9 +133,9 @@ def _flat(tensors: Sequence[Tensor], sizes: list[int]) -> bool:
     )
 
 
-def _null_is_empty(pointers: Any, table: Table) -> bool:
+def _null_is_empty(pointers: list[int], sizes: list[int]) -> bool:
     """Whether only empty tensors have no memory: others without are lazy zeros, or have been freed."""
-    return not ((pointers == 0) & (np.diff(table.starts) > 0)).any()
+    return 0 not in pointers or not any(size for p, size in zip(pointers, sizes, strict=True) if p == 0)
 
 
 def is_one_layout(tensors: Sequence[Tensor]) -> bool:
