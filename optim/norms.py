@@ -14,9 +14,10 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
-from .dispatch import FUSED_DTYPES
+from .dispatch import FUSED_DTYPES, path_of
 
 BLOCK_ELEMENTS: Final = 4096
+_KERNELS: Final = {"fused": None, "differentiable": False, "foreach": None}
 
 
 class Measure(NamedTuple):
@@ -37,6 +38,10 @@ def square_sums(tensors: Sequence[Tensor], *, threads: int | None = None) -> lis
         from .cpu_norms import square_sums as on_cpu
 
         return on_cpu(tensors, threads=threads)
+    if all(path_of(t.new_empty(0), _KERNELS).backend == "cuda" for t in tensors):
+        from .cuda import square_sums as on_cuda
+
+        return on_cuda(tensors)
     return [_in_torch(t) for t in tensors]
 
 

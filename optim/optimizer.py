@@ -32,7 +32,8 @@ _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 _HALF = (torch.float16, torch.bfloat16)
 _STATE_OPTIONS = ("row_wise", "sparse")
 
-_is_cpu, _layout, _dtype = attrgetter("is_cpu"), attrgetter("layout"), attrgetter("dtype")
+_layout, _dtype = attrgetter("layout"), attrgetter("dtype")
+_IS_ON = {"cpu": attrgetter("is_cpu"), "cuda": attrgetter("is_cuda")}
 
 
 def _grad_only_if_differentiable(step: Callable[..., Any]) -> Callable[..., Any]:
@@ -215,8 +216,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         if not params:
             return
         memo = self._memo_of(group)
-        if self._all_cpu_dense(params, grads, group, memo):
-            self._step_fused("cpu", params, grads, group, memo)
+        device_type = params[0].device.type
+        if self._all_dense(device_type, params, grads, group, memo):
+            self._step_fused(device_type, params, grads, group, memo)
             return
         fused: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
         by_torch: list[Tensor] = []
@@ -237,14 +239,20 @@ class FusedOptimizer(torch.optim.Optimizer):
         if by_torch:
             self._step_torch(by_torch, group)
 
-    def _all_cpu_dense(
-        self, params: list[Tensor], grads: list[Tensor], group: dict[str, Any], memo: dict[str, Any]
+    def _all_dense(
+        self,
+        device_type: str,
+        params: list[Tensor],
+        grads: list[Tensor],
+        group: dict[str, Any],
+        memo: dict[str, Any],
     ) -> bool:
         """`path_of` for a whole list at the price of a few C loops; False means: look at each."""
         if not (
             path_of(None, group).fused
-            and not group.get("capturable", False)
-            and all(map(_is_cpu, params))
+            and not (device_type == "cpu" and group.get("capturable", False))
+            and device_type in _IS_ON
+            and all(map(_IS_ON[device_type], params))
             and FUSED_DTYPES.issuperset(map(_dtype, params))
             and _PLAIN.issuperset(map(type, grads))
             and set(map(_layout, grads)) == {torch.strided}
@@ -255,6 +263,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             return True
         plain = _PLAIN.issuperset(map(type, params)) and not any(map(Tensor.is_inference, params))
         if not plain or not all(map(Tensor.is_contiguous, params)):
+            return False
+        if not all(path_of(p, group).fused for p in params):  # a device may be too old for the kernels
             return False
         memo["plain"] = list(map(ref, params))
         return True

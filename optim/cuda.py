@@ -1,0 +1,299 @@
+"""The CUDA backend: describes tensors to the Triton kernels and launches them, once for a list of any sizes.
+
+Tensors of equal dtypes on one device go together. A lone one, such as an arena, is passed by its own pointers;
+several are looked up in a table. Nothing here waits for the device, with three exceptions: a step over rows checks
+its ids (not under graph capture), `square_sums` returns numbers, and found_inf is read if counters are on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from operator import attrgetter
+from typing import Any, Final
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import cuda_kernels as kernels
+from . import cuda_launch
+from . import cuda_row_kernels as row_kernels
+from .cuda_launch import DTYPE, dense_flags, row_flags, scalars, skipped
+from .cuda_layouts import (
+    Copied,
+    addresses_of,
+    elementwise,
+    give_back,
+    has_null,
+    in_one_layout,
+    is_row_wise,
+    plain,
+    shares_memory,
+)
+from .cuda_tables import capturing, extents, pointers, upload
+from .dispatch import FUSED_DTYPES, RowStep, Step
+
+PARAM, GRAD, FIRST, SECOND = (c.value for c in (kernels.PARAM, kernels.GRAD, kernels.FIRST, kernels.SECOND))
+EMA, COPY, COUNTER = (c.value for c in (kernels.EMA, kernels.COPY, kernels.COUNTER))
+STATE_COLUMNS: Final = (FIRST, SECOND)
+
+LEAST_CAPABILITY: Final = (8, 0)
+
+
+def refuses(param: Tensor) -> str | None:
+    """Why the CUDA kernels cannot step `param`, or None."""
+    if param.dtype not in FUSED_DTYPES:
+        return f"{param.dtype} has no kernel"
+    if param.layout is not torch.strided:
+        return f"{param.layout} has no kernel"
+    if shares_memory(param):
+        return "several of its elements share one memory location"
+    return _device_refuses(param.device)
+
+
+@cache
+def _device_refuses(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return None
+    if torch.version.hip is not None:
+        return "the kernels are for CUDA and were never tried on ROCm"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < LEAST_CAPABILITY:
+        return f"compute capability {capability[0]}.{capability[1]} is below {LEAST_CAPABILITY[0]}.{LEAST_CAPABILITY[1]}"
+    return None
+
+
+def step(step: Step) -> None:
+    """Take a dense step; see `dispatch.Step`."""
+    if not step.params or skipped(step, step.params[0].device):
+        return
+    operands: dict[int, Sequence[Tensor]] = {PARAM: step.params, GRAD: step.grads}
+    operands.update(zip(STATE_COLUMNS, step.states, strict=False))
+    if step.ema is not None:
+        operands[EMA] = step.ema
+    if step.copy_out is not None:
+        operands[COPY] = step.copy_out
+    factors = np.empty(len(step.params))
+    factors[:] = step.factor
+    addresses = addresses_of(operands)
+    if plain(operands) and not has_null(addresses, operands) and _alike(step.steps):
+        _launch_dense(step, operands, addresses, step.steps, factors)
+        return
+    alike: dict[Any, list[int]] = {}
+    flat: list[Mapping[int, Tensor]] = []
+    copied: list[list[Copied]] = []
+    for k, param in enumerate(step.params):
+        own = {column: tensors[k] for column, tensors in operands.items()}
+        copies: list[Copied] = []
+        if is_row_wise(param, own[FIRST]):
+            _step_row_wise(step, own, None if step.steps is None else [step.steps[k]], float(factors[k]))
+            own = {}
+        else:
+            for column in STATE_COLUMNS:
+                if column in own:
+                    own[column] = elementwise(param, own[column])
+            own, copies = in_one_layout(own)
+            counter = None if step.steps is None else (step.steps[k].device, step.steps[k].dtype)
+            key = (param.device, counter, *(t.dtype for t in own.values()))
+            alike.setdefault(key, []).append(k)
+        flat.append(own)
+        copied.append(copies)
+    for members in alike.values():
+        together = {column: [flat[k][column] for k in members] for column in operands}
+        _launch_dense(
+            step,
+            together,
+            addresses_of(together),
+            None if step.steps is None else [step.steps[k] for k in members],
+            factors[members],
+        )
+    writes_grad = step.zero_grad or step.grad_scale is not None
+    for copies, grad in zip(copied, step.grads, strict=True):
+        give_back(copies, grad, grad_too=writes_grad)
+
+
+def _alike(counters: Sequence[Tensor] | None) -> bool:
+    """Whether counters, if any, are of one dtype on one device."""
+    return counters is None or (
+        len(set(map(attrgetter("dtype"), counters))) == 1 and len(set(map(Tensor.get_device, counters))) == 1
+    )
+
+
+def _launch_dense(
+    step: Step,
+    operands: Mapping[int, Sequence[Tensor]],
+    addresses: Any,
+    counters: Sequence[Tensor] | None,
+    factors: Any,
+) -> None:
+    """Step tensors of equal dtypes on one device: one launch, and one before it if the learning rate decays."""
+    params = operands[PARAM]
+    device, count = params[0].device, len(params)
+    sizes = list(map(Tensor.numel, params))
+    known = cuda_launch.inputs(step, counters, device)
+    flags = dense_flags(step) | known.flags
+    if (factors != 1.0).any():
+        flags |= kernels.SCALED.value
+    numbers = (
+        *scalars(step, known, float(factors[0])),
+        0.0 if step.clip_value is None else float(step.clip_value),
+        float(step.ema_momentum),
+        1 - step.ema_momentum,
+    )
+    wide = torch.float64 in (params[0].dtype, operands[FIRST][0].dtype)
+    constants = {
+        "REAL": tl.float64 if wide else tl.float32,
+        "BLOCK": kernels.BLOCK,
+        "num_warps": kernels.WARPS,
+    }
+    counted = counters if flags & kernels.COUNT.value else None
+    if count == 1:
+        own = [operands[column][0] if column in operands else None for column in range(COUNTER)]
+        cuda_launch.launch(
+            kernels.step_flat, (max(1, -(-sizes[0] // kernels.BLOCK)),), device, *own, counted and counted[0],
+            known.lr_pointer, known.grad_scale_pointer, known.found_inf, sizes[0], *numbers,
+            FLAGS=flags & ~kernels.LR_EACH.value, **constants,
+        )  # fmt: skip
+        return
+    if not (addresses % 16).any():
+        flags |= kernels.ALIGNED.value
+    if counted:
+        addresses[:, COUNTER] = list(map(Tensor.data_ptr, counted))
+    each = None
+    if (factors != factors[0]).any():
+        each, flags = upload(factors, device), flags | kernels.FACTOR_EACH.value
+    cut = extents(sizes, kernels.BLOCK, device)
+    dtypes = {
+        letter: DTYPE[operands[column][0].dtype] if column in operands else tl.float32
+        for column, letter in enumerate("PGSUEC")
+    }
+    cuda_launch.launch(
+        kernels.step_list, (cut.programs,), device, pointers(addresses, device), cut.extents, cut.blocks,
+        known.lr_pointer, each, known.grad_scale_pointer, known.found_inf, *numbers, **dtypes,
+        T=DTYPE[counted[0].dtype] if counted else tl.float32, FLAGS=flags, **constants,
+    )  # fmt: skip
+
+
+def _step_row_wise(
+    step: Step, operands: Mapping[int, Tensor], counters: Sequence[Tensor] | None, factor: float
+) -> None:
+    """One dense tensor with one state number per row: every row steps."""
+    unsupported = {
+        "ema": step.ema is not None,
+        "copy_out": step.copy_out is not None,
+        "clip_value": step.clip_value is not None,
+        "decoupled": step.decoupled and step.weight_decay != 0,
+        "eps_inside_root": step.eps_inside_root,
+        "multiply_first": step.multiply_first,
+    }
+    for name, asked in unsupported.items():
+        if asked:
+            raise NotImplementedError(f"row-wise state does not go with {name}")
+    param, grad = operands[PARAM], operands[GRAD]
+    dense, copied = in_one_layout({PARAM: param.contiguous(), GRAD: grad})
+    if dense[PARAM] is not param:
+        copied.append(Copied(param, dense[PARAM]))
+    states = [_contiguous(operands[column], copied) for column in STATE_COLUMNS if column in operands]
+    extra = kernels.ZERO_GRAD.value if step.zero_grad else kernels.WRITE_GRAD.value
+    rows = param.shape[0] if param.dim() else 1
+    _launch_rows(step, dense[PARAM], None, None, dense[GRAD], states, counters, rows, factor, extra)
+    give_back(copied, grad, grad_too=step.zero_grad or step.grad_scale is not None)
+
+
+def step_rows(step: RowStep) -> None:
+    """Take a step on rows of one table; see `dispatch.RowStep`.
+
+    An id outside the table raises IndexError before anything is written; under graph capture, where the host cannot
+    look, its row is passed over.
+    """
+    device = step.param.device
+    if skipped(step, device):
+        return
+    ids, order = step.ids.contiguous(), None
+    if ids.numel() and not capturing(device):
+        low, high = torch.stack(torch.aminmax(ids)).tolist()
+        if low < 0 or high >= step.param.shape[0]:
+            bad = low if low < 0 else high
+            raise IndexError(f"index {bad} is out of bounds for dimension 0 with size {step.param.shape[0]}")
+    if not step.unique:
+        ids, order = torch.sort(ids, stable=True)
+    copied: list[Copied] = []
+    param = _contiguous(step.param, copied)
+    states = [_contiguous(state, copied) for state in step.states]
+    rows = step.rows.resolve_neg().contiguous()
+    counters = None if step.steps is None else [step.steps]
+    _launch_rows(step, param, ids, order, rows, states, counters, ids.numel(), step.factor, 0)
+    give_back(copied, step.rows, grad_too=False)
+
+
+def _contiguous(tensor: Tensor, copied: list[Copied]) -> Tensor:
+    if tensor.is_contiguous():
+        return tensor
+    copied.append(Copied(tensor, tensor.contiguous()))
+    return copied[-1].copy
+
+
+def _launch_rows(
+    step: Step | RowStep,
+    param: Tensor,
+    ids: Tensor | None,
+    order: Tensor | None,
+    rows: Tensor,
+    states: Sequence[Tensor],
+    counters: Sequence[Tensor] | None,
+    count: int,
+    factor: float,
+    flags: int,
+) -> None:
+    device = param.device
+    known = cuda_launch.inputs(step, counters, device)
+    flags |= row_flags(step) | known.flags & ~kernels.LR_EACH.value
+    if factor != 1.0:
+        flags |= kernels.SCALED.value
+    table_rows = param.shape[0] if param.dim() else 1
+    width = param.numel() // table_rows if table_rows else 0
+    if width == 0:  # a launch over nothing still advances the counter
+        width, count = 1, 0
+    row_wise = states[0].numel() != param.numel()
+    columns = min(row_kernels.TILE, triton.next_power_of_2(width))
+    tile_rows = row_kernels.TILE // columns
+    wide = torch.float64 in (param.dtype, states[0].dtype)
+    cuda_launch.launch(
+        row_kernels.step_rows, (max(1, -(-count // tile_rows)), 1 if row_wise else -(-width // columns)), device,
+        param, rows, ids, order, states[0], states[1] if len(states) > 1 else None,
+        counters[0] if counters and flags & kernels.COUNT.value else None,
+        known.lr_pointer, known.grad_scale_pointer, known.found_inf, count, table_rows,
+        *scalars(step, known, factor), WIDTH=width, ROWS=tile_rows, COLS=columns, ROW_WISE=row_wise,
+        EVERY_ROW=ids is None, MERGED=order is None, REAL=tl.float64 if wide else tl.float32, FLAGS=flags,
+        num_warps=kernels.WARPS,
+    )  # fmt: skip
+
+
+def square_sums(tensors: Sequence[Tensor]) -> list[float]:
+    """Sums of squares, one per tensor, in the order that `norms` states; not finite if an element is not."""
+    totals = [0.0] * len(tensors)
+    alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for k, tensor in enumerate(tensors):
+        alike.setdefault((tensor.device, tensor.dtype), []).append(k)
+    launched = []
+    for (device, dtype), members in alike.items():
+        flat = [tensors[k].detach().resolve_neg().contiguous() for k in members]
+        cut = extents([t.numel() for t in flat], row_kernels.NORM_BLOCK.value, device)
+        addresses = np.array([t.data_ptr() for t in flat], np.int64)
+        sums = torch.empty(cut.programs, dtype=torch.float64, device=device)
+        flags = 0 if (addresses % 16).any() else kernels.ALIGNED.value
+        cuda_launch.launch(
+            row_kernels.square_blocks, (cut.programs,), device, pointers(addresses, device), cut.extents, cut.blocks,
+            sums, G=DTYPE[dtype], FLAGS=flags, num_warps=row_kernels.NORM_WARPS,
+        )  # fmt: skip
+        launched.append((members, flat, sums))
+    for members, flat, sums in launched:
+        own, start = sums.cpu().numpy(), 0
+        for k, tensor in zip(members, flat, strict=True):
+            stop = start + max(1, -(-tensor.numel() // row_kernels.NORM_BLOCK.value))
+            totals[k] = float(np.cumsum(own[start:stop])[-1])  # adds in order, which sum does not
+            start = stop
+    return totals

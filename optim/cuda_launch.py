@@ -1,0 +1,215 @@
+"""What a launch needs to know besides the tensors: flags, numbers, and pointers to numbers that live on the device.
+
+A number that is a tensor on the step's device is passed as a pointer and read by the kernel; the host never
+waits for it. Step counters on the device are advanced there: in the step's own launch, or just before it if the
+learning rate decays. Counters on the host (torch keeps them there unless told otherwise) are advanced here; they
+do not move when a graph is replayed, so capturing such a step is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from . import cuda_kernels as kernels
+from .cuda_tables import capturing, pointers, upload
+from .dispatch import RowStep, Step, number
+
+DTYPE: Final = {
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+COUNTED_DTYPES: Final = (torch.float32, torch.float64)
+
+
+class Inputs(NamedTuple):
+    """The part of a launch that all its tensors have in common."""
+
+    flags: int
+    lr: float
+    lr_pointer: Tensor | None
+    grad_scale: float
+    grad_scale_pointer: Tensor | None
+    found_inf: Tensor | None
+
+
+def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **constants: Any) -> None:
+    """Queue one kernel on the device's current stream. A multiply and an add stay two roundings unless fma is meant."""
+    with torch.cuda.device(device if device.type == "cuda" else -1):
+        kernel[grid](*args, **constants, enable_fp_fusion=False)
+
+
+def skipped(step: Step | RowStep, device: torch.device) -> bool:
+    """Whether the host knows already that found_inf is 1; it asks the device only if the counters are its own."""
+    found = step.found_inf
+    if found is None:
+        return False
+    if isinstance(found, Tensor) and found.device.type == device.type:
+        counters = (
+            step.steps if isinstance(step.steps, Sequence) else [step.steps] if step.steps is not None else []
+        )
+        if all(counter.device.type == device.type for counter in counters):
+            return False
+    return number(found) == 1.0
+
+
+def inputs(
+    step: Step | RowStep,
+    counters: Sequence[Tensor] | None,
+    device: torch.device,
+) -> Inputs:
+    """Advance the counters of one launch, or leave that to its kernel (COUNT), and say how its numbers arrive."""
+    flags = 0
+    scale_pointer = _on_device(step.grad_scale, device)
+    found_inf = _on_device(step.found_inf, device)
+    lr_pointer = _on_device(step.lr, device)
+    lr = 0.0 if lr_pointer is not None else number(step.lr)
+    if scale_pointer is not None:
+        flags |= kernels.SCALE_POINTER.value
+    if found_inf is not None:
+        flags |= kernels.FOUND_INF.value
+    if counters is None:
+        lr, lr_pointer = _divided(lr, lr_pointer, 1 + (step.step - 1) * step.lr_decay)
+    elif counters[0].device == device and counters[0].dtype in COUNTED_DTYPES:
+        if step.lr_decay == 0:
+            flags |= kernels.COUNT.value
+        else:
+            lr_pointer = _advance_by_kernel(counters, lr, lr_pointer, found_inf, device, step.lr_decay)
+            flags |= kernels.LR_EACH.value
+    elif counters[0].device.type == device.type:
+        divisors = _advance_by_torch(counters, found_inf, device, step.lr_decay)
+        if divisors is not None:
+            lr_pointer = (lr if lr_pointer is None else lr_pointer.double()) / divisors
+            flags |= kernels.LR_EACH.value
+    else:
+        divisors = _advance_on_host(counters, device, step.lr_decay)
+        each, lr, lr_pointer = _rates_of(divisors, lr, lr_pointer, device)
+        flags |= each
+    if lr_pointer is not None:
+        flags |= kernels.LR_POINTER.value
+    return Inputs(flags, lr, lr_pointer, _number(step.grad_scale, scale_pointer), scale_pointer, found_inf)
+
+
+def scalars(step: Step | RowStep, known: Inputs, factor: float) -> tuple[float, ...]:
+    """lr, factor, grad_scale, rho, 1-rho, eps, weight_decay, in the kernels' order; 1-rho is taken in double."""
+    return (
+        known.lr,
+        factor,
+        known.grad_scale,
+        float(step.rho),
+        1 - step.rho,
+        float(step.eps),
+        float(step.weight_decay),
+    )
+
+
+def dense_flags(step: Step) -> int:
+    """The options of a dense step."""
+    decays, unscales = step.weight_decay != 0, step.grad_scale is not None
+    return (
+        row_flags(step)
+        | _bit(kernels.CLIP, step.clip_value is not None)
+        | _bit(kernels.DECOUPLED, decays and step.decoupled)
+        | _bit(kernels.WRITE_GRAD, unscales and not step.zero_grad)
+        | _bit(kernels.ZERO_GRAD, step.zero_grad)
+        | _bit(kernels.HAS_EMA, step.ema is not None)
+        | _bit(kernels.HAS_COPY, step.copy_out is not None)
+        | _bit(kernels.EPS_INSIDE_ROOT, step.eps_inside_root)
+        | _bit(kernels.MULTIPLY_FIRST, step.multiply_first)
+    )
+
+
+def row_flags(step: Step | RowStep) -> int:
+    """The options that a step over rows knows too."""
+    decoupled = isinstance(step, Step) and step.decoupled
+    return (
+        _bit(kernels.ADADELTA, step.rule == "adadelta")
+        | _bit(kernels.UNSCALE, step.grad_scale is not None)
+        | _bit(kernels.MAXIMIZE, step.maximize)
+        | _bit(kernels.COUPLED, step.weight_decay != 0 and not decoupled)
+    )
+
+
+def _bit(flag: Any, asked: bool) -> int:
+    return int(flag.value) if asked else 0
+
+
+def _on_device(value: Tensor | float | None, device: torch.device) -> Tensor | None:
+    """A tensor of the step's device, brought there from another one without waiting; None for a host's number."""
+    if not isinstance(value, Tensor) or value.device.type != device.type:
+        return None
+    return value if value.device == device else value.to(device, non_blocking=True)
+
+
+def _number(value: Tensor | float | None, pointer: Tensor | None) -> float:
+    return 1.0 if value is None or pointer is not None else number(value)
+
+
+def _divided(lr: float, lr_pointer: Tensor | None, divisor: float) -> tuple[float, Tensor | None]:
+    if lr_pointer is not None and divisor != 1:
+        lr_pointer = lr_pointer.double() / divisor
+    return lr / divisor, lr_pointer
+
+
+def _advance_by_kernel(
+    counters: Sequence[Tensor],
+    lr: float,
+    lr_pointer: Tensor | None,
+    found_inf: Tensor | None,
+    device: torch.device,
+    lr_decay: float,
+) -> Tensor:
+    count = len(counters)
+    rates = torch.empty(count, dtype=torch.float64, device=device)
+    table = pointers(np.array([t.data_ptr() for t in counters], np.int64), device)
+    flags = _bit(kernels.LR_POINTER, lr_pointer is not None) | _bit(kernels.FOUND_INF, found_inf is not None)
+    launch(
+        kernels.advance, (-(-count // kernels.ADVANCE_BLOCK),), device, table, rates, lr_pointer, found_inf,
+        count, lr, float(lr_decay), T=DTYPE[counters[0].dtype], FLAGS=flags, BLOCK=kernels.ADVANCE_BLOCK,
+        num_warps=kernels.WARPS,
+    )  # fmt: skip
+    return rates
+
+
+def _advance_by_torch(
+    counters: Sequence[Tensor], found_inf: Tensor | None, device: torch.device, lr_decay: float
+) -> Tensor | None:
+    """Counters of a dtype that the kernels do not count in, or on a neighbouring device."""
+    for counter in counters:
+        counter += (
+            1 if found_inf is None else (found_inf.to(counter.device, non_blocking=True) != 1).reshape(())
+        )
+    if lr_decay == 0:
+        return None
+    return torch.stack(
+        [1 + (c.reshape(()).to(device, torch.float64, non_blocking=True) - 1) * lr_decay for c in counters]
+    )
+
+
+def _advance_on_host(counters: Sequence[Tensor], device: torch.device, lr_decay: float) -> Any:
+    if capturing(device):
+        raise RuntimeError(
+            "step counters on the CPU do not advance when a CUDA graph is replayed: "
+            "pass fused=True (or capturable=True) so that they live on the device"
+        )
+    torch._foreach_add_(list(counters), 1)
+    if lr_decay == 0:
+        return np.ones(1)
+    return 1 + (torch.stack(list(counters)).to(torch.float64).numpy() - 1) * lr_decay
+
+
+def _rates_of(
+    divisors: Any, lr: float, lr_pointer: Tensor | None, device: torch.device
+) -> tuple[int, float, Tensor | None]:
+    """LR_EACH or nothing, and the learning rate over the host's divisors: one for all if they are equal."""
+    if (divisors == divisors[0]).all():
+        return 0, *_divided(lr, lr_pointer, float(divisors[0]))
+    rates = upload(lr / divisors if lr_pointer is None else divisors, device)
+    return _bit(kernels.LR_EACH, True), lr, rates if lr_pointer is None else lr_pointer.double() / rates

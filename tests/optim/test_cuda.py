@@ -1,0 +1,70 @@
+"""Runs `cuda_cases` in Triton's interpreter, and on a device where there is one.
+
+The interpreter is chosen by an environment variable that must be set before triton is imported, so the cases run in
+a process of their own.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PARTS = [
+    "TestParity",
+    "TestLists or TestNumbers or TestLayouts",
+    "TestRows or TestNorms or TestOptimizers",
+]
+
+
+def run_cases(*arguments, **environment):
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "tests/optim/cuda_cases.py",
+        *arguments,
+    ]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout
+    assert "skipped" not in done.stdout
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_in_the_interpreter(part):
+    run_cases("-m", "not gpu", "-k", part, TRITON_INTERPRET="1")
+
+
+def test_every_case_is_in_a_part():
+    names = [line.split()[1].rstrip(":") for line in (ROOT / "tests/optim/cuda_cases.py").read_text().splitlines()
+             if line.startswith("class Test")]  # fmt: skip
+    assert set(names) == {name for part in PARTS for name in part.split(" or ")} | {"TestGraphs"}
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("part", [*PARTS, "TestGraphs"])
+def test_on_a_device(part):
+    run_cases("-k", part, TRITON_INTERPRET="0")
+
+
+def test_triton_is_imported_at_the_first_cuda_step():
+    # torch's own optimizers import triton when they are made; this package must not before it needs it.
+    code = (
+        "import sys, torch, pushstep.optim as o\n"
+        "early = 'triton' in sys.modules\n"
+        "p = torch.zeros(3, requires_grad=True); p.grad = torch.ones(3)\n"
+        "o.Adagrad([p]).step()\n"
+        "sys.exit(early or 'pushstep.optim.cuda_kernels' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
