@@ -209,8 +209,9 @@ class OneCountOptimizer(FusedOptimizer):
         self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], memo: dict[str, Any]
     ) -> dict[str, Sequence[int]]:
         options = _options(group)
-        if self._all_cpu_dense(params, grads, options, memo):
-            return {"cpu": range(len(params))}
+        device_type = params[0].device.type
+        if self._all_dense(device_type, params, grads, options, memo):
+            return {device_type: range(len(params))}
         members: dict[str, list[int]] = {}
         for k, param in enumerate(params):
             who = path_of(param, options)

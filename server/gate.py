@@ -14,7 +14,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from pushstep.optim.norms import square_sum
+from pushstep.optim.norms import square_sums
 from pushstep.optim.rows import coalesce
 from pushstep.proto import dtypes
 from pushstep.proto.errors import (
@@ -80,8 +80,7 @@ def inspect(layout: Layout, header: PushHeader, body: Assembly, digest: int) -> 
         else:
             parts.append(part)
             pieces = [part.rows]
-        for slot, piece in zip(slots, pieces, strict=True):
-            norm = square_sum(piece)
+        for slot, piece, norm in zip(slots, pieces, square_sums(pieces), strict=True):
             staged.norms.append(ParameterNorm(parameter=slot.index, square_sum=norm))
             stepped = dtypes.state_dtype(slot.dtype)
             narrowed = piece.dtype.itemsize > stepped.itemsize  # a finite float64 may be an infinite float32

@@ -30,6 +30,7 @@ from .config import Config, is_loopback, split_address
 from .grpc_door import SERVICE, GrpcDoor
 from .rest_door import create_app
 from .staging import Budget
+from .warmup import warm_kernels
 
 log = logging.getLogger("pushstep.service")
 
@@ -84,6 +85,7 @@ class Service:
         serving = asyncio.create_task(http.serve(sockets=[self._http_socket]))
         while not http.started and not serving.done():
             await asyncio.sleep(0.005)
+        await asyncio.to_thread(warm_kernels, self.catalog.device, self.config.data / "kernels")
         await self.catalog.load()
         await self._say(health_pb2.HealthCheckResponse.SERVING)
         unix = f" unix={self.unix_path}" if self.unix_path else ""

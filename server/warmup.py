@@ -1,0 +1,39 @@
+"""Compiling the kernels before the first worker needs them.
+
+A kernel's first call costs seconds where no process before has compiled it. One tiny step of each rule and form that
+pushes usually take puts them all into the cache, which lies in the data folder when the package's own is read-only.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from pushstep.optim import RULES
+from pushstep.optim.kernel_cache import keep_in
+from pushstep.optim.norms import square_sums
+from pushstep.optim.rows import coalesce
+
+
+def warm_kernels(device: torch.device, cache: Path) -> None:
+    """Step every rule once, dense and by rows, with and without a factor."""
+    keep_in(cache)
+    gradient = torch.ones(2, 2, device=device)
+    square_sums([gradient])
+    ids, rows = coalesce(torch.tensor([1, 0, 1]), torch.ones(3, 2))
+    for rule in RULES.values():
+        hyperparameters = dict(rule.defaults)
+        for factor in (1.0, 0.5):
+            param, *state = (torch.zeros(2, 2, device=device) for _ in range(1 + len(rule.state_names)))
+            rule.step_dense(
+                param.view(-1),
+                gradient.view(-1),
+                [s.view(-1) for s in state],
+                hyperparameters,
+                step=1,
+                factor=factor,
+            )
+            rule.step_rows(
+                param, ids.to(device), rows.to(device), state, hyperparameters, step=1, factor=factor
+            )
