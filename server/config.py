@@ -66,7 +66,7 @@ class Config(BaseSettings):
         if file is not None:
             try:
                 from_file = tomllib.loads(file.read_text())
-            except (OSError, tomllib.TOMLDecodeError) as error:
+            except (OSError, ValueError) as error:  # no TOML, or not even text
                 raise ValueError(f"cannot read settings from {file}: {error}") from error
         try:
             return _with_file(cls, from_file)(**arguments)

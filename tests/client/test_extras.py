@@ -45,7 +45,9 @@ def test_a_closed_session_leaves_a_checkpoint_that_loads_whole(
     content = server.rest("GET", f"/v1/models/{model_name}/snapshots/{snapshot}/content").content
     assert int(load(content)["1.num_batches_tracked"]) == 0
     assert server.rest("POST", f"/v1/models/{model_name}/snapshots/{snapshot}/restore").status_code == 200
-    assert int(load(server.rest("GET", f"/v1/models/{model_name}/export").content)["1.num_batches_tracked"]) == 0
+    assert (
+        int(load(server.rest("GET", f"/v1/models/{model_name}/export").content)["1.num_batches_tracked"]) == 0
+    )
 
 
 def test_only_the_lead_worker_s_count(server: RunningServer, model_name: str) -> None:
@@ -53,7 +55,9 @@ def test_only_the_lead_worker_s_count(server: RunningServer, model_name: str) ->
     first = server.connect(model_name, "w0")
     first.attach(Adadelta([p for p in lead.parameters() if p.requires_grad]), module=lead)
     other = server.connect(model_name, "w1")
-    _train(second, other.attach(Adadelta([p for p in second.parameters() if p.requires_grad]), module=second), 3)
+    _train(
+        second, other.attach(Adadelta([p for p in second.parameters() if p.requires_grad]), module=second), 3
+    )
     other.close()
     exported = load(server.rest("GET", f"/v1/models/{model_name}/export").content)
     assert int(exported["1.num_batches_tracked"]) == 0

@@ -340,7 +340,8 @@ def test_start_falls_back_and_a_restore_of_damage_is_refused(data: Path) -> None
     bad = flip_last(newest / "arena-0001.safetensors")
     with running_server(data) as server:
         after = state_of(server, "m")
-        assert {**after, "timeline": 1} == before
+        same = ("uid", "version", "edit", "export", "body", "steps", "hooks")
+        assert [after[key] for key in same] == [before[key] for key in same]
         assert after["timeline"] == 2
         answer = server.rest("POST", f"/v1/models/m/snapshots/{newest.name}/restore")
         assert (answer.status_code, answer.json()["code"]) == (500, "snapshot_damaged")
@@ -378,6 +379,7 @@ def test_killed_in_mid_write_the_last_snapshot_stays(data: Path) -> None:
     session = created(server, "m")
     taken_id = server.rest("POST", "/v1/models/m/snapshots").json()["id"]
     session.push({"bias": np.ones(4, np.float32)})
+    session.close()
     assert server.stop(signal.SIGKILL) == -signal.SIGKILL
     folder = data / "models" / "m" / "snapshots"
     half = folder / "tmp-0123"
