@@ -232,9 +232,13 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def _apply(self, pulled: Pulled) -> None:
+        # a group that another worker has added meanwhile is not this one's yet: the next push says so
         for slot, _, values in pulled.dense():
-            self._parameters[slot.name].copy_(values)
+            if slot.name in self._parameters:
+                self._parameters[slot.name].copy_(values)
         for slot, ids, rows in pulled.rows():
+            if slot.name not in self._parameters:
+                continue
             parameter = self._parameters[slot.name]
             parameter.index_copy_(0, ids.to(parameter.device), rows.to(parameter.device, parameter.dtype))
         self._held = (pulled.header.timeline, pulled.header.version)

@@ -351,7 +351,10 @@ class Session:
         self._check_usable()
         have = self._mirror_at
         request = pb.PullRequest(
-            model=self.model, options=self._pull_options(have), timeline=have[0] if have else 0
+            model=self.model,
+            options=self._pull_options(have),
+            timeline=have[0] if have else 0,
+            manifest_hash=self._mirror_layout.manifest_hash if self._mirror_layout is not None else 0,
         )
         self._take(self._retry.run(lambda: self._transport.pull(request, self._mirror_layout)))
         return self._arrays()
@@ -364,6 +367,7 @@ class Session:
             identity=member.identity(),
             options=self._pull_options(have),
             timeline=have[0] if have else 0,
+            manifest_hash=member.layout.manifest_hash,
         )
         return self._retry.run(lambda: self._transport.pull(request, member.layout))
 

@@ -210,16 +210,18 @@ class PushResponse(_message.Message):
     def __init__(self, receipt: _Optional[_Union[_types_pb2.Receipt, _Mapping]] = ...) -> None: ...
 
 class PullRequest(_message.Message):
-    __slots__ = ("model", "identity", "options", "timeline")
+    __slots__ = ("model", "identity", "options", "timeline", "manifest_hash")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     IDENTITY_FIELD_NUMBER: _ClassVar[int]
     OPTIONS_FIELD_NUMBER: _ClassVar[int]
     TIMELINE_FIELD_NUMBER: _ClassVar[int]
+    MANIFEST_HASH_FIELD_NUMBER: _ClassVar[int]
     model: str
     identity: _types_pb2.Identity
     options: PullOptions
     timeline: int
-    def __init__(self, model: _Optional[str] = ..., identity: _Optional[_Union[_types_pb2.Identity, _Mapping]] = ..., options: _Optional[_Union[PullOptions, _Mapping]] = ..., timeline: _Optional[int] = ...) -> None: ...
+    manifest_hash: int
+    def __init__(self, model: _Optional[str] = ..., identity: _Optional[_Union[_types_pb2.Identity, _Mapping]] = ..., options: _Optional[_Union[PullOptions, _Mapping]] = ..., timeline: _Optional[int] = ..., manifest_hash: _Optional[int] = ...) -> None: ...
 
 class PullRowsRequest(_message.Message):
     __slots__ = ("model", "parameter", "ids", "dtype")

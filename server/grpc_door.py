@@ -24,7 +24,7 @@ from pushstep.proto.frames import MAX_CHUNK_BYTES, Piece, pack
 from pushstep.proto.status import TRAILER, named, to_trailer
 from pushstep.proto.types_pb2 import DType, Receipt, Segment
 
-from .arena import ArenasCopy
+from .arena import Arenas, ArenasCopy
 from .bulk import BulkStream
 from .catalog import Catalog
 from .intake import Intake, Pending
@@ -128,7 +128,7 @@ class GrpcDoor:
         published = await _newest(model, header.pull, header.identity.timeline)
         answer = pb.PullHeader(receipt=receipt, groups=receipt.groups)
         answer.receipt.times.publish_s = time.monotonic() - begun_s
-        async for message in _published_messages(model, published, answer):
+        async for message in _published_messages(model, published, answer, header.manifest_hash):
             yield message
 
     async def pull(self, request: pb.PullRequest) -> AsyncIterator[bytes]:
@@ -140,9 +140,8 @@ class GrpcDoor:
             model.sessions.require(request.identity, time.monotonic())
         else:
             model.require_whole()
-            answer.manifest.CopyFrom(model.layout.manifest)
         published = await _newest(model, request.options, request.timeline)
-        async for message in _published_messages(model, published, answer):
+        async for message in _published_messages(model, published, answer, request.manifest_hash):
             yield message
 
     async def pull_rows(self, request: pb.PullRowsRequest) -> AsyncIterator[bytes]:
@@ -165,7 +164,7 @@ class GrpcDoor:
                 segment.rows = ids.numel()
                 dtype = dtypes.to_torch(segment.dtype, "segment")
                 body = [Piece(ids, torch.int64), Piece(arenas.view(slot).index_select(0, ids), dtype)]
-            header = _header(model, arenas.timeline, arenas.version, [segment])
+            header = _header(model, arenas, [segment])
             return header, list(pack([body]))
 
         header, frames = await model.stepper.submit(read)
@@ -179,7 +178,7 @@ class GrpcDoor:
         values = model.group_values()
         _, copy = await model.copy()
         segments, bodies = _state_bodies(copy)
-        header = _header(model, copy.timeline, copy.version, segments)
+        header = _header(model, copy, segments)
         header.steps.extend(copy.steps)
         header.groups.extend(values)
         header.manifest.CopyFrom(copy.layout.manifest)
@@ -220,9 +219,11 @@ def _wire(dtype: int) -> torch.dtype | None:
 
 
 async def _published_messages(
-    model: Model, published: Published, header: pb.PullHeader
+    model: Model, published: Published, header: pb.PullHeader, known_manifest: int
 ) -> AsyncIterator[bytes]:
-    header.MergeFrom(_header(model, published.timeline, published.version, published.segments))
+    header.MergeFrom(_header(model, published, published.segments))
+    if header.manifest_hash != known_manifest:
+        header.manifest.CopyFrom(published.layout.manifest)
     header.unchanged = published.unchanged
     yield pb.PullResponse(header=header).SerializeToString()
     for frame in published.dense.frames if published.dense is not None else ():
@@ -231,13 +232,14 @@ async def _published_messages(
         yield frame
 
 
-def _header(model: Model, timeline: int, version: int, segments: list[Segment]) -> pb.PullHeader:
+def _header(model: Model, at: Arenas | ArenasCopy | Published, segments: list[Segment]) -> pb.PullHeader:
+    """What every answer says: which version of which model it is, by the layout that it was read with."""
     return pb.PullHeader(
         model_uid=model.uid,
-        timeline=timeline,
-        version=version,
+        timeline=at.timeline,
+        version=at.version,
         segments=segments,
-        manifest_hash=model.layout.manifest_hash,
+        manifest_hash=at.layout.manifest_hash,
     )
 
 

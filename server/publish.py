@@ -18,7 +18,7 @@ import torch
 
 from pushstep.proto import dtypes
 from pushstep.proto.frames import Piece, pack
-from pushstep.proto.layout import ID_BYTES, Slot
+from pushstep.proto.layout import ID_BYTES, Layout, Slot
 from pushstep.proto.types_pb2 import Segment
 
 from .arena import Arenas
@@ -45,6 +45,7 @@ class Published:
 
     timeline: int
     version: int
+    layout: Layout
     unchanged: bool
     segments: list[Segment]
     dense: DenseFrames | None
@@ -128,13 +129,17 @@ class Publisher:
         arenas = self._arenas
         have = request.have_version if request.timeline == arenas.timeline else None
         if have == arenas.version:
-            return Published(arenas.timeline, arenas.version, True, [], None, [])
+            return Published(*self._now(), True, [], None, [])
         dense = self._dense(request.wire)
         if dense is None:
             return None
         segments, bodies = self._row_tracked(have, request.wire)
         own = list(pack(bodies, first=len(dense.segments)))
-        return Published(arenas.timeline, arenas.version, False, dense.segments + segments, dense, own)
+        return Published(*self._now(), False, dense.segments + segments, dense, own)
+
+    def _now(self) -> tuple[int, int, Layout]:
+        """Timeline, version and layout as the writer has them; the model's may be ahead."""
+        return self._arenas.timeline, self._arenas.version, self._arenas.layout
 
     def _dense(self, wire: torch.dtype | None) -> DenseFrames | None:
         arenas = self._arenas

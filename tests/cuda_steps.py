@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+
 from pushstep.optim.cuda_kernels import BLOCK
 from pushstep.optim.dispatch import RowStep, Step
 

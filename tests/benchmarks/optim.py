@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable
 
 import torch
+
 from pushstep.optim import Adadelta, Adagrad, norms
 
 PAUSE_S = 0.02

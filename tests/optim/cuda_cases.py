@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from cuda_steps import BF16, DTYPES, DUPLICATES, F16, F32, F64, OPTIONS, SIZES, make_rows, make_step, moved
+
 from pushstep.optim import (
     Adadelta,
     Adagrad,

@@ -7,6 +7,7 @@ import itertools
 
 import pytest
 import torch
+
 from pushstep.optim import Adadelta, Adagrad, conversion, keras, mlx
 from pushstep.optim.conversion import ConversionError, convert, differences
 

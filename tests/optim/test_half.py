@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from pushstep.optim import RULES, Adadelta, Adagrad
 
 HALF = [torch.bfloat16, torch.float16]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pushstep.optim import Adadelta, Adagrad
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from pushstep.optim import Adadelta, Adagrad
 
 MAKES = [Adadelta, Adagrad]
 

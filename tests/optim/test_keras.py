@@ -12,6 +12,7 @@ import pytest
 import torch
 from closeness import compare
 from optimizer_peers import KerasRun, keras
+
 from pushstep.optim import keras as terms
 
 RULES = ("Adadelta", "Adagrad")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from closeness import compare
 from optimizer_peers import MlxRun, mlx_optimizers, mx
+
 from pushstep.optim import mlx as terms
 
 RULES = ("AdaDelta", "Adagrad")

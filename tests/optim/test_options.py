@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+
 from pushstep.optim import RULES, eager
 from pushstep.optim import cpu as backend
 from pushstep.optim.dispatch import RowStep, Step

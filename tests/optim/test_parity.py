@@ -8,6 +8,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+
 from pushstep.optim import Adadelta, Adagrad
 
 RULES = {

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from pushstep.optim import kernel_cache
 
 
@@ -220,11 +221,14 @@ MEMORY = """
         make([warm]).step()
         optimizer = make([p])
         optimizer.step()  # makes the states
-        with open("/proc/self/clear_refs", "w") as reset:
-            reset.write("5")
-        before = peak()
-        optimizer.step()
-        grown = (peak() - before) * 1024
+        grown = []
+        for _ in range(3):  # a temporary would be there at every step; a thread's first touch of its stack is not
+            with open("/proc/self/clear_refs", "w") as reset:
+                reset.write("5")
+            before = peak()
+            optimizer.step()
+            grown.append((peak() - before) * 1024)
+        grown = min(grown)
         assert grown < 0.01 * 4 * p.numel(), (make, grown)
 """
 

@@ -7,6 +7,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+
 from pushstep.optim import RULES, Adadelta, Adagrad, rows
 
 # torch's own sparse Adagrad step warns so, once per process

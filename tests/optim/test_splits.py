@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+
 from pushstep.optim import RULES, Adadelta, Adagrad
 from pushstep.optim import cpu as backend
 from pushstep.optim.dispatch import Step

@@ -11,6 +11,7 @@ import warnings
 
 import pytest
 import torch
+
 from pushstep.optim import Adadelta, Adagrad
 
 if "expecttest" not in sys.modules:  # torch's test package imports it for a base class that is not used here
