@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import cuda_arithmetic as arithmetic
 from . import cuda_kernels as kernels
 from . import cuda_launch
 from . import cuda_row_kernels as row_kernels
@@ -36,8 +37,10 @@ from .cuda_layouts import (
 from .cuda_tables import capturing, extents, pointers, upload
 from .dispatch import FUSED_DTYPES, RowStep, Step
 
-PARAM, GRAD, FIRST, SECOND = (c.value for c in (kernels.PARAM, kernels.GRAD, kernels.FIRST, kernels.SECOND))
-EMA, COPY, COUNTER = (c.value for c in (kernels.EMA, kernels.COPY, kernels.COUNTER))
+PARAM, GRAD, FIRST, SECOND = (
+    c.value for c in (arithmetic.PARAM, arithmetic.GRAD, arithmetic.FIRST, arithmetic.SECOND)
+)
+EMA, COPY, COUNTER = (c.value for c in (arithmetic.EMA, arithmetic.COPY, arithmetic.COUNTER))
 STATE_COLUMNS: Final = (FIRST, SECOND)
 
 LEAST_CAPABILITY: Final = (8, 0)
@@ -136,7 +139,7 @@ def _launch_dense(
     known = cuda_launch.inputs(step, counters, device)
     flags = dense_flags(step) | known.flags
     if (factors != 1.0).any():
-        flags |= kernels.SCALED.value
+        flags |= arithmetic.SCALED.value
     numbers = (
         *scalars(step, known, float(factors[0])),
         0.0 if step.clip_value is None else float(step.clip_value),
@@ -149,22 +152,22 @@ def _launch_dense(
         "BLOCK": kernels.BLOCK,
         "num_warps": kernels.WARPS,
     }
-    counted = counters if flags & kernels.COUNT.value else None
+    counted = counters if flags & arithmetic.COUNT.value else None
     if count == 1:
         own = [operands[column][0] if column in operands else None for column in range(COUNTER)]
         cuda_launch.launch(
             kernels.step_flat, (max(1, -(-sizes[0] // kernels.BLOCK)),), device, *own, counted and counted[0],
             known.lr_pointer, known.grad_scale_pointer, known.found_inf, sizes[0], *numbers,
-            FLAGS=flags & ~kernels.LR_EACH.value, **constants,
+            FLAGS=flags & ~arithmetic.LR_EACH.value, **constants,
         )  # fmt: skip
         return
     if not (addresses % 16).any():
-        flags |= kernels.ALIGNED.value
+        flags |= arithmetic.ALIGNED.value
     if counted:
         addresses[:, COUNTER] = list(map(Tensor.data_ptr, counted))
     each = None
     if (factors != factors[0]).any():
-        each, flags = upload(factors, device), flags | kernels.FACTOR_EACH.value
+        each, flags = upload(factors, device), flags | arithmetic.FACTOR_EACH.value
     cut = extents(sizes, kernels.BLOCK, device)
     dtypes = {
         letter: DTYPE[operands[column][0].dtype] if column in operands else tl.float32
@@ -197,7 +200,7 @@ def _step_row_wise(
     if dense[PARAM] is not param:
         copied.append(Copied(param, dense[PARAM]))
     states = [_contiguous(operands[column], copied) for column in STATE_COLUMNS if column in operands]
-    extra = kernels.ZERO_GRAD.value if step.zero_grad else kernels.WRITE_GRAD.value
+    extra = arithmetic.ZERO_GRAD.value if step.zero_grad else arithmetic.WRITE_GRAD.value
     rows = param.shape[0] if param.dim() else 1
     _launch_rows(step, dense[PARAM], None, None, dense[GRAD], states, counters, rows, factor, extra)
     give_back(copied, grad, grad_too=step.zero_grad or step.grad_scale is not None)
@@ -250,9 +253,9 @@ def _launch_rows(
 ) -> None:
     device = param.device
     known = cuda_launch.inputs(step, counters, device)
-    flags |= row_flags(step) | known.flags & ~kernels.LR_EACH.value
+    flags |= row_flags(step) | known.flags & ~arithmetic.LR_EACH.value
     if factor != 1.0:
-        flags |= kernels.SCALED.value
+        flags |= arithmetic.SCALED.value
     table_rows = param.shape[0] if param.dim() else 1
     width = param.numel() // table_rows if table_rows else 0
     if width == 0:  # a launch over nothing still advances the counter
@@ -264,7 +267,7 @@ def _launch_rows(
     cuda_launch.launch(
         row_kernels.step_rows, (max(1, -(-count // tile_rows)), 1 if row_wise else -(-width // columns)), device,
         param, rows, ids, order, states[0], states[1] if len(states) > 1 else None,
-        counters[0] if counters and flags & kernels.COUNT.value else None,
+        counters[0] if counters and flags & arithmetic.COUNT.value else None,
         known.lr_pointer, known.grad_scale_pointer, known.found_inf, count, table_rows,
         *scalars(step, known, factor), WIDTH=width, ROWS=tile_rows, COLS=columns, ROW_WISE=row_wise,
         EVERY_ROW=ids is None, MERGED=order is None, REAL=tl.float64 if wide else tl.float32, FLAGS=flags,
@@ -284,7 +287,7 @@ def square_sums(tensors: Sequence[Tensor]) -> list[float]:
         cut = extents([t.numel() for t in flat], row_kernels.NORM_BLOCK.value, device)
         addresses = np.array([t.data_ptr() for t in flat], np.int64)
         sums = torch.empty(cut.programs, dtype=torch.float64, device=device)
-        flags = 0 if (addresses % 16).any() else kernels.ALIGNED.value
+        flags = 0 if (addresses % 16).any() else arithmetic.ALIGNED.value
         cuda_launch.launch(
             row_kernels.square_blocks, (cut.programs,), device, pointers(addresses, device), cut.extents, cut.blocks,
             sums, G=DTYPE[dtype], FLAGS=flags, num_warps=row_kernels.NORM_WARPS,

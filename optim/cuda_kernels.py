@@ -10,7 +10,7 @@ Numbers arrive in double and are rounded once. The learning rate, grad_scale and
 every program: a step never waits for the host and can be replayed by a graph. FLAGS names what is compiled in.
 """
 
-# ruff: noqa: SIM102, SIM108, RET505
+# ruff: noqa: SIM102, SIM108
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
 # Triton's language has no types, and an `if` over constants is decided when compiling: it stays an outer one.
 from __future__ import annotations
@@ -20,122 +20,45 @@ from typing import Final
 import triton
 import triton.language as tl
 
+from .cuda_arithmetic import (
+    ADADELTA,
+    COLUMNS,
+    COPY,
+    COUNT,
+    COUNTER,
+    DECOUPLED,
+    EMA,
+    EPS_INSIDE_ROOT,
+    FACTOR_EACH,
+    FIRST,
+    FOUND_INF,
+    GRAD,
+    HAS_COPY,
+    HAS_EMA,
+    LR_EACH,
+    LR_POINTER,
+    PARAM,
+    SCALE_POINTER,
+    SECOND,
+    UNSCALE,
+    WRITE_GRAD,
+    ZERO_GRAD,
+    adadelta,
+    count_up,
+    divide,
+    load,
+    pointer_at,
+    prepare,
+    real,
+    root,
+    store,
+)
+
 BLOCK: Final = 1024
 WARPS: Final = (
     8  # four elements per thread: every dtype gets one layout, so nothing passes through shared memory
 )
 ADVANCE_BLOCK: Final = 256
-
-# Columns of a pointer table, one row of int64 addresses per tensor. Kernels see globals as constexpr only.
-PARAM = tl.constexpr(0)
-GRAD = tl.constexpr(1)
-FIRST = tl.constexpr(2)
-SECOND = tl.constexpr(3)
-EMA = tl.constexpr(4)
-COPY = tl.constexpr(5)
-COUNTER = tl.constexpr(6)
-COLUMNS = tl.constexpr(7)
-
-# `kernels.QUOTIENT_SCALE`, and the root of its inverse; that module is not imported because it needs numba.
-QUOTIENT_SCALE = tl.constexpr(2.0**40)
-QUOTIENT_UNSCALE = tl.constexpr(2.0**-20)
-
-# Bits of FLAGS.
-ADADELTA = tl.constexpr(1 << 0)
-UNSCALE = tl.constexpr(1 << 1)
-SCALED = tl.constexpr(1 << 2)
-CLIP = tl.constexpr(1 << 3)
-MAXIMIZE = tl.constexpr(1 << 4)
-COUPLED = tl.constexpr(1 << 5)
-DECOUPLED = tl.constexpr(1 << 6)
-WRITE_GRAD = tl.constexpr(1 << 7)
-ZERO_GRAD = tl.constexpr(1 << 8)
-HAS_EMA = tl.constexpr(1 << 9)
-HAS_COPY = tl.constexpr(1 << 10)
-EPS_INSIDE_ROOT = tl.constexpr(1 << 11)
-MULTIPLY_FIRST = tl.constexpr(1 << 12)
-COUNT = tl.constexpr(1 << 13)  # the first block of a tensor advances its counter
-LR_POINTER = tl.constexpr(1 << 14)
-LR_EACH = tl.constexpr(1 << 15)  # one learning rate per tensor, behind the pointer
-FACTOR_EACH = tl.constexpr(1 << 16)
-SCALE_POINTER = tl.constexpr(1 << 17)
-FOUND_INF = tl.constexpr(1 << 18)
-ALIGNED = tl.constexpr(1 << 19)  # every address in the table is a multiple of 16
-
-
-@triton.jit
-def real(value, REAL: tl.constexpr):
-    """A number of the host as REAL, rounded once from double."""
-    return tl.full([], value, tl.float64).to(REAL)
-
-
-@triton.jit
-def load(pointer, offsets, mask, REAL: tl.constexpr):
-    """Elements as REAL; 0 where masked out."""
-    if mask is None:
-        value = tl.load(pointer + offsets)
-    else:
-        value = tl.load(pointer + offsets, mask=mask, other=0.0)
-    if pointer.dtype.element_ty.primitive_bitwidth == 16:
-        value = value.to(tl.float32)
-    return value.to(REAL)
-
-
-@triton.jit
-def store(pointer, offsets, value, mask):
-    """Round to nearest even, to a half type by way of float32, as the CPU kernels do."""
-    if pointer.dtype.element_ty.primitive_bitwidth == 16:
-        value = value.to(tl.float32)
-    tl.store(pointer + offsets, value.to(pointer.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def divide(a, b):
-    """a / b, correctly rounded: the plain operator is approximate in float32, and exact in float64."""
-    if b.dtype == tl.float64:
-        return a / b
-    else:
-        return tl.div_rn(a, b)
-
-
-@triton.jit
-def root(x):
-    """sqrt(x), correctly rounded."""
-    if x.dtype == tl.float64:
-        return tl.sqrt(x)
-    else:
-        return tl.sqrt_rn(x)
-
-
-@triton.jit
-def prepare(g, p, factor, bound, weight_decay, FLAGS: tl.constexpr):
-    """The gradient that the rule sees, from the unscaled one."""
-    if SCALED & FLAGS:
-        g = g * factor
-    if CLIP & FLAGS:
-        g = tl.where(g > bound, bound, tl.where(g < -bound, -bound, g))  # NaN passes
-    if MAXIMIZE & FLAGS:
-        g = -g
-    if COUPLED & FLAGS:
-        g = tl.fma(weight_decay, p, g)
-    return g
-
-
-@triton.jit
-def quotient_root(u, v, eps):
-    """sqrt((u + eps) / (v + eps)), scaled as in `kernels` so that the quotient stays in range."""
-    return root(divide((u + eps) * QUOTIENT_SCALE, v + eps)) * QUOTIENT_UNSCALE
-
-
-@triton.jit
-def adadelta(g, v, u, rho, one_minus_rho, eps, FLAGS: tl.constexpr):
-    """The new v, d, and the new u."""
-    v = tl.fma(one_minus_rho * g, g, rho * v)
-    if MULTIPLY_FIRST & FLAGS:
-        d = divide(root(u + eps) * g, root(v + eps))
-    else:
-        d = quotient_root(u, v, eps) * g
-    return v, d, tl.fma(one_minus_rho * d, d, rho * u)
 
 
 @triton.jit
@@ -240,21 +163,6 @@ def step_block(
         step_elements(param, grad, first, second, ema, copy, offsets, offsets < size, lr, factor, scale,
                       rho, one_minus_rho, eps, decay, bound, momentum, rest, REAL, FLAGS)
     # fmt: on
-
-
-@triton.jit
-def pointer_at(row, COLUMN: tl.constexpr, DTYPE: tl.constexpr, FLAGS: tl.constexpr):
-    """The pointer in one column of a table's row."""
-    pointer = tl.load(row + COLUMN).to(tl.pointer_type(DTYPE))
-    if ALIGNED & FLAGS:
-        pointer = tl.multiple_of(pointer, 16)
-    return pointer
-
-
-@triton.jit
-def count_up(counter):
-    """Add one to a step counter; like torch's, a float32 one stops at 2^24."""
-    tl.store(counter, (tl.load(counter).to(tl.float64) + 1.0).to(counter.dtype.element_ty))
 
 
 @triton.jit

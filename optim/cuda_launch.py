@@ -16,6 +16,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from . import cuda_arithmetic as arithmetic
 from . import cuda_kernels as kernels
 from .cuda_tables import capturing, pointers, upload
 from .dispatch import RowStep, Step, number
@@ -72,28 +73,28 @@ def inputs(
     lr_pointer = _on_device(step.lr, device)
     lr = 0.0 if lr_pointer is not None else number(step.lr)
     if scale_pointer is not None:
-        flags |= kernels.SCALE_POINTER.value
+        flags |= arithmetic.SCALE_POINTER.value
     if found_inf is not None:
-        flags |= kernels.FOUND_INF.value
+        flags |= arithmetic.FOUND_INF.value
     if counters is None:
         lr, lr_pointer = _divided(lr, lr_pointer, 1 + (step.step - 1) * step.lr_decay)
     elif counters[0].device == device and counters[0].dtype in COUNTED_DTYPES:
         if step.lr_decay == 0:
-            flags |= kernels.COUNT.value
+            flags |= arithmetic.COUNT.value
         else:
             lr_pointer = _advance_by_kernel(counters, lr, lr_pointer, found_inf, device, step.lr_decay)
-            flags |= kernels.LR_EACH.value
+            flags |= arithmetic.LR_EACH.value
     elif counters[0].device.type == device.type:
         divisors = _advance_by_torch(counters, found_inf, device, step.lr_decay)
         if divisors is not None:
             lr_pointer = (lr if lr_pointer is None else lr_pointer.double()) / divisors
-            flags |= kernels.LR_EACH.value
+            flags |= arithmetic.LR_EACH.value
     else:
         divisors = _advance_on_host(counters, device, step.lr_decay)
         each, lr, lr_pointer = _rates_of(divisors, lr, lr_pointer, device)
         flags |= each
     if lr_pointer is not None:
-        flags |= kernels.LR_POINTER.value
+        flags |= arithmetic.LR_POINTER.value
     return Inputs(flags, lr, lr_pointer, _number(step.grad_scale, scale_pointer), scale_pointer, found_inf)
 
 
@@ -115,14 +116,14 @@ def dense_flags(step: Step) -> int:
     decays, unscales = step.weight_decay != 0, step.grad_scale is not None
     return (
         row_flags(step)
-        | _bit(kernels.CLIP, step.clip_value is not None)
-        | _bit(kernels.DECOUPLED, decays and step.decoupled)
-        | _bit(kernels.WRITE_GRAD, unscales and not step.zero_grad)
-        | _bit(kernels.ZERO_GRAD, step.zero_grad)
-        | _bit(kernels.HAS_EMA, step.ema is not None)
-        | _bit(kernels.HAS_COPY, step.copy_out is not None)
-        | _bit(kernels.EPS_INSIDE_ROOT, step.eps_inside_root)
-        | _bit(kernels.MULTIPLY_FIRST, step.multiply_first)
+        | _bit(arithmetic.CLIP, step.clip_value is not None)
+        | _bit(arithmetic.DECOUPLED, decays and step.decoupled)
+        | _bit(arithmetic.WRITE_GRAD, unscales and not step.zero_grad)
+        | _bit(arithmetic.ZERO_GRAD, step.zero_grad)
+        | _bit(arithmetic.HAS_EMA, step.ema is not None)
+        | _bit(arithmetic.HAS_COPY, step.copy_out is not None)
+        | _bit(arithmetic.EPS_INSIDE_ROOT, step.eps_inside_root)
+        | _bit(arithmetic.MULTIPLY_FIRST, step.multiply_first)
     )
 
 
@@ -130,10 +131,10 @@ def row_flags(step: Step | RowStep) -> int:
     """The options that a step over rows knows too."""
     decoupled = isinstance(step, Step) and step.decoupled
     return (
-        _bit(kernels.ADADELTA, step.rule == "adadelta")
-        | _bit(kernels.UNSCALE, step.grad_scale is not None)
-        | _bit(kernels.MAXIMIZE, step.maximize)
-        | _bit(kernels.COUPLED, step.weight_decay != 0 and not decoupled)
+        _bit(arithmetic.ADADELTA, step.rule == "adadelta")
+        | _bit(arithmetic.UNSCALE, step.grad_scale is not None)
+        | _bit(arithmetic.MAXIMIZE, step.maximize)
+        | _bit(arithmetic.COUPLED, step.weight_decay != 0 and not decoupled)
     )
 
 
@@ -169,7 +170,9 @@ def _advance_by_kernel(
     count = len(counters)
     rates = torch.empty(count, dtype=torch.float64, device=device)
     table = pointers(np.array([t.data_ptr() for t in counters], np.int64), device)
-    flags = _bit(kernels.LR_POINTER, lr_pointer is not None) | _bit(kernels.FOUND_INF, found_inf is not None)
+    flags = _bit(arithmetic.LR_POINTER, lr_pointer is not None) | _bit(
+        arithmetic.FOUND_INF, found_inf is not None
+    )
     launch(
         kernels.advance, (-(-count // kernels.ADVANCE_BLOCK),), device, table, rates, lr_pointer, found_inf,
         count, lr, float(lr_decay), T=DTYPE[counters[0].dtype], FLAGS=flags, BLOCK=kernels.ADVANCE_BLOCK,
@@ -212,4 +215,4 @@ def _rates_of(
     if (divisors == divisors[0]).all():
         return 0, *_divided(lr, lr_pointer, float(divisors[0]))
     rates = upload(lr / divisors if lr_pointer is None else divisors, device)
-    return _bit(kernels.LR_EACH, True), lr, rates if lr_pointer is None else lr_pointer.double() / rates
+    return _bit(arithmetic.LR_EACH, True), lr, rates if lr_pointer is None else lr_pointer.double() / rates

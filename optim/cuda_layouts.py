@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .cuda_kernels import COLUMNS, COPY, EMA, FIRST, GRAD, PARAM, SECOND
+from .cuda_arithmetic import COLUMNS, COPY, EMA, FIRST, GRAD, PARAM, SECOND
 
 NAMES: Final = {
     PARAM.value: "parameter",

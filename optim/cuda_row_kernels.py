@@ -19,7 +19,7 @@ from typing import Final
 import triton
 import triton.language as tl
 
-from .cuda_kernels import (
+from .cuda_arithmetic import (
     ADADELTA,
     COUNT,
     FOUND_INF,

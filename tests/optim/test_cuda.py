@@ -1,4 +1,4 @@
-"""Runs `cuda_cases` in Triton's interpreter, and on a device where there is one.
+"""Runs the `cuda_*_cases` in Triton's interpreter, and on a device where there is one.
 
 The interpreter is chosen by an environment variable that must be set before triton is imported, so the cases run in
 a process of their own.
@@ -14,14 +14,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PARTS = [
-    "TestParity",
-    "TestLists or TestNumbers or TestLayouts",
-    "TestRows or TestNorms or TestOptimizers",
-]
+CASES = sorted(path.name for path in Path(__file__).parent.glob("cuda_*_cases.py"))
 
 
-def run_cases(*arguments, **environment):
+def run_cases(name, *arguments, **environment):
     command = [
         sys.executable,
         "-m",
@@ -29,7 +25,7 @@ def run_cases(*arguments, **environment):
         "-q",
         "-p",
         "no:cacheprovider",
-        "tests/optim/cuda_cases.py",
+        f"tests/optim/{name}",
         *arguments,
     ]
     done = subprocess.run(
@@ -40,22 +36,16 @@ def run_cases(*arguments, **environment):
     assert "skipped" not in done.stdout
 
 
-@pytest.mark.parametrize("part", PARTS)
-def test_in_the_interpreter(part):
-    run_cases("-m", "not gpu", "-k", part, TRITON_INTERPRET="1")
-
-
-def test_every_case_is_in_a_part():
-    names = [line.split()[1].rstrip(":") for line in (ROOT / "tests/optim/cuda_cases.py").read_text().splitlines()
-             if line.startswith("class Test")]  # fmt: skip
-    assert set(names) == {name for part in PARTS for name in part.split(" or ")} | {"TestGraphs"}
+@pytest.mark.parametrize("name", CASES)
+def test_in_the_interpreter(name):
+    run_cases(name, "-m", "not gpu", TRITON_INTERPRET="1")
 
 
 @pytest.mark.gpu
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("part", [*PARTS, "TestGraphs"])
-def test_on_a_device(part):
-    run_cases("-k", part, TRITON_INTERPRET="0")
+@pytest.mark.parametrize("name", CASES)
+def test_on_a_device(name):
+    run_cases(name, TRITON_INTERPRET="0")
 
 
 def test_triton_is_imported_at_the_first_cuda_step():
