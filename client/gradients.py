@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pushstep.optim.rows import coalesce
 from pushstep.proto import dtypes
-from pushstep.proto.errors import NotAttached, WrongDtype, WrongShape
+from pushstep.proto.errors import NotAttached, RowOutOfRange, WrongDtype, WrongShape
 from pushstep.proto.frames import Piece
 from pushstep.proto.layout import Layout, Slot
 from pushstep.proto.types_pb2 import Segment
@@ -52,6 +52,9 @@ def _checked_rows(ids: Tensor, rows: Tensor, slot: Slot) -> Rows:
     expected = (ids.numel(), *slot.shape[1:])
     if not slot.shape or tuple(rows.shape) != expected:
         raise WrongShape(what=f"gradient rows of {slot.name!r}", got=tuple(rows.shape), expected=expected)
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < slot.rows:
+        wrong = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
+        raise RowOutOfRange(parameter=slot.name, row=wrong, rows=slot.rows)
     return ids.to(torch.int64), rows
 
 

@@ -1,7 +1,7 @@
 """Which path takes a step, and what a path must offer.
 
 A step is described once, as a `Step` (dense gradients of any number of tensors) or a `RowStep` (one table, some
-of its rows), and handed to a backend. `BACKENDS` maps a torch device type to the module that serves it; the
+of its rows), and handed to a backend. `BACKENDS` maps a torch device type to what imports the module that serves it; the
 module is imported at the first step that needs it, so numba and triton cost nothing before. A backend is a module
 with these functions:
 
@@ -9,7 +9,7 @@ with these functions:
     step(step: Step) -> None               does everything `Step` says, in the order that `Step` documents
     step_rows(step: RowStep) -> None       the same on rows
 
-To add one: write the module, add its name to `BACKENDS`. A backend owns: advancing `step.steps` (skipped with
+To add one: write the module, add its import to `BACKENDS`. A backend owns: advancing `step.steps` (skipped with
 everything else when `found_inf` is 1), lr / (1 + (t-1)*lr_decay), any layout, 0 elements, and mixed dtypes within one
 list. It does not bump version counters: the callers in this package do that for every tensor of `written()`.
 `step.memo` is a dict that lives as long as the list: a backend may keep there what it learned about it, under its
@@ -24,9 +24,8 @@ states excepted. Where no backend serves, the classes use torch's own functions 
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Final, NamedTuple, Protocol, cast
@@ -34,7 +33,22 @@ from typing import Any, Final, NamedTuple, Protocol, cast
 import torch
 from torch import Tensor
 
-BACKENDS: Final[dict[str, str]] = {"cpu": ".cpu", "cuda": ".cuda"}
+
+def _cpu() -> Backend:
+    from . import cpu
+
+    return cast("Backend", cpu)
+
+
+def _cuda() -> Backend | None:
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from . import cuda
+
+    return cast("Backend", cuda)
+
+
+BACKENDS: Final[dict[str, Callable[[], Backend | None]]] = {"cpu": _cpu, "cuda": _cuda}
 
 FUSED_DTYPES: Final = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 
@@ -188,12 +202,8 @@ def path_of(param: Tensor | None, group: Mapping[str, Any]) -> Path:
 @cache
 def backend(device_type: str) -> Backend | None:
     """The backend for a device type, imported now; None if there is none, or what it needs is not installed."""
-    name = BACKENDS.get(device_type)
-    if name is None or importlib.util.find_spec(name, __package__) is None:
-        return None
-    if device_type == "cuda" and importlib.util.find_spec("triton") is None:
-        return None
-    return cast(Backend, importlib.import_module(name, __package__))
+    make = BACKENDS.get(device_type)
+    return None if make is None else make()
 
 
 def number(value: Any) -> float:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import pickle
 import shutil
 import tempfile
 import threading
@@ -110,19 +109,6 @@ def hits_and_misses() -> tuple[int, int]:
     return hits, len(_compiled) - hits
 
 
-# What a damaged or unwritable cache makes numba raise; a kernel that cannot be compiled raises them again without.
-_CACHE_ERRORS: Final = (
-    OSError,
-    EOFError,
-    RuntimeError,
-    pickle.UnpicklingError,
-    AttributeError,
-    ImportError,
-    LookupError,
-    ValueError,
-)
-
-
 def _compile(make: Callable[..., Callable[..., Any]], signature: str, spec: Any) -> Any:
     import numba
 
@@ -137,7 +123,7 @@ def _compile(make: Callable[..., Callable[..., Any]], signature: str, spec: Any)
         config.CACHE_DIR = str(own)
         try:
             return njit(signature, cache=True, **options)(make(spec))
-        except _CACHE_ERRORS as error:
+        except Exception as error:  # noqa: BLE001 - what damaged files raise is numba's affair; a bad kernel raises below
             log.warning("the compiled kernel in %s cannot be used, it is compiled again: %s", own, error)
             shutil.rmtree(own, ignore_errors=True)  # the next process writes it afresh
         finally:

@@ -11,6 +11,7 @@ import os
 
 import cuda_reference
 import torch
+
 from pushstep.optim import cpu, cuda_kernels, cuda_launch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -92,6 +92,8 @@ def running_server(data: Path, *options: str) -> Iterator[RunningServer]:
     try:
         yield server
     finally:
+        if server.process.stdout is not None and server.process.poll() is not None:
+            server.process.stdout.close()
         if server.process.poll() is None:
             status = server.stop()
             if status != 0:

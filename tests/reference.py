@@ -5,6 +5,7 @@ The replayer steps pushstep.optim's own classes here, one version after the othe
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 
 from pushstep import optim
 
-OPTIMIZERS = {"adadelta": optim.Adadelta, "adagrad": optim.Adagrad}
+# sparse=True: what torch's Adadelta refuses and the service takes
+OPTIMIZERS = {"adadelta": functools.partial(optim.Adadelta, sparse=True), "adagrad": optim.Adagrad}
 ROWS = 40
 BATCH = 12
 Gradients = Mapping[str, Tensor]
@@ -129,7 +131,7 @@ class Replay:
 
 def square_sum(gradients: Gradients) -> float:
     """The sum of squares of all gradients in float64; rows that come twice are summed first."""
-    dense = [g.coalesce().values() if g.is_sparse else g for g in gradients.values()]
+    dense = [merged(g)._values() if g.is_sparse else g for g in gradients.values()]
     return sum(float(g.double().square().sum()) for g in dense)
 
 
@@ -137,4 +139,14 @@ def _scaled(gradient: Tensor, factor: float) -> Tensor:
     if factor == 1.0:
         return gradient
     # rows that come twice are summed before they are scaled, as a push sums them before it is sent
-    return (gradient.coalesce() if gradient.is_sparse else gradient) * factor
+    return (merged(gradient) if gradient.is_sparse else gradient) * factor
+
+
+def merged(gradient: Tensor) -> Tensor:
+    """A row-sparse gradient whose rows come once, added one after the other: torch's `coalesce` adds in another order."""
+    totals: dict[int, Tensor] = {}
+    for row, values in zip(gradient._indices()[0].tolist(), gradient._values(), strict=True):
+        totals[row] = totals[row] + values if row in totals else values
+    ids = sorted(totals)
+    rows = torch.stack([totals[row] for row in ids])
+    return torch.sparse_coo_tensor(torch.tensor([ids]), rows, gradient.shape, check_invariants=True)

@@ -28,6 +28,7 @@ from reference import (
     drawn_gradients,
     gradients_of,
     hyperparameters,
+    merged,
     parameter_bits,
     set_gradients,
     split_optimizers,
@@ -222,7 +223,7 @@ def torchs_step(rule: str, module: Network, optimizer: torch.optim.Optimizer) ->
     untouched[gradient._indices()[0]] = False
     before = table.detach().clone()
     states = {name: value.clone() for name, value in optimizer.state[table].items()}
-    table.grad = gradient.coalesce().to_dense()
+    table.grad = merged(gradient).to_dense()
     optimizer.step()
     with torch.no_grad():
         table[untouched] = before[untouched]

@@ -11,6 +11,7 @@ import pytest
 import torch
 from cuda_comparison import BLOCK, DEVICE, INTERPRETED, REFERENCE, assert_same, count_launches
 from cuda_steps import BF16, DTYPES, F32, F64, OPTIONS, SIZES, make_step, moved
+
 from pushstep.optim import (
     cpu,
     cuda,

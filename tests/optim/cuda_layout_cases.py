@@ -10,6 +10,7 @@ import pytest
 import torch
 from cuda_comparison import BLOCK, DEVICE, INTERPRETED, REFERENCE, assert_same, count_launches
 from cuda_steps import OPTIONS, SIZES, make_step, moved
+
 from pushstep.optim import (
     Adadelta,
     Adagrad,
@@ -119,7 +120,7 @@ class TestOptimizers:
     @pytest.fixture(autouse=True)
     def through_cuda(self, monkeypatch):
         if INTERPRETED:
-            monkeypatch.setitem(dispatch.BACKENDS, "cpu", ".cuda")
+            monkeypatch.setitem(dispatch.BACKENDS, "cpu", dispatch.BACKENDS["cuda"])
         dispatch.backend.cache_clear()
         yield
         dispatch.backend.cache_clear()

@@ -10,6 +10,7 @@ import pytest
 import torch
 from cuda_comparison import DEVICE, REFERENCE, assert_same
 from cuda_steps import BF16, DTYPES, DUPLICATES, F16, F32, F64, make_rows, make_step, moved
+
 from pushstep.optim import (
     cpu,
     cuda,

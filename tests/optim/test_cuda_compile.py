@@ -14,14 +14,10 @@ import pytest
 import torch
 import triton
 from cuda_steps import BF16, DTYPES, DUPLICATES, F16, F32, F64, OPTIONS, make_rows, make_step
-<<<<<<< HEAD
-=======
-from pushstep.optim import cuda, cuda_arithmetic, cuda_kernels, cuda_row_kernels, kernels, norm_kernels
->>>>>>> optim-cuda
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 
-from pushstep.optim import cuda, cuda_kernels, cuda_row_kernels, kernels, norm_kernels
+from pushstep.optim import cuda, cuda_arithmetic, cuda_kernels, cuda_row_kernels, kernels, norm_kernels
 
 APPROXIMATE = re.compile(r"\b(?:div\.full|\w+\.approx|\S+\.ftz)\S*")
 FLOATING = re.compile(r"^\s+(?:@!?%p\d+ )?((?:fma|mul|add|sub|div|sqrt)\.\S*f(?:32|64))", re.MULTILINE)
