@@ -191,8 +191,9 @@ class Snapshots:
             manifest: dict[str, Any] = json.loads(text)
             if json.dumps(manifest) != text:  # other bytes may stand for the same JSON
                 raise SnapshotDamaged(snapshot=snapshot, problem="its manifest has other bytes")
-            claimed = manifest.pop("digest")
-            if claimed != _digest(manifest) or manifest["format"] != FORMAT or manifest["id"] != snapshot:
+            claimed = manifest["digest"]
+            sealed = {key: value for key, value in manifest.items() if key != "digest"}
+            if claimed != _digest(sealed) or manifest["format"] != FORMAT or manifest["id"] != snapshot:
                 raise SnapshotDamaged(
                     snapshot=snapshot, problem="its manifest has other bytes, another format or another id"
                 )

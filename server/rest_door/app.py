@@ -39,6 +39,7 @@ def create_app(catalog: Catalog, allowed_hosts: Collection[str] | None) -> FastA
         version=installed_version("pushstep"),
         description="Look at and steer the models of a pushstep server.",
         redoc_url=None,
+        redirect_slashes=False,  # or a wrong path would be answered in another shape
     )
     app.state.catalog = catalog
     app.state.exports = Exports()
