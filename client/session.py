@@ -297,15 +297,13 @@ class Session:
             except Superseded:
                 return self._superseded(header.identity), None
             except (LeaseExpired, ManifestChanged) as error:
+                member = self.rejoin()
+                settled = member.receipt_of(header.identity)
+                if settled is not None:
+                    return self._note(settled), None
                 if isinstance(error, ManifestChanged):
                     # a group was added: names decide whether this worker's slots are still the model's
-                    member = self.rejoin()
                     gradients = {member.layout.slot(s.name, self.model): g for s, g in gradients.items()}
-                else:
-                    member = self.rejoin()
-                    settled = member.receipt_of(header.identity)
-                    if settled is not None:
-                        return self._note(settled), None
                 continue
             except NoAnswer:
                 self._in_doubt = header.identity

@@ -1,7 +1,7 @@
 """Adadelta (Zeiler 2012, arXiv 1212.5701), in torch's terms.
 
     v = rho*v + (1-rho)*g*g
-    d = sqrt(u + eps) / sqrt(v + eps) * g        u is the old one
+    d = sqrt((u + eps) / (v + eps)) * g          u is the old one; torch takes two roots, an ulp apart at most
     u = rho*u + (1-rho)*d*d
     p = p - lr*d
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
 import torch
 from harness import RunningServer, wait_until
@@ -157,6 +158,22 @@ def group_upload(raw: RawWorker, name: str) -> tuple[bytes, list[bytes]]:
     )
     body = pack([[Piece(torch.full((2,), 7.0), torch.float32)]])
     return pb.UploadRequest(header=header).SerializeToString(), list(body)
+
+
+def test_a_push_in_doubt_over_an_added_group_is_not_applied_again(
+    server: RunningServer, wire: Wire, model_name: str
+) -> None:
+    """Its answer was lost, and by its retry the manifest is another: the receipt settles it."""
+    session = created(server, model_name)
+    gradient = {"bias": np.ones(4, np.float32)}
+    first = session.push(gradient)
+    other = RawWorker(wire, model_name, "other")
+    header, body = group_upload(other, "new")
+    wire.answers("Upload", [header, *body])
+    session.member().sequence -= 1  # as if the answer had never come
+    assert session.push(gradient).version == first.version
+    assert server.rest("GET", f"/v1/models/{model_name}").json()["version"] == first.version
+    assert session.push(gradient).version == first.version + 1
 
 
 def test_of_two_groups_added_at_once_one_must_come_again(
