@@ -1,0 +1,99 @@
+"""The hyperparameters of the groups here, and what they are known to be on the server.
+
+A hyperparameter is the server's. Whatever differs here from what was last known is an edit, of the user or of a
+scheduler, that the next push carries; what comes back is written into the groups, in place where they hold tensors.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pushstep.optim import RULES
+from pushstep.proto.types_pb2 import GroupValues
+
+from .receipt import Receipt, plain_values
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """One param group here: torch's own dict of it, its rule, and the number of the optimizer that it is of."""
+
+    settings: dict[str, Any]
+    rule: str
+    optimizer: int
+
+    def values(self) -> dict[str, float | bool]:
+        """Its hyperparameters as numbers; keys that its rule does not have are this side's own."""
+        return {
+            name: bool(self.settings[name]) if isinstance(default, bool) else float(self.settings[name])
+            for name, default in RULES[self.rule].defaults.items()
+            if name in self.settings
+        }
+
+
+class Hyperparameters:
+    """The groups' values as last known, and whether this worker's edits of them count: the lead's do."""
+
+    def __init__(self) -> None:
+        self.leads = False
+        self._known: list[dict[str, float | bool]] = []
+        self._warned = False
+
+    def edits(self, groups: Sequence[Group]) -> dict[int, dict[str, float | bool]]:
+        """What was changed here since, by the group's index."""
+        edits = {}
+        for index, known in enumerate(self._known):
+            group = groups[index]
+            changed = {
+                name: value
+                for name, value in group.values().items()
+                if not _same(group.settings[name], known.get(name, math.nan))
+            }
+            if changed:
+                edits[index] = changed
+        return edits
+
+    def pending(self, groups: Sequence[Group], receipt: Receipt | None) -> dict[int, dict[str, float | bool]]:
+        """The edits that the next push will carry and that, as far as the last receipt tells, will count."""
+        ignored = receipt.ignored_edits if receipt is not None else ()
+        edits = self.edits(groups) if self.leads else {}
+        return {
+            index: {name: value for name, value in changed.items() if f"{index}.{name}" not in ignored}
+            for index, changed in edits.items()
+        }
+
+    def write(self, groups: Sequence[Group], values: Iterable[GroupValues]) -> None:
+        """Have the groups hold the server's values."""
+        # a group that another worker has added meanwhile is not this one's yet
+        self._known = [plain_values(group) for group in values][: len(groups)]
+        for group, known in zip(groups, self._known, strict=True):
+            for name, value in known.items():
+                if isinstance(group.settings.get(name), Tensor):
+                    group.settings[name].fill_(value)
+                elif group.settings.get(name) != value:
+                    group.settings[name] = value
+
+    def warn_ignored(self, receipt: Receipt) -> None:
+        """Say once that edits did not count, to the caller of the optimizer's `step`."""
+        if receipt.ignored_edits and not self._warned:
+            self._warned = True
+            who = "an operator or a hook holds them" if receipt.lead else "only the lead worker's count"
+            warnings.warn(
+                f"hyperparameter edits of this worker were ignored ({', '.join(receipt.ignored_edits)}): {who}",
+                RuntimeWarning,
+                stacklevel=5,  # out of step and of the two wrappers that torch puts around it
+            )
+
+
+def _same(value: Any, known: float | bool) -> bool:
+    """Whether a group's value is `known`; of a tensor, whether it is what `known` becomes in its dtype."""
+    if isinstance(value, Tensor):
+        return bool(value == torch.full_like(value, known))
+    return bool(value == known)

@@ -1,0 +1,56 @@
+"""What a model is made of, said by the worker that holds its parameters: the groups and parameters of a manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pushstep.proto import dtypes
+from pushstep.proto.types_pb2 import Manifest, Parameter, ParamGroup
+
+from .hyperparameters import Group
+from .receipt import wire_value
+
+
+def parameter_message(name: str, parameter: Tensor, group: int, aliases: Sequence[str] = ()) -> Parameter:
+    """One parameter, without its values."""
+    dtype = dtypes.to_wire(parameter.dtype, f"parameter {name!r}")
+    return Parameter(name=name, shape=parameter.shape, dtype=dtype, group=group, aliases=aliases)
+
+
+def group_message(group: Group) -> ParamGroup:
+    """One param group, without its parameters."""
+    values = {name: wire_value(value) for name, value in group.values().items()}
+    return ParamGroup(rule=group.rule, optimizer=group.optimizer, values=values)
+
+
+def of_groups(groups: Sequence[Group], names: Sequence[str], aliases: Sequence[Sequence[str]]) -> Manifest:
+    """The manifest of attached optimizers; names and aliases are in the order of the groups' parameters."""
+    manifest = Manifest()
+    number = 0
+    for index, group in enumerate(groups):
+        manifest.groups.append(group_message(group))
+        for parameter in group.settings["params"]:
+            manifest.parameters.append(parameter_message(names[number], parameter, index, aliases[number]))
+            number += 1
+    return manifest
+
+
+def of_arrays(
+    parameters: Mapping[str, Any], groups: Sequence[Mapping[str, Any]] | None
+) -> tuple[Manifest, dict[str, Tensor]]:
+    """The manifest of `Session.create`'s arguments, and the values by name as tensors."""
+    if groups is None:
+        groups = [{"rule": "adadelta", "params": list(parameters)}]
+    manifest = Manifest()
+    values: dict[str, Tensor] = {}
+    for index, group in enumerate(groups):
+        settings = {name: wire_value(v) for name, v in group.items() if name not in ("rule", "params")}
+        manifest.groups.append(ParamGroup(rule=group["rule"], optimizer=0, values=settings))
+        for name in group["params"]:
+            values[name] = torch.as_tensor(parameters[name])
+            manifest.parameters.append(parameter_message(name, values[name], index))
+    return manifest, values

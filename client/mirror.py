@@ -1,0 +1,52 @@
+"""The numpy interface's own copy of a model's parameters.
+
+A pull sends only what has changed since the version that is held here, so the copy and its (timeline, version) go
+together: `at` is what the next pull names, and a copy that is forgotten is pulled whole.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pushstep.proto.layout import Layout
+
+from .gradients import as_array
+from .transport import Pulled
+
+Array = np.ndarray[Any, Any]
+
+
+class Mirror:
+    """The parameters by name as the last pull left them; `at` is None before the first and when forgotten."""
+
+    def __init__(self) -> None:
+        self.at: tuple[int, int] | None = None
+        self.layout: Layout | None = None
+        self._values: dict[str, Tensor] = {}
+
+    def take(self, pulled: Pulled) -> None:
+        """Become what was pulled."""
+        self.layout = pulled.layout
+        for slot, _, values in pulled.dense():
+            self._values[slot.name] = values.to(slot.dtype, copy=True)
+        for slot, ids, rows in pulled.rows():
+            self._values[slot.name][ids] = rows.to(slot.dtype)
+        for slot in pulled.layout.slots:
+            if slot.start == slot.stop:
+                self._values.setdefault(slot.name, torch.zeros(slot.shape, dtype=slot.dtype))
+        self.at = (pulled.header.timeline, pulled.header.version)
+
+    def forget(self) -> None:
+        """Have the next pull bring everything."""
+        self.at = None
+
+    def arrays(self) -> dict[str, Array] | None:
+        """Copies of all parameters; None when the model has some that never came here."""
+        names = [slot.name for slot in self.layout.slots] if self.layout is not None else []
+        if any(name not in self._values for name in names):
+            return None
+        return {name: as_array(self._values[name]) for name in names}

@@ -1,0 +1,78 @@
+"""The optimizers that were attached: what they bring along, and what becomes of them.
+
+They go on holding the parameters and groups, so schedulers made before attach keep steering them; their hooks and
+their state move, and their own step is refused from then on.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from pushstep.proto.errors import NotAttached, UnsupportedModule
+
+_HOOK_TABLES = (
+    "_optimizer_step_pre_hooks",
+    "_optimizer_step_post_hooks",
+    "_optimizer_state_dict_pre_hooks",
+    "_optimizer_state_dict_post_hooks",
+    "_optimizer_load_state_dict_pre_hooks",
+    "_optimizer_load_state_dict_post_hooks",
+)
+
+
+def rule_of(optimizer: torch.optim.Optimizer) -> str:
+    """The server's name of an optimizer's rule. UnsupportedModule for one that it does not have."""
+    for kind, name in ((torch.optim.Adadelta, "adadelta"), (torch.optim.Adagrad, "adagrad")):
+        if isinstance(optimizer, kind):
+            return name
+    raise UnsupportedModule(
+        problem=f"{type(optimizer).__name__} is not a rule that the server steps; use Adadelta or Adagrad"
+    )
+
+
+def check_distinct(parameters: Iterable[Tensor]) -> None:
+    """UnsupportedModule when a parameter would be stepped twice."""
+    seen: set[int] = set()
+    for parameter in parameters:
+        if id(parameter) in seen:
+            raise UnsupportedModule(problem="a parameter is in two optimizers or twice in one")
+        seen.add(id(parameter))
+
+
+def stepped_states(optimizers: Sequence[torch.optim.Optimizer]) -> dict[Tensor, dict[str, Any]]:
+    """The state of each parameter that has been stepped."""
+    return {
+        parameter: state
+        for optimizer in optimizers
+        for parameter, state in optimizer.state.items()
+        if state and float(state.get("step", 0)) > 0
+    }
+
+
+def take_over(optimizers: Sequence[torch.optim.Optimizer], taker: torch.optim.Optimizer) -> None:
+    """Move the hooks to the taker, drop the state, and have the optimizers refuse to step."""
+    for number, optimizer in enumerate(optimizers):
+        for table in _HOOK_TABLES:
+            if number == 0:  # the table itself, so that handles from before still remove their hooks
+                setattr(taker, table, getattr(optimizer, table))
+                setattr(optimizer, table, OrderedDict())
+            else:
+                getattr(taker, table).update(getattr(optimizer, table))
+                getattr(optimizer, table).clear()
+        optimizer.state.clear()
+        optimizer.step = _refuse_step  # type: ignore[method-assign]
+
+
+def _refuse_step(*_: object, **__: object) -> NoReturn:
+    raise NotAttached(
+        problem="this optimizer was attached to a server: call step() of what attach() returned"
+    )
+
+
+# schedulers look for their own mark on the step that they wrapped
+_refuse_step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]

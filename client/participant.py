@@ -1,0 +1,293 @@
+"""One worker in one model, in the protocol's terms: slots, tensors and messages.
+
+The participant keeps the worker's identity. A step that is not answered is sent again, unchanged, until it is; the
+server applies it once. After a restore the participant joins again by itself and goes on from the restored version.
+`Session` adds what a user holds: names, arrays, an optimizer, and an end.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pushstep.proto import dtypes
+from pushstep.proto import training_pb2 as pb
+from pushstep.proto.errors import (
+    ForkedSession,
+    LeaseExpired,
+    ManifestChanged,
+    NoAnswer,
+    NotAttached,
+    PushstepError,
+    SessionClosed,
+    Superseded,
+)
+from pushstep.proto.layout import Layout, Slot, with_group
+from pushstep.proto.types_pb2 import Identity, Manifest
+
+from . import uploads
+from .gradients import Rows, push_body
+from .heartbeat import Heartbeat
+from .membership import Member, join
+from .mirror import Mirror
+from .receipt import Outcome, Receipt, wire_value
+from .retry import Retry
+from .transport import Pulled, Transport
+
+Wire = torch.dtype | tuple[torch.dtype | None, torch.dtype | None] | None
+
+
+class Participant:
+    """Owns the membership and the sequence of pushes under it. Not for use by several threads at once."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        model: str,
+        worker: str,
+        wire: Wire,
+        retry_for_s: float,
+        takeover: bool,
+        on_reject: str,
+        on_restore: str,
+    ) -> None:
+        self.model = model
+        self.worker = worker
+        self.push_wire, self.pull_wire = wire if isinstance(wire, tuple) else (wire, wire)
+        for dtype in (self.push_wire, self.pull_wire):
+            if dtype is not None:
+                dtypes.to_wire(dtype, "wire")
+        self.last_receipt: Receipt | None = None
+        self._transport = transport
+        self._retry = Retry(transport.address, retry_for_s)
+        self._takeover = takeover
+        self._on_reject = on_reject
+        self._on_restore = on_restore
+        self._pid = os.getpid()
+        self._closed = False
+        self._member: Member | None = None
+        self._manifest: Manifest | None = None
+        self._in_doubt: Identity | None = None
+        # here and not in Session, since it is the step that finds a restore, which makes the copy worthless
+        self._mirror = Mirror()
+        self._heartbeat = Heartbeat(transport, model, lambda: self._member)
+
+    # Joining.
+
+    def join_or_create(self, manifest: Manifest | None, values: Any, steps: Sequence[int] = ()) -> bool:
+        """Join under the manifest, creating the model from `values(layout)` if there is none. True if created."""
+        self._manifest = manifest
+
+        def create(ticket: pb.CreationTicket) -> pb.Membership:
+            layout = Layout(ticket.manifest)
+            header, body = uploads.creation(self.model, ticket, layout, values(layout), steps)
+            return self._transport.upload(header, body).member
+
+        self._member, created = join(
+            self._transport,
+            self._retry,
+            self.model,
+            self.worker,
+            manifest,
+            self._takeover,
+            self._member,
+            create,
+        )
+        self._heartbeat.start()
+        return created
+
+    def member(self) -> Member:
+        """Who this session is in the model; joins it if it has not yet."""
+        self._check_usable()
+        if self._member is None:
+            self.join_or_create(None, None)
+        if self._in_doubt is not None:
+            # nobody answered the last push: a new epoch makes sure that it is not applied from here on, and brings
+            # its receipt if it had been
+            doubted, self._in_doubt = self._in_doubt, None
+            settled = self.rejoin().receipt_of(doubted)
+            self.last_receipt = settled or self.last_receipt
+        if self._member is None:
+            raise NotAttached(problem="the session has not joined")
+        return self._member
+
+    def rejoin(self) -> Member:
+        """Join again: after a restore, a lease that ran out, or a changed manifest."""
+        old = self._member
+        self._member, _ = join(
+            self._transport, self._retry, self.model, self.worker, self._manifest, False, old, None
+        )
+        return self._member
+
+    def adopt(self, message: pb.Membership) -> Member:
+        """Become who an upload's answer says."""
+        self._member = Member(message)
+        return self._member
+
+    def _check_usable(self) -> None:
+        if os.getpid() != self._pid:
+            raise ForkedSession(parent=self._pid)
+        if self._closed:
+            raise SessionClosed()
+
+    # The step.
+
+    def step(
+        self,
+        gradients: Mapping[Slot, Tensor | Rows],
+        base_version: int,
+        *,
+        edits: Mapping[int, Mapping[str, float | bool]] | None = None,
+        metrics: Mapping[str, float] | None = None,
+        worker_state: bytes | None = None,
+        pull: pb.PullOptions | None,
+    ) -> tuple[Receipt, Pulled | None]:
+        """One push under this session's next sequence, sent until it is answered.
+
+        With `pull` it is an exchange. A restore in between gives the outcome `superseded` and no parameters: the
+        session has joined again, and the caller pulls.
+        """
+        member = self.member()
+        header = pb.PushHeader(
+            model=self.model,
+            base_version=base_version,
+            metrics=metrics or {},
+            worker_state=worker_state,
+            pull=pull,
+            edits=[
+                pb.GroupEdit(group=group, values={name: wire_value(v) for name, v in values.items()})
+                for group, values in (edits or {}).items()
+            ],
+        )
+        while True:
+            body = push_body(member.layout, gradients, self.push_wire)
+            del header.segments[:]
+            header.segments.extend(body.segments)
+            header.manifest_hash = member.layout.manifest_hash
+            header.identity.CopyFrom(member.next_identity())
+            try:
+                if pull is None:
+                    answer = self._retry.run(partial(self._transport.push, header, body))
+                    receipt, pulled = Receipt.of(answer.receipt), None
+                else:
+                    pulled = self._retry.run(partial(self._transport.exchange, header, body, member.layout))
+                    receipt = Receipt.of(pulled.header.receipt)
+            except Superseded:
+                return self._superseded(header.identity), None
+            except (LeaseExpired, ManifestChanged) as error:
+                member = self.rejoin()
+                settled = member.receipt_of(header.identity)
+                if settled is not None:
+                    return self._note(settled), None
+                if isinstance(error, ManifestChanged):
+                    # a group was added: names decide whether this worker's slots are still the model's
+                    gradients = {member.layout.slot(s.name, self.model): g for s, g in gradients.items()}
+                continue
+            except NoAnswer:
+                self._in_doubt = header.identity
+                raise
+            except PushstepError as error:
+                if not error.consumed:
+                    raise
+                member.sequence = header.identity.sequence
+                return self._rejected(error, header.identity), None
+            member.sequence = header.identity.sequence
+            member.version = receipt.version
+            member.lead = receipt.lead
+            return self._note(receipt), pulled
+
+    def _note(self, receipt: Receipt) -> Receipt:
+        self.last_receipt = receipt
+        return receipt
+
+    def _rejected(self, error: PushstepError, identity: Identity) -> Receipt:
+        receipt = self._note(_own_receipt(Outcome.REJECTED, error.code, identity, self.member().version))
+        if self._on_reject == "raise":
+            raise error
+        warnings.warn(f"push rejected: {error.message}", RuntimeWarning, stacklevel=4)
+        return receipt
+
+    def _superseded(self, identity: Identity) -> Receipt:
+        member = self.rejoin()
+        if self._on_restore == "raise":
+            raise Superseded(model=self.model, timeline=member.timeline, got=identity.timeline)
+        warnings.warn(
+            f"model {self.model!r} was restored to version {member.version} (timeline {member.timeline}); this step "
+            "was not applied, going on from there",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+        self._mirror.forget()
+        return self._note(_own_receipt(Outcome.SUPERSEDED, "superseded", identity, member.version))
+
+    # Pulling.
+
+    def pull_message(self, have: tuple[int, int] | None) -> Pulled:
+        """The newest version as it came, for a worker that holds `have` (timeline, version)."""
+        member = self.member()
+        request = pb.PullRequest(
+            model=self.model,
+            identity=member.identity(),
+            options=self.pull_options(have),
+            timeline=have[0] if have else 0,
+            manifest_hash=member.layout.manifest_hash,
+        )
+        return self._retry.run(lambda: self._transport.pull(request, member.layout))
+
+    def pull_state(self) -> Pulled:
+        """Parameters, optimizer state and step counts at one version."""
+        self._check_usable()
+        return self._retry.run(lambda: self._transport.pull_state(pb.PullStateRequest(model=self.model)))
+
+    def pull_options(self, have: tuple[int, int] | None) -> pb.PullOptions:
+        """What to ask of an exchange for a worker that holds `have` (timeline, version)."""
+        options = pb.PullOptions(dtype=wire_enum(self.pull_wire))
+        if have is not None:
+            options.have_version = have[1]
+        return options
+
+    # Uploading.
+
+    def upload_values(self, values: Mapping[tuple[Slot, str], Tensor]) -> int:
+        """Send whole parameters by slot as a version of their own; the version."""
+        member = self.member()
+        answer = self._send(uploads.parameters(self.model, member, values))
+        member.sequence += 1
+        member.version = answer.version
+        return int(answer.version)
+
+    def add_group(self, added: Manifest, values: Mapping[str, Tensor]) -> Member:
+        """Add one param group to the model; a group that another worker has added already is joined."""
+        member = self.member()
+        layout = with_group(member.layout, added)
+        answer = self._send(uploads.group(self.model, member, added, layout, values))
+        self._manifest = layout.manifest
+        return self.adopt(answer.member)
+
+    def replace_state(self, header: pb.UploadHeader, values: Mapping[tuple[Slot, str], Tensor]) -> Member:
+        """Replace the optimizer state; `header` lacks only who sends it and what it carries."""
+        return self.adopt(self._send(uploads.state(self.model, self.member(), header, values)).member)
+
+    def upload_extras(self, tensors: Mapping[str, Tensor]) -> None:
+        """Send a module's buffers and frozen values, for exports and snapshots. Only the lead's are kept."""
+        self._send(uploads.extras(self.model, self.member(), tensors))
+
+    def _send(self, upload: uploads.Upload) -> pb.UploadResponse:
+        return self._retry.run(lambda: self._transport.upload(*upload))
+
+
+def wire_enum(dtype: torch.dtype | None) -> Any:
+    """A dtype as a message's enum; 0 stands for each parameter's own."""
+    return 0 if dtype is None else dtypes.to_wire(dtype, "wire")
+
+
+def _own_receipt(outcome: Outcome, reason: str, identity: Identity, version: int) -> Receipt:
+    return Receipt(
+        outcome, reason, identity.worker, identity.epoch, identity.sequence, identity.timeline, version
+    )
