@@ -43,7 +43,7 @@ from .groups import Group, ParamGroups
 from .hooks.hook import Point
 from .model import Model
 from .session import Sessions
-from .snapshots import Snapshots, fsync, reason, rules_known, write_durably
+from .snapshots import EXPORT_PREFIX, Snapshots, fsync, reason, rules_known, write_durably
 
 log = logging.getLogger("pushstep.catalog")
 CREATION_S: Final = 120.0
@@ -127,14 +127,8 @@ class Catalog:
             raise OverCapacity(
                 problem=f"this server holds at most {self.config.max_models} models", setting="max-models"
             )
-        held = sum(Arenas.bytes_needed(m.layout, m.arenas.rule_names) for m in self.models.values())
-        held += sum(creation.bytes_needed for creation in others)
         need = Arenas.bytes_needed(layout, names)
-        if held + need > self.config.max_bytes:
-            raise OverCapacity(
-                problem=f"the model needs {need} bytes, {held} of {self.config.max_bytes} are taken",
-                setting="max-bytes",
-            )
+        self.require_room(need, sum(creation.bytes_needed for creation in others))
         largest = sum(arena.elements * arena.dtype.itemsize for arena in layout.arenas)
         if largest > self.config.staging_bytes:
             raise OverCapacity(
@@ -147,6 +141,15 @@ class Catalog:
         creation = Creation(secrets.randbits(63) or 1, worker, layout, need, now_s + CREATION_S)
         self._creations[name] = creation
         return creation
+
+    def require_room(self, need_bytes: int, promised_bytes: int = 0) -> None:
+        """OverCapacity unless `need_bytes` more of parameters and state may be held."""
+        held = sum(Arenas.bytes_needed(m.layout, m.arenas.rule_names) for m in self.models.values())
+        if held + promised_bytes + need_bytes > self.config.max_bytes:
+            raise OverCapacity(
+                problem=f"{need_bytes} bytes more are needed, {held} of {self.config.max_bytes} are taken",
+                setting="max-bytes",
+            )
 
     def creation(self, name: str, ticket: int, now_s: float) -> Creation:
         """The creation that a ticket stands for; NoCreationTicket otherwise."""
@@ -196,12 +199,12 @@ class Catalog:
     def new_model(self, name: str, layout: Layout) -> Model:
         """A model with fresh identity and state, not yet visible."""
         groups = ParamGroups(Group.make(group) for group in layout.manifest.groups)
-        model = Model(name, secrets.token_bytes(16), 1, layout, groups, self._sessions(), self.device)
+        model = Model(name, secrets.token_bytes(16), 1, layout, groups, self._sessions(name), self.device)
         model.arenas.fill_initial_state([group.values for group in groups.list])
         return model
 
-    def _sessions(self) -> Sessions:
-        return Sessions(self.config.lease_s, self.config.max_workers)
+    def _sessions(self, model: str) -> Sessions:
+        return Sessions(self.config.lease_s, self.config.max_workers, model)
 
     async def delete(self, name: str, by: str) -> None:
         """Forget a model and its snapshots for good."""
@@ -283,6 +286,8 @@ class Catalog:
 
     async def load(self) -> None:
         """Bring every model back from its newest verified snapshot."""
+        for left in self.config.data.glob(f"{EXPORT_PREFIX}*"):
+            left.unlink(missing_ok=True)  # exports that were under way when the last process died
         root = self.config.data / "models"
         folders = sorted(path for path in root.iterdir() if path.is_dir()) if root.exists() else []
         for folder in folders:
@@ -312,7 +317,7 @@ class Catalog:
         proven = clean == (copy.timeline, copy.version)
         timeline += not proven
         groups = ParamGroups.parse(manifest["groups"])
-        model = Model(name, uid, timeline, copy.layout, groups, self._sessions(), self.device)
+        model = Model(name, uid, timeline, copy.layout, groups, self._sessions(name), self.device)
         model.version = copy.version
         model.edit = int(manifest["edit"])
         model.extras = copy.extras

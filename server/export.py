@@ -27,7 +27,7 @@ from pushstep.proto.errors import ExportsBusy, StorageFailed, UnsupportedFormat
 from .arena import ArenasCopy
 from .hooks.hook import Point
 from .model import Model
-from .snapshots import reason
+from .snapshots import EXPORT_PREFIX, reason
 
 FORMATS: Final = ("safetensors", "torch")
 COPIES_AT_ONCE: Final = 2
@@ -100,7 +100,7 @@ def parameters_by_name(copy: ArenasCopy) -> dict[str, torch.Tensor]:
 
 def write(facts: Mapping[str, Any], copy: ArenasCopy, form: str, folder: Path) -> Path:
     """Write a checkpoint into a temporary file, which the caller deletes."""
-    descriptor, name = tempfile.mkstemp(prefix="tmp-export-", dir=folder)
+    descriptor, name = tempfile.mkstemp(prefix=EXPORT_PREFIX, dir=folder)
     os.close(descriptor)
     path = Path(name)
     try:

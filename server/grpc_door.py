@@ -21,6 +21,7 @@ from pushstep.proto import dtypes
 from pushstep.proto import training_pb2 as pb
 from pushstep.proto.errors import Draining, MalformedFrame, PushstepError, RowOutOfRange, WrongShape
 from pushstep.proto.frames import MAX_CHUNK_BYTES, Piece, pack
+from pushstep.proto.layout import ID_BYTES
 from pushstep.proto.status import TRAILER, named, to_trailer
 from pushstep.proto.types_pb2 import DType, Receipt, Segment
 
@@ -167,10 +168,16 @@ class GrpcDoor:
             header = _header(model, arenas, [segment])
             return header, list(pack([body]))
 
-        header, frames = await model.stepper.submit(read)
-        yield pb.PullResponse(header=header).SerializeToString()
-        for frame in frames:
-            yield frame
+        # ids may repeat: a small request can ask for far more than the parameter holds
+        size = len(request.ids) * (ID_BYTES + slot.row_elements * (wire or slot.dtype).itemsize)
+        self.budget.reserve(size)
+        try:
+            header, frames = await model.stepper.submit(read)
+            yield pb.PullResponse(header=header).SerializeToString()
+            for frame in frames:
+                yield frame
+        finally:
+            self.budget.release(size)
 
     async def pull_state(self, request: pb.PullStateRequest) -> AsyncIterator[bytes]:
         """PullState."""

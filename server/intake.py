@@ -229,12 +229,12 @@ class Intake:
             times.receive_s = verdict.receipt.times.receive_s
             verdict.receipt.times.CopyFrom(times)
             model.last_receipt = verdict.receipt
-        except PushstepError as error:
-            verdict.error = error
         except Exception as error:  # noqa: BLE001 - a half-taken step must stop the model, whatever broke it
-            if model.failed is None:
+            if not isinstance(error, PushstepError) and model.failed is None:
                 model.fail(error)
-            verdict.error = model.failed
+            verdict.error = error if isinstance(error, PushstepError) else model.failed
+            verdict.receipt.outcome = Outcome.OUTCOME_REJECTED
+            verdict.receipt.reason = verdict.error.code if verdict.error is not None else ""
         finally:
             self._pending.end(ticket.identity)
 

@@ -110,7 +110,7 @@ class Model:
 
     def evict(self, worker: str, by: str) -> int:
         """Fence a worker."""
-        self.sessions.evict(worker, self.name)
+        self.sessions.evict(worker)
         return self._edited("worker_evicted", by, worker=worker)
 
     def _edited(self, kind: str, by: str, **facts: Any) -> int:

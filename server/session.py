@@ -73,7 +73,8 @@ class Worker:
 class Sessions:
     """The worker table of one model."""
 
-    def __init__(self, lease_s: float, max_workers: int) -> None:
+    def __init__(self, lease_s: float, max_workers: int, model: str = "") -> None:
+        self.model = model
         self.lease_s = lease_s
         self.max_workers = max_workers
         self.workers: dict[str, Worker] = {}
@@ -106,7 +107,7 @@ class Sessions:
         if worker is not None:
             self._expire_one(worker, now_s)
         if worker is None or identity.epoch > worker.epoch:
-            raise UnknownWorker(model="", worker=identity.worker)
+            raise UnknownWorker(model=self.model, worker=identity.worker)
         if worker.state is WorkerState.EVICTED:
             raise Fenced(worker=worker.name, epoch=identity.epoch, why="evicted by an operator")
         if identity.epoch < worker.epoch:
@@ -155,11 +156,11 @@ class Sessions:
             worker.state = WorkerState.LEFT
             worker.last_seen_s = now_s
 
-    def evict(self, name: str, model: str) -> Worker:
+    def evict(self, name: str) -> Worker:
         """Fence a worker by an operator's hand; it may join again by a new session."""
         worker = self.workers.get(name)
         if worker is None:
-            raise UnknownWorker(model=model, worker=name)
+            raise UnknownWorker(model=self.model, worker=name)
         worker.state = WorkerState.EVICTED
         return worker
 

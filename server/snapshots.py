@@ -38,6 +38,7 @@ FORMAT: Final = 1
 MANIFEST: Final = "manifest.json"
 PARAMETER: Final = "parameter"
 EXTRAS: Final = "extras.safetensors"
+EXPORT_PREFIX: Final = "tmp-export-"
 # Snapshots that the server took by itself: the newest ones are kept, an operator's are kept until deleted.
 KEPT_AUTOMATIC: Final = 2
 _ID: Final = re.compile(r"t(\d+)-v(\d+)-e(\d+)-(\d+)")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from pushstep.proto.errors import OverBudget
+from pushstep.proto.errors import OverBudget, OverCapacity
 from pushstep.proto.layout import Slot
 from pushstep.proto.types_pb2 import Staged
 
@@ -54,7 +54,15 @@ class Budget:
         self.used_bytes = 0
 
     def reserve(self, need_bytes: int) -> None:
-        """Take `need_bytes`, or raise OverBudget with the time after which to ask again."""
+        """Take `need_bytes`, or raise OverBudget with the time after which to ask again.
+
+        OverCapacity for what would not fit if nothing else were in flight: asking again would not help.
+        """
+        if need_bytes > self.total_bytes:
+            raise OverCapacity(
+                problem=f"{need_bytes} bytes at once are more than the {self.total_bytes} set aside for staging",
+                setting="staging-bytes",
+            )
         free = self.total_bytes - self.used_bytes
         if need_bytes > free:
             raise OverBudget(need=need_bytes, free=free, budget=self.total_bytes, retry_after_s=RETRY_AFTER_S)

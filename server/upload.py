@@ -237,6 +237,9 @@ class Upload:
                 raise ManifestChanged(model=model.name)
             added = [Group.make(group) for group in self._header.manifest.groups]
             layout = self._layout
+            names = [group.rule.name for group in (*model.groups.list, *added)]
+            grown = Arenas.bytes_needed(layout, names) - Arenas.bytes_needed(model.layout, names)
+            self._catalog.require_room(grown)
             model.add_groups(layout, added)
             model.record("param_group_added", identity.worker, group=len(model.groups.list) - 1)
 

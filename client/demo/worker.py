@@ -14,8 +14,6 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .. import connect
 from .data import load_flights
 from .model import flight_model, optimizers
@@ -24,7 +22,6 @@ from .training import train
 
 def work(*, server: str, model: str, worker: str, index: int, of: int, epochs: int) -> dict[str, Any]:
     """Train this worker's share through the service, printing each step; the summary comes back."""
-    torch.set_num_threads(1)  # the workers and the server of the demo share two cores
     flights = load_flights()
     network = flight_model(flights)
     outcomes: Counter[str] = Counter()

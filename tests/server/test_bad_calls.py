@@ -164,7 +164,8 @@ def test_a_push_in_doubt_over_an_added_group_is_not_applied_again(
     server: RunningServer, wire: Wire, model_name: str
 ) -> None:
     """Its answer was lost, and by its retry the manifest is another: the receipt settles it."""
-    session = created(server, model_name)
+    created(server, model_name)
+    session = server.connect(model_name, "joined")  # which takes the model as it is, and as it becomes
     gradient = {"bias": np.ones(4, np.float32)}
     first = session.push(gradient)
     other = RawWorker(wire, model_name, "other")

@@ -291,7 +291,7 @@ UPLOADS: dict[str, tuple[dict[str, Any], list[Tensor], str]] = {
     ),
     "extras that are no file": ({"kind": X, "extras_bytes": 16}, [torch.zeros(4)], "malformed_frame"),
     "extras of no length": ({"kind": X}, [], "malformed_frame"),
-    "extras without end": ({"kind": X, "extras_bytes": 2**63}, [], "over_budget"),
+    "extras without end": ({"kind": X, "extras_bytes": 2**63}, [], "over_capacity"),
     "extras with segments": (
         {"kind": X, "extras_bytes": 16, "segments": [segment(8, 12)]},
         [torch.zeros(4)],

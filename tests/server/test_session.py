@@ -93,7 +93,7 @@ def test_takeover_fences_the_old_epoch(sessions: Sessions) -> None:
 def test_evicted_is_fenced_until_it_joins_by_hand(sessions: Sessions) -> None:
     worker = sessions.join("w", 0, takeover=False)
     verdict = consume(sessions, worker)
-    sessions.evict("w", "m")
+    sessions.evict("w")
     for at_s in (0.0, 1000.0):
         with pytest.raises(Fenced, match="evicted"):
             sessions.require(identity(worker), at_s)
@@ -105,7 +105,7 @@ def test_evicted_is_fenced_until_it_joins_by_hand(sessions: Sessions) -> None:
         sessions.require(identity(worker, epoch=1), 1001)
     sessions.require(identity(worker), 1001)
     with pytest.raises(UnknownWorker):
-        sessions.evict("nobody", "m")
+        sessions.evict("nobody")
 
 
 def test_strangers_are_unknown(sessions: Sessions) -> None:
@@ -117,7 +117,7 @@ def test_strangers_are_unknown(sessions: Sessions) -> None:
 
 def test_a_closed_epoch_must_join_again(sessions: Sessions) -> None:
     worker = sessions.join("w", 0, takeover=False)
-    sessions.evict(sessions.join("bad", 0, takeover=False).name, "m")
+    sessions.evict(sessions.join("bad", 0, takeover=False).name)
     sessions.close_epochs()
     with pytest.raises(LeaseExpired):
         sessions.require(identity(worker), 0)
@@ -186,7 +186,7 @@ def test_the_longest_joined_live_worker_leads(sessions: Sessions) -> None:
     assert [sessions.leads(w) for w in (a, b, c)] == [False, True, False]
     sessions.join("b", 3, takeover=True)
     assert [sessions.leads(w) for w in (a, b, c)] == [False, False, True]
-    sessions.evict("c", "m")
+    sessions.evict("c")
     assert [sessions.leads(w) for w in (a, b, c)] == [True, False, False]
     sessions.expire(2 + LEASE_S + 0.5)
     assert [sessions.leads(w) for w in (a, b, c)] == [False, True, False]
@@ -227,7 +227,7 @@ def test_the_table_survives_as_json(sessions: Sessions) -> None:
     refused = consume(sessions, b, digest=5, error=error)
     a.worker_state = bytes(range(256))
     sessions.duplicate(b, refused)
-    sessions.evict("b", "m")
+    sessions.evict("b")
     restored = Sessions(LEASE_S, 100)
     restored.parse(json.loads(json.dumps(sessions.dump())), 1000)
     assert restored.dump() == sessions.dump()
@@ -305,7 +305,7 @@ class Model(RuleBasedStateMachine):
     @rule(name=names)
     def evict(self, name: str) -> None:
         if name in self.sessions.workers:
-            self.sessions.evict(name, "m")
+            self.sessions.evict(name)
 
     @rule(seconds=st.sampled_from([0.5, LEASE_S, FORGET_AFTER_S]))
     def wait(self, seconds: float) -> None:
