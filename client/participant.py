@@ -141,45 +141,50 @@ class Participant:
     def step(
         self,
         gradients: Mapping[Slot, Tensor | Rows],
-        base_version: int,
+        held: tuple[int, int] | None,
         *,
         edits: Mapping[int, Mapping[str, float | bool]] | None = None,
         metrics: Mapping[str, float] | None = None,
         worker_state: bytes | None = None,
-        pull: pb.PullOptions | None,
+        pull: bool,
     ) -> tuple[Receipt, Pulled | None]:
         """One push under this session's next sequence, sent until it is answered.
 
-        With `pull` it is an exchange. A restore in between gives the outcome `superseded` and no parameters: the
-        session has joined again, and the caller pulls.
+        `held` is the (timeline, version) that the gradients were computed on; None: the newest that the session
+        knows of. With `pull` it is an exchange. A restore in between gives the outcome `superseded` and no
+        parameters: the session has joined again, and the caller forgets what it holds and pulls.
         """
         member = self.member()
         header = pb.PushHeader(
             model=self.model,
-            base_version=base_version,
+            base_version=held[1] if held is not None else member.version,
             metrics=metrics or {},
             worker_state=worker_state,
-            pull=pull,
+            pull=self._pull_options(held) if pull else None,
             edits=[
                 pb.GroupEdit(group=group, values={name: wire_value(v) for name, v in values.items()})
                 for group, values in (edits or {}).items()
             ],
         )
         while True:
+            if held is not None and held[0] != member.timeline:
+                # joined again meanwhile, for whatever reason, and what is held here is of an ended timeline
+                return self._ended(member.next_identity()), None
             body = push_body(member.layout, gradients, self.push_wire)
             del header.segments[:]
             header.segments.extend(body.segments)
             header.manifest_hash = member.layout.manifest_hash
             header.identity.CopyFrom(member.next_identity())
             try:
-                if pull is None:
+                if not pull:
                     answer = self._retry.run(partial(self._transport.push, header, body))
                     receipt, pulled = Receipt.of(answer.receipt), None
                 else:
                     pulled = self._retry.run(partial(self._transport.exchange, header, body, member.layout))
                     receipt = Receipt.of(pulled.header.receipt)
             except Superseded:
-                return self._superseded(header.identity), None
+                self.rejoin()
+                return self._ended(header.identity), None
             except (LeaseExpired, ManifestChanged) as error:
                 member = self.rejoin()
                 settled = member.receipt_of(header.identity)
@@ -213,8 +218,10 @@ class Participant:
         warnings.warn(f"push rejected: {error.message}", RuntimeWarning, stacklevel=4)
         return receipt
 
-    def _superseded(self, identity: Identity) -> Receipt:
-        member = self.rejoin()
+    def _ended(self, identity: Identity) -> Receipt:
+        """The receipt of a push whose timeline a restore has ended, or Superseded if the session is to raise it."""
+        member = self.member()
+        self._mirror.forget()
         if self._on_restore == "raise":
             raise Superseded(model=self.model, timeline=member.timeline, got=identity.timeline)
         warnings.warn(
@@ -223,7 +230,6 @@ class Participant:
             RuntimeWarning,
             stacklevel=4,
         )
-        self._mirror.forget()
         return self._note(_own_receipt(Outcome.SUPERSEDED, "superseded", identity, member.version))
 
     # Pulling.
@@ -234,7 +240,7 @@ class Participant:
         request = pb.PullRequest(
             model=self.model,
             identity=member.identity(),
-            options=self.pull_options(have),
+            options=self._pull_options(have),
             timeline=have[0] if have else 0,
             manifest_hash=member.layout.manifest_hash,
         )
@@ -245,7 +251,7 @@ class Participant:
         self._check_usable()
         return self._retry.run(lambda: self._transport.pull_state(pb.PullStateRequest(model=self.model)))
 
-    def pull_options(self, have: tuple[int, int] | None) -> pb.PullOptions:
+    def _pull_options(self, have: tuple[int, int] | None) -> pb.PullOptions:
         """What to ask of an exchange for a worker that holds `have` (timeline, version)."""
         options = pb.PullOptions(dtype=wire_enum(self.pull_wire))
         if have is not None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pushstep.optim import RULES
-from pushstep.proto.errors import UnsupportedModule
+from pushstep.proto.errors import Superseded, UnsupportedModule
 from pushstep.proto.layout import Layout, Slot
 from pushstep.proto.types_pb2 import Manifest
 
@@ -134,19 +134,21 @@ class RemoteOptimizer(torch.optim.Optimizer):
         gradients = self._parameters.gradients(layout)
         if not gradients:
             return loss
-        held = self._parameters.at
-        receipt, pulled = self._session.step(
-            gradients,
-            held[1] if held is not None else 0,
-            edits=self._hyperparameters.edits(self._groups()),
-            metrics=_metrics(loss),
-            pull=self._session.pull_options(held),
-        )
+        try:
+            receipt, pulled = self._session.step(
+                gradients,
+                self._parameters.at,
+                edits=self._hyperparameters.edits(self._groups()),
+                metrics=_metrics(loss),
+                pull=True,
+            )
+        except Superseded:
+            self._start_over()
+            self._parameters.take(self._session.pull_message(None))
+            raise
         self.last_receipt = receipt
         if receipt.outcome is Outcome.SUPERSEDED:
-            self._parameters.forget()
-            self._hyperparameters.leads = self._session.member().lead
-            self._hyperparameters.write(self._groups(), self._session.member().groups)
+            self._start_over()
         self._parameters.take(
             pulled if pulled is not None else self._session.pull_message(self._parameters.at)
         )
@@ -158,6 +160,12 @@ class RemoteOptimizer(torch.optim.Optimizer):
         if self._steps % EXTRAS_EVERY_STEPS == 0:
             self._send_extras()
         return loss
+
+    def _start_over(self) -> None:
+        """Let go of what is of an ended timeline: parameters and hyperparameters are the restored ones."""
+        self._parameters.forget()
+        self._hyperparameters.leads = self._session.member().lead
+        self._hyperparameters.write(self._groups(), self._session.member().groups)
 
     def _send_extras(self) -> None:
         """What a checkpoint of the module needs beside the parameters that are stepped; the lead's business."""

@@ -112,15 +112,14 @@ class Session(Participant):
 
     def push(self, grads: Mapping[str, Any], metrics: Mapping[str, float] | None = None) -> Receipt:
         """Hand gradients in by name: arrays, tensors, or (ids, rows) pairs. Returns when they are applied."""
-        receipt, _ = self.step(self._named(grads), self._base_version(), metrics=metrics, pull=None)
+        receipt, _ = self.step(self._named(grads), self._mirror.at, metrics=metrics, pull=False)
         return receipt
 
     def exchange(
         self, grads: Mapping[str, Any], metrics: Mapping[str, float] | None = None
     ) -> tuple[Receipt, dict[str, Array]]:
         """Push and pull in one round trip: the receipt, and every parameter at its version or a newer one."""
-        options = self.pull_options(self._mirror.at)
-        receipt, pulled = self.step(self._named(grads), self._base_version(), metrics=metrics, pull=options)
+        receipt, pulled = self.step(self._named(grads), self._mirror.at, metrics=metrics, pull=True)
         if pulled is None:
             return receipt, self.pull()
         self._mirror.take(pulled)
@@ -131,12 +130,6 @@ class Session(Participant):
         slots = [(layout.slot(name, self.model), gradient) for name, gradient in grads.items()]
         return {slot: as_gradient(gradient, slot) for slot, gradient in slots}
 
-    def _base_version(self) -> int:
-        member = self.member()
-        if self._mirror.at is not None and self._mirror.at[0] == member.timeline:
-            return self._mirror.at[1]
-        return member.version
-
     # Pulling.
 
     def pull(self) -> dict[str, Array]:
@@ -145,7 +138,7 @@ class Session(Participant):
         have = self._mirror.at
         request = pb.PullRequest(
             model=self.model,
-            options=self.pull_options(have),
+            options=self._pull_options(have),
             timeline=have[0] if have else 0,
             manifest_hash=self._mirror.layout.manifest_hash if self._mirror.layout is not None else 0,
         )

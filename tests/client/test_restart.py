@@ -6,12 +6,15 @@ import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from counting import counts, create, grads
 from harness import RunningServer, start_server
 from twin import Network, Twins, adagrad
 
 from pushstep.client import Outcome, connect
+from pushstep.optim import Adagrad
 from pushstep.proto.errors import ModelLost, Superseded
 
 
@@ -102,3 +105,38 @@ def test_a_snapshot_restored_under_a_worker(server: RunningServer, model_name: s
     receipt = session.push(grads(3))
     assert (receipt.version, receipt.timeline) == (2, 2)
     assert counts(session, 4) == [1, 0, 0, 1]
+
+
+@pytest.mark.parametrize("interface", ["arrays", "optimizer"])
+def test_after_a_raised_restore_nothing_of_the_old_timeline_is_kept(
+    server: RunningServer, model_name: str, interface: str
+) -> None:
+    """Versions of two timelines have equal numbers: what is held of one must not pass for the other's."""
+    session = server.connect(model_name, on_restore="raise")
+    weight = torch.nn.Parameter(torch.zeros(3))
+    if interface == "arrays":
+        session.create({"w": np.zeros(3, np.float32)}, [{"rule": "adagrad", "params": ["w"], "lr": 0.5}])
+        optimizer = None
+    else:
+        optimizer = session.attach(Adagrad([weight], lr=0.5), names=["w"])
+
+    def exchange(value: float) -> np.ndarray:
+        if optimizer is None:
+            return session.exchange({"w": np.full(3, value, np.float32)})[1]["w"]
+        weight.grad = torch.full((3,), value)
+        optimizer.step()
+        return weight.detach().numpy().copy()
+
+    exchange(1.0)
+    restored = exchange(2.0)
+    snapshot = server.rest("POST", f"/v1/models/{model_name}/snapshots").json()["id"]
+    exchange(3.0)
+    assert server.rest("POST", f"/v1/models/{model_name}/snapshots/{snapshot}/restore").status_code == 200
+    with pytest.raises(Superseded):
+        exchange(4.0)
+    if optimizer is not None:
+        assert np.array_equal(weight.detach().numpy(), restored)
+    after = exchange(5.0)
+    reader = server.connect(model_name, "reader")
+    assert np.array_equal(after, reader.pull()["w"])
+    assert session.last_receipt is not None and session.last_receipt.version == 3
