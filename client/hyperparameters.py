@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from pushstep.optim import RULES
+from pushstep.proto.hyperparameters import plain_values
 from pushstep.proto.types_pb2 import GroupValues
 
-from .receipt import Receipt, plain_values
+from .receipt import Receipt
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,7 @@ class Hyperparameters:
     def write(self, groups: Sequence[Group], values: Iterable[GroupValues]) -> None:
         """Have the groups hold the server's values."""
         # a group that another worker has added meanwhile is not this one's yet
-        self._known = [plain_values(group) for group in values][: len(groups)]
+        self._known = [plain_values(group.values) for group in values][: len(groups)]
         for group, known in zip(groups, self._known, strict=True):
             for name, value in known.items():
                 if isinstance(group.settings.get(name), Tensor):

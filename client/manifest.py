@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from pushstep.proto import dtypes
+from pushstep.proto.hyperparameters import wire_values
 from pushstep.proto.types_pb2 import Manifest, Parameter, ParamGroup
 
 from .hyperparameters import Group
-from .receipt import wire_value
 
 
 def parameter_message(name: str, parameter: Tensor, group: int, aliases: Sequence[str] = ()) -> Parameter:
@@ -23,7 +23,7 @@ def parameter_message(name: str, parameter: Tensor, group: int, aliases: Sequenc
 
 def group_message(group: Group) -> ParamGroup:
     """One param group, without its parameters."""
-    values = {name: wire_value(value) for name, value in group.values().items()}
+    values = wire_values(group.values())
     return ParamGroup(rule=group.rule, optimizer=group.optimizer, values=values)
 
 
@@ -48,7 +48,7 @@ def of_arrays(
     manifest = Manifest()
     values: dict[str, Tensor] = {}
     for index, group in enumerate(groups):
-        settings = {name: wire_value(v) for name, v in group.items() if name not in ("rule", "params")}
+        settings = wire_values({k: v for k, v in group.items() if k not in ("rule", "params")})
         manifest.groups.append(ParamGroup(rule=group["rule"], optimizer=0, values=settings))
         for name in group["params"]:
             values[name] = torch.as_tensor(parameters[name])

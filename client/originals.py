@@ -27,6 +27,10 @@ _HOOK_TABLES = (
 
 def rule_of(optimizer: torch.optim.Optimizer) -> str:
     """The server's name of an optimizer's rule. UnsupportedModule for one that it does not have."""
+    if getattr(optimizer, "row_wise", False) or any(g.get("row_wise") for g in optimizer.param_groups):
+        raise UnsupportedModule(
+            problem="row_wise=True keeps one accumulator per row, the server one per element: attach without it"
+        )
     for kind, name in ((torch.optim.Adadelta, "adadelta"), (torch.optim.Adagrad, "adagrad")):
         if isinstance(optimizer, kind):
             return name

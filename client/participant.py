@@ -28,6 +28,7 @@ from pushstep.proto.errors import (
     SessionClosed,
     Superseded,
 )
+from pushstep.proto.hyperparameters import wire_values
 from pushstep.proto.layout import Layout, Slot, with_group
 from pushstep.proto.types_pb2 import Identity, Manifest
 
@@ -36,7 +37,7 @@ from .gradients import Rows, push_body
 from .heartbeat import Heartbeat
 from .membership import Member, join
 from .mirror import Mirror
-from .receipt import Outcome, Receipt, wire_value
+from .receipt import Outcome, Receipt
 from .retry import Retry
 from .transport import Pulled, Transport
 
@@ -162,7 +163,7 @@ class Participant:
             worker_state=worker_state,
             pull=self._pull_options(held) if pull else None,
             edits=[
-                pb.GroupEdit(group=group, values={name: wire_value(v) for name, v in values.items()})
+                pb.GroupEdit(group=group, values=wire_values(values))
                 for group, values in (edits or {}).items()
             ],
         )

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from pushstep.proto import types_pb2 as pb
+from pushstep.proto.hyperparameters import plain_values
 
 
 class Outcome(StrEnum):
@@ -57,7 +58,7 @@ class Receipt:
             staleness=message.staleness,
             gradient_norm=message.gradient_norm,
             clip_factor=message.clip_factor,
-            groups=[plain_values(group) for group in message.groups],
+            groups=[plain_values(group.values) for group in message.groups],
             effective_lr=[group.effective_lr for group in message.groups],
             ignored_edits=list(message.ignored_edits),
             lead=message.lead,
@@ -71,18 +72,3 @@ class Receipt:
                 "publish_s": times.publish_s,
             },
         )
-
-
-def plain_values(group: pb.GroupValues) -> dict[str, float | bool]:
-    """A group's hyperparameters as Python numbers and flags."""
-    return {
-        name: value.flag if value.WhichOneof("value") == "flag" else value.number
-        for name, value in group.values.items()
-    }
-
-
-def wire_value(value: float | bool) -> pb.Hyperparameter:
-    """One hyperparameter as a message."""
-    return (
-        pb.Hyperparameter(flag=value) if isinstance(value, bool) else pb.Hyperparameter(number=float(value))
-    )

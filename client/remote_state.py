@@ -15,11 +15,11 @@ from torch import Tensor
 from pushstep.optim import RULES
 from pushstep.optim.state_dict import GroupState, ParameterState, parts_of, torch_state_dict
 from pushstep.proto import training_pb2 as pb
+from pushstep.proto.hyperparameters import plain_values, wire_values
 from pushstep.proto.layout import Layout, Slot
 from pushstep.proto.types_pb2 import GroupValues
 
 from .hyperparameters import Group
-from .receipt import plain_values, wire_value
 from .transport import Pulled
 
 
@@ -36,7 +36,7 @@ def fetched(
         if state:
             tensors[slot.index][state] = values
     states = [
-        GroupState(group.rule, {**plain_values(held), **pending.get(index, {})})
+        GroupState(group.rule, {**plain_values(held.values), **pending.get(index, {})})
         for index, (group, held) in enumerate(zip(groups, pulled.header.groups, strict=False))
     ]
     for slot in pulled.layout.slots:
@@ -80,9 +80,7 @@ def upload_of(
                 raise ValueError(
                     "loaded state dict contains a parameter group that doesn't match the size of optimizer's group"
                 )
-            header.groups.append(
-                GroupValues(group=index, values={name: wire_value(v) for name, v in part.values.items()})
-            )
+            header.groups.append(GroupValues(group=index, values=wire_values(part.values)))
             rule = RULES[groups[index].rule]
             for parameter, state in zip(parameters, part.parameters, strict=True):
                 slot = slot_of(parameter)

@@ -107,6 +107,9 @@ class Session(Participant):
         self._check_usable()
         manifest, values = of_arrays(parameters, groups)
         self.join_or_create(manifest, lambda layout: {(slot, ""): values[slot.name] for slot in layout.slots})
+        self._manifest = (
+            None  # arrays go by name: joining again, the session takes the model as it has become
+        )
 
     # Pushing.
 

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from pushstep.optim import RULES
 from pushstep.proto import dtypes
+from pushstep.proto.hyperparameters import plain_values
 from pushstep.proto.layout import Layout, Slot
 from pushstep.proto.types_pb2 import Ticket
 
-from .groups import plain_values
 from .staging import DensePart, RowsPart
 
 

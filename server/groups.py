@@ -15,27 +15,11 @@ import torch
 
 from pushstep.optim import RULES, Rule
 from pushstep.proto.errors import HeldByHook, InvalidHyperparameter, InvalidManifest, UnknownGroup
-from pushstep.proto.types_pb2 import GroupValues, Hyperparameter, ParamGroup
+from pushstep.proto.hyperparameters import Values, plain_values, wire_values
+from pushstep.proto.types_pb2 import GroupValues, ParamGroup
 
-Values = dict[str, float | bool]
 # Steps of float32 parameters are taken with float32 numbers: a larger one would break them off half way.
 LARGEST: Final = torch.finfo(torch.float32).max
-
-
-def plain_values(values: Mapping[str, Hyperparameter]) -> Values:
-    """Hyperparameters as Python numbers and flags."""
-    return {
-        name: value.flag if value.WhichOneof("value") == "flag" else value.number
-        for name, value in values.items()
-    }
-
-
-def wire_values(values: Mapping[str, float | bool]) -> dict[str, Hyperparameter]:
-    """Hyperparameters as messages."""
-    return {
-        name: Hyperparameter(flag=value) if isinstance(value, bool) else Hyperparameter(number=value)
-        for name, value in values.items()
-    }
 
 
 @dataclass(slots=True)

@@ -21,11 +21,11 @@ from pushstep.proto.errors import (
     PushstepError,
 )
 from pushstep.proto.frames import Assembly, BodyDigest, Chunk
+from pushstep.proto.hyperparameters import Values, plain_values
 from pushstep.proto.training_pb2 import PushHeader
 from pushstep.proto.types_pb2 import Durability, Identity, Outcome, Receipt, ServerTimes, Ticket
 
 from . import gate
-from .groups import Values, plain_values
 from .hooks.hook import Point, StepContext
 from .model import Model, refuse_consumed
 from .session import Verdict, Worker

@@ -24,6 +24,7 @@ from pushstep.proto.errors import (
     WrongLength,
 )
 from pushstep.proto.frames import Assembly, BodyDigest, Chunk
+from pushstep.proto.hyperparameters import plain_values
 from pushstep.proto.layout import Layout, check_body, with_group
 from pushstep.proto.training_pb2 import (
     UPLOAD_KIND_CREATE,
@@ -38,7 +39,7 @@ from pushstep.proto.types_pb2 import Durability, Outcome, Receipt, Segment
 
 from .arena import Arenas, ArenasCopy
 from .catalog import Catalog, Creation
-from .groups import Group, plain_values
+from .groups import Group
 from .membership import membership
 from .model import Model
 from .session import Verdict

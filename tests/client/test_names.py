@@ -216,3 +216,12 @@ def test_distributed_wrappers_and_tensors(server: RunningServer, model_name: str
     # the module inside a DistributedDataParallel is an ordinary one
     server.connect(model_name).attach(adadelta(wrapped), module=wrapped.module)
     assert names_on(server, model_name) == NETWORK_NAMES
+
+
+def test_row_wise_state_is_refused(server: RunningServer, model_name: str) -> None:
+    _refused(
+        server,
+        model_name,
+        Adagrad([nn.Parameter(torch.zeros(4, 2))], row_wise=True),
+        "one accumulator per row",
+    )
