@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pushstep.optim import RULES
 from pushstep.proto import dtypes
+from pushstep.proto.errors import InvalidManifest
 from pushstep.proto.hyperparameters import wire_values
 from pushstep.proto.types_pb2 import Manifest, Parameter, ParamGroup
 
@@ -47,7 +49,15 @@ def of_arrays(
         groups = [{"rule": "adadelta", "params": list(parameters)}]
     manifest = Manifest()
     values: dict[str, Tensor] = {}
+    grouped = [name for group in groups for name in group.get("params", ())]
+    if sorted(grouped) != sorted(parameters):
+        differing = sorted(set(grouped) ^ set(parameters)) or sorted(grouped)
+        raise InvalidManifest(
+            problem=f"each parameter belongs to exactly one group; look at {', '.join(differing[:5])}"
+        )
     for index, group in enumerate(groups):
+        if group.get("rule") not in RULES:
+            raise InvalidManifest(problem=f"group {index} needs a rule, one of {', '.join(RULES)}")
         settings = wire_values({k: v for k, v in group.items() if k not in ("rule", "params")})
         manifest.groups.append(ParamGroup(rule=group["rule"], optimizer=0, values=settings))
         for name in group["params"]:

@@ -19,6 +19,7 @@ from torch import Tensor
 from pushstep.proto import dtypes
 from pushstep.proto import training_pb2 as pb
 from pushstep.proto.errors import (
+    FateUnknown,
     ForkedSession,
     LeaseExpired,
     ManifestChanged,
@@ -112,7 +113,11 @@ class Participant:
             # nobody answered the last push: a new epoch makes sure that it is not applied from here on, and brings
             # its receipt if it had been
             doubted, self._in_doubt = self._in_doubt, None
-            settled = self.rejoin().receipt_of(doubted)
+            member = self.rejoin()
+            settled = member.receipt_of(doubted)
+            if settled is None and member.epoch <= doubted.epoch:
+                # epochs only grow: the server has forgotten this worker, and its receipts with it
+                raise FateUnknown(sequence=doubted.sequence, worker=self.worker)
             self.last_receipt = settled or self.last_receipt
         if self._member is None:
             raise NotAttached(problem="the session has not joined")
@@ -151,8 +156,7 @@ class Participant:
     ) -> tuple[Receipt, Pulled | None]:
         """One push under this session's next sequence, sent until it is answered.
 
-        `held` is the (timeline, version) that the gradients were computed on; None: the newest that the session
-        knows of. With `pull` it is an exchange. A restore in between gives the outcome `superseded` and no
+        `held` is the (timeline, version) that the gradients were computed on; None: the one at which it joined. With `pull` it is an exchange. A restore in between gives the outcome `superseded` and no
         parameters: the session has joined again, and the caller forgets what it holds and pulls.
         """
         member = self.member()
@@ -204,7 +208,6 @@ class Participant:
                 member.sequence = header.identity.sequence
                 return self._rejected(error, header.identity), None
             member.sequence = header.identity.sequence
-            member.version = receipt.version
             member.lead = receipt.lead
             return self._note(receipt), pulled
 

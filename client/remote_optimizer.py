@@ -154,6 +154,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
         )
         if pulled is not None:
             self._hyperparameters.leads = receipt.lead
+        if pulled is not None and receipt.outcome is Outcome.APPLIED:
+            # of a push that was not, the edits stay differences here and travel with the next
             self._hyperparameters.write(self._groups(), pulled.header.groups)
         self._hyperparameters.warn_ignored(receipt)
         self._steps += 1

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pushstep.proto import training_pb2 as pb
-from pushstep.proto.errors import NotAttached, PushstepError
+from pushstep.proto.errors import NotAttached, PushstepError, RowOutOfRange, WrongDtype
 from pushstep.proto.layout import Layout, Slot
 
 from .gradients import Rows, as_array, as_gradient
@@ -156,7 +156,7 @@ class Session(Participant):
         request = pb.PullRowsRequest(
             model=self.model,
             parameter=slot.name,
-            ids=[int(row) for row in np.asarray(ids).ravel()],
+            ids=_row_ids(ids, slot),
             dtype=wire_enum(self.pull_wire),
         )
         pulled = self._retry.run(lambda: self._transport.pull_rows(request, layout))
@@ -233,3 +233,13 @@ class Session(Participant):
     def __repr__(self) -> str:
         where = "reader" if self._member is None else f"epoch {self._member.epoch}"
         return f"<Session {self.worker!r} of model {self.model!r} at {self._transport.address}, {where}>"
+
+
+def _row_ids(ids: Any, slot: Slot) -> list[int]:
+    rows = np.asarray(ids)
+    if rows.size and rows.dtype.kind not in "iu":
+        raise WrongDtype(what=f"row ids of {slot.name!r}", got=rows.dtype, expected="integers")
+    outside = [row for row in rows.ravel().tolist() if not 0 <= row < slot.rows]
+    if outside:
+        raise RowOutOfRange(parameter=slot.name, row=outside[0], rows=slot.rows)
+    return [int(row) for row in rows.ravel()]

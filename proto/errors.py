@@ -232,7 +232,7 @@ class UnknownRoute(NotFound):
     """No resource lies at this path."""
 
     code = "unknown_route"
-    template = "nothing at {method} {path}; /docs lists every route"
+    template = "nothing at {method} {path}; /openapi.json lists every route"
 
 
 class Refused(PushstepError):
@@ -247,7 +247,7 @@ class MethodNotAllowed(Refused):
 
     code = "method_not_allowed"
     http_status = 405
-    template = "{method} is not possible at {path}; /docs lists every route"
+    template = "{method} is not possible at {path}; /openapi.json lists every route"
 
 
 class AlreadyJoined(Refused):

@@ -49,6 +49,8 @@ def main() -> None:
     )
     try:
         asyncio.run(_run(config))
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None  # before the service listens for it
     except (OSError, DataFolderLocked) as error:
         print(f"pushstep-server: {error}", file=sys.stderr)
         raise SystemExit(1) from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -46,8 +46,6 @@ class StepContext:
     metrics: Mapping[str, float]
     # multiplies every gradient before anything else
     factor: float = 1.0
-    # what observers are told beside the fields above
-    facts: dict[str, Any] = field(default_factory=dict)
 
 
 class Hook:

@@ -38,6 +38,8 @@ def create_app(catalog: Catalog, allowed_hosts: Collection[str] | None) -> FastA
         title="pushstep",
         version=installed_version("pushstep"),
         description="Look at and steer the models of a pushstep server.",
+        # FastAPI's pages load their scripts from elsewhere, onto the origin of what steers the models
+        docs_url=None,
         redoc_url=None,
         redirect_slashes=False,  # or a wrong path would be answered in another shape
     )
@@ -82,8 +84,8 @@ def problem_response(error: PushstepError) -> JSONResponse:
 class Entrance:
     """Turns away bodies over the limit and foreign Host headers, and names errors that nobody else has.
 
-    A page in an operator's browser can be made to send requests to this address under another host name; without
-    the Host check it could steer the server.
+    A page in an operator's browser can be made to send requests to this address, under another host name or its own;
+    without the checks of Host and Origin it could steer the server.
     """
 
     def __init__(self, app: ASGIApp, allowed_hosts: Collection[str] | None) -> None:
@@ -104,7 +106,11 @@ class Entrance:
 
         try:
             headers = dict(scope["headers"])
-            self._check_host(headers.get(b"host", b"").decode("latin-1"))
+            host = headers.get(b"host", b"").decode("latin-1")
+            self._check_host(host)
+            origin = headers.get(b"origin")
+            if origin is not None and scope["method"] not in ("GET", "HEAD", "OPTIONS"):
+                self._check_origin(origin.decode("latin-1"), host)
             declared = headers.get(b"content-length", b"0")
             if declared.isdigit() and int(declared) > MAX_BODY_BYTES:
                 raise MessageTooLarge(got=int(declared), limit=MAX_BODY_BYTES)
@@ -118,6 +124,12 @@ class Entrance:
         name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
         if self._allowed_hosts is not None and name.strip("[]").lower() not in self._allowed_hosts:
             raise HostNotAllowed(host=host[:200])
+
+    def _check_origin(self, origin: str, host: str) -> None:
+        """A browser says where a page came from that changes something; programs send no Origin."""
+        came_from = origin.partition("://")[2]
+        if came_from.lower() != host.lower():
+            raise HostNotAllowed(host=origin[:200])
 
 
 def _limited(receive: Callable[[], Awaitable[Any]]) -> Receive:

@@ -168,3 +168,25 @@ def test_a_scheduler_sees_a_step_that_the_server_refused(server: RunningServer, 
     assert _lrs([twins.remote]) == _lrs(twins.local) == [pytest.approx(0.025)]
     twins.step(1)
     assert server.rest("GET", f"/v1/models/{model_name}/param-groups/0").json()["lr"] == 0.025
+
+
+def test_an_edit_whose_push_was_skipped_travels_with_the_next(server: RunningServer, model_name: str) -> None:
+    """Chained schedulers compute from the lr they find: one that was taken back would stay lost."""
+    weight = torch.nn.Parameter(torch.zeros(2))
+    optimizer = server.connect(model_name).attach(torch.optim.Adadelta([weight], lr=1.0), names=["w"])
+    guard = {"name": "finite_guard", "point": "step_pre", "settings": {"action": "skip"}}
+    assert server.rest("POST", f"/v1/models/{model_name}/hooks", json=guard).status_code == 201
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=2, gamma=0.1)
+    applied = []
+    for number in range(6):
+        weight.grad = torch.full((2,), float("nan") if number == 2 else 1.0)
+        optimizer.step()
+        assert optimizer.last_receipt is not None
+        applied.append(
+            (str(optimizer.last_receipt.outcome), round(optimizer.last_receipt.effective_lr[0], 9))
+        )
+        scheduler.step()
+    lrs = [1.0, 1.0, 1.0, 0.1, 0.01, 0.01]  # the receipt of the skipped one shows what held before its edit
+    outcomes = ["applied", "applied", "skipped", *["applied"] * 3]
+    assert applied == list(zip(outcomes, lrs, strict=True))
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.001)

@@ -18,6 +18,7 @@ from twin import Network, adagrad, backward
 from pushstep.client import Outcome, Session, connect
 from pushstep.optim import Adadelta, Adagrad
 from pushstep.proto.errors import (
+    InvalidManifest,
     NonfiniteGradient,
     NotAttached,
     RowOutOfRange,
@@ -327,3 +328,45 @@ def test_no_server_there(server: RunningServer, what: str, tmp_path: Path) -> No
     assert re.search(
         f"{re.escape(address)} within 0.5 s .*start one with: pushstep-server", caught.value.message
     )
+
+
+@pytest.mark.parametrize(
+    ("groups", "words"),
+    [
+        ([{"rule": "adagrad", "params": ["w"]}], "look at v"),
+        ([{"rule": "adagrad", "params": ["w", "v", "x"]}], "look at x"),
+        (
+            [{"rule": "adagrad", "params": ["w", "v"]}, {"rule": "adadelta", "params": ["v"]}],
+            "exactly one group",
+        ),
+        ([{"params": ["w", "v"]}], "needs a rule"),
+        ([{"rule": "sgd", "params": ["w", "v"]}], "needs a rule"),
+    ],
+)
+def test_create_refuses_groups_that_do_not_fit(
+    server: RunningServer, model_name: str, groups: list[dict[str, Any]], words: str
+) -> None:
+    session = server.connect(model_name)
+    with pytest.raises(InvalidManifest, match=words):
+        session.create({"w": np.zeros(2, np.float32), "v": np.zeros(2, np.float32)}, groups)
+    assert server.rest("GET", f"/v1/models/{model_name}").status_code == 404
+
+
+def test_staleness_counts_from_where_the_worker_last_looked(server: RunningServer, model_name: str) -> None:
+    session = server.connect(model_name)
+    session.create({"w": np.zeros(2, np.float32)})
+    gradient = {"w": np.ones(2, np.float32)}
+    assert [session.push(gradient).staleness for _ in range(3)] == [0, 1, 2]
+    session.pull()
+    assert [session.push(gradient).staleness for _ in range(2)] == [0, 1]
+
+
+@pytest.mark.parametrize(("ids", "error"), [([1.7], WrongDtype), ([5], RowOutOfRange), ([-1], RowOutOfRange)])
+def test_rows_that_are_none(
+    server: RunningServer, model_name: str, ids: list[float], error: type[Exception]
+) -> None:
+    session = server.connect(model_name)
+    session.create({"e": np.zeros((3, 2), np.float32)})
+    with pytest.raises(error):
+        session.pull_rows("e", ids)
+    assert session.pull_rows("e", []).shape == (0, 2)

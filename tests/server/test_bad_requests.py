@@ -281,3 +281,15 @@ def test_a_hook_without_a_finite_norm(server: RunningServer, owner: Session) -> 
     for norm in ("NaN", "Infinity", "1e999"):
         body = f'{{"name": "clip_grad_norm", "point": "step_pre", "settings": {{"max_norm": {norm}}}}}'
         assert_refused(server, 422, "invalid_hook", "POST", f"{ROOT}/hooks", body.encode(), JSON)
+
+
+@pytest.mark.parametrize("origin", ["http://elsewhere.example", "null", "http://127.0.0.1:1"])
+def test_a_foreign_page_changes_nothing(server: RunningServer, model_name: str, origin: str) -> None:
+    """What a browser sends for a page without asking first: a plain POST, with the page's origin."""
+    server.connect(model_name).create({"w": np.zeros(2, np.float32)})
+    path = f"/v1/models/{model_name}/snapshots"
+    refused = server.rest("POST", path, headers={"Origin": origin, "Content-Type": "text/plain"})
+    assert (refused.status_code, refused.json()["code"]) == (403, "host_not_allowed")
+    assert server.rest("GET", path).json()["snapshots"] == []
+    own = server.rest("POST", path, headers={"Origin": f"http://{server.http}"})
+    assert own.status_code == 201
