@@ -84,22 +84,22 @@ def step_rows(step: RowStep) -> None:
     """Take a step on rows of one table; see `dispatch.RowStep`."""
     if step.found_inf is not None and number(step.found_inf) == 1.0:
         return
-    lr = number(step.lr)
-    t: float = step.step
-    if step.steps is not None:
-        step.steps += 1
-        t = step.steps.item()
-    lr = lr / (1 + (t - 1) * step.lr_decay)
     operands = [step.param, *step.states]
     ids = step.ids.contiguous()
     rows = step.rows.resolve_neg().contiguous()
     arranged = None
+    # the ids first: one out of bounds must leave the counter as it was
     if step.unique:
         check_bounds(ids, step.param.shape[0])
     else:
         unique, order, segments = arrange(ids, step.param.shape[0])
         if order is not None:
             ids, arranged = unique, (order, segments)
+    t: float = step.step
+    if step.steps is not None:
+        step.steps += 1
+        t = step.steps.item()
+    lr = number(step.lr) / (1 + (t - 1) * step.lr_decay)
     if ids.numel() == 0:
         return
     if all(t.is_contiguous() for t in operands):

@@ -171,9 +171,9 @@ def main(quick: bool = False) -> None:
     dense(f"{size:,} float32", [(size,)], rounds, dtype=torch.float32, compiled=True)
     dense(f"{size:,} bfloat16, our states float32", [(size,)], rounds, dtype=torch.bfloat16, compiled=True)
     few = 3 if quick else 21
-    dense("1000 tensors of 1000", [(1000,)] * 1000, few, dtype=torch.float32, compiled=False)
-    dense("ResNet-50", resnet50(), few, dtype=torch.float32, compiled=False)
-    dense("DLRM's dense layers", dlrm_layers(), few, dtype=torch.float32, compiled=False)
+    dense("1000 tensors of 1000", [(1000,)] * 1000, few, dtype=torch.float32, compiled=not quick)
+    dense("ResNet-50", resnet50(), few, dtype=torch.float32, compiled=not quick)
+    dense("DLRM's dense layers", dlrm_layers(), few, dtype=torch.float32, compiled=not quick)
     if quick:
         sparse(20_000, 32, 1_000, few)
         dlrm(10_000, 128, few)

@@ -164,7 +164,7 @@ DIFFERENT: dict[str, tuple[Callable[[dict[str, Any], list[dict[str, Any]]], Any]
     "shape": (lambda p, g: p.update(bias=np.zeros(5, np.float32)), "'bias' (4,)"),
     "dtype": (lambda p, g: p.update(bias=np.zeros(4, np.float64)), "float64"),
     "one more": (lambda p, g: (p.update(new=np.zeros(1, np.float32)), g[1]["params"].append("new")), "'new'"),
-    "one fewer": (lambda p, g: g[1]["params"].pop(), "'scale'"),
+    "one fewer": (lambda p, g: p.pop(g[1]["params"].pop()), "'scale'"),
     "order": (lambda p, g: g[1]["params"].reverse(), "parameter 1"),
     "rule": (lambda p, g: g[0].update(rule="adadelta"), "['adagrad', 'adadelta']"),
 }
