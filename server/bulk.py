@@ -11,6 +11,8 @@ from pushstep.proto.frames import BulkMessage, Chunk, unpack
 from pushstep.proto.training_pb2 import PushRequest
 
 M = TypeVar("M", bound=BulkMessage)
+# How long a stream without a commit message is held, to see whether its end was a cancellation.
+CANCEL_S = 0.02
 
 
 class BulkStream(Generic[M]):
@@ -48,6 +50,9 @@ class BulkStream(Generic[M]):
             elif chunk is None or not chunk.payload:
                 # would be progress without bytes: a stream kept alive, and its staging held, for nothing
                 raise MalformedFrame(problem="a message with neither a chunk nor a commit")
+        if last is None:
+            # gRPC ends the stream of a client that cancelled as if it had closed it, and cancels the call a moment later
+            await asyncio.sleep(CANCEL_S)
         return last
 
     async def _next(self) -> bytes | None:
