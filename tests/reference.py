@@ -6,6 +6,7 @@ The replayer steps pushstep.optim's own classes here, one version after the othe
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,12 +26,16 @@ StateBits = dict[tuple[int, str], tuple[torch.dtype, tuple[int, ...], bytes]]
 _EXECUTION = frozenset({"foreach", "capturable", "differentiable", "fused"})
 
 
+_DRAWING = threading.Lock()
+
+
 class Network(nn.Module):
     """An embedding, a hidden layer, and a scale that only some batches use."""
 
     def __init__(self, *, sparse: bool = False, seed: int = 0, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        with torch.random.fork_rng():
+        # torch has one generator for all threads: another's seed in between would give other values
+        with _DRAWING, torch.random.fork_rng():
             torch.manual_seed(seed)
             self.embedding = nn.Embedding(ROWS, 6, sparse=sparse)
             self.hidden = nn.Linear(6, 7)
