@@ -6,7 +6,6 @@ row-sparse gradients, each row's last-changed version is kept, so that readers c
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -20,9 +19,6 @@ from pushstep.proto.layout import Layout, Slot
 from pushstep.proto.types_pb2 import Ticket
 
 from .staging import DensePart, RowsPart
-
-# One model's kernels at a time: each takes every core by itself.
-_STEPPING = threading.Lock()
 
 
 class Arenas:
@@ -91,22 +87,13 @@ class Arenas:
         values = [plain_values(group.values) for group in ticket.groups]
         for group in values:
             group["lr"] = float(group["lr"]) * ticket.lr_scale
-        with _STEPPING:
-            self._execute(parts, values, ticket)
-        self.version = ticket.version
-
-    def _execute(
-        self,
-        parts: Sequence[DensePart | RowsPart],
-        values: Sequence[Mapping[str, float | bool]],
-        ticket: Ticket,
-    ) -> None:
         for part in parts:
             if isinstance(part, RowsPart):
                 self._step_rows(part, values, ticket)
             else:
                 for run in _equal_runs(part.slots, lambda slot: self.steps[slot.index]):
                     self._step_dense(part, run, values, ticket)
+        self.version = ticket.version
 
     def _step_dense(
         self,
