@@ -31,9 +31,10 @@ from pushstep.proto.errors import (
 )
 from pushstep.proto.hyperparameters import wire_values
 from pushstep.proto.layout import Layout, Slot, with_group
-from pushstep.proto.types_pb2 import Identity, Manifest
+from pushstep.proto.types_pb2 import Identity, Manifest, Segment
 
 from . import uploads
+from .early_push import EarlyPush
 from .gradients import Rows, push_body
 from .heartbeat import Heartbeat
 from .membership import Member, join
@@ -153,6 +154,7 @@ class Participant:
         metrics: Mapping[str, float] | None = None,
         worker_state: bytes | None = None,
         pull: bool,
+        early: EarlyPush | None = None,
     ) -> tuple[Receipt, Pulled | None]:
         """One push under this session's next sequence, sent until it is answered.
 
@@ -160,12 +162,9 @@ class Participant:
         parameters: the session has joined again, and the caller forgets what it holds and pulls.
         """
         member = self.member()
-        header = pb.PushHeader(
-            model=self.model,
-            base_version=held[1] if held is not None else member.version,
+        commit = pb.PushCommit(
             metrics=metrics or {},
             worker_state=worker_state,
-            pull=self._pull_options(held) if pull else None,
             edits=[
                 pb.GroupEdit(group=group, values=wire_values(values))
                 for group, values in (edits or {}).items()
@@ -175,17 +174,19 @@ class Participant:
             if held is not None and held[0] != member.timeline:
                 # joined again meanwhile, for whatever reason, and what is held here is of an ended timeline
                 return self._ended(member.next_identity()), None
-            body = push_body(member.layout, gradients, self.push_wire)
-            del header.segments[:]
+            header = self._push_header(member, held, pull)
+            if early is not None and not early.is_as(header):
+                early.withdraw()
+                early = None
+            body = push_body(member.layout, gradients, self.push_wire) if early is None else early.body
             header.segments.extend(body.segments)
-            header.manifest_hash = member.layout.manifest_hash
-            header.identity.CopyFrom(member.next_identity())
             try:
                 if not pull:
-                    answer = self._retry.run(partial(self._transport.push, header, body))
+                    answer = self._retry.run(partial(self._transport.push, header, body, commit))
                     receipt, pulled = Receipt.of(answer.receipt), None
                 else:
-                    pulled = self._retry.run(partial(self._transport.exchange, header, body, member.layout))
+                    send = partial(self._transport.exchange, header, body, commit, member.layout)
+                    pulled = self._retry.run(send if early is None else early.attempts(commit, send))
                     receipt = Receipt.of(pulled.header.receipt)
             except Superseded:
                 self.rejoin()
@@ -198,6 +199,7 @@ class Participant:
                 if isinstance(error, ManifestChanged):
                     # a group was added: names decide whether this worker's slots are still the model's
                     gradients = {member.layout.slot(s.name, self.model): g for s, g in gradients.items()}
+                early = None
                 continue
             except NoAnswer:
                 self._in_doubt = header.identity
@@ -210,6 +212,30 @@ class Participant:
             member.sequence = header.identity.sequence
             member.lead = receipt.lead
             return self._note(receipt), pulled
+
+    def begin_push(
+        self, held: tuple[int, int] | None, layout: Layout, segments: Sequence[Segment]
+    ) -> EarlyPush | None:
+        """Open the stream of the exchange that the next step is expected to be; None when there can be none now."""
+        member = self._member
+        if self._closed or os.getpid() != self._pid or member is None or self._in_doubt is not None:
+            return None
+        if member.layout is not layout or held is None or held[0] != member.timeline:
+            return None
+        header = self._push_header(member, held, pull=True)
+        header.segments.extend(segments)
+        return EarlyPush(self._transport, header, layout)
+
+    def _push_header(self, member: Member, held: tuple[int, int] | None, pull: bool) -> pb.PushHeader:
+        """The next push's header, of which only the segments are missing."""
+        return pb.PushHeader(
+            model=self.model,
+            identity=member.next_identity(),
+            base_version=held[1] if held is not None else member.version,
+            manifest_hash=member.layout.manifest_hash,
+            pull=self._pull_options(held) if pull else None,
+            commits=True,
+        )
 
     def _note(self, receipt: Receipt) -> Receipt:
         self.last_receipt = receipt

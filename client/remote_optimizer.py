@@ -26,6 +26,7 @@ from .hyperparameters import Group, Hyperparameters
 from .manifest import group_message, of_groups, parameter_message
 from .names import check_parameter, clean, parameter_names
 from .originals import check_distinct, rule_of, stepped_states, take_over
+from .overlap import Overlap
 from .parameters import Parameters
 from .receipt import Outcome, Receipt
 
@@ -47,6 +48,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         names: Sequence[str] | Mapping[Tensor, str] | None,
         *,
         single: bool,
+        overlap: bool,
     ) -> None:
         if not optimizers:
             raise UnsupportedModule(problem="attach needs at least one optimizer")
@@ -72,6 +74,10 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self._steps = 0
         self._send_extras()
         session.before_close(self._send_extras)
+        self._overlap = Overlap(session, self._parameters) if overlap else None
+        if self._overlap is not None:
+            self._overlap.watch(parameter for group in groups for parameter in group["params"])
+            session.before_close(self._overlap.stop)
 
     # Becoming the model's, or the model becoming ours.
 
@@ -132,6 +138,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         layout = self._session.member().layout
         self._parameters.check_unedited()
         gradients = self._parameters.gradients(layout)
+        early = self._overlap.take(gradients, layout) if self._overlap is not None else None
         if not gradients:
             return loss
         try:
@@ -141,11 +148,15 @@ class RemoteOptimizer(torch.optim.Optimizer):
                 edits=self._hyperparameters.edits(self._groups()),
                 metrics=_metrics(loss),
                 pull=True,
+                early=early,
             )
         except Superseded:
             self._start_over()
             self._parameters.take(self._session.pull_message(None))
             raise
+        finally:
+            if early is not None:
+                early.withdraw()
         self.last_receipt = receipt
         if receipt.outcome is Outcome.SUPERSEDED:
             self._start_over()
@@ -162,6 +173,17 @@ class RemoteOptimizer(torch.optim.Optimizer):
         if self._steps % EXTRAS_EVERY_STEPS == 0:
             self._send_extras()
         return loss
+
+    @property
+    def overlapped_steps(self) -> int:
+        """How many steps only had to commit gradients that had left during backward."""
+        return 0 if self._overlap is None else self._overlap.steps
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """torch's. Gradients that have left already are taken back."""
+        if self._overlap is not None:
+            self._overlap.supersede()
+        super().zero_grad(set_to_none)
 
     def _start_over(self) -> None:
         """Let go of what is of an ended timeline: parameters and hyperparameters are the restored ones."""
@@ -279,6 +301,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
             manifest.parameters.append(parameter_message(name, parameter, index))
         member = self._session.add_group(manifest, values)
         self._parameters.add(values)
+        if self._overlap is not None:
+            self._overlap.watch(parameters)
         self._hyperparameters.write(self._groups(), member.groups)
         self._parameters.take(self._session.pull_message(None))
 

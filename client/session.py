@@ -83,17 +83,21 @@ class Session(Participant):
         optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
         module: nn.Module | None = None,
         names: Sequence[str] | Mapping[Tensor, str] | None = None,
+        *,
+        overlap: bool = False,
     ) -> RemoteOptimizer:
         """An optimizer whose steps the server takes, in place of torch's or pushstep.optim's Adadelta or Adagrad.
 
         The first worker to attach creates the model from its parameters' values and its optimizers' states; later
         ones take the server's values and hyperparameters. Names come from `module`, else `names`, else the
         optimizer's own. A list of optimizers makes one model.
+
+        `overlap`: gradients leave while backward still runs; `step()` sends them again if they were changed since.
         """
         self._check_usable()
         optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
         single = isinstance(optimizer, torch.optim.Optimizer)
-        self._attached = RemoteOptimizer(self, optimizers, module, names, single=single)
+        self._attached = RemoteOptimizer(self, optimizers, module, names, single=single, overlap=overlap)
         return self._attached
 
     def create(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, cast
 
@@ -110,29 +110,37 @@ class Transport:
         """Leave."""
         self._unary("Leave", pb.LeaveResponse)(request, timeout=min(5.0, self.timeout_s))
 
-    def push(self, header: pb.PushHeader, body: Body) -> pb.PushResponse:
+    def push(self, header: pb.PushHeader, body: Body, commit: pb.PushCommit) -> pb.PushResponse:
         """Push."""
-        messages = _Messages(pb.PushRequest(header=header), body, commits=True)
+        messages = _Messages(pb.PushRequest(header=header), body.segments, body.pieces, lambda _: commit)
         call: Any = self._channel.stream_unary(
             SERVICE + "Push", request_serializer=None, response_deserializer=pb.PushResponse.FromString
         )
         answer: pb.PushResponse = messages.sent(lambda: call(iter(messages), timeout=self.timeout_s))
         return answer
 
-    def exchange(self, header: pb.PushHeader, body: Body, layout: Layout) -> Pulled:
+    def exchange(self, header: pb.PushHeader, body: Body, commit: pb.PushCommit, layout: Layout) -> Pulled:
         """Exchange."""
-        messages = _Messages(pb.PushRequest(header=header), body, commits=True)
+        return self.begin_exchange(header, body.segments, body.pieces, lambda _: commit, layout).result()
+
+    def begin_exchange(
+        self,
+        header: pb.PushHeader,
+        segments: Sequence[Segment],
+        pieces: Iterable[Sequence[Piece]],
+        commit: Callable[[int], pb.PushCommit | None],
+        layout: Layout,
+    ) -> Exchange:
+        """An Exchange under way. `pieces` and `commit` are asked for in another thread, and may wait there."""
+        messages = _Messages(pb.PushRequest(header=header), segments, pieces, commit)
         call: Any = self._channel.stream_stream(
             SERVICE + "Exchange", request_serializer=None, response_deserializer=None
         )
-        answer: Pulled = messages.sent(
-            lambda: _received(call(iter(messages), timeout=self.timeout_s), layout)
-        )
-        return answer
+        return Exchange(call(iter(messages), timeout=self.timeout_s), messages, layout)
 
     def upload(self, header: pb.UploadHeader, body: Body) -> pb.UploadResponse:
         """Upload."""
-        messages = _Messages(pb.UploadRequest(header=header), body, commits=False)
+        messages = _Messages(pb.UploadRequest(header=header), body.segments, body.pieces, None)
         call: Any = self._channel.stream_unary(
             SERVICE + "Upload", request_serializer=None, response_deserializer=pb.UploadResponse.FromString
         )
@@ -162,22 +170,57 @@ class Transport:
         self._channel.close()
 
 
-class _Messages:
-    """The messages of one outgoing stream. gRPC iterates them in a thread of its own, so faults are kept here."""
+class Exchange:
+    """An exchange under way, whose messages leave as they become ready."""
 
-    def __init__(self, first: pb.PushRequest | pb.UploadRequest, body: Body, *, commits: bool) -> None:
+    def __init__(self, call: Any, messages: _Messages, layout: Layout) -> None:
+        self._call = call
+        self._messages = messages
+        self._layout = layout
+
+    def result(self) -> Pulled:
+        """Wait for the answer."""
+        answer: Pulled = self._messages.sent(lambda: _received(self._call, self._layout))
+        return answer
+
+    def when_over(self, then: Callable[[], None]) -> None:
+        """Have `then` called when the call has ended, however it did; at once if it has."""
+        if not self._call.add_callback(then):
+            then()
+
+    def cancel(self) -> None:
+        """End the call; nothing if it has ended."""
+        self._call.cancel()
+
+
+class _Messages:
+    """The messages of one outgoing stream. gRPC iterates them in a thread of its own, so faults are kept here.
+
+    `commit` makes the last one, to which the body's digest is added; none when the stream has none or is given up.
+    """
+
+    def __init__(
+        self,
+        first: pb.PushRequest | pb.UploadRequest,
+        segments: Sequence[Segment],
+        pieces: Iterable[Sequence[Piece]],
+        commit: Callable[[int], pb.PushCommit | None] | None,
+    ) -> None:
         self._first = first
-        self._body = body
-        self._commits = commits
+        self._segments = segments
+        self._pieces = pieces
+        self._commit = commit
         self._fault: Exception | None = None
 
     def __iter__(self) -> Iterator[bytes]:
         try:
             yield self._first.SerializeToString()
-            digest = BodyDigest(self._body.segments)
-            yield from pack(self._body.pieces, digest)
-            if self._commits:
-                yield pb.PushRequest(commit=pb.PushCommit(digest=digest.value)).SerializeToString()
+            digest = BodyDigest(self._segments)
+            yield from pack(self._pieces, digest)
+            commit = self._commit(digest.value) if self._commit is not None else None
+            if commit is not None:
+                commit.digest = digest.value
+                yield pb.PushRequest(commit=commit).SerializeToString()
         except Exception as error:
             self._fault = error
             raise

@@ -26,7 +26,7 @@ from pushstep.proto.errors import (
 )
 from pushstep.proto.frames import Assembly
 from pushstep.proto.layout import ID_BYTES, Layout, check_body
-from pushstep.proto.training_pb2 import PushHeader
+from pushstep.proto.training_pb2 import PushCommit, PushHeader
 from pushstep.proto.types_pb2 import ParameterNorm, Segment, Staged
 
 from .groups import ParamGroups
@@ -52,11 +52,25 @@ def check_header(layout: Layout, header: PushHeader, model: str, limit_bytes: in
         raise MalformedFrame(problem="a push must hold at least one gradient")
     if any(segment.state for segment in header.segments):
         raise MalformedFrame(problem="a push carries gradients, not optimizer state")
+    _check_notes(header)
+    return check_body(layout, header.segments, limit_bytes)
+
+
+def close_header(header: PushHeader, commit: PushCommit) -> None:
+    """Enter into the header what its sender knew only at the end of the stream."""
+    header.edits.extend(commit.edits)  # of two edits of one group the later counts
+    header.metrics.update(commit.metrics)
+    if commit.HasField("worker_state"):
+        header.worker_state = commit.worker_state
+    header.samples = commit.samples or header.samples
+    _check_notes(header)
+
+
+def _check_notes(header: PushHeader) -> None:
     if len(header.worker_state) > MAX_WORKER_STATE_BYTES or len(header.metrics) > MAX_METRICS:
         raise MalformedFrame(
             problem=f"a push may carry {MAX_WORKER_STATE_BYTES} bytes of worker_state and {MAX_METRICS} metrics"
         )
-    return check_body(layout, header.segments, limit_bytes)
 
 
 def inspect(layout: Layout, header: PushHeader, body: Assembly, digest: int) -> StagedPush:

@@ -206,7 +206,7 @@ class GrpcDoor:
         intake = Intake(model, header, self.budget, self.pending)
         try:
             last = await stream.feed(intake.place)
-            return model, header, await intake.commit(last.commit.digest if last is not None else 0)
+            return model, header, await intake.commit(last.commit if last is not None else None)
         finally:
             intake.release()
 

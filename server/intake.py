@@ -22,7 +22,7 @@ from pushstep.proto.errors import (
 )
 from pushstep.proto.frames import Assembly, BodyDigest, Chunk
 from pushstep.proto.hyperparameters import Values, plain_values
-from pushstep.proto.training_pb2 import PushHeader
+from pushstep.proto.training_pb2 import PushCommit, PushHeader
 from pushstep.proto.types_pb2 import Durability, Identity, Outcome, Receipt, ServerTimes, Ticket
 
 from . import gate
@@ -99,12 +99,16 @@ class Intake:
         """Give the staging bytes back. Called once, however the push ended."""
         self._budget.release(self._reserved)
 
-    async def commit(self, claimed_digest: int) -> Receipt:
+    async def commit(self, commit: PushCommit | None) -> Receipt:
         """Decide the push, step it, and return its receipt; raise what it was refused with."""
+        if commit is not None:
+            gate.close_header(self.header, commit)
+        elif self.header.commits:
+            raise MalformedFrame(problem="the stream ended without the commit that its header announced")
         self._body.finish()
         digest = self._digest.value
-        if claimed_digest not in (0, digest):
-            raise DigestMismatch(got=digest, expected=claimed_digest)
+        if commit is not None and commit.digest not in (0, digest):
+            raise DigestMismatch(got=digest, expected=commit.digest)
         received_s = time.monotonic()
         fault: InvalidRequest | None = None
         push: StagedPush | None = None

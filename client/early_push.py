@@ -1,0 +1,94 @@
+"""A push whose bytes leave before it is certain that it will be made.
+
+Its stream opens with a header that declares every segment, chunks follow as gradients become ready, and the commit,
+which says what is known only at the end, makes it a push like any other. Until then the server has only staged it:
+withdrawn, cut or stalled it leaves nothing behind, and the gradient is sent once more in the plain way. A retry under
+the same identity is plain too, with the same segments in the same order, so its digest is the same.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, repeat
+from queue import SimpleQueue
+
+from pushstep.proto import training_pb2 as pb
+from pushstep.proto.frames import Piece
+from pushstep.proto.layout import Layout
+
+from .transport import Body, Pulled, Transport
+
+Pieces = Sequence[Sequence[Piece]]
+
+
+class EarlyPush:
+    """One open stream. `hand` feeds it; `seal` waits until all is sent; `attempts` commits it, `withdraw` does not."""
+
+    def __init__(self, transport: Transport, header: pb.PushHeader, layout: Layout) -> None:
+        self.body = Body(tuple(header.segments), ())
+        self._header = header
+        self._handed: SimpleQueue[Pieces | None] = SimpleQueue()
+        self._commit: SimpleQueue[pb.PushCommit | None] = SimpleQueue()
+        self._lock = threading.Lock()
+        self._sealed = threading.Event()
+        self._digest: int | None = None
+        self._exchange = transport.begin_exchange(
+            header, header.segments, self._pieces(), self._committed, layout
+        )
+        self._exchange.when_over(lambda: self._seal(None))
+
+    def hand(self, pieces: Pieces) -> None:
+        """Send the pieces of the next segments."""
+        self._handed.put(pieces)
+
+    def is_as(self, header: pb.PushHeader) -> bool:
+        """Whether it says of itself what a push made now would say."""
+        mine = pb.PushHeader()
+        mine.CopyFrom(self._header)
+        del mine.segments[:]
+        return mine == header
+
+    def seal(self) -> int | None:
+        """The digest of what was sent, once all of it was. None when the stream has ended before."""
+        self._sealed.wait()
+        return self._digest
+
+    def attempts(self, commit: pb.PushCommit, again: Callable[[], Pulled]) -> Callable[[], Pulled]:
+        """What a retry runs: this stream the first time, `again` from then on."""
+
+        def finish() -> Pulled:
+            self._commit.put(commit)
+            return self._exchange.result()
+
+        tries = chain([finish], repeat(again))
+        return lambda: next(tries)()
+
+    def withdraw(self) -> None:
+        """Take it back; nothing if it is over."""
+        self._exchange.cancel()
+        self._seal(None)
+        # whoever makes the messages waits at one of these
+        self._handed.put(None)
+        self._commit.put(None)
+
+    # In the thread that gRPC makes the messages in.
+
+    def _pieces(self) -> Iterator[Sequence[Piece]]:
+        left = len(self.body.segments)
+        while left:
+            pieces = self._handed.get()
+            if pieces is None:
+                return
+            left -= len(pieces)
+            yield from pieces
+
+    def _committed(self, digest: int) -> pb.PushCommit | None:
+        self._seal(digest)
+        return self._commit.get()
+
+    def _seal(self, digest: int | None) -> None:
+        with self._lock:
+            if not self._sealed.is_set():
+                self._digest = digest
+                self._sealed.set()
