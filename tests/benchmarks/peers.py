@@ -1,0 +1,86 @@
+"""Who takes part: each peer's processes are started when it is first needed, and all end with the block."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+from .peer_gloo import Gloo
+from .peer_local import Local, Rule
+from .peer_ray import Ray
+from .peer_ray import installed as ray_installed
+from .peer_rpc import VARIANTS, Rpc
+from .peer_socket import Socket
+from .pushstep_side import CASES, Case, Pushstep
+from .side import Side
+
+FLOAT32_BYTES = 4
+
+
+class Peers:
+    """Owns the processes of whoever was asked for. `only` are words of which a side's name must contain one."""
+
+    def __init__(self, only: Sequence[str] = ()) -> None:
+        self._only = only
+        self._stack = contextlib.ExitStack()
+        self._started: dict[tuple[object, ...], Any] = {}
+
+    def __enter__(self) -> Peers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def wants(self, name: str) -> bool:
+        """Whether a side is to take part."""
+        return not self._only or any(word in name for word in self._only)
+
+    def _peer(self, make: Callable[..., Any], *arguments: object) -> Any:
+        key = (make, *arguments)
+        if key not in self._started:
+            self._started[key] = make(*arguments)
+            self._stack.callback(self._started[key].close)
+        return self._started[key]
+
+    def pushstep(self, case: Case, rule: Rule, elements: int, workers: int = 1) -> Side:
+        """This service."""
+        return self._peer(Pushstep, 2).side(case, rule, elements, workers)
+
+    def rpc(self, variant: str, rule: Rule, elements: int, workers: int = 1) -> Side:
+        """torch.distributed.rpc."""
+        return self._peer(Rpc, variant, min(workers, 2)).side(rule, elements, workers)
+
+    def socket(self, family: str, elements: int) -> Side:
+        """Bare sockets moving as many float32."""
+        return self._peer(Socket, family).side(elements * FLOAT32_BYTES)
+
+    def gloo(self, rule: Rule, elements: int) -> Side:
+        """Two gloo ranks."""
+        return self._peer(Gloo).side(rule, elements)
+
+    @contextlib.contextmanager
+    def one_worker(self, rule: Rule, elements: int, cases: Sequence[Case] = CASES) -> Iterator[list[Side]]:
+        """Every side that one worker can exchange with, for the length of a block."""
+        makes: dict[str, Callable[[], Side]] = {
+            case.name: partial(self.pushstep, case, rule, elements) for case in cases
+        }
+        makes |= {f"rpc {variant}": partial(self.rpc, variant, rule, elements) for variant in VARIANTS}
+        if ray_installed():
+            makes["ray actor"] = lambda: self._peer(Ray).side(rule, elements)
+        makes |= {f"socket {family}": partial(self.socket, family, elements) for family in ("tcp", "unix")}
+        makes["local torch.optim"] = lambda: self._peer(Local).side(rule, elements)
+        with taking_part(make() for name, make in makes.items() if self.wants(name)) as sides:
+            yield sides
+
+
+@contextlib.contextmanager
+def taking_part(sides: Iterator[Side]) -> Iterator[list[Side]]:
+    """The sides for the length of a block; closed after it, also when one of them cannot be made."""
+    with contextlib.ExitStack() as stack:
+        made = []
+        for side in sides:
+            stack.callback(side.close)
+            made.append(side)
+        yield made

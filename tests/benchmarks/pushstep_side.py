@@ -1,0 +1,147 @@
+"""This service as its users meet it: a `pushstep-server` process, and workers whose optimizer is attached to it.
+
+One server holds a model for each case, so that no case shares frames or memory with another. A case is a transport
+(TCP frames, Unix frames, shared memory) and a wire dtype; those that this build does not have are left out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import itertools
+import tempfile
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+
+from pushstep.client import connect
+from tests.harness import start_server
+
+from .driver import Driver, end_all
+from .peer_local import Rule, parameter_of
+from .side import Side, side_of
+
+REST_S = 0.5
+HAS_SHARED_MEMORY = "shared_memory" in inspect.signature(connect).parameters
+WIRES: dict[str, Any] = {
+    "float32": None,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int8": "int8",
+}
+
+
+def has_wire(name: str) -> bool:
+    """Whether this build knows a wire dtype."""
+    if isinstance(WIRES[name], str):
+        from pushstep.client import participant
+
+        return "str" in str(getattr(participant, "Wire", ""))
+    return True
+
+
+@dataclass(frozen=True)
+class Case:
+    """How a worker talks to the server."""
+
+    transport: str  # tcp, unix or shm
+    wire: str = "float32"
+
+    @property
+    def name(self) -> str:
+        return f"pushstep {self.transport} {self.wire}"
+
+    @property
+    def exists(self) -> bool:
+        """Whether this build has it."""
+        return has_wire(self.wire) and (self.transport != "shm" or HAS_SHARED_MEMORY)
+
+
+CASES = [case for t in ("tcp", "unix", "shm") for w in WIRES if (case := Case(t, w)).exists]
+CASES = [case for case in CASES if case.transport != "shm" or case.wire == "float32"]
+
+
+class PushstepWorker:
+    """A session with an attached optimizer of one parameter."""
+
+    def __init__(self, address: str, case: Case, model: str, worker: str, rule: Rule, elements: int) -> None:
+        warnings.simplefilter("ignore")
+        options: dict[str, Any] = {"shared_memory": case.transport == "shm"} if HAS_SHARED_MEMORY else {}
+        self._session = connect(address, model=model, worker=worker, wire=WIRES[case.wire], **options)
+        parameter = parameter_of(elements)
+        kind = {"adadelta": torch.optim.Adadelta, "adagrad": torch.optim.Adagrad}[rule]
+        self._optimizer = self._session.attach(kind([parameter]), names=["weight"])
+        self._grads = {"weight": parameter.grad}
+
+    def exchange(self) -> None:
+        """`optimizer.step()`: push, step, pull."""
+        self._optimizer.step()
+
+    def push(self) -> None:
+        """Push and step."""
+        self._session.push(self._grads)
+
+    def pull(self) -> None:
+        """Get every parameter's bytes, though nothing is new."""
+        self._session.pull_message(None)
+
+    def pull_sometimes(self) -> None:
+        """Pull, and rest."""
+        self.pull()
+        time.sleep(REST_S)
+
+    def close(self) -> None:
+        """Leave."""
+        self._session.close()
+
+
+def _workers(
+    address: str, case: Case, model: str, first: int, count: int, rule: Rule, elements: int
+) -> Sequence[PushstepWorker]:
+    return [
+        PushstepWorker(address, case, model, f"w{first + number}", rule, elements) for number in range(count)
+    ]
+
+
+class Pushstep:
+    """Owns a server and one or two processes of workers."""
+
+    def __init__(self, drivers: int = 1) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        self._drivers = [Driver() for _ in range(drivers)]
+        self._server = start_server(Path(self._folder.name) / "data", "--log-level", "warning")
+        self._models = itertools.count()
+        for driver in self._drivers:
+            driver.answer()
+
+    def side(self, case: Case, rule: Rule, elements: int, workers: int = 1) -> Side:
+        """Workers spread over the processes, all of one new model, which is deleted with the side."""
+        model = f"m{next(self._models)}"
+        address = self._server.grpc if case.transport == "tcp" else f"unix:{self._server.unix}"
+        drivers = self._drivers[:workers]
+        share = -(-workers // len(drivers))
+        side = Side(case.name, [], [self._server.process.pid], lambda: self._delete(model))
+        for number, driver in enumerate(drivers):  # one after the other: the first creates the model
+            made = side_of(
+                "", _workers, [driver], [(address, case, model, number * share, share, rule, elements)]
+            )
+            side.crews = [*side.crews, *made.crews]
+        return side
+
+    def _delete(self, model: str) -> None:
+        with contextlib.suppress(
+            httpx.TransportError
+        ):  # of a server that is gone: whatever ended it was raised
+            self._server.rest("DELETE", f"/v1/models/{model}").raise_for_status()
+
+    def close(self) -> None:
+        """End the workers' processes, then the server."""
+        end_all(self._drivers)
+        self._server.stop()
+        self._folder.cleanup()

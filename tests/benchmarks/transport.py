@@ -1,0 +1,60 @@
+"""This service against its peers, all as real processes on this machine.
+
+Tables, one for each question: `exchange` (what a step costs), `sync` (two workers, against gloo), `streams` (one
+direction, against a bare socket), `workers` (1 to 16 of them), `pulls` (what they cost pushes).
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+import torch
+
+from .peer_local import Rule
+from .peer_ray import installed as ray_installed
+from .peers import Peers
+from .transport_exchange import exchange, in_step
+from .transport_streams import streams
+from .transport_workers import crowds, pulls
+
+TABLES = ("exchange", "sync", "streams", "workers", "pulls")
+RULES: tuple[Rule, ...] = ("adadelta", "adagrad")
+SIZES = (10_000, 1_000_000, 16_000_000, 64_000_000)
+QUICK_SIZES = (10_000, 1_000_000)
+BULK_SIZES = (1_000_000, 16_000_000)  # where bytes count
+
+
+def main(
+    quick: bool = False,
+    sizes: Sequence[int] = (),
+    only: Sequence[str] = (),
+    sides: Sequence[str] = (),
+    rules: Sequence[Rule] = RULES,
+) -> None:
+    """Print every table, or those named in `only`, of every side or of those whose names contain one of `sides`."""
+    signal.signal(signal.SIGTERM, _end)
+    print(f"\n## transport: torch {torch.__version__}, {torch.get_num_threads()} threads")
+    if not ray_installed():
+        print("\nNo Ray here, and so not in these tables: pip install -e '.[bench]' -c constraints.txt")
+    own = sizes or (QUICK_SIZES if quick else SIZES)
+    bulk = sizes or (QUICK_SIZES[1:] if quick else BULK_SIZES)
+    with Peers(sides) as peers:
+        for name in only or TABLES:
+            for size in own if name == "exchange" else bulk:
+                _print(name, peers, size, rules, quick)
+
+
+def _print(name: str, peers: Peers, size: int, rules: Sequence[Rule], quick: bool) -> None:
+    if name in ("exchange", "sync"):
+        for rule in rules:
+            (exchange if name == "exchange" else in_step)(peers, rule, size, quick)
+    else:
+        {"streams": streams, "workers": crowds, "pulls": pulls}[name](peers, size, quick)
+
+
+def _end(number: int, frame: object) -> NoReturn:
+    """End as if interrupted, so that every process is ended on the way."""
+    sys.exit(128 + number)
