@@ -234,7 +234,6 @@ class Participant:
             base_version=held[1] if held is not None else member.version,
             manifest_hash=member.layout.manifest_hash,
             pull=self._pull_options(held) if pull else None,
-            commits=True,
         )
 
     def _note(self, receipt: Receipt) -> Receipt:

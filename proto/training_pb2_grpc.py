@@ -30,7 +30,8 @@ class TrainingServiceStub(object):
 
     Bulk messages (PushRequest, PullResponse, UploadRequest) share one form: the first message of a stream carries
     the header, which declares every segment; each later one carries a chunk of a segment. Chunks come in order and
-    without gaps. The end of a client's stream commits it: a stream that breaks before changes nothing.
+    without gaps. A push's stream ends with a PushCommit, an upload's with its end: one that breaks before changes
+    nothing. Parts of a stream may share a message.
     """
 
     def __init__(self, channel):
@@ -96,7 +97,8 @@ class TrainingServiceServicer(object):
 
     Bulk messages (PushRequest, PullResponse, UploadRequest) share one form: the first message of a stream carries
     the header, which declares every segment; each later one carries a chunk of a segment. Chunks come in order and
-    without gaps. The end of a client's stream commits it: a stream that breaks before changes nothing.
+    without gaps. A push's stream ends with a PushCommit, an upload's with its end: one that breaks before changes
+    nothing. Parts of a stream may share a message.
     """
 
     def Describe(self, request, context):
@@ -238,7 +240,8 @@ class TrainingService(object):
 
     Bulk messages (PushRequest, PullResponse, UploadRequest) share one form: the first message of a stream carries
     the header, which declares every segment; each later one carries a chunk of a segment. Chunks come in order and
-    without gaps. The end of a client's stream commits it: a stream that breaks before changes nothing.
+    without gaps. A push's stream ends with a PushCommit, an upload's with its end: one that breaks before changes
+    nothing. Parts of a stream may share a message.
     """
 
     @staticmethod

@@ -1,18 +1,22 @@
-"""Reading a client's bulk stream: a header first, then chunks, then the end; and never waiting for ever."""
+"""Reading a client's bulk stream: a header first, then chunks, then the commit; and never waiting for ever.
+
+The first message may be all three at once. A push is one only with its commit: gRPC reports a cancelled stream as
+one that was closed, so the end of a stream proves nothing.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Generic, TypeVar
 
 from pushstep.proto.errors import MalformedFrame, StreamStalled
 from pushstep.proto.frames import BulkMessage, Chunk, unpack
-from pushstep.proto.training_pb2 import PushRequest
+from pushstep.proto.training_pb2 import PushCommit, PushRequest
 
 M = TypeVar("M", bound=BulkMessage)
-# How long a stream without a commit message is held, to see whether its end was a cancellation.
-CANCEL_S = 0.02
+# Copies a chunk: at once (None), or in a thread, and then the next message is read meanwhile.
+Place = Callable[[Chunk], "asyncio.Future[None] | None"]
 
 
 class BulkStream(Generic[M]):
@@ -22,38 +26,53 @@ class BulkStream(Generic[M]):
         self._messages = messages
         self._kind = kind
         self._stall_s = stall_s
-        self._first_chunk: Chunk | None = None
+        self._first: tuple[M, Chunk | None] | None = None
+        self._commit: PushCommit | None = None
+        self._moving: asyncio.Future[None] | None = None
 
     async def header(self) -> M:
-        """The first message, which must carry the header. It may carry a chunk too."""
-        fields, self._first_chunk = unpack(await self._next() or b"", self._kind)
+        """The first message, which must carry the header. It may carry a chunk and the commit too."""
+        fields, chunk = unpack(await self._next() or b"", self._kind)
         if fields is None or not fields.HasField("header"):
             raise MalformedFrame(problem="the first message of a stream must carry the header")
+        self._first = fields, chunk
         return fields
 
-    async def feed(self, place: Callable[[Chunk], Awaitable[None]]) -> M | None:
-        """Hand every chunk to `place`; the last message's fields if it had any beside a chunk."""
-        last: M | None = None
-        if self._first_chunk is not None:
-            await place(self._first_chunk)
-            self._first_chunk = None
-        while (message := await self._next()) is not None:
-            if last is not None:
-                raise MalformedFrame(problem="a message after the commit")
-            fields, chunk = unpack(message, self._kind)
-            if fields is not None and fields.HasField("header"):
-                raise MalformedFrame(problem="a second header")
-            if chunk is not None:
-                await place(chunk)
-            if isinstance(fields, PushRequest) and fields.HasField("commit"):
-                last = fields
-            elif chunk is None or not chunk.payload:
-                # would be progress without bytes: a stream kept alive, and its staging held, for nothing
-                raise MalformedFrame(problem="a message with neither a chunk nor a commit")
-        if last is None:
-            # gRPC ends the stream of a client that cancelled as if it had closed it, and cancels the call a moment later
-            await asyncio.sleep(CANCEL_S)
-        return last
+    async def feed(self, place: Place) -> PushCommit | None:
+        """Hand every chunk to `place`, one after the other; the commit, without which a push is none."""
+        if self._first is None:
+            raise MalformedFrame(problem="no header")
+        try:
+            await self._take(*self._first, place)
+            while (message := await self._next()) is not None:
+                if self._commit is not None:
+                    raise MalformedFrame(problem="a message after the commit")
+                fields, chunk = unpack(message, self._kind)
+                if fields is not None and fields.HasField("header"):
+                    raise MalformedFrame(problem="a second header")
+                if not await self._take(fields, chunk, place):
+                    # would be progress without bytes: a stream kept alive, and its staging held, for nothing
+                    raise MalformedFrame(problem="a message with neither a chunk nor a commit")
+            await self._moved()
+        finally:
+            if self._moving is not None:  # the stream broke off: what is still being copied is of no interest
+                self._moving.add_done_callback(lambda moved: moved.cancelled() or moved.exception())
+        return self._commit
+
+    async def _take(self, fields: M | None, chunk: Chunk | None, place: Place) -> bool:
+        """Take in what a message holds; False if that is nothing."""
+        if chunk is not None:
+            await self._moved()
+            self._moving = place(chunk)
+        if isinstance(fields, PushRequest) and fields.HasField("commit"):
+            self._commit = fields.commit
+            return True
+        return chunk is not None and len(chunk.payload) > 0
+
+    async def _moved(self) -> None:
+        if self._moving is not None:
+            await self._moving
+            self._moving = None
 
     async def _next(self) -> bytes | None:
         try:

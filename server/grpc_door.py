@@ -32,7 +32,7 @@ from .intake import Intake, Pending
 from .membership import join
 from .model import Model
 from .publish import Published, rows_body
-from .staging import Budget
+from .staging import INLINE_BYTES, Budget
 from .upload import Upload
 
 log = logging.getLogger("pushstep.grpc")
@@ -205,8 +205,8 @@ class GrpcDoor:
         model = self.catalog.get(header.model, header.identity.model_uid)
         intake = Intake(model, header, self.budget, self.pending)
         try:
-            last = await stream.feed(intake.place)
-            return model, header, await intake.commit(last.commit if last is not None else None)
+            commit = await stream.feed(intake.place)
+            return model, header, await intake.commit(commit)
         finally:
             intake.release()
 
@@ -232,11 +232,19 @@ async def _published_messages(
     if header.manifest_hash != known_manifest:
         header.manifest.CopyFrom(published.layout.manifest)
     header.unchanged = published.unchanged
-    yield pb.PullResponse(header=header).SerializeToString()
-    for frame in published.dense.frames if published.dense is not None else ():
+    first = pb.PullResponse(header=header).SerializeToString()
+    async for frame in published.frames():
+        if first and len(frame) <= INLINE_BYTES:
+            frame = (
+                first + frame
+            )  # one message instead of two: fields that follow each other are one message's
+            first = b""
+        elif first:
+            yield first
+            first = b""
         yield frame
-    for frame in published.own_frames:
-        yield frame
+    if first:
+        yield first
 
 
 def _header(model: Model, at: Arenas | ArenasCopy | Published, segments: list[Segment]) -> pb.PullHeader:

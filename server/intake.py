@@ -11,7 +11,7 @@ import asyncio
 import copy
 import math
 import time
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from pushstep.proto.errors import (
     DigestMismatch,
@@ -29,13 +29,18 @@ from . import gate
 from .hooks.hook import Point, StepContext
 from .model import Model, refuse_consumed
 from .session import Verdict, Worker
-from .staging import Budget, StagedPush
+from .staging import INLINE_BYTES, Budget, StagedPush
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-# Chunks up to here are copied on the event loop: a hop to a thread and back costs more (about 0.1 ms here).
-INLINE_BYTES: Final = 64 << 10
+
+def place(body: Assembly, chunk: Chunk) -> asyncio.Future[None] | None:
+    """Copy a chunk into a body: at once, or in a thread, which the caller has to await before the next."""
+    if len(chunk.payload) <= INLINE_BYTES:
+        body.place(chunk)
+        return None
+    return asyncio.get_running_loop().run_in_executor(None, body.place, chunk)
 
 
 class Pending:
@@ -88,12 +93,9 @@ class Intake:
             budget.release(self._reserved)
             raise OverBudget(need=self._reserved, free="less", budget=budget.total_bytes) from error
 
-    async def place(self, chunk: Chunk) -> None:
+    def place(self, chunk: Chunk) -> asyncio.Future[None] | None:
         """Copy a chunk into staging."""
-        if len(chunk.payload) <= INLINE_BYTES:
-            self._body.place(chunk)
-        else:
-            await asyncio.to_thread(self._body.place, chunk)
+        return place(self._body, chunk)
 
     def release(self) -> None:
         """Give the staging bytes back. Called once, however the push ended."""
@@ -101,19 +103,22 @@ class Intake:
 
     async def commit(self, commit: PushCommit | None) -> Receipt:
         """Decide the push, step it, and return its receipt; raise what it was refused with."""
-        if commit is not None:
-            gate.close_header(self.header, commit)
-        elif self.header.commits:
-            raise MalformedFrame(problem="the stream ended without the commit that its header announced")
         self._body.finish()
+        if commit is None:
+            raise MalformedFrame(problem="the stream ended without a commit")
+        gate.close_header(self.header, commit)
         digest = self._digest.value
-        if commit is not None and commit.digest not in (0, digest):
+        if commit.digest not in (0, digest):
             raise DigestMismatch(got=digest, expected=commit.digest)
         received_s = time.monotonic()
         fault: InvalidRequest | None = None
         push: StagedPush | None = None
         try:
-            push = await asyncio.to_thread(gate.inspect, self._layout, self.header, self._body, digest)
+            facts = self._layout, self.header, self._body, digest
+            if self._reserved <= INLINE_BYTES:
+                push = gate.inspect(*facts)
+            else:
+                push = await asyncio.to_thread(gate.inspect, *facts)
         except InvalidRequest as error:
             fault = error
         verdict, ticket = self._decide(push, fault, digest)
@@ -219,7 +224,8 @@ class Intake:
             return model.arenas.applied_lrs(ticket)
 
         # The step is taken even if the caller goes away meanwhile: its retry will ask for the receipt.
-        stepping = asyncio.ensure_future(self._finish(model.stepper.submit(execute), ticket, verdict, times))
+        job = model.stepper.submit(execute, small=self._reserved <= INLINE_BYTES)
+        stepping = asyncio.ensure_future(self._finish(job, ticket, verdict, times))
         await asyncio.shield(stepping)
 
     async def _finish(

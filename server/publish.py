@@ -1,16 +1,17 @@
 """Parameters on their way out: one version's frames are encoded once per wire dtype and shared by all who ask.
 
 A pull never reads a version that is being written, because encoding runs in the writer's own thread between two
-steps. Readers that ask while the writer is busy are answered together. Row-sparse parameters are sent as the rows
+steps; the first frames are on the wire while the last are being encoded. Readers that ask while the writer is busy are answered together. Row-sparse parameters are sent as the rows
 that changed since the version a reader has, or whole where that is smaller; those frames are each reader's own.
 """
 
 from __future__ import annotations
 
 import asyncio
+import copy
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -22,6 +23,7 @@ from pushstep.proto.layout import ID_BYTES, Layout, Slot
 from pushstep.proto.types_pb2 import Segment
 
 from .arena import Arenas
+from .staging import INLINE_BYTES
 from .stepper import Stepper
 
 # Frames of older versions live on while a slow reader is being sent them; beyond this many the next version waits.
@@ -30,13 +32,47 @@ CROWDED_RETRY_S: Final = 0.01
 
 
 class DenseFrames:
-    """The frames of one version's densely sent parameters."""
+    """The frames of one version's densely sent parameters: sent on as they are made, kept until nobody sends them."""
 
-    __slots__ = ("__weakref__", "frames", "segments")
-
-    def __init__(self, segments: list[Segment], frames: list[bytes]) -> None:
+    def __init__(self, segments: list[Segment]) -> None:
         self.segments = segments
-        self.frames = frames
+        self._made: list[bytes] = []
+        self._complete = False
+        self._fault: Exception | None = None
+        self._readers: list[asyncio.Future[None]] = []
+
+    def make(self, bodies: Sequence[Sequence[Piece]], wake: Callable[[Callable[[], None]], object]) -> None:
+        """Make all of them, in the writer's thread; `wake` has the event loop do something."""
+        try:
+            for frame in pack(bodies):
+                self._made.append(frame)
+                wake(self._wake)
+        except Exception as error:
+            self._fault = error
+            raise
+        finally:
+            self._complete = True
+            wake(self._wake)
+
+    def _wake(self) -> None:
+        readers, self._readers = self._readers, []
+        for reader in readers:
+            if not reader.done():
+                reader.set_result(None)
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        sent = 0
+        # in this order: once complete is seen, so is every frame
+        while not (self._complete and sent == len(self._made)):
+            if sent < len(self._made):
+                yield self._made[sent]
+                sent += 1
+            else:
+                reader = asyncio.get_running_loop().create_future()
+                self._readers.append(reader)
+                await reader
+        if self._fault is not None:
+            raise copy.copy(self._fault)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +86,14 @@ class Published:
     segments: list[Segment]
     dense: DenseFrames | None
     own_frames: list[bytes]
+
+    async def frames(self) -> AsyncIterator[bytes]:
+        """All frames, in the order of the segments."""
+        if self.dense is not None:
+            async for frame in self.dense:
+                yield frame
+        for frame in self.own_frames:
+            yield frame
 
 
 @dataclass(slots=True)
@@ -71,66 +115,61 @@ class Publisher:
         self._scheduled = False
         self._current: dict[torch.dtype | None, tuple[tuple[int, int], DenseFrames]] = {}
         self._live: dict[torch.dtype | None, weakref.WeakSet[DenseFrames]] = {}
-        self._loop: asyncio.AbstractEventLoop | None = None
 
     async def newest(
         self, timeline: int | None, have_version: int | None, wire: torch.dtype | None
     ) -> Published:
         """The newest version that is complete when the writer gets to it, for a reader that has `have_version`."""
-        self._loop = asyncio.get_running_loop()
-        request = _Request(timeline, have_version, wire, self._loop.create_future())
+        loop = asyncio.get_running_loop()
+        request = _Request(timeline, have_version, wire, loop.create_future())
         with self._lock:
             self._waiting.append(request)
-        self._schedule()
+        self._schedule(loop)
         return await request.answer
 
-    def _schedule(self) -> None:
+    def _schedule(self, loop: asyncio.AbstractEventLoop) -> None:
         with self._lock:
             if self._scheduled or not self._waiting:
                 return
             self._scheduled = True
-        self._stepper.submit(self._publish)
+        small = sum(flat.nbytes for flat in self._arenas.parameters) <= INLINE_BYTES
+        self._stepper.submit(lambda: self._publish(loop), small=small)
 
-    def _publish(self) -> None:
+    def _publish(self, loop: asyncio.AbstractEventLoop) -> None:
         with self._lock:
             requests, self._waiting = self._waiting, []
             self._scheduled = False
-        crowded = False
+        unmade: list[tuple[DenseFrames, list[list[Piece]]]] = []
+        crowded = []
         for request in requests:
             try:
-                published = self._encode(request)
+                published = self._answer_to(request, unmade)
             except Exception as error:  # noqa: BLE001 - whatever it is belongs to the reader, not to the writer
-                self._answer(request, error)
+                loop.call_soon_threadsafe(_settle, request, error)
             else:
                 if published is None:
-                    crowded = True
-                    with self._lock:
-                        self._waiting.append(request)
+                    crowded.append(request)
                 else:
-                    self._answer(request, published)
-        loop = self._loop
-        if crowded and loop is not None:
-            loop.call_soon_threadsafe(loop.call_later, CROWDED_RETRY_S, self._schedule)
+                    loop.call_soon_threadsafe(_settle, request, published)
+        for frames, bodies in unmade:
+            try:
+                frames.make(bodies, loop.call_soon_threadsafe)
+            except Exception:  # noqa: BLE001 - its readers are told
+                self.forget()
+        if crowded:
+            with self._lock:
+                self._waiting += crowded
+            loop.call_soon_threadsafe(loop.call_later, CROWDED_RETRY_S, self._schedule, loop)
 
-    def _answer(self, request: _Request, result: Published | Exception) -> None:
-        def settle() -> None:
-            if request.answer.done():
-                return
-            if isinstance(result, Published):
-                request.answer.set_result(result)
-            else:
-                request.answer.set_exception(result)
-
-        if self._loop is not None:
-            self._loop.call_soon_threadsafe(settle)
-
-    def _encode(self, request: _Request) -> Published | None:
+    def _answer_to(
+        self, request: _Request, unmade: list[tuple[DenseFrames, list[list[Piece]]]]
+    ) -> Published | None:
         """In the writer's thread. None: too many older versions are still being read."""
         arenas = self._arenas
         have = request.have_version if request.timeline == arenas.timeline else None
         if have == arenas.version:
             return Published(*self._now(), True, [], None, [])
-        dense = self._dense(request.wire)
+        dense = self._dense(request.wire, unmade)
         if dense is None:
             return None
         segments, bodies = self._row_tracked(have, request.wire)
@@ -141,7 +180,10 @@ class Publisher:
         """Timeline, version and layout as the writer has them; the model's may be ahead."""
         return self._arenas.timeline, self._arenas.version, self._arenas.layout
 
-    def _dense(self, wire: torch.dtype | None) -> DenseFrames | None:
+    def _dense(
+        self, wire: torch.dtype | None, unmade: list[tuple[DenseFrames, list[list[Piece]]]]
+    ) -> DenseFrames | None:
+        """The frames of this version; if they are new, they and what they hold are noted as yet to be made."""
         arenas = self._arenas
         now = (arenas.timeline, arenas.version)
         if wire in self._current and self._current[wire][0] == now:
@@ -155,9 +197,10 @@ class Publisher:
         bodies = [
             [Piece(arenas.flat(s.arena)[s.start : s.stop], dtypes.to_torch(s.dtype, ""))] for s, _ in runs
         ]
-        frames = DenseFrames([segment for segment, _ in runs], list(pack(bodies)))
+        frames = DenseFrames([segment for segment, _ in runs])
         live.add(frames)
         self._current[wire] = (now, frames)
+        unmade.append((frames, bodies))
         return frames
 
     def _row_tracked(
@@ -178,6 +221,15 @@ class Publisher:
     def forget(self) -> None:
         """Drop what was encoded: the arenas were replaced."""
         self._current.clear()
+
+
+def _settle(request: _Request, result: Published | Exception) -> None:
+    if request.answer.done():
+        return
+    if isinstance(result, Published):
+        request.answer.set_result(result)
+    else:
+        request.answer.set_exception(result)
 
 
 def rows_body(

@@ -24,6 +24,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from pushstep.proto.frames import TRANSPORT_LIMIT_BYTES
+from pushstep.proto.memory import keep_freed_blocks
 
 from .catalog import Catalog
 from .config import Config, is_loopback, split_address
@@ -65,6 +66,7 @@ class Service:
     """One server process."""
 
     def __init__(self, config: Config) -> None:
+        keep_freed_blocks()
         self.config = config
         self.catalog = Catalog(config)
         self.door = GrpcDoor(self.catalog, Budget(config.staging_bytes), config.stall_s)

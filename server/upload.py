@@ -40,6 +40,7 @@ from pushstep.proto.types_pb2 import Durability, Outcome, Receipt, Segment
 from .arena import Arenas, ArenasCopy
 from .catalog import Catalog, Creation
 from .groups import Group
+from .intake import place
 from .membership import membership
 from .model import Model
 from .session import Verdict
@@ -114,9 +115,9 @@ class Upload:
         if kind == UPLOAD_KIND_EXTRAS and (header.segments or not header.extras_bytes):
             raise MalformedFrame(problem="an extras upload carries one safetensors file and no segments")
 
-    async def place(self, chunk: Chunk) -> None:
+    def place(self, chunk: Chunk) -> asyncio.Future[None] | None:
         """Copy a chunk into staging."""
-        await asyncio.to_thread(self._body.place, chunk)
+        return place(self._body, chunk)
 
     def release(self) -> None:
         """Give everything back. Called once, however the upload ended."""

@@ -148,9 +148,10 @@ class Worker:
         )
 
     def push(self, header, payloads, size=1 << 20):
-        """No commit and no digest: the end of the stream is enough."""
+        """A commit without a digest is enough."""
         messages = [training_pb2.PushRequest(header=header)]
         messages += chunks(training_pb2.PushRequest, payloads, size)
+        messages.append(training_pb2.PushRequest(commit=training_pb2.PushCommit()))
         return self.service.Push(iter(messages), timeout=20).receipt
 
     def exchange(self, header, payloads):

@@ -112,9 +112,9 @@ def test_over_budget_says_when_to_come_back(method: str, tight: RunningServer, r
 
 
 def _fits(raw: RawWorker) -> bool:
-    """Whether a header's bytes are set aside; its stream ends at once, so nothing is pushed."""
-    header = pb.PushRequest(header=raw.header([raw.dense("bias")])).SerializeToString()
-    return raw.wire.refused("Push", [header]).code == "wrong_length"
+    """Whether a header's bytes are set aside; its body is missing, so nothing is pushed."""
+    header = pb.PushRequest(header=raw.header([raw.dense("bias")]), commit=pb.PushCommit())
+    return raw.wire.refused("Push", [header.SerializeToString()]).code == "wrong_length"
 
 
 def test_more_than_all_staging_is_never_told_to_wait(tight: RunningServer, raw: RawWorker) -> None:
@@ -133,7 +133,7 @@ def test_a_model_whose_push_can_never_fit_is_refused_at_creation(tight: RunningS
 @pytest.mark.parametrize("sent", ["nothing", "the header", "some of the body"])
 def test_a_stalled_stream_is_dropped_and_forgotten(sent: str, tight: RunningServer, raw: RawWorker) -> None:
     other = RawWorker(raw.wire, MODEL, f"raw-{next(_workers)}")
-    header, body, _ = other.good()
+    header, body, commit = other.good()
     with untouched(tight, MODEL):
         if sent == "nothing":
             messages: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
@@ -150,7 +150,7 @@ def test_a_stalled_stream_is_dropped_and_forgotten(sent: str, tight: RunningServ
     assert error.code == "stream_stalled"
     assert error.fields["seconds"] == str(STALL_S)
     assert takes_work(raw)
-    assert other.push([header, body]).receipt.identity == other.identity()
+    assert other.push([header, body, commit]).receipt.identity == other.identity()
 
 
 @pytest.mark.parametrize("sent", [0, 1, 2], ids=["the header", "half the body", "the body"])
@@ -168,6 +168,32 @@ def test_a_cancelled_push_leaves_nothing(sent: int, tight: RunningServer, raw: R
         wait_until(lambda: _fits(raw))
     assert takes_work(raw)
     assert other.push(other.good()).receipt.identity == other.identity()
+
+
+def test_a_stream_that_ends_without_a_commit_is_no_push(tight: RunningServer, raw: RawWorker) -> None:
+    """A cancelled stream ends just so, as far as gRPC tells."""
+    messages = raw.good()
+    with untouched(tight, MODEL):
+        for method in ("Push", "Exchange"):
+            error = raw.wire.refused(method, messages[:-1])
+            assert error.code == "malformed_frame"
+            assert "commit" in error.message
+    assert raw.push(messages).receipt.identity == raw.identity()
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (0, 2, 1)], ids=str)
+@pytest.mark.parametrize("method", ["Push", "Exchange"])
+def test_header_chunk_and_commit_may_be_one_message(
+    method: str, order: tuple[int, ...], tight: RunningServer, raw: RawWorker
+) -> None:
+    """Fields that follow each other are one message's, in whatever order."""
+    messages = raw.good()
+    answers = raw.wire.answers(method, [b"".join(messages[part] for part in order)])
+    if method == "Push":
+        assert pb.PushResponse.FromString(answers[0]).receipt.identity == raw.identity()
+    else:
+        (answer,) = (pb.PullResponse.FromString(message) for message in answers[:1])
+        assert answer.header.receipt.identity == raw.identity()
 
 
 def test_a_deadline_in_mid_stream_leaves_nothing(tight: RunningServer, raw: RawWorker) -> None:

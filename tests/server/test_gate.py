@@ -24,7 +24,7 @@ from pushstep.proto.errors import (
 )
 from pushstep.proto.frames import Assembly, BodyDigest, Piece, pack, unpack
 from pushstep.proto.layout import Layout
-from pushstep.proto.training_pb2 import PushHeader, PushRequest
+from pushstep.proto.training_pb2 import PushCommit, PushHeader, PushRequest
 from pushstep.proto.types_pb2 import DType, Identity, Manifest, Parameter, ParamGroup, Segment, Staged
 from pushstep.server.catalog import Catalog
 from pushstep.server.config import Config
@@ -235,9 +235,9 @@ def test_a_stored_verdict_does_not_hold_on_to_the_body(data: Path) -> None:
             (frame,) = pack([[Piece(torch.full((3,), NAN), torch.float32)]])
             chunk = unpack(frame, PushRequest)[1]
             assert chunk is not None
-            await intake.place(chunk)
+            assert intake.place(chunk) is None  # small: done at once
             with pytest.raises(NonfiniteGradient):
-                await intake.commit(0)
+                await intake.commit(PushCommit())
             intake.release()
         body = weakref.ref(intake._body)
         await model.close()
