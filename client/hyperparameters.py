@@ -7,7 +7,6 @@ scheduler, that the next push carries; what comes back is written into the group
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from pushstep.optim import RULES
 from pushstep.proto.hyperparameters import plain_values
 from pushstep.proto.types_pb2 import GroupValues
 
+from . import caller
 from .receipt import Receipt
 
 
@@ -86,10 +86,8 @@ class Hyperparameters:
         if receipt.ignored_edits and not self._warned:
             self._warned = True
             who = "an operator or a hook holds them" if receipt.lead else "only the lead worker's count"
-            warnings.warn(
-                f"hyperparameter edits of this worker were ignored ({', '.join(receipt.ignored_edits)}): {who}",
-                RuntimeWarning,
-                stacklevel=5,  # out of step and of the two wrappers that torch puts around it
+            caller.warn(
+                f"hyperparameter edits of this worker were ignored ({', '.join(receipt.ignored_edits)}): {who}"
             )
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import threading
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -24,6 +23,7 @@ from pushstep.proto.frames import BodyDigest, Piece
 from pushstep.proto.layout import Layout, Slot
 from pushstep.proto.types_pb2 import Segment
 
+from . import caller
 from .early_push import EarlyPush
 from .gradients import Rows
 from .parameters import Parameters
@@ -230,11 +230,9 @@ class Overlap:
         self._useless += 1
         if self._useless >= USELESS_IN_A_ROW:
             self.stop()
-            warnings.warn(
+            caller.warn(
                 f"overlap is off: in {self._useless} steps in a row the gradients that left during backward could not "
-                f"be used ({why}); clip_grad_norm_, a GradScaler and edits of .grad change them afterwards",
-                RuntimeWarning,
-                stacklevel=6,  # out of take, of step and of the two wrappers that torch puts around it
+                f"be used ({why}); clip_grad_norm_, a GradScaler and edits of .grad change them afterwards"
             )
 
 

@@ -8,7 +8,6 @@ server applies it once. After a restore the participant joins again by itself an
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -33,7 +32,7 @@ from pushstep.proto.hyperparameters import wire_values
 from pushstep.proto.layout import Layout, Slot, with_group
 from pushstep.proto.types_pb2 import Identity, Manifest, Segment
 
-from . import uploads
+from . import caller, uploads
 from .early_push import EarlyPush
 from .gradients import Rows, push_body
 from .heartbeat import Heartbeat
@@ -41,7 +40,7 @@ from .membership import Member, join
 from .mirror import Mirror
 from .receipt import Outcome, Receipt
 from .retry import Retry
-from .transport import Pulled, Transport
+from .transport import Body, Pulled, Transport
 
 Wire = torch.dtype | tuple[torch.dtype | None, torch.dtype | None] | None
 
@@ -77,6 +76,8 @@ class Participant:
         self._member: Member | None = None
         self._manifest: Manifest | None = None
         self._in_doubt: Identity | None = None
+        self._worker_state: bytes | None = None
+        self._worker_state_due = False
         # here and not in Session, since it is the step that finds a restore, which makes the copy worthless
         self._mirror = Mirror()
         self._heartbeat = Heartbeat(transport, model, lambda: self._member)
@@ -130,7 +131,25 @@ class Participant:
         self._member, _ = join(
             self._transport, self._retry, self.model, self.worker, self._manifest, False, old, None
         )
+        self._worker_state_due = self._worker_state is not None
         return self._member
+
+    @property
+    def worker_state(self) -> bytes:
+        """Up to 64 KiB of this worker's own: its place in the data, its random state.
+
+        What is set here travels with the next push and lies beside the model, in its snapshots too; a session that
+        joins under this worker's name finds here what the name's last push carried.
+        """
+        if self._worker_state is None and self._member is not None:
+            return bytes(self._member.worker_state)
+        return self._worker_state or b""
+
+    @worker_state.setter
+    def worker_state(self, value: bytes) -> None:
+        if not isinstance(value, bytes):
+            raise TypeError(f"worker_state is bytes, not {type(value).__name__}")
+        self._worker_state, self._worker_state_due = value, True
 
     def adopt(self, message: pb.Membership) -> Member:
         """Become who an upload's answer says."""
@@ -152,19 +171,21 @@ class Participant:
         *,
         edits: Mapping[int, Mapping[str, float | bool]] | None = None,
         metrics: Mapping[str, float] | None = None,
-        worker_state: bytes | None = None,
+        skip: bool = False,
         pull: bool,
         early: EarlyPush | None = None,
     ) -> tuple[Receipt, Pulled | None]:
         """One push under this session's next sequence, sent until it is answered.
 
-        `held` is the (timeline, version) that the gradients were computed on; None: the one at which it joined. With `pull` it is an exchange. A restore in between gives the outcome `superseded` and no
-        parameters: the session has joined again, and the caller forgets what it holds and pulls.
+        `held` is the (timeline, version) that the gradients were computed on; None: the one at which it joined. With
+        `skip` there are none, on purpose: the push only says that this worker is there. With `pull` it is an
+        exchange. A restore in between gives the outcome `superseded` and no parameters: the session has joined
+        again, and the caller forgets what it holds and pulls.
         """
         member = self.member()
         commit = pb.PushCommit(
             metrics=metrics or {},
-            worker_state=worker_state,
+            worker_state=self._worker_state if self._worker_state_due else None,
             edits=[
                 pb.GroupEdit(group=group, values=wire_values(values))
                 for group, values in (edits or {}).items()
@@ -174,11 +195,14 @@ class Participant:
             if held is not None and held[0] != member.timeline:
                 # joined again meanwhile, for whatever reason, and what is held here is of an ended timeline
                 return self._ended(member.next_identity()), None
-            header = self._push_header(member, held, pull)
+            header = self._push_header(member, held, pull, skip)
             if early is not None and not early.is_as(header):
                 early.withdraw()
                 early = None
-            body = push_body(member.layout, gradients, self.push_wire) if early is None else early.body
+            if skip:
+                body = Body((), ())
+            else:
+                body = push_body(member.layout, gradients, self.push_wire) if early is None else early.body
             header.segments.extend(body.segments)
             try:
                 if not pull:
@@ -211,6 +235,7 @@ class Participant:
                 return self._rejected(error, header.identity), None
             member.sequence = header.identity.sequence
             member.lead = receipt.lead
+            self._worker_state_due = False
             return self._note(receipt), pulled
 
     def begin_push(
@@ -226,7 +251,9 @@ class Participant:
         header.segments.extend(segments)
         return EarlyPush(self._transport, header, layout)
 
-    def _push_header(self, member: Member, held: tuple[int, int] | None, pull: bool) -> pb.PushHeader:
+    def _push_header(
+        self, member: Member, held: tuple[int, int] | None, pull: bool, skip: bool = False
+    ) -> pb.PushHeader:
         """The next push's header, of which only the segments are missing."""
         return pb.PushHeader(
             model=self.model,
@@ -234,6 +261,7 @@ class Participant:
             base_version=held[1] if held is not None else member.version,
             manifest_hash=member.layout.manifest_hash,
             pull=self._pull_options(held) if pull else None,
+            skip=skip,
         )
 
     def _note(self, receipt: Receipt) -> Receipt:
@@ -244,7 +272,7 @@ class Participant:
         receipt = self._note(_own_receipt(Outcome.REJECTED, error.code, identity, self.member().version))
         if self._on_reject == "raise":
             raise error
-        warnings.warn(f"push rejected: {error.message}", RuntimeWarning, stacklevel=4)
+        caller.warn(f"push rejected: {error.message}")
         return receipt
 
     def _ended(self, identity: Identity) -> Receipt:
@@ -253,11 +281,9 @@ class Participant:
         self._mirror.forget()
         if self._on_restore == "raise":
             raise Superseded(model=self.model, timeline=member.timeline, got=identity.timeline)
-        warnings.warn(
+        caller.warn(
             f"model {self.model!r} was restored to version {member.version} (timeline {member.timeline}); this step "
-            "was not applied, going on from there",
-            RuntimeWarning,
-            stacklevel=4,
+            "was not applied, going on from there"
         )
         return self._note(_own_receipt(Outcome.SUPERSEDED, "superseded", identity, member.version))
 

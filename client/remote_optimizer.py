@@ -8,7 +8,6 @@ attach go on steering them.
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -21,7 +20,7 @@ from pushstep.proto.errors import Superseded, UnsupportedModule
 from pushstep.proto.layout import Layout, Slot
 from pushstep.proto.types_pb2 import Manifest
 
-from . import remote_state
+from . import caller, remote_state
 from .hyperparameters import Group, Hyperparameters
 from .manifest import group_message, of_groups, parameter_message
 from .names import check_parameter, clean, parameter_names
@@ -29,6 +28,7 @@ from .originals import check_distinct, rule_of, stepped_states, take_over
 from .overlap import Overlap
 from .parameters import Parameters
 from .receipt import Outcome, Receipt
+from .scaling import Scaling
 
 if TYPE_CHECKING:
     from .session import Session
@@ -39,6 +39,8 @@ EXTRAS_EVERY_STEPS = 100
 
 class RemoteOptimizer(torch.optim.Optimizer):
     """Made by `Session.attach`. `last_receipt` says what became of the last step."""
+
+    _step_supports_amp_scaling = True
 
     def __init__(
         self,
@@ -67,6 +69,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         parameters = (p for group in groups for p in group["params"])
         self._parameters = Parameters(session.model, dict(zip(found, parameters, strict=True)))
         self._hyperparameters = Hyperparameters()
+        self._scaling = Scaling(self)
         self._last_state_dict: Any = None
         self.last_receipt: Receipt | None = None
         self._join(of_groups(self._groups(), found, aliases))
@@ -114,11 +117,9 @@ class RemoteOptimizer(torch.optim.Optimizer):
         theirs = [group.values() for group in self._groups()]
         if mine != theirs:
             differing = sorted({k for a, b in zip(mine, theirs, strict=True) for k in a if a[k] != b.get(k)})
-            warnings.warn(
+            caller.warn(
                 f"model {self._session.model!r} has other values of {', '.join(differing)} than this worker's optimizer; "
-                "the server's hold",
-                RuntimeWarning,
-                stacklevel=4,
+                "the server's hold"
             )
 
     # The step.
@@ -135,18 +136,29 @@ class RemoteOptimizer(torch.optim.Optimizer):
                 loss = closure()
         for optimizer in self._originals:
             optimizer._opt_called = True  # type: ignore[attr-defined]  # for schedulers made before attach
+        with self._scaling:
+            self._exchange(loss)
+        return loss
+
+    def _exchange(self, loss: Any) -> None:
         layout = self._session.member().layout
         self._parameters.check_unedited()
         gradients = self._parameters.gradients(layout)
+        skip = self._scaling.found_inf()
+        if skip:
+            gradients = {}
+        # before anything is said of what left early: those were not unscaled
+        self._scaling.unscale(gradients.values())
         early = self._overlap.take(gradients, layout) if self._overlap is not None else None
-        if not gradients:
-            return loss
+        if not gradients and not skip:
+            return
         try:
             receipt, pulled = self._session.step(
                 gradients,
                 self._parameters.at,
                 edits=self._hyperparameters.edits(self._groups()),
                 metrics=_metrics(loss),
+                skip=skip,
                 pull=True,
                 early=early,
             )
@@ -172,7 +184,6 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self._steps += 1
         if self._steps % EXTRAS_EVERY_STEPS == 0:
             self._send_extras()
-        return loss
 
     @property
     def overlapped_steps(self) -> int:

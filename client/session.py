@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import socket
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -21,6 +20,7 @@ from pushstep.proto import training_pb2 as pb
 from pushstep.proto.errors import NotAttached, PushstepError, RowOutOfRange, WrongDtype
 from pushstep.proto.layout import Layout, Slot
 
+from . import caller
 from .gradients import Rows, as_array, as_gradient
 from .manifest import of_arrays
 from .mirror import Array
@@ -220,7 +220,7 @@ class Session(Participant):
                     task()
                 self._transport.leave(pb.LeaveRequest(model=self.model, identity=self._member.identity()))
         except Exception as error:  # noqa: BLE001 - the lease ends by itself; a close must not fail
-            warnings.warn(f"could not leave: {type(error).__name__}", RuntimeWarning, stacklevel=2)
+            caller.warn(f"could not leave: {type(error).__name__}")
         finally:
             self._closed = True
             self._transport.close()

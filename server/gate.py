@@ -48,8 +48,8 @@ def check_header(layout: Layout, header: PushHeader, model: str, limit_bytes: in
     """The byte length of each declared segment; a named error if the push cannot be one of this model's."""
     if header.manifest_hash != layout.manifest_hash:
         raise ManifestChanged(model=model)
-    if not header.segments:
-        raise MalformedFrame(problem="a push must hold at least one gradient")
+    if header.skip == bool(header.segments):
+        raise MalformedFrame(problem="a push must hold at least one gradient, a skip push none")
     if any(segment.state for segment in header.segments):
         raise MalformedFrame(problem="a push carries gradients, not optimizer state")
     _check_notes(header)

@@ -152,7 +152,10 @@ class Intake:
                 raise MalformedFrame(
                     problem=f"base_version {self.header.base_version} is ahead of version {model.version}"
                 )
-            if gate.decide(push, model.hooks.nonfinite(), model.groups):
+            if self.header.skip:
+                receipt.outcome = Outcome.OUTCOME_SKIPPED
+                receipt.reason = "skip_push"
+            elif gate.decide(push, model.hooks.nonfinite(), model.groups):
                 ticket = self._ticket(push, worker, receipt)
             else:
                 receipt.outcome = Outcome.OUTCOME_SKIPPED

@@ -19,6 +19,7 @@ from pushstep.client import Outcome, Session, connect
 from pushstep.optim import Adadelta, Adagrad
 from pushstep.proto.errors import (
     InvalidManifest,
+    MalformedFrame,
     NonfiniteGradient,
     NotAttached,
     RowOutOfRange,
@@ -370,3 +371,27 @@ def test_rows_that_are_none(
     with pytest.raises(error):
         session.pull_rows("e", ids)
     assert session.pull_rows("e", []).shape == (0, 2)
+
+
+def test_worker_state_comes_back_to_whoever_joins_under_the_name(
+    server: RunningServer, model_name: str
+) -> None:
+    first = server.connect(model_name, "a")
+    first.create({"w": np.zeros(2, np.float32)})
+    assert first.worker_state == b""
+    first.worker_state = b"batch 1"
+    assert first.worker_state == b"batch 1"
+    first.push({"w": np.ones(2, np.float32)})
+    first.push({"w": np.ones(2, np.float32)})  # which carries none, and takes none away
+    first.close()
+    for name, expected in (("a", b"batch 1"), ("b", b"")):
+        again = server.connect(model_name, name)
+        again.member()
+        assert again.worker_state == expected
+    with pytest.raises(TypeError, match="bytes"):
+        again.worker_state = "text"  # type: ignore[assignment]
+    again.worker_state = bytes(64 * 1024 + 1)
+    with pytest.raises(MalformedFrame, match="65536"):
+        again.push({"w": np.ones(2, np.float32)})
+    again.worker_state = bytes(64 * 1024)
+    assert again.push({"w": np.ones(2, np.float32)}).outcome == "applied"

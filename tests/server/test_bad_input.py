@@ -140,6 +140,7 @@ BAD: dict[str, tuple[Push, str, bool]] = {
         False,
     ),
     "no segments": (segments(), "malformed_frame", False),
+    "gradients in a skip push": (lambda raw: raw.good(skip=True), "malformed_frame", False),
     "optimizer state": (segments(dense(0, 8, state="square_avg")), "malformed_frame", False),
     "no dtype": (segments(Segment(arena=1, stop=8)), "wrong_dtype", False),
     "unknown dtype": (segments(Segment(arena=1, stop=8, dtype=99)), "wrong_dtype", False),

@@ -179,8 +179,11 @@ def test_a_header_is_refused_before_its_body() -> None:
     segment = Segment(arena=0, start=0, stop=15, dtype=DType.DTYPE_FLOAT32)
     good = PushHeader(manifest_hash=LAYOUT.manifest_hash, segments=[segment])
     assert check_header(LAYOUT, good, "m", 60) == [60]
+    skip = PushHeader(manifest_hash=LAYOUT.manifest_hash, skip=True)
+    assert check_header(LAYOUT, skip, "m", 60) == []
     for change in (
         {"segments": []},
+        {"skip": True},
         {"segments": [Segment(stop=15, dtype=1, state="sum")]},
         {"worker_state": bytes(65537)},
     ):
