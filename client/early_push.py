@@ -9,8 +9,7 @@ the same identity is plain too, with the same segments in the same order, so its
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from itertools import chain, repeat
+from collections.abc import Iterator, Sequence
 from queue import SimpleQueue
 
 from pushstep.proto import training_pb2 as pb
@@ -23,7 +22,7 @@ Pieces = Sequence[Sequence[Piece]]
 
 
 class EarlyPush:
-    """One open stream. `hand` feeds it; `seal` waits until all is sent; `attempts` commits it, `withdraw` does not."""
+    """One open stream. `hand` feeds it; `seal` waits until all is sent; `finish` commits it, `withdraw` does not."""
 
     def __init__(self, transport: Transport, header: pb.PushHeader, layout: Layout) -> None:
         self.body = Body(tuple(header.segments), ())
@@ -54,15 +53,10 @@ class EarlyPush:
         self._sealed.wait()
         return self._digest
 
-    def attempts(self, commit: pb.PushCommit, again: Callable[[], Pulled]) -> Callable[[], Pulled]:
-        """What a retry runs: this stream the first time, `again` from then on."""
-
-        def finish() -> Pulled:
-            self._commit.put(commit)
-            return self._exchange.result()
-
-        tries = chain([finish], repeat(again))
-        return lambda: next(tries)()
+    def finish(self, commit: pb.PushCommit) -> Pulled:
+        """Commit it and wait for the answer."""
+        self._commit.put(commit)
+        return self._exchange.result()
 
     def withdraw(self) -> None:
         """Take it back; nothing if it is over."""

@@ -40,6 +40,7 @@ from .membership import Member, join
 from .mirror import Mirror
 from .receipt import Outcome, Receipt
 from .retry import Retry
+from .sending import Sending
 from .transport import Body, Pulled, Transport
 
 Wire = torch.dtype | tuple[torch.dtype | None, torch.dtype | None] | None
@@ -206,11 +207,13 @@ class Participant:
             header.segments.extend(body.segments)
             try:
                 if not pull:
-                    answer = self._retry.run(partial(self._transport.push, header, body, commit))
+                    push = partial(self._transport.push, commit=commit)
+                    answer = self._retry.run(Sending(push, header, body))
                     receipt, pulled = Receipt.of(answer.receipt), None
                 else:
-                    send = partial(self._transport.exchange, header, body, commit, member.layout)
-                    pulled = self._retry.run(send if early is None else early.attempts(commit, send))
+                    exchange = partial(self._transport.exchange, commit=commit, layout=member.layout)
+                    begun = None if early is None else partial(early.finish, commit)
+                    pulled = self._retry.run(Sending(exchange, header, body, begun))
                     receipt = Receipt.of(pulled.header.receipt)
             except Superseded:
                 self.rejoin()
@@ -262,6 +265,7 @@ class Participant:
             manifest_hash=member.layout.manifest_hash,
             pull=self._pull_options(held) if pull else None,
             skip=skip,
+            hold_s=self._transport.timeout_s / 3,
         )
 
     def _note(self, receipt: Receipt) -> Receipt:

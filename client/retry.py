@@ -12,7 +12,7 @@ from typing import Final, TypeVar, cast
 
 import grpc
 
-from pushstep.proto.errors import NoAnswer, PushstepError, Unavailable
+from pushstep.proto.errors import NoAnswer, NotHeld, PushPending, PushstepError, Unavailable
 from pushstep.proto.status import from_rpc_error
 
 T = TypeVar("T")
@@ -64,6 +64,9 @@ class Retry:
         while True:
             try:
                 return answered(attempt)
+            except (PushPending, NotHeld) as error:
+                if time.monotonic() > until_s:
+                    raise NoAnswer(address=self.address, seconds=self.for_s, problem=error) from error
             except (Unavailable, TransportFailure) as error:
                 asked_s = error.retry_after_s if isinstance(error, PushstepError) else None
                 # jitter, so that workers cut off together do not come back together

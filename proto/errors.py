@@ -161,6 +161,16 @@ class SparseNotSupported(InvalidRequest):
     template = "{parameter!r} got a row-sparse gradient, but {problem}"
 
 
+class NormOutlier(InvalidRequest):
+    """A gradient whose norm is far above what the model's accepted pushes have had."""
+
+    code = "norm_outlier"
+    template = (
+        "the gradient's norm is {norm}, accepted pushes had about {usual} and at most {limit} is let in; the push was "
+        "not applied (PATCH the model's gate to change that)"
+    )
+
+
 class RejectedByHook(InvalidRequest):
     """A guard hook refused the push."""
 
@@ -271,6 +281,17 @@ class LeaseExpired(Refused):
     code = "lease_expired"
     grpc_status = Status.ABORTED
     template = "worker {worker!r} was silent for more than {seconds} s and is out; join again"
+
+
+class Quarantined(Refused):
+    """A worker whose last pushes were all refused. Nothing of it is read until an operator releases it."""
+
+    code = "quarantined"
+    grpc_status = Status.PERMISSION_DENIED
+    template = (
+        "worker {worker!r} is quarantined after {count} refused pushes in a row; an operator can release it: "
+        "POST /v1/models/{model}/workers/{worker}/release"
+    )
 
 
 class OutOfOrder(Refused):
@@ -420,6 +441,28 @@ class OverBudget(Unavailable):
     grpc_status = Status.RESOURCE_EXHAUSTED
     http_status = 503
     template = "the push needs {need} bytes of staging and {free} of {budget} are free; try again"
+
+
+class TooManyInFlight(Unavailable):
+    """A worker that sends further pushes before the earlier ones were decided."""
+
+    code = "too_many_in_flight"
+    grpc_status = Status.RESOURCE_EXHAUSTED
+    template = "worker {worker!r} has {limit} pushes in flight; wait for their receipts"
+
+
+class PushPending(Unavailable):
+    """The push waits for other workers, as the policy says. Asking again is how to wait on."""
+
+    code = "push_pending"
+    template = "the push of worker {worker!r} waits for other workers under policy {policy}; ask again"
+
+
+class NotHeld(Unavailable):
+    """A retry without a body of a push that is not, or no longer, waiting here."""
+
+    code = "not_held"
+    template = "push {sequence} of worker {worker!r} is not held here; send it whole"
 
 
 class StreamStalled(Unavailable):

@@ -173,7 +173,7 @@ class ServerTimes(_message.Message):
     def __init__(self, receive_s: _Optional[float] = ..., queue_s: _Optional[float] = ..., wait_s: _Optional[float] = ..., step_s: _Optional[float] = ..., publish_s: _Optional[float] = ...) -> None: ...
 
 class Receipt(_message.Message):
-    __slots__ = ("outcome", "reason", "identity", "version", "staleness", "gradient_norm", "clip_factor", "groups", "ignored_edits", "lead", "durability", "times", "duplicates")
+    __slots__ = ("outcome", "reason", "identity", "version", "staleness", "gradient_norm", "clip_factor", "groups", "ignored_edits", "lead", "durability", "times", "duplicates", "contributors", "lr_scale", "step_norm", "notes", "policy")
     OUTCOME_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     IDENTITY_FIELD_NUMBER: _ClassVar[int]
@@ -187,6 +187,11 @@ class Receipt(_message.Message):
     DURABILITY_FIELD_NUMBER: _ClassVar[int]
     TIMES_FIELD_NUMBER: _ClassVar[int]
     DUPLICATES_FIELD_NUMBER: _ClassVar[int]
+    CONTRIBUTORS_FIELD_NUMBER: _ClassVar[int]
+    LR_SCALE_FIELD_NUMBER: _ClassVar[int]
+    STEP_NORM_FIELD_NUMBER: _ClassVar[int]
+    NOTES_FIELD_NUMBER: _ClassVar[int]
+    POLICY_FIELD_NUMBER: _ClassVar[int]
     outcome: Outcome
     reason: str
     identity: Identity
@@ -200,7 +205,12 @@ class Receipt(_message.Message):
     durability: Durability
     times: ServerTimes
     duplicates: int
-    def __init__(self, outcome: _Optional[_Union[Outcome, str]] = ..., reason: _Optional[str] = ..., identity: _Optional[_Union[Identity, _Mapping]] = ..., version: _Optional[int] = ..., staleness: _Optional[int] = ..., gradient_norm: _Optional[float] = ..., clip_factor: _Optional[float] = ..., groups: _Optional[_Iterable[_Union[GroupValues, _Mapping]]] = ..., ignored_edits: _Optional[_Iterable[str]] = ..., lead: bool = ..., durability: _Optional[_Union[Durability, str]] = ..., times: _Optional[_Union[ServerTimes, _Mapping]] = ..., duplicates: _Optional[int] = ...) -> None: ...
+    contributors: _containers.RepeatedScalarFieldContainer[str]
+    lr_scale: float
+    step_norm: float
+    notes: _containers.RepeatedScalarFieldContainer[str]
+    policy: str
+    def __init__(self, outcome: _Optional[_Union[Outcome, str]] = ..., reason: _Optional[str] = ..., identity: _Optional[_Union[Identity, _Mapping]] = ..., version: _Optional[int] = ..., staleness: _Optional[int] = ..., gradient_norm: _Optional[float] = ..., clip_factor: _Optional[float] = ..., groups: _Optional[_Iterable[_Union[GroupValues, _Mapping]]] = ..., ignored_edits: _Optional[_Iterable[str]] = ..., lead: bool = ..., durability: _Optional[_Union[Durability, str]] = ..., times: _Optional[_Union[ServerTimes, _Mapping]] = ..., duplicates: _Optional[int] = ..., contributors: _Optional[_Iterable[str]] = ..., lr_scale: _Optional[float] = ..., step_norm: _Optional[float] = ..., notes: _Optional[_Iterable[str]] = ..., policy: _Optional[str] = ...) -> None: ...
 
 class Staged(_message.Message):
     __slots__ = ("identity", "digest", "base_version", "finite", "norms", "segments")
@@ -227,15 +237,27 @@ class ParameterNorm(_message.Message):
     def __init__(self, parameter: _Optional[int] = ..., square_sum: _Optional[float] = ...) -> None: ...
 
 class Ticket(_message.Message):
-    __slots__ = ("identity", "version", "factor", "lr_scale", "groups")
+    __slots__ = ("identity", "version", "factor", "lr_scale", "groups", "contributions", "divisor")
     IDENTITY_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     FACTOR_FIELD_NUMBER: _ClassVar[int]
     LR_SCALE_FIELD_NUMBER: _ClassVar[int]
     GROUPS_FIELD_NUMBER: _ClassVar[int]
+    CONTRIBUTIONS_FIELD_NUMBER: _ClassVar[int]
+    DIVISOR_FIELD_NUMBER: _ClassVar[int]
     identity: Identity
     version: int
     factor: float
     lr_scale: float
     groups: _containers.RepeatedCompositeFieldContainer[GroupValues]
-    def __init__(self, identity: _Optional[_Union[Identity, _Mapping]] = ..., version: _Optional[int] = ..., factor: _Optional[float] = ..., lr_scale: _Optional[float] = ..., groups: _Optional[_Iterable[_Union[GroupValues, _Mapping]]] = ...) -> None: ...
+    contributions: _containers.RepeatedCompositeFieldContainer[Contribution]
+    divisor: float
+    def __init__(self, identity: _Optional[_Union[Identity, _Mapping]] = ..., version: _Optional[int] = ..., factor: _Optional[float] = ..., lr_scale: _Optional[float] = ..., groups: _Optional[_Iterable[_Union[GroupValues, _Mapping]]] = ..., contributions: _Optional[_Iterable[_Union[Contribution, _Mapping]]] = ..., divisor: _Optional[float] = ...) -> None: ...
+
+class Contribution(_message.Message):
+    __slots__ = ("identity", "weight")
+    IDENTITY_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    identity: Identity
+    weight: float
+    def __init__(self, identity: _Optional[_Union[Identity, _Mapping]] = ..., weight: _Optional[float] = ...) -> None: ...

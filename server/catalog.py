@@ -37,6 +37,7 @@ from pushstep.proto.errors import (
 from pushstep.proto.layout import Layout
 from pushstep.proto.types_pb2 import Manifest
 
+from . import policies
 from .arena import Arenas, ArenasCopy
 from .config import Config
 from .groups import Group, ParamGroups
@@ -199,12 +200,14 @@ class Catalog:
     def new_model(self, name: str, layout: Layout) -> Model:
         """A model with fresh identity and state, not yet visible."""
         groups = ParamGroups(Group.make(group) for group in layout.manifest.groups)
-        model = Model(name, secrets.token_bytes(16), 1, layout, groups, self._sessions(name), self.device)
+        model = self._model(name, secrets.token_bytes(16), 1, layout, groups)
         model.arenas.fill_initial_state([group.values for group in groups.list])
         return model
 
-    def _sessions(self, model: str) -> Sessions:
-        return Sessions(self.config.lease_s, self.config.max_workers, model)
+    def _model(self, name: str, uid: bytes, timeline: int, layout: Layout, groups: ParamGroups) -> Model:
+        sessions = Sessions(self.config.lease_s, self.config.max_workers, name)
+        staging_bytes = self.config.staging_bytes
+        return Model(name, uid, timeline, layout, groups, sessions, self.device, staging_bytes)
 
     async def delete(self, name: str, by: str) -> None:
         """Forget a model and its snapshots for good."""
@@ -317,12 +320,16 @@ class Catalog:
         proven = clean == (copy.timeline, copy.version)
         timeline += not proven
         groups = ParamGroups.parse(manifest["groups"])
-        model = Model(name, uid, timeline, copy.layout, groups, self._sessions(name), self.device)
-        model.version = copy.version
+        model = self._model(name, uid, timeline, copy.layout, groups)
+        model.ledger.version = copy.version
         model.edit = int(manifest["edit"])
         model.extras = copy.extras
         model.hooks.parse(manifest["hooks"], groups, name)
         model.sessions.parse(manifest["workers"], time.monotonic())
+        model.judge.quality.parse(manifest["gate"])
+        model.judge.switch(
+            policies.read(manifest["policy"]), time.monotonic()
+        )  # whatever staging holds today
         if not proven:
             model.sessions.close_epochs()
         await model.stepper.submit(lambda: model.arenas.load(copy, timeline))

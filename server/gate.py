@@ -8,6 +8,7 @@ finiteness is decided.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from enum import StrEnum
 from typing import Final
 
@@ -67,6 +68,8 @@ def close_header(header: PushHeader, commit: PushCommit) -> None:
 
 
 def _check_notes(header: PushHeader) -> None:
+    if not 0 <= header.samples < math.inf:
+        raise MalformedFrame(problem=f"samples must be a number from 0 up, not {header.samples}")
     if len(header.worker_state) > MAX_WORKER_STATE_BYTES or len(header.metrics) > MAX_METRICS:
         raise MalformedFrame(
             problem=f"a push may carry {MAX_WORKER_STATE_BYTES} bytes of worker_state and {MAX_METRICS} metrics"
@@ -83,17 +86,25 @@ def inspect(layout: Layout, header: PushHeader, body: Assembly, digest: int) -> 
         segments=header.segments,
     )
     parts: list[DensePart | RowsPart] = []
-    nonfinite = None
     for index, segment in enumerate(header.segments):
-        slots = layout.slots_of(segment)
-        part = _rows_part(layout, segment, body, index) if segment.HasField("rows") else None
-        if part is None:
-            gradient = body.part(index, dtypes.to_torch(segment.dtype, "segment"))
-            parts.append(DensePart(segment.arena, segment.start, tuple(slots), gradient))
-            pieces = [gradient[slot.start - segment.start : slot.stop - segment.start] for slot in slots]
+        if segment.HasField("rows"):
+            parts.append(_rows_part(layout, segment, body, index))
         else:
-            parts.append(part)
-            pieces = [part.rows]
+            gradient = body.part(index, dtypes.to_torch(segment.dtype, "segment"))
+            slots = tuple(layout.slots_of(segment))
+            parts.append(DensePart(segment.arena, segment.start, slots, gradient))
+    return measured(staged, parts)
+
+
+def measured(staged: Staged, parts: Sequence[DensePart | RowsPart]) -> StagedPush:
+    """Gradients with their norms, and whether they are finite in the dtype in which they are stepped."""
+    nonfinite = None
+    for part in parts:
+        if isinstance(part, RowsPart):
+            slots, pieces = [part.slot], [part.rows]
+        else:
+            slots = list(part.slots)
+            pieces = [part.gradient[slot.start - part.start : slot.stop - part.start] for slot in slots]
         for slot, piece, norm in zip(slots, pieces, square_sums(pieces), strict=True):
             staged.norms.append(ParameterNorm(parameter=slot.index, square_sum=norm))
             stepped = dtypes.state_dtype(slot.dtype)

@@ -19,7 +19,14 @@ from google.protobuf.message import DecodeError
 
 from pushstep.proto import dtypes
 from pushstep.proto import training_pb2 as pb
-from pushstep.proto.errors import Draining, MalformedFrame, PushstepError, RowOutOfRange, WrongShape
+from pushstep.proto.errors import (
+    Draining,
+    InvalidRequest,
+    MalformedFrame,
+    PushstepError,
+    RowOutOfRange,
+    WrongShape,
+)
 from pushstep.proto.frames import MAX_CHUNK_BYTES, Piece, pack
 from pushstep.proto.layout import ID_BYTES
 from pushstep.proto.status import TRAILER, named, to_trailer
@@ -28,7 +35,7 @@ from pushstep.proto.types_pb2 import DType, Receipt, Segment
 from .arena import Arenas, ArenasCopy
 from .bulk import BulkStream
 from .catalog import Catalog
-from .intake import Intake, Pending
+from .intake import Intake
 from .membership import join
 from .model import Model
 from .publish import Published, rows_body
@@ -48,7 +55,6 @@ class GrpcDoor:
         self.catalog = catalog
         self.budget = budget
         self.stall_s = stall_s
-        self.pending = Pending()
         self.draining = False
         self.http_url = ""
         self.unix_path = ""
@@ -94,7 +100,7 @@ class GrpcDoor:
         """Heartbeat."""
         model = self.catalog.get(request.model, request.identity.model_uid)
         model.require_current(request.identity)
-        model.sessions.require(request.identity, time.monotonic())
+        model.executor.carry_out(model.judge.heard(request.identity, time.monotonic()))
         return pb.HeartbeatResponse(version=model.version, lease_s=model.sessions.lease_s)
 
     async def leave(self, request: pb.LeaveRequest) -> pb.LeaveResponse:
@@ -102,8 +108,9 @@ class GrpcDoor:
         model = self.catalog.models.get(request.model)
         # nothing to leave if the model is gone, or is another one of the same name
         if model is not None and model.uid == request.identity.model_uid:
-            model.sessions.leave(request.identity, time.monotonic())
+            decisions = model.judge.left(request.identity, time.monotonic())
             model.record("left", request.identity.worker)
+            model.executor.carry_out(decisions)
         return pb.LeaveResponse()
 
     async def upload(self, messages: AsyncIterator[bytes]) -> pb.UploadResponse:
@@ -138,7 +145,7 @@ class GrpcDoor:
         answer = pb.PullHeader(groups=model.group_values())
         if request.HasField("identity"):
             model.require_current(request.identity)
-            model.sessions.require(request.identity, time.monotonic())
+            model.executor.carry_out(model.judge.heard(request.identity, time.monotonic()))
         else:
             model.require_whole()
         published = await _newest(model, request.options, request.timeline)
@@ -203,9 +210,14 @@ class GrpcDoor:
         if pulls:
             _wire(header.pull.dtype)  # what cannot be answered is refused before it is stepped
         model = self.catalog.get(header.model, header.identity.model_uid)
-        intake = Intake(model, header, self.budget, self.pending)
+        intake = Intake(model, header, self.budget)
         try:
-            commit = await stream.feed(intake.place)
+            await intake.admit()
+            try:
+                commit = await stream.feed(intake.place) if intake.has_body else None
+            except InvalidRequest as error:
+                intake.fault(error)
+                raise
             return model, header, await intake.commit(commit)
         finally:
             intake.release()

@@ -42,8 +42,10 @@ def join(catalog: Catalog, request: JoinRequest) -> JoinResponse:
         _check_same(model, request.manifest)
     known = model.sessions.workers.get(request.worker)
     itself = known is not None and request.epoch == known.epoch and request.model_uid == model.uid
-    worker = model.sessions.join(request.worker, now_s, request.takeover or itself)
+    model.require_room_for(request.worker)
+    worker, decisions = model.judge.join(request.worker, now_s, request.takeover or itself)
     model.record("joined", worker.name, epoch=worker.epoch)
+    model.executor.carry_out(decisions)
     return JoinResponse(member=membership(model, worker))
 
 
@@ -65,6 +67,7 @@ def membership(model: Model, worker: Worker) -> Membership:
         lease_s=model.sessions.lease_s,
         lead=model.sessions.leads(worker),
         worker_state=worker.worker_state,
+        policy=model.judge.policy.settings.model_dump_json(),
     )
 
 

@@ -15,18 +15,23 @@ from typing import Any, Final
 
 import torch
 
-from pushstep.proto.errors import ModelFailed, ModelLost, PushstepError, Superseded
+from pushstep.proto.errors import ModelFailed, ModelLost, OverCapacity
 from pushstep.proto.layout import Layout
 from pushstep.proto.types_pb2 import GroupValues, Identity, Receipt
 
+from . import policies, quality
 from .arena import Arenas, ArenasCopy
+from .executor import Executor
 from .groups import Group, ParamGroups
 from .hooks.chain import HookChain
 from .hooks.hook import Hook, Point
-from .policy import AsyncPolicy
+from .judge import Judge
+from .ledger import Ledger
+from .policy import PolicySettings
 from .publish import Publisher
 from .session import Sessions
 from .stepper import Stepper
+from .sync_round import SyncSettings
 
 EVENTS_KEPT: Final = 1000
 
@@ -43,16 +48,17 @@ class Model:
         groups: ParamGroups,
         sessions: Sessions,
         device: torch.device,
+        staging_bytes: int,
     ) -> None:
         self.name = name
+        self._staging_bytes = staging_bytes
         self.uid = uid
-        self.timeline = timeline
         self.layout = layout
         self.groups = groups
         self.sessions = sessions
         self.hooks = HookChain()
-        self.policy = AsyncPolicy()
-        self.version = 0
+        self.ledger = Ledger(name, timeline, groups, self.hooks)
+        self.judge = Judge(uid, self.ledger, sessions)
         # edits (hyperparameters, hooks, policy) add no version: each is (after this version, this number)
         self.edit = 0
         self.failed: ModelFailed | None = None
@@ -68,13 +74,21 @@ class Model:
         self.arenas.timeline = timeline
         self.stepper = Stepper(name)
         self.publisher = Publisher(self.arenas, self.stepper)
+        self.executor = Executor(self)
+
+    @property
+    def version(self) -> int:
+        """The last one that a ticket was written for."""
+        return self.ledger.version
+
+    @property
+    def timeline(self) -> int:
+        """Grows with each restore."""
+        return self.ledger.timeline
 
     def require_current(self, identity: Identity) -> None:
         """ModelLost, Superseded or ModelFailed unless `identity` is of this model on this timeline."""
-        if identity.model_uid != self.uid:
-            raise ModelLost(model=self.name)
-        if identity.timeline != self.timeline:
-            raise Superseded(model=self.name, timeline=self.timeline, got=identity.timeline)
+        self.judge.require_current(identity)
         self.require_whole()
 
     def require_whole(self) -> None:
@@ -83,6 +97,26 @@ class Model:
             raise ModelLost(model=self.name)
         if self.failed is not None:
             raise self.failed.with_traceback(None)  # or it grows with every request that it refuses
+
+    def require_room_for(self, worker: str) -> None:
+        """OverCapacity if a round with one worker more could not be held."""
+        now_s = time.monotonic()
+        self.sessions.expire(now_s)
+        names = {live.name for live in self.sessions.live()} | {worker}
+        self._require_round_fits(self.judge.policy.settings, len(names))
+
+    def _require_round_fits(self, settings: PolicySettings, workers: int) -> None:
+        """A round holds every push until the last one is there, and then their sum."""
+        if not isinstance(settings, SyncSettings):
+            return
+        gradient_bytes = sum(arena.elements * arena.dtype.itemsize for arena in self.layout.arenas)
+        buffers = max(workers, settings.min_workers) + 1
+        if buffers * gradient_bytes > self._staging_bytes:
+            raise OverCapacity(
+                problem=f"a round of {buffers - 1} workers holds {buffers} buffers of {gradient_bytes} bytes, staging "
+                f"has {self._staging_bytes}",
+                setting="staging-bytes",
+            )
 
     def fail(self, problem: BaseException) -> None:
         """A step broke off half way: take nothing more until a restore replaces the arenas."""
@@ -108,10 +142,37 @@ class Model:
         self.hooks.remove(hook_id, self.groups, self.name)
         return self._edited("hook_removed", by, hook=hook_id)
 
+    def begin_under(self, settings: policies.Settings) -> None:
+        """The policy that it is created with."""
+        self._require_round_fits(settings, 0)
+        self.judge.switch(settings, time.monotonic())
+
+    def set_policy(self, settings: policies.Settings, by: str) -> int:
+        """Decide by another policy, or by other settings of this one, from the next version on."""
+        self._require_round_fits(settings, len(self.sessions.live()))
+        decisions = self.judge.switch(settings, time.monotonic())
+        version = self._edited("policy_changed", by, **settings.model_dump(mode="json"))
+        self.executor.carry_out(decisions)
+        return version
+
+    def set_quality(self, settings: quality.QualitySettings, by: str) -> int:
+        """Have the gate let other pushes in."""
+        self.judge.quality.settings = settings
+        return self._edited("gate_changed", by, **settings.model_dump(mode="json"))
+
     def evict(self, worker: str, by: str) -> int:
         """Fence a worker."""
-        self.sessions.evict(worker)
-        return self._edited("worker_evicted", by, worker=worker)
+        decisions = self.judge.evicted(worker, time.monotonic())
+        version = self._edited("worker_evicted", by, worker=worker)
+        self.executor.carry_out(decisions)
+        return version
+
+    def release(self, worker: str, by: str) -> int:
+        """Let a worker out of quarantine."""
+        decisions = self.judge.released(worker, time.monotonic())
+        version = self._edited("worker_released", by, worker=worker)
+        self.executor.carry_out(decisions)
+        return version
 
     def _edited(self, kind: str, by: str, **facts: Any) -> int:
         self.edit += 1
@@ -141,8 +202,6 @@ class Model:
 
         All epochs close: a push of the old timeline, one that waits too, is told `superseded`.
         """
-        self.timeline = timeline
-        self.version = copy.version
         self.failed = None
         self.extras = copy.extras
         if saved is not None:
@@ -154,8 +213,11 @@ class Model:
                 group.revision = revision + 1
             self.hooks.parse(saved["hooks"], self.groups, self.name)
             self.edit = int(saved["edit"])
-        self.sessions.close_epochs()
+            self.judge.quality.parse(saved["gate"])
+        held = self.judge.policy.settings.model_dump() if saved is None else saved["policy"]
+        decisions = self.judge.restored(copy.version, timeline, policies.read(held), time.monotonic())
         self.record("restored", by)
+        self.executor.carry_out(decisions)
         arenas, publisher = self.arenas, self.publisher
 
         def load() -> None:
@@ -181,7 +243,8 @@ class Model:
             "timeline": self.timeline,
             "version": self.version,
             "edit": self.edit,
-            "policy": self.policy.dump(),
+            "policy": self.judge.policy.settings.model_dump(mode="json"),
+            "gate": self.judge.quality.dump(),
             "groups": self.groups.dump(),
             "hooks": self.hooks.dump(),
             "workers": self.sessions.dump(),
@@ -207,11 +270,6 @@ class Model:
 
     async def close(self) -> None:
         """Finish what is queued and end the model's threads."""
+        self.executor.close()
         await self.stepper.close()
         self.hooks.close()
-
-
-def refuse_consumed(error: PushstepError) -> PushstepError:
-    """Mark an error as a verdict: its push took its sequence, and a retry gets the same error."""
-    error.fields["consumed"] = "True"
-    return error

@@ -1,31 +1,112 @@
-"""When a push is applied. A synchronous state machine whose answer is a ticket.
+"""When a push is applied: what every policy is, and the moves that it makes.
 
-A ticket holds every decision about one step: its version, what multiplies the gradient and the lr, and the groups'
-hyperparameters. The stepper executes tickets and decides nothing.
+A policy is a synchronous state machine. It holds the candidates that have passed the gate and were not decided yet,
+and at each review it looks at who is there and what time it is, and says which of them are stepped, alone or
+together, and which are turned away. It never sees a gradient.
 """
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
 
-from pushstep.proto.types_pb2 import GroupValues, Staged, Ticket
+from pydantic import BaseModel, ConfigDict
+
+from pushstep.proto.types_pb2 import Outcome
+
+from .candidate import Candidate
+from .session import Worker
 
 
-class AsyncPolicy:
-    """Every push is applied at once, on whatever version the model has by then. Staleness is measured."""
+class PolicySettings(BaseModel):
+    """Base of every policy's settings, as they stand in REST bodies and snapshots."""
 
-    name: Final = "async"
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    def staleness(self, staged: Staged, version: int) -> int:
-        """Versions applied since the one that the gradient was computed on."""
-        return max(0, version - staged.base_version)
+    policy: str
 
-    def ticket(self, staged: Staged, version: int, factor: float, groups: list[GroupValues]) -> Ticket:
-        """The ticket that makes `version` + 1 of a staged push."""
-        return Ticket(
-            identity=staged.identity, version=version + 1, factor=factor, lr_scale=1.0, groups=groups
-        )
 
-    def dump(self) -> dict[str, str]:
-        """The policy as JSON."""
-        return {"policy": self.name}
+@dataclass(frozen=True, slots=True)
+class View:
+    """What a policy may look at."""
+
+    now_s: float
+    # the last one that a ticket was written for
+    version: int
+    # live workers that are not quarantined, longest joined first
+    members: Sequence[Worker]
+    # a round is being added up: its version is not there yet
+    busy: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Alone:
+    """Step this push by itself."""
+
+    candidate: Candidate
+    lr_scale: float = 1.0
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Together:
+    """Add these pushes up, in this order, and step the result; answer `absent` with the version that it makes."""
+
+    candidates: tuple[Candidate, ...]
+    mean: bool
+    # present without a contribution
+    skips: tuple[Candidate, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TurnAway:
+    """Give this push a verdict that moves nothing."""
+
+    candidate: Candidate
+    outcome: Outcome
+    reason: str
+    notes: tuple[str, ...] = ()
+
+
+Move = Alone | Together | TurnAway
+
+
+class Policy(Protocol):
+    """One model's policy: `judge.py` asks it."""
+
+    name: ClassVar[str]
+    # whether workers wait for each other under it, so that it matters who is there
+    waits: ClassVar[bool]
+
+    @property
+    def settings(self) -> PolicySettings:
+        """As they stand."""
+
+    def adopt(self, settings: PolicySettings) -> None:
+        """Go on under other settings of the same policy."""
+
+    def admits(self, worker: Worker, ahead: int, view: View) -> bool:
+        """Whether a push may send its body now. `ahead`: pushes of its worker that come before it, not decided yet."""
+
+    def take(self, candidate: Candidate) -> None:
+        """Hold a candidate until a review decides it. At most one of each worker is held at a time."""
+
+    def drop(self, candidate: Candidate) -> None:
+        """Let go of a candidate without a verdict: its worker was fenced, or its timeline ended."""
+
+    def review(self, view: View) -> list[Move]:
+        """What is to be done now. Called after every event, until there is nothing."""
+
+    def consumed(self, worker: Worker) -> None:
+        """A sequence of this worker got its verdict."""
+
+    def deadline_s(self) -> float | None:
+        """When a review is due although nothing happens."""
+
+    def close(self, view: View) -> tuple[list[Move], list[Candidate]]:
+        """The end of this policy: the moves that it can still make, and the candidates for the next one to judge."""
+
+    def show(self, worker: Worker, view: View) -> dict[str, Any]:
+        """What an operator may want to know of one worker under this policy."""

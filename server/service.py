@@ -156,6 +156,8 @@ class Service:
     async def _drain(self, http: uvicorn.Server, serving: asyncio.Task[None]) -> None:
         log.info("stopping: draining for at most %.0f s", self.config.drain_s)
         self.door.draining = True
+        for model in self.catalog.models.values():
+            model.executor.let_go()
         self.catalog.ready = False
         await self._health.enter_graceful_shutdown()
         await self._grpc.stop(self.config.drain_s)

@@ -2,7 +2,7 @@
 
 A synchronous state machine: events and the time go in, decisions come out; no clock, thread or I/O inside. A push is
 (worker, epoch, sequence). The next sequence is judged, one that was judged before is answered with the stored
-verdict, a gap or an old epoch is refused.
+verdict, a gap or an old epoch is refused. A few sequences may be on their way at once; they are judged in order.
 """
 
 from __future__ import annotations
@@ -21,12 +21,16 @@ from pushstep.proto.errors import (
     LeaseExpired,
     OutOfOrder,
     PushstepError,
+    TooManyInFlight,
     TooOld,
     UnknownWorker,
 )
 from pushstep.proto.types_pb2 import Identity, Outcome, Receipt
 
+from .candidate import Candidate
+
 RECEIPTS_KEPT: Final = 8
+IN_FLIGHT: Final = 8
 FORGET_AFTER_S: Final = 24 * 3600.0
 
 
@@ -68,6 +72,12 @@ class Worker:
     staleness: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
     worker_state: bytes = b""
+    # of this epoch, by sequence: pushes without a verdict yet, and how many streams are bringing bodies of each
+    held: dict[int, Candidate] = field(default_factory=dict)
+    coming: dict[int, int] = field(default_factory=dict)
+    # refused since the last push that was not; its headers are turned away once there were too many
+    refused_in_row: int = 0
+    quarantined: bool = False
 
 
 class Sessions:
@@ -93,6 +103,7 @@ class Sessions:
             raise AlreadyJoined(worker=name, retry_after_s=max(left_s, 0.001))
         worker.epoch += 1
         worker.sequence = 0
+        worker.held, worker.coming = {}, {}
         worker.state = WorkerState.LIVE
         self._joins += 1
         worker.joined = self._joins
@@ -124,22 +135,41 @@ class Sessions:
 
         `digest` None: not known yet (only the header has arrived). TooOld, OutOfOrder or Conflict otherwise.
         """
-        if identity.sequence == worker.sequence + 1:
+        if identity.sequence > worker.sequence:
+            self._require_in_window(worker, int(identity.sequence))
             return None
-        if identity.sequence > worker.sequence or identity.sequence == 0:
-            raise OutOfOrder(worker=worker.name, got=identity.sequence, expected=worker.sequence + 1)
+        if identity.sequence == 0:
+            raise OutOfOrder(worker=worker.name, got=0, expected=worker.sequence + 1)
+        verdict = self.stored(worker, identity)
+        if verdict is not None:
+            if digest is not None and digest != verdict.digest:
+                raise Conflict(worker=worker.name, sequence=identity.sequence)
+            return verdict
+        oldest = worker.sequence - len(worker.verdicts) + 1
+        raise TooOld(worker=worker.name, got=identity.sequence, oldest=oldest)
+
+    def stored(self, worker: Worker, identity: Identity) -> Verdict | None:
+        """The verdict of a push, if it has one that is still kept."""
         for verdict in worker.verdicts:
             seen = verdict.receipt.identity
             if (seen.epoch, seen.sequence) == (identity.epoch, identity.sequence):
-                if digest is not None and digest != verdict.digest:
-                    raise Conflict(worker=worker.name, sequence=identity.sequence)
                 return verdict
-        oldest = worker.sequence - len(worker.verdicts) + 1
-        raise TooOld(worker=worker.name, got=identity.sequence, oldest=oldest)
+        return None
+
+    def _require_in_window(self, worker: Worker, sequence: int) -> None:
+        """OutOfOrder, or TooManyInFlight, unless all before `sequence` are known and it is one of the next few."""
+        expected = worker.sequence + 1
+        while expected < sequence and (expected in worker.held or expected in worker.coming):
+            expected += 1
+        if expected < sequence:
+            raise OutOfOrder(worker=worker.name, got=sequence, expected=expected)
+        if sequence > worker.sequence + IN_FLIGHT:
+            raise TooManyInFlight(worker=worker.name, limit=IN_FLIGHT, retry_after_s=0.05)
 
     def consume(self, worker: Worker, verdict: Verdict) -> None:
         """Store the verdict on the worker's next sequence."""
         worker.sequence = verdict.receipt.identity.sequence
+        worker.held.pop(worker.sequence, None)
         worker.verdicts.append(verdict)
         outcome = Outcome.Name(verdict.receipt.outcome).removeprefix("OUTCOME_").lower()
         worker.outcomes[outcome] = worker.outcomes.get(outcome, 0) + 1
@@ -167,6 +197,7 @@ class Sessions:
     def close_epochs(self) -> None:
         """End every epoch (a restore did): each worker has to join again."""
         for worker in self.workers.values():
+            worker.held, worker.coming = {}, {}
             if worker.state is WorkerState.LIVE:
                 worker.state = WorkerState.LEFT
 
@@ -183,6 +214,10 @@ class Sessions:
         """The live workers, longest joined first."""
         found = [worker for worker in self.workers.values() if worker.state is WorkerState.LIVE]
         return sorted(found, key=lambda worker: worker.joined)
+
+    def members(self) -> list[Worker]:
+        """Whom a policy counts: the live workers that are not quarantined, longest joined first."""
+        return [worker for worker in self.live() if not worker.quarantined]
 
     def leads(self, worker: Worker) -> bool:
         """Whether a worker's hyperparameter edits count: the longest-joined live one's do."""
@@ -203,6 +238,8 @@ class Sessions:
                 "joined": worker.joined,
                 "outcomes": worker.outcomes,
                 "duplicates": worker.duplicates,
+                "refused_in_row": worker.refused_in_row,
+                "quarantined": worker.quarantined,
                 "worker_state": worker.worker_state.hex(),
                 "verdicts": [
                     {
@@ -230,6 +267,8 @@ class Sessions:
                 outcomes=dict(entry["outcomes"]),
                 duplicates=entry["duplicates"],
                 worker_state=bytes.fromhex(entry["worker_state"]),
+                refused_in_row=entry["refused_in_row"],
+                quarantined=entry["quarantined"],
             )
             for saved in entry["verdicts"]:
                 receipt = Receipt.FromString(bytes.fromhex(saved["receipt"]))
@@ -242,6 +281,12 @@ class Sessions:
             self._joins = max(self._joins, worker.joined)
             self.workers[worker.name] = worker
 
+    def first_lease_s(self) -> float | None:
+        """When the first live worker's lease runs out, unless it is heard of."""
+        return min(
+            (w.lease_until_s for w in self.workers.values() if w.state is WorkerState.LIVE), default=None
+        )
+
     def _touch(self, worker: Worker, now_s: float) -> None:
         worker.last_seen_s = now_s
         worker.lease_until_s = now_s + self.lease_s
@@ -249,7 +294,7 @@ class Sessions:
     def _forget(self, now_s: float) -> None:
         """Drop those absent for a day, and beyond max_workers the longest absent."""
         absent = sorted(
-            (worker for worker in self.workers.values() if worker.state is not WorkerState.LIVE),
+            (w for w in self.workers.values() if w.state is not WorkerState.LIVE and not w.held),
             key=lambda worker: worker.last_seen_s,
         )
         surplus = len(self.workers) + 1 - self.max_workers

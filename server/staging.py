@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -44,6 +45,16 @@ class StagedPush:
     staged: Staged
     parts: Sequence[DensePart | RowsPart]
     nonfinite_parameter: str | None
+
+    def bytes(self) -> int:
+        """What its gradients take."""
+        tensors = [part.rows if isinstance(part, RowsPart) else part.gradient for part in self.parts]
+        return sum(tensor.numel() * tensor.itemsize for tensor in tensors)
+
+    def norm(self) -> float:
+        """L2 norm over all parameters, their sums of squares added in manifest order."""
+        sums = {norm.parameter: norm.square_sum for norm in self.staged.norms}
+        return math.sqrt(sum(sums[index] for index in sorted(sums)))
 
 
 class Budget:

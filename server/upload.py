@@ -35,15 +35,15 @@ from pushstep.proto.training_pb2 import (
     UploadHeader,
     UploadResponse,
 )
-from pushstep.proto.types_pb2 import Durability, Outcome, Receipt, Segment
+from pushstep.proto.types_pb2 import Segment
 
+from . import policies
 from .arena import Arenas, ArenasCopy
 from .catalog import Catalog, Creation
 from .groups import Group
 from .intake import place
 from .membership import membership
 from .model import Model
-from .session import Verdict
 from .staging import Budget
 
 _OF_A_MODEL = (UPLOAD_KIND_PARAMETERS, UPLOAD_KIND_STATE, UPLOAD_KIND_GROUP, UPLOAD_KIND_EXTRAS)
@@ -65,6 +65,7 @@ class Upload:
         if header.kind == UPLOAD_KIND_CREATE:
             self._creation = catalog.creation(header.model, header.ticket, now_s)
             self._layout = self._creation.layout
+            self._policy = policies.from_wire(header.policy)
         elif header.kind in _OF_A_MODEL:
             self._model = catalog.get(header.model, header.identity.model_uid)
             self._again = header.kind == UPLOAD_KIND_STATE and self._model.replaced_by == header.identity
@@ -150,9 +151,10 @@ class Upload:
         header, worker = self._header, self._creation.worker
         model = await asyncio.to_thread(self._catalog.new_model, header.model, self._layout)
         await model.stepper.submit(lambda: self._fill(model.arenas, header.steps))
+        model.begin_under(self._policy)
         await self._catalog.finish_creation(header.model, self._creation, model)
         self.committed = True
-        model.sessions.join(worker, time.monotonic(), takeover=True)
+        self._join(model, worker)
         return UploadResponse(
             member=membership(model, model.sessions.workers[worker]), version=0, timeline=model.timeline
         )
@@ -171,21 +173,11 @@ class Upload:
 
     async def _replace_parameters(self, model: Model) -> UploadResponse:
         identity = self._header.identity
-        worker = model.sessions.require(identity, time.monotonic())
-        seen = model.sessions.judged(worker, identity, self._digest.value)
-        if seen is not None:
-            return UploadResponse(version=seen.receipt.version, timeline=model.timeline)
-        model.version += 1
-        version = model.version
-        receipt = Receipt(
-            outcome=Outcome.OUTCOME_APPLIED,
-            identity=identity,
-            version=version,
-            durability=Durability.DURABILITY_APPLIED,
-        )
-        receipt.groups.extend(model.group_values())
-        model.sessions.consume(worker, Verdict(self._digest.value, receipt))
-        model.record("parameters_uploaded", worker.name)
+        verdict, decisions = model.judge.uploaded(identity, self._digest.value, time.monotonic())
+        version = int(verdict.receipt.version)
+        if decisions is None:
+            return UploadResponse(version=version, timeline=model.timeline)
+        model.record("parameters_uploaded", identity.worker)
 
         def write() -> None:
             self._fill(model.arenas, [])
@@ -194,7 +186,9 @@ class Upload:
                     model.arenas.mark_changed(slot, version)
             model.arenas.version = version
 
-        await model.stepper.submit(write)
+        writing = model.stepper.submit(write)
+        model.executor.carry_out(decisions)  # what was let in by it steps on top of it
+        await writing
         return UploadResponse(version=version, timeline=model.timeline)
 
     async def _replace_state(self, model: Model) -> UploadResponse:
@@ -211,8 +205,12 @@ class Upload:
         await self._catalog.replace(model, copy, None, header.identity.worker)
         model.groups.write(planned)
         model.replaced_by = header.identity
-        model.sessions.join(header.identity.worker, time.monotonic(), takeover=True)
+        self._join(model, header.identity.worker)
         return self._joined(model)
+
+    def _join(self, model: Model, worker: str) -> None:
+        _, decisions = model.judge.join(worker, time.monotonic(), takeover=True)
+        model.executor.carry_out(decisions)
 
     def _joined(self, model: Model) -> UploadResponse:
         worker = model.sessions.workers[self._header.identity.worker]

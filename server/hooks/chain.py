@@ -81,10 +81,14 @@ class HookChain:
         self.list.remove(hook)
         return hook
 
-    def nonfinite(self) -> Nonfinite:
-        """The model's `nonfinite` setting: the last finite guard's, else reject."""
+    def nonfinite(self) -> Nonfinite | None:
+        """What the last finite guard wants instead of the model's `nonfinite` setting; None without one."""
         wishes = [wish for hook in self.list if (wish := hook.nonfinite()) is not None]
-        return wishes[-1] if wishes else Nonfinite.REJECT
+        return wishes[-1] if wishes else None
+
+    def transforms(self) -> str:
+        """The hooks that may have changed a step's factor, in words."""
+        return ", ".join(h.hook_id for h in self._at(Point.STEP_PRE) if h.kind == "transform")
 
     def step_pre(self, context: StepContext) -> None:
         """Run transforms and guards before a step. RejectedByHook from a guard."""

@@ -25,7 +25,18 @@ from pushstep.proto.status import named, to_problem
 
 from ..catalog import Catalog
 from ..export import Exports
-from . import events, export, health, hooks, models, param_groups, parameters, snapshots, workers
+from . import (
+    events,
+    export,
+    health,
+    hooks,
+    models,
+    param_groups,
+    parameters,
+    policy,
+    snapshots,
+    workers,
+)
 
 log = logging.getLogger("pushstep.rest")
 MAX_BODY_BYTES: Final = 1 << 20
@@ -46,7 +57,7 @@ def create_app(catalog: Catalog, allowed_hosts: Collection[str] | None) -> FastA
     app.state.catalog = catalog
     app.state.exports = Exports()
     app.include_router(health.router)
-    resources = (models, param_groups, parameters, hooks, workers, snapshots, export, events)
+    resources = (models, param_groups, parameters, hooks, policy, workers, snapshots, export, events)
     for resource in resources:
         app.include_router(resource.router, prefix="/v1")
     app.add_exception_handler(PushstepError, _answer_error)

@@ -30,8 +30,8 @@ def describe(model: Model) -> dict[str, Any]:
         "bytes": Arenas.bytes_needed(model.layout, model.arenas.rule_names),
         "groups": len(model.groups.list),
         "hooks": len(model.hooks.list),
-        "policy": model.policy.dump(),
-        "nonfinite": model.hooks.nonfinite(),
+        "policy": model.judge.policy.settings.model_dump(mode="json"),
+        "nonfinite": model.judge.quality.nonfinite(model.hooks.nonfinite()),
         "workers_live": len(model.sessions.live()),
         "failed": None if model.failed is None else model.failed.message,
         "last_step": None
@@ -63,12 +63,6 @@ async def delete_model(m: str, catalog: CatalogHere) -> Response:
     """For good. Its workers are told `model_lost`."""
     await catalog.delete(m, OPERATOR)
     return Response(status_code=204)
-
-
-@router.get("/models/{m}/policy", summary="Show when pushes are applied")
-async def show_policy(model: ModelHere) -> dict[str, Any]:
-    """The policy in force."""
-    return {**model.policy.dump(), "effective_version": model.version + 1}
 
 
 @router.get("/capacity", summary="Show how full the server is")

@@ -28,6 +28,10 @@ def _show(worker: Worker, model: Model, now_s: float) -> dict[str, Any]:
         "lease_left_s": round(max(0.0, worker.lease_until_s - now_s), 3),
         "outcomes": worker.outcomes,
         "duplicates": worker.duplicates,
+        "in_flight": len(worker.held),
+        "refused_in_row": worker.refused_in_row,
+        "quarantined": worker.quarantined,
+        **model.judge.policy.show(worker, model.judge.docket.view(now_s)),
         "metrics": finite_values(worker.metrics),
     }
 
@@ -38,6 +42,12 @@ async def list_workers(model: ModelHere) -> dict[str, Any]:
     now_s = time.monotonic()
     model.sessions.expire(now_s)
     return {"workers": [_show(worker, model, now_s) for worker in model.sessions.workers.values()]}
+
+
+@router.post("/models/{m}/workers/{worker}/release", summary="Let a worker out of quarantine")
+async def release_worker(model: ModelHere, worker: str) -> dict[str, Any]:
+    """Its pushes are read again from now on."""
+    return {"name": worker, "effective_version": model.release(worker, OPERATOR)}
 
 
 @router.delete("/models/{m}/workers/{worker}", summary="Evict a worker")

@@ -25,15 +25,15 @@ from pushstep.proto.errors import (
 from pushstep.proto.frames import Assembly, BodyDigest, Piece, pack, unpack
 from pushstep.proto.layout import Layout
 from pushstep.proto.training_pb2 import PushCommit, PushHeader, PushRequest
-from pushstep.proto.types_pb2 import DType, Identity, Manifest, Parameter, ParamGroup, Segment, Staged
+from pushstep.proto.types_pb2 import DType, Identity, Manifest, Parameter, ParamGroup, Segment
 from pushstep.server.catalog import Catalog
 from pushstep.server.config import Config
 from pushstep.server.gate import Nonfinite, check_header, decide, inspect
 from pushstep.server.groups import Group, ParamGroups
 from pushstep.server.hooks.chain import HookChain
-from pushstep.server.intake import Intake, Pending
+from pushstep.server.intake import Intake
 from pushstep.server.model import Model
-from pushstep.server.policy import AsyncPolicy
+from pushstep.server.quality import Quality
 from pushstep.server.staging import Budget, DensePart, RowsPart, StagedPush
 
 NAN, INF = float("nan"), float("inf")
@@ -169,10 +169,10 @@ def test_the_last_finite_guard_sets_nonfinite(wishes: Sequence[str], setting: st
     chain = HookChain()
     for wish in wishes:
         chain.add("finite_guard", "step_pre", {"action": wish}, groups(), "m")
-    assert chain.nonfinite() is Nonfinite(setting)
+    assert Quality().nonfinite(chain.nonfinite()) is Nonfinite(setting)
     for hook in list(chain.list):
         chain.remove(hook.hook_id, groups(), "m")
-    assert chain.nonfinite() is Nonfinite.REJECT
+    assert chain.nonfinite() is None
 
 
 def test_a_header_is_refused_before_its_body() -> None:
@@ -190,18 +190,6 @@ def test_a_header_is_refused_before_its_body() -> None:
         header = PushHeader(**{"manifest_hash": LAYOUT.manifest_hash, "segments": [segment], **change})
         with pytest.raises(MalformedFrame):
             check_header(LAYOUT, header, "m", 60)
-
-
-@pytest.mark.parametrize(
-    ("base", "version", "staleness"), [(5, 5, 0), (3, 5, 2), (0, 10**12, 10**12), (9, 5, 0)]
-)
-def test_async_applies_at_once_and_measures_staleness(base: int, version: int, staleness: int) -> None:
-    policy, staged = AsyncPolicy(), Staged(identity=Identity(worker="w", sequence=3), base_version=base)
-    assert policy.staleness(staged, version) == staleness
-    ticket = policy.ticket(staged, version, 0.25, groups(lr=0.5).messages())
-    assert (ticket.version, ticket.factor, ticket.lr_scale) == (version + 1, 0.25, 1.0)
-    assert ticket.identity == staged.identity
-    assert ticket.groups[0].values["lr"].number == 0.5
 
 
 def test_budget_gives_all_or_nothing() -> None:
@@ -234,7 +222,8 @@ def test_a_stored_verdict_does_not_hold_on_to_the_body(data: Path) -> None:
         identity = Identity(model_uid=model.uid, timeline=1, worker="w", epoch=worker.epoch, sequence=1)
         header = PushHeader(identity=identity, manifest_hash=LAYOUT.manifest_hash, segments=[segment])
         for _ in range(2):  # the retry is answered with the stored verdict
-            intake = Intake(model, header, Budget(100), Pending())
+            intake = Intake(model, header, Budget(100))
+            await intake.admit()
             (frame,) = pack([[Piece(torch.full((3,), NAN), torch.float32)]])
             chunk = unpack(frame, PushRequest)[1]
             assert chunk is not None

@@ -73,7 +73,8 @@ def test_models(rest: Rest, session: Session) -> None:
     step = shown["last_step"]
     assert (step["version"], step["worker"], step["staleness"], step["clip_factor"]) == (1, "owner", 0, 1.0)
     assert step["gradient_norm"] == pytest.approx(0.5 * 28**0.5)
-    assert rest("GET", "/policy") == {"policy": "async", "effective_version": 2}
+    accepted = {"policy": "async", "scale": False, "max_staleness": None, "max_staleness_by_group": {}}
+    assert rest("GET", "/policy") == {**accepted, "effective_version": 2}
     capacity = rest("GET", "/v1/capacity")
     assert capacity["models"]["held"] == len(rest("GET", "/v1/models")["models"])
     assert capacity["bytes"]["held"] >= shown["bytes"]

@@ -1,0 +1,50 @@
+"""One push on its way: sent until it is answered, and with its body no oftener than it takes.
+
+A push that waits for other workers is answered `push_pending` from time to time. If the server holds its body by then,
+the next attempt goes without one and attaches to the push that waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final, Generic, TypeVar
+
+from pushstep.proto.errors import NotHeld, PushPending
+from pushstep.proto.training_pb2 import PushHeader
+
+from .retry import answered
+from .transport import Body
+
+T = TypeVar("T")
+NOTHING: Final = Body((), ())
+
+
+class Sending(Generic[T]):
+    """Call it for one attempt. `send` takes the header and a body; `begun` is a first attempt that is under way."""
+
+    def __init__(
+        self,
+        send: Callable[[PushHeader, Body], T],
+        header: PushHeader,
+        body: Body,
+        begun: Callable[[], T] | None = None,
+    ) -> None:
+        self._send = send
+        self._header = header
+        self._body = body
+        self._begun = begun
+
+    def __call__(self) -> T:
+        """The answer, or the catalogue's error, or TransportFailure."""
+        header = self._header
+        begun, self._begun = self._begun, None
+        try:
+            if begun is not None:
+                return answered(begun)
+            return answered(lambda: self._send(header, NOTHING if header.held_digest else self._body))
+        except PushPending as error:
+            header.held_digest = int(error.fields["digest"])
+            raise
+        except NotHeld:
+            header.held_digest = 0
+            raise

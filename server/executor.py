@@ -1,0 +1,221 @@
+"""Carries out what the judge decides, in order, on the event loop: settles, steps, additions, and the clock.
+
+The judge says what is to be done and never waits; everything that waits is here. Whoever sent a push waits for its
+answer, which comes when its step has been taken; a retry of a push waits for the same answer. The bytes of a push stay
+set aside until it is settled, also when its sender has gone. When the judge wants to look again at some time, this is
+what wakes it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import logging
+import time
+from asyncio import FIRST_COMPLETED
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+from pushstep.proto.errors import NotHeld, PushPending, PushstepError
+from pushstep.proto.status import named
+from pushstep.proto.types_pb2 import Identity, Outcome, ServerTimes
+
+from . import reduction
+from .candidate import Candidate
+from .decision import Combine, Decision, Note, Settle, Step
+from .hooks.hook import Point
+from .session import Verdict
+from .staging import INLINE_BYTES, StagedPush
+
+if TYPE_CHECKING:
+    from .model import Model
+
+log = logging.getLogger("pushstep.executor")
+# A wait for other workers is answered with `push_pending` after this long at the latest, and asked for again.
+HOLD_S: Final = 10.0
+# A lease has run out when its last moment is past.
+MOMENT_S: Final = 0.001
+
+Key = tuple[int, str, int, int]
+
+
+def _key(identity: Identity) -> Key:
+    return identity.timeline, identity.worker, identity.epoch, identity.sequence
+
+
+class Executor:
+    """The hands of one model's judge. On the event loop only."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._answers: dict[Key, tuple[asyncio.Future[Settle], Candidate]] = {}
+        self._releases: dict[Candidate, Callable[[], None]] = {}
+        self._moved: asyncio.Future[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._let_go = False
+
+    def keep(self, candidate: Candidate, release: Callable[[], None]) -> None:
+        """Hold a candidate that the judge has taken until it is settled, then call `release`."""
+        future = asyncio.get_running_loop().create_future()
+        self._answers[_key(candidate.identity)] = future, candidate
+        self._releases[candidate] = release
+
+    def carry_out(self, decisions: Sequence[Decision]) -> None:
+        """Do what was decided, wake whoever waits for a change, and set the clock."""
+        for decision in decisions:
+            match decision:
+                case Note(kind, by, facts):
+                    self._model.record(kind, by, **facts)
+                case Settle():
+                    self._settle(decision)
+                case Combine():
+                    self._start(self._combine(decision))
+                case Step():
+                    self._step(decision)
+        self._wake()
+        self._set_clock()
+
+    # Waiting.
+
+    async def answer(self, identity: Identity, hold_s: float) -> Verdict:
+        """A push's verdict once its step is taken; PushPending if that takes longer than `hold_s`."""
+        found = self._answers.get(_key(identity))
+        if found is None:
+            verdict = self._model.judge.verdict_of(identity)
+            if verdict is None:
+                raise NotHeld(worker=identity.worker, sequence=identity.sequence)
+            return verdict
+        future, candidate = found
+        until_s = time.monotonic() + hold_s
+        while not future.done() and not self._let_go and (left_s := until_s - time.monotonic()) > 0:
+            waits: set[asyncio.Future[Any]] = {future, self._next_move()}
+            await asyncio.wait(waits, timeout=left_s, return_when=FIRST_COMPLETED)
+        if not future.done():
+            raise self.pending(identity.worker, candidate.digest)
+        settled = future.result()
+        if settled.verdict is None:
+            raise copy.copy(settled.error or NotHeld(worker=identity.worker, sequence=identity.sequence))
+        return settled.verdict
+
+    async def change(self, until_s: float, worker: str) -> None:
+        """Return after the next event; PushPending if that takes too long."""
+        left_s = until_s - time.monotonic()
+        if left_s > 0 and not self._let_go:
+            await asyncio.wait({self._next_move()}, timeout=left_s)
+        if self._let_go or time.monotonic() >= until_s:
+            raise self.pending(worker, 0)
+
+    def pending(self, worker: str, digest: int) -> PushPending:
+        """What a push is told that waits for others; with its digest once its body is held here."""
+        return PushPending(
+            worker=worker, policy=self._model.judge.policy.name, digest=digest, retry_after_s=0.0
+        )
+
+    def let_go(self) -> None:
+        """Have nobody wait any more: the server stops."""
+        self._let_go = True
+        self._wake()
+
+    def _next_move(self) -> asyncio.Future[None]:
+        if self._moved is None or self._moved.done():
+            self._moved = asyncio.get_running_loop().create_future()
+        return self._moved
+
+    def _wake(self) -> None:
+        if self._moved is not None and not self._moved.done():
+            self._moved.set_result(None)
+
+    # Doing.
+
+    def _settle(self, settle: Settle) -> None:
+        future, _ = self._answers.pop(_key(settle.candidate.identity), (None, None))
+        if future is not None:
+            future.set_result(settle)
+        release = self._releases.pop(settle.candidate, None)
+        if release is not None:
+            release()
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)  # or it may be collected while it runs
+        task.add_done_callback(self._tasks.discard)
+
+    async def _combine(self, combine: Combine) -> None:
+        pushes = [candidate.push for candidate in combine.candidates if candidate.push is not None]
+        result: StagedPush | PushstepError
+        try:
+            result = await asyncio.to_thread(reduction.add_up, pushes, combine.weights, combine.divisor)
+        except Exception as error:  # noqa: BLE001 - whatever it was, its pushes must not wait for ever
+            result = named(error, log)
+        del pushes
+        self.carry_out(self._model.judge.combined(combine, result, time.monotonic()))
+
+    def _step(self, step: Step) -> None:
+        """Queue a ticket with the model's stepper, behind all that were written before it."""
+        model, times = self._model, ServerTimes()
+        queued_s = time.monotonic()
+
+        def execute() -> dict[int, float]:
+            begun_s = time.monotonic()
+            times.queue_s = begun_s - queued_s
+            model.require_whole()
+            model.arenas.step(step.ticket, step.push.parts)
+            times.step_s = time.monotonic() - begun_s
+            return model.arenas.applied_lrs(step.ticket)
+
+        for point in (Point.STEP_PRE, Point.STEP_POST):
+            model.tell(point, **step.facts)
+        # taken even if the callers go away meanwhile: their retries will ask for the receipts
+        job = model.stepper.submit(execute, small=step.push.bytes() <= INLINE_BYTES)
+        self._start(self._finish(job, step, times))
+
+    async def _finish(self, job: asyncio.Future[dict[int, float]], step: Step, times: ServerTimes) -> None:
+        model = self._model
+        failure: PushstepError | None = None
+        lrs: dict[int, float] = {}
+        try:
+            lrs = await job
+        except Exception as error:  # noqa: BLE001 - a half-taken step must stop the model, whatever broke it
+            if not isinstance(error, PushstepError) and model.failed is None:
+                model.fail(error)
+            failure = error if isinstance(error, PushstepError) else model.failed
+        for settle in step.settles:
+            if settle.verdict is not None:
+                _complete(settle.verdict, lrs, times, failure)
+                model.last_receipt = settle.verdict.receipt if failure is None else model.last_receipt
+            self._settle(settle)
+
+    # The clock.
+
+    def _set_clock(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        next_s = self._model.judge.next_s()
+        if next_s is not None:
+            loop = asyncio.get_running_loop()
+            delay_s = max(0.0, next_s - time.monotonic()) + MOMENT_S
+            self._timer = loop.call_later(delay_s, self._tick)
+
+    def _tick(self) -> None:
+        self.carry_out(self._model.judge.tick(time.monotonic()))
+
+    def close(self) -> None:
+        """Stop the clock."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
+def _complete(
+    verdict: Verdict, lrs: Mapping[int, float], times: ServerTimes, failure: PushstepError | None
+) -> None:
+    """Write what only the step itself could tell into a stored verdict."""
+    receipt = verdict.receipt
+    receipt.times.queue_s, receipt.times.step_s = times.queue_s, times.step_s
+    for group in receipt.groups:
+        group.effective_lr = lrs.get(group.group, group.effective_lr)
+    if failure is not None:
+        verdict.error = failure
+        receipt.outcome, receipt.reason = Outcome.OUTCOME_REJECTED, failure.code

@@ -1,0 +1,128 @@
+"""A round's gradients added up. Blocks: call it in a thread; torch's own threads share the work.
+
+The arithmetic is exactly this, so that anyone can do it again. In float32 (float64 where a gradient is float64), with
+pushes in the order of their workers' names:
+
+    total = w1 * g1;  total = total + w2 * g2;  ...  total = total / W
+
+Each product, sum and quotient is rounded on its own; weights are rounded to that dtype first, and a weight or divisor
+of 1 leaves the value as it is. W is the contributors' weight, added up in float64 in the same order, for a mean, and 1
+for a sum. A push that has no gradient for a parameter counts as zero there, so W does not change with it. Rows are
+multiplied by their push's weight, written one push behind the other, merged in order of appearance, then divided. Where
+some pushes are dense and others rows the result is dense, and rows are added to it in their push's turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from pushstep.optim.rows import coalesce
+from pushstep.proto.types_pb2 import Staged
+
+from . import gate
+from .staging import DensePart, RowsPart, StagedPush
+
+Part = DensePart | RowsPart
+Term = tuple[float, Part]
+# Elements that are added up before the next ones are read: sum, piece and product stay in a core's cache.
+CHUNK_ELEMENTS: Final = 1 << 16
+
+
+def add_up(pushes: Sequence[StagedPush], weights: Sequence[float], divisor: float) -> StagedPush:
+    """The weighted sum over `divisor`, measured as the gate measures a push."""
+    parts = [_sum(terms, divisor) for terms in _places(pushes, weights)]
+    staged = Staged(base_version=min(push.staged.base_version for push in pushes))
+    return gate.measured(staged, parts)
+
+
+def _places(pushes: Sequence[StagedPush], weights: Sequence[float]) -> Iterator[list[Term]]:
+    """For each place in the arenas, what the pushes have for it."""
+    cut = [list(push.parts) for push in pushes]
+    if len({tuple(_place(part) for part in parts) for parts in cut}) > 1:
+        cut = [[single for part in parts for single in _by_parameter(part)] for parts in cut]
+    found: dict[tuple[int, int], list[Term]] = {}
+    for weight, parts in zip(weights, cut, strict=True):
+        for part in parts:
+            found.setdefault(_place(part)[:2], []).append((weight, part))
+    return (found[place] for place in sorted(found))
+
+
+def _place(part: Part) -> tuple[int, int, int]:
+    slots = (part.slot,) if isinstance(part, RowsPart) else part.slots
+    return slots[0].arena, slots[0].start, slots[-1].stop
+
+
+def _by_parameter(part: Part) -> list[Part]:
+    if isinstance(part, RowsPart):
+        return [part]
+    return [
+        DensePart(part.arena, s.start, (s,), part.gradient[s.start - part.start : s.stop - part.start])
+        for s in part.slots
+    ]
+
+
+def _sum(terms: Sequence[Term], divisor: float) -> Part:
+    rows = [(weight, part) for weight, part in terms if isinstance(part, RowsPart)]
+    dense = [(weight, part) for weight, part in terms if isinstance(part, DensePart)]
+    if not dense:
+        return _sum_rows(rows, divisor)
+    place = dense[0][1]
+    if not rows:
+        gradients = [(weight, part.gradient) for weight, part in dense]
+        return DensePart(place.arena, place.start, place.slots, _sum_dense(gradients, divisor))
+    return DensePart(place.arena, place.start, place.slots, _sum_mixed(terms, divisor))
+
+
+def _wide(tensors: Sequence[Tensor]) -> torch.dtype:
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+def _times(values: Tensor, weight: float) -> Tensor:
+    return values if weight == 1 else values * torch.tensor(weight, dtype=values.dtype)
+
+
+def _divide(values: Tensor, divisor: float) -> None:
+    if divisor != 1:
+        values.div_(torch.tensor(divisor, dtype=values.dtype))
+
+
+def _sum_dense(gradients: Sequence[tuple[float, Tensor]], divisor: float) -> Tensor:
+    wide = _wide([gradient for _, gradient in gradients])
+    total = torch.empty(gradients[0][1].shape, dtype=wide)
+    for start in range(0, total.numel(), CHUNK_ELEMENTS):
+        here = total[start : start + CHUNK_ELEMENTS]
+        for number, (weight, gradient) in enumerate(gradients):
+            piece = _times(gradient[start : start + CHUNK_ELEMENTS].to(wide), weight)
+            if number == 0:
+                here.copy_(piece)
+            else:
+                here.add_(piece)
+        _divide(here, divisor)
+    return total
+
+
+def _sum_rows(terms: Sequence[tuple[float, RowsPart]], divisor: float) -> RowsPart:
+    wide = _wide([part.rows for _, part in terms])
+    ids = torch.cat([part.ids for _, part in terms])
+    rows = torch.cat([_times(part.rows.to(wide), weight) for weight, part in terms])
+    ids, rows = coalesce(ids, rows)
+    _divide(rows, divisor)
+    return RowsPart(terms[0][1].slot, ids, rows)
+
+
+def _sum_mixed(terms: Sequence[Term], divisor: float) -> Tensor:
+    """Of one parameter, for which some have rows and some have all of it."""
+    tensors = [part.rows if isinstance(part, RowsPart) else part.gradient for _, part in terms]
+    slot = next(part.slot for _, part in terms if isinstance(part, RowsPart))
+    total = torch.zeros(slot.shape, dtype=_wide(tensors))
+    for weight, part in terms:
+        if isinstance(part, RowsPart):
+            total[part.ids] += _times(part.rows.to(total.dtype), weight)  # its ids are unique
+        else:
+            total += _times(part.gradient.to(total.dtype), weight).view(slot.shape)
+    _divide(total, divisor)
+    return total.view(-1)
