@@ -41,6 +41,7 @@ from .mirror import Mirror
 from .receipt import Outcome, Receipt
 from .retry import Retry
 from .sending import Sending
+from .shared_memory import SharedMemory
 from .transport import Body, Pulled, Transport
 
 Wire = torch.dtype | tuple[torch.dtype | None, torch.dtype | None] | None
@@ -59,6 +60,8 @@ class Participant:
         takeover: bool,
         on_reject: str,
         on_restore: str,
+        *,
+        shared_memory: bool = False,
     ) -> None:
         self.model = model
         self.worker = worker
@@ -69,6 +72,7 @@ class Participant:
         self.last_receipt: Receipt | None = None
         self._transport = transport
         self._retry = Retry(transport.address, retry_for_s)
+        self.memory = SharedMemory(transport, model, (self.push_wire, self.pull_wire), wanted=shared_memory)
         self._takeover = takeover
         self._on_reject = on_reject
         self._on_restore = on_restore
@@ -205,13 +209,15 @@ class Participant:
             else:
                 body = push_body(member.layout, gradients, self.push_wire) if early is None else early.body
             header.segments.extend(body.segments)
+            if early is None:
+                self.memory.place(member, header, body, gradients)
             try:
                 if not pull:
-                    push = partial(self._transport.push, commit=commit)
+                    push = partial(self._push, commit=commit)
                     answer = self._retry.run(Sending(push, header, body))
                     receipt, pulled = Receipt.of(answer.receipt), None
                 else:
-                    exchange = partial(self._transport.exchange, commit=commit, layout=member.layout)
+                    exchange = partial(self._exchange, commit=commit, layout=member.layout)
                     begun = None if early is None else partial(early.finish, commit)
                     pulled = self._retry.run(Sending(exchange, header, body, begun))
                     receipt = Receipt.of(pulled.header.receipt)
@@ -248,6 +254,8 @@ class Participant:
         member = self._member
         if self._closed or os.getpid() != self._pid or member is None or self._in_doubt is not None:
             return None
+        if self.memory.region is not None:  # nothing has to leave: it lies where it will be read
+            return None
         if member.layout is not layout or held is None or held[0] != member.timeline:
             return None
         header = self._push_header(member, held, pull=True)
@@ -267,6 +275,17 @@ class Participant:
             skip=skip,
             hold_s=self._transport.timeout_s / 3,
         )
+
+    def _push(self, header: pb.PushHeader, body: Body, commit: pb.PushCommit) -> pb.PushResponse:
+        shared = self.memory.attempt(header, lambda: self._transport.push_shared(header, commit))
+        return shared if shared is not None else self._transport.push(header, body, commit)
+
+    def _exchange(self, header: pb.PushHeader, body: Body, commit: pb.PushCommit, layout: Layout) -> Pulled:
+        region = self.memory.region
+        shared = self.memory.attempt(header, lambda: self._transport.exchange_shared(header, commit))
+        if shared is not None and region is not None:
+            return region.answer_of(shared)
+        return self._transport.exchange(header, body, commit, layout)
 
     def _note(self, receipt: Receipt) -> Receipt:
         self.last_receipt = receipt

@@ -22,6 +22,7 @@ from pushstep.proto.types_pb2 import Manifest
 
 from . import caller, remote_state
 from .hyperparameters import Group, Hyperparameters
+from .lent_gradients import LentGradients
 from .manifest import group_message, of_groups, parameter_message
 from .names import check_parameter, clean, parameter_names
 from .originals import check_distinct, rule_of, stepped_states, take_over
@@ -74,6 +75,9 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self.last_receipt: Receipt | None = None
         self._join(of_groups(self._groups(), found, aliases))
         take_over(optimizers, self)
+        self._lent = LentGradients(session.memory, self._parameters.name_of)
+        self._lent.add(p for group in groups for p in group["params"])
+        session.memory.open(session.member())
         self._steps = 0
         self._send_extras()
         session.before_close(self._send_extras)
@@ -81,6 +85,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         if self._overlap is not None:
             self._overlap.watch(parameter for group in groups for parameter in group["params"])
             session.before_close(self._overlap.stop)
+        session.before_close(self._lent.remove)
 
     # Becoming the model's, or the model becoming ours.
 
@@ -312,6 +317,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
             manifest.parameters.append(parameter_message(name, parameter, index))
         member = self._session.add_group(manifest, values)
         self._parameters.add(values)
+        self._lent.add(parameters)
+        self._session.memory.open(member)
         if self._overlap is not None:
             self._overlap.watch(parameters)
         self._hyperparameters.write(self._groups(), member.groups)

@@ -27,6 +27,7 @@ from .mirror import Array
 from .participant import Participant, Wire, wire_enum
 from .receipt import Receipt
 from .remote_optimizer import RemoteOptimizer
+from .shared_memory import is_same_host
 from .transport import Transport
 
 
@@ -38,6 +39,7 @@ def connect(
     wire: Wire = None,
     timeout_s: float = 30.0,
     retry_for_s: float = 300.0,
+    shared_memory: bool = True,
     takeover: bool = False,
     on_reject: Literal["raise", "skip"] = "raise",
     on_restore: Literal["continue", "raise"] = "continue",
@@ -46,16 +48,20 @@ def connect(
 
     `wire`: the dtype of what travels (None: each parameter's own), or a pair (pushes, pulls). `timeout_s` bounds
     each attempt, and how long to wait for a server to answer at all; `retry_for_s` bounds a whole step.
+    Gradients and parameters of a server on this host go through shared memory, unless `shared_memory` is False.
     `on_reject="skip"` warns where a rejected push would raise. Raises ServerUnavailable when no server answers.
     """
     transport = Transport(address, timeout_s)
     try:
-        transport.wait_for_server()
+        found = transport.wait_for_server()
     except PushstepError:
         transport.close()
         raise
     name = worker if worker is not None else f"{socket.gethostname()}-{os.getpid()}"
-    return Session(transport, model, name, wire, retry_for_s, takeover, on_reject, on_restore)
+    sharing = shared_memory and bool(found.memory_path) and is_same_host(address)
+    return Session(
+        transport, model, name, wire, retry_for_s, takeover, on_reject, on_restore, shared_memory=sharing
+    )
 
 
 class Session(Participant):
@@ -71,8 +77,20 @@ class Session(Participant):
         takeover: bool,
         on_reject: str,
         on_restore: str,
+        *,
+        shared_memory: bool = False,
     ) -> None:
-        super().__init__(transport, model, worker, wire, retry_for_s, takeover, on_reject, on_restore)
+        super().__init__(
+            transport,
+            model,
+            worker,
+            wire,
+            retry_for_s,
+            takeover,
+            on_reject,
+            on_restore,
+            shared_memory=shared_memory,
+        )
         self._before_close: list[Callable[[], None]] = []
         self._attached: RemoteOptimizer | None = None
 
@@ -223,6 +241,7 @@ class Session(Participant):
             caller.warn(f"could not leave: {type(error).__name__}")
         finally:
             self._closed = True
+            self.memory.drop()
             self._transport.close()
             self._heartbeat.wait(timeout_s=1)
 

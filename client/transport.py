@@ -17,6 +17,7 @@ from pushstep.proto.errors import MalformedFrame, ServerUnavailable
 from pushstep.proto.frames import TRANSPORT_LIMIT_BYTES, Assembly, BodyDigest, Piece, pack, unpack
 from pushstep.proto.layout import ID_BYTES, Layout, Slot, check_body
 from pushstep.proto.memory import BufferPool, keep_freed_blocks
+from pushstep.proto.region import SharedBody
 from pushstep.proto.types_pb2 import Segment
 
 SERVICE: Final = "/pushstep.v1.TrainingService/"
@@ -64,7 +65,7 @@ class Pulled:
 
     header: pb.PullHeader
     layout: Layout
-    body: Assembly
+    body: Assembly | SharedBody
 
     def dense(self) -> Iterator[tuple[Slot, str, Tensor]]:
         """(slot, state name or "", values in the slot's shape) of every dense segment."""
@@ -128,6 +129,27 @@ class Transport:
     def leave(self, request: pb.LeaveRequest) -> None:
         """Leave."""
         self._unary("Leave", pb.LeaveResponse)(request, timeout=min(5.0, self.timeout_s))
+
+    def open_region(self, request: pb.OpenRegionRequest) -> pb.OpenRegionResponse:
+        """OpenRegion."""
+        answer: pb.OpenRegionResponse = self._unary("OpenRegion", pb.OpenRegionResponse)(
+            request, timeout=self.timeout_s
+        )
+        return answer
+
+    def push_shared(self, header: pb.PushHeader, commit: pb.PushCommit) -> pb.PushResponse:
+        """Push of what lies in shared memory: one message, and so a plain unary call to gRPC's client."""
+        answer: pb.PushResponse = self._unary("Push", pb.PushResponse)(
+            pb.PushRequest(header=header, commit=commit), timeout=self.timeout_s
+        )
+        return answer
+
+    def exchange_shared(self, header: pb.PushHeader, commit: pb.PushCommit) -> pb.PullHeader:
+        """Exchange through shared memory: one message there, one back."""
+        answer: pb.PullResponse = self._unary("Exchange", pb.PullResponse)(
+            pb.PushRequest(header=header, commit=commit), timeout=self.timeout_s
+        )
+        return answer.header
 
     def push(self, header: pb.PushHeader, body: Body, commit: pb.PushCommit) -> pb.PushResponse:
         """Push."""

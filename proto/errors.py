@@ -341,6 +341,13 @@ class ManifestMismatch(Refused):
     template = "this worker's parameters differ from model {model!r}: {differences}"
 
 
+class NoSharedMemory(Refused):
+    """The server has no memory to share with this session, or no longer that which it names. Nothing was read."""
+
+    code = "no_shared_memory"
+    template = "no shared memory: {problem}; send frames instead"
+
+
 class ModelLost(Refused):
     """The model that the caller knew is gone; one of the same name is another."""
 

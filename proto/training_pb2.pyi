@@ -28,18 +28,20 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DescribeResponse(_message.Message):
-    __slots__ = ("server_version", "max_chunk_bytes", "models", "unix_path", "http_url")
+    __slots__ = ("server_version", "max_chunk_bytes", "models", "unix_path", "http_url", "memory_path")
     SERVER_VERSION_FIELD_NUMBER: _ClassVar[int]
     MAX_CHUNK_BYTES_FIELD_NUMBER: _ClassVar[int]
     MODELS_FIELD_NUMBER: _ClassVar[int]
     UNIX_PATH_FIELD_NUMBER: _ClassVar[int]
     HTTP_URL_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_PATH_FIELD_NUMBER: _ClassVar[int]
     server_version: str
     max_chunk_bytes: int
     models: _containers.RepeatedScalarFieldContainer[str]
     unix_path: str
     http_url: str
-    def __init__(self, server_version: _Optional[str] = ..., max_chunk_bytes: _Optional[int] = ..., models: _Optional[_Iterable[str]] = ..., unix_path: _Optional[str] = ..., http_url: _Optional[str] = ...) -> None: ...
+    memory_path: str
+    def __init__(self, server_version: _Optional[str] = ..., max_chunk_bytes: _Optional[int] = ..., models: _Optional[_Iterable[str]] = ..., unix_path: _Optional[str] = ..., http_url: _Optional[str] = ..., memory_path: _Optional[str] = ...) -> None: ...
 
 class JoinRequest(_message.Message):
     __slots__ = ("model", "worker", "takeover", "manifest", "model_uid", "epoch")
@@ -132,12 +134,14 @@ class LeaveResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class PullOptions(_message.Message):
-    __slots__ = ("have_version", "dtype")
+    __slots__ = ("have_version", "dtype", "region")
     HAVE_VERSION_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
+    REGION_FIELD_NUMBER: _ClassVar[int]
     have_version: int
     dtype: _types_pb2.DType
-    def __init__(self, have_version: _Optional[int] = ..., dtype: _Optional[_Union[_types_pb2.DType, str]] = ...) -> None: ...
+    region: int
+    def __init__(self, have_version: _Optional[int] = ..., dtype: _Optional[_Union[_types_pb2.DType, str]] = ..., region: _Optional[int] = ...) -> None: ...
 
 class GroupEdit(_message.Message):
     __slots__ = ("group", "values")
@@ -155,7 +159,7 @@ class GroupEdit(_message.Message):
     def __init__(self, group: _Optional[int] = ..., values: _Optional[_Mapping[str, _types_pb2.Hyperparameter]] = ...) -> None: ...
 
 class PushHeader(_message.Message):
-    __slots__ = ("model", "identity", "base_version", "manifest_hash", "segments", "edits", "metrics", "worker_state", "samples", "pull", "skip", "held_digest", "hold_s")
+    __slots__ = ("model", "identity", "base_version", "manifest_hash", "segments", "edits", "metrics", "worker_state", "samples", "pull", "region", "slot", "skip", "held_digest", "hold_s")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -173,6 +177,8 @@ class PushHeader(_message.Message):
     WORKER_STATE_FIELD_NUMBER: _ClassVar[int]
     SAMPLES_FIELD_NUMBER: _ClassVar[int]
     PULL_FIELD_NUMBER: _ClassVar[int]
+    REGION_FIELD_NUMBER: _ClassVar[int]
+    SLOT_FIELD_NUMBER: _ClassVar[int]
     SKIP_FIELD_NUMBER: _ClassVar[int]
     HELD_DIGEST_FIELD_NUMBER: _ClassVar[int]
     HOLD_S_FIELD_NUMBER: _ClassVar[int]
@@ -186,10 +192,12 @@ class PushHeader(_message.Message):
     worker_state: bytes
     samples: float
     pull: PullOptions
+    region: int
+    slot: int
     skip: bool
     held_digest: int
     hold_s: float
-    def __init__(self, model: _Optional[str] = ..., identity: _Optional[_Union[_types_pb2.Identity, _Mapping]] = ..., base_version: _Optional[int] = ..., manifest_hash: _Optional[int] = ..., segments: _Optional[_Iterable[_Union[_types_pb2.Segment, _Mapping]]] = ..., edits: _Optional[_Iterable[_Union[GroupEdit, _Mapping]]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., worker_state: _Optional[bytes] = ..., samples: _Optional[float] = ..., pull: _Optional[_Union[PullOptions, _Mapping]] = ..., skip: bool = ..., held_digest: _Optional[int] = ..., hold_s: _Optional[float] = ...) -> None: ...
+    def __init__(self, model: _Optional[str] = ..., identity: _Optional[_Union[_types_pb2.Identity, _Mapping]] = ..., base_version: _Optional[int] = ..., manifest_hash: _Optional[int] = ..., segments: _Optional[_Iterable[_Union[_types_pb2.Segment, _Mapping]]] = ..., edits: _Optional[_Iterable[_Union[GroupEdit, _Mapping]]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., worker_state: _Optional[bytes] = ..., samples: _Optional[float] = ..., pull: _Optional[_Union[PullOptions, _Mapping]] = ..., region: _Optional[int] = ..., slot: _Optional[int] = ..., skip: bool = ..., held_digest: _Optional[int] = ..., hold_s: _Optional[float] = ...) -> None: ...
 
 class PushCommit(_message.Message):
     __slots__ = ("digest", "edits", "metrics", "worker_state", "samples")
@@ -232,6 +240,36 @@ class PushResponse(_message.Message):
     receipt: _types_pb2.Receipt
     def __init__(self, receipt: _Optional[_Union[_types_pb2.Receipt, _Mapping]] = ...) -> None: ...
 
+class OpenRegionRequest(_message.Message):
+    __slots__ = ("model", "identity", "manifest_hash", "push_dtype", "pull_dtype")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    IDENTITY_FIELD_NUMBER: _ClassVar[int]
+    MANIFEST_HASH_FIELD_NUMBER: _ClassVar[int]
+    PUSH_DTYPE_FIELD_NUMBER: _ClassVar[int]
+    PULL_DTYPE_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    identity: _types_pb2.Identity
+    manifest_hash: int
+    push_dtype: _types_pb2.DType
+    pull_dtype: _types_pb2.DType
+    def __init__(self, model: _Optional[str] = ..., identity: _Optional[_Union[_types_pb2.Identity, _Mapping]] = ..., manifest_hash: _Optional[int] = ..., push_dtype: _Optional[_Union[_types_pb2.DType, str]] = ..., pull_dtype: _Optional[_Union[_types_pb2.DType, str]] = ...) -> None: ...
+
+class OpenRegionResponse(_message.Message):
+    __slots__ = ("region", "token", "path", "slots", "slot_bytes", "answer_bytes")
+    REGION_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    SLOTS_FIELD_NUMBER: _ClassVar[int]
+    SLOT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_BYTES_FIELD_NUMBER: _ClassVar[int]
+    region: int
+    token: bytes
+    path: str
+    slots: int
+    slot_bytes: int
+    answer_bytes: int
+    def __init__(self, region: _Optional[int] = ..., token: _Optional[bytes] = ..., path: _Optional[str] = ..., slots: _Optional[int] = ..., slot_bytes: _Optional[int] = ..., answer_bytes: _Optional[int] = ...) -> None: ...
+
 class PullRequest(_message.Message):
     __slots__ = ("model", "identity", "options", "timeline", "manifest_hash")
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -265,7 +303,7 @@ class PullStateRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ...) -> None: ...
 
 class PullHeader(_message.Message):
-    __slots__ = ("model_uid", "timeline", "version", "unchanged", "segments", "manifest_hash", "receipt", "groups", "steps", "manifest")
+    __slots__ = ("model_uid", "timeline", "version", "unchanged", "segments", "manifest_hash", "receipt", "groups", "steps", "manifest", "shared")
     MODEL_UID_FIELD_NUMBER: _ClassVar[int]
     TIMELINE_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -276,6 +314,7 @@ class PullHeader(_message.Message):
     GROUPS_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    SHARED_FIELD_NUMBER: _ClassVar[int]
     model_uid: bytes
     timeline: int
     version: int
@@ -286,7 +325,8 @@ class PullHeader(_message.Message):
     groups: _containers.RepeatedCompositeFieldContainer[_types_pb2.GroupValues]
     steps: _containers.RepeatedScalarFieldContainer[int]
     manifest: _types_pb2.Manifest
-    def __init__(self, model_uid: _Optional[bytes] = ..., timeline: _Optional[int] = ..., version: _Optional[int] = ..., unchanged: bool = ..., segments: _Optional[_Iterable[_Union[_types_pb2.Segment, _Mapping]]] = ..., manifest_hash: _Optional[int] = ..., receipt: _Optional[_Union[_types_pb2.Receipt, _Mapping]] = ..., groups: _Optional[_Iterable[_Union[_types_pb2.GroupValues, _Mapping]]] = ..., steps: _Optional[_Iterable[int]] = ..., manifest: _Optional[_Union[_types_pb2.Manifest, _Mapping]] = ...) -> None: ...
+    shared: bool
+    def __init__(self, model_uid: _Optional[bytes] = ..., timeline: _Optional[int] = ..., version: _Optional[int] = ..., unchanged: bool = ..., segments: _Optional[_Iterable[_Union[_types_pb2.Segment, _Mapping]]] = ..., manifest_hash: _Optional[int] = ..., receipt: _Optional[_Union[_types_pb2.Receipt, _Mapping]] = ..., groups: _Optional[_Iterable[_Union[_types_pb2.GroupValues, _Mapping]]] = ..., steps: _Optional[_Iterable[int]] = ..., manifest: _Optional[_Union[_types_pb2.Manifest, _Mapping]] = ..., shared: bool = ...) -> None: ...
 
 class PullResponse(_message.Message):
     __slots__ = ("header", "segment", "offset", "payload")

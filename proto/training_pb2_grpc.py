@@ -85,6 +85,11 @@ class TrainingServiceStub(object):
                 request_serializer=pushstep_dot_proto_dot_training__pb2.PullRowsRequest.SerializeToString,
                 response_deserializer=pushstep_dot_proto_dot_training__pb2.PullResponse.FromString,
                 _registered_method=True)
+        self.OpenRegion = channel.unary_unary(
+                '/pushstep.v1.TrainingService/OpenRegion',
+                request_serializer=pushstep_dot_proto_dot_training__pb2.OpenRegionRequest.SerializeToString,
+                response_deserializer=pushstep_dot_proto_dot_training__pb2.OpenRegionResponse.FromString,
+                _registered_method=True)
         self.PullState = channel.unary_stream(
                 '/pushstep.v1.TrainingService/PullState',
                 request_serializer=pushstep_dot_proto_dot_training__pb2.PullStateRequest.SerializeToString,
@@ -167,6 +172,15 @@ class TrainingServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def OpenRegion(self, request, context):
+        """OpenRegion sets shared memory aside for one session on the server's own host. A push that names the region
+        carries no chunks: its gradients lie there. Refused with `no_shared_memory` where there is none to have; frames
+        then do the same.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def PullState(self, request, context):
         """PullState returns parameters, optimizer state and step counts at one version.
         """
@@ -221,6 +235,11 @@ def add_TrainingServiceServicer_to_server(servicer, server):
                     servicer.PullRows,
                     request_deserializer=pushstep_dot_proto_dot_training__pb2.PullRowsRequest.FromString,
                     response_serializer=pushstep_dot_proto_dot_training__pb2.PullResponse.SerializeToString,
+            ),
+            'OpenRegion': grpc.unary_unary_rpc_method_handler(
+                    servicer.OpenRegion,
+                    request_deserializer=pushstep_dot_proto_dot_training__pb2.OpenRegionRequest.FromString,
+                    response_serializer=pushstep_dot_proto_dot_training__pb2.OpenRegionResponse.SerializeToString,
             ),
             'PullState': grpc.unary_stream_rpc_method_handler(
                     servicer.PullState,
@@ -477,6 +496,33 @@ class TrainingService(object):
             '/pushstep.v1.TrainingService/PullRows',
             pushstep_dot_proto_dot_training__pb2.PullRowsRequest.SerializeToString,
             pushstep_dot_proto_dot_training__pb2.PullResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def OpenRegion(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pushstep.v1.TrainingService/OpenRegion',
+            pushstep_dot_proto_dot_training__pb2.OpenRegionRequest.SerializeToString,
+            pushstep_dot_proto_dot_training__pb2.OpenRegionResponse.FromString,
             options,
             channel_credentials,
             insecure,

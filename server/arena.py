@@ -82,8 +82,18 @@ class Arenas:
             for name in rule.state_names:
                 self.view(slot, name).fill_(rule.initial_value(name, values[slot.group]))
 
-    def step(self, ticket: Ticket, parts: Sequence[DensePart | RowsPart]) -> None:
-        """Execute a ticket. Nothing is decided here: equal buffers and an equal ticket give equal bits."""
+    def step(
+        self,
+        ticket: Ticket,
+        parts: Sequence[DensePart | RowsPart],
+        copy_out: Sequence[Tensor] | None = None,
+    ) -> set[int]:
+        """Execute a ticket. Nothing is decided here: equal buffers and an equal ticket give equal bits.
+
+        `copy_out`, one for each arena, receives what a dense part makes of the parameters in the same pass: those of
+        the slots that are returned.
+        """
+        written: set[int] = set()
         values = [plain_values(group.values) for group in ticket.groups]
         for group in values:
             group["lr"] = float(group["lr"]) * ticket.lr_scale
@@ -92,8 +102,11 @@ class Arenas:
                 self._step_rows(part, values, ticket)
             else:
                 for run in _equal_runs(part.slots, lambda slot: self.steps[slot.index]):
-                    self._step_dense(part, run, values, ticket)
+                    self._step_dense(part, run, values, ticket, copy_out)
+                if copy_out is not None:
+                    written.update(slot.index for slot in part.slots)
         self.version = ticket.version
+        return written
 
     def _step_dense(
         self,
@@ -101,6 +114,7 @@ class Arenas:
         run: list[Slot],
         values: Sequence[Mapping[str, float | bool]],
         ticket: Ticket,
+        copy_out: Sequence[Tensor] | None,
     ) -> None:
         arena, start, stop = part.arena, run[0].start, run[-1].stop
         rule = RULES[self.rule_names[run[0].group]]
@@ -111,6 +125,7 @@ class Arenas:
             values[run[0].group],
             step=self.steps[run[0].index] + 1,
             factor=ticket.factor,
+            copy_out=None if copy_out is None else copy_out[arena][start:stop],
         )
         for slot in run:
             self.steps[slot.index] += 1

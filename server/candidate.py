@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from pushstep.proto.errors import PushstepError
 from pushstep.proto.hyperparameters import Values, plain_values
@@ -10,6 +11,9 @@ from pushstep.proto.training_pb2 import PushHeader
 from pushstep.proto.types_pb2 import Identity
 
 from .staging import StagedPush
+
+if TYPE_CHECKING:
+    from .shared_answer import SharedAnswer
 
 
 @dataclass(slots=True, eq=False)
@@ -28,6 +32,8 @@ class Candidate:
     # counts as present and moves nothing
     skips: bool = False
     skip_reason: str = ""
+    # what its step writes for its worker, where they share memory
+    answer: SharedAnswer | None = None
     # the judge holds it, and it will be settled
     taken: bool = False
 

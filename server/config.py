@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,6 +32,7 @@ class Config(BaseSettings):
     unix: str | None = Field(
         None, description="path of the Unix socket [default: pushstep.sock in the data folder; '' for none]"
     )
+    no_shared_memory: bool = Field(False, description="have workers on this host send frames, too")
     data: Path = Field(Path("pushstep-data"), description="folder for snapshots; locked by this server")
     device: str = Field("cpu", description="cpu, cuda or cuda:N")
     insecure: bool = Field(False, description="listen beyond loopback without TLS and a token")
@@ -107,6 +109,12 @@ class Config(BaseSettings):
             return self.unix or None
         path = str(self.data.resolve() / "pushstep.sock")
         return path if len(path.encode()) <= MAX_UNIX_PATH_BYTES else None
+
+    def memory_path(self) -> str:
+        """Where the socket goes that hands out shared memory: beside the other one. Empty for none."""
+        path = f"{self.unix_path() or ''}.memory"
+        usable = not self.no_shared_memory and self.unix_path() and hasattr(os, "memfd_create")
+        return path if usable and len(path.encode()) <= MAX_UNIX_PATH_BYTES else ""
 
 
 def _with_file(kind: type[Config], file_settings: Mapping[str, Any]) -> type[Config]:

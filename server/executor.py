@@ -155,19 +155,25 @@ class Executor:
         """Queue a ticket with the model's stepper, behind all that were written before it."""
         model, times = self._model, ServerTimes()
         queued_s = time.monotonic()
+        answers = [settle.candidate.answer for settle in step.settles]
+        shared = [answer for answer in answers if answer is not None]
 
         def execute() -> dict[int, float]:
             begun_s = time.monotonic()
             times.queue_s = begun_s - queued_s
             model.require_whole()
-            model.arenas.step(step.ticket, step.push.parts)
+            copy_out = shared[0].copy_out(model.arenas) if shared else None
+            written = model.arenas.step(step.ticket, step.push.parts, copy_out)
             times.step_s = time.monotonic() - begun_s
+            for answer in shared:
+                answer.after_step(model.arenas, written if answer is shared[0] else frozenset())
             return model.arenas.applied_lrs(step.ticket)
 
         for point in (Point.STEP_PRE, Point.STEP_POST):
             model.tell(point, **step.facts)
         # taken even if the callers go away meanwhile: their retries will ask for the receipts
-        job = model.stepper.submit(execute, small=step.push.bytes() <= INLINE_BYTES)
+        nbytes = step.push.bytes() + sum(answer.nbytes for answer in shared)
+        job = model.stepper.submit(execute, small=nbytes <= INLINE_BYTES)
         self._start(self._finish(job, step, times))
 
     async def _finish(self, job: asyncio.Future[dict[int, float]], step: Step, times: ServerTimes) -> None:

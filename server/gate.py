@@ -27,6 +27,7 @@ from pushstep.proto.errors import (
 )
 from pushstep.proto.frames import Assembly
 from pushstep.proto.layout import ID_BYTES, Layout, check_body
+from pushstep.proto.region import SharedBody
 from pushstep.proto.training_pb2 import PushCommit, PushHeader
 from pushstep.proto.types_pb2 import ParameterNorm, Segment, Staged
 
@@ -76,11 +77,10 @@ def _check_notes(header: PushHeader) -> None:
         )
 
 
-def inspect(layout: Layout, header: PushHeader, body: Assembly, digest: int) -> StagedPush:
+def inspect(layout: Layout, header: PushHeader, body: Assembly | SharedBody) -> StagedPush:
     """Read a complete body once. RowOutOfRange if it names a row that does not exist."""
     staged = Staged(
         identity=header.identity,
-        digest=digest,
         base_version=header.base_version,
         finite=True,
         segments=header.segments,
@@ -115,7 +115,7 @@ def measured(staged: Staged, parts: Sequence[DensePart | RowsPart]) -> StagedPus
     return StagedPush(staged, parts, nonfinite)
 
 
-def _rows_part(layout: Layout, segment: Segment, body: Assembly, index: int) -> RowsPart:
+def _rows_part(layout: Layout, segment: Segment, body: Assembly | SharedBody, index: int) -> RowsPart:
     slot = layout.slots_of(segment)[0]
     count = int(segment.rows)
     ids = body.part(index, torch.int64, 0, count)

@@ -30,7 +30,7 @@ from pushstep.proto.errors import (
 from pushstep.proto.frames import MAX_CHUNK_BYTES, Piece, pack
 from pushstep.proto.layout import ID_BYTES
 from pushstep.proto.status import TRAILER, named, to_trailer
-from pushstep.proto.types_pb2 import DType, Receipt, Segment
+from pushstep.proto.types_pb2 import DType, Identity, Receipt, Segment
 
 from .arena import Arenas, ArenasCopy
 from .bulk import BulkStream
@@ -39,6 +39,8 @@ from .intake import Intake
 from .membership import join
 from .model import Model
 from .publish import Published, rows_body
+from .shared_answer import SharedAnswer
+from .shared_memory import SharedMemory
 from .staging import INLINE_BYTES, Budget
 from .upload import Upload
 
@@ -51,9 +53,10 @@ T = TypeVar("T")
 class GrpcDoor:
     """The methods of TrainingService."""
 
-    def __init__(self, catalog: Catalog, budget: Budget, stall_s: float) -> None:
+    def __init__(self, catalog: Catalog, budget: Budget, memory: SharedMemory, stall_s: float) -> None:
         self.catalog = catalog
         self.budget = budget
+        self.memory = memory
         self.stall_s = stall_s
         self.draining = False
         self.http_url = ""
@@ -72,6 +75,9 @@ class GrpcDoor:
             "Join": unary(_answering(_parsed(self.join, pb.JoinRequest)), None, _serialize),
             "Heartbeat": unary(_answering(_parsed(self.heartbeat, pb.HeartbeatRequest)), None, _serialize),
             "Leave": unary(_answering(_parsed(self.leave, pb.LeaveRequest)), None, _serialize),
+            "OpenRegion": unary(
+                _answering(_parsed(self.open_region, pb.OpenRegionRequest)), None, _serialize
+            ),
             "Upload": bulk_in(_answering(self.upload), None, _serialize),
             "Push": bulk_in(_answering(self.push), None, _serialize),
             "Exchange": bulk(_streaming(self.exchange), None, None),
@@ -89,6 +95,7 @@ class GrpcDoor:
             models=sorted(self.catalog.models),
             unix_path=self.unix_path,
             http_url=self.http_url,
+            memory_path=self.memory.path,
         )
 
     async def join(self, request: pb.JoinRequest) -> pb.JoinResponse:
@@ -111,7 +118,16 @@ class GrpcDoor:
             decisions = model.judge.left(request.identity, time.monotonic())
             model.record("left", request.identity.worker)
             model.executor.carry_out(decisions)
+            self.memory.close_stale()
         return pb.LeaveResponse()
+
+    async def open_region(self, request: pb.OpenRegionRequest) -> pb.OpenRegionResponse:
+        """OpenRegion."""
+        self._take_new_work()
+        model = self.catalog.get(request.model, request.identity.model_uid)
+        model.require_current(request.identity)
+        model.sessions.require(request.identity, time.monotonic())
+        return await self.memory.open(model, request)
 
     async def upload(self, messages: AsyncIterator[bytes]) -> pb.UploadResponse:
         """Upload."""
@@ -126,14 +142,14 @@ class GrpcDoor:
 
     async def push(self, messages: AsyncIterator[bytes]) -> pb.PushResponse:
         """Push."""
-        _, _, receipt = await self._take_push(messages)
+        _, _, receipt, _ = await self._take_push(messages)
         return pb.PushResponse(receipt=receipt)
 
     async def exchange(self, messages: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         """Exchange."""
-        model, header, receipt = await self._take_push(messages, pulls=True)
+        model, header, receipt, shared = await self._take_push(messages, pulls=True)
         begun_s = time.monotonic()
-        published = await _newest(model, header.pull, header.identity.timeline)
+        published = await _newest(model, header.pull, header.identity.timeline, shared)
         answer = pb.PullHeader(receipt=receipt, groups=receipt.groups)
         answer.receipt.times.publish_s = time.monotonic() - begun_s
         async for message in _published_messages(model, published, answer, header.manifest_hash):
@@ -148,7 +164,8 @@ class GrpcDoor:
             model.executor.carry_out(model.judge.heard(request.identity, time.monotonic()))
         else:
             model.require_whole()
-        published = await _newest(model, request.options, request.timeline)
+        shared = self._shared_answer(model, request.options, request.identity)
+        published = await _newest(model, request.options, request.timeline, shared)
         async for message in _published_messages(model, published, answer, request.manifest_hash):
             yield message
 
@@ -203,14 +220,16 @@ class GrpcDoor:
 
     async def _take_push(
         self, messages: AsyncIterator[bytes], *, pulls: bool = False
-    ) -> tuple[Model, pb.PushHeader, Receipt]:
+    ) -> tuple[Model, pb.PushHeader, Receipt, SharedAnswer | None]:
         self._take_new_work()
         stream = BulkStream(messages, pb.PushRequest, self.stall_s)
         header = (await stream.header()).header
         if pulls:
             _wire(header.pull.dtype)  # what cannot be answered is refused before it is stepped
         model = self.catalog.get(header.model, header.identity.model_uid)
-        intake = Intake(model, header, self.budget)
+        region = self.memory.of(header.identity, header.region)
+        answer = self._shared_answer(model, header.pull, header.identity) if pulls else None
+        intake = Intake(model, header, self.budget, region, answer)
         try:
             await intake.admit()
             try:
@@ -218,9 +237,15 @@ class GrpcDoor:
             except InvalidRequest as error:
                 intake.fault(error)
                 raise
-            return model, header, await intake.commit(commit)
+            return model, header, await intake.commit(commit), answer
         finally:
             intake.release()
+
+    def _shared_answer(
+        self, model: Model, options: pb.PullOptions, identity: Identity
+    ) -> SharedAnswer | None:
+        region = self.memory.of(identity, options.region)
+        return None if region is None else SharedAnswer(model, region, identity.timeline, _have(options))
 
     def _take_new_work(self) -> None:
         self.catalog.require_loaded()
@@ -228,9 +253,16 @@ class GrpcDoor:
             raise Draining()
 
 
-async def _newest(model: Model, options: pb.PullOptions, timeline: int) -> Published:
-    have = options.have_version if options.HasField("have_version") else None
-    return await model.publisher.newest(timeline, have, _wire(options.dtype))
+async def _newest(
+    model: Model, options: pb.PullOptions, timeline: int, shared: SharedAnswer | None = None
+) -> Published:
+    if shared is not None:
+        return shared.published or await shared.newest()
+    return await model.publisher.newest(timeline, _have(options), _wire(options.dtype))
+
+
+def _have(options: pb.PullOptions) -> int | None:
+    return options.have_version if options.HasField("have_version") else None
 
 
 def _wire(dtype: int) -> torch.dtype | None:
@@ -244,6 +276,7 @@ async def _published_messages(
     if header.manifest_hash != known_manifest:
         header.manifest.CopyFrom(published.layout.manifest)
     header.unchanged = published.unchanged
+    header.shared = published.shared
     first = pb.PullResponse(header=header).SerializeToString()
     async for frame in published.frames():
         if first and len(frame) <= INLINE_BYTES:

@@ -13,6 +13,7 @@ import time
 
 from pushstep.proto.errors import DigestMismatch, InvalidRequest, MalformedFrame, OverBudget
 from pushstep.proto.frames import Assembly, BodyDigest, Chunk
+from pushstep.proto.region import SharedBody
 from pushstep.proto.training_pb2 import PushCommit, PushHeader
 from pushstep.proto.types_pb2 import Receipt
 
@@ -22,6 +23,8 @@ from .decision import Offer
 from .executor import HOLD_S
 from .model import Model
 from .session import Verdict
+from .shared_answer import SharedAnswer
+from .shared_memory import Region
 from .staging import INLINE_BYTES, Budget, StagedPush
 
 
@@ -36,11 +39,21 @@ def place(body: Assembly, chunk: Chunk) -> asyncio.Future[None] | None:
 class Intake:
     """One push, from its header to its receipt."""
 
-    def __init__(self, model: Model, header: PushHeader, budget: Budget) -> None:
+    def __init__(
+        self,
+        model: Model,
+        header: PushHeader,
+        budget: Budget,
+        region: Region | None = None,
+        answer: SharedAnswer | None = None,
+    ) -> None:
+        """`region`: where the gradients lie, if they are not sent. `answer`: what their step writes for the worker."""
         self.model = model
         self.header = header
         self._budget = budget
-        self._offered = self._handed_over = False
+        self._region = region
+        self._answer = answer
+        self._offered = self._handed_over = self._held = False
         self._reserved = 0
         self._waited_s = 0.0
         self._started_s = time.monotonic()
@@ -70,6 +83,12 @@ class Intake:
             self.fault(error)
             raise
         self._digest = BodyDigest(header.segments)
+        self._is_small = sum(lengths) <= INLINE_BYTES
+        if self._region is not None:
+            self._body: Assembly | SharedBody = self._region.body(header)
+            self._region.hold()
+            self._held = True
+            return
         self._budget.reserve(sum(lengths))
         self._reserved = sum(lengths)
         try:
@@ -80,6 +99,8 @@ class Intake:
     def place(self, chunk: Chunk) -> asyncio.Future[None] | None:
         """Copy a chunk into staging. Quarantined, if its worker was meanwhile."""
         self.model.judge.require_open(self.header.identity)
+        if isinstance(self._body, SharedBody):
+            raise MalformedFrame(problem="a push whose gradients lie in shared memory carries no chunks")
         return place(self._body, chunk)
 
     def fault(self, error: InvalidRequest) -> None:
@@ -99,6 +120,9 @@ class Intake:
     def _give_back(self) -> None:
         self._budget.release(self._reserved)
         self._reserved = 0
+        if self._region is not None and self._held:
+            self._held = False
+            self._region.let_go()
 
     async def commit(self, commit: PushCommit | None) -> Receipt:
         """Hand the push to the judge and return its receipt; raise what it was refused with."""
@@ -108,21 +132,20 @@ class Intake:
         return _receipt_or_raise(verdict)
 
     async def _hand_over(self, commit: PushCommit | None) -> None:
-        self._body.finish()
+        if isinstance(self._body, Assembly):
+            self._body.finish()
         if commit is None:
             raise MalformedFrame(problem="the stream ended without a commit")
         gate.close_header(self.header, commit)
-        digest = self._digest.value
+        received_s = time.monotonic()
+        digest, push, fault = await self._look()
         if commit.digest not in (0, digest):
             raise DigestMismatch(got=digest, expected=commit.digest)
-        received_s = time.monotonic()
         candidate = Candidate(self.header, digest, receive_s=received_s - self._started_s - self._waited_s)
         candidate.waited_s = self._waited_s
-        try:
-            if not self.header.skip:
-                candidate.push = await self._inspect(digest)
-        except InvalidRequest as error:
-            candidate.fault = error
+        candidate.push, candidate.fault, candidate.answer = push, fault, self._answer
+        if push is not None:
+            push.staged.digest = digest
         model = self.model
         model.require_whole()
         decisions = model.judge.staged(candidate, time.monotonic())
@@ -131,11 +154,24 @@ class Intake:
             model.executor.keep(candidate, self._give_back)
         model.executor.carry_out(decisions)
 
-    async def _inspect(self, digest: int) -> StagedPush:
-        facts = self._layout, self.header, self._body, digest
-        if self._reserved <= INLINE_BYTES:
-            return gate.inspect(*facts)
-        return await asyncio.to_thread(gate.inspect, *facts)
+    async def _look(self) -> tuple[int, StagedPush | None, InvalidRequest | None]:
+        """The complete body's digest, and what the gate finds in it or refuses it with."""
+        if self._is_small:
+            return self._body_digest(), *self._inspected()
+        inspecting = asyncio.to_thread(self._inspected)
+        if isinstance(self._body, Assembly):  # its digest was taken as it came
+            return self._body_digest(), *await inspecting
+        digest, found = await asyncio.gather(asyncio.to_thread(self._body_digest), inspecting)
+        return digest, *found
+
+    def _body_digest(self) -> int:
+        return self._digest.value if isinstance(self._body, Assembly) else self._body.digest()
+
+    def _inspected(self) -> tuple[StagedPush | None, InvalidRequest | None]:
+        try:
+            return (None if self.header.skip else gate.inspect(self._layout, self.header, self._body)), None
+        except InvalidRequest as error:
+            return None, error
 
 
 def _receipt_or_raise(verdict: Verdict) -> Receipt:

@@ -86,6 +86,8 @@ class Published:
     segments: list[Segment]
     dense: DenseFrames | None
     own_frames: list[bytes]
+    # the segments lie in the reader's own region: nothing is sent
+    shared: bool = False
 
     async def frames(self) -> AsyncIterator[bytes]:
         """All frames, in the order of the segments."""

@@ -30,6 +30,7 @@ from .catalog import Catalog
 from .config import Config, is_loopback, split_address
 from .grpc_door import SERVICE, GrpcDoor
 from .rest_door import create_app
+from .shared_memory import SharedMemory
 from .staging import Budget
 from .warmup import warm_kernels
 
@@ -69,7 +70,9 @@ class Service:
         keep_freed_blocks()
         self.config = config
         self.catalog = Catalog(config)
-        self.door = GrpcDoor(self.catalog, Budget(config.staging_bytes), config.stall_s)
+        budget = Budget(config.staging_bytes)
+        self.memory = SharedMemory(budget, config.memory_path())
+        self.door = GrpcDoor(self.catalog, budget, self.memory, config.stall_s)
         self._stop = asyncio.Event()
         self._grpc = grpc.aio.server(options=GRPC_OPTIONS)
         self._health = health.aio.HealthServicer()
@@ -103,6 +106,10 @@ class Service:
         self._http_socket, self.http_address = bind_http(self.config.http)
         self.door.http_url = f"http://{self.http_address}"
         self.door.unix_path = self.unix_path
+        if self.memory.path:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.memory.path)
+            self.memory.start()
         self._grpc.add_generic_rpc_handlers((self.door.handler(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
@@ -161,6 +168,7 @@ class Service:
         self.catalog.ready = False
         await self._health.enter_graceful_shutdown()
         await self._grpc.stop(self.config.drain_s)
+        await self.memory.stop()
         http.should_exit = True
         await serving
         await self.catalog.stop()

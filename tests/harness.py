@@ -36,12 +36,15 @@ class RunningServer:
     sessions: list[Session] = field(default_factory=list)
 
     def connect(self, model: str, worker: str = "w0", **options: Any) -> Session:
-        """A session that is closed with the server; retries end soon, so that a failing test does not hang."""
+        """A session that is closed with the server; retries end soon, so that a failing test does not hang.
+
+        It sends frames unless told `shared_memory=True`: most tests are about them, and all run on one host.
+        """
         session = connect(
             options.pop("address", self.grpc),
             model=model,
             worker=worker,
-            **{"timeout_s": 20.0, "retry_for_s": 20.0, **options},
+            **{"timeout_s": 20.0, "retry_for_s": 20.0, "shared_memory": False, **options},
         )
         self.sessions.append(session)
         return session

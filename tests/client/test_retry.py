@@ -33,7 +33,9 @@ def proxy(server: RunningServer) -> Iterator[Proxy]:
 @pytest.fixture
 def through(server: RunningServer, model_name: str, proxy: Proxy) -> Iterator[Session]:
     """A worker behind the proxy, whose model exists."""
-    with connect(proxy.address, model=model_name, worker="w0", timeout_s=10.0, retry_for_s=20.0) as session:
+    with connect(
+        proxy.address, shared_memory=False, model=model_name, worker="w0", timeout_s=10.0, retry_for_s=20.0
+    ) as session:
         create(session)
         yield session
 
@@ -242,7 +244,9 @@ def test_a_lost_reply_of_the_creation(data: Path, pool: ThreadPoolExecutor) -> N
     """The worker finds its own name live, waits that out, and takes the model that it made."""
     size = 1 << 18
     with running_server(data, "--lease-s", "1") as server, Proxy(server.grpc) as proxy:
-        session = connect(proxy.address, model="m", worker="w0", timeout_s=10.0, retry_for_s=20.0)
+        session = connect(
+            proxy.address, shared_memory=False, model="m", worker="w0", timeout_s=10.0, retry_for_s=20.0
+        )
         weight = torch.nn.Parameter(torch.arange(float(size)))
         # the last bytes of the values wait until answers are held back; the proxy may overshoot by a piece
         proxy.stop_after("up", 4 * size - 2 * PIECE_BYTES)
@@ -269,7 +273,9 @@ def test_a_lost_reply_of_the_creation(data: Path, pool: ThreadPoolExecutor) -> N
 def test_no_answer_in_the_time_allowed(server: RunningServer, model_name: str) -> None:
     with Proxy(server.grpc) as proxy:
         network = Network()
-        session = connect(proxy.address, model=model_name, worker="w0", timeout_s=5.0, retry_for_s=0.7)
+        session = connect(
+            proxy.address, shared_memory=False, model=model_name, worker="w0", timeout_s=5.0, retry_for_s=0.7
+        )
         remote = session.attach(adagrad(network), module=network)
         backward(network, [remote], 0)
         before = [p.detach().clone() for p in network.parameters()]
@@ -291,7 +297,9 @@ def test_a_push_in_doubt_is_settled_by_joining_again(
     server: RunningServer, model_name: str, pool: ThreadPoolExecutor
 ) -> None:
     with Proxy(server.grpc) as proxy:
-        session = connect(proxy.address, model=model_name, worker="w0", timeout_s=5.0, retry_for_s=0.7)
+        session = connect(
+            proxy.address, shared_memory=False, model=model_name, worker="w0", timeout_s=5.0, retry_for_s=0.7
+        )
         create(session)
         proxy.hold("down")
         pushing = pool.submit(session.push, grads(0))
@@ -314,7 +322,9 @@ def test_a_push_in_doubt_is_settled_by_joining_again(
 def test_one_attempt_is_bounded_too(server: RunningServer, model_name: str) -> None:
     """A server that takes the bytes and never answers."""
     with Proxy(server.grpc) as proxy:
-        session = connect(proxy.address, model=model_name, worker="w0", timeout_s=0.4, retry_for_s=1.0)
+        session = connect(
+            proxy.address, shared_memory=False, model=model_name, worker="w0", timeout_s=0.4, retry_for_s=1.0
+        )
         create(session)
         proxy.hold("down")
         started_s = time.monotonic()

@@ -59,7 +59,7 @@ def test_argument_over_environment_over_file_over_default(
 
 
 def test_every_setting_is_in_the_table() -> None:
-    assert set(Config.model_fields) == {*VALUES, "insecure"}
+    assert set(Config.model_fields) == {*VALUES, "insecure", "no_shared_memory"}
 
 
 def test_a_flag_is_a_setting_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

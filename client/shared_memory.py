@@ -1,0 +1,274 @@
+"""The worker's side of shared memory: fetched when the server is on this host, and given up for frames when it breaks.
+
+A step writes its gradients into a slot (those that do not lie there already, see `lent_gradients`), names the slot in
+its push, and reads the parameters from the region when the push is answered. A slot is reused only after that: a call
+that broke off leaves the whole region behind, since the server may still read it, and the step goes on with frames.
+The next step opens another region.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import ipaddress
+import logging
+import os
+import socket
+import weakref
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Final, TypeVar
+
+import grpc
+import torch
+from torch import Tensor
+
+from pushstep.proto import dtypes
+from pushstep.proto import training_pb2 as pb
+from pushstep.proto.errors import NoSharedMemory, PushstepError
+from pushstep.proto.layout import Layout, Slot
+from pushstep.proto.region import Places, SharedBody, mapped, write
+from pushstep.proto.status import from_rpc_error
+
+from .gradients import Rows
+from .membership import Member
+from .retry import TransportFailure, answered
+from .transport import Body, Pulled, Transport
+
+log = logging.getLogger("pushstep.client")
+
+HANDOVER_S: Final = 5.0
+_GET_SEALS: Final = 1034
+_SEAL_SHRINK: Final = 0x2
+Key = tuple[bytes, int, int, int]
+T = TypeVar("T")
+
+
+class Region:
+    """Mapped memory: slots for gradients, and the place where parameters come back."""
+
+    def __init__(self, opened: pb.OpenRegionResponse, layout: Layout, wires: Any, key: Key) -> None:
+        self.number = opened.region
+        self.key = key
+        self.gradients = Places(layout, wires[0])
+        self.answer = Places(layout, wires[1])
+        if (opened.slot_bytes, opened.answer_bytes) != (self.gradients.nbytes, self.answer.nbytes):
+            raise NoSharedMemory(problem="the server lays it out in another way")
+        self._line, fds = _fetch(opened)
+        try:
+            slots = _mapped(fds[0], opened.slots * opened.slot_bytes, True, opened.slot_bytes)
+            self._parameters = _mapped(fds[1], opened.answer_bytes, False, opened.answer_bytes)
+        except BaseException:
+            self._line.close()
+            raise
+        finally:
+            for fd in fds:
+                os.close(fd)
+        self.slots: list[Tensor] = [
+            slots[start : start + opened.slot_bytes] for start in range(0, slots.numel(), opened.slot_bytes)
+        ]
+        self._range = (slots.data_ptr(), slots.data_ptr() + slots.numel())
+        self._lent: dict[tuple[int, int], weakref.ref[Any]] = {}
+        self._current = 0
+        self._fresh = True
+
+    def is_alive(self) -> bool:
+        """Whether the server still has it, as far as anybody can know."""
+        try:
+            return self._line.recv(1, socket.MSG_PEEK) != b""
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+
+    def close(self) -> None:
+        """Cut the life line. The memory stays mapped for as long as somebody holds a gradient in it."""
+        self._line.close()
+
+    # Gradients that lie where they will be read.
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether a tensor lies in one of the slots."""
+        return tensor.is_cpu and self._range[0] <= tensor.data_ptr() < self._range[1]
+
+    def lend(self, slot: Slot) -> Tensor | None:
+        """A parameter's place in the slot of the coming push, as a tensor; None while an earlier one is still held."""
+        if self._fresh and not self._is_free(self._current, slot):
+            free = (index for index in range(len(self.slots)) if self._is_free(index, slot))
+            self._current = next(free, self._current)
+        if not self._is_free(self._current, slot):
+            return None
+        self._fresh = False
+        dtype = self.gradients.dtypes[slot.arena]
+        start = self.gradients.start(slot.arena, slot.start)
+        memory = self.slots[self._current][start : start + (slot.stop - slot.start) * dtype.itemsize]
+        # an object of its own, which dies with the last tensor over this place, whoever made that
+        loan = memory.numpy()[:]
+        self._lent[self._current, slot.index] = weakref.ref(loan)
+        storage = torch.frombuffer(loan, dtype=dtype).untyped_storage()
+        return torch.empty(0, dtype=dtype).set_(storage, 0, slot.shape)  # type: ignore[call-overload,no-any-return]
+
+    def _is_free(self, index: int, slot: Slot) -> bool:
+        loan = self._lent.get((index, slot.index))
+        return loan is None or loan() is None
+
+    # Pushes and answers.
+
+    def put(self, body: Body, gradients: Mapping[Slot, Tensor | Rows]) -> int | None:
+        """Write a push's gradients into a slot; which one. None if they do not fit, or every slot is still looked at."""
+        if not all(self.gradients.fits(segment) for segment in body.segments):
+            return None
+        order = [self._current, *(k for k in range(len(self.slots)) if k != self._current)]
+        for index in order:
+            if all(self._may_write(index, slot, gradient) for slot, gradient in gradients.items()):
+                for segment, pieces in zip(body.segments, body.pieces, strict=True):
+                    write(self.gradients, self.slots[index], segment, pieces)
+                self._fresh = True
+                return index
+        return None
+
+    def _may_write(self, index: int, slot: Slot, gradient: Tensor | Rows) -> bool:
+        if self._is_free(index, slot):
+            return True
+        place = self.slots[index].data_ptr() + self.gradients.start(slot.arena, slot.start)
+        return isinstance(gradient, Tensor) and gradient.is_contiguous() and gradient.data_ptr() == place
+
+    def answer_of(self, header: pb.PullHeader) -> Pulled:
+        """What the server wrote. It is over the region's memory, and is read before the next call."""
+        return Pulled(header, self.answer.layout, SharedBody(self.answer, self._parameters, header.segments))
+
+
+class SharedMemory:
+    """One session's region: opened when it is first wanted, and again after it broke."""
+
+    def __init__(self, transport: Transport, model: str, wires: Any, *, wanted: bool) -> None:
+        self.region: Region | None = None
+        # called with a region that is being given up, while its memory is still whole
+        self.before_drop: list[Callable[[Region], None]] = []
+        self._transport = transport
+        self._model = model
+        self._wires = wires
+        self._wanted = wanted and all(w is None or isinstance(w, torch.dtype) for w in wires)
+        self._refused: Key | None = None
+        _open_memories.add(self)
+
+    def open(self, member: Member) -> Region | None:
+        """The region of this membership; None where there is none to have, which is said once."""
+        key = (member.uid, member.timeline, member.epoch, member.layout.manifest_hash)
+        if self.region is not None:
+            if self.region.key == key and self.region.is_alive():
+                return self.region
+            self.drop()
+        if not self._wanted or self._refused == key:
+            return None
+        request = pb.OpenRegionRequest(
+            model=self._model,
+            identity=member.identity(),
+            manifest_hash=member.layout.manifest_hash,
+            push_dtype=_wire(self._wires[0]),
+            pull_dtype=_wire(self._wires[1]),
+        )
+        try:
+            opened = answered(partial(self._transport.open_region, request))
+            self.region = Region(opened, member.layout, self._wires, key)
+        except (NoSharedMemory, OSError, TransportFailure) as error:
+            log.warning("no shared memory with %s, sending frames: %s", self._transport.address, error)
+            self._refused = key
+        except PushstepError as error:
+            log.debug("no region now: %s", error)  # the push will say so
+        return self.region
+
+    def place(
+        self, member: Member, header: pb.PushHeader, body: Body, gradients: Mapping[Slot, Tensor | Rows]
+    ) -> None:
+        """Write a push into a slot and say so in its header, or leave both as they are: it then goes as frames."""
+        header.ClearField("region")
+        if header.HasField("pull"):
+            header.pull.ClearField("region")
+        region = self.open(member)
+        slot = None if region is None else region.put(body, gradients)
+        if region is not None and slot is not None:
+            header.region, header.slot = region.number, slot
+            if header.HasField("pull"):
+                header.pull.region = region.number
+
+    def attempt(self, header: pb.PushHeader, send: Callable[[], T]) -> T | None:
+        """Send a header whose gradients were placed. None when there is no region (any more): frames do the same."""
+        region = self.region
+        if region is None or header.region != region.number:
+            header.ClearField("region")
+            if header.HasField("pull"):
+                header.pull.ClearField("region")
+            return None
+        try:
+            return send()
+        except grpc.RpcError as error:
+            known = from_rpc_error(error)
+            if known is None:
+                self.drop()  # whether the server did anything is not known, nor whether it has finished reading
+            elif isinstance(known, NoSharedMemory):
+                self.drop()
+                return self.attempt(header, send)
+            raise
+        except BaseException:
+            self.drop()
+            raise
+
+    def drop(self) -> None:
+        """Give the region up: the server may still read it, or has let go of it."""
+        region, self.region = self.region, None
+        if region is not None:
+            for task in self.before_drop:
+                task(region)
+            region.close()
+
+
+def is_same_host(address: str) -> bool:
+    """Whether an address can only be this machine's."""
+    if address.startswith("unix:"):
+        return True
+    host = address.rpartition(":")[0].removeprefix("[").removesuffix("]")
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _fetch(opened: pb.OpenRegionResponse) -> tuple[socket.socket, list[int]]:
+    """The connection that keeps a region alive, and its descriptors. Only the server that made the token knows it."""
+    line = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        line.settimeout(HANDOVER_S)
+        line.connect(opened.path)
+        line.sendall(opened.token)
+        _, fds, _, _ = socket.recv_fds(line, 1, 2, socket.MSG_CMSG_CLOEXEC)
+        if len(fds) != 2:
+            for fd in fds:
+                os.close(fd)
+            raise ConnectionRefusedError(f"what listens at {opened.path} is not the server")
+        line.setblocking(False)
+    except BaseException:
+        line.close()
+        raise
+    return line, list(fds)
+
+
+def _mapped(fd: int, nbytes: int, writable: bool, prefault_bytes: int) -> Tensor:
+    if os.fstat(fd).st_size != nbytes or not fcntl.fcntl(fd, _GET_SEALS) & _SEAL_SHRINK:
+        raise ConnectionRefusedError("the memory that was handed over is not sealed at its size")
+    return mapped(fd, nbytes, writable=writable, prefault_bytes=prefault_bytes)
+
+
+def _wire(dtype: torch.dtype | None) -> Any:
+    return 0 if dtype is None else dtypes.to_wire(dtype, "wire")
+
+
+# A child of fork shares the memory and holds the life line open: it lets go of both before it does anything.
+_open_memories: weakref.WeakSet[SharedMemory] = weakref.WeakSet()
+
+
+def _let_go_in_child() -> None:
+    for memory in list(_open_memories):
+        memory.drop()
+
+
+os.register_at_fork(after_in_child=_let_go_in_child)

@@ -1,0 +1,125 @@
+"""Where things lie in memory that both sides map: a slot holds the gradients, or the parameters, of a whole model.
+
+The place of every element follows from the manifest and the wire dtype alone: a slot holds the arenas back to back,
+each on a page border. So a gradient can be put in its place before anybody knows which others will be pushed with it.
+A row-sparse part lies in its own parameter's place, ids and then rows, and has to fit there.
+
+The other side may write to the memory at any time. Values read here may therefore be garbage, which is the writer's own
+business; whatever becomes an index is copied out first, and lengths come from the header alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import dtypes
+from .errors import MalformedFrame
+from .frames import BodyDigest, Piece
+from .layout import Layout
+from .types_pb2 import Segment
+
+PAGE_BYTES: Final = 4096
+TOKEN_BYTES: Final = 16
+# madvise's, which Python does not name. 64 MB of fresh pages take 180 ms here: at opening, and not in the first step.
+_POPULATE_READ: Final = 22
+_POPULATE_WRITE: Final = 23
+
+
+class Places:
+    """Where each element of a model lies in a slot of one wire dtype (None: each parameter's own)."""
+
+    def __init__(self, layout: Layout, wire: torch.dtype | None) -> None:
+        self.layout = layout
+        self.wire = wire
+        self.dtypes = [wire or arena.dtype for arena in layout.arenas]
+        self._starts: list[int] = []
+        end = 0
+        for arena, dtype in zip(layout.arenas, self.dtypes, strict=True):
+            self._starts.append(end)
+            end += -(-arena.elements * dtype.itemsize // PAGE_BYTES) * PAGE_BYTES
+        self.nbytes = max(end, PAGE_BYTES)
+
+    def start(self, arena: int, element: int) -> int:
+        """The byte at which an element of an arena begins."""
+        return self._starts[arena] + element * self.dtypes[arena].itemsize
+
+    def arena(self, memory: Tensor, arena: int) -> Tensor:
+        """A whole arena in a slot, flat."""
+        start = self._starts[arena]
+        size = self.layout.arenas[arena].elements * self.dtypes[arena].itemsize
+        return memory[start : start + size].view(self.dtypes[arena])
+
+    def fits(self, segment: Segment) -> bool:
+        """Whether a segment's payload is no longer than its place. Dense ones always are."""
+        room = (segment.stop - segment.start) * self.dtypes[segment.arena].itemsize
+        return self.layout.segment_bytes(segment) <= room
+
+    def span(self, segment: Segment) -> tuple[int, int]:
+        """First byte and length of a legal segment's payload; MalformedFrame if it cannot lie in the slot."""
+        length = self.layout.segment_bytes(segment)
+        if dtypes.to_torch(segment.dtype, "segment") != self.dtypes[segment.arena]:
+            raise MalformedFrame(
+                problem="a shared segment is of another dtype than its region was opened for"
+            )
+        if not self.fits(segment):
+            raise MalformedFrame(problem="a shared row-sparse segment is longer than its parameter's place")
+        return self.start(segment.arena, segment.start), length
+
+
+class SharedBody:
+    """A body that lies in a slot: what `frames.Assembly` is to one that was sent."""
+
+    def __init__(self, places: Places, memory: Tensor, segments: Sequence[Segment]) -> None:
+        self._memory = memory
+        self._segments = segments
+        self._spans = [places.span(segment) for segment in segments]
+
+    def part(self, segment: int, dtype: torch.dtype, start: int = 0, count: int | None = None) -> Tensor:
+        """Elements of a segment, flat: `count` of `dtype` from byte `start` on; in place, but for a copy of row ids."""
+        first, length = self._spans[segment]
+        size = length - start if count is None else count * dtype.itemsize
+        part = self._memory[first + start : first + start + size]
+        return part.clone().view(dtype) if dtype == torch.int64 else part.view(dtype)
+
+    def digest(self) -> int:
+        """The digest that the same body has when it is sent."""
+        digest = BodyDigest(self._segments)
+        for first, length in self._spans:
+            digest.update(self._memory[first : first + length].numpy().data)
+        return digest.value
+
+
+def write(places: Places, memory: Tensor, segment: Segment, pieces: Sequence[Piece]) -> None:
+    """Put a segment's pieces in their place; what lies there already is left alone."""
+    at, _ = places.span(segment)
+    for piece in pieces:
+        source = piece.source.detach()
+        target = memory[at : at + piece.nbytes]
+        at += piece.nbytes
+        if piece.dtype == torch.int64:  # ids may begin on no border of 8 bytes
+            target.copy_(source.contiguous().view(torch.uint8))
+        elif source.data_ptr() != target.data_ptr() or not source.is_contiguous():
+            target.view(piece.dtype).view(source.shape).copy_(source)
+
+
+def mapped(fd: int, nbytes: int, *, writable: bool, prefault_bytes: int) -> Tensor:
+    """A file's bytes as a tensor; they stay mapped for as long as any tensor over them lives."""
+    protection = mmap.PROT_READ | mmap.PROT_WRITE if writable else mmap.PROT_READ
+    area = mmap.mmap(fd, nbytes, mmap.MAP_SHARED, protection)
+    with contextlib.suppress(OSError):  # before Linux 5.14 the first step pays
+        area.madvise(_POPULATE_WRITE if writable else _POPULATE_READ, 0, min(prefault_bytes, nbytes))
+    if writable:
+        return torch.frombuffer(area, dtype=torch.uint8)
+    # torch warns of buffers that it may not write to; nothing here does
+    view = np.frombuffer(area, np.uint8)
+    memory = (ctypes.c_uint8 * nbytes).from_address(view.ctypes.data)
+    memory._area = view  # type: ignore[attr-defined]  # keeps the mapping
+    return torch.frombuffer(memory, dtype=torch.uint8)

@@ -1,0 +1,338 @@
+"""Memory that a worker on the same host and its server both map: gradients in, parameters out, nothing sent.
+
+A session's region is two memfds, made and sealed here and handed over a Unix socket of their own, since gRPC carries no
+descriptors: whoever brings the one-time token of an OpenRegion, and is this server's user or root, is sent them. The
+connection then stays as the region's life line. When it closes the worker is gone, and so is the region; it also ends
+with its session (leave, lease, eviction, next epoch, restore, the model's end), once the step that reads it has.
+
+A slot belongs to the worker until a push names it, and to the server from there until that call is answered. A worker
+that writes to it in between spoils the values of its own gradient, and may slip a NaN past the gate: nothing that it
+could not do by sending them. It cannot make the server read or write anywhere else: the memory cannot shrink, and
+nothing in it becomes an index or a length but row ids, which are copied out before they are checked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import logging
+import os
+import secrets
+import socket
+import struct
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from pushstep.proto import dtypes
+from pushstep.proto.errors import ManifestChanged, NoSharedMemory, OverBudget, OverCapacity
+from pushstep.proto.layout import Layout
+from pushstep.proto.region import TOKEN_BYTES, Places, SharedBody, mapped
+from pushstep.proto.training_pb2 import OpenRegionRequest, OpenRegionResponse, PushHeader
+from pushstep.proto.types_pb2 import DType, Identity
+
+from .model import Model
+from .session import WorkerState
+from .staging import Budget
+
+log = logging.getLogger("pushstep.memory")
+
+# One slot would do for a loop that lets go of its gradients after each step; with two, a loop that still looks at the
+# last ones goes on without copying. Memory of a slot that is never used is never touched.
+SLOTS: Final = 2
+# Regions stand for as long as their sessions: frames must always find room beside them.
+BUDGET_SHARE: Final = 0.5
+HANDOVER_S: Final = 5.0
+SWEEP_S: Final = 0.5
+_ADD_SEALS: Final = 1033
+_SEAL_SEAL, _SEAL_SHRINK, _SEAL_GROW, _SEAL_FUTURE_WRITE = 0x1, 0x2, 0x4, 0x10
+_CREDENTIALS: Final = struct.Struct("3i")
+
+
+class Region:
+    """One session's memory. Freed when it is closed and nothing reads it any more."""
+
+    def __init__(
+        self, model: Model, identity: Identity, gradients: Places, answer: Places, budget: Budget
+    ) -> None:
+        self.number = secrets.randbits(63) or 1
+        self.token = secrets.token_bytes(TOKEN_BYTES)
+        self.model = model
+        self.identity = identity
+        self.layout: Layout = gradients.layout
+        self.gradients = gradients
+        self.answer = answer
+        self.bytes_reserved = SLOTS * gradients.nbytes + answer.nbytes
+        self._budget = budget
+        self.opened_s = time.monotonic()
+        self.line: socket.socket | None = None
+        self.closed = False
+        self._uses = 0
+        self._fds: list[int] = []
+        self._slots: Tensor | None = None
+        self._parameters: Tensor | None = None
+
+    def allocate(self) -> None:
+        """Make the memory; in a thread, since it touches every page."""
+        slots, answer = SLOTS * self.gradients.nbytes, self.answer.nbytes
+        for nbytes in (slots, answer):
+            fd = os.memfd_create("pushstep", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            self._fds.append(fd)
+            os.ftruncate(fd, nbytes)
+        sealed = _SEAL_SHRINK | _SEAL_GROW | _SEAL_SEAL
+        self._slots = mapped(self._fds[0], slots, writable=True, prefault_bytes=self.gradients.nbytes)
+        self._parameters = mapped(self._fds[1], answer, writable=True, prefault_bytes=answer)
+        fcntl.fcntl(self._fds[0], _ADD_SEALS, sealed)
+        fcntl.fcntl(self._fds[1], _ADD_SEALS, sealed | _SEAL_FUTURE_WRITE)  # the worker reads it
+
+    def take_fds(self) -> list[int]:
+        """The descriptors, which the caller closes."""
+        fds, self._fds = self._fds, []
+        return fds
+
+    def body(self, header: PushHeader) -> SharedBody:
+        """The gradients that a push says lie in one of the slots."""
+        if self._slots is None or header.slot >= SLOTS:
+            raise NoSharedMemory(problem=f"the region has no slot {header.slot}")
+        if header.manifest_hash != self.layout.manifest_hash:
+            raise NoSharedMemory(problem="the region was laid out for another manifest")
+        start = header.slot * self.gradients.nbytes
+        memory = self._slots[start : start + self.gradients.nbytes]
+        return SharedBody(self.gradients, memory, header.segments)
+
+    @property
+    def parameters(self) -> Tensor:
+        """The memory for parameters on their way to the worker."""
+        if self._parameters is None:
+            raise NoSharedMemory(problem="the region was closed")
+        return self._parameters
+
+    def is_current(self, now_s: float) -> bool:
+        """Whether the session that it was opened for still stands."""
+        worker = self.model.sessions.workers.get(self.identity.worker)
+        return (
+            not self.model.deleted
+            and self.identity.timeline == self.model.timeline
+            and worker is not None
+            and worker.epoch == self.identity.epoch
+            and worker.state is WorkerState.LIVE
+            and now_s <= worker.lease_until_s
+            and (self.line is not None or now_s <= self.opened_s + HANDOVER_S)
+        )
+
+    def hold(self) -> None:
+        """Keep the memory until `let_go`."""
+        self._uses += 1
+
+    def hold_until(self, work: asyncio.Future[Any]) -> None:
+        """Keep the memory until `work` is done, whoever still waits for it."""
+        self.hold()
+        work.add_done_callback(lambda _: self.let_go())
+
+    def let_go(self) -> None:
+        """Undo one `hold`."""
+        self._uses -= 1
+        self._free_if_idle()
+
+    def close(self) -> None:
+        """End it, at once or with the last one that holds it."""
+        if self.closed:
+            return
+        self.closed = True
+        if self.line is not None:
+            with contextlib.suppress(OSError):
+                # whoever waits at it closes it: a descriptor that is waited for must not become another's number
+                self.line.shutdown(socket.SHUT_RDWR)
+        for fd in self.take_fds():
+            os.close(fd)
+        self._free_if_idle()
+
+    def _free_if_idle(self) -> None:
+        if self.closed and self._uses == 0 and self.bytes_reserved:
+            self._slots = self._parameters = None
+            self._budget.release(self.bytes_reserved)
+            self.bytes_reserved = 0
+
+
+class SharedMemory:
+    """The regions of all sessions, and the socket that hands them over. Used on the event loop only."""
+
+    def __init__(self, budget: Budget, path: str) -> None:
+        self.path = path
+        self._budget = budget
+        self._regions: dict[int, Region] = {}
+        self._listener: socket.socket | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        # one at a time: zeroing pages takes long enough to keep other workers' threads from their steps
+        self._allocator = ThreadPoolExecutor(1, thread_name_prefix="regions")
+
+    def start(self) -> None:
+        """Listen, if there is a path to listen at."""
+        if not self.path:
+            return
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        listener.setblocking(False)
+        old_mask = os.umask(0o177)
+        try:
+            listener.bind(self.path)
+        finally:
+            os.umask(old_mask)
+        listener.listen(128)
+        self._listener = listener
+        self._keep(self._accept(listener))
+        self._keep(self._sweep())
+
+    async def stop(self) -> None:
+        """Close every region and the socket."""
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for region in list(self._regions.values()):
+            self._close(region)
+        if self._listener is not None:
+            self._listener.close()
+            os.unlink(self.path)
+        self._allocator.shutdown()
+
+    async def open(self, model: Model, request: OpenRegionRequest) -> OpenRegionResponse:
+        """A region for a live session; NoSharedMemory, of which frames are the way out, if there is none to have."""
+        if self._listener is None:
+            raise NoSharedMemory(problem="this server does not share any")
+        if request.manifest_hash != model.layout.manifest_hash:
+            raise ManifestChanged(model=model.name)
+        gradients = Places(model.layout, _wire(request.push_dtype))
+        answer = Places(model.layout, _wire(request.pull_dtype))
+        region = Region(model, request.identity, gradients, answer, self._budget)
+        for known in list(self._regions.values()):
+            if known.model is model and known.identity.worker == request.identity.worker:
+                self._close(known)
+        self._reserve(region)
+        self._regions[region.number] = region
+        region.hold()
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._allocator, region.allocate)
+        except (OSError, MemoryError) as error:
+            self._close(region)
+            raise NoSharedMemory(problem=f"the memory could not be had ({type(error).__name__})") from error
+        except BaseException:
+            self._close(region)
+            raise
+        finally:
+            region.let_go()
+        region.opened_s = time.monotonic()
+        return OpenRegionResponse(
+            region=region.number,
+            token=region.token,
+            path=self.path,
+            slots=SLOTS,
+            slot_bytes=gradients.nbytes,
+            answer_bytes=region.answer.nbytes,
+        )
+
+    def _reserve(self, region: Region) -> None:
+        taken = sum(known.bytes_reserved for known in self._regions.values())
+        if taken + region.bytes_reserved > BUDGET_SHARE * self._budget.total_bytes:
+            raise NoSharedMemory(problem=f"{region.bytes_reserved} bytes more are over this server's budget")
+        try:
+            self._budget.reserve(region.bytes_reserved)
+        except (OverBudget, OverCapacity) as error:
+            raise NoSharedMemory(
+                problem=f"{region.bytes_reserved} bytes more are over this server's budget"
+            ) from error
+
+    def of(self, identity: Identity, number: int) -> Region | None:
+        """The region of this number; None for 0, NoSharedMemory unless it is this very session's."""
+        if number == 0:
+            return None
+        region = self._regions.get(number)
+        if region is None or region.line is None:
+            raise NoSharedMemory(problem="the region was closed")
+        own, theirs = region.identity, identity
+        if (own.model_uid, own.worker, own.epoch) != (theirs.model_uid, theirs.worker, theirs.epoch):
+            raise NoSharedMemory(problem="the region is another session's")
+        return region
+
+    def close_stale(self) -> None:
+        """Close the regions whose session has ended."""
+        now_s = time.monotonic()
+        for region in list(self._regions.values()):
+            if not region.is_current(now_s):
+                self._close(region)
+
+    def _close(self, region: Region) -> None:
+        self._regions.pop(region.number, None)
+        region.close()
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            self.close_stale()
+
+    def _keep(self, work: Any) -> None:
+        task: asyncio.Task[None] = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _accept(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                connection, _ = await loop.sock_accept(listener)
+            except OSError as error:
+                log.warning("a worker's connection for shared memory was not accepted: %s", error)
+                await asyncio.sleep(SWEEP_S)
+                continue
+            self._keep(self._hand_over(connection))
+
+    async def _hand_over(self, connection: socket.socket) -> None:
+        """One connection: the token in, the descriptors out, then nothing until the worker is gone."""
+        loop = asyncio.get_running_loop()
+        region: Region | None = None
+        connection.setblocking(False)
+        try:
+            require_own_user(connection)
+            async with asyncio.timeout(HANDOVER_S):
+                token = b""
+                while len(token) < TOKEN_BYTES:
+                    token += (more := await loop.sock_recv(connection, TOKEN_BYTES - len(token)))
+                    if not more:
+                        return
+            region = self._claim(token)
+            if region is None:
+                return
+            region.line = connection
+            fds = region.take_fds()
+            try:
+                socket.send_fds(connection, [b"\0"], fds)
+            finally:
+                for fd in fds:
+                    os.close(fd)
+            await loop.sock_recv(connection, 1)
+        except (OSError, TimeoutError) as error:
+            log.debug("shared memory connection ended: %s", error)
+        finally:
+            connection.close()
+            if region is not None:
+                self._close(region)
+
+    def _claim(self, token: bytes) -> Region | None:
+        for region in self._regions.values():
+            if region.line is None and not region.closed and secrets.compare_digest(region.token, token):
+                return region
+        return None
+
+
+def require_own_user(connection: socket.socket) -> None:
+    """PermissionError unless the other end is a process of this server's user, or of root."""
+    sent = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    _, uid, _ = _CREDENTIALS.unpack(sent)
+    if uid not in (0, os.geteuid()):
+        raise PermissionError(f"user {uid} is not this server's")
+
+
+def _wire(dtype: int) -> torch.dtype | None:
+    return None if dtype == DType.DTYPE_UNSPECIFIED else dtypes.to_torch(dtype, "the region asked for")
