@@ -7,7 +7,7 @@ their state move, and their own step is refused from then on.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -58,16 +58,31 @@ def stepped_states(optimizers: Sequence[torch.optim.Optimizer]) -> dict[Tensor, 
     }
 
 
+class _HookTable(OrderedDict[int, Callable[..., Any]]):
+    """The hooks of several optimizers as one of torch's tables; whoever holds a handle may still remove its own.
+
+    A handle deletes from the table that it was made for. Those tables live on in here, and a hook that has gone from
+    its own is not called.
+    """
+
+    def __init__(self, tables: Sequence[OrderedDict[int, Callable[..., Any]]]) -> None:
+        super().__init__()
+        self._own_table = {number: table for table in tables for number in table}
+        for table in tables:
+            self.update(table)
+
+    def values(self) -> Any:
+        """The hooks to call, in order."""
+        return [hook for number, hook in self.items() if number in self._own_table.get(number, self)]
+
+
 def take_over(optimizers: Sequence[torch.optim.Optimizer], taker: torch.optim.Optimizer) -> None:
     """Move the hooks to the taker, drop the state, and have the optimizers refuse to step."""
-    for number, optimizer in enumerate(optimizers):
+    for table in _HOOK_TABLES:
+        setattr(taker, table, _HookTable([getattr(optimizer, table) for optimizer in optimizers]))
+    for optimizer in optimizers:
         for table in _HOOK_TABLES:
-            if number == 0:  # the table itself, so that handles from before still remove their hooks
-                setattr(taker, table, getattr(optimizer, table))
-                setattr(optimizer, table, OrderedDict())
-            else:
-                getattr(taker, table).update(getattr(optimizer, table))
-                getattr(optimizer, table).clear()
+            setattr(optimizer, table, OrderedDict())
         optimizer.state.clear()
         optimizer.step = _refuse_step  # type: ignore[method-assign]
 

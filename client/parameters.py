@@ -11,7 +11,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from pushstep.proto.errors import LocalParameterEdit
 from pushstep.proto.layout import Layout, Slot
 
 from .gradients import Rows, as_gradient
@@ -61,11 +60,21 @@ class Parameters:
                 found[slot] = as_gradient(parameter.grad, slot)
         return found
 
-    def check_unedited(self) -> None:
-        """LocalParameterEdit when one was written to since they were last taken or sent."""
-        for name, parameter in self._by_name.items():
-            if parameter._version != self._versions[name]:
-                raise LocalParameterEdit(parameter=name)
+    def written(self) -> str | None:
+        """The name of one that was written to since they were last taken or sent."""
+        return next((n for n, p in self._by_name.items() if p._version != self._versions[n]), None)
+
+    def are(self, pulled: Pulled) -> bool:
+        """Whether they are what was pulled whole: then what was written to them has changed nothing."""
+        at = (pulled.header.timeline, pulled.header.version)
+        if at != self.at or not all(
+            torch.equal(self._by_name[slot.name].detach().cpu(), values.to(slot.dtype))
+            for slot, _, values in pulled.dense()
+            if slot.name in self._by_name
+        ):
+            return False
+        self.note(*at)
+        return True
 
     def note(self, timeline: int, version: int) -> None:
         """They are at this version as they stand."""

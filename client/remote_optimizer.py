@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pushstep.optim import RULES
-from pushstep.proto.errors import Superseded, UnsupportedModule
+from pushstep.proto.errors import LocalParameterEdit, Superseded, UnsupportedModule
 from pushstep.proto.layout import Layout, Slot
 from pushstep.proto.types_pb2 import Manifest
 
@@ -147,7 +147,9 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
     def _exchange(self, loss: Any) -> None:
         layout = self._session.member().layout
-        self._parameters.check_unedited()
+        edited = self._edited()
+        if edited is not None:
+            raise LocalParameterEdit(parameter=edited)
         gradients = self._parameters.gradients(layout)
         skip = self._scaling.found_inf()
         if skip:
@@ -175,6 +177,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
             if early is not None:
                 early.withdraw()
         self.last_receipt = receipt
+        self._last_state_dict = None
         if receipt.outcome is Outcome.SUPERSEDED:
             self._start_over()
         self._parameters.take(
@@ -200,6 +203,15 @@ class RemoteOptimizer(torch.optim.Optimizer):
         if self._overlap is not None:
             self._overlap.supersede()
         super().zero_grad(set_to_none)
+
+    def _edited(self) -> str | None:
+        """The name of a parameter that is not as the server's version left it."""
+        written = self._parameters.written()
+        if written is None or self._parameters.are(self._session.pull_message(None)):
+            return (
+                None  # a checkpoint that was loaded at the version it was saved at writes and changes nothing
+            )
+        return written
 
     def _start_over(self) -> None:
         """Let go of what is of an ended timeline: parameters and hyperparameters are the restored ones."""
@@ -252,8 +264,9 @@ class RemoteOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: Any, *, force: bool = False) -> None:
         """Replace the optimizer state on the server, for every worker.
 
-        Loading what `state_dict()` last returned here changes nothing. While other workers live anything else
-        needs `force=True`.
+        Loading what `state_dict()` returned since the last step here changes nothing. While other workers live anything else
+        needs `force=True`. Parameters that were written to before (a checkpoint's, loaded into the module) go with
+        it; otherwise the server's stand.
         """
         for pre in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = pre(self, state_dict)
@@ -271,11 +284,15 @@ class RemoteOptimizer(torch.optim.Optimizer):
         groups = self._groups()
         slot_of = partial(self._parameters.slot_of, layout=layout)
         header, values = remote_state.upload_of(dicts, groups, layout, slot_of, force)
+        edited = self._edited()
         member = self._session.replace_state(header, values)
         remote_state.keep_own_keys(dicts, groups)
-        self._parameters.forget()
         self._hyperparameters.write(self._groups(), member.groups)
-        self._parameters.take(self._session.pull_message(None))
+        if edited is not None:
+            self.upload()
+        else:
+            self._parameters.forget()
+            self._parameters.take(self._session.pull_message(None))
 
     # A group more.
 
@@ -306,7 +323,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
     def _send_group(self, index: int) -> None:
         parameters = self.param_groups[index]["params"]
-        names = [f"{index}.{number}" for number in range(len(parameters))]
+        own = self.param_groups[index].get("param_names")
+        names = [clean(n) for n in own] if own else [f"{index}.{n}" for n in range(len(parameters))]
         if self._module is not None:
             known = {id(parameter): clean(name) for name, parameter in self._module.named_parameters()}
             names = [known.get(id(p), name) for p, name in zip(parameters, names, strict=True)]

@@ -81,12 +81,21 @@ def test_hooks_are_given_the_remote_optimizer_and_may_change_what_passes(
     assert seen == [remote, remote]
 
 
-def test_a_handle_from_before_attach_still_removes_its_hook(server: RunningServer, model_name: str) -> None:
+@pytest.mark.parametrize("make", [adadelta, both])
+def test_a_handle_from_before_attach_still_removes_its_hook(
+    server: RunningServer, model_name: str, make: Make
+) -> None:
     model, log = Network(), list[str]()
-    original = adadelta(model)
-    handles = _log_hooks(original, log, "0")
-    remote = server.connect(model_name).attach(original, module=model)
-    handles["step_pre"].remove()
+    made = make(model)
+    originals = [made] if isinstance(made, torch.optim.Optimizer) else list(made)
+    handles = [_log_hooks(optimizer, log, str(number)) for number, optimizer in enumerate(originals)]
+    remote = server.connect(model_name).attach(made, module=model)
+    handles[-1]["step_pre"].remove()
+    handles[0]["step_post"].remove()
+    late = remote.register_step_pre_hook(lambda *_: log.append("late"))
+    remote.register_step_pre_hook(lambda *_: log.append("last"))
+    late.remove()
     loss_of(model, 0).backward()
     remote.step()
-    assert log == ["0.step_post"]
+    numbers = [str(number) for number in range(len(originals))]
+    assert log == [*(f"{n}.step_pre" for n in numbers[:-1]), "last", *(f"{n}.step_post" for n in numbers[1:])]

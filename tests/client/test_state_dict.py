@@ -237,6 +237,15 @@ def test_a_group_added_to_a_list_says_its_rule(
         check_state_dict(got, local.state_dict())
 
 
+def test_an_added_group_goes_by_its_own_names(server: RunningServer, model_name: str) -> None:
+    session = server.connect(model_name)
+    first = nn.Parameter(torch.zeros(2))
+    remote = session.attach(torch.optim.Adadelta([("first", first)]))
+    remote.add_param_group({"params": [("late", _extra(5.0))]})
+    assert remote.state_dict()["param_groups"][1]["param_names"] == ["late"]
+    assert session.pull()["late"].tolist() == [5.0, 5.0, 5.0]
+
+
 def test_every_worker_adds_the_group(server: RunningServer, model_name: str) -> None:
     """The first one makes it; the second, adding the same, takes its values."""
     models = [Network(), Network()]
