@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from .machine import Others
 from .side import Side, Turn
 
 PAUSE_S = 0.03  # torch's worker threads spin for some milliseconds after an operation
@@ -54,15 +55,23 @@ class Plan:
     seconds: float = 0.0
 
 
-def interleave(sides: Sequence[Side], task: str, plan: Plan) -> dict[str, Measured]:
+class Found(dict[str, Measured]):
+    """What was measured by side; `others_share` of the CPUs went to processes that are not ours meanwhile."""
+
+    others_share: float = 0.0
+
+
+def interleave(sides: Sequence[Side], task: str, plan: Plan) -> Found:
     """Measure all sides. The first turn of each, in which pages are touched and paths warm up, does not count."""
-    found = {side.name: Measured() for side in sides}
+    found = Found({side.name: Measured() for side in sides})
     for side in sides:
         side.turn(task, 0, max(1, plan.warm))
+    others = Others()
     for _ in range(plan.rounds):
         for side in sides:
             time.sleep(PAUSE_S)
             found[side.name].add(side.turn(task, plan.warm, plan.repeats, plan.seconds))
+    found.others_share = others.share()
     return found
 
 

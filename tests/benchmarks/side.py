@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from .driver import Driver, DriverEnded, Make, Span
+from .machine import cpu_s, descendants
 
 TOGETHER_S = 0.05  # within which all drivers of a side have got their request
 _crew_numbers = itertools.count()
@@ -88,29 +87,3 @@ def side_of(
     for driver in drivers:
         driver.answer()
     return Side(name, list(zip(drivers, numbers, strict=True)), **more)  # type: ignore[arg-type]
-
-
-def cpu_s(pid: int) -> float:
-    """CPU seconds that a process has used, in nanoseconds' resolution; 0 once it is gone."""
-    with contextlib.suppress(OSError):
-        return time.clock_gettime((~pid << 3) | 2)  # what clock_getcpuclockid(3) returns on Linux
-    return 0.0
-
-
-def machine_busy_s() -> float:
-    """CPU seconds that all processes of this machine have used."""
-    fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
-    user, nice, system, _idle, _iowait, irq, softirq, *_ = map(int, fields)
-    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
-
-
-def descendants(pids: Sequence[int]) -> set[int]:
-    """These processes and all their children's children."""
-    parents: dict[int, int] = {}
-    for entry in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            parents[int(entry.parent.name)] = int(entry.read_text().rpartition(")")[2].split()[1])
-    found = set(pids)
-    while more := {pid for pid, parent in parents.items() if parent in found} - found:
-        found |= more
-    return found

@@ -6,7 +6,7 @@ from . import floors
 from .peer_local import Rule
 from .peers import FLOAT32_BYTES, Peers, taking_part
 from .pushstep_side import CASES, Case
-from .rounds import Measured, Plan, best, interleave
+from .rounds import Found, Measured, Plan, best, interleave
 from .table import count, table, verdict
 
 LARGE_ELEMENTS = 32_000_000  # from here on only the cases that fit in memory together
@@ -32,12 +32,11 @@ def exchange(peers: Peers, rule: Rule, elements: int, quick: bool) -> None:
         f"Exchange of {count(elements)} float32, {rule}, 1 worker",
         ("", "min ms", "median ms", "CPU s/GB", "times rpc's speed", "asked", "met"),
         rows,
+        found.others_share,
     )
 
 
-def _row(
-    name: str, measured: Measured, found: dict[str, Measured], rule: Rule, elements: int
-) -> tuple[object, ...]:
+def _row(name: str, measured: Measured, found: Found, rule: Rule, elements: int) -> tuple[object, ...]:
     rpc = best(found, "rpc")
     ratio = f"{rpc.median_s / measured.median_s:.2f}" if rpc is not None else ""
     asked, met = [], []
@@ -89,4 +88,5 @@ def in_step(peers: Peers, rule: Rule, elements: int, quick: bool) -> None:
         f"A round of 2 workers, {count(elements)} float32, {rule}",
         ("", "min ms", "median ms", "CPU s/GB", "times gloo's speed", "asked", "met"),
         rows,
+        found.others_share,
     )

@@ -58,4 +58,5 @@ def streams(peers: Peers, elements: int, quick: bool) -> None:
                     "met",
                 ),
                 rows,
+                found.others_share,
             )

@@ -7,6 +7,7 @@ import threading
 import time
 
 from . import floors
+from .machine import Others
 from .peers import FLOAT32_BYTES, Peers, taking_part
 from .pushstep_side import CASES, Case
 from .rounds import PAUSE_S, Plan, interleave
@@ -57,6 +58,7 @@ def crowds(peers: Peers, elements: int, quick: bool) -> None:
         f"Many workers, {count(elements)} float32, Adagrad, async",
         ("side, workers", "pushes/s", "of one's", "asked", "met", "exchanges/s", "of one's", "CPU s/GB"),
         rows,
+        max(pushes.others_share, exchanges.others_share),
     )
 
 
@@ -64,6 +66,7 @@ def pulls(peers: Peers, elements: int, quick: bool) -> None:
     """Push rate of one worker alone, beside a reader that pulls now and then, and beside one that never rests."""
     rounds, seconds = (3, 0.4) if quick else (7, 1.5)
     rows = []
+    others = Others()
     for case in _float32_cases():
         if not peers.wants(case.name):
             continue
@@ -93,6 +96,7 @@ def pulls(peers: Peers, elements: int, quick: bool) -> None:
         f"Pushes of {count(elements)} float32, Adagrad, beside pulls",
         ("", "pushes/s", "pulls/s", "of those alone", "asked", "met"),
         rows,
+        others.share(),
     )
 
 
