@@ -44,9 +44,11 @@ class Peers:
             self._stack.callback(self._started[key].close)
         return self._started[key]
 
-    def pushstep(self, case: Case, rule: Rule, elements: int, workers: int = 1) -> Side:
+    def pushstep(
+        self, case: Case, rule: Rule, elements: int, workers: int = 1, *, in_rounds: bool = False
+    ) -> Side:
         """This service."""
-        return self._peer(Pushstep, 2).side(case, rule, elements, workers)
+        return self._peer(Pushstep, 2).side(case, rule, elements, workers, in_rounds=in_rounds)
 
     def rpc(self, variant: str, rule: Rule, elements: int, workers: int = 1) -> Side:
         """torch.distributed.rpc."""

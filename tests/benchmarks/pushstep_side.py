@@ -120,8 +120,13 @@ class Pushstep:
         for driver in self._drivers:
             driver.answer()
 
-    def side(self, case: Case, rule: Rule, elements: int, workers: int = 1) -> Side:
-        """Workers spread over the processes, all of one new model, which is deleted with the side."""
+    def side(
+        self, case: Case, rule: Rule, elements: int, workers: int = 1, *, in_rounds: bool = False
+    ) -> Side:
+        """Workers spread over the processes, all of one new model, which is deleted with the side.
+
+        `in_rounds`: one step per round of a push from every worker (the sync policy), not one per push.
+        """
         model = f"m{next(self._models)}"
         address = self._server.grpc if case.transport == "tcp" else f"unix:{self._server.unix}"
         drivers = self._drivers[:workers]
@@ -132,6 +137,10 @@ class Pushstep:
                 "", _workers, [driver], [(address, case, model, number * share, share, rule, elements)]
             )
             side.crews = [*side.crews, *made.crews]
+        if in_rounds:
+            side.name += ", sync"
+            sync = {"policy": "sync", "min_workers": workers}
+            self._server.rest("PATCH", f"/v1/models/{model}/policy", json=sync).raise_for_status()
         return side
 
     def _delete(self, model: str) -> None:

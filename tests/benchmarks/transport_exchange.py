@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from . import floors
 from .peer_local import Rule
 from .peers import FLOAT32_BYTES, Peers, taking_part
@@ -14,12 +16,13 @@ LARGE_ELEMENTS = 32_000_000  # from here on only the cases that fit in memory to
 
 def plan(elements: int, quick: bool) -> Plan:
     """Small exchanges many at a time: one would be lost in the wake-up of an idle process."""
-    rounds = 3 if quick else 7
+    if quick:
+        return Plan(rounds=3, warm=1, repeats=5)
     if elements <= 100_000:
-        return Plan(rounds, warm=20, repeats=50 if quick else 200)
+        return Plan(rounds=7, warm=20, repeats=200)
     if elements <= 2_000_000:
-        return Plan(rounds, warm=2, repeats=10)
-    return Plan(rounds, warm=1, repeats=2)
+        return Plan(rounds=7, warm=2, repeats=10)
+    return Plan(rounds=7, warm=1, repeats=2)
 
 
 def exchange(peers: Peers, rule: Rule, elements: int, quick: bool) -> None:
@@ -58,10 +61,14 @@ def _row(name: str, measured: Measured, found: Found, rule: Rule, elements: int)
 
 
 def in_step(peers: Peers, rule: Rule, elements: int, quick: bool) -> None:
-    """Two workers, one exchange each, against two ranks that all-reduce and step."""
+    """Two workers, one exchange each, in rounds or as they come, against two ranks that all-reduce and step."""
     transports = [case for case in CASES if case.wire == "float32"]
     sides = (
-        *((case.name, lambda case=case: peers.pushstep(case, rule, elements, 2)) for case in transports),
+        *(
+            (case.name, partial(peers.pushstep, case, rule, elements, 2, in_rounds=in_rounds))
+            for case in transports
+            for in_rounds in (True, False)
+        ),
         ("gloo", lambda: peers.gloo(rule, elements)),
         ("rpc uv", lambda: peers.rpc("uv", rule, elements, 2)),
     )
@@ -72,7 +79,7 @@ def in_step(peers: Peers, rule: Rule, elements: int, quick: bool) -> None:
     for name, measured in found.items():
         ratio = gloo.median_s / measured.median_s if gloo is not None else float("nan")
         asked = ("", "")
-        if name == Case("shm").name and rule == "adagrad" and elements == 16_000_000:
+        if name == f"{Case('shm').name}, sync" and rule == "adagrad" and elements == 16_000_000:
             asked = verdict(ratio, floors.SYNC_OF_GLOO)
         rows.append(
             (

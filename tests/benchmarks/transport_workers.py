@@ -24,7 +24,7 @@ def _float32_cases() -> list[Case]:
 
 def crowds(peers: Peers, elements: int, quick: bool) -> None:
     """Pushes and exchanges per second of 1 to 16 workers, held by at most two processes."""
-    plan = Plan(rounds=2 if quick else 5, seconds=0.4 if quick else 1.0)
+    plan = Plan(rounds=2 if quick else 5, seconds=0.2 if quick else 1.0)
     makes = [
         (f"{case.name}", lambda case=case, n=n: peers.pushstep(case, "adagrad", elements, n), n)
         for case in _float32_cases()
@@ -64,7 +64,7 @@ def crowds(peers: Peers, elements: int, quick: bool) -> None:
 
 def pulls(peers: Peers, elements: int, quick: bool) -> None:
     """Push rate of one worker alone, beside a reader that pulls now and then, and beside one that never rests."""
-    rounds, seconds = (3, 0.4) if quick else (7, 1.5)
+    rounds, seconds = (2, 0.2) if quick else (7, 1.5)
     rows = []
     others = Others()
     for case in _float32_cases():
