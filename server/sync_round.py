@@ -1,11 +1,11 @@
 """sync: one step per round, of one push of every worker, added up in the order of the workers' names.
 
-A round opens at a version, as soon as `min_workers` are there, and expects whoever is live at that moment. It closes
-when everyone whom it still expects has pushed, when `quorum` workers have, or `timeout_s` after its first push; who
-leaves, is evicted or quarantined or lets its lease run out is no longer expected, while a push that it had handed in
-stays. Who joins meanwhile is not expected and may contribute. A push that was computed on a version before the one at
-which the round opened is late: dropped, or carried as its worker's single contribution. A skip push counts as present
-and contributes nothing; a push that the gate rejected never gets here, so its worker is absent until the time-out.
+A round opens with its first push, once `min_workers` are there, and expects whoever is live at that moment. It closes
+when everyone whom it still expects has pushed, when `quorum` workers have, or `timeout_s` after it opened; who leaves,
+is evicted or quarantined or lets its lease run out is no longer expected, while a push that it had handed in stays. Who
+joins meanwhile is not expected and may contribute. A push that was computed on a version before the one that the last
+round made is late: dropped, or carried as its worker's single contribution. A skip push counts as present and
+contributes nothing; a push that the gate rejected never gets here, so its worker is absent until the time-out.
 Between the end of a round and the version that it makes nothing is decided: what arrives waits for the next round.
 """
 
@@ -49,11 +49,9 @@ class SyncSettings(PolicySettings):
 class Round:
     """One round that is open."""
 
-    version: int
     expected: set[str]
+    opened_s: float
     pushes: dict[str, Candidate] = field(default_factory=dict)
-    # when its first push came
-    first_s: float | None = None
 
 
 class SyncPolicy:
@@ -65,6 +63,8 @@ class SyncPolicy:
     def __init__(self, settings: SyncSettings | None = None) -> None:
         self.settings = settings or SyncSettings()
         self.round: Round | None = None
+        # the version that the last round made; None until it is there. Before the first one nothing is late
+        self._since: int | None = 0
         # not in a round yet: none is open, or the last one is being added up
         self._queue: list[Candidate] = []
 
@@ -88,38 +88,39 @@ class SyncPolicy:
         elif self.round is not None and self.round.pushes.get(candidate.worker) is candidate:
             del self.round.pushes[candidate.worker]
             if not self.round.pushes:
-                self.round.first_s = None
+                self.round = None
 
     def review(self, view: View) -> list[Move]:
         """Open a round, put in what has arrived, and close it if nothing more is to be waited for."""
         if view.busy:
             return []
-        if self.round is None and len(view.members) >= self.settings.min_workers:
-            self.round = Round(view.version, {worker.name for worker in view.members})
+        if self._since is None:
+            self._since = view.version
+        late = self._turn_away_late(self._since) if self.settings.late == "drop" else []
+        if self.round is None and self._queue and len(view.members) >= self.settings.min_workers:
+            self.round = Round({worker.name for worker in view.members}, view.now_s)
         if self.round is None:
-            return []
-        late = self._fill(self.round, view.now_s)
+            return late
+        self.round.pushes.update({candidate.worker: candidate for candidate in self._queue})
+        self._queue.clear()
         why = self._closed_by(self.round, view)
         return [*late, *self._end(self.round, why)] if why else late
 
-    def _fill(self, open_round: Round, now_s: float) -> list[Move]:
-        late: list[Move] = []
-        queue, self._queue = self._queue, []
-        for candidate in queue:
-            base = candidate.header.base_version
-            if base < open_round.version and self.settings.late == "drop":
-                note = f"computed on version {base}, the round opened at {open_round.version}"
-                late.append(TurnAway(candidate, Outcome.OUTCOME_DROPPED_LATE, "dropped_late", (note,)))
-            else:
-                open_round.pushes[candidate.worker] = candidate
-                if open_round.first_s is None:
-                    open_round.first_s = now_s
-        return late
+    def _turn_away_late(self, since: int) -> list[Move]:
+        late = [candidate for candidate in self._queue if candidate.header.base_version < since]
+        self._queue = [candidate for candidate in self._queue if candidate not in late]
+        return [
+            TurnAway(
+                candidate,
+                Outcome.OUTCOME_DROPPED_LATE,
+                "dropped_late",
+                (f"computed on version {candidate.header.base_version}, the last round made {since}",),
+            )
+            for candidate in late
+        ]
 
     def _closed_by(self, open_round: Round, view: View) -> str:
         """Why the round is over; empty while it is not."""
-        if not open_round.pushes:
-            return ""
         present = {worker.name for worker in view.members}
         missing = (open_round.expected & present) - open_round.pushes.keys()
         if not missing:
@@ -132,7 +133,7 @@ class SyncPolicy:
         return ""
 
     def _end(self, open_round: Round, why: str) -> list[Move]:
-        self.round = None
+        self.round, self._since = None, None
         ordered = [open_round.pushes[name] for name in sorted(open_round.pushes)]
         skips = tuple(candidate for candidate in ordered if candidate.skips)
         stepped = tuple(candidate for candidate in ordered if not candidate.skips)
@@ -144,9 +145,9 @@ class SyncPolicy:
 
     def deadline_s(self) -> float | None:
         """The open round's time-out."""
-        if self.round is None or self.round.first_s is None or self.settings.timeout_s is None:
+        if self.round is None or self.settings.timeout_s is None:
             return None
-        return self.round.first_s + self.settings.timeout_s
+        return self.round.opened_s + self.settings.timeout_s
 
     def close(self, view: View) -> tuple[list[Move], list[Candidate]]:
         """At quorum the open round is stepped; otherwise its pushes are handed over, in worker order."""
