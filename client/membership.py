@@ -30,6 +30,7 @@ class Member:
         self.lease_s = message.lease_s
         self.lead = message.lead
         self.worker_state = message.worker_state
+        self.policy = message.policy
         self._receipts = list(message.receipts)
 
     def identity(self) -> Identity:

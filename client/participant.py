@@ -18,13 +18,16 @@ from torch import Tensor
 from pushstep.proto import dtypes
 from pushstep.proto import training_pb2 as pb
 from pushstep.proto.errors import (
+    Conflict,
     FateUnknown,
+    Fenced,
     ForkedSession,
     LeaseExpired,
     ManifestChanged,
     NoAnswer,
     NotAttached,
     PushstepError,
+    Quarantined,
     SessionClosed,
     Superseded,
 )
@@ -38,6 +41,7 @@ from .gradients import Rows, push_body
 from .heartbeat import Heartbeat
 from .membership import Member, join
 from .mirror import Mirror
+from .policy import Policy, difference, to_wire
 from .receipt import Outcome, Receipt
 from .retry import Retry
 from .sending import Sending
@@ -89,13 +93,21 @@ class Participant:
 
     # Joining.
 
-    def join_or_create(self, manifest: Manifest | None, values: Any, steps: Sequence[int] = ()) -> bool:
+    def join_or_create(
+        self,
+        manifest: Manifest | None,
+        values: Any,
+        steps: Sequence[int] = (),
+        policy: Policy | None = None,
+    ) -> bool:
         """Join under the manifest, creating the model from `values(layout)` if there is none. True if created."""
         self._manifest = manifest
+        wanted = to_wire(policy)
 
         def create(ticket: pb.CreationTicket) -> pb.Membership:
             layout = Layout(ticket.manifest)
             header, body = uploads.creation(self.model, ticket, layout, values(layout), steps)
+            header.policy = wanted
             return self._transport.upload(header, body).member
 
         self._member, created = join(
@@ -109,6 +121,9 @@ class Participant:
             create,
         )
         self._heartbeat.start()
+        other = difference(wanted, self._member.policy)
+        if other:
+            caller.warn(f"model {self.model!r} has a policy of its own ({other}); the server's holds")
         return created
 
     def member(self) -> Member:
@@ -176,6 +191,7 @@ class Participant:
         *,
         edits: Mapping[int, Mapping[str, float | bool]] | None = None,
         metrics: Mapping[str, float] | None = None,
+        samples: float = 0,
         skip: bool = False,
         pull: bool,
         early: EarlyPush | None = None,
@@ -190,6 +206,7 @@ class Participant:
         member = self.member()
         commit = pb.PushCommit(
             metrics=metrics or {},
+            samples=samples,
             worker_state=self._worker_state if self._worker_state_due else None,
             edits=[
                 pb.GroupEdit(group=group, values=wire_values(values))
@@ -238,9 +255,10 @@ class Participant:
                 self._in_doubt = header.identity
                 raise
             except PushstepError as error:
-                if not error.consumed:
+                if not (error.consumed or isinstance(error, (Quarantined, Conflict, Fenced))):
                     raise
-                member.sequence = header.identity.sequence
+                if error.consumed or isinstance(error, Conflict):
+                    member.sequence = header.identity.sequence
                 return self._rejected(error, header.identity), None
             member.sequence = header.identity.sequence
             member.lead = receipt.lead

@@ -41,6 +41,13 @@ class Receipt:
     lead: bool = False
     durability: str = ""
     duplicates: int = 0
+    # the workers whose pushes made this version, in the order in which they were added up
+    contributors: Sequence[str] = ()
+    # what the policy multiplied the lr by; the norm of what was stepped; in words, what was done to it and why
+    lr_scale: float = 1.0
+    step_norm: float = 0.0
+    notes: Sequence[str] = ()
+    policy: str = ""
     times: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
@@ -64,6 +71,11 @@ class Receipt:
             lead=message.lead,
             durability=pb.Durability.Name(message.durability).removeprefix("DURABILITY_").lower(),
             duplicates=message.duplicates,
+            contributors=list(message.contributors),
+            lr_scale=message.lr_scale,
+            step_norm=message.step_norm,
+            notes=list(message.notes),
+            policy=message.policy,
             times={
                 "receive_s": times.receive_s,
                 "queue_s": times.queue_s,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pushstep.optim import RULES
-from pushstep.proto.errors import LocalParameterEdit, Superseded, UnsupportedModule
+from pushstep.proto.errors import Fenced, LocalParameterEdit, Superseded, UnsupportedModule
 from pushstep.proto.layout import Layout, Slot
 from pushstep.proto.types_pb2 import Manifest
 
@@ -28,6 +28,7 @@ from .names import check_parameter, clean, parameter_names
 from .originals import check_distinct, rule_of, stepped_states, take_over
 from .overlap import Overlap
 from .parameters import Parameters
+from .policy import Policy
 from .receipt import Outcome, Receipt
 from .scaling import Scaling
 
@@ -49,6 +50,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         optimizers: Sequence[torch.optim.Optimizer],
         module: nn.Module | None,
         names: Sequence[str] | Mapping[Tensor, str] | None,
+        policy: Policy | None,
         *,
         single: bool,
         overlap: bool,
@@ -73,7 +75,9 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self._scaling = Scaling(self)
         self._last_state_dict: Any = None
         self.last_receipt: Receipt | None = None
-        self._join(of_groups(self._groups(), found, aliases))
+        # how many samples the next step's gradients are over: their weight in a round; 0 counts as 1
+        self.samples: float = 0
+        self._join(of_groups(self._groups(), found, aliases), policy)
         take_over(optimizers, self)
         self._lent = LentGradients(session.memory, self._parameters.name_of)
         self._lent.add(p for group in groups for p in group["params"])
@@ -94,7 +98,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
             Group(*group) for group in zip(self.param_groups, self._rules, self._optimizer_of, strict=True)
         ]
 
-    def _join(self, manifest: Manifest) -> None:
+    def _join(self, manifest: Manifest, policy: Policy | None) -> None:
         states = {
             self._parameters.name_of(parameter): state
             for parameter, state in stepped_states(self._originals).items()
@@ -111,7 +115,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
             return found
 
         mine = [group.values() for group in self._groups()]
-        created = self._session.join_or_create(manifest, values, steps)
+        created = self._session.join_or_create(manifest, values, steps, policy)
         member = self._session.member()
         if created:
             self._parameters.note(member.timeline, member.version)
@@ -165,6 +169,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
                 self._parameters.at,
                 edits=self._hyperparameters.edits(self._groups()),
                 metrics=_metrics(loss),
+                samples=self.samples,
                 skip=skip,
                 pull=True,
                 early=early,
@@ -180,9 +185,10 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self._last_state_dict = None
         if receipt.outcome is Outcome.SUPERSEDED:
             self._start_over()
-        self._parameters.take(
-            pulled if pulled is not None else self._session.pull_message(self._parameters.at)
-        )
+        if pulled is not None:
+            self._parameters.take(pulled)
+        elif receipt.reason != Fenced.code:  # who is fenced is told nothing more
+            self._parameters.take(self._session.pull_message(self._parameters.at))
         if pulled is not None:
             self._hyperparameters.leads = receipt.lead
         if pulled is not None and receipt.outcome is Outcome.APPLIED:

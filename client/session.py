@@ -25,6 +25,7 @@ from .gradients import Rows, as_array, as_gradient
 from .manifest import of_arrays
 from .mirror import Array
 from .participant import Participant, Wire, wire_enum
+from .policy import Policy
 from .receipt import Receipt
 from .remote_optimizer import RemoteOptimizer
 from .shared_memory import is_same_host
@@ -101,6 +102,7 @@ class Session(Participant):
         optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
         module: nn.Module | None = None,
         names: Sequence[str] | Mapping[Tensor, str] | None = None,
+        policy: Policy | None = None,
         *,
         overlap: bool = False,
     ) -> RemoteOptimizer:
@@ -108,43 +110,60 @@ class Session(Participant):
 
         The first worker to attach creates the model from its parameters' values and its optimizers' states; later
         ones take the server's values and hyperparameters. Names come from `module`, else `names`, else the
-        optimizer's own. A list of optimizers makes one model.
+        optimizer's own. A list of optimizers makes one model. `policy`: of the model, if this creates it; see `create`.
 
         `overlap`: gradients leave while backward still runs; `step()` sends them again if they were changed since.
         """
         self._check_usable()
         optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
         single = isinstance(optimizer, torch.optim.Optimizer)
-        self._attached = RemoteOptimizer(self, optimizers, module, names, single=single, overlap=overlap)
+        self._attached = RemoteOptimizer(
+            self, optimizers, module, names, policy, single=single, overlap=overlap
+        )
         return self._attached
 
     def create(
-        self, parameters: Mapping[str, Array | Tensor], groups: Sequence[Mapping[str, Any]] | None = None
+        self,
+        parameters: Mapping[str, Array | Tensor],
+        groups: Sequence[Mapping[str, Any]] | None = None,
+        policy: Policy | None = None,
     ) -> None:
         """Create the model from arrays by name, or join it if it exists (its values stand).
 
         Each group is {"rule": "adadelta" or "adagrad", "params": [names], and hyperparameters}; None puts all
-        parameters into one Adadelta group.
+        parameters into one Adadelta group. `policy` says when pushes are applied: "async", "bounded", "sync", or a
+        mapping with the settings that PATCH /v1/models/{m}/policy takes.
         """
         self._check_usable()
         manifest, values = of_arrays(parameters, groups)
-        self.join_or_create(manifest, lambda layout: {(slot, ""): values[slot.name] for slot in layout.slots})
+        self.join_or_create(
+            manifest, lambda layout: {(slot, ""): values[slot.name] for slot in layout.slots}, policy=policy
+        )
         self._manifest = (
             None  # arrays go by name: joining again, the session takes the model as it has become
         )
 
     # Pushing.
 
-    def push(self, grads: Mapping[str, Any], metrics: Mapping[str, float] | None = None) -> Receipt:
-        """Hand gradients in by name: arrays, tensors, or (ids, rows) pairs. Returns when they are applied."""
-        receipt, _ = self.step(self._named(grads), self._mirror.at, metrics=metrics, pull=False)
+    def push(
+        self, grads: Mapping[str, Any], metrics: Mapping[str, float] | None = None, samples: float = 0
+    ) -> Receipt:
+        """Hand gradients in by name: arrays, tensors, or (ids, rows) pairs. Returns when they are applied.
+
+        `samples`: how many the gradients are over, which is their weight in a round; 0 counts as 1.
+        """
+        grads_by_slot = self._named(grads)
+        receipt, _ = self.step(grads_by_slot, self._mirror.at, metrics=metrics, samples=samples, pull=False)
         return receipt
 
     def exchange(
-        self, grads: Mapping[str, Any], metrics: Mapping[str, float] | None = None
+        self, grads: Mapping[str, Any], metrics: Mapping[str, float] | None = None, samples: float = 0
     ) -> tuple[Receipt, dict[str, Array]]:
         """Push and pull in one round trip: the receipt, and every parameter at its version or a newer one."""
-        receipt, pulled = self.step(self._named(grads), self._mirror.at, metrics=metrics, pull=True)
+        grads_by_slot = self._named(grads)
+        receipt, pulled = self.step(
+            grads_by_slot, self._mirror.at, metrics=metrics, samples=samples, pull=True
+        )
         if pulled is None:
             return receipt, self.pull()
         self._mirror.take(pulled)

@@ -126,7 +126,7 @@ def test_no_applied_push_exceeds_the_bound_and_blocking_is_exact(seed: int) -> N
         court = Court(policy="bounded", bound=bound)
         court.join(*names)
         clocks = dict.fromkeys(names, 0)
-        for _ in range(60):
+        for _ in range(30):
             event, name = draw.random(), draw.choice(names)
             if event < 0.06 and name in clocks and len(clocks) > 1:
                 court.do(court.judge.left(court.identity(name), 0))
