@@ -361,6 +361,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
 
 def _metrics(loss: Any) -> dict[str, float]:
-    if isinstance(loss, (int, float)) or (isinstance(loss, Tensor) and loss.numel() == 1):
+    if isinstance(loss, Tensor) and loss.numel() == 1:
+        return {"loss": float(loss.detach())}
+    if isinstance(loss, (int, float)):
         return {"loss": float(loss)}
     return {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,8 @@ from harness import RunningServer
 from torch.optim import lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
 from twin import Make, Network, Twins, adadelta, adagrad, both
+
+from pushstep.client import RemoteOptimizer
 
 SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], LRScheduler]] = {
     "StepLR": lambda o: lr_scheduler.StepLR(o, step_size=2, gamma=0.5),
@@ -190,3 +193,28 @@ def test_an_edit_whose_push_was_skipped_travels_with_the_next(server: RunningSer
     outcomes = ["applied", "applied", "skipped", *["applied"] * 3]
     assert applied == list(zip(outcomes, lrs, strict=True))
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.001)
+
+
+def test_four_workers_with_a_scheduler_each_decay_once(server: RunningServer, model_name: str) -> None:
+    """Every one runs the same script. The lead's counts; did all four, lr would be 0.0625."""
+    optimizers: list[RemoteOptimizer] = []
+    schedulers: list[LRScheduler] = []
+    for number in range(4):
+        weight = torch.nn.Parameter(torch.zeros(2))
+        session = server.connect(model_name, f"w{number}")
+        optimizers.append(session.attach(torch.optim.Adadelta([weight], lr=1.0), names=["w"]))
+        schedulers.append(lr_scheduler.StepLR(optimizers[-1], step_size=10, gamma=0.5))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(11):
+            for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
+                optimizer.param_groups[0]["params"][0].grad = torch.ones(2)
+                optimizer.step()
+                if step < 10:
+                    scheduler.step()
+        warned = [one for one in caught if "only the lead worker's count" in str(one.message)]
+    lr = server.rest("GET", f"/v1/models/{model_name}/param-groups/0").json()["lr"]
+    assert lr == 0.5
+    assert [optimizer.param_groups[0]["lr"] for optimizer in optimizers] == [0.5] * 4
+    assert all(one.filename == __file__ for one in warned)
+    assert len(warned) <= 3
