@@ -7,7 +7,6 @@ One server holds a model for each case, so that no case shares frames or memory 
 from __future__ import annotations
 
 import contextlib
-import inspect
 import itertools
 import tempfile
 import time
@@ -28,7 +27,6 @@ from .peer_local import Rule, parameter_of
 from .side import Side, side_of
 
 REST_S = 0.5
-HAS_SHARED_MEMORY = "shared_memory" in inspect.signature(connect).parameters
 WIRES: dict[str, Any] = {
     "float32": None,
     "bfloat16": torch.bfloat16,
@@ -60,7 +58,7 @@ class Case:
     @property
     def exists(self) -> bool:
         """Whether this build has it."""
-        return has_wire(self.wire) and (self.transport != "shm" or HAS_SHARED_MEMORY)
+        return has_wire(self.wire)
 
 
 CASES = [case for t in ("tcp", "unix", "shm") for w in WIRES if (case := Case(t, w)).exists]
@@ -72,8 +70,13 @@ class PushstepWorker:
 
     def __init__(self, address: str, case: Case, model: str, worker: str, rule: Rule, elements: int) -> None:
         warnings.simplefilter("ignore")
-        options: dict[str, Any] = {"shared_memory": case.transport == "shm"} if HAS_SHARED_MEMORY else {}
-        self._session = connect(address, model=model, worker=worker, wire=WIRES[case.wire], **options)
+        self._session = connect(
+            address,
+            model=model,
+            worker=worker,
+            wire=WIRES[case.wire],
+            shared_memory=case.transport == "shm",
+        )
         parameter = parameter_of(elements)
         kind = {"adadelta": torch.optim.Adadelta, "adagrad": torch.optim.Adagrad}[rule]
         self._optimizer = self._session.attach(kind([parameter]), names=["weight"])

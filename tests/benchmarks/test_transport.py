@@ -8,6 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 CASES = [f"pushstep {transport} {wire}" for transport in ("tcp", "unix") for wire in ("float32", "bfloat16")]
+CASES += ["pushstep shm float32"]
 
 
 def rows(*options: str) -> dict[str, list[list[str]]]:
