@@ -7,7 +7,7 @@ scheduler, that the next push carries; what comes back is written into the group
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,12 +70,27 @@ class Hyperparameters:
             for index, changed in edits.items()
         }
 
-    def write(self, groups: Sequence[Group], values: Iterable[GroupValues]) -> None:
-        """Have the groups hold the server's values."""
+    def write(
+        self,
+        groups: Sequence[Group],
+        values: Iterable[GroupValues],
+        since: Sequence[Mapping[str, float | bool]] = (),
+    ) -> None:
+        """Have the groups hold the server's values.
+
+        `since`: the groups' values when the push was made whose answer this is. What was changed here after that
+        stays as it is: it travels with the next push.
+        """
+        later = [
+            {name: group.settings[name] for name in old if not _same(group.settings[name], old[name])}
+            for group, old in zip(groups, since, strict=False)
+        ]
         # a group that another worker has added meanwhile is not this one's yet
         self._known = [plain_values(group.values) for group in values][: len(groups)]
-        for group, known in zip(groups, self._known, strict=True):
+        for number, (group, known) in enumerate(zip(groups, self._known, strict=True)):
             for name, value in known.items():
+                if number < len(later) and name in later[number]:
+                    continue
                 if isinstance(group.settings.get(name), Tensor):
                     group.settings[name].fill_(value)
                 elif group.settings.get(name) != value:

@@ -8,7 +8,7 @@ server applies it once. After a restore the participant joins again by itself an
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -42,6 +42,7 @@ from .heartbeat import Heartbeat
 from .membership import Member, join
 from .mirror import Mirror
 from .policy import Policy, difference, to_wire
+from .prefetch import Flight
 from .receipt import Outcome, Receipt
 from .retry import Retry
 from .sending import Sending
@@ -49,6 +50,7 @@ from .shared_memory import SharedMemory
 from .transport import Body, Pulled, Transport
 
 Wire = torch.dtype | tuple[torch.dtype | None, torch.dtype | None] | None
+Step = tuple[Receipt, Pulled | None]
 
 
 class Participant:
@@ -87,6 +89,7 @@ class Participant:
         self._in_doubt: Identity | None = None
         self._worker_state: bytes | None = None
         self._worker_state_due = False
+        self._flight: Flight[Step] | None = None
         # here and not in Session, since it is the step that finds a restore, which makes the copy worthless
         self._mirror = Mirror()
         self._heartbeat = Heartbeat(transport, model, lambda: self._member)
@@ -181,30 +184,30 @@ class Participant:
             raise ForkedSession(parent=self._pid)
         if self._closed:
             raise SessionClosed()
+        if self._flight is not None and not self._flight.is_mine():
+            self._flight.wait()
+
+    def wait_for_flight(self) -> None:
+        """Wait until no push is in flight."""
+        self._check_usable()
+
+    def fly(self, call: Callable[[], Step]) -> Flight[Step]:
+        """Have `call`, which makes a step, run in a thread of its own; nothing else is asked meanwhile."""
+        self._check_usable()
+        self._flight = Flight(call)
+        self._flight.start()
+        return self._flight
 
     # The step.
 
-    def step(
+    def commit(
         self,
-        gradients: Mapping[Slot, Tensor | Rows],
-        held: tuple[int, int] | None,
-        *,
-        edits: Mapping[int, Mapping[str, float | bool]] | None = None,
         metrics: Mapping[str, float] | None = None,
+        edits: Mapping[int, Mapping[str, float | bool]] | None = None,
         samples: float = 0,
-        skip: bool = False,
-        pull: bool,
-        early: EarlyPush | None = None,
-    ) -> tuple[Receipt, Pulled | None]:
-        """One push under this session's next sequence, sent until it is answered.
-
-        `held` is the (timeline, version) that the gradients were computed on; None: the one at which it joined. With
-        `skip` there are none, on purpose: the push only says that this worker is there. With `pull` it is an
-        exchange. A restore in between gives the outcome `superseded` and no parameters: the session has joined
-        again, and the caller forgets what it holds and pulls.
-        """
-        member = self.member()
-        commit = pb.PushCommit(
+    ) -> pb.PushCommit:
+        """What the next push says beside its gradients."""
+        return pb.PushCommit(
             metrics=metrics or {},
             samples=samples,
             worker_state=self._worker_state if self._worker_state_due else None,
@@ -213,11 +216,34 @@ class Participant:
                 for group, values in (edits or {}).items()
             ],
         )
+
+    def step(
+        self,
+        gradients: Mapping[Slot, Tensor | Rows],
+        held: tuple[int, int] | None,
+        commit: pb.PushCommit,
+        *,
+        skip: bool = False,
+        pull: bool,
+        early: EarlyPush | None = None,
+        onto: tuple[int, int] | None = None,
+    ) -> Step:
+        """One push under this session's next sequence, sent until it is answered.
+
+        `held` is the (timeline, version) that the gradients were computed on; None: the one at which it joined. With
+        `skip` there are none, on purpose: the push only says that this worker is there. With `pull` it is an
+        exchange, whose answer is written onto what is held, or onto `onto`. `early` is the same exchange, sent but
+        for its commit. A restore in between gives the outcome `superseded` and no parameters: the session has joined
+        again, and the caller forgets what it holds and pulls.
+        """
+        member = self.member()
         while True:
             if held is not None and held[0] != member.timeline:
                 # joined again meanwhile, for whatever reason, and what is held here is of an ended timeline
                 return self._ended(member.next_identity()), None
-            header = self._push_header(member, held, pull, skip)
+            header = self._push_header(member, held, skip)
+            if pull:
+                header.pull.CopyFrom(self._pull_options(onto or held))
             if early is not None and not early.is_as(header):
                 early.withdraw()
                 early = None
@@ -262,7 +288,8 @@ class Participant:
                 return self._rejected(error, header.identity), None
             member.sequence = header.identity.sequence
             member.lead = receipt.lead
-            self._worker_state_due = False
+            if commit.worker_state == (self._worker_state or b""):
+                self._worker_state_due = False
             return self._note(receipt), pulled
 
     def begin_push(
@@ -276,20 +303,18 @@ class Participant:
             return None
         if member.layout is not layout or held is None or held[0] != member.timeline:
             return None
-        header = self._push_header(member, held, pull=True)
+        header = self._push_header(member, held)
+        header.pull.CopyFrom(self._pull_options(held))
         header.segments.extend(segments)
         return EarlyPush(self._transport, header, layout)
 
-    def _push_header(
-        self, member: Member, held: tuple[int, int] | None, pull: bool, skip: bool = False
-    ) -> pb.PushHeader:
-        """The next push's header, of which only the segments are missing."""
+    def _push_header(self, member: Member, held: tuple[int, int] | None, skip: bool = False) -> pb.PushHeader:
+        """What the next push's header says of its sender."""
         return pb.PushHeader(
             model=self.model,
             identity=member.next_identity(),
             base_version=held[1] if held is not None else member.version,
             manifest_hash=member.layout.manifest_hash,
-            pull=self._pull_options(held) if pull else None,
             skip=skip,
             hold_s=self._transport.timeout_s / 3,
         )
@@ -313,7 +338,7 @@ class Participant:
         receipt = self._note(_own_receipt(Outcome.REJECTED, error.code, identity, self.member().version))
         if self._on_reject == "raise":
             raise error
-        caller.warn(f"push rejected: {error.message}")
+        self._warn(f"push rejected: {error.message}")
         return receipt
 
     def _ended(self, identity: Identity) -> Receipt:
@@ -322,11 +347,18 @@ class Participant:
         self._mirror.forget()
         if self._on_restore == "raise":
             raise Superseded(model=self.model, timeline=member.timeline, got=identity.timeline)
-        caller.warn(
+        self._warn(
             f"model {self.model!r} was restored to version {member.version} (timeline {member.timeline}); this step "
             "was not applied, going on from there"
         )
         return self._note(_own_receipt(Outcome.SUPERSEDED, "superseded", identity, member.version))
+
+    def _warn(self, message: str) -> None:
+        """Tell the caller of what called `step`; of one in flight, whoever lands it."""
+        if self._flight is not None and self._flight.is_mine():
+            self._flight.warn(message)
+        else:
+            caller.warn(message)
 
     # Pulling.
 

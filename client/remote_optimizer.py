@@ -16,7 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from pushstep.optim import RULES
-from pushstep.proto.errors import Fenced, LocalParameterEdit, Superseded, UnsupportedModule
+from pushstep.proto.errors import (
+    Fenced,
+    LocalParameterEdit,
+    PushstepError,
+    Superseded,
+    UnsupportedModule,
+)
 from pushstep.proto.layout import Layout, Slot
 from pushstep.proto.types_pb2 import Manifest
 
@@ -28,7 +34,9 @@ from .names import check_parameter, clean, parameter_names
 from .originals import check_distinct, rule_of, stepped_states, take_over
 from .overlap import Overlap
 from .parameters import Parameters
+from .participant import Step
 from .policy import Policy
+from .prefetch import Copies, Flight
 from .receipt import Outcome, Receipt
 from .scaling import Scaling
 
@@ -54,7 +62,12 @@ class RemoteOptimizer(torch.optim.Optimizer):
         *,
         single: bool,
         overlap: bool,
+        prefetch: bool,
     ) -> None:
+        if overlap and prefetch:
+            raise UnsupportedModule(
+                problem="with prefetch the whole exchange overlaps the next step's compute: attach without overlap"
+            )
         if not optimizers:
             raise UnsupportedModule(problem="attach needs at least one optimizer")
         self._rules = [rule_of(optimizer) for optimizer in optimizers for _ in optimizer.param_groups]
@@ -79,17 +92,20 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self.samples: float = 0
         self._join(of_groups(self._groups(), found, aliases), policy)
         take_over(optimizers, self)
+        if prefetch:
+            session.memory.decline()
         self._lent = LentGradients(session.memory, self._parameters.name_of)
         self._lent.add(p for group in groups for p in group["params"])
         session.memory.open(session.member())
         self._steps = 0
-        self._send_extras()
-        session.before_close(self._send_extras)
+        self._copies = Copies() if prefetch else None
+        self._flight: tuple[Flight[Step], list[dict[str, float | bool]]] | None = None
         self._overlap = Overlap(session, self._parameters) if overlap else None
         if self._overlap is not None:
             self._overlap.watch(parameter for group in groups for parameter in group["params"])
-            session.before_close(self._overlap.stop)
         session.before_close(self._lent.remove)
+        self._send_extras()
+        session.before_close(self._finish)
 
     # Becoming the model's, or the model becoming ours.
 
@@ -137,7 +153,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Send the gradients; the server steps; the parameters come back. The closure's loss, if there is one.
 
-        A parameter whose grad is None is not in the push; with no gradient at all nothing is sent.
+        A parameter whose grad is None is not in the push; with no gradient at all nothing is sent. With `prefetch`
+        the parameters that come back are those of the step before, and so are the errors that are raised.
         """
         loss = None
         if closure is not None:
@@ -150,10 +167,12 @@ class RemoteOptimizer(torch.optim.Optimizer):
         return loss
 
     def _exchange(self, loss: Any) -> None:
-        layout = self._session.member().layout
         edited = self._edited()
         if edited is not None:
             raise LocalParameterEdit(parameter=edited)
+        computed_on = self._parameters.at
+        self.synchronize()
+        layout = self._session.member().layout
         gradients = self._parameters.gradients(layout)
         skip = self._scaling.found_inf()
         if skip:
@@ -163,41 +182,79 @@ class RemoteOptimizer(torch.optim.Optimizer):
         early = self._overlap.take(gradients, layout) if self._overlap is not None else None
         if not gradients and not skip:
             return
+        send = partial(
+            self._session.step,
+            held=computed_on,
+            onto=self._parameters.at,
+            commit=self._session.commit(
+                _metrics(loss), self._hyperparameters.edits(self._groups()), self.samples
+            ),
+            skip=skip,
+            pull=True,
+        )
+        if self._copies is None:
+            try:
+                self._take(partial(send, gradients, early=early))
+            finally:
+                if early is not None:
+                    early.withdraw()
+        else:
+            copies = self._copies.of(gradients, self._session.push_wire)
+            since = [group.values() for group in self._groups()]
+            self._flight = self._session.fly(partial(send, copies)), since
+
+    def synchronize(self) -> None:
+        """With `prefetch`: wait for the push in flight, and take what came of it, as the next `step()` would.
+
+        Raises what that push was refused with. Call it after the last step, and before parameters are looked at.
+        """
+        if self._flight is not None:
+            self._session.wait_for_flight()  # which the user may interrupt, and come again
+            (flight, since), self._flight = self._flight, None
+            # what was written to parameters meanwhile is for the next step to refuse, or on its way up
+            self._take(flight.land, since, into_parameters=self._parameters.written() is None)
+
+    def _take(
+        self,
+        answer: Callable[[], Step],
+        since: Sequence[Mapping[str, float | bool]] = (),
+        *,
+        into_parameters: bool = True,
+    ) -> None:
+        """Become what a step's answer says; `since`: the groups' values at that step, if it was an earlier one."""
         try:
-            receipt, pulled = self._session.step(
-                gradients,
-                self._parameters.at,
-                edits=self._hyperparameters.edits(self._groups()),
-                metrics=_metrics(loss),
-                samples=self.samples,
-                skip=skip,
-                pull=True,
-                early=early,
-            )
+            receipt, pulled = answer()
         except Superseded:
             self._start_over()
             self._parameters.take(self._session.pull_message(None))
             raise
-        finally:
-            if early is not None:
-                early.withdraw()
         self.last_receipt = receipt
         self._last_state_dict = None
         if receipt.outcome is Outcome.SUPERSEDED:
             self._start_over()
-        if pulled is not None:
+        if into_parameters and pulled is not None:
             self._parameters.take(pulled)
-        elif receipt.reason != Fenced.code:  # who is fenced is told nothing more
+        elif into_parameters and receipt.reason != Fenced.code:  # who is fenced is told nothing more
             self._parameters.take(self._session.pull_message(self._parameters.at))
         if pulled is not None:
             self._hyperparameters.leads = receipt.lead
         if pulled is not None and receipt.outcome is Outcome.APPLIED:
             # of a push that was not, the edits stay differences here and travel with the next
-            self._hyperparameters.write(self._groups(), pulled.header.groups)
+            self._hyperparameters.write(self._groups(), pulled.header.groups, since)
         self._hyperparameters.warn_ignored(receipt)
         self._steps += 1
         if self._steps % EXTRAS_EVERY_STEPS == 0:
             self._send_extras()
+
+    def _finish(self) -> None:
+        """The session is being closed."""
+        if self._overlap is not None:
+            self._overlap.stop()
+        try:
+            self.synchronize()
+        except PushstepError as error:
+            caller.warn(f"the last step failed: {error.message}")
+        self._send_extras()
 
     @property
     def overlapped_steps(self) -> int:
@@ -242,6 +299,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
     def upload(self) -> int:
         """Send the parameters as they are here, as a version of their own; the version."""
+        self.synchronize()
         version = self._session.upload_values(self._parameters.values(self._session.member().layout))
         self._parameters.note(self._session.member().timeline, version)
         return version
@@ -256,6 +314,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         """
         for pre in self._optimizer_state_dict_pre_hooks.values():
             pre(self)
+        self.synchronize()
         pulled = self._session.pull_state()
         groups = self._groups()
         pending = self._hyperparameters.pending(groups, self.last_receipt)
@@ -277,6 +336,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         for pre in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = pre(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
+        self.synchronize()
         if not (self._last_state_dict is not None and remote_state.equal(self._last_state_dict, state_dict)):
             self._load(state_dict, force)
         for post in self._optimizer_load_state_dict_post_hooks.values():
@@ -307,6 +367,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         if not hasattr(self, "_session"):
             super().add_param_group(param_group)  # torch's constructor adds the groups that are attached
             return
+        self.synchronize()
         rule = param_group.pop("rule", self._rules[0] if self._single else None)
         if rule not in self._rules:
             rules = ", ".join(dict.fromkeys(self._rules))

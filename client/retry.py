@@ -59,19 +59,20 @@ class Retry:
 
     def run(self, attempt: Callable[[], T]) -> T:
         """The first answer. NoAnswer when the time is up; other errors of the catalogue go through at once."""
-        until_s = time.monotonic() + self.for_s
+        begun_s = time.monotonic()
         wait_s = FIRST_WAIT_S
         while True:
             try:
                 return answered(attempt)
             except (PushPending, NotHeld) as error:
-                if time.monotonic() > until_s:
+                if time.monotonic() > begun_s + self.for_s:
                     raise NoAnswer(address=self.address, seconds=self.for_s, problem=error) from error
             except (Unavailable, TransportFailure) as error:
                 asked_s = error.retry_after_s if isinstance(error, PushstepError) else None
                 # jitter, so that workers cut off together do not come back together
                 pause_s = max(asked_s or 0.0, wait_s * random.uniform(0.5, 1.0))
-                if time.monotonic() + pause_s > until_s:
+                # asked for anew each time: closing the session shortens it
+                if time.monotonic() + pause_s > begun_s + self.for_s:
                     if isinstance(error, PushstepError):
                         raise
                     raise NoAnswer(address=self.address, seconds=self.for_s, problem=error) from error

@@ -105,6 +105,7 @@ class Session(Participant):
         policy: Policy | None = None,
         *,
         overlap: bool = False,
+        prefetch: bool = False,
     ) -> RemoteOptimizer:
         """An optimizer whose steps the server takes, in place of torch's or pushstep.optim's Adadelta or Adagrad.
 
@@ -113,12 +114,15 @@ class Session(Participant):
         optimizer's own. A list of optimizers makes one model. `policy`: of the model, if this creates it; see `create`.
 
         `overlap`: gradients leave while backward still runs; `step()` sends them again if they were changed since.
+        `prefetch`: `step()` does not wait for its answer, the next `step()` takes it; so each gradient is computed
+        on the parameters of one step earlier, as `staleness` in its receipt says. It always sends frames. With shared
+        memory there is nothing for `overlap` to send.
         """
         self._check_usable()
         optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
         single = isinstance(optimizer, torch.optim.Optimizer)
         self._attached = RemoteOptimizer(
-            self, optimizers, module, names, policy, single=single, overlap=overlap
+            self, optimizers, module, names, policy, single=single, overlap=overlap, prefetch=prefetch
         )
         return self._attached
 
@@ -152,18 +156,16 @@ class Session(Participant):
 
         `samples`: how many the gradients are over, which is their weight in a round; 0 counts as 1.
         """
-        grads_by_slot = self._named(grads)
-        receipt, _ = self.step(grads_by_slot, self._mirror.at, metrics=metrics, samples=samples, pull=False)
+        commit = self.commit(metrics, samples=samples)
+        receipt, _ = self.step(self._named(grads), self._mirror.at, commit, pull=False)
         return receipt
 
     def exchange(
         self, grads: Mapping[str, Any], metrics: Mapping[str, float] | None = None, samples: float = 0
     ) -> tuple[Receipt, dict[str, Array]]:
         """Push and pull in one round trip: the receipt, and every parameter at its version or a newer one."""
-        grads_by_slot = self._named(grads)
-        receipt, pulled = self.step(
-            grads_by_slot, self._mirror.at, metrics=metrics, samples=samples, pull=True
-        )
+        commit = self.commit(metrics, samples=samples)
+        receipt, pulled = self.step(self._named(grads), self._mirror.at, commit, pull=True)
         if pulled is None:
             return receipt, self.pull()
         self._mirror.take(pulled)

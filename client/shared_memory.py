@@ -177,6 +177,11 @@ class SharedMemory:
             log.debug("no region now: %s", error)  # the push will say so
         return self.region
 
+    def decline(self) -> None:
+        """Have everything sent as frames: a slot and the answer's place are for one call at a time, waited for."""
+        self._wanted = False
+        self.drop()
+
     def place(
         self, member: Member, header: pb.PushHeader, body: Body, gradients: Mapping[Slot, Tensor | Rows]
     ) -> None:

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import copy
+import signal
+import threading
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from harness import RunningServer
+from counting import create, grads
+from harness import RunningServer, running_server, start_server, wait_until
+from operators import restore, show_model, take_snapshot
+from proxy import Proxy
 from torch import Tensor, nn
 from twin import Network, Twins, adadelta, adagrad
 
-from pushstep.client import Outcome, RemoteOptimizer, overlap
+from pushstep.client import Outcome, RemoteOptimizer, connect, overlap
+from pushstep.client.early_push import EarlyPush
+from pushstep.optim import Adagrad
+from pushstep.proto.errors import OverBudget, SessionClosed
 
 RULES = pytest.mark.parametrize("make", [adadelta, adagrad])
 
@@ -48,7 +59,7 @@ def deep_loss(model: nn.Module, seed: int, scale: float = 1.0) -> Tensor:
 
 
 def twins_of(server: RunningServer, name: str, model: nn.Module, make: Any, **options: Any) -> Twins:
-    return Twins(server.connect(name, **options), model, make, overlap=True)
+    return Twins(server.connect(name, shared_memory=False, **options), model, make, overlap=True)
 
 
 def both_sides(twins: Twins) -> list[tuple[nn.Module, list[torch.optim.Optimizer]]]:
@@ -288,3 +299,213 @@ def test_changes_now_and_then_do_not_turn_it_off(server: RunningServer, model_na
         step_all(twins)
     assert twins.remote.overlapped_steps >= 3
     twins.check_state()
+
+
+# --- what happens to the stream while backward still runs
+
+
+def half_way(model: nn.Module, seed: int, then: Callable[[], None]) -> Tensor:
+    """The loss, whose backward calls `then` when half of the layers have their gradients."""
+    hidden = torch.randn(3, 4, generator=torch.Generator().manual_seed(seed))
+    for number, layer in enumerate(model.layers):  # type: ignore[arg-type]
+        hidden = torch.tanh(layer(hidden))
+        if number == 1:
+
+            def call(_: Tensor) -> None:
+                then()
+
+            hidden.register_hook(call)
+    return hidden.square().mean()
+
+
+def early_of(remote: RemoteOptimizer) -> EarlyPush:
+    assert remote._overlap is not None
+    early = remote._overlap._early
+    assert early is not None, "the stream must be open by now"
+    return early
+
+
+def trained(twins: Twins, seed: int, then: Callable[[], None] = lambda: None) -> None:
+    """Gradients of batch `seed` on both sides; on the remote one `then` happens half way."""
+    for model, optimizers in both_sides(twins):
+        optimizers[0].zero_grad()
+        half_way(model, seed, then if model is twins.model else lambda: None).backward()
+
+
+def warmed(twins: Twins) -> Twins:
+    """Two steps, so that the next one's gradients leave early."""
+    for seed in range(2):
+        trained(twins, seed)
+        step_all(twins)
+    assert twins.remote.overlapped_steps == 1
+    return twins
+
+
+def test_a_stream_that_stalls_is_forgotten_and_sent_again(data: Path) -> None:
+    with running_server(data, "--stall-s", "0.3") as server:
+        twins = warmed(twins_of(server, "m", Deep(), adagrad))
+        trained(twins, 2, lambda: wait_until(early_of(twins.remote)._sealed.is_set))
+        step_all(twins)
+        assert twins.remote.overlapped_steps == 1
+        trained(twins, 3)
+        step_all(twins)
+        assert twins.remote.overlapped_steps == 2
+        twins.check_state()
+
+
+@pytest.mark.parametrize("direction", ["up", "down"])
+def test_a_cut_in_the_middle_of_an_early_stream(
+    server: RunningServer, model_name: str, direction: str
+) -> None:
+    with Proxy(server.grpc) as proxy:
+        twins = warmed(twins_of(server, model_name, Deep(), adagrad, address=proxy.address))
+
+        def cut() -> None:
+            early = early_of(twins.remote)
+            proxy.hold(direction)  # type: ignore[arg-type]
+            proxy.cut()
+            proxy.release()
+            wait_until(early._sealed.is_set)
+
+        for seed in range(2, 4):
+            trained(twins, seed, cut)
+            step_all(twins)
+        trained(twins, 4)
+        step_all(twins)
+        assert twins.remote.overlapped_steps == 2
+        twins.check_state()
+        twins.remote._session.close()
+
+
+def test_a_lost_reply_to_the_commit(server: RunningServer, model_name: str) -> None:
+    """The retry is plain, under the same identity and digest: it is answered with the first receipt."""
+    with Proxy(server.grpc) as proxy, ThreadPoolExecutor(1) as pool:
+        twins = warmed(twins_of(server, model_name, Deep(), adagrad, address=proxy.address))
+        trained(twins, 2)
+        let_it_leave(twins.remote)
+        proxy.hold("down")
+        stepping = pool.submit(twins.remote.step)
+        wait_until(lambda: show_model(server, model_name)["version"] == 3)
+        proxy.cut()
+        proxy.release()
+        stepping.result(30)
+        twins.local[0].step()
+        twins.check_state()
+        receipt = twins.remote.last_receipt
+        assert receipt is not None
+        assert (receipt.outcome, receipt.version, receipt.duplicates) == (Outcome.APPLIED, 3, 1)
+        assert twins.remote.overlapped_steps == 2
+        twins.remote._session.close()
+
+
+@pytest.mark.parametrize("how", ["restore", "kill"])
+def test_a_timeline_that_ends_in_the_middle_of_an_early_stream(data: Path, how: str) -> None:
+    server = start_server(data)
+    twins = warmed(
+        Twins(
+            connect(server.grpc, model="m", worker="w0", retry_for_s=30.0, shared_memory=False),
+            Deep(),
+            adagrad,
+            overlap=True,
+        )
+    )
+    snapshot = take_snapshot(server, "m")["id"]
+    kept = copy.deepcopy((twins.local_model.state_dict(), twins.local[0].state_dict()))
+    trained(twins, 2)
+    step_all(twins)
+
+    def end() -> None:
+        nonlocal server
+        early = early_of(twins.remote)
+        if how == "restore":
+            restore(server, "m", snapshot)
+        else:
+            server.stop(signal.SIGKILL)
+            server = start_server(data, "--grpc", server.grpc)
+            wait_until(early._sealed.is_set)
+
+    trained(twins, 3, end)
+    with pytest.warns(RuntimeWarning, match="restored to version 2"):
+        twins.remote.step()
+    assert twins.remote.last_receipt is not None
+    assert twins.remote.last_receipt.outcome is Outcome.SUPERSEDED
+    twins.local_model.load_state_dict(kept[0])
+    twins.local[0].load_state_dict(kept[1])
+    twins.check()
+    for seed in range(4, 7):
+        trained(twins, seed)
+        step_all(twins)
+    assert twins.remote.overlapped_steps >= 3
+    twins.check_state()
+    twins.remote._session.close()
+    assert server.stop() == 0
+
+
+@pytest.mark.parametrize("how", ["close", "raise"])
+def test_what_was_set_aside_for_an_early_stream_is_given_back(data: Path, how: str) -> None:
+    """Closed or broken off in the middle of backward: the others go on, and no thread stays."""
+    elements = sum(parameter.numel() for parameter in Deep().parameters())
+    budget = 6 * elements  # one push and a half
+    with running_server(data, "--staging-bytes", str(budget), "--stall-s", "60") as server:
+        other = server.connect("other", retry_for_s=0.5)
+        create(other, elements)
+        threads = set(threading.enumerate())
+        twins = warmed(twins_of(server, "m", Deep(), adagrad))
+        session = twins.remote._session
+
+        def refused() -> bool:
+            try:
+                other.push(grads(0, elements))
+            except OverBudget:
+                return True
+            return False
+
+        def end() -> None:
+            early_of(twins.remote)
+            wait_until(refused)
+            if how == "raise":
+                raise FloatingPointError("half way")
+            session.close()
+
+        if how == "close":
+            trained(twins, 2, end)
+            with pytest.raises(SessionClosed):
+                twins.remote.step()
+        else:
+            with pytest.raises(FloatingPointError):
+                trained(twins, 2, end)
+            twins.remote.zero_grad()
+        wait_until(lambda: not refused())
+        if how == "raise":
+            trained(twins, 3)
+            step_all(twins)
+            twins.check_state()
+            session.close()
+        wait_until(lambda: set(threading.enumerate()) <= threads)
+
+
+def test_several_workers(server: RunningServer, model_name: str) -> None:
+    """Each push counts once: gradients of ones, whose squares Adagrad adds up."""
+    rounds, workers = 12, 3
+
+    def work(number: int) -> list[int]:
+        weights = nn.ParameterList(nn.Parameter(torch.zeros(8)) for _ in range(4))
+        session = server.connect(model_name, f"w{number}", shared_memory=False)
+        remote = session.attach(Adagrad(weights.parameters(), lr=0.5), module=weights, overlap=True)
+        versions = []
+        for _ in range(rounds):
+            remote.zero_grad()
+            torch.stack([weight.sum() for weight in weights]).sum().backward()
+            remote.step()
+            assert remote.last_receipt is not None
+            versions.append(remote.last_receipt.version)
+        assert remote.overlapped_steps == rounds - 1
+        return versions
+
+    with ThreadPoolExecutor(workers) as pool:
+        versions = [v for found in pool.map(work, range(workers)) for v in found]
+    assert sorted(versions) == list(range(1, rounds * workers + 1))
+    pulled = server.connect(model_name, "reader").pull_state()
+    for _, state, values in pulled.dense():
+        if state == "sum":
+            assert bool((values == rounds * workers).all())
