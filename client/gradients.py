@@ -12,10 +12,11 @@ from torch import Tensor
 from pushstep.optim.rows import coalesce
 from pushstep.proto import dtypes
 from pushstep.proto.errors import NotAttached, RowOutOfRange, WrongDtype, WrongShape
-from pushstep.proto.frames import Piece
+from pushstep.proto.frames import Piece, Source
 from pushstep.proto.layout import Layout, Slot
 from pushstep.proto.types_pb2 import Segment
 
+from .compression import Compression
 from .transport import Body
 
 Rows = tuple[Tensor, Tensor]
@@ -65,32 +66,36 @@ def _check_floating(tensor: Tensor, slot: Slot) -> None:
         )
 
 
-def push_body(layout: Layout, gradients: Mapping[Slot, Tensor | Rows], wire: torch.dtype | None) -> Body:
+def push_body(layout: Layout, gradients: Mapping[Slot, Tensor | Rows], compression: Compression) -> Body:
     """The body of a push: one segment per run of neighbouring dense gradients, then one per row-sparse one."""
     if not gradients:
         raise NotAttached(problem="a push needs at least one gradient")
     segments: list[Segment] = []
-    pieces: list[list[Piece]] = []
-    dense = [slot for slot, gradient in gradients.items() if isinstance(gradient, Tensor)]
-    for segment, slots in layout.dense_segments(dense, wire):
-        dtype = dtypes.to_torch(segment.dtype, "segment")
+    pieces: list[list[Source]] = []
+    dense = {slot: gradient for slot, gradient in gradients.items() if isinstance(gradient, Tensor)}
+    for segment, slots in layout.dense_segments(dense, compression.wire):
         segments.append(segment)
-        pieces.append([Piece(gradient, dtype) for s in slots if isinstance(gradient := gradients[s], Tensor)])
+        if compression.may_select(slots):
+            indices, values = compression.select(slots, dense)
+            segment.elements = indices.numel()
+            # int32 has the bits of the uint32 that is sent
+            pieces.append([Piece(indices, torch.int32), Piece(values, values.dtype)])
+        else:
+            pieces.append([compression.dense(slot, dense[slot]) for slot in slots])
     for slot, gradient in gradients.items():
         if isinstance(gradient, tuple):
             # merged here in order of appearance, so that duplicates do not cost bytes
             ids, rows = coalesce(gradient[0].cpu(), gradient[1].cpu())
-            dtype = wire or slot.dtype
             segments.append(
                 Segment(
                     arena=slot.arena,
                     start=slot.start,
                     stop=slot.stop,
-                    dtype=dtypes.to_wire(dtype, "segment"),
+                    dtype=dtypes.to_push(compression.dtype_of(slot), "segment"),
                     rows=ids.numel(),
                 )
             )
-            pieces.append([Piece(ids, torch.int64), Piece(rows, dtype)])
+            pieces.append([Piece(ids, torch.int64), compression.rows(slot, ids, rows)])
     return Body(segments, pieces)
 
 

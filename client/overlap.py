@@ -222,7 +222,7 @@ class Overlap:
         slots = {p: self._parameters.slot_of(p, layout) for p in self._fired}
         sendable = all(p.grad is not None and _sendable(p.grad) for p in slots)
         full = {slot for slot in gradients if slot.start < slot.stop}
-        plan = Plan(self._fired, slots, layout, self._session.push_wire)
+        plan = Plan(self._fired, slots, layout, self._session.compression.wire)
         # with less than two buckets nothing would leave before backward ends
         return plan if sendable and full == set(slots.values()) and len(plan.buckets) > 1 else None
 
@@ -245,6 +245,10 @@ def digest_of(body: Body) -> int:
     digest = BodyDigest(body.segments)
     for pieces in body.pieces:
         for piece in pieces:
+            if not isinstance(piece, Piece):
+                raise TypeError(
+                    f"{type(piece).__name__} is made once, and cannot be digested before it is sent"
+                )
             flat = piece.source.detach().reshape(-1)
             for start in range(0, flat.numel(), _DIGEST_ELEMENTS):
                 part = flat[start : start + _DIGEST_ELEMENTS].to(piece.dtype)

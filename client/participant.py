@@ -36,6 +36,7 @@ from pushstep.proto.layout import Layout, Slot, with_group
 from pushstep.proto.types_pb2 import Identity, Manifest, Segment
 
 from . import caller, uploads
+from .compression import Compression, Wire, push_and_pull
 from .early_push import EarlyPush
 from .gradients import Rows, push_body
 from .heartbeat import Heartbeat
@@ -49,7 +50,6 @@ from .sending import Sending
 from .shared_memory import SharedMemory
 from .transport import Body, Pulled, Transport
 
-Wire = torch.dtype | tuple[torch.dtype | None, torch.dtype | None] | None
 Step = tuple[Receipt, Pulled | None]
 
 
@@ -62,6 +62,7 @@ class Participant:
         model: str,
         worker: str,
         wire: Wire,
+        top_k: float | None,
         retry_for_s: float,
         takeover: bool,
         on_reject: str,
@@ -71,14 +72,18 @@ class Participant:
     ) -> None:
         self.model = model
         self.worker = worker
-        self.push_wire, self.pull_wire = wire if isinstance(wire, tuple) else (wire, wire)
-        for dtype in (self.push_wire, self.pull_wire):
-            if dtype is not None:
-                dtypes.to_wire(dtype, "wire")
+        push_wire, self.pull_wire = push_and_pull(wire)
+        self.compression = Compression(push_wire, top_k)
         self.last_receipt: Receipt | None = None
         self._transport = transport
         self._retry = Retry(transport.address, retry_for_s)
-        self.memory = SharedMemory(transport, model, (self.push_wire, self.pull_wire), wanted=shared_memory)
+        self.memory = SharedMemory(
+            transport,
+            model,
+            (push_wire, self.pull_wire),
+            # what is pushed smaller is sent: there is no place for it in a region
+            wanted=shared_memory and not self.compression.owes,
+        )
         self._takeover = takeover
         self._on_reject = on_reject
         self._on_restore = on_restore
@@ -137,9 +142,11 @@ class Participant:
         if self._in_doubt is not None:
             # nobody answered the last push: a new epoch makes sure that it is not applied from here on, and brings
             # its receipt if it had been
-            doubted, self._in_doubt = self._in_doubt, None
+            doubted = self._in_doubt
             member = self.rejoin()
+            self._in_doubt = None
             settled = member.receipt_of(doubted)
+            self.compression.settle(applied=settled is not None and settled.outcome is Outcome.APPLIED)
             if settled is None and member.epoch <= doubted.epoch:
                 # epochs only grow: the server has forgotten this worker, and its receipts with it
                 raise FateUnknown(sequence=doubted.sequence, worker=self.worker)
@@ -247,10 +254,11 @@ class Participant:
             if early is not None and not early.is_as(header):
                 early.withdraw()
                 early = None
+            self.compression.begin()
             if skip:
                 body = Body((), ())
             else:
-                body = push_body(member.layout, gradients, self.push_wire) if early is None else early.body
+                body = push_body(member.layout, gradients, self.compression) if early is None else early.body
             header.segments.extend(body.segments)
             if early is None:
                 self.memory.place(member, header, body, gradients)
@@ -331,6 +339,7 @@ class Participant:
         return self._transport.exchange(header, body, commit, layout)
 
     def _note(self, receipt: Receipt) -> Receipt:
+        self.compression.settle(applied=receipt.outcome is Outcome.APPLIED)
         self.last_receipt = receipt
         return receipt
 

@@ -17,14 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from pushstep.proto import training_pb2 as pb
-from pushstep.proto.errors import NotAttached, PushstepError, RowOutOfRange, WrongDtype
+from pushstep.proto.errors import InvalidSettings, NotAttached, PushstepError, RowOutOfRange, WrongDtype
 from pushstep.proto.layout import Layout, Slot
 
 from . import caller
+from .compression import Wire
 from .gradients import Rows, as_array, as_gradient
 from .manifest import of_arrays
 from .mirror import Array
-from .participant import Participant, Wire, wire_enum
+from .participant import Participant, wire_enum
 from .policy import Policy
 from .receipt import Receipt
 from .remote_optimizer import RemoteOptimizer
@@ -38,6 +39,7 @@ def connect(
     model: str,
     worker: str | None = None,
     wire: Wire = None,
+    top_k: float | None = None,
     timeout_s: float = 30.0,
     retry_for_s: float = 300.0,
     shared_memory: bool = True,
@@ -47,7 +49,9 @@ def connect(
 ) -> Session:
     """A session with the server at "HOST:PORT" or "unix:/path".
 
-    `wire`: the dtype of what travels (None: each parameter's own), or a pair (pushes, pulls). `timeout_s` bounds
+    `wire`: the dtype of what travels (None: each parameter's own), or its name, or a pair (pushes, pulls); "int8" is for
+    pushes, pulls are then bfloat16. `top_k`: the fraction of each dense gradient's elements to push, the largest ones;
+    what a push leaves out, in int8 or by top_k, is added to the next gradient. `timeout_s` bounds
     each attempt, and how long to wait for a server to answer at all; `retry_for_s` bounds a whole step.
     Gradients and parameters of a server on this host go through shared memory, unless `shared_memory` is False.
     `on_reject="skip"` warns where a rejected push would raise. Raises ServerUnavailable when no server answers.
@@ -61,7 +65,16 @@ def connect(
     name = worker if worker is not None else f"{socket.gethostname()}-{os.getpid()}"
     sharing = shared_memory and bool(found.memory_path) and is_same_host(address)
     return Session(
-        transport, model, name, wire, retry_for_s, takeover, on_reject, on_restore, shared_memory=sharing
+        transport,
+        model,
+        name,
+        wire,
+        top_k,
+        retry_for_s,
+        takeover,
+        on_reject,
+        on_restore,
+        shared_memory=sharing,
     )
 
 
@@ -74,6 +87,7 @@ class Session(Participant):
         model: str,
         worker: str,
         wire: Wire,
+        top_k: float | None,
         retry_for_s: float,
         takeover: bool,
         on_reject: str,
@@ -86,6 +100,7 @@ class Session(Participant):
             model,
             worker,
             wire,
+            top_k,
             retry_for_s,
             takeover,
             on_reject,
@@ -119,6 +134,9 @@ class Session(Participant):
         memory there is nothing for `overlap` to send.
         """
         self._check_usable()
+        if overlap and self.compression.owes:
+            # what is owed is settled push by push; an early one may yet be withdrawn
+            raise InvalidSettings(problem="overlap=True goes with exact wires, not with int8 or top_k")
         optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
         single = isinstance(optimizer, torch.optim.Optimizer)
         self._attached = RemoteOptimizer(

@@ -25,6 +25,7 @@ from torch import Tensor
 from pushstep.proto import dtypes
 from pushstep.proto import training_pb2 as pb
 from pushstep.proto.errors import NoSharedMemory, PushstepError
+from pushstep.proto.frames import Piece
 from pushstep.proto.layout import Layout, Slot
 from pushstep.proto.region import Places, SharedBody, mapped, write
 from pushstep.proto.status import from_rpc_error
@@ -121,7 +122,9 @@ class Region:
         for index in order:
             if all(self._may_write(index, slot, gradient) for slot, gradient in gradients.items()):
                 for segment, pieces in zip(body.segments, body.pieces, strict=True):
-                    write(self.gradients, self.slots[index], segment, pieces)
+                    # they all are: a session whose pushes are made smaller opens no region
+                    exact = [piece for piece in pieces if isinstance(piece, Piece)]
+                    write(self.gradients, self.slots[index], segment, exact)
                 self._fresh = True
                 return index
         return None

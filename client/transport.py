@@ -14,7 +14,7 @@ from torch import Tensor
 from pushstep.proto import dtypes
 from pushstep.proto import training_pb2 as pb
 from pushstep.proto.errors import MalformedFrame, ServerUnavailable
-from pushstep.proto.frames import TRANSPORT_LIMIT_BYTES, Assembly, BodyDigest, Piece, pack, unpack
+from pushstep.proto.frames import TRANSPORT_LIMIT_BYTES, Assembly, BodyDigest, Source, pack, unpack
 from pushstep.proto.layout import ID_BYTES, Layout, Slot, check_body
 from pushstep.proto.memory import BufferPool, keep_freed_blocks
 from pushstep.proto.region import SharedBody
@@ -48,7 +48,7 @@ class Body:
     """What an upload or push carries: segments, and for each its pieces."""
 
     segments: Sequence[Segment]
-    pieces: Sequence[Sequence[Piece]]
+    pieces: Sequence[Sequence[Source]]
 
     def single(self, messages: _Messages) -> bytes | None:
         """All messages of a small body as one; None when it is not small.
@@ -173,7 +173,7 @@ class Transport:
         self,
         header: pb.PushHeader,
         segments: Sequence[Segment],
-        pieces: Iterable[Sequence[Piece]],
+        pieces: Iterable[Sequence[Source]],
         commit: Callable[[int], pb.PushCommit | None],
         layout: Layout,
     ) -> Exchange:
@@ -253,7 +253,7 @@ class _Messages:
         self,
         first: pb.PushRequest | pb.UploadRequest,
         segments: Sequence[Segment],
-        pieces: Iterable[Sequence[Piece]],
+        pieces: Iterable[Sequence[Source]],
         commit: Callable[[int], pb.PushCommit | None] | None,
     ) -> None:
         self._first = first

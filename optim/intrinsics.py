@@ -21,6 +21,9 @@ FLOAT32: Final = 0
 FLOAT64: Final = 1
 BFLOAT16: Final = 2
 FLOAT16: Final = 3
+# Of quantised blocks: a float32 that lies on any byte, and a whole number from -128 to 127.
+SCALE: Final = 4
+CODE: Final = 5
 
 # Slots: one per memory operand of a kernel.
 PARAM: Final = 0
@@ -35,10 +38,10 @@ SLOTS: Final = 6
 # int64, each worker in a cache line of its own.
 STRIDE: Final = 8
 
-_I16, _I32 = ir.IntType(16), ir.IntType(32)
+_I8, _I16, _I32 = ir.IntType(8), ir.IntType(16), ir.IntType(32)
 _F32, _F64 = ir.FloatType(), ir.DoubleType()
-_MEMORY: Final = {FLOAT32: _F32, FLOAT64: _F64, BFLOAT16: _I16, FLOAT16: _I16}
-_BYTES: Final = {FLOAT32: 4, FLOAT64: 8, BFLOAT16: 2, FLOAT16: 2}
+_MEMORY: Final = {FLOAT32: _F32, FLOAT64: _F64, BFLOAT16: _I16, FLOAT16: _I16, SCALE: _F32, CODE: _I8}
+_ALIGNED: Final = {FLOAT32: 4, FLOAT64: 8, BFLOAT16: 2, FLOAT16: 2, SCALE: 1, CODE: 1}
 
 
 def _word(value: int) -> Any:
@@ -104,6 +107,8 @@ def _widen(b: Any, raw: Any, kind: int, wide: bool) -> Any:
         raw = b.bitcast(b.shl(b.zext(raw, _I32), _word(16)), _F32)
     elif kind == FLOAT16:
         raw = _float16_to_float32(b, b.zext(raw, _I32))
+    elif kind == CODE:
+        raw = b.sitofp(raw, _F32)
     if wide and raw.type == _F32:
         return b.fpext(raw, _F64)
     if not wide and raw.type == _F64:
@@ -120,6 +125,8 @@ def _narrow(b: Any, value: Any, kind: int) -> Any:
         return _float32_to_bfloat16(b, value)
     if kind == FLOAT16:
         return _float32_to_float16(b, value)
+    if kind == CODE:
+        return b.trunc(b.fptosi(value, _I32), _I8)
     return value
 
 
@@ -127,7 +134,7 @@ def _load(_: Any, address: Any, index: Any, kind: Any, wide: Any, slot: Any) -> 
     k, w, s = kind.literal_value, bool(wide.literal_value), slot.literal_value
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        raw = builder.load(_pointer(builder, args[0], args[1], k), align=_BYTES[k])
+        raw = builder.load(_pointer(builder, args[0], args[1], k), align=_ALIGNED[k])
         _scope(builder.module, raw, s)
         return _widen(builder, raw, k, w)
 
@@ -140,7 +147,7 @@ def _store(_: Any, address: Any, index: Any, value: Any, kind: Any, slot: Any) -
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         narrow = _narrow(builder, args[2], k)
-        raw = builder.store(narrow, _pointer(builder, args[0], args[1], k), align=_BYTES[k])
+        raw = builder.store(narrow, _pointer(builder, args[0], args[1], k), align=_ALIGNED[k])
         _scope(builder.module, raw, s)
         return context.get_dummy_value()
 

@@ -1,4 +1,7 @@
-"""The element types that may cross the wire: the enum, torch's dtypes and their names, in one table."""
+"""The element types that may cross the wire: the enum, torch's dtypes and their names, in one table.
+
+int8 stands beside the table: it is no type of elements but of blocks of them, and gradients alone travel in it.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,40 @@ TORCH: Final[dict[int, torch.dtype]] = {
 }
 WIRE: Final[dict[torch.dtype, DType]] = {dtype: cast("DType", wire) for wire, dtype in TORCH.items()}
 NAMES: Final[dict[torch.dtype, str]] = {dtype: str(dtype).removeprefix("torch.") for dtype in WIRE}
+
+
+INT8_BLOCK: Final = 256
+"""Elements under one scale.
+
+It divides the norms' block of 4096. Of normal gradients a block of 128, 256, 1024, 4096 takes 1.031, 1.016, 1.004,
+1.001 bytes per element and errs by 0.65, 0.70, 0.79, 0.87 % (root mean square over the standard deviation).
+"""
+INT8_SCALE_BYTES: Final = 4
+
+
+def int8_bytes(elements: int) -> int:
+    """Bytes that a parameter or row of so many elements takes in int8."""
+    return elements + INT8_SCALE_BYTES * -(-elements // INT8_BLOCK)
+
+
+def of_push(wire: int, what: str) -> torch.dtype:
+    """The dtype in which a push's segment travels: `to_torch`, and int8."""
+    return torch.int8 if wire == DType.DTYPE_INT8 else to_torch(wire, what)
+
+
+def to_push(dtype: torch.dtype, what: str) -> DType:
+    """The enum value in which a push's segment travels: `to_wire`, and int8."""
+    return DType.DTYPE_INT8 if dtype == torch.int8 else to_wire(dtype, what)
+
+
+def named(value: torch.dtype | str | None, what: str) -> torch.dtype | None:
+    """A dtype from itself or from its name. WrongDtype for what cannot travel."""
+    allowed = {name: dtype for dtype, name in NAMES.items()} | {"int8": torch.int8}
+    if value is None or value in allowed.values():
+        return value if isinstance(value, torch.dtype) else None
+    if isinstance(value, str) and value in allowed:
+        return allowed[value]
+    raise WrongDtype(what=what, got=value, expected=", ".join(allowed))
 
 
 def to_torch(wire: int, what: str) -> torch.dtype:

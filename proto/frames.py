@@ -6,8 +6,15 @@ is a view of the message that gRPC handed over. Lengths are five-byte varints (l
 keeps the prefix constant and the payload on an 8-byte border. A message in any other legal form is parsed by
 protobuf.
 
-A body is the segments' payloads one after the other. Its digest is xxh3-64 over the segment table (per segment,
-little-endian: arena u32, rows-flag u32, start u64, stop u64, rows u64) and then the body.
+A body is the segments' payloads one after the other, as types.proto lays them out. Its digest is xxh3-64 over the
+segment table (per segment, little-endian: arena u32, form u32, start u64, stop u64, count u64) and then the body, as
+it is sent. The form is 0 for a dense segment, 1 for a row-sparse one, whose count is its rows, and 2 for an
+element-sparse one, whose count is its elements.
+
+What a wire dtype keeps of a float32: float32 and float64 everything, bfloat16 8 bits of precision and the whole range,
+float16 11 bits between 6e-8 and 65504 (infinite above), each rounded to nearest, halves to even. int8 keeps each
+element within half a scale, a scale being 1/127 of the largest magnitude among its block of 256 (see
+`optim/quantise_kernels.py` for the exact arithmetic); its sender adds what was lost to the next gradient.
 """
 
 from __future__ import annotations
@@ -57,6 +64,7 @@ class BulkMessage(Protocol):
 
 
 M = TypeVar("M", bound=BulkMessage)
+Writer = Callable[[Tensor, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +74,19 @@ class Chunk:
     segment: int
     offset: int
     payload: memoryview
+
+
+class Source(Protocol):
+    """A stretch of a segment that is to be sent. A chunk ends between its units of `unit_bytes`."""
+
+    @property
+    def nbytes(self) -> int: ...  # noqa: D102
+
+    @property
+    def unit_bytes(self) -> int: ...  # noqa: D102
+
+    def writer(self) -> Writer:
+        """A function that fills a uint8 tensor with the bytes from some byte on; asked for them in order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +101,21 @@ class Piece:
         """Bytes on the wire."""
         return self.source.numel() * self.dtype.itemsize
 
+    @property
+    def unit_bytes(self) -> int:
+        """A chunk ends between elements."""
+        return self.dtype.itemsize
+
+    def writer(self) -> Writer:
+        """Casts straight into what it fills."""
+        flat, dtype = self.source.detach().reshape(-1), self.dtype
+
+        def write(target: Tensor, start: int) -> None:
+            first, count = start // dtype.itemsize, target.numel() // dtype.itemsize
+            target.view(dtype).copy_(flat[first : first + count])
+
+        return write
+
 
 class BodyDigest:
     """xxh3-64 over a segment table and then the body, as it passes."""
@@ -87,7 +123,8 @@ class BodyDigest:
     def __init__(self, segments: Sequence[Segment]) -> None:
         self._hash = xxhash.xxh3_64()
         for s in segments:
-            self._hash.update(_TABLE_ROW.pack(s.arena, s.HasField("rows"), s.start, s.stop, s.rows))
+            form = 1 if s.HasField("rows") else 2 if s.HasField("elements") else 0
+            self._hash.update(_TABLE_ROW.pack(s.arena, form, s.start, s.stop, s.rows or s.elements))
 
     def update(self, payload: memoryview | bytes) -> None:
         """Take in the next bytes of the body."""
@@ -100,7 +137,7 @@ class BodyDigest:
 
 
 def pack(
-    bodies: Iterable[Sequence[Piece]], digest: BodyDigest | None = None, first: int = 0
+    bodies: Iterable[Sequence[Source]], digest: BodyDigest | None = None, first: int = 0
 ) -> Iterator[bytes]:
     """The frames of a body, one list of pieces per segment, numbered from `first`.
 
@@ -110,34 +147,45 @@ def pack(
         yield from _pack_segment(segment, pieces, digest)
 
 
-def _pack_segment(segment: int, pieces: Sequence[Piece], digest: BodyDigest | None) -> Iterator[bytes]:
-    left = sum(piece.nbytes for piece in pieces)
-    sources = iter((piece.source.detach().reshape(-1), piece.dtype) for piece in pieces)
+def _pack_segment(segment: int, pieces: Sequence[Source], digest: BodyDigest | None) -> Iterator[bytes]:
     offset = 0
-    flat, dtype, done = torch.empty(0), torch.float32, 0
-    while left:
-        size = min(left, CHUNK_BYTES)
+    for parts in _chunks(pieces):
+        size = sum(count for _, _, count in parts)
         frame = io.BytesIO()
         frame.write(_prefix(segment, offset, size))
         frame.seek(_PREFIX.size + size - 1)
         frame.write(b"\0")
         with frame.getbuffer() as view:
-            at = 0
-            while at < size:
-                while done == flat.numel():
-                    (flat, dtype), done = next(sources), 0
-                count = min(flat.numel() - done, (size - at) // dtype.itemsize)
-                target = torch.frombuffer(view, dtype=dtype, count=count, offset=_PREFIX.size + at)
-                target.copy_(flat[done : done + count])
+            at = _PREFIX.size
+            for write, start, count in parts:
+                target = torch.frombuffer(view, dtype=torch.uint8, count=count, offset=at)
+                write(target, start)
                 del target
-                done += count
-                at += count * dtype.itemsize
+                at += count
             if digest is not None:
                 with view[_PREFIX.size :] as payload:
                     digest.update(payload)
         yield frame.getvalue()
         offset += size
-        left -= size
+
+
+def _chunks(pieces: Sequence[Source]) -> Iterator[list[tuple[Writer, int, int]]]:
+    """What goes into each chunk of a segment: (writer, from which byte, how many bytes)."""
+    parts: list[tuple[Writer, int, int]] = []
+    room = CHUNK_BYTES
+    for piece in pieces:
+        write, done = piece.writer(), 0
+        while done < piece.nbytes:
+            count = min(piece.nbytes - done, room // piece.unit_bytes * piece.unit_bytes)
+            if count:
+                parts.append((write, done, count))
+                done += count
+                room -= count
+            if done < piece.nbytes:
+                yield parts
+                parts, room = [], CHUNK_BYTES
+    if parts:
+        yield parts
 
 
 def _prefix(segment: int, offset: int, size: int) -> bytes:
@@ -234,8 +282,12 @@ class Assembly:
             raise WrongLength(what="the body", got=got, expected=sum(self._lengths))
 
     def part(self, segment: int, dtype: torch.dtype, start: int = 0, count: int | None = None) -> Tensor:
-        """Elements of a segment as a flat tensor over the buffer: `count` of `dtype` from byte `start` on."""
+        """Elements of a segment as a flat tensor: `count` of `dtype` from byte `start` on.
+
+        It lies over the buffer, or is a copy where the elements do not lie on a border for their dtype.
+        """
         base = self._starts[segment] + start
         room = self._lengths[segment] - start
         size = room if count is None else count * dtype.itemsize
-        return self.buffer[base : base + size].view(dtype)
+        found = self.buffer[base : base + size]
+        return (found if base % dtype.itemsize == 0 else found.clone()).view(dtype)

@@ -17,13 +17,17 @@ import torch
 import xxhash
 
 from . import dtypes
-from .errors import InvalidManifest, MalformedFrame, UnknownParameter, WrongLength
-from .types_pb2 import Arena, Manifest, Segment
+from .errors import InvalidManifest, MalformedFrame, UnknownParameter, WrongDtype, WrongLength
+from .types_pb2 import Arena, DType, Manifest, Segment
 
 ID_BYTES: Final = 8
+INDEX_BYTES: Final = 4
 MAX_PARAMETERS: Final = 1_000_000
 MAX_DIMENSIONS: Final = 16
 MAX_ELEMENTS: Final = 1 << 48
+# The most elements of a segment whose indices are uint32.
+MAX_INDEXED: Final = 1 << 32
+INT8_UNPACKED: Final = torch.float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,15 +116,45 @@ class Layout:
             )
         if segment.HasField("rows") and (len(covered) != 1 or not covered[0].shape):
             raise MalformedFrame(problem="a row-sparse segment must be exactly one parameter that has rows")
+        if segment.HasField("elements"):
+            self._check_elements(segment)
         return covered
+
+    def _check_elements(self, segment: Segment) -> None:
+        length = segment.stop - segment.start
+        if segment.HasField("rows"):
+            raise MalformedFrame(problem="a segment is row-sparse or element-sparse, not both")
+        if length > MAX_INDEXED or segment.elements > length:
+            raise MalformedFrame(
+                problem=f"an element-sparse segment of {length} elements cannot name {segment.elements} of them; "
+                f"it is at most {MAX_INDEXED} long"
+            )
+        dtypes.to_torch(segment.dtype, "values of an element-sparse segment")
 
     def segment_bytes(self, segment: Segment) -> int:
         """Payload bytes of a legal segment."""
-        size = dtypes.to_torch(segment.dtype, "segment").itemsize
+        dtype = dtypes.of_push(segment.dtype, "segment")
         slots = self.slots_of(segment)
+        quantised = dtype == torch.int8
+        if segment.HasField("elements"):
+            return int(segment.elements) * (INDEX_BYTES + dtype.itemsize)
         if segment.HasField("rows"):
-            return int(segment.rows) * (ID_BYTES + slots[0].row_elements * size)
-        return int(segment.stop - segment.start) * size
+            width = slots[0].row_elements
+            row_bytes = dtypes.int8_bytes(width) if quantised else width * dtype.itemsize
+            return int(segment.rows) * (ID_BYTES + row_bytes)
+        if quantised:
+            return sum(dtypes.int8_bytes(slot.stop - slot.start) for slot in slots)
+        return int(segment.stop - segment.start) * dtype.itemsize
+
+    def unpacked_bytes(self, segment: Segment) -> int:
+        """Bytes that a legal segment of a push takes in memory beside its payload, once it is unpacked."""
+        if segment.HasField("elements"):
+            return int(segment.stop - segment.start) * dtypes.to_torch(segment.dtype, "segment").itemsize
+        if segment.dtype != DType.DTYPE_INT8:
+            return 0
+        if segment.HasField("rows"):
+            return int(segment.rows) * self.slots_of(segment)[0].row_elements * INT8_UNPACKED.itemsize
+        return int(segment.stop - segment.start) * INT8_UNPACKED.itemsize
 
     def dense_segments(
         self, slots: Iterable[Slot], wire: torch.dtype | None = None, state: str = ""
@@ -143,7 +177,7 @@ class Layout:
                     arena=run[0].arena,
                     start=run[0].start,
                     stop=run[-1].stop,
-                    dtype=dtypes.to_wire(
+                    dtype=dtypes.to_push(
                         wire or (dtypes.state_dtype(run[0].dtype) if state else run[0].dtype), "segment"
                     ),
                     state=state,
@@ -154,19 +188,36 @@ class Layout:
         ]
 
 
-def check_body(layout: Layout, segments: Sequence[Segment], limit_bytes: int) -> list[int]:
-    """The byte length of each segment; refuses overlaps and bodies over `limit_bytes` before anything is read."""
+def check_body(
+    layout: Layout, segments: Sequence[Segment], limit_bytes: int, *, of_push: bool = False
+) -> list[int]:
+    """The byte length of each segment; refuses overlaps and bodies over `limit_bytes` before anything is read.
+
+    The limit is for what a push is unpacked to, too. int8 and element-sparse segments are pushes' alone.
+    """
     seen: set[tuple[str, int]] = set()
     lengths = []
     for segment in segments:
+        if not of_push:
+            _check_plain(segment)
         for slot in layout.slots_of(segment):
             if (segment.state, slot.index) in seen:
                 raise MalformedFrame(problem=f"parameter {slot.name!r} appears in two segments")
             seen.add((segment.state, slot.index))
         lengths.append(layout.segment_bytes(segment))
-    if sum(lengths) > limit_bytes:
-        raise WrongLength(what="the declared body", got=sum(lengths), expected=f"at most {limit_bytes}")
+    total = sum(lengths) + (sum(map(layout.unpacked_bytes, segments)) if of_push else 0)
+    if total > limit_bytes:
+        raise WrongLength(what="the declared body", got=total, expected=f"at most {limit_bytes}")
     return lengths
+
+
+def _check_plain(segment: Segment) -> None:
+    if segment.HasField("elements"):
+        raise MalformedFrame(problem="only a push may carry element-sparse segments")
+    if segment.dtype == DType.DTYPE_INT8:
+        raise WrongDtype(
+            what="segment", got="int8, which is for pushes", expected=", ".join(dtypes.NAMES.values())
+        )
 
 
 def with_group(layout: Layout, added: Manifest) -> Layout:

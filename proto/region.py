@@ -65,6 +65,8 @@ class Places:
     def span(self, segment: Segment) -> tuple[int, int]:
         """First byte and length of a legal segment's payload; MalformedFrame if it cannot lie in the slot."""
         length = self.layout.segment_bytes(segment)
+        if segment.HasField("elements"):
+            raise MalformedFrame(problem="a shared segment is dense or row-sparse, not element-sparse")
         if dtypes.to_torch(segment.dtype, "segment") != self.dtypes[segment.arena]:
             raise MalformedFrame(
                 problem="a shared segment is of another dtype than its region was opened for"

@@ -16,23 +16,22 @@ import torch
 from torch import Tensor
 
 from pushstep.optim.norms import square_sums
-from pushstep.optim.rows import coalesce
 from pushstep.proto import dtypes
 from pushstep.proto.errors import (
     MalformedFrame,
     ManifestChanged,
     NonfiniteGradient,
-    RowOutOfRange,
     SparseNotSupported,
 )
 from pushstep.proto.frames import Assembly
-from pushstep.proto.layout import ID_BYTES, Layout, check_body
+from pushstep.proto.layout import Layout, check_body
 from pushstep.proto.region import SharedBody
 from pushstep.proto.training_pb2 import PushCommit, PushHeader
-from pushstep.proto.types_pb2 import ParameterNorm, Segment, Staged
+from pushstep.proto.types_pb2 import ParameterNorm, Staged
 
 from .groups import ParamGroups
 from .staging import DensePart, RowsPart, StagedPush
+from .unpack import dense_part, rows_part
 
 MAX_WORKER_STATE_BYTES: Final = 64 << 10
 MAX_METRICS: Final = 64
@@ -55,7 +54,7 @@ def check_header(layout: Layout, header: PushHeader, model: str, limit_bytes: in
     if any(segment.state for segment in header.segments):
         raise MalformedFrame(problem="a push carries gradients, not optimizer state")
     _check_notes(header)
-    return check_body(layout, header.segments, limit_bytes)
+    return check_body(layout, header.segments, limit_bytes, of_push=True)
 
 
 def close_header(header: PushHeader, commit: PushCommit) -> None:
@@ -78,7 +77,7 @@ def _check_notes(header: PushHeader) -> None:
 
 
 def inspect(layout: Layout, header: PushHeader, body: Assembly | SharedBody) -> StagedPush:
-    """Read a complete body once. RowOutOfRange if it names a row that does not exist."""
+    """Read a complete body once. RowOutOfRange or MalformedFrame if it names what does not exist."""
     staged = Staged(
         identity=header.identity,
         base_version=header.base_version,
@@ -86,26 +85,30 @@ def inspect(layout: Layout, header: PushHeader, body: Assembly | SharedBody) -> 
         segments=header.segments,
     )
     parts: list[DensePart | RowsPart] = []
+    known: list[Sequence[float] | None] = []
     for index, segment in enumerate(header.segments):
-        if segment.HasField("rows"):
-            parts.append(_rows_part(layout, segment, body, index))
-        else:
-            gradient = body.part(index, dtypes.to_torch(segment.dtype, "segment"))
-            slots = tuple(layout.slots_of(segment))
-            parts.append(DensePart(segment.arena, segment.start, slots, gradient))
-    return measured(staged, parts)
+        unpack = rows_part if segment.HasField("rows") else dense_part
+        part, sums = unpack(segment, layout.slots_of(segment), body, index)
+        parts.append(part)
+        known.append(sums)
+    return measured(staged, parts, known)
 
 
-def measured(staged: Staged, parts: Sequence[DensePart | RowsPart]) -> StagedPush:
-    """Gradients with their norms, and whether they are finite in the dtype in which they are stepped."""
+def measured(
+    staged: Staged,
+    parts: Sequence[DensePart | RowsPart],
+    known: Sequence[Sequence[float] | None] | None = None,
+) -> StagedPush:
+    """Gradients with their norms (`known`: of some parts), and whether they are finite in the dtype that is stepped."""
     nonfinite = None
-    for part in parts:
+    for part, sums in zip(parts, known or [None] * len(parts), strict=True):
         if isinstance(part, RowsPart):
             slots, pieces = [part.slot], [part.rows]
         else:
             slots = list(part.slots)
             pieces = [part.gradient[slot.start - part.start : slot.stop - part.start] for slot in slots]
-        for slot, piece, norm in zip(slots, pieces, square_sums(pieces), strict=True):
+        norms = square_sums(pieces) if sums is None else sums
+        for slot, piece, norm in zip(slots, pieces, norms, strict=True):
             staged.norms.append(ParameterNorm(parameter=slot.index, square_sum=norm))
             stepped = dtypes.state_dtype(slot.dtype)
             narrowed = piece.dtype.itemsize > stepped.itemsize  # a finite float64 may be an infinite float32
@@ -113,20 +116,6 @@ def measured(staged: Staged, parts: Sequence[DensePart | RowsPart]) -> StagedPus
                 nonfinite = nonfinite or slot.name
     staged.finite = nonfinite is None
     return StagedPush(staged, parts, nonfinite)
-
-
-def _rows_part(layout: Layout, segment: Segment, body: Assembly | SharedBody, index: int) -> RowsPart:
-    slot = layout.slots_of(segment)[0]
-    count = int(segment.rows)
-    ids = body.part(index, torch.int64, 0, count)
-    rows = body.part(index, dtypes.to_torch(segment.dtype, "segment"), count * ID_BYTES)
-    if count:
-        lowest, highest = int(ids.min()), int(ids.max())
-        if lowest < 0 or highest >= slot.rows:
-            wrong = lowest if lowest < 0 else highest
-            raise RowOutOfRange(parameter=slot.name, row=wrong, rows=slot.rows)
-    ids, rows = coalesce(ids, rows.view(count, *slot.shape[1:]))
-    return RowsPart(slot, ids, rows)
 
 
 def _all_finite(values: Tensor) -> bool:

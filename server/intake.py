@@ -83,14 +83,15 @@ class Intake:
             self.fault(error)
             raise
         self._digest = BodyDigest(header.segments)
-        self._is_small = sum(lengths) <= INLINE_BYTES
+        needed = sum(lengths) + sum(map(self._layout.unpacked_bytes, header.segments))
+        self._is_small = needed <= INLINE_BYTES
         if self._region is not None:
             self._body: Assembly | SharedBody = self._region.body(header)
             self._region.hold()
             self._held = True
             return
-        self._budget.reserve(sum(lengths))
-        self._reserved = sum(lengths)
+        self._budget.reserve(needed)
+        self._reserved = needed
         try:
             self._body = Assembly(lengths, self._digest)
         except (MemoryError, RuntimeError) as error:  # torch's word for no memory

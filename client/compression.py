@@ -1,0 +1,187 @@
+"""Pushes that say less than their gradients do, and the memory of what they left out.
+
+In int8, or with only the largest elements sent, a push differs from its gradient. The difference (the residual, one
+float per element, kept here by parameter) is added to that parameter's next gradient, so what a push leaves out is
+delayed and not lost. A residual belongs to the pushes that were applied: what would become of it is kept aside until
+the receipt, and forgotten when the push was not applied. Until then a push's bytes are made once, so that every
+attempt sends the same.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from pushstep.optim.quantise import code_bytes, quantise
+from pushstep.proto import dtypes
+from pushstep.proto.dtypes import INT8_BLOCK
+from pushstep.proto.errors import InvalidSettings, WrongDtype
+from pushstep.proto.frames import Piece, Writer
+from pushstep.proto.layout import MAX_INDEXED, Slot
+
+Dtype = torch.dtype | str | None
+Wire = Dtype | tuple[Dtype, Dtype]
+
+
+def push_and_pull(wire: Wire) -> tuple[torch.dtype | None, torch.dtype | None]:
+    """The dtypes of pushes and pulls that `connect(wire=...)` asks for; None: each parameter's own.
+
+    int8 alone means int8 pushes and bfloat16 pulls. WrongDtype for what cannot travel, and for pulls in int8.
+    """
+    push, pull = wire if isinstance(wire, tuple) else (wire, wire)
+    pushed, pulled = dtypes.named(push, "wire"), dtypes.named(pull, "wire")
+    if pulled == torch.int8:
+        if isinstance(wire, tuple):
+            raise WrongDtype(
+                what="wire",
+                got="int8 for pulls",
+                expected=f"one of {', '.join(dtypes.NAMES.values())} for pulls",
+            )
+        pulled = torch.bfloat16
+    return pushed, pulled
+
+
+class Quantised:
+    """A gradient on its way in int8: codes are made as they are asked for, once."""
+
+    unit_bytes = 1
+
+    def __init__(self, gradient: Tensor, residual: Tensor, length: int) -> None:
+        """`gradient`: units of `length` elements; `residual`: as many float32."""
+        self._gradient = gradient.detach().cpu().contiguous()
+        self._residual = residual
+        self.rest = torch.empty_like(residual)
+        self._length = length
+        units = gradient.numel() // length if length else 0
+        self.nbytes = units * code_bytes(length, INT8_BLOCK)
+        self._blocks = units * -(-length // INT8_BLOCK)
+        self._made = 0
+        self._codes = torch.empty(self.nbytes, dtype=torch.uint8)
+        # an attempt that timed out may still be making codes in gRPC's thread when the next one begins
+        self._lock = threading.Lock()
+
+    def writer(self) -> Writer:
+        """Makes the blocks that lie before the last byte asked for, then copies."""
+        return self._write
+
+    def _write(self, target: Tensor, start: int) -> None:
+        stop = start + target.numel()
+        with self._lock:
+            self._make(self._blocks if stop == self.nbytes else self._block_after(stop))
+        target.copy_(self._codes[start:stop])
+
+    def _block_after(self, byte: int) -> int:
+        unit, within = divmod(byte, code_bytes(self._length, INT8_BLOCK))
+        block_bytes = code_bytes(INT8_BLOCK, INT8_BLOCK)
+        return unit * -(-self._length // INT8_BLOCK) + -(-within // block_bytes)
+
+    def _make(self, end: int) -> None:
+        if end > self._made:
+            quantise(
+                self._gradient,
+                self._residual,
+                self.rest,
+                self._codes,
+                length=self._length,
+                block=INT8_BLOCK,
+                begin=self._made,
+                end=end,
+            )
+            self._made = end
+
+
+class Compression:
+    """How one session's pushes are made smaller, and the residuals of its parameters by name."""
+
+    def __init__(self, wire: torch.dtype | None, top_k: float | None) -> None:
+        """`top_k`: the fraction of each dense gradient's elements to send; None: all."""
+        if top_k is not None and not 0 < top_k <= 1:
+            raise InvalidSettings(
+                problem=f"top_k={top_k}: the fraction of elements to send lies above 0, up to 1"
+            )
+        if top_k is not None and wire == torch.int8:
+            raise WrongDtype(what="wire with top_k", got="int8", expected=", ".join(dtypes.NAMES.values()))
+        self.wire = wire
+        self.top_k = top_k
+        self.residuals: dict[str, Tensor] = {}
+        self._pending: list[tuple[Slot, Tensor | None, Quantised | Tensor]] = []
+
+    @property
+    def owes(self) -> bool:
+        """Whether pushes leave out anything that later ones bring."""
+        return self.wire == torch.int8 or self.top_k is not None
+
+    def begin(self) -> None:
+        """Forget what an earlier push would have left: another is made."""
+        self._pending.clear()
+
+    def settle(self, *, applied: bool) -> None:
+        """The last push's receipt is here."""
+        for slot, ids, rest in self._pending if applied else ():
+            values = rest.rest if isinstance(rest, Quantised) else rest
+            if ids is None:
+                self.residuals[slot.name] = values
+            else:
+                # calloc's zeros: of a large table only the rows that were ever touched take memory
+                table = self.residuals.setdefault(slot.name, torch.zeros(slot.rows, slot.row_elements))
+                table[ids] = values.view(ids.numel(), slot.row_elements)
+        self._pending.clear()
+
+    def dtype_of(self, slot: Slot) -> torch.dtype:
+        """What a gradient of this parameter travels in."""
+        return self.wire or slot.dtype
+
+    def dense(self, slot: Slot, gradient: Tensor) -> Piece | Quantised:
+        """A dense gradient on its way."""
+        if self.wire != torch.int8:
+            return Piece(gradient, self.dtype_of(slot))
+        residual = self.residuals.get(slot.name)
+        if residual is None:
+            residual = torch.zeros(slot.stop - slot.start)
+        piece = Quantised(gradient, residual.view(-1), slot.stop - slot.start)
+        self._pending.append((slot, None, piece))
+        return piece
+
+    def rows(self, slot: Slot, ids: Tensor, rows: Tensor) -> Piece | Quantised:
+        """The rows of a row-sparse gradient on their way; ids are unique."""
+        if self.wire != torch.int8:
+            return Piece(rows, self.dtype_of(slot))
+        table = self.residuals.get(slot.name)
+        residual = torch.zeros(rows.numel()) if table is None else table.view(slot.rows, -1)[ids].view(-1)
+        piece = Quantised(rows, residual, slot.row_elements)
+        self._pending.append((slot, ids, piece))
+        return piece
+
+    def may_select(self, slots: Sequence[Slot]) -> bool:
+        """Whether the largest elements of these neighbours are sent, and no others."""
+        return self.top_k is not None and slots[-1].stop - slots[0].start <= MAX_INDEXED
+
+    def select(self, slots: Sequence[Slot], gradients: Mapping[Slot, Tensor]) -> tuple[Tensor, Tensor]:
+        """The largest elements of each gradient with its residual: (indices from the first slot on, values)."""
+        indices, values = [], []
+        for slot in slots:
+            found, kept = self._largest(slot, gradients[slot])
+            indices.append(found + (slot.start - slots[0].start))
+            values.append(kept)
+        return torch.cat(indices), torch.cat(values)
+
+    def _largest(self, slot: Slot, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        held = dtypes.state_dtype(slot.dtype)
+        whole = gradient.detach().cpu().reshape(-1).to(held, copy=True)
+        residual = self.residuals.get(slot.name)
+        if residual is not None:
+            whole += residual.view(-1)
+        count = max(1, round((self.top_k or 1.0) * whole.numel()))
+        indices = torch.topk(whole.abs(), count, sorted=False).indices.sort().values
+        values = whole[indices].to(self.dtype_of(slot))
+        rest = whole
+        rest[indices] -= values.to(held)
+        broken = ~torch.isfinite(rest)
+        if broken.any():
+            # the server is told and decides; what was owed before is owed still
+            rest[broken] = 0.0 if residual is None else residual.view(-1)[broken]
+        self._pending.append((slot, None, rest))
+        return indices, values

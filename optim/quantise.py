@@ -1,0 +1,100 @@
+"""Gradients as int8 codes under a scale per block, for a wire that is narrower than memory.
+
+The arithmetic is `quantise_kernels`'s. What a code loses is returned as the rest, for the caller to add to its next
+gradient (error feedback): the sum of all values that were sent then differs from the sum of all gradients by the last
+rest alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from itertools import pairwise
+from typing import Any, Final
+
+import numpy as np
+from torch import Tensor
+
+from .kernel_cache import compiled
+from .norm_kernels import BLOCK_ELEMENTS
+from .pool import over_slices
+from .quantise_kernels import DEQUANTISE_SIGNATURE, QUANTISE_SIGNATURE, SCALE_BYTES
+from .quantise_kernels import dequantise as dequantise_kernel
+from .quantise_kernels import quantise as quantise_kernel
+from .table import KIND
+
+Array = np.ndarray[Any, Any]
+
+SLICE_ELEMENTS: Final = 1 << 16
+INLINE_ELEMENTS: Final = 1 << 16
+
+
+def code_bytes(length: int, block: int) -> int:
+    """Bytes that a unit of `length` elements takes."""
+    return length + SCALE_BYTES * -(-length // block)
+
+
+def quantise(
+    source: Tensor,
+    residual: Tensor,
+    rest: Tensor,
+    codes: Tensor,
+    *,
+    length: int,
+    block: int,
+    begin: int = 0,
+    end: int | None = None,
+    threads: int | None = None,
+) -> None:
+    """Write the codes of `source + residual` and what they lose, blocks [begin, end) of all units.
+
+    source: contiguous floats, whole units of `length`; residual and rest: float32 of as many elements; codes: uint8.
+    """
+    per_unit = -(-length // block)
+    blocks = per_unit * (source.numel() // length if length else 0)
+    kernel = compiled(quantise_kernel, QUANTISE_SIGNATURE, (KIND[source.dtype], block))
+    addresses = (t.data_ptr() for t in (source, residual, rest, codes))
+    work = partial(kernel, *addresses, length, begin)
+    over_slices(
+        work,
+        (blocks if end is None else min(end, blocks)) - begin,
+        threads=threads,
+        slice_size=max(1, SLICE_ELEMENTS // block),
+        inline=INLINE_ELEMENTS // block,
+    )
+
+
+def dequantise(
+    codes: Tensor, values: Tensor, lengths: Sequence[int], *, block: int, threads: int | None = None
+) -> list[float]:
+    """Write the float32 values of units, one after the other; each unit's sum of squares, as `norms` takes it."""
+    sums, starts = _dequantise(codes, values, np.asarray(lengths, np.int64), block, True, threads)
+    own = (sums[a:b] for a, b in pairwise(starts))
+    # cumsum adds in order; sum does not
+    return [float(np.cumsum(part)[-1]) if len(part) else 0.0 for part in own]
+
+
+def dequantise_rows(codes: Tensor, values: Tensor, *, block: int, threads: int | None = None) -> None:
+    """Write the float32 values of rows, each a unit of its own. values: contiguous, (rows, row elements)."""
+    rows, length = values.shape
+    _dequantise(codes, values, np.full(rows, length, np.int64), block, False, threads)
+
+
+def _dequantise(
+    codes: Tensor, values: Tensor, lengths: Array, block: int, summed: bool, threads: int | None
+) -> tuple[Array, Array]:
+    froms, tos, starts = (np.zeros(len(lengths) + 1, np.int64) for _ in range(3))
+    np.cumsum(lengths + SCALE_BYTES * -(-lengths // block), out=froms[1:])
+    np.cumsum(lengths, out=tos[1:])
+    np.cumsum(-(-lengths // BLOCK_ELEMENTS), out=starts[1:])
+    sums = np.zeros(int(starts[-1]) if summed else 1)
+    kernel = compiled(dequantise_kernel, DEQUANTISE_SIGNATURE, (block, summed))
+    work = partial(kernel, codes.data_ptr(), values.data_ptr(), froms, tos, lengths, starts, sums)
+    over_slices(
+        work,
+        int(starts[-1]),
+        threads=threads,
+        slice_size=SLICE_ELEMENTS // BLOCK_ELEMENTS,
+        inline=INLINE_ELEMENTS // BLOCK_ELEMENTS,
+    )
+    return sums, starts

@@ -1,0 +1,82 @@
+"""A push's segments as gradients, once the body is complete: what was sent smaller is unpacked here.
+
+Dense elements and rows lie in the body as the step will read them. int8 is multiplied out into float32 in one pass,
+which also takes the norms; the elements of an element-sparse segment are put among zeros. The memory for that was
+reserved with the body (`Layout.unpacked_bytes`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pushstep.optim.quantise import dequantise, dequantise_rows
+from pushstep.optim.rows import coalesce
+from pushstep.proto import dtypes
+from pushstep.proto.errors import MalformedFrame, RowOutOfRange
+from pushstep.proto.frames import Assembly
+from pushstep.proto.layout import ID_BYTES, INDEX_BYTES, INT8_UNPACKED, Slot
+from pushstep.proto.region import SharedBody
+from pushstep.proto.types_pb2 import Segment
+
+from .staging import DensePart, RowsPart
+
+
+def dense_part(
+    segment: Segment, slots: Sequence[Slot], body: Assembly | SharedBody, index: int
+) -> tuple[DensePart, list[float] | None]:
+    """The gradient of whole parameters, and each one's sum of squares if that came with it.
+
+    MalformedFrame if it is element-sparse and bad.
+    """
+    dtype = dtypes.of_push(segment.dtype, "segment")
+    sums = None
+    if dtype == torch.int8:
+        gradient = torch.empty(segment.stop - segment.start, dtype=INT8_UNPACKED)
+        lengths = [slot.stop - slot.start for slot in slots]
+        sums = dequantise(body.part(index, torch.uint8), gradient, lengths, block=dtypes.INT8_BLOCK)
+    elif segment.HasField("elements"):
+        gradient = _scattered(segment, slots[0], dtype, body, index)
+    else:
+        gradient = body.part(index, dtype)
+    return DensePart(segment.arena, segment.start, tuple(slots), gradient), sums
+
+
+def rows_part(
+    segment: Segment, slots: Sequence[Slot], body: Assembly | SharedBody, index: int
+) -> tuple[RowsPart, list[float] | None]:
+    """The gradient of some rows of the one parameter in `slots`, duplicates summed; RowOutOfRange if there is no such row."""
+    slot, count = slots[0], int(segment.rows)
+    ids = body.part(index, torch.int64, 0, count)
+    if count:
+        lowest, highest = int(ids.min()), int(ids.max())
+        if lowest < 0 or highest >= slot.rows:
+            wrong = lowest if lowest < 0 else highest
+            raise RowOutOfRange(parameter=slot.name, row=wrong, rows=slot.rows)
+    dtype = dtypes.of_push(segment.dtype, "segment")
+    if dtype == torch.int8:
+        rows = torch.empty(count, slot.row_elements, dtype=INT8_UNPACKED)
+        dequantise_rows(body.part(index, torch.uint8, count * ID_BYTES), rows, block=dtypes.INT8_BLOCK)
+    else:
+        rows = body.part(index, dtype, count * ID_BYTES)
+    ids, rows = coalesce(ids, rows.view(count, *slot.shape[1:]))
+    return RowsPart(slot, ids, rows), None
+
+
+def _scattered(
+    segment: Segment, first: Slot, dtype: torch.dtype, body: Assembly | SharedBody, index: int
+) -> Tensor:
+    count, length = int(segment.elements), int(segment.stop - segment.start)
+    # they are uint32, for which torch has few operations
+    indices = body.part(index, torch.int32, 0, count).to(torch.int64).bitwise_and_(0xFFFFFFFF)
+    wrong = indices[1:] <= indices[:-1]
+    if (count and int(indices[-1]) >= length) or bool(wrong.any()):
+        raise MalformedFrame(
+            problem=f"the indices of the element-sparse segment that begins with {first.name!r} are not {count} different "
+            f"ones below {length} in ascending order"
+        )
+    gradient = torch.zeros(length, dtype=dtype)
+    gradient[indices] = body.part(index, dtype, count * INDEX_BYTES, count)
+    return gradient
