@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import gc
+import mmap
 import os
+import socket
+import stat
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from harness import RunningServer
+from harness import RunningServer, running_server, wait_until
+from torch import nn
 from twin import Make, Network, Twins, adadelta, adagrad, both
 from wire import GROUPS, PARAMETERS
 
 from pushstep.client import Outcome, Session
+from pushstep.optim import Adagrad
+from pushstep.proto import training_pb2 as pb
 
 
 def files_of(pid: int) -> list[str]:
@@ -83,3 +90,173 @@ def test_arrays(server: RunningServer, model_name: str) -> None:
         assert {name: a.tobytes() for name, a in got.items()} == {n: a.tobytes() for n, a in expected.items()}
     assert shares(shared)
     assert not shares(frames)
+
+
+def test_partial_pushes_and_a_group_that_is_added(server: RunningServer, model_name: str) -> None:
+    made = [torch.nn.Parameter(torch.randn(n, 3)) for n in (4, 1000, 2)]
+    here = [nn.Parameter(p.detach().clone()) for p in made]
+    with server.connect(model_name, shared_memory=True) as session:
+        remote = session.attach(torch.optim.Adagrad(made[:2]), names=["a", "b"])
+        local = Adagrad(here[:2])
+        for number in range(8):
+            if number == 4:
+                remote.add_param_group({"params": [made[2]], "lr": 0.5})
+                local.add_param_group({"params": [here[2]], "lr": 0.5})
+            count = 2 if number < 4 else 3
+            for optimizer, parameters in ((remote, made), (local, here)):
+                optimizer.zero_grad()
+                used = parameters[number % 2 : count]
+                torch.stack([p.square().sum() for p in used]).sum().backward()
+                optimizer.step()
+            assert all(torch.equal(a, b) for a, b in zip(made, here, strict=True)), number
+            assert shares(session)
+
+
+def test_gradients_are_torchs_in_every_way(server: RunningServer, model_name: str) -> None:
+    parameter = nn.Parameter(torch.ones(5))
+    with server.connect(model_name, shared_memory=True) as session:
+        remote = session.attach(torch.optim.Adagrad([parameter]))
+        region = session.memory.region
+        assert region is not None
+
+        def backward(factor: float) -> torch.Tensor:
+            (parameter * factor).sum().backward()
+            assert parameter.grad is not None
+            return parameter.grad
+
+        first = backward(1)
+        assert region.holds(first)
+        assert backward(2) is first  # accumulated in place, as autograd does
+        assert first.tolist() == [3] * 5
+        remote.step()
+        held = [first]
+        for factor in (4, 5, 6):  # the user looks at every gradient so far: more of them than there are slots
+            remote.zero_grad()
+            assert parameter.grad is None
+            held.append(backward(factor))
+            remote.step()
+        assert [g.tolist()[0] for g in held] == [3, 4, 5, 6]
+        alias, held = held[0][2:], []
+        del first
+        remote.zero_grad()
+        backward(7)
+        assert alias.tolist() == [3] * 3
+        remote.zero_grad(set_to_none=False)
+        assert parameter.grad is not None
+        assert parameter.grad.tolist() == [0] * 5
+        parameter.grad = torch.full((5,), 9.0)  # a user's own
+        remote.step()
+        assert remote.last_receipt is not None
+        assert remote.last_receipt.gradient_norm == pytest.approx(9 * 5**0.5)
+        session.memory.drop()
+        assert parameter.grad.tolist() == [9] * 5
+
+
+def test_a_child_of_fork_has_gradients_of_its_own(server: RunningServer, model_name: str) -> None:
+    parameter = nn.Parameter(torch.ones(5))
+    with server.connect(model_name, shared_memory=True) as session:
+        remote = session.attach(torch.optim.Adagrad([parameter]))
+        parameter.sum().backward()
+        assert parameter.grad is not None
+        child = os.fork()
+        if child == 0:
+            right = parameter.grad.tolist() == [1] * 5 and session.memory.region is None
+            parameter.grad.fill_(100)
+            os._exit(0 if right else 1)
+        _, status = os.waitpid(child, 0)
+        assert status == 0
+        assert parameter.grad.tolist() == [1] * 5
+        remote.step()
+        assert shares(session)
+
+
+def test_a_restore_and_a_new_epoch_open_another_region(server: RunningServer, model_name: str) -> None:
+    with server.connect(model_name, shared_memory=True) as session:
+        session.create(PARAMETERS, GROUPS)
+        session.exchange({"bias": np.ones(4, np.float32)})
+        first = session.memory.region
+        snapshot = server.rest("POST", f"/v1/models/{model_name}/snapshots").json()["id"]
+        server.rest("POST", f"/v1/models/{model_name}/snapshots/{snapshot}/restore").raise_for_status()
+        with pytest.warns(RuntimeWarning, match="restored"):
+            receipt, _ = session.exchange({"bias": np.ones(4, np.float32)})
+        assert receipt.outcome is Outcome.SUPERSEDED
+        receipt, _ = session.exchange({"bias": np.ones(4, np.float32)})
+        assert receipt.outcome is Outcome.APPLIED
+        assert session.memory.region is not first
+        assert shares(session)
+
+
+def test_an_evicted_worker_loses_its_region(server: RunningServer, model_name: str) -> None:
+    with server.connect(model_name, shared_memory=True) as session:
+        session.create(PARAMETERS, GROUPS)
+        session.exchange({"bias": np.ones(4, np.float32)})
+        region = session.memory.region
+        assert region is not None
+        server.rest("DELETE", f"/v1/models/{model_name}/workers/w0").raise_for_status()
+        wait_until(lambda: not region.is_alive())
+
+
+def test_frames_when_the_budget_is_taken_or_sharing_is_off(
+    data: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    gradient = {"w": np.ones(1_000_000, np.float32)}
+    with running_server(data / "tight", "--staging-bytes", "30000000") as tight:
+        first = tight.connect("m", "w0", shared_memory=True)
+        second = tight.connect("m", "w1", shared_memory=True)
+        first.create({"w": np.zeros(1_000_000, np.float32)})
+        first.exchange(gradient)
+        for _ in range(2):
+            second.exchange(gradient)
+        assert (shares(first), shares(second)) == (True, False)
+        assert [r.levelname for r in caplog.records if "budget" in r.getMessage()] == ["WARNING"]
+    with running_server(data / "off", "--no-shared-memory") as off:
+        session = off.connect("m", address=f"unix:{off.unix}", shared_memory=True)
+        session.create({"w": np.zeros(3, np.float32)})
+        session.exchange({"w": np.ones(3, np.float32)})
+        assert not shares(session)
+        assert not Path(f"{off.unix}.memory").exists()
+
+
+def test_the_memory_is_sealed_and_handed_to_who_has_the_token(server: RunningServer, model_name: str) -> None:
+    with server.connect(model_name, shared_memory=True) as session:
+        session.create(PARAMETERS, GROUPS)
+        member = session.member()
+        request = pb.OpenRegionRequest(
+            model=model_name, identity=member.identity(), manifest_hash=member.layout.manifest_hash
+        )
+        opened = session._transport.open_region(request)
+        assert stat.S_IMODE(os.stat(opened.path).st_mode) == 0o600
+        for token in (b"\0" * 16, opened.token):
+            with socket.socket(socket.AF_UNIX) as line:
+                line.connect(opened.path)
+                line.sendall(token)
+                _, fds, _, _ = socket.recv_fds(line, 1, 2)
+                assert len(fds) == (2 if token == opened.token else 0)
+                for fd in fds:
+                    for size in (0, 1 << 30):
+                        with pytest.raises(PermissionError):
+                            os.ftruncate(fd, size)
+                if fds:
+                    with pytest.raises(PermissionError):
+                        mmap.mmap(fds[1], opened.answer_bytes)  # parameters are read only
+                for fd in fds:
+                    os.close(fd)
+
+
+def test_two_hundred_sessions_leave_nothing(server: RunningServer, model_name: str) -> None:
+    def step_once(number: int) -> None:
+        with server.connect(model_name, f"w{number % 4}", shared_memory=True) as session:
+            session.create({"w": np.zeros(100, np.float32)})
+            session.exchange({"w": np.ones(100, np.float32)})
+            assert shares(session)
+        server.sessions.remove(session)
+
+    pid = server.process.pid  # which may hold regions of other tests' sessions
+    gc.collect()
+    regions, files, own = regions_of(pid), len(files_of(pid)), regions_of(os.getpid())
+    for number in range(200):
+        step_once(number)
+    wait_until(lambda: regions_of(pid) <= regions)
+    wait_until(lambda: len(files_of(pid)) <= files + 5)
+    gc.collect()
+    assert regions_of(os.getpid()) <= own

@@ -1,0 +1,78 @@
+"""A worker that is killed at a chosen point of a step through shared memory: `python shared_memory_victim.py ADDRESS`.
+
+Each line on stdin is a model and a point. A child of this process joins, takes one whole step, and dies at that point of
+the next one; then the line is echoed. Only children speak gRPC, so forking here is safe and nothing is imported twice.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from typing import Any, NoReturn
+
+import numpy as np
+
+from pushstep.client import connect, shared_memory
+from pushstep.client.mirror import Mirror
+from pushstep.client.transport import Transport
+
+ELEMENTS = 1_000_000
+GRADIENT = np.full(ELEMENTS, 0.5, np.float32)
+
+
+def die(*_: Any, **__: Any) -> NoReturn:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("survived")
+
+
+def die_soon() -> None:
+    time.sleep(0.003)
+    die()
+
+
+def arm(point: str) -> None:
+    """Have this process die when it next comes to `point`."""
+    exchange = Transport.exchange_shared
+
+    def sent(*args: Any) -> Any:
+        threading.Thread(target=die_soon).start()
+        return exchange(*args)
+
+    match point:
+        case "opened":
+            shared_memory._fetch = die
+        case "handed over":
+            shared_memory._mapped = die
+        case "written":
+            Transport.exchange_shared = die  # type: ignore[method-assign]
+        case "sent":
+            Transport.exchange_shared = sent  # type: ignore[method-assign]
+        case "answered":
+            shared_memory.Region.answer_of = die  # type: ignore[method-assign]
+        case "copying out":
+            Mirror.take = die  # type: ignore[method-assign]
+
+
+def live_and_die(address: str, model: str, point: str) -> None:
+    early = point in ("opened", "handed over")
+    if early:
+        arm(point)
+    session = connect(address, model=model, worker="victim", timeout_s=20, retry_for_s=20, takeover=True)
+    session.create({"w": np.zeros(ELEMENTS, np.float32)})
+    session.exchange({"w": GRADIENT})
+    arm(point)
+    session.exchange({"w": GRADIENT})
+
+
+if __name__ == "__main__":
+    for line in sys.stdin:
+        model, point = line.rstrip("\n").split(" ", 1)
+        child = os.fork()
+        if child == 0:
+            live_and_die(sys.argv[1], model, point)
+            os._exit(1)
+        _, status = os.waitpid(child, 0)
+        print(line.rstrip("\n") if os.WIFSIGNALED(status) else f"ended with {status}", flush=True)
