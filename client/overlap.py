@@ -30,6 +30,8 @@ from .parameters import Parameters
 from .participant import Participant
 from .transport import Body
 
+# A whole step of a 16 M MLP over TCP, worker and server on one core each: 301 ms plain; 268, 285, 276 and 279 ms with
+# buckets of 1, 4, 8 and 16 MiB. The size hardly matters: its layers have 4 MB each, and none is split.
 BUCKET_BYTES: Final = 4 << 20
 # Early bytes that come to nothing cost both sides as much as those that count.
 USELESS_IN_A_ROW: Final = 3
