@@ -18,7 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 # The most that glibc's threshold grows to by itself is 32 MiB (DEFAULT_MMAP_THRESHOLD_MAX).
-LARGEST_KEPT_BYTES: Final = (32 << 20) - (8 << 10)
+LARGEST_KEPT_BYTES: Final = (8 << 20) - (8 << 10)
+# torch shares what is as large as its grain size, 32768 elements.
+SERIAL_ELEMENTS: Final = (32 << 10) - 64
 # Smaller buffers are malloc's own business.
 SMALLEST_POOLED_BYTES: Final = 1 << 20
 
@@ -53,6 +55,12 @@ class BufferPool:
         weakref.finalize(loan, self._give_back, memory).atexit = False
         return torch.from_numpy(loan)
 
+    def keep_at_most(self, keep_bytes: int) -> None:
+        """Let go of idle memory, the longest idle first, until no more than that is kept now."""
+        with self._lock:
+            while self._idle and sum(kept.size for kept in self._idle) > keep_bytes:
+                self._idle.pop(0)
+
     def _take_idle(self, size_bytes: int) -> NDArray[np.uint8] | None:
         with self._lock:
             fitting = [m for m in self._idle if size_bytes <= m.size <= 2 * size_bytes]
@@ -65,8 +73,7 @@ class BufferPool:
     def _give_back(self, memory: NDArray[np.uint8]) -> None:
         with self._lock:
             self._idle.append(memory)
-            while sum(kept.size for kept in self._idle) > self._keep_bytes:
-                self._idle.pop(0)
+            self.keep_at_most(self._keep_bytes)
 
 
 def _mapped(size_bytes: int) -> NDArray[np.uint8]:
@@ -77,3 +84,18 @@ def _mapped(size_bytes: int) -> NDArray[np.uint8]:
     if hasattr(mmap, "MADV_HUGEPAGE"):
         mapping.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(mapping, dtype=np.uint8)
+
+
+def copy_elements(target: Tensor, source: Tensor) -> None:
+    """`target.copy_(source)` of flat tensors, by the calling thread alone.
+
+    torch would share it among OpenMP threads: each thread of ours that copies, gRPC's new one for every stream too,
+    gets a set of its own, which spin when they are done and take the cores from the other end of the connection.
+    """
+    if not (source.is_cpu and source.is_contiguous()):
+        target.copy_(source)
+    elif source.dtype == target.dtype:
+        np.copyto(target.view(torch.uint8).numpy(), source.view(torch.uint8).numpy())
+    else:
+        for start in range(0, target.numel(), SERIAL_ELEMENTS):
+            target[start : start + SERIAL_ELEMENTS].copy_(source[start : start + SERIAL_ELEMENTS])

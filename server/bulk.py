@@ -44,9 +44,8 @@ class BulkStream(Generic[M]):
             raise MalformedFrame(problem="no header")
         try:
             await self._take(*self._first, place)
-            while (message := await self._next()) is not None:
-                if self._commit is not None:
-                    raise MalformedFrame(problem="a message after the commit")
+            # what comes after the commit is not read, not even the end: that would cost one more way through gRPC
+            while self._commit is None and (message := await self._next()) is not None:
                 fields, chunk = unpack(message, self._kind)
                 if fields is not None and fields.HasField("header"):
                     raise MalformedFrame(problem="a second header")

@@ -45,6 +45,7 @@ from .hooks.hook import Point
 from .model import Model
 from .session import Sessions
 from .snapshots import EXPORT_PREFIX, Snapshots, fsync, reason, rules_known, write_durably
+from .staging import charge
 
 log = logging.getLogger("pushstep.catalog")
 CREATION_S: Final = 120.0
@@ -131,9 +132,9 @@ class Catalog:
         need = Arenas.bytes_needed(layout, names)
         self.require_room(need, sum(creation.bytes_needed for creation in others))
         largest = sum(arena.elements * arena.dtype.itemsize for arena in layout.arenas)
-        if largest > self.config.staging_bytes:
+        if charge(largest) > self.config.staging_bytes:
             raise OverCapacity(
-                problem=f"one push of this model is {largest} bytes, staging has {self.config.staging_bytes}",
+                problem=f"one push of this model takes {charge(largest)} bytes, staging has {self.config.staging_bytes}",
                 setting="staging-bytes",
             )
         current = self._creations.get(name)

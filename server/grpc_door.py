@@ -135,6 +135,7 @@ class GrpcDoor:
         stream = BulkStream(messages, pb.UploadRequest, self.stall_s)
         upload = Upload(self.catalog, (await stream.header()).header, self.budget)
         try:
+            await upload.admit()
             await stream.feed(upload.place)
             return await upload.commit()
         finally:
@@ -194,14 +195,14 @@ class GrpcDoor:
 
         # ids may repeat: a small request can ask for far more than the parameter holds
         size = len(request.ids) * (ID_BYTES + slot.row_elements * (wire or slot.dtype).itemsize)
-        self.budget.reserve(size)
+        reserved = await self.budget.claim(request.model, size)
         try:
             header, frames = await model.stepper.submit(read)
             yield pb.PullResponse(header=header).SerializeToString()
             for frame in frames:
                 yield frame
         finally:
-            self.budget.release(size)
+            self.budget.release(reserved)
 
     async def pull_state(self, request: pb.PullStateRequest) -> AsyncIterator[bytes]:
         """PullState."""

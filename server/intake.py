@@ -11,7 +11,7 @@ import asyncio
 import copy
 import time
 
-from pushstep.proto.errors import DigestMismatch, InvalidRequest, MalformedFrame, OverBudget
+from pushstep.proto.errors import DigestMismatch, InvalidRequest, MalformedFrame
 from pushstep.proto.frames import Assembly, BodyDigest, Chunk
 from pushstep.proto.region import SharedBody
 from pushstep.proto.training_pb2 import PushCommit, PushHeader
@@ -76,7 +76,6 @@ class Intake:
         while model.judge.offered(header, time.monotonic()) is Offer.WAIT:
             await model.executor.change(until_s, header.identity.worker)
         self._offered = True
-        self._waited_s = time.monotonic() - self._started_s
         try:
             lengths = gate.check_header(self._layout, header, model.name, self._budget.total_bytes)
         except InvalidRequest as error:
@@ -89,13 +88,10 @@ class Intake:
             self._body: Assembly | SharedBody = self._region.body(header)
             self._region.hold()
             self._held = True
-            return
-        self._budget.reserve(needed)
-        self._reserved = needed
-        try:
-            self._body = Assembly(lengths, self._digest)
-        except (MemoryError, RuntimeError) as error:  # torch's word for no memory
-            raise OverBudget(need=self._reserved, free="less", budget=self._budget.total_bytes) from error
+        else:
+            self._reserved = await self._budget.claim(f"{model.name}/{header.identity.worker}", needed)
+            self._body = Assembly(lengths, self._digest, self._budget.buffer)
+        self._waited_s = time.monotonic() - self._started_s
 
     def place(self, chunk: Chunk) -> asyncio.Future[None] | None:
         """Copy a chunk into staging. Quarantined, if its worker was meanwhile."""

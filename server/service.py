@@ -31,7 +31,7 @@ from .config import Config, is_loopback, split_address
 from .grpc_door import SERVICE, GrpcDoor
 from .rest_door import create_app
 from .shared_memory import SharedMemory
-from .staging import Budget
+from .staging import WINDOW_BYTES, Budget
 from .warmup import warm_kernels
 
 log = logging.getLogger("pushstep.service")
@@ -41,8 +41,10 @@ GRPC_OPTIONS: Final = (
     ("grpc.max_send_message_length", TRANSPORT_LIMIT_BYTES),
     # Big HTTP/2 frames halve the receive cost of a chunk: 16 KiB frames are 64 Python objects per MiB.
     ("grpc.http2.max_frame_size", 4 << 20),
-    # A receive window of some chunks per stream; windows are memory that a sender can fill at will.
-    ("grpc.http2.lookahead_bytes", 8 << 20),
+    # Windows are memory that a sender fills before anyone reads, so the budget counts them; gRPC's probe of the
+    # bandwidth would widen them.
+    ("grpc.http2.lookahead_bytes", WINDOW_BYTES),
+    ("grpc.http2.bdp_probe", 0),
     # Two servers on one port would each see half of the workers.
     ("grpc.so_reuseport", 0),
     ("grpc.http2.min_ping_interval_without_data_ms", 30_000),
@@ -70,7 +72,7 @@ class Service:
         keep_freed_blocks()
         self.config = config
         self.catalog = Catalog(config)
-        budget = Budget(config.staging_bytes)
+        budget = Budget(config.staging_bytes, config.stall_s / 4)
         self.memory = SharedMemory(budget, config.memory_path())
         self.door = GrpcDoor(self.catalog, budget, self.memory, config.stall_s)
         self._stop = asyncio.Event()

@@ -19,7 +19,6 @@ from pushstep.proto.errors import (
     MalformedFrame,
     ManifestChanged,
     OtherWorkersLive,
-    OverBudget,
     WrongDtype,
     WrongLength,
 )
@@ -53,14 +52,18 @@ class Upload:
     """One upload, from its header to its response."""
 
     def __init__(self, catalog: Catalog, header: UploadHeader, budget: Budget) -> None:
-        """Check the header and set its bytes aside, or raise before anything of the body is read."""
         self._catalog = catalog
         self._header = header
         self._budget = budget
         self._model: Model | None = None
         self._creation: Creation | None = None
         self._again = False
+        self._reserved = 0
         self.committed = False
+
+    async def admit(self) -> None:
+        """Check the header and set its bytes aside, or raise; nothing of the body is read before."""
+        catalog, header = self._catalog, self._header
         now_s = time.monotonic()
         if header.kind == UPLOAD_KIND_CREATE:
             self._creation = catalog.creation(header.model, header.ticket, now_s)
@@ -85,14 +88,9 @@ class Upload:
         if header.kind == UPLOAD_KIND_EXTRAS:
             lengths = [header.extras_bytes]
         self._check_complete()
-        self._reserved = sum(lengths)
         self._digest = BodyDigest(header.segments)
-        budget.reserve(self._reserved)
-        try:
-            self._body = Assembly(lengths, self._digest)
-        except (MemoryError, RuntimeError) as error:  # torch's word for no memory
-            budget.release(self._reserved)
-            raise OverBudget(need=self._reserved, free="less", budget=budget.total_bytes) from error
+        self._reserved = await self._budget.claim(f"{header.model}/{header.identity.worker}", sum(lengths))
+        self._body = Assembly(lengths, self._digest, self._budget.buffer)
 
     def _check_complete(self) -> None:
         kind, header = self._header.kind, self._header

@@ -196,6 +196,14 @@ def test_header_chunk_and_commit_may_be_one_message(
         assert answer.header.receipt.identity == raw.identity()
 
 
+def test_what_comes_after_the_commit_is_not_read(tight: RunningServer, raw: RawWorker) -> None:
+    """The commit ends a push; waiting for the stream's own end would only cost time."""
+    held = OpenPush(raw, b"".join(raw.good()))
+    (answer,) = held.call
+    assert pb.PushResponse.FromString(answer).receipt.identity == raw.identity()
+    held.end()
+
+
 def test_a_deadline_in_mid_stream_leaves_nothing(tight: RunningServer, raw: RawWorker) -> None:
     messages: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
     messages.put(raw.good()[0])

@@ -18,7 +18,6 @@ from pushstep.proto import dtypes
 from pushstep.proto.errors import (
     MalformedFrame,
     NonfiniteGradient,
-    OverBudget,
     RowOutOfRange,
     SparseNotSupported,
 )
@@ -190,20 +189,6 @@ def test_a_header_is_refused_before_its_body() -> None:
         header = PushHeader(**{"manifest_hash": LAYOUT.manifest_hash, "segments": [segment], **change})
         with pytest.raises(MalformedFrame):
             check_header(LAYOUT, header, "m", 60)
-
-
-def test_budget_gives_all_or_nothing() -> None:
-    budget = Budget(100)
-    budget.reserve(60)
-    with pytest.raises(OverBudget) as caught:
-        budget.reserve(41)
-    assert caught.value.retry_after_s is not None
-    assert (caught.value.fields["need"], caught.value.fields["free"]) == ("41", "40")
-    budget.reserve(40)
-    budget.reserve(0)
-    budget.release(60)
-    budget.release(40)
-    assert budget.used_bytes == 0
 
 
 def test_a_gradient_norm_may_overflow_where_its_elements_do_not() -> None:
