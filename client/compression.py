@@ -114,6 +114,11 @@ class Compression:
         """Whether pushes leave out anything that later ones bring."""
         return self.wire == torch.int8 or self.top_k is not None
 
+    @property
+    def rounds_to(self) -> torch.dtype | None:
+        """What a gradient may be rounded to before it comes here; None: nothing, the parameter's own dtype."""
+        return None if self.owes else self.wire
+
     def begin(self) -> None:
         """Forget what an earlier push would have left: another is made."""
         self._pending.clear()

@@ -199,7 +199,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
                 if early is not None:
                     early.withdraw()
         else:
-            copies = self._copies.of(gradients, self._session.compression.wire)
+            copies = self._copies.of(gradients, self._session.compression.rounds_to)
             since = [group.values() for group in self._groups()]
             self._flight = self._session.fly(partial(send, copies)), since
 

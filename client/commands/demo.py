@@ -7,23 +7,33 @@ from typing import Annotated
 
 import typer
 
+from pushstep.proto.errors import WrongDtype
+
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the checkpoint and the picture.")] = Path("demo-out"),
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training flights.")] = 3,
     workers: Annotated[int, typer.Option(min=1, max=16, help="Worker processes.")] = 2,
+    wire: Annotated[
+        str, typer.Option(help="What gradients travel in: float32, bfloat16, float16 or int8.")
+    ] = "float32",
     as_json: Annotated[
         bool, typer.Option("--json", help="End with one line of JSON; progress goes to stderr.")
     ] = False,
 ) -> None:
     """Train on real flights through a server and workers, and compare with torch's own optimizers."""
     # not needed for --help
+    from ..compression import push_and_pull
     from ..demo.display import Display
     from ..demo.errors import DemoFailed
     from ..demo.run import run_demo
 
     try:
-        result = run_demo(out=out, epochs=epochs, workers=workers, display=Display(stderr=as_json))
+        push_and_pull(wire)
+    except WrongDtype as unknown:
+        raise typer.BadParameter(str(unknown), param_hint="--wire") from unknown
+    try:
+        result = run_demo(out=out, epochs=epochs, workers=workers, wire=wire, display=Display(stderr=as_json))
     except DemoFailed as failed:
         typer.echo(f"pushstep demo failed: {failed}", err=True)
         raise typer.Exit(1) from failed

@@ -82,7 +82,7 @@ class RemoteTraining:
     """The mean: how many versions had passed since the parameters that a gradient was computed on."""
 
 
-def run_demo(*, out: Path, epochs: int, workers: int, display: Display) -> DemoResult:
+def run_demo(*, out: Path, epochs: int, workers: int, wire: str, display: Display) -> DemoResult:
     """Run all of it; the output folder is what stays."""
     began = time.monotonic()
     if importlib.util.find_spec("matplotlib") is None:  # found out now, not after the training
@@ -98,7 +98,7 @@ def run_demo(*, out: Path, epochs: int, workers: int, display: Display) -> DemoR
         f"{len(flights.late):,} flights, {flights.late.mean():.1%} late; "
         f"{len(flights.train):,} to learn from, {len(flights.held_out):,} held out"
     )
-    remote = _train_remotely(flights, checkpoint, epochs=epochs, workers=workers, display=display)
+    remote = _train_remotely(flights, checkpoint, epochs=epochs, workers=workers, wire=wire, display=display)
     auc_remote = held_out_auc(load_checkpoint(checkpoint, flights), flights)
     local_losses, auc_local = _train_here(flights, epochs=epochs, display=display)
     draw_losses(
@@ -125,7 +125,7 @@ def run_demo(*, out: Path, epochs: int, workers: int, display: Display) -> DemoR
 
 
 def _train_remotely(
-    flights: Flights, checkpoint: Path, *, epochs: int, workers: int, display: Display
+    flights: Flights, checkpoint: Path, *, epochs: int, workers: int, wire: str, display: Display
 ) -> RemoteTraining:
     """Server and workers as processes; the checkpoint is fetched while the server still runs."""
     with ExitStack() as stack:
@@ -136,7 +136,7 @@ def _train_remotely(
         service = start_service(processes, folder / "data")
         display.say(f"server ready: gRPC {service.grpc}, HTTP {service.http}; starting {workers} workers")
         summaries = {
-            processes.start(f"w{index}", _worker_command(service, folder, index, workers, epochs)): (
+            processes.start(f"w{index}", _worker_command(service, folder, index, workers, epochs, wire)): (
                 folder / f"w{index}.json"
             )
             for index in range(workers)
@@ -160,7 +160,9 @@ def _train_remotely(
     )
 
 
-def _worker_command(service: Service, folder: Path, index: int, workers: int, epochs: int) -> list[str]:
+def _worker_command(
+    service: Service, folder: Path, index: int, workers: int, epochs: int, wire: str
+) -> list[str]:
     options = {
         "--server": service.grpc,
         "--model": MODEL,
@@ -168,6 +170,7 @@ def _worker_command(service: Service, folder: Path, index: int, workers: int, ep
         "--index": str(index),
         "--of": str(workers),
         "--epochs": str(epochs),
+        "--wire": wire,
         "--out": str(folder / f"w{index}.json"),
     }
     command = [sys.executable, "-m", "pushstep.client.demo.worker"]

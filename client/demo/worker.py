@@ -20,13 +20,15 @@ from .model import flight_model, optimizers
 from .training import train
 
 
-def work(*, server: str, model: str, worker: str, index: int, of: int, epochs: int) -> dict[str, Any]:
+def work(
+    *, server: str, model: str, worker: str, index: int, of: int, epochs: int, wire: str
+) -> dict[str, Any]:
     """Train this worker's share through the service, printing each step; the summary comes back."""
     flights = load_flights()
     network = flight_model(flights)
     outcomes: Counter[str] = Counter()
     staleness: list[int] = []
-    with closing(connect(server, model=model, worker=worker)) as session:
+    with closing(connect(server, model=model, worker=worker, wire=wire)) as session:
         optimizer = session.attach(optimizers(network), module=network)
 
         def report(step: int, loss: float) -> None:
@@ -59,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--index", type=int, default=0, help="which share of the batches, from 0")
     parser.add_argument("--of", type=int, default=1, help="how many shares there are")
     parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--wire", default="float32", help="what gradients travel in")
     parser.add_argument("--out", type=Path, help="where to write the summary, as JSON")
     given = parser.parse_args(arguments)
     summary = work(
@@ -68,6 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         index=given.index,
         of=given.of,
         epochs=given.epochs,
+        wire=given.wire,
     )
     if given.out is not None:
         given.out.write_text(json.dumps(summary) + "\n")

@@ -391,3 +391,25 @@ def test_half_rows_are_pushed_and_pulled(server: RunningServer, model_name: str)
     local.step()
     assert torch.equal(torch.from_numpy(server.connect(model_name, "r").pull()[TABLE]), here.detach())
     assert torch.equal(torch.from_numpy(arrays[TABLE]), here.detach().bfloat16().float())
+
+
+@pytest.mark.parametrize(("wire", "top_k"), COMPRESSIONS)
+def test_a_prefetched_push_is_the_same(
+    server: RunningServer, model_name: str, wire: torch.dtype | None, top_k: float | None
+) -> None:
+    """Its gradients are copied first, and not rounded by that: what is rounded off is owed."""
+    owed = []
+    for prefetch in (False, True):
+        module = torch.nn.Linear(30, 20)
+        with torch.no_grad():
+            module.weight.copy_(noise(0, 20, 30))
+            module.bias.copy_(noise(1, 20))
+        session = server.connect(f"{model_name}-{prefetch}", wire=wire, top_k=top_k)
+        optimizer = session.attach(optim.Adagrad(module.parameters()), module=module, prefetch=prefetch)
+        module.weight.grad, module.bias.grad = noise(2, 20, 30), noise(3, 20)
+        optimizer.step()
+        optimizer.synchronize()
+        owed.append((module.weight.detach(), session.compression.residuals["weight"].flatten()))
+    assert torch.equal(owed[0][0], owed[1][0])
+    assert torch.equal(owed[0][1], owed[1][1])
+    assert owed[0][1].any()

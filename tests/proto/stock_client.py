@@ -56,6 +56,17 @@ def unpacked(payload):
     return list(struct.unpack(f"<{len(payload) // 4}f", payload))
 
 
+def int8(values):
+    """One parameter as DTYPE_INT8's comment says."""
+    parts = []
+    for start in range(0, len(values), 256):
+        block = values[start : start + 256]
+        (scale,) = unpacked(floats(max(abs(value) for value in block) / 127))
+        codes = (round(value / scale) if scale else 0 for value in block)
+        parts.append(floats(scale) + struct.pack(f"<{len(block)}b", *codes))
+    return b"".join(parts)
+
+
 def chunks(kind, payloads, size):
     """Messages of at most `size` bytes of payload."""
     for segment, payload in enumerate(payloads):
@@ -261,6 +272,22 @@ def train_existing(service):
         found["refused"] = error.code().name
     worker.pull()
     found["after"] = [worker.arrays.version, copy.deepcopy(worker.arrays.values)]
+    # in fewer bytes: codes under a scale, then two of the four elements
+    segment = dense(worker.member.manifest, "a")
+    segment.dtype = types_pb2.DTYPE_INT8
+    header = worker.header([segment], worker.arrays.version)
+    found["int8"] = told(worker.push(header, [int8([1.0, 2.0, -3.0, 0.5])], size=5))
+    segment = dense(worker.member.manifest, "a")
+    segment.elements = 2
+    header = worker.header([segment], worker.arrays.version)
+    found["elements"] = told(worker.push(header, [struct.pack("<2I", 1, 3) + floats(0.25, -4.0)]))
+    backwards = worker.header([segment], worker.arrays.version)
+    try:
+        worker.push(backwards, [struct.pack("<2I", 3, 1) + floats(0.25, -4.0)])
+    except grpc.RpcError as error:
+        found["backwards"] = error.code().name
+    worker.pull()
+    found["smaller"] = [worker.arrays.version, copy.deepcopy(worker.arrays.values)]
     worker.leave()
     return found
 

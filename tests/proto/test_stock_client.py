@@ -79,6 +79,16 @@ def test_a_stock_client_trains_a_model_that_is_there(found: dict[str, Any]) -> N
     assert told["pushed"]["lr"] == [1.0]
     assert told["refused"] == "INVALID_ARGUMENT"
     assert told["after"] == [1, {"a": flat(here)}]
+    # what the .proto says of int8: 1, 2, -3 and 0.5 are 42.3, 84.7, -127 and 21.2 scales
+    here.grad = torch.tensor([42.0, 85.0, -127.0, 21.0]) * (torch.tensor(3.0) / 127)
+    local.step()
+    assert (told["int8"]["outcome"], told["int8"]["version"]) == ("OUTCOME_APPLIED", 2)
+    here.grad = torch.tensor([0.0, 0.25, 0.0, -4.0])
+    local.step()
+    assert (told["elements"]["outcome"], told["elements"]["version"]) == ("OUTCOME_APPLIED", 3)
+    assert told["elements"]["gradient_norm"] == math.sqrt(0.25**2 + 16)
+    assert told["backwards"] == "INVALID_ARGUMENT"
+    assert told["smaller"] == [3, {"a": flat(here)}]
 
 
 def test_a_stock_client_creates_a_model_and_trains_it(
