@@ -11,7 +11,13 @@ import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from pushstep.proto.errors import MalformedFrame, NonfiniteGradient, PushstepError, Quarantined
+from pushstep.proto.errors import (
+    LeaseExpired,
+    MalformedFrame,
+    NonfiniteGradient,
+    PushstepError,
+    Quarantined,
+)
 from pushstep.proto.types_pb2 import Outcome, Receipt
 
 from . import gate
@@ -21,7 +27,7 @@ from .decision import Combine, Decision, Note, Settle, Step
 from .ledger import Ledger, Order
 from .policy import Alone, Move, Policy, Together, TurnAway, View
 from .quality import Quality
-from .session import Sessions, Verdict, Worker
+from .session import Sessions, Verdict, Worker, WorkerState
 from .staging import StagedPush
 
 
@@ -35,6 +41,8 @@ class Docket:
         self.quality = Quality()
         # the round that is being added up
         self.combining: Combine | None = None
+        # held behind an earlier push of their worker's that has no verdict yet, or has not come
+        self.parked: list[Candidate] = []
         self._decisions: list[Decision] = []
 
     def combined(self, combine: Combine, result: StagedPush | PushstepError, now_s: float) -> None:
@@ -68,13 +76,31 @@ class Docket:
 
     def conclude(self, now_s: float) -> list[Decision]:
         """Let the policy look until it has nothing more to do; everything decided since the last event."""
-        if self.policy.waits:  # only then, since this looks at every worker
+        if self.policy.waits or self.parked:  # only then, since this looks at every worker
             self.sessions.expire(now_s)
+            self._clear_parked()
         while moves := self.policy.review(self.view(now_s)):
             for move in moves:
                 self._play(move, now_s)
         decisions, self._decisions = self._decisions, []
         return decisions
+
+    def _clear_parked(self) -> None:
+        """What waits for an earlier push does not outlast its worker: nothing would ever come before it."""
+        waiting = [c for c in self.parked if self._is_parked(c)]
+        gone = [c for c in waiting if self.sessions.workers[c.worker].state is not WorkerState.LIVE]
+        self.parked = [c for c in waiting if c not in gone]
+        for candidate in gone:
+            del self.sessions.workers[candidate.worker].held[int(candidate.identity.sequence)]
+        lease_s = self.sessions.lease_s
+        self.drop(gone, lambda c: LeaseExpired(worker=c.worker, seconds=lease_s))
+
+    def _is_parked(self, candidate: Candidate) -> bool:
+        worker = self.sessions.workers.get(candidate.worker)
+        if worker is None:
+            return False
+        sequence = int(candidate.identity.sequence)
+        return worker.held.get(sequence) is candidate and sequence > worker.sequence + 1
 
     def _play(self, move: Move, now_s: float) -> None:
         match move:

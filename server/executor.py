@@ -53,7 +53,7 @@ class Executor:
         self._moved: asyncio.Future[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-        self._let_go = False
+        self._let_go = self._closed = False
 
     def keep(self, candidate: Candidate, release: Callable[[], None]) -> None:
         """Hold a candidate that the judge has taken until it is settled, then call `release`."""
@@ -63,6 +63,8 @@ class Executor:
 
     def carry_out(self, decisions: Sequence[Decision]) -> None:
         """Do what was decided, wake whoever waits for a change, and set the clock."""
+        if self._closed:
+            return
         for decision in decisions:
             match decision:
                 case Note(kind, by, facts):
@@ -88,10 +90,13 @@ class Executor:
             return verdict
         future, candidate = found
         until_s = time.monotonic() + hold_s
-        while not future.done() and not self._let_go and (left_s := until_s - time.monotonic()) > 0:
+        while not future.done() and (left_s := until_s - time.monotonic()) > 0:
+            if self._let_go and self._model.judge.verdict_of(identity) is None:
+                break  # a step that is under way is waited for all the same
             waits: set[asyncio.Future[Any]] = {future, self._next_move()}
             await asyncio.wait(waits, timeout=left_s, return_when=FIRST_COMPLETED)
         if not future.done():
+            self._model.require_whole()
             raise self.pending(identity.worker, candidate.digest)
         settled = future.result()
         if settled.verdict is None:
@@ -104,6 +109,7 @@ class Executor:
         if left_s > 0 and not self._let_go:
             await asyncio.wait({self._next_move()}, timeout=left_s)
         if self._let_go or time.monotonic() >= until_s:
+            self._model.require_whole()
             raise self.pending(worker, 0)
 
     def pending(self, worker: str, digest: int) -> PushPending:
@@ -208,7 +214,11 @@ class Executor:
         self.carry_out(self._model.judge.tick(time.monotonic()))
 
     def close(self) -> None:
-        """Stop the clock."""
+        """Stop the clock and let everybody go: the model does no more."""
+        self._closed = True
+        self.let_go()
+        while self._releases:
+            self._releases.popitem()[1]()
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

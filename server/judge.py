@@ -73,9 +73,9 @@ class Judge:
         consumed by that.
         """
         worker, seen = self._who(header.identity, None, now_s)
+        self._require_free(worker)
         sequence = int(header.identity.sequence)
         if not seen and sequence not in worker.held:
-            self._require_free(worker)
             ahead = sequence - 1 - worker.sequence
             if self.policy.waits:
                 self.sessions.expire(now_s)
@@ -131,6 +131,8 @@ class Judge:
         worker.held[sequence] = candidate
         if sequence == worker.sequence + 1:
             self.docket.pass_on(candidate)
+        else:
+            self.docket.parked.append(candidate)
         return self.docket.conclude(now_s)
 
     def verdict_of(self, identity: Identity) -> Verdict | None:
@@ -198,7 +200,7 @@ class Judge:
     def next_s(self) -> float | None:
         """When to `tick` although nothing happens: a round's time-out, or a lease that others wait for."""
         due = [due_s for due_s in (self.policy.deadline_s(),) if due_s is not None]
-        lease_s = self.sessions.first_lease_s() if self.policy.waits else None
+        lease_s = self.sessions.first_lease_s() if self.policy.waits or self.docket.parked else None
         return min((*due, lease_s) if lease_s is not None else due, default=None)
 
     # Edits.

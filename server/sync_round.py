@@ -100,11 +100,21 @@ class SyncPolicy:
         if self.round is None and self._queue and len(view.members) >= self.settings.min_workers:
             self.round = Round({worker.name for worker in view.members}, view.now_s)
         if self.round is None:
-            return late
+            return [*late, *self._turn_away_gone(view)]
         self.round.pushes.update({candidate.worker: candidate for candidate in self._queue})
         self._queue.clear()
         why = self._closed_by(self.round, view)
         return [*late, *self._end(self.round, why)] if why else late
+
+    def _turn_away_gone(self, view: View) -> list[Move]:
+        """Nobody knows when a round will open: whose worker has gone is not held for it."""
+        present = {worker.name for worker in view.members}
+        gone = [candidate for candidate in self._queue if candidate.worker not in present]
+        self._queue = [candidate for candidate in self._queue if candidate not in gone]
+        note = "its worker went before a round opened"
+        return [
+            TurnAway(candidate, Outcome.OUTCOME_DROPPED_LATE, "dropped_late", (note,)) for candidate in gone
+        ]
 
     def _turn_away_late(self, since: int) -> list[Move]:
         late = [candidate for candidate in self._queue if candidate.header.base_version < since]
