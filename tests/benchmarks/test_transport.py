@@ -7,7 +7,11 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-CASES = [f"pushstep {transport} {wire}" for transport in ("tcp", "unix") for wire in ("float32", "bfloat16")]
+CASES = [
+    f"pushstep {transport} {wire}"
+    for transport in ("tcp", "unix")
+    for wire in ("float32", "bfloat16", "float16", "int8")
+]
 CASES += ["pushstep shm float32"]
 
 
