@@ -6,6 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+TIMEOUT_S = 240  # 28 s on a quiet machine of 2 cores, more than 100 s on one with a load of 8
 ROOT = Path(__file__).parents[2]
 CASES = [
     f"pushstep {transport} {wire}"
@@ -22,7 +25,7 @@ def rows(*options: str) -> dict[str, list[list[str]]]:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=TIMEOUT_S,
         check=False,
     )
     assert ran.returncode == 0, ran.stderr
@@ -34,8 +37,9 @@ def rows(*options: str) -> dict[str, list[list[str]]]:
     return found
 
 
+@pytest.mark.timeout(TIMEOUT_S + 20)
 def test_each_side_takes_part_in_its_tables() -> None:
-    words = ("pushstep", "rpc uv", "socket", "local")
+    words = ("pushstep", "rpc default", "socket tcp")
     tables = ("exchange", "streams", "sync", "pulls")
     found = rows(
         "--rule",
@@ -44,9 +48,11 @@ def test_each_side_takes_part_in_its_tables() -> None:
         *(option for table in tables for option in ("--only", table)),
     )
     exchange, push, pull, sync, pulls = found.values()
-    for table in (exchange, push, pull):
-        assert {cells[0] for cells in table} >= {*CASES, "socket tcp", "socket unix"}
-    assert {"rpc uv", "local torch.optim"} <= {cells[0] for cells in exchange}
+    assert {cells[0] for cells in exchange} >= {*CASES, "socket tcp"}
+    streamed = {case for case in CASES if case.endswith(("float32", "bfloat16"))}
+    for table in (push, pull):
+        assert {cells[0] for cells in table} >= {*streamed, "socket tcp"}
+    assert "rpc default" in {cells[0] for cells in exchange}
     assert {"pushstep tcp float32, sync", "pushstep tcp float32"} <= {cells[0] for cells in sync}
     for table in (exchange, push, pull, sync):
         assert all(0 < float(cells[1]) <= float(cells[2]) for cells in table), table
