@@ -25,6 +25,8 @@ from .table import KIND
 
 Array = np.ndarray[Any, Any]
 
+# 16 M float32 on two cores, in the same minute in which torch copied them in 14 ms: quantised in 29 (13 bytes an element
+# read or written, 7.4 GB/s; in a quiet minute 9 ms, 24 GB/s), read back in 17, or in 49 into memory that is fresh.
 SLICE_ELEMENTS: Final = 1 << 16
 INLINE_ELEMENTS: Final = 1 << 16
 
