@@ -182,7 +182,7 @@ class Docket:
         receipt.times.receive_s = candidate.receive_s
         receipt.times.wait_s = candidate.waited_s + now_s - candidate.staged_s
         if candidate.push is not None:
-            receipt.gradient_norm = candidate.push.norm()
+            receipt.gradient_norm = candidate.push.norm
         if outcome:
             receipt.groups.extend(self.ledger.groups.messages())
         return receipt

@@ -115,7 +115,9 @@ def measured(
             if (narrowed or not math.isfinite(norm)) and not _all_finite(piece.to(stepped)):
                 nonfinite = nonfinite or slot.name
     staged.finite = nonfinite is None
-    return StagedPush(staged, parts, nonfinite)
+    sums_of = {norm.parameter: norm.square_sum for norm in staged.norms}
+    norm = math.sqrt(sum(sums_of[index] for index in sorted(sums_of)))
+    return StagedPush(staged, parts, nonfinite, norm)
 
 
 def _all_finite(values: Tensor) -> bool:

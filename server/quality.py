@@ -73,7 +73,7 @@ class Quality:
         """True to go on, False to skip; a named error to reject. `wish`: a hook's, before the setting."""
         if not gate.decide(push, self.nonfinite(wish), groups):
             return False
-        norm = push.norm()
+        norm = push.norm
         limit = self.limit()
         if limit is not None and norm > limit:
             usual = math.exp(self._mean)

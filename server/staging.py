@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -62,16 +61,13 @@ class StagedPush:
     staged: Staged
     parts: Sequence[DensePart | RowsPart]
     nonfinite_parameter: str | None
+    # L2 over all parameters, their sums of squares added in manifest order
+    norm: float
 
     def bytes(self) -> int:
         """What its gradients take."""
         tensors = [part.rows if isinstance(part, RowsPart) else part.gradient for part in self.parts]
         return sum(tensor.numel() * tensor.itemsize for tensor in tensors)
-
-    def norm(self) -> float:
-        """L2 norm over all parameters, their sums of squares added in manifest order."""
-        sums = {norm.parameter: norm.square_sum for norm in self.staged.norms}
-        return math.sqrt(sum(sums[index] for index in sorted(sums)))
 
 
 def window(body_bytes: int) -> int:
