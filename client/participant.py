@@ -328,12 +328,12 @@ class Participant:
         )
 
     def _push(self, header: pb.PushHeader, body: Body, commit: pb.PushCommit) -> pb.PushResponse:
-        shared = self.memory.attempt(header, lambda: self._transport.push_shared(header, commit))
+        shared = self.memory.attempt(header, lambda line: line.push(header, commit))
         return shared if shared is not None else self._transport.push(header, body, commit)
 
     def _exchange(self, header: pb.PushHeader, body: Body, commit: pb.PushCommit, layout: Layout) -> Pulled:
         region = self.memory.region
-        shared = self.memory.attempt(header, lambda: self._transport.exchange_shared(header, commit))
+        shared = self.memory.attempt(header, lambda line: line.exchange(header, commit))
         if shared is not None and region is not None:
             return region.answer_of(shared)
         return self._transport.exchange(header, body, commit, layout)

@@ -18,7 +18,6 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Final, TypeVar
 
-import grpc
 import torch
 from torch import Tensor
 
@@ -28,9 +27,9 @@ from pushstep.proto.errors import NoSharedMemory, PushstepError
 from pushstep.proto.frames import Piece
 from pushstep.proto.layout import Layout, Slot
 from pushstep.proto.region import Places, SharedBody, mapped, write
-from pushstep.proto.status import from_rpc_error
 
 from .gradients import Rows
+from .line import Line
 from .membership import Member
 from .retry import TransportFailure, answered
 from .transport import Body, Pulled, Transport
@@ -47,19 +46,22 @@ T = TypeVar("T")
 class Region:
     """Mapped memory: slots for gradients, and the place where parameters come back."""
 
-    def __init__(self, opened: pb.OpenRegionResponse, layout: Layout, wires: Any, key: Key) -> None:
+    def __init__(
+        self, opened: pb.OpenRegionResponse, layout: Layout, wires: Any, key: Key, timeout_s: float
+    ) -> None:
         self.number = opened.region
         self.key = key
         self.gradients = Places(layout, wires[0])
         self.answer = Places(layout, wires[1])
         if (opened.slot_bytes, opened.answer_bytes) != (self.gradients.nbytes, self.answer.nbytes):
             raise NoSharedMemory(problem="the server lays it out in another way")
-        self._line, fds = _fetch(opened)
+        connection, fds = _fetch(opened)
+        self.line = Line(connection, timeout_s)
         try:
             slots = _mapped(fds[0], opened.slots * opened.slot_bytes, True, opened.slot_bytes)
             self._parameters = _mapped(fds[1], opened.answer_bytes, False, opened.answer_bytes)
         except BaseException:
-            self._line.close()
+            self.line.close()
             raise
         finally:
             for fd in fds:
@@ -72,18 +74,9 @@ class Region:
         self._current = 0
         self._fresh = True
 
-    def is_alive(self) -> bool:
-        """Whether the server still has it, as far as anybody can know."""
-        try:
-            return self._line.recv(1, socket.MSG_PEEK) != b""
-        except BlockingIOError:
-            return True
-        except OSError:
-            return False
-
     def close(self) -> None:
         """Cut the life line. The memory stays mapped for as long as somebody holds a gradient in it."""
-        self._line.close()
+        self.line.close()
 
     # Gradients that lie where they will be read.
 
@@ -158,7 +151,7 @@ class SharedMemory:
         """The region of this membership; None where there is none to have, which is said once."""
         key = (member.uid, member.timeline, member.epoch, member.layout.manifest_hash)
         if self.region is not None:
-            if self.region.key == key and self.region.is_alive():
+            if self.region.key == key and self.region.line.is_open():
                 return self.region
             self.drop()
         if not self._wanted or self._refused == key:
@@ -172,7 +165,7 @@ class SharedMemory:
         )
         try:
             opened = answered(partial(self._transport.open_region, request))
-            self.region = Region(opened, member.layout, self._wires, key)
+            self.region = Region(opened, member.layout, self._wires, key, self._transport.timeout_s)
         except (NoSharedMemory, OSError, TransportFailure) as error:
             log.warning("no shared memory with %s, sending frames: %s", self._transport.address, error)
             self._refused = key
@@ -199,8 +192,8 @@ class SharedMemory:
             if header.HasField("pull"):
                 header.pull.region = region.number
 
-    def attempt(self, header: pb.PushHeader, send: Callable[[], T]) -> T | None:
-        """Send a header whose gradients were placed. None when there is no region (any more): frames do the same."""
+    def attempt(self, header: pb.PushHeader, call: Callable[[Line], T]) -> T | None:
+        """Make the call of a header whose gradients were placed. None when there is no region (any more): frames do it."""
         region = self.region
         if region is None or header.region != region.number:
             header.ClearField("region")
@@ -208,17 +201,14 @@ class SharedMemory:
                 header.pull.ClearField("region")
             return None
         try:
-            return send()
-        except grpc.RpcError as error:
-            known = from_rpc_error(error)
-            if known is None:
-                self.drop()  # whether the server did anything is not known, nor whether it has finished reading
-            elif isinstance(known, NoSharedMemory):
-                self.drop()
-                return self.attempt(header, send)
+            return call(region.line)
+        except NoSharedMemory:
+            self.drop()
+            return self.attempt(header, call)
+        except PushstepError:
             raise
         except BaseException:
-            self.drop()
+            self.drop()  # whether the server did anything is not known, nor whether it has finished reading
             raise
 
     def drop(self) -> None:
@@ -253,7 +243,6 @@ def _fetch(opened: pb.OpenRegionResponse) -> tuple[socket.socket, list[int]]:
             for fd in fds:
                 os.close(fd)
             raise ConnectionRefusedError(f"what listens at {opened.path} is not the server")
-        line.setblocking(False)
     except BaseException:
         line.close()
         raise

@@ -137,20 +137,6 @@ class Transport:
         )
         return answer
 
-    def push_shared(self, header: pb.PushHeader, commit: pb.PushCommit) -> pb.PushResponse:
-        """Push of what lies in shared memory: one message, and so a plain unary call to gRPC's client."""
-        answer: pb.PushResponse = self._unary("Push", pb.PushResponse)(
-            pb.PushRequest(header=header, commit=commit), timeout=self.timeout_s
-        )
-        return answer
-
-    def exchange_shared(self, header: pb.PushHeader, commit: pb.PushCommit) -> pb.PullHeader:
-        """Exchange through shared memory: one message there, one back."""
-        answer: pb.PullResponse = self._unary("Exchange", pb.PullResponse)(
-            pb.PushRequest(header=header, commit=commit), timeout=self.timeout_s
-        )
-        return answer.header
-
     def push(self, header: pb.PushHeader, body: Body, commit: pb.PushCommit) -> pb.PushResponse:
         """Push."""
         messages = _Messages(pb.PushRequest(header=header), body.segments, body.pieces, lambda _: commit)

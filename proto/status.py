@@ -54,15 +54,25 @@ def from_rpc_error(error: grpc.RpcError) -> errors.PushstepError | None:
     """The catalogue error inside a failed call, or None when the call failed without one (no server, deadline)."""
     call = cast(grpc.Call, error)
     for key, value in call.trailing_metadata() or ():
-        if key == TRAILER:
-            status = Status.FromString(cast(bytes, value))
-            for detail in status.details:
-                info = ErrorInfo()
-                if detail.Unpack(info) and info.domain == DOMAIN:
-                    kind = errors.CATALOGUE.get(info.reason, errors.Broken)
-                    return kind(status.message, **dict(info.metadata))
+        if key == TRAILER and (known := _in_status(cast(bytes, value))) is not None:
+            return known
     bare = _BARE.get(call.code())
     return None if bare is None else bare(f"the server's gRPC layer refused: {call.details()}")
+
+
+def from_status(serialized: bytes) -> errors.PushstepError:
+    """The catalogue error that `to_trailer` wrote; Broken if it wrote none."""
+    return _in_status(serialized) or errors.Broken("a refusal that says nothing")
+
+
+def _in_status(serialized: bytes) -> errors.PushstepError | None:
+    status = Status.FromString(serialized)
+    for detail in status.details:
+        info = ErrorInfo()
+        if detail.Unpack(info) and info.domain == DOMAIN:
+            kind = errors.CATALOGUE.get(info.reason, errors.Broken)
+            return kind(status.message, **dict(info.metadata))
+    return None
 
 
 def to_problem(error: errors.PushstepError) -> dict[str, object]:

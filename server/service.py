@@ -29,6 +29,7 @@ from pushstep.proto.memory import keep_freed_blocks
 from .catalog import Catalog
 from .config import Config, is_loopback, split_address
 from .grpc_door import SERVICE, GrpcDoor
+from .line_door import LineDoor
 from .rest_door import create_app
 from .shared_memory import SharedMemory
 from .staging import WINDOW_BYTES, Budget
@@ -111,7 +112,7 @@ class Service:
         if self.memory.path:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.memory.path)
-            self.memory.start()
+            self.memory.start(LineDoor(self.door).serve)
         self._grpc.add_generic_rpc_handlers((self.door.handler(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)

@@ -2,8 +2,8 @@
 
 A session's region is two memfds, made and sealed here and handed over a Unix socket of their own, since gRPC carries no
 descriptors: whoever brings the one-time token of an OpenRegion, and is this server's user or root, is sent them. The
-connection then stays as the region's life line. When it closes the worker is gone, and so is the region; it also ends
-with its session (leave, lease, eviction, next epoch, restore, the model's end), once the step that reads it has.
+connection then stays as the region's life line, over which the worker also makes the calls that name the region (see
+line_door.py). When it closes the worker is gone, and so is the region; it also ends with its session (leave, lease, eviction, next epoch, restore, the model's end), once the step that reads it has.
 
 A slot belongs to the worker until a push names it, and to the server from there until that call is answered. A worker
 that writes to it in between spoils the values of its own gradient, and may slip a NaN past the gate: nothing that it
@@ -22,6 +22,7 @@ import secrets
 import socket
 import struct
 import time
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
@@ -172,8 +173,8 @@ class SharedMemory:
         # one at a time: zeroing pages takes long enough to keep other workers' threads from their steps
         self._allocator = ThreadPoolExecutor(1, thread_name_prefix="regions")
 
-    def start(self) -> None:
-        """Listen, if there is a path to listen at."""
+    def start(self, serve: Callable[[socket.socket], Awaitable[None]]) -> None:
+        """Listen, if there is a path to listen at. `serve` answers the calls on a life line until it closes."""
         if not self.path:
             return
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -185,6 +186,7 @@ class SharedMemory:
             os.umask(old_mask)
         listener.listen(128)
         self._listener = listener
+        self._serve = serve
         self._keep(self._accept(listener))
         self._keep(self._sweep())
 
@@ -291,7 +293,7 @@ class SharedMemory:
             self._keep(self._hand_over(connection))
 
     async def _hand_over(self, connection: socket.socket) -> None:
-        """One connection: the token in, the descriptors out, then nothing until the worker is gone."""
+        """One connection: the token in, the descriptors out, then the worker's calls until it is gone."""
         loop = asyncio.get_running_loop()
         region: Region | None = None
         connection.setblocking(False)
@@ -313,7 +315,7 @@ class SharedMemory:
             finally:
                 for fd in fds:
                     os.close(fd)
-            await loop.sock_recv(connection, 1)
+            await self._serve(connection)
         except (OSError, TimeoutError) as error:
             log.debug("shared memory connection ended: %s", error)
         finally:

@@ -42,7 +42,7 @@ def regions_of(pid: int) -> int:
 
 def shares(session: Session) -> bool:
     """Whether a session's last step went through shared memory."""
-    return session.memory.region is not None and session.memory.region.is_alive()
+    return session.memory.region is not None and session.memory.region.line.is_open()
 
 
 @pytest.mark.parametrize("door", ["unix", "loopback"])
