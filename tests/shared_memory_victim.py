@@ -16,8 +16,8 @@ from typing import Any, NoReturn
 import numpy as np
 
 from pushstep.client import connect, shared_memory
+from pushstep.client.line import Line
 from pushstep.client.mirror import Mirror
-from pushstep.client.transport import Transport
 
 ELEMENTS = 1_000_000
 GRADIENT = np.full(ELEMENTS, 0.5, np.float32)
@@ -35,7 +35,7 @@ def die_soon() -> None:
 
 def arm(point: str) -> None:
     """Have this process die when it next comes to `point`."""
-    exchange = Transport.exchange_shared
+    exchange = Line.exchange
 
     def sent(*args: Any) -> Any:
         threading.Thread(target=die_soon).start()
@@ -47,9 +47,9 @@ def arm(point: str) -> None:
         case "handed over":
             shared_memory._mapped = die
         case "written":
-            Transport.exchange_shared = die  # type: ignore[method-assign]
+            Line.exchange = die  # type: ignore[method-assign]
         case "sent":
-            Transport.exchange_shared = sent  # type: ignore[method-assign]
+            Line.exchange = sent  # type: ignore[method-assign]
         case "answered":
             shared_memory.Region.answer_of = die  # type: ignore[method-assign]
         case "copying out":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import mmap
 import os
@@ -21,6 +22,8 @@ from wire import GROUPS, PARAMETERS
 from pushstep.client import Outcome, Session
 from pushstep.optim import Adagrad
 from pushstep.proto import training_pb2 as pb
+from pushstep.proto.line import HEAD_BYTES, Method, Status, framed, status_of
+from pushstep.proto.status import from_status
 
 
 def files_of(pid: int) -> list[str]:
@@ -193,7 +196,51 @@ def test_an_evicted_worker_loses_its_region(server: RunningServer, model_name: s
         region = session.memory.region
         assert region is not None
         server.rest("DELETE", f"/v1/models/{model_name}/workers/w0").raise_for_status()
-        wait_until(lambda: not region.is_alive())
+        wait_until(lambda: not region.line.is_open())
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [b"\x07\0\0\0\0", b"\x01\xff\xff\xff\xff", b"\x02\x03\0\0\0abc", b"\x02\0\0\0\0"],
+    ids=["method", "length", "message", "empty"],
+)
+def test_what_is_no_call_is_refused_by_name(server: RunningServer, model_name: str, sent: bytes) -> None:
+    with server.connect(model_name, shared_memory=True) as session:
+        session.create(PARAMETERS, GROUPS)
+        _, before = session.exchange({"bias": np.ones(4, np.float32)})
+        assert session.memory.region is not None
+        connection = session.memory.region.line._connection
+        connection.settimeout(10)
+        connection.sendall(sent)
+        status, length = status_of(connection.recv(HEAD_BYTES, socket.MSG_WAITALL))
+        assert status is Status.REFUSED
+        error = from_status(connection.recv(length, socket.MSG_WAITALL))
+        assert error.code in ("malformed_frame", "message_too_large")
+        connection.setblocking(False)
+        assert all(np.array_equal(before[name], value) for name, value in session.pull().items())
+        receipt, _ = session.exchange({"bias": np.ones(4, np.float32)})
+        assert receipt.version == 2
+
+
+def test_a_worker_that_speaks_out_of_turn_harms_nobody(server: RunningServer, model_name: str) -> None:
+    """A second call while the first is under way means that nobody waits for that any more: the server hangs up."""
+    with server.connect(model_name, shared_memory=True) as session:
+        session.create(PARAMETERS, GROUPS)
+        session.exchange({"bias": np.ones(4, np.float32)})
+        region = session.memory.region
+        assert region is not None
+        header = pb.PushHeader(model=model_name, identity=session.member().identity(), region=region.number)
+        message = pb.PushRequest(header=header, commit=pb.PushCommit()).SerializeToString()
+        connection = region.line._connection
+        connection.sendall(100 * framed(Method.PUSH, message))
+        connection.settimeout(10)
+        with contextlib.suppress(ConnectionResetError):
+            while connection.recv(1 << 16):
+                pass
+        assert not region.line.is_open()
+        receipt, _ = session.exchange({"bias": np.ones(4, np.float32)})
+        assert receipt.version == 2
+        assert shares(session)
 
 
 def test_frames_when_the_budget_is_taken_or_sharing_is_off(

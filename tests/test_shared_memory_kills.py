@@ -20,8 +20,8 @@ from shared_memory_victim import ELEMENTS, GRADIENT
 from test_shared_memory import regions_of, shares
 
 from pushstep.client import connect, shared_memory
+from pushstep.client.line import Line
 from pushstep.client.mirror import Mirror
-from pushstep.client.transport import Transport
 from pushstep.optim import Adadelta
 from pushstep.proto.errors import PushstepError
 
@@ -92,18 +92,18 @@ def kill_at(server: RunningServer, point: str, monkeypatch: pytest.MonkeyPatch) 
     places: dict[str, tuple[Any, str]] = {
         "opened": (shared_memory, "_fetch"),
         "handed over": (shared_memory, "_mapped"),
-        "written": (Transport, "exchange_shared"),
+        "written": (Line, "exchange"),
         "answered": (shared_memory.Region, "answer_of"),
         "copying out": (Mirror, "take"),
     }
     if point == "sent":
-        exchange = Transport.exchange_shared
+        exchange = Line.exchange
 
         def sent(*args: Any) -> Any:
             threading.Timer(0.003, lambda: server.process.send_signal(signal.SIGKILL)).start()
             return exchange(*args)
 
-        monkeypatch.setattr(Transport, "exchange_shared", sent)
+        monkeypatch.setattr(Line, "exchange", sent)
     else:
         owner, name = places[point]
         monkeypatch.setattr(owner, name, then(getattr(owner, name)))
