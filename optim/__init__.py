@@ -4,13 +4,13 @@
     from pushstep.optim import keras, mlx             # the same rules in those libraries' terms
 
 The classes are torch's, with torch's signatures, state and hooks; `conversion` carries state between the three
-families. Their arithmetic lives behind one seam,
-`rules`: the server steps its arenas through the same functions, which is why a step taken remotely and a
+families. Their arithmetic lives behind one seam, `rule`: the server steps its arenas through the same functions, which is why a step taken remotely and a
 step taken here give the same bits.
 
     adadelta, adagrad    the classes: equations, arguments, state
-    optimizer            the walk over groups that both share
-    rules, kernel_rule   the seam: a rule over tensors that somebody else owns
+    optimizer            what all optimizers here share: states, loading, who may step which tensor
+    torch_terms          the walk over groups that replaces torch's steps
+    rule, rules          the seam: a rule over tensors that somebody else owns
     dispatch             which path takes a step, and what a backend must offer
     cpu, table           the CPU backend: tensors as tables of addresses
     cpu_rows, rows       row-sparse steps and the merging of duplicates
@@ -26,7 +26,7 @@ from . import keras as keras
 from . import mlx as mlx
 from .adadelta import Adadelta as Adadelta
 from .adagrad import Adagrad as Adagrad
+from .rule import Rule as Rule
 from .rules import RULES as RULES
-from .rules import Rule as Rule
 
 __all__ = ["RULES", "Adadelta", "Adagrad", "Rule", "keras", "mlx"]

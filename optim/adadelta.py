@@ -20,11 +20,12 @@ from torch import Tensor
 from torch.optim.adadelta import adadelta
 from torch.optim.optimizer import ParamsT
 
-from .kernel_rule import Hyperparameters, KernelRule
-from .optimizer import FusedOptimizer, StateDtype
+from .optimizer import StateDtype
+from .rule import Hyperparameters, Rule
+from .torch_terms import TorchTerms
 
 
-class AdadeltaRule(KernelRule):
+class AdadeltaRule(Rule):
     """The equations above over tensors that somebody else owns."""
 
     name = "adadelta"
@@ -46,11 +47,11 @@ class AdadeltaRule(KernelRule):
         return float(hyperparameters["lr"])
 
     def arguments(self, hyperparameters: Hyperparameters) -> dict[str, Any]:
-        """See `KernelRule.arguments`."""
+        """See `Rule.arguments`."""
         return {name: hyperparameters[name] for name in self.defaults}
 
 
-class Adadelta(FusedOptimizer, torch.optim.Adadelta):
+class Adadelta(TorchTerms, torch.optim.Adadelta):
     """torch.optim.Adadelta with fused steps.
 
     All of torch's arguments, and:

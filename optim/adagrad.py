@@ -19,11 +19,12 @@ from torch import Tensor
 from torch.optim.adagrad import adagrad
 from torch.optim.optimizer import ParamsT
 
-from .kernel_rule import Hyperparameters, KernelRule
-from .optimizer import FusedOptimizer, StateDtype
+from .optimizer import StateDtype
+from .rule import Hyperparameters, Rule
+from .torch_terms import TorchTerms
 
 
-class AdagradRule(KernelRule):
+class AdagradRule(Rule):
     """The equations above over tensors that somebody else owns."""
 
     name = "adagrad"
@@ -53,7 +54,7 @@ class AdagradRule(KernelRule):
         return float(hyperparameters["lr"]) / (1 + (step - 1) * float(hyperparameters["lr_decay"]))
 
     def arguments(self, hyperparameters: Hyperparameters) -> dict[str, Any]:
-        """See `KernelRule.arguments`."""
+        """See `Rule.arguments`."""
         return {name: hyperparameters[name] for name in ("lr", "lr_decay", "weight_decay", "eps", "maximize")}
 
     def check_rows(self, hyperparameters: Hyperparameters) -> None:
@@ -62,7 +63,7 @@ class AdagradRule(KernelRule):
             raise RuntimeError("weight_decay option is not compatible with sparse gradients")
 
 
-class Adagrad(FusedOptimizer, torch.optim.Adagrad):  # type: ignore[override]  # a property there, a flag here
+class Adagrad(TorchTerms, torch.optim.Adagrad):  # type: ignore[override]  # a property there, a flag here
     """torch.optim.Adagrad with fused steps.
 
     All of torch's arguments, and:

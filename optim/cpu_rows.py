@@ -46,17 +46,7 @@ def wide(*dtypes: torch.dtype) -> bool:
 
 def every_row(step: Step, tensors: dict[int, Tensor], lr: float, factor: float) -> None:
     """One dense tensor with one state number per row: every row steps."""
-    unsupported = {
-        "ema": step.ema is not None,
-        "copy_out": step.copy_out is not None,
-        "clip_value": step.clip_value is not None,
-        "decoupled": step.decoupled and step.weight_decay != 0,
-        "eps_inside_root": step.eps_inside_root,
-        "multiply_first": step.multiply_first,
-    }
-    for name, asked in unsupported.items():
-        if asked:
-            raise NotImplementedError(f"row-wise state does not go with {name}")
+    step.check_row_wise()
     param, grad = tensors[intrinsics.PARAM], tensors[intrinsics.GRAD]
     flat_param, flat_grad = param.contiguous(), grad.resolve_neg().contiguous()
     states = [tensors[column] for column in STATE_COLUMNS if column in tensors]

@@ -184,17 +184,7 @@ def _step_row_wise(
     step: Step, operands: Mapping[int, Tensor], counters: Sequence[Tensor] | None, factor: float
 ) -> None:
     """One dense tensor with one state number per row: every row steps."""
-    unsupported = {
-        "ema": step.ema is not None,
-        "copy_out": step.copy_out is not None,
-        "clip_value": step.clip_value is not None,
-        "decoupled": step.decoupled and step.weight_decay != 0,
-        "eps_inside_root": step.eps_inside_root,
-        "multiply_first": step.multiply_first,
-    }
-    for name, asked in unsupported.items():
-        if asked:
-            raise NotImplementedError(f"row-wise state does not go with {name}")
+    step.check_row_wise()
     param, grad = operands[PARAM], operands[GRAD]
     dense, copied = in_one_layout({PARAM: param.contiguous(), GRAD: grad})
     if dense[PARAM] is not param:

@@ -92,6 +92,19 @@ class Step:
     memo: dict[str, Any] | None = None
     """Where a backend may keep what it learned about this list until its next step."""
 
+    def check_row_wise(self) -> None:
+        """Raise NotImplementedError for what no kernel does beside a row-wise state."""
+        for name, asked in (
+            ("ema", self.ema is not None),
+            ("copy_out", self.copy_out is not None),
+            ("clip_value", self.clip_value is not None),
+            ("decoupled", self.decoupled and self.weight_decay != 0),
+            ("eps_inside_root", self.eps_inside_root),
+            ("multiply_first", self.multiply_first),
+        ):
+            if asked:
+                raise NotImplementedError(f"row-wise state does not go with {name}")
+
     def written(self) -> Iterator[Tensor]:
         """Every tensor that the step writes to."""
         yield from self.params

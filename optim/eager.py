@@ -26,6 +26,8 @@ def step(step: Step) -> None:
     for k, (param, grad) in enumerate(zip(step.params, step.grads, strict=True)):
         states = [state[k] for state in step.states]
         lr = _lr(step, None if step.steps is None else step.steps[k])
+        if param.numel() == 0:  # a row of no elements has no mean
+            continue
         dtype = torch.promote_types(states[0].dtype, torch.promote_types(param.dtype, torch.float32))
         g, p = grad.to(dtype), param.to(dtype)
         if step.grad_scale is not None:
@@ -63,6 +65,8 @@ def step_rows(step: RowStep) -> None:
         from .rows import coalesce
 
         ids, rows = coalesce(ids, rows)
+    if ids.numel() == 0 or step.param.numel() == 0:
+        return
     taken = [table.index_select(0, ids) for table in step.states]
     param = step.param.index_select(0, ids)
     dtype = torch.promote_types(taken[0].dtype, torch.promote_types(param.dtype, torch.float32))
@@ -89,11 +93,13 @@ def _lr(step: Step | RowStep, counter: Tensor | None) -> float:
     return number(step.lr) / (1 + (t - 1) * step.lr_decay)
 
 
-def _mean_square(x: Tensor, state: Tensor) -> Tensor:
-    """x*x, or its mean over each row where the state has one number per row."""
+def _add_square(state: Tensor, x: Tensor, weight: float = 1.0, *, square_first: bool = False) -> Tensor:
+    """state + weight*x*x, or the mean of x*x over each row where the state has one number per row."""
+    if square_first:
+        return state.add(x * x, alpha=weight)
     if state.shape == x.shape:
-        return x * x
-    return x.reshape(state.shape[0], -1).square().mean(dim=1, keepdim=True)
+        return state.addcmul(x, x, value=weight)  # rounds once, as the kernels do
+    return state.add(x.reshape(state.shape[0], -1).square().mean(dim=1, keepdim=True), alpha=weight)
 
 
 def _per_row(value: Tensor, x: Tensor) -> Tensor:
@@ -106,17 +112,18 @@ def _update(step: Step | RowStep, p: Tensor, g: Tensor, states: Sequence[Tensor]
     """Move the states in place and return the parameter."""
     first = states[0].to(p.dtype)
     if step.rule == "adagrad":
-        h = first + _mean_square(g, first)
+        h = _add_square(first, g)
         states[0].copy_(h)
         inside = isinstance(step, Step) and step.eps_inside_root
         root = (h + step.eps).sqrt() if inside else h.sqrt() + step.eps
         return p + (-lr * g) / _per_row(root, g)
-    v = step.rho * first + (1 - step.rho) * _mean_square(g, first)
+    keras = isinstance(step, Step) and step.multiply_first
+    v = _add_square(step.rho * first, g, 1 - step.rho, square_first=keras)
     u = states[1].to(p.dtype)
-    if isinstance(step, Step) and step.multiply_first:
+    if keras:
         d = _per_row((u + step.eps).sqrt(), g) * g / _per_row((v + step.eps).sqrt(), g)
     else:
         d = _per_row((u + step.eps).sqrt() / (v + step.eps).sqrt(), g) * g
     states[0].copy_(v)
-    states[1].copy_(step.rho * u + (1 - step.rho) * _mean_square(d, u))
+    states[1].copy_(_add_square(step.rho * u, d, 1 - step.rho, square_first=keras))
     return p - lr * d

@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -39,12 +40,12 @@ from .keras_terms import ACCUMULATOR, AVERAGE, KerasTerms
 from .one_count import dense
 
 
-class KerasOptimizer(KerasTerms):
+class KerasOptimizer(KerasTerms, ABC):
     """What Keras's Adadelta and Adagrad share: everything but the update."""
 
+    @abstractmethod
     def _update_arguments(self, group: dict[str, Any]) -> dict[str, Any]:
         """The update rule in the words of `dispatch.Step`."""
-        raise NotImplementedError
 
     def apply_gradients(self, grads_and_vars: Iterable[tuple[Tensor | None, Tensor]]) -> int:
         """`apply` for pairs; returns the number of micro-steps so far."""

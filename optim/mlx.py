@@ -32,10 +32,10 @@ from torch.optim.optimizer import ParamsT
 from .adadelta import AdadeltaRule
 from .adagrad import AdagradRule
 from .dispatch import number
-from .kernel_rule import Hyperparameters
 from .learning_rate import Schedule
 from .one_count import OneCountOptimizer, dense
 from .optimizer import StateDtype
+from .rule import Hyperparameters
 
 __all__ = ["AdaDelta", "Adagrad"]
 

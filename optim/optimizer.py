@@ -1,15 +1,13 @@
-"""What the two classes share: torch's optimizer, with the walk over groups replaced by fused steps.
+"""What every optimizer here shares, whoever's terms it speaks: its states, and who may step which tensor.
 
-A group's tensors are sorted by who can step them. Those that the kernels take go to their backend in one call;
-the rest go to torch's own functional rule, in one call too. torch's `step` is never called: it is wrapped by the
-hooks of its own class, and ours by those of ours, so calling it would run every hook twice.
+States are made, kept and loaded as torch does, but may be wider than a half parameter or narrower than its rows. A
+list whose every tensor the kernels take is recognised at the price of a few C loops, and what was learned about
+it is kept until its next step.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
-from collections.abc import Callable, Sequence
 from operator import attrgetter, call, is_
 from typing import Any, ClassVar, Literal
 from weakref import ref
@@ -17,14 +15,11 @@ from weakref import ref
 import torch
 from torch import Tensor
 from torch.optim.optimizer import (
-    _device_dtype_check_for_fused,
     _get_scalar_dtype,
-    _use_grad_for_differentiable,
 )
 
-from . import dispatch, eager
-from .dispatch import FUSED_DTYPES, Path, RowStep, Step, path_of
-from .kernel_rule import KernelRule
+from .dispatch import FUSED_DTYPES, Path, path_of
+from .rule import Rule
 
 StateDtype = Literal["param"] | None
 
@@ -36,24 +31,10 @@ _layout, _dtype = attrgetter("layout"), attrgetter("dtype")
 _IS_ON = {"cpu": attrgetter("is_cpu"), "cuda": attrgetter("is_cuda")}
 
 
-def _grad_only_if_differentiable(step: Callable[..., Any]) -> Callable[..., Any]:
-    """torch's decorator of the same purpose, without its import of torch._dynamo (a second) outside torch.compile."""
-    under_compile: Callable[..., Any] = _use_grad_for_differentiable(step)
-
-    @functools.wraps(step)
-    def wrapper(self: FusedOptimizer, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return under_compile(self, *args, **kwargs)
-        with torch.set_grad_enabled(self.defaults["differentiable"]):
-            return step(self, *args, **kwargs)
-
-    return wrapper
-
-
 class FusedOptimizer(torch.optim.Optimizer):
     """A `torch.optim.Optimizer` whose steps are single passes over memory wherever they can be."""
 
-    rule: ClassVar[KernelRule]
+    rule: ClassVar[Rule]
     state_dtype: StateDtype
     row_wise: bool
     sparse: bool
@@ -173,7 +154,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 if param.dtype in _HALF and self.state_dtype is None:
                     state["state"][param][name] = value.to(dtype=torch.float32, device=param.device)
 
-    # ---- the step --------------------------------------------------------------------------------------------
+    # ---- who steps what ----------------------------------------------------------------------------------------
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -190,54 +171,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         if group is None:
             group = next(g for g in self.param_groups if any(p is param for p in g["params"]))
         return path_of(param, group)
-
-    @_grad_only_if_differentiable
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Perform a single optimization step.
-
-        closure: reevaluates the model and returns the loss.
-        """
-        if "capturable" in self.defaults:
-            self._accelerator_graph_capture_health_check()
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            self._step_group(group)
-        return loss
-
-    def _step_group(self, group: dict[str, Any]) -> None:
-        params: list[Tensor] = group["params"]
-        grads: list[Tensor] = [p.grad for p in params]  # type: ignore[misc]  # the None are dropped here
-        if any(map(is_, grads, itertools.repeat(None))):
-            params = [p for p, grad in zip(params, grads, strict=True) if grad is not None]
-            grads = [grad for grad in grads if grad is not None]
-        if not params:
-            return
-        memo = self._memo_of(group)
-        device_type = params[0].device.type
-        if self._all_dense(device_type, params, grads, group, memo):
-            self._step_fused(device_type, params, grads, group, memo)
-            return
-        fused: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
-        by_torch: list[Tensor] = []
-        for param, grad in zip(params, grads, strict=True):
-            if grad.is_sparse:
-                self._check_sparse(group)
-            who = path_of(param, group)
-            if grad.is_sparse and (who.fused or not self._torch_takes_sparse):
-                self._step_sparse(who, param, grad, group)
-            elif who.fused:
-                members = fused.setdefault(who.backend, ([], []))
-                members[0].append(param)
-                members[1].append(grad)
-            else:
-                by_torch.append(param)
-        for device_type, (some, their_grads) in fused.items():
-            self._step_fused(device_type, some, their_grads, group, memo)
-        if by_torch:
-            self._step_torch(by_torch, group)
 
     def _all_dense(
         self,
@@ -279,101 +212,6 @@ class FusedOptimizer(torch.optim.Optimizer):
             memo = memos[id(group)] = {"group": group}
         return memo
 
-    def _arguments(self, group: dict[str, Any]) -> dict[str, Any]:
-        given = self.rule.arguments({name: group[name] for name in self.rule.defaults})
-        # GradScaler sets these around a step; it minds if they exist at other times.
-        handed = {name: getattr(self, name, None) for name in ("grad_scale", "found_inf")}
-        return {**given, **handed}
-
-    def _step_fused(
-        self,
-        device_type: str,
-        params: list[Tensor],
-        grads: list[Tensor],
-        group: dict[str, Any],
-        memo: dict[str, Any],
-    ) -> None:
-        states = [self.state[param] for param in params]
-        if not all(states):
-            states = [self._state_of(param, group) for param in params]
-        step = Step(
-            rule=self.rule.name,
-            params=params,
-            grads=grads,
-            states=[[state[name] for state in states] for name in self.rule.state_names],
-            steps=[state["step"] for state in states],
-            memo=memo,
-            **self._arguments(group),
-        )
-        backend = dispatch.backend(device_type)
-        if backend is None:
-            raise RuntimeError(f"no kernels for {device_type}")
-        backend.step(step)
-        torch.autograd.graph.increment_version(step.written())
-
-    def _step_sparse(self, who: Path, param: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
-        state = self._state_of(param, group)
-        states = [state[name] for name in self.rule.state_names]
-        ids, rows, unique = _rows_of(grad)
-        table = [param, *states]
-        if grad.sparse_dim() != 1:  # several sparse dimensions are one, of their product
-            lead = grad.shape[: grad.sparse_dim()].numel()
-            table = [t.view(lead, *grad.shape[grad.sparse_dim() :]) for t in table]
-        step = RowStep(
-            rule=self.rule.name,
-            param=table[0],
-            ids=ids,
-            rows=rows,
-            unique=unique,
-            states=table[1:],
-            steps=state["step"],
-            **self._arguments(group),
-        )
-        (dispatch.backend(who.backend) or eager).step_rows(step)
-        torch.autograd.graph.increment_version(step.written())
-
-    # ---- what the two rules differ in ------------------------------------------------------------------------
-
-    _torch_takes_sparse: ClassVar[bool]
-
-    def _check_sparse(self, group: dict[str, Any]) -> None:
-        """Raise torch's RuntimeError if a sparse gradient is not allowed."""
-        raise NotImplementedError
-
-    def _step_torch(self, params: Sequence[Tensor], group: dict[str, Any]) -> None:
-        """Step by torch's functional rule."""
-        raise NotImplementedError
-
-    def _torch_lists(
-        self, params: Sequence[Tensor], group: dict[str, Any]
-    ) -> tuple[list[list[Tensor]], bool]:
-        """Lists as torch's functional rules want them, and whether any parameter is complex."""
-        if group["fused"]:
-            for param in params:
-                _device_dtype_check_for_fused(param)
-        if self._option(group, "row_wise"):
-            why = path_of(params[0], group).reason
-            raise RuntimeError(f"row_wise=True needs the fused path, which is not taken: {why}")
-        states = [self._state_of(param, group) for param in params]
-        lists = [
-            list(params),
-            [param.grad for param in params if param.grad is not None],
-            *([state[name] for state in states] for name in self.rule.state_names),
-            [state["step"] for state in states],
-        ]
-        return lists, any(map(torch.is_complex, params))
-
 
 def _row_shape(param: Tensor) -> torch.Size:
     return torch.Size((param.shape[0] if param.dim() else 1, 1))
-
-
-def _rows_of(grad: Tensor) -> tuple[Tensor, Tensor, bool]:
-    """ids, rows, and whether the ids are known to be unique."""
-    indices, values = grad._indices(), grad._values()
-    if indices.shape[0] == 1:
-        return indices[0], values, grad.is_coalesced()
-    ids = torch.zeros(indices.shape[1], dtype=torch.int64, device=indices.device)
-    for index, size in zip(indices, grad.shape, strict=False):
-        ids = ids * size + index
-    return ids, values, grad.is_coalesced()

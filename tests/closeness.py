@@ -3,35 +3,46 @@
 from __future__ import annotations
 
 import torch
+from ulps import distance, parameter_distance
 
 
-class Distance:
+class Errors:
     """Errors of one tensor over the steps of a run, ours beside the peer's."""
 
     def __init__(self):
         self.sums = torch.zeros(2, dtype=torch.float64)
         self.worst = torch.zeros(2, dtype=torch.float64)
-        self.count, self.ulp = 0, 0.0
+        self.different, self.ulp = 0, 0.0
+        self.steps = []
 
     def add(self, mine, peers, exact):
         """One step."""
-        for k, tensor in enumerate((mine, peers)):
-            error = (tensor.double() - exact).abs()
+        errors = [(tensor.double() - exact).abs() for tensor in (mine, peers)]
+        for k, error in enumerate(errors):
             assert torch.isfinite(error).all()
             self.sums[k] += error.sum()
-            self.worst[k] = max(self.worst[k], error.max())
-        self.ulp = max(self.ulp, torch.finfo(peers.dtype).eps * exact.abs().max().item())
-        self.count += mine.numel()
+            if error.numel():
+                self.worst[k] = max(self.worst[k], error.max())
+        if not self.steps:
+            self.different = exact.unique().numel()
+        if self.different > 1000:
+            self.steps.append(tuple(error.mean().item() for error in errors))
+            self.ulp = max(self.ulp, torch.finfo(peers.dtype).eps * exact.abs().max().item())
 
-    def check(self, what):
-        """Mean and worst error at most 1.001 times the peer's.
+    def check(self, what, every_step):
+        """Mean error, of `every_step` if asked and else of the run, and the worst, at most 1.001 times the peer's.
 
-        The worst is one element's luck, so half an ulp of the largest is granted. Over few elements all is luck.
+        Among few different values luck decides: no claim is made for 1,000, nor of a single step for 10,000. The worst
+        is one element's luck, so half an ulp of the largest is granted.
         """
-        (mine, peers), (my_worst, peer_worst) = self.sums.tolist(), self.worst.tolist()
-        if self.count < 10_000:
+        if self.different <= 1000:
             return
+        if every_step and self.different > 10_000:
+            for k, (mine, peers) in enumerate(self.steps):
+                assert mine <= 1.001 * peers, f"{what}, step {k}: mean error {mine}, the peer's {peers}"
+        mine, peers = self.sums.tolist()
         assert mine <= 1.001 * peers, f"{what}: mean error {mine / peers} of the peer's"
+        my_worst, peer_worst = self.worst.tolist()
         assert my_worst <= 1.001 * peer_worst + self.ulp / 2, f"{what}: {my_worst}, the peer's {peer_worst}"
 
 
@@ -44,32 +55,34 @@ def in_step(optimizer, params, peer_params, peer_states):
                 held.copy_(states[name])
 
 
-def compare(ours, wide, peer, grads, step):
+def compare(ours, wide, peer, steps, *, every_step):
     """Steps of one optimizer and of its float64 twin (pairs of optimizer and parameters), each from where the peer is.
 
-    Returns the largest distance between our parameters and the peer's in ulps.
+    Returns the largest distance between ours and the peer's in ulps, by name; empty unless all are float32.
     """
-    distances, apart = {}, 0.0
-    for k, now in enumerate(grads):
+    errors, apart = {}, {}
+    for k, grads in enumerate(steps):
         if k:
             in_step(*ours, peer.params, peer.states)
             in_step(*wide, peer.params, peer.states)
         before = [param.detach().clone() for param in ours[1]]
-        step(*ours, now)
-        step(*wide, now)
-        peer.step(now)
+        for optimizer, params in (ours, wide):
+            for param, grad in zip(params, grads, strict=True):
+                param.grad = grad if grad.dtype == param.dtype else grad.to(param.dtype)
+            optimizer.step()
+        peer.step(grads)
         for i, (param, exact, theirs, states) in enumerate(
             zip(ours[1], wide[1], peer.params, peer.states, strict=True)
         ):
-            mine, exact_value, theirs = param.detach(), exact.detach(), theirs.detach()
-            size = torch.stack([before[i].abs(), theirs.abs(), (theirs - before[i]).abs()]).amax(0)
-            distances.setdefault((i, "parameter"), Distance()).add(mine, theirs, exact_value)
-            ulp = torch.finfo(theirs.dtype).eps * size
-            apart = max(apart, ((mine - theirs).abs() / ulp).max().item())
-            for name, value in states.items():
-                held, exact_held = ours[0].state[param][name], wide[0].state[exact][name]
-                distance = distances.setdefault((i, name), Distance())
-                distance.add(held, value.detach(), exact_held)
-    for what, distance in distances.items():
-        distance.check(what)
+            mine, theirs = param.detach(), theirs.detach()
+            held = {name: value for name, value in ours[0].state[param].items() if name != "step"}
+            triples = [("parameter", mine, theirs, exact.detach())]
+            triples += [(n, v, states[n].detach(), wide[0].state[exact][n]) for n, v in held.items()]
+            for name, one, other, truth in triples:
+                errors.setdefault((i, name), Errors()).add(one, other, truth)
+                if one.numel() and one.dtype == other.dtype == torch.float32:
+                    far = parameter_distance(one, other, before[i]) if one is mine else distance(one, other)
+                    apart[name] = max(apart.get(name, 0.0), float(far.max()))
+    for what, found in errors.items():
+        found.check(what, every_step)
     return apart

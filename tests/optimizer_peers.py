@@ -1,4 +1,4 @@
-"""The real Keras (on torch, on the CPU) and the real MLX, run step by step as references.
+"""torch, the real Keras (on torch, on the CPU) and the real MLX, run step by step as references.
 
 Import this module, not keras: the backend is chosen by the environment and fixed at the first import, and Keras writes
 a file into KERAS_HOME when it finds none there.
@@ -30,7 +30,30 @@ if keras.backend.backend() != "torch":
 
 mx.set_default_device(mx.cpu)
 
-__all__ = ["KerasRun", "MlxRun", "keras", "mlx_optimizers", "mx"]
+__all__ = ["KerasRun", "MlxRun", "TorchRun", "keras", "mlx_optimizers", "mx"]
+
+
+class TorchRun:
+    """One of torch's own optimizers over parameters that start at `values`, laid out as they are."""
+
+    def __init__(self, name, values, dtype, **options):
+        self.tensors = [
+            torch.nn.Parameter(value.clone(memory_format=torch.preserve_format).to(dtype)) for value in values
+        ]
+        self.optimizer = getattr(torch.optim, name)(self.tensors, **options)
+
+    @property
+    def params(self):
+        return [tensor.detach() for tensor in self.tensors]
+
+    @property
+    def states(self):
+        return [self.optimizer.state[tensor] for tensor in self.tensors]
+
+    def step(self, grads):
+        for tensor, grad in zip(self.tensors, grads, strict=True):
+            tensor.grad = grad
+        self.optimizer.step()
 
 
 class KerasRun:

@@ -40,12 +40,15 @@ def runs(draw):
     groups = []
     for _ in range(draw(st.integers(1, 3))):
         options = draw(OPTIONS[make])
-        sparse = draw(st.booleans()) and make is Adagrad
-        if not sparse:
+        sparse, row_wise = draw(st.booleans()), draw(st.booleans())
+        if make is Adadelta or not sparse:  # torch's Adagrad refuses decay of sparse gradients
             flags = draw(
                 st.sampled_from([{}, {"weight_decay": 0.1}, {"weight_decay": 0.1, "maximize": True}])
             )
             options = {**options, **flags}
+        options = {**options, "row_wise": row_wise}
+        if make is Adadelta:
+            options["sparse"] = sparse
         dtype = draw(st.sampled_from([torch.float32, torch.float64]))
         shapes = draw(st.lists(SHAPES, min_size=1, max_size=4))
         if sparse:
@@ -104,7 +107,7 @@ def test_the_fused_path_follows_torchs(run):
         fused.step()
         reference.step()
         if reload:
-            twin = make([{"params": g["params"]} for g in mine])
+            twin = make([{name: g[name] for name in ("params", "row_wise")} for g in mine])
             twin.load_state_dict(copy.deepcopy(fused.state_dict()))
             if with_hooks:
                 twin.register_step_pre_hook(

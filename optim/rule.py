@@ -1,7 +1,14 @@
-"""What both rules have in common: turn the seam's arguments into a `Step` and hand it to the tensor's backend."""
+"""The seam through which every step is taken: a rule over tensors that somebody else owns.
+
+A rule knows its hyperparameters, its state and two in-place steps: over a dense gradient and over the rows of
+a row-sparse one. It holds nothing itself. Whoever calls (a local optimizer with a list of tensors, the server
+with ranges of its arenas) owns the memory; a step is elementwise, so any split of the same elements gives the
+same bits. Both steps turn their arguments into what `dispatch` describes and hand it to the tensor's backend.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -14,12 +21,15 @@ from .dispatch import Backend, RowStep, Step, backend
 Hyperparameters = Mapping[str, float | bool]
 
 
-class KernelRule:
-    """A rule over tensors that somebody else owns; see `rules.Rule`."""
+class Rule(ABC):
+    """An update rule; a subclass says what it is called, what it keeps and what its hyperparameters are."""
 
     name: ClassVar[str]
+    """The rule's name on the wire and over REST."""
     state_names: ClassVar[tuple[str, ...]]
+    """torch's names of the per-element states, in the order in which `step_dense` takes them."""
     defaults: ClassVar[Mapping[str, float | bool]]
+    """Every hyperparameter with torch's default."""
     ranges: ClassVar[Mapping[str, tuple[str, float]]]
     """What torch calls each hyperparameter in its errors, and its upper bound; the lower is 0."""
 
@@ -31,15 +41,19 @@ class KernelRule:
             if name in hyperparameters and not 0.0 <= hyperparameters[name] <= upper:
                 raise ValueError(f"Invalid {label}: {hyperparameters[name]}")
 
+    @abstractmethod
     def initial_value(self, state_name: str, hyperparameters: Hyperparameters) -> float:
         """The value that fills a fresh state."""
-        raise NotImplementedError
 
+    @abstractmethod
+    def effective_lr(self, hyperparameters: Hyperparameters, step: int) -> float:
+        """The learning rate that step number `step` (from 1) applies."""
+
+    @abstractmethod
     def arguments(self, hyperparameters: Hyperparameters) -> dict[str, Any]:
         """The hyperparameters in the words of `dispatch.Step`."""
-        raise NotImplementedError
 
-    def check_rows(self, hyperparameters: Hyperparameters) -> None:
+    def check_rows(self, hyperparameters: Hyperparameters) -> None:  # noqa: B027 - most rules refuse nothing
         """Raise if the rule refuses row-sparse gradients with these hyperparameters."""
 
     def step_dense(
@@ -59,7 +73,15 @@ class KernelRule:
         copy_out: Tensor | None = None,
         threads: int | None = None,
     ) -> None:
-        """See `rules.Rule.step_dense`."""
+        """Step `param` and `state` in place.
+
+        All tensors have one shape; a row-wise state has shape (rows, 1). `grad` may be of any real floating
+        dtype; the arithmetic runs in the state's (float32 for half states). `step` counts from 1; `factor`
+        multiplies the gradient first, then `clip_value` bounds it. `decoupled` takes weight decay off the
+        parameter instead of adding it to the gradient. In the same pass, where asked: `ema` moves towards the
+        new parameter, `copy_out` receives it in its own dtype, and `zero_grad` clears the gradient. `threads` at
+        most (None: torch.get_num_threads()); their number changes no bit. Safe to call from several Python threads.
+        """
         described = Step(
             rule=self.name,
             params=[param],
@@ -92,7 +114,12 @@ class KernelRule:
         unique: bool = True,
         threads: int | None = None,
     ) -> None:
-        """See `rules.Rule.step_rows`."""
+        """Step only the rows `ids` (int64) of `param` and `state`, in place.
+
+        `rows` has shape (len(ids), *param.shape[1:]). Rows that are not named do not move, nor does their state.
+        With `unique` the caller vouches that no id comes twice; otherwise rows of equal id are summed first, as
+        `rows.coalesce` does. IndexError for an id outside the table.
+        """
         self.check_rows(hyperparameters)
         described = RowStep(
             rule=self.name,
