@@ -1,0 +1,216 @@
+"""Mistakes that the service must not make, each put into the running code, for the simulator to find.
+
+Whoever changes a check, or the simulator, learns here whether it still catches what it is there for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import pytest
+
+from pushstep.proto.errors import ModelLost
+from pushstep.proto.types_pb2 import Identity
+from pushstep.server.bounded import BoundedPolicy
+from pushstep.server.candidate import Candidate
+from pushstep.server.decision import Combine
+from pushstep.server.docket import Docket
+from pushstep.server.judge import Judge
+from pushstep.server.policy import Move, View
+from pushstep.server.session import Sessions, Worker, WorkerState
+from pushstep.server.sync_round import SyncPolicy
+
+Patch = pytest.MonkeyPatch
+
+
+def dedupe_is_dropped(patch: Patch) -> None:
+    """A push that comes again is judged again."""
+    judged = Sessions.judged
+
+    def forgetful(self: Sessions, worker: Worker, identity: Identity, digest: int | None = None) -> Any:
+        if self.stored(worker, identity) is not None:
+            worker.sequence = int(identity.sequence) - 1
+        return judged(self, worker, identity, digest)
+
+    patch.setattr(Sessions, "judged", forgetful)
+
+
+def eviction_is_ignored(patch: Patch) -> None:
+    """An evicted worker's pushes are taken."""
+    patch.setattr(Sessions, "evict", lambda self, name: self.workers[name])
+
+
+def fencing_is_skipped(patch: Patch) -> None:
+    """An old epoch is as good as the newest."""
+    require = Sessions.require
+
+    def lenient(self: Sessions, identity: Identity, now_s: float) -> Worker:
+        worker = self.workers.get(identity.worker)
+        if worker is not None and identity.epoch < worker.epoch:
+            newest = Identity()
+            newest.CopyFrom(identity)
+            newest.epoch = worker.epoch
+            return require(self, newest, now_s)
+        return require(self, identity, now_s)
+
+    patch.setattr(Sessions, "require", lenient)
+
+
+def time_out_counts_twice(patch: Patch) -> None:
+    """What a round that timed out has added up is in the next one again."""
+    end = SyncPolicy._end
+
+    def careless(self: SyncPolicy, open_round: Any, why: str) -> list[Move]:
+        if why.startswith("timed out"):
+            self._queue.extend(open_round.pushes.values())
+        return end(self, open_round, why)
+
+    patch.setattr(SyncPolicy, "_end", careless)
+
+
+def left_behind_stays(patch: Patch) -> None:
+    """A push whose worker has joined anew stays in the round."""
+    patch.setattr(SyncPolicy, "drop", lambda self, candidate: None)
+
+
+def mean_is_over_members(patch: Patch) -> None:
+    """The sum is divided by the number of members instead of by the contributors' weight."""
+    combine = Docket._combine
+    members: list[int] = []
+
+    def counting(self: Docket, order: Combine) -> None:
+        members.append(len(self.sessions.members()))
+        combine(self, order)
+
+    patch.setattr(Docket, "_combine", counting)
+    patch.setattr(Combine, "divisor", property(lambda self: float(members[-1] or 1) if self.mean else 1.0))
+
+
+def old_timeline_is_applied(patch: Patch) -> None:
+    """A restore leaves the epochs, and with them the pushes, of the timeline that it ends."""
+
+    def require_current(self: Judge, identity: Identity) -> None:
+        if identity.model_uid != self.uid:
+            raise ModelLost(model=self.name)
+
+    patch.setattr(Judge, "require_current", require_current)
+    patch.setattr(Sessions, "close_epochs", lambda self: None)
+
+
+def waiting_push_survives_a_restore(patch: Patch) -> None:
+    """What waits in a round at a restore is stepped after it."""
+
+    def start_over(self: Docket, policy: Any) -> None:
+        policy._queue = getattr(self.policy, "_queue", [])
+        policy.round = getattr(self.policy, "round", None)
+        self.policy, self.combining = policy, None
+
+    patch.setattr(Docket, "start_over", start_over)
+    patch.setattr(SyncPolicy, "drop", lambda self, candidate: None)
+
+
+def every_scheduler_counts(patch: Patch) -> None:
+    """Each worker's edits are taken, as if it were the lead."""
+    patch.setattr(Sessions, "leads", lambda self, worker: True)
+
+
+def retries_tick(patch: Patch) -> None:
+    """A push that comes again moves its worker's clock."""
+    who = Judge._who
+
+    def ticking(self: Judge, identity: Identity, digest: int | None, now_s: float) -> tuple[Worker, Any]:
+        worker, seen = who(self, identity, digest, now_s)
+        if seen is not None:
+            self.policy.consumed(worker)
+        return worker, seen
+
+    patch.setattr(Judge, "_who", ticking)
+
+
+def bound_is_off_by_one(patch: Patch) -> None:
+    """SSP lets a worker run one clock too far."""
+    admits = BoundedPolicy.admits
+    patch.setattr(
+        BoundedPolicy, "admits", lambda self, worker, ahead, view: admits(self, worker, ahead - 1, view)
+    )
+
+
+def the_dead_are_waited_for(patch: Patch) -> None:
+    """A lease that ran out leaves its worker a member."""
+
+    def live(self: Sessions) -> list[Worker]:
+        there = (WorkerState.LIVE, WorkerState.EXPIRED)
+        return sorted((w for w in self.workers.values() if w.state in there), key=lambda w: w.joined)
+
+    patch.setattr(Sessions, "live", live)
+
+
+def time_outs_are_ignored(patch: Patch) -> None:
+    """A round waits for its last member, however long."""
+    patch.setattr(SyncPolicy, "deadline_s", lambda self: None)
+
+
+def late_is_counted(patch: Patch) -> None:
+    """A push of an earlier round is part of this one although late ones are dropped."""
+
+    def none(self: SyncPolicy, since: int) -> Sequence[Move]:
+        return []
+
+    patch.setattr(SyncPolicy, "_turn_away_late", none)
+
+
+def receipts_are_forgotten(patch: Patch) -> None:
+    """A join does not bring the receipts of the epochs before: what was applied is pushed again."""
+    join = Sessions.join
+
+    def emptied(self: Sessions, name: str, now_s: float, takeover: bool) -> Worker:
+        worker = join(self, name, now_s, takeover)
+        worker.verdicts.clear()
+        return worker
+
+    patch.setattr(Sessions, "join", emptied)
+
+
+def held_push_is_taken_twice(patch: Patch) -> None:
+    """A retry of a push that waits is a push of its own."""
+    staged = Judge.staged
+
+    def greedy(self: Judge, candidate: Candidate, now_s: float) -> Any:
+        worker = self.sessions.workers.get(candidate.worker)
+        if worker is not None:
+            worker.held.pop(int(candidate.identity.sequence), None)
+        return staged(self, candidate, now_s)
+
+    patch.setattr(Judge, "staged", greedy)
+
+
+def busy_is_ignored(patch: Patch) -> None:
+    """A round is closed while the one before it is still being added up."""
+    review = SyncPolicy.review
+    patch.setattr(
+        SyncPolicy,
+        "review",
+        lambda self, view: review(self, View(view.now_s, view.version, view.members, busy=False)),
+    )
+
+
+BUGS: Final[Sequence[Callable[[Patch], None]]] = (
+    dedupe_is_dropped,
+    eviction_is_ignored,
+    fencing_is_skipped,
+    time_out_counts_twice,
+    left_behind_stays,
+    mean_is_over_members,
+    old_timeline_is_applied,
+    waiting_push_survives_a_restore,
+    every_scheduler_counts,
+    retries_tick,
+    bound_is_off_by_one,
+    the_dead_are_waited_for,
+    time_outs_are_ignored,
+    late_is_counted,
+    receipts_are_forgotten,
+    held_push_is_taken_twice,
+    busy_is_ignored,
+)

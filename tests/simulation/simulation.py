@@ -1,0 +1,202 @@
+"""A server, its workers, and everything that can happen to them, each as one call. What comes of it is one seed's doing."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from pushstep.proto.errors import UnknownWorker
+from pushstep.server import policies
+from pushstep.server.session import WorkerState
+from pushstep.server.sync_round import SyncSettings
+
+from .agenda import Agenda
+from .house import LEASE_S, House
+from .intent import INTENTS_EACH, WORKERS, Intent
+from .network import CALM, Network, Weather
+from .witness import SLACK_S, require
+from .worker import RETRY_FOR_S, Habits, Process
+
+Settings = dict[str, Any]
+TIMEOUT_S = 4.0
+# Steps that everybody takes once nothing goes wrong any more, and how long that may take: somebody may have to wait
+# for a time-out, a lease and a retry first.
+LAST_STEPS = 3
+LAST_S = 6 * (LEASE_S + TIMEOUT_S + SLACK_S) + RETRY_FOR_S
+
+
+@dataclass
+class Plan:
+    """What a run is drawn from."""
+
+    workers: int = 3
+    weather: Weather = field(default_factory=Weather)
+    habits: list[Habits] = field(default_factory=list)
+    policy: Settings = field(default_factory=lambda: {"policy": "async"})
+    quality: Settings = field(default_factory=dict)
+    # of a push: to be non-finite, to be skipped, to say how many samples it is over
+    poison: float = 0.0
+    skips: float = 0.0
+    weighs: bool = False
+    max_workers: int = 100
+
+
+class Simulation:
+    """One run."""
+
+    def __init__(self, seed: int, plan: Plan) -> None:
+        self.plan = plan
+        self.chance = random.Random(seed)
+        self.agenda = Agenda()
+        self.network = Network(self.agenda, self.chance, plan.weather)
+        self.house = House(self.agenda, self.network, self.chance, plan.max_workers, plan.quality)
+        self.intents: list[Intent] = []
+        self._drawn: dict[str, int] = {}
+        self.processes: dict[str, Process] = {}
+        self.replaced: list[Process] = []
+        self.poison = plan.poison
+        # for the end
+        self._kept = 24
+        self.names = [f"w{index}" for index in range(min(plan.workers, WORKERS))]
+        self.switch(plan.policy)
+        for name in self.names:
+            self.start(name)
+
+    def _draw(self, name: str) -> Intent | None:
+        number = self._drawn.get(name, 0)
+        if number >= INTENTS_EACH - self._kept:
+            return None
+        self._drawn[name] = number + 1
+        skip = self.chance.random() < self.plan.skips
+        intent = Intent(
+            name,
+            number,
+            both=self.chance.random() < 0.5,
+            poison=not skip and self.chance.random() < self.poison,
+            skip=skip,
+            samples=self.chance.choice((0.0, 1.0, 3.0)) if self.plan.weighs else 0.0,
+        )
+        self.intents.append(intent)
+        return intent
+
+    # What can happen.
+
+    def start(self, name: str, *, takeover: bool = False) -> None:
+        """A process of a worker; the one before it, if it lives, is not told."""
+        habits = self.plan.habits[int(name[1:])] if self.plan.habits else Habits()
+        process = Process(name, self.agenda, self.network, self.house, self.chance, habits, self._draw)
+        if name in self.processes:
+            self.replaced.append(self.processes[name])
+        self.processes[name] = process
+        process.start(takeover=takeover)
+
+    def crash(self, name: str) -> None:
+        """A worker's process is killed."""
+        self.processes[name].crash()
+
+    def leave(self, name: str) -> None:
+        """A worker goes in order, if nothing of it is on its way."""
+        if not self.processes[name].flights:
+            self.processes[name].leave()
+
+    def come_back(self, name: str) -> None:
+        """A worker that is not there starts again under its name."""
+        if not self.processes[name].alive:
+            self.start(name)
+
+    def partition(self, name: str) -> None:
+        """Nothing passes between a worker and the server."""
+        self.network.cut.add(name)
+
+    def heal(self, name: str) -> None:
+        """It does again."""
+        self.network.cut.discard(name)
+
+    def switch(self, settings: Settings) -> None:
+        """Another policy, or other settings."""
+        current = self.house.judge.policy.settings
+        self.house.switch(policies.read(settings, current))
+
+    def evict(self, name: str) -> None:
+        """An operator fences a worker."""
+        worker = self.house.judge.sessions.workers.get(name)
+        if worker is not None:
+            self.house.witness.evicted.add((self.house.timeline, name, worker.epoch))
+            self.house.carry_out(self.house.judge.evicted(name, self.agenda.now_s))
+
+    def release(self, name: str) -> None:
+        """An operator lets a worker out of quarantine."""
+        with contextlib.suppress(UnknownWorker):  # it has not come yet, or was forgotten
+            self.house.carry_out(self.house.judge.released(name, self.agenda.now_s))
+
+    # The end.
+
+    def advance(self, seconds: float) -> None:
+        """Let time pass."""
+        self.agenda.advance(seconds)
+
+    def finish(self) -> None:
+        """Nothing goes wrong any more: everybody gets on, all is decided, and the state is what was told."""
+        self.network.weather = CALM
+        self.network.cut.clear()
+        self.poison = 0.0
+        for name in self.names:
+            self.release(name)
+        self._kept = 0
+        for process in self.processes.values():
+            process.habits.think_s = min(process.habits.think_s, 2.0)
+        for forgotten in self.replaced:
+            forgotten.crash()
+        goals = {name: self.processes[name].done for name in self.names}
+        self._until(lambda: self._have_reached(goals), LAST_S, "not everybody gets on")
+        for name in self.names:
+            self.processes[name].habits = Habits(window=0)
+        settings = self.house.judge.policy.settings
+        if isinstance(settings, SyncSettings):
+            self.switch({"policy": "sync", "min_workers": 1})
+        self._until(self._have_left, LAST_S, "a push is not answered")
+        self.advance(2 * RETRY_FOR_S)
+        self.check()
+
+    def _have_reached(self, goals: dict[str, int]) -> bool:
+        missing = [name for name in self.names if self._drawn.get(name, 0) < INTENTS_EACH]
+        for name in missing:
+            if not self.processes[name].alive:
+                self.start(name)
+                goals[name] = 0
+            worker = self.house.judge.sessions.workers.get(name)
+            if worker is not None and worker.quarantined:
+                self.release(name)
+        return all(self.processes[name].done >= goals[name] + LAST_STEPS for name in missing)
+
+    def _have_left(self) -> bool:
+        """Whoever has no more to push goes, and nobody waits for it."""
+        for process in self.processes.values():
+            if process.alive and not process.flights and process.identity is not None:
+                process.leave()
+        return not any(process.alive for process in self.processes.values())
+
+    def _until(self, enough: Any, seconds: float, otherwise: str) -> None:
+        require(self.agenda.advance(seconds, enough), f"{otherwise} within {seconds:.0f} s")
+
+    def check(self) -> None:
+        """Nothing is left over, and the state is what the receipts say."""
+        house = self.house
+        require(not house.answers and not house.held, "pushes are left without a verdict")
+        require(not house.waiting and not house.streams, "streams are left open")
+        require(house.budget.used_bytes == 0, f"{house.budget.used_bytes} bytes are still set aside")
+        for worker in house.judge.sessions.workers.values():
+            require(not worker.held and not worker.coming, f"{worker.name} still has something under way")
+            require(
+                worker.state is not WorkerState.LIVE or worker.name not in self.names, f"{worker.name} stays"
+            )
+        require(house.arenas.version == house.ledger.version, "the arenas have not reached the version")
+        house.witness.check_state(
+            torch.cat([house.arenas.view(slot).reshape(-1) for slot in house.arenas.layout.slots]),
+            torch.cat([house.arenas.view(slot, "sum").reshape(-1) for slot in house.arenas.layout.slots]),
+            self.intents,
+        )

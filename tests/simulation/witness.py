@@ -1,0 +1,372 @@
+"""What must never happen, checked at every decision against books of its own.
+
+The witness keeps who joined when, whose clock stands where, and the story: which intents made which version. It takes
+from the judge only what is asked of it: the decisions, and who counts as a member.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pushstep.optim import RULES
+from pushstep.proto.hyperparameters import plain_values
+from pushstep.proto.training_pb2 import PushHeader
+from pushstep.proto.types_pb2 import Identity, Outcome
+from pushstep.server.async_policy import AsyncSettings
+from pushstep.server.bounded import BoundedSettings
+from pushstep.server.candidate import Candidate
+from pushstep.server.decision import Combine, Decision, Offer, Settle, Step
+from pushstep.server.judge import Judge
+from pushstep.server.policy import Policy
+from pushstep.server.session import Worker
+from pushstep.server.sync_round import SyncSettings
+
+from .agenda import Agenda
+from .intent import LAYOUT, Intent, times_applied, weighted_sum
+
+Key = tuple[int, str, int, int]
+# What a wait may take beyond the lease and the time-out that bound it: messages, adding up, and the clock's grain.
+SLACK_S = 2.0
+# Without a time-out a round waits for whoever is there: for its thinking, and for a network that loses what it sends.
+SLOWEST_S = 45.0
+
+
+class Violation(AssertionError):
+    """Something that must never happen has."""
+
+
+def require(holds: bool, what: str) -> None:
+    """Violation unless it holds."""
+    if not holds:
+        raise Violation(what)
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """One version: what made it."""
+
+    timeline: int
+    version: int
+    lr: float
+    lr_scale: float
+    divisor: float
+    intents: tuple[tuple[Intent, float], ...]
+
+
+def _key(identity: Identity) -> Key:
+    return identity.timeline, identity.worker, identity.epoch, identity.sequence
+
+
+class Witness:
+    """Sees everything and forgets nothing."""
+
+    def __init__(self, agenda: Agenda) -> None:
+        self.agenda = agenda
+        self.intents: dict[Key, Intent] = {}
+        # of the state as it is; and of every version that ever was
+        self.story: list[Chapter] = []
+        self.chapters: dict[tuple[int, int], Chapter] = {}
+        self.timeline = 1
+        self.receipts: dict[Key, bytes] = {}
+        self.epochs: dict[str, int] = {}
+        self.join_order: dict[str, int] = {}
+        self.evicted: set[tuple[int, str, int]] = set()
+        self.outcomes: dict[str, int] = {}
+        self.last_heard_s: dict[str, float] = {}
+        self._joins = 0
+
+    def attend(self, judge: Judge) -> None:
+        """Watch a server process from its start."""
+        self.judge = judge
+        self._began_s = self.agenda.now_s
+        # under `bounded`: the policy that counts, and each clock by name and epoch
+        self.clocks: dict[tuple[str, int], int] = {}
+        self._counting: object = judge.policy
+        self._admitted: dict[Key, tuple[object, int]] = {}
+        # the policy after the last event: it may have been another one that this event ended
+        self._policy: Policy = judge.policy
+        self._rounds: dict[int, tuple[Combine, Policy]] = {}
+        self._last_round: list[tuple[Policy, int]] = []
+        # policies that have let late pushes in; a round that is open keeps them when that ends
+        self._carry: list[Policy] = []
+        self._waits: dict[Key, float] = {}
+
+    def joined(self, worker: Worker) -> None:
+        """A membership was handed out."""
+        self._joins += 1
+        self.join_order[worker.name] = self._joins
+        self.epochs[worker.name] = worker.epoch
+
+    def heard(self, name: str) -> None:
+        """Something of a worker has arrived."""
+        self.last_heard_s[name] = self.agenda.now_s
+
+    def goes_back(self, story: Sequence[Chapter], timeline: int) -> None:
+        """A restore, or a start."""
+        require(timeline >= self.timeline, "a timeline came again")
+        self.story, self.timeline = list(story), timeline
+
+    # Clocks of `bounded`.
+
+    def _slowest(self) -> int:
+        """Newcomers start at the slowest clock; who is not there does not count."""
+        if self._counting is not self.judge.policy:
+            self._counting, self.clocks = self.judge.policy, {}
+        present = [(worker.name, worker.epoch) for worker in self.judge.sessions.members()]
+        self.clocks = {who: self.clocks[who] for who in present if who in self.clocks}
+        slowest = min(self.clocks.values(), default=0)
+        for who in present:
+            self.clocks.setdefault(who, slowest)
+        return slowest
+
+    def offered(self, header: PushHeader, offer: Offer) -> None:
+        """The fastest worker waits exactly when it must."""
+        settings = self.judge.policy.settings
+        worker = self.judge.sessions.workers[header.identity.worker]
+        sequence = int(header.identity.sequence)
+        if (
+            not isinstance(settings, BoundedSettings)
+            or sequence <= worker.sequence
+            or sequence in worker.held
+        ):
+            require(offer is Offer.READ, f"{header.identity.worker} waits for nothing")
+            return
+        slowest = self._slowest()
+        clock = self.clocks.get((worker.name, worker.epoch), slowest)
+        ahead = clock + sequence - 1 - worker.sequence - slowest
+        require(
+            (offer is Offer.READ) == (ahead <= settings.bound),
+            f"{worker.name} is {ahead} clocks ahead, the bound is {settings.bound}: {offer}",
+        )
+        self._admitted[_key(header.identity)] = self.judge.policy, settings.bound
+
+    # Decisions.
+
+    def decided(self, decisions: Sequence[Decision]) -> None:
+        """In the order in which they were made."""
+        policy = self.judge.policy
+        carries = isinstance(policy.settings, SyncSettings) and policy.settings.late == "carry"
+        if carries and not any(known is policy for known in self._carry):
+            self._carry.append(policy)
+        for decision in decisions:
+            match decision:
+                case Combine():
+                    self._round(decision)
+                case Step():
+                    self._step(decision)
+                case Settle():
+                    self._settle(decision)
+                case _:
+                    pass
+        self._slowest()
+        self._policy = self.judge.policy
+        self._nobody_hangs()
+
+    def _settle(self, settle: Settle) -> None:
+        if settle.verdict is None:
+            self.outcomes["dropped"] = self.outcomes.get("dropped", 0) + 1
+            return
+        receipt = settle.verdict.receipt
+        require(receipt.outcome != Outcome.OUTCOME_APPLIED, "applied without a step")
+        self._consumed(settle.candidate, Outcome.Name(receipt.outcome))
+
+    def _consumed(self, candidate: Candidate, outcome: str) -> None:
+        self.outcomes[outcome] = self.outcomes.get(outcome, 0) + 1
+        key, who = _key(candidate.identity), (candidate.worker, int(candidate.identity.epoch))
+        policy, bound = self._admitted.get(key, (None, 0))
+        slowest = self._slowest()
+        if policy is self.judge.policy and who in self.clocks:
+            ahead = self.clocks[who] - slowest
+            require(ahead <= bound, f"{candidate.worker} was decided {ahead} clocks ahead, bound {bound}")
+        if who in self.clocks:
+            self.clocks[who] += 1
+
+    def _round(self, combine: Combine) -> None:
+        names = [candidate.worker for candidate in combine.candidates]
+        require(names == sorted(set(names)), f"a round adds up {names}")
+        require(not set(names) & {c.worker for c in combine.skips}, "a worker counts twice in a round")
+        # what is added up again, without somebody, may be a round that an earlier policy closed
+        earlier = [
+            policy for old, policy in self._rounds.values() if set(names) < {c.worker for c in old.candidates}
+        ]
+        policies = [*earlier, self._policy, self.judge.policy]
+        closed_by = [
+            policy
+            for policy in policies
+            if isinstance(policy.settings, SyncSettings)
+            and (policy.settings.reduce == "mean") == combine.mean
+        ]
+        require(bool(closed_by), "a round was closed as no policy says")
+        self._rounds[id(combine)] = combine, closed_by[0]
+
+    def _step(self, step: Step) -> None:
+        ticket = step.ticket
+        candidates = [settle.candidate for settle in step.settles]
+        version = self.story[-1].version if self.story else 0
+        require(ticket.version == version + 1, f"version {ticket.version} follows {version}")
+        require((self.timeline, ticket.version) not in self.chapters, f"version {ticket.version} came again")
+        for candidate in candidates:
+            self._may_apply(candidate)
+        divisor = 1.0
+        if ticket.contributions:
+            divisor = self._check_round(step, candidates)
+            weights = [float(c.weight) for c in ticket.contributions]
+        else:
+            require(len(candidates) == 1, "pushes were added up without a word")
+            self._check_staleness(step, candidates[0])
+            weights = [1.0]
+        lr = self._expected_lr(candidates)
+        got = plain_values(ticket.groups[0].values)["lr"]
+        require(got == lr, f"version {ticket.version} has lr {got}, the lead's edits make {lr}")
+        intents = [self.intents[_key(candidate.identity)] for candidate in candidates]
+        chapter = Chapter(
+            self.timeline,
+            ticket.version,
+            lr,
+            ticket.lr_scale,
+            divisor,
+            tuple(zip(intents, weights, strict=True)),
+        )
+        for intent in intents:
+            count = sum(intent in (i for i, _ in past.intents) for past in self.story)
+            require(count == 0, f"intent {intent.worker}:{intent.number} is applied again")
+        self.story.append(chapter)
+        self.chapters[self.timeline, ticket.version] = chapter
+        for settle in step.settles:
+            require(settle.verdict is not None, "a step without a verdict")
+            self._consumed(settle.candidate, "OUTCOME_APPLIED")
+
+    def _may_apply(self, candidate: Candidate) -> None:
+        identity = candidate.identity
+        who = f"{identity.worker}'s push of timeline {identity.timeline}, epoch {identity.epoch}"
+        require(identity.timeline == self.timeline, f"{who} is applied on timeline {self.timeline}")
+        require(identity.epoch == self.epochs[identity.worker], f"{who} is applied, its epoch is over")
+        fenced = (identity.timeline, identity.worker, identity.epoch)
+        require(fenced not in self.evicted, f"{who} is applied after its eviction")
+
+    def _check_round(self, step: Step, candidates: Sequence[Candidate]) -> float:
+        found = [entry for entry in self._rounds.values() if list(entry[0].candidates) == candidates]
+        require(bool(found), "a round was stepped that nobody closed")
+        combine, policy = found[-1]
+        del self._rounds[id(combine)]
+        weights = [candidate.header.samples or 1.0 for candidate in candidates]
+        require(
+            [c.weight for c in step.ticket.contributions] == weights, "a weight is not what its worker said"
+        )
+        divisor = sum(weights) if combine.mean else 1.0
+        require(step.ticket.divisor == divisor, f"divided by {step.ticket.divisor} instead of {divisor}")
+        since = max((version for known, version in self._last_round if known is policy), default=0)
+        if not any(known is policy for known in self._carry):
+            require(all(c.header.base_version >= since for c in candidates), "a late push is in a round")
+        self._last_round.append((policy, step.ticket.version))
+        return divisor
+
+    def _check_staleness(self, step: Step, candidate: Candidate) -> None:
+        settings = self.judge.policy.settings
+        stale = step.ticket.version - 1 - candidate.header.base_version
+        scale = 1.0
+        if isinstance(settings, AsyncSettings):
+            bound = settings.max_staleness
+            require(bound is None or stale <= bound, f"a push of staleness {stale} is applied, bound {bound}")
+            scale = 1 / (1 + stale) if settings.scale else 1.0
+        require(step.ticket.lr_scale == scale, f"lr scaled by {step.ticket.lr_scale} for staleness {stale}")
+
+    def _expected_lr(self, candidates: Sequence[Candidate]) -> float:
+        """The lead's edits count, and nobody else's."""
+        live = [worker.name for worker in self.judge.sessions.live()]
+        lead = min(live, key=lambda name: self.join_order[name], default=None)
+        lr = self.story[-1].lr if self.story else 0.5
+        for candidate in candidates:
+            if candidate.worker == lead:
+                lr = candidate.edits().get(0, {}).get("lr", lr)
+        return float(lr)
+
+    # Waiting.
+
+    def _nobody_hangs(self) -> None:
+        """What a round holds is decided within the time-out, plus a lease, once enough workers are there."""
+        settings, now_s = self.judge.policy.settings, self.agenda.now_s
+        if not self.judge.policy.waits:
+            return
+        members, lease_s = self.judge.sessions.members(), self.judge.sessions.lease_s
+        for worker in members:
+            silent_s = now_s - max(self.last_heard_s.get(worker.name, 0.0), self._began_s)
+            require(
+                silent_s <= lease_s + SLACK_S, f"{worker.name} is waited for, silent for {silent_s:.1f} s"
+            )
+        if not isinstance(settings, SyncSettings) or len(members) < settings.min_workers:
+            self._waits.clear()
+            return
+        held = {
+            _key(candidate.identity)
+            for worker in self.judge.sessions.workers.values()
+            for sequence, candidate in worker.held.items()
+            if sequence == worker.sequence + 1
+        }
+        self._waits = {key: self._waits.get(key, now_s) for key in held}
+        bound_s = (settings.timeout_s or SLOWEST_S) + lease_s + SLACK_S
+        for key, since_s in self._waits.items():
+            require(now_s - since_s <= bound_s, f"a push of {key[1]} waits for {now_s - since_s:.1f} s")
+
+    # What workers are told.
+
+    def told(self, identity: Identity, receipt: Any) -> None:
+        """A receipt came; the same one each time."""
+        kept = type(receipt)()
+        kept.CopyFrom(receipt)
+        for name in ("times", "duplicates"):
+            kept.ClearField(name)
+        for group in kept.groups:
+            group.effective_lr = 0.0  # known only when the step has been taken
+        text = kept.SerializeToString(deterministic=True)
+        require(self.receipts.setdefault(_key(identity), text) == text, "a retry got another receipt")
+        intent = self.intents[_key(identity)]
+        chapter = self.chapters.get((identity.timeline, receipt.version))
+        applied = receipt.outcome == Outcome.OUTCOME_APPLIED
+        there = chapter is not None and intent in (i for i, _ in chapter.intents)
+        if applied:
+            require(there, f"{intent.worker}:{intent.number} is told version {receipt.version}")
+        intent.fate = "applied" if applied else "not applied"
+
+    # The end.
+
+    def check_state(self, parameters: Tensor, sums: Tensor, every: Sequence[Intent]) -> None:
+        """The arenas hold what the story makes, bit for bit; and each intent at most once, as it was told."""
+        replayed = replay(self.story)
+        require(torch.equal(replayed[0], parameters), "the parameters are not what the story makes")
+        require(torch.equal(replayed[1], sums), "Adagrad's sum is not what the story makes")
+        told = {intent for chapter in self.story for intent, _ in chapter.intents}
+        plain = all(
+            chapter.divisor == 1 and all(weight == 1 for _, weight in chapter.intents)
+            for chapter in self.story
+        )
+        for intent in every:
+            if plain and not intent.poison:
+                require(times_applied(sums, intent) == (intent in told), f"{intent.worker}:{intent.number}")
+            if intent.fate == "not applied":
+                require(intent not in told, f"{intent.worker}:{intent.number} was applied, and denied")
+
+
+def replay(story: Sequence[Chapter]) -> tuple[Tensor, Tensor]:
+    """Parameters and `sum` after the story, both parameters one behind the other."""
+    rule = RULES["adagrad"]
+    parameters = [torch.zeros(slot.shape) for slot in LAYOUT.slots]
+    sums = [torch.zeros(slot.shape) for slot in LAYOUT.slots]
+    steps = [0] * len(parameters)
+    for chapter in story:
+        gradients = [intent.gradients() for intent, _ in chapter.intents]
+        weights = [weight for _, weight in chapter.intents]
+        for index, column in enumerate(zip(*gradients, strict=True)):
+            gradient = weighted_sum(column, weights, chapter.divisor)
+            if gradient is None:
+                continue
+            steps[index] += 1
+            lr = chapter.lr if index == 0 else 0.5
+            values = {**rule.defaults, "lr": lr * chapter.lr_scale}
+            rule.step_dense(parameters[index], gradient, [sums[index]], values, step=steps[index])
+    return torch.cat(parameters), torch.cat(sums)

@@ -1,0 +1,339 @@
+"""A worker's side of the protocol, by the rules of client/participant.py.
+
+One process of one worker: it joins, steps, sends what is not answered again under the same identity, joins again when
+its lease ran out or its timeline ended, and settles what is in doubt from the receipts that the join brings. Unlike a
+session it may have several pushes on their way.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from pushstep.proto.errors import (
+    AlreadyJoined,
+    Conflict,
+    Fenced,
+    LeaseExpired,
+    NotHeld,
+    OutOfOrder,
+    PushPending,
+    PushstepError,
+    Quarantined,
+    Superseded,
+    TooOld,
+    Unavailable,
+    UnknownWorker,
+)
+from pushstep.proto.hyperparameters import plain_values, wire_values
+from pushstep.proto.training_pb2 import GroupEdit, PushHeader
+from pushstep.proto.types_pb2 import GroupValues, Identity, Outcome, Receipt
+from pushstep.server.session import RECEIPTS_KEPT
+
+from .agenda import Agenda
+from .house import LEASE_S, Answer, House, Joined, Stream
+from .intent import Intent
+from .network import Network
+from .witness import Violation
+
+ATTEMPT_S = 2.0
+RETRY_FOR_S = 25.0
+FIRST_WAIT_S = 0.05
+LONGEST_WAIT_S = 1.0
+# A worker's own scheduler: it halves the lr this often.
+STEPS_PER_DECAY = 5
+
+
+@dataclass
+class Habits:
+    """How a worker works."""
+
+    think_s: float = 0.3
+    window: int = 1
+    pulls: float = 0.9
+    retry_for_s: float = RETRY_FOR_S
+    schedules: bool = False
+
+
+@dataclass(eq=False)
+class Flight:
+    """A push that has no answer yet."""
+
+    intent: Intent
+    header: PushHeader
+    until_s: float
+    attempt: int = 0
+    wait_s: float = FIRST_WAIT_S
+    streams: list[Stream] = field(default_factory=list)
+
+
+class Process:
+    """From its start to its end. What comes for it afterwards is not heard."""
+
+    def __init__(
+        self,
+        name: str,
+        agenda: Agenda,
+        network: Network,
+        house: House,
+        chance: random.Random,
+        habits: Habits,
+        draw: Callable[[str], Intent | None],
+    ) -> None:
+        self.name = name
+        self.agenda = agenda
+        self.network = network
+        self.house = house
+        self.chance = chance
+        self.habits = habits
+        self._draw = draw
+        self.alive = True
+        self.fenced = False
+        self.identity: Identity | None = None
+        self.version = 0
+        self.groups: list[GroupValues] = []
+        self.done = 0
+        self.flights: dict[int, Flight] = {}
+        self._wanted_lr: float | None = None
+        self._join = 0
+        self._joining = False
+        self._again: list[Intent] = []
+
+    # Its life.
+
+    def start(self, *, takeover: bool = False) -> None:
+        """Join, and work."""
+        self._ask_to_join(takeover)
+        self._think()
+        self._beat()
+
+    def crash(self) -> None:
+        """End without a word."""
+        self.alive = False
+        for flight in self.flights.values():
+            self._hang_up(flight)
+
+    def leave(self) -> None:
+        """End in order; nothing may be on its way."""
+        identity = self.identity
+        self.alive = False
+        if identity is not None:
+            self.network.send(self.name, lambda: self.house.leave(identity))
+
+    def _after(self, delay_s: float, action: Callable[[], None]) -> None:
+        self.agenda.after(delay_s, lambda: action() if self.alive else None)
+
+    def _beat(self) -> None:
+        self._after(LEASE_S / 3, self._beat)
+        identity = self.identity
+        if identity is not None:
+            self.network.send(self.name, lambda: self.house.heartbeat(identity))
+
+    # Joining.
+
+    def _ask_to_join(self, takeover: bool = False) -> None:
+        self._joining = True
+        self._join += 1
+        number = self._join
+        epoch = None if self.identity is None else int(self.identity.epoch)
+
+        def answer(found: Joined | PushstepError) -> None:
+            self.network.send(self.name, lambda: self._joined(number, found, takeover))
+
+        self.network.send(self.name, lambda: self.house.join(self.name, takeover, epoch, answer))
+        self._after(ATTEMPT_S, lambda: self._ask_to_join(takeover) if self._join == number else None)
+
+    def _joined(self, number: int, found: Joined | PushstepError, takeover: bool) -> None:
+        if not self.alive or number != self._join:
+            return
+        self._join += 1
+        if isinstance(found, PushstepError):
+            wait_s = found.retry_after_s if isinstance(found, AlreadyJoined) else None
+            now = self._join
+            self._after(wait_s or 1.0, lambda: self._ask_to_join(takeover) if self._join == now else None)
+            return
+        old, self.identity, self.version = self.identity, found.identity, found.version
+        self.groups, self._joining = found.groups, False
+        flights, self.flights = list(self.flights.values()), {}
+        for flight in flights:
+            self._hang_up(flight)
+            self._settle_doubt(
+                flight, found.receipts, forgotten=old is None or old.epoch >= found.identity.epoch
+            )
+        again, self._again = self._again, []
+        for intent in again:
+            self._send_new(intent)
+
+    def _settle_doubt(self, flight: Flight, receipts: list[Receipt], *, forgotten: bool) -> None:
+        old = flight.header.identity
+        for receipt in receipts:
+            if (receipt.identity.epoch, receipt.identity.sequence) == (
+                old.epoch,
+                old.sequence,
+            ) and not forgotten:
+                self.house.witness.told(receipt.identity, receipt)
+                return
+        if self.identity is not None and old.timeline != self.identity.timeline:
+            flight.intent.fate = "superseded"
+        elif forgotten:
+            flight.intent.fate = "unknown"
+        else:
+            self._again.append(flight.intent)
+
+    # Stepping.
+
+    def _think(self) -> None:
+        self._after(self.chance.uniform(0.1, 1.0) * self.habits.think_s, self._think)
+        if self.identity is None or self._joining or len(self.flights) >= self.habits.window:
+            return
+        if self.flights and self._next() >= min(self.flights) + RECEIPTS_KEPT:
+            return  # the oldest one's receipt must still be there when it asks again
+        intent = self._draw(self.name)
+        if intent is not None:
+            self._send_new(intent)
+        elif not self.flights:
+            self.leave()  # or a round would wait for it
+
+    def _send_new(self, intent: Intent) -> None:
+        assert self.identity is not None
+        identity = Identity()
+        identity.CopyFrom(self.identity)
+        identity.sequence = self._next()
+        header = PushHeader(
+            model="m",
+            identity=identity,
+            base_version=self.version,
+            skip=intent.skip,
+            samples=intent.samples,
+            edits=self._edits(),
+        )
+        intent.identities.append(identity)
+        flight = Flight(intent, header, self.agenda.now_s + self.habits.retry_for_s)
+        self.flights[int(identity.sequence)] = flight
+        self._attempt(flight)
+
+    def _next(self) -> int:
+        sequence = 0 if self.identity is None else int(self.identity.sequence)
+        return max((*self.flights, sequence)) + 1
+
+    def _edits(self) -> list[GroupEdit]:
+        """What its scheduler made of the lr, as a difference from what the server said last."""
+        lr = plain_values(self.groups[0].values)["lr"]
+        if self._wanted_lr is None or self._wanted_lr == lr:
+            return []
+        return [GroupEdit(group=0, values=wire_values({"lr": self._wanted_lr}))]
+
+    def _attempt(self, flight: Flight) -> None:
+        if not self._is_open(flight):
+            return
+        flight.attempt += 1
+        attempt = flight.attempt
+
+        def reply(answer: Answer) -> None:
+            self.network.send(self.name, lambda: self._answered(flight, attempt, answer))
+
+        def arrive() -> None:
+            header = PushHeader()
+            header.CopyFrom(flight.header)
+            flight.streams.append(self.house.push(header, flight.intent, reply))
+
+        self.network.send(self.name, arrive)
+        self._after(ATTEMPT_S, lambda: self._no_answer(flight, attempt))
+
+    def _is_open(self, flight: Flight) -> bool:
+        return self.flights.get(int(flight.header.identity.sequence)) is flight and not self._joining
+
+    def _no_answer(self, flight: Flight, attempt: int) -> None:
+        if self._is_open(flight) and flight.attempt == attempt:
+            self._hang_up(flight)
+            self._retry(flight, None)
+
+    def _hang_up(self, flight: Flight) -> None:
+        """Break the connection: the server is told, now or when the network gets round to it."""
+        streams, flight.streams = flight.streams, []
+        for stream in streams:
+            self.network.send(self.name, lambda stream=stream: self.house.broken(stream))
+
+    def _retry(self, flight: Flight, asked_s: float | None) -> None:
+        if self.agenda.now_s > flight.until_s:  # a new epoch makes sure that it is not applied from here on
+            self._rejoin()
+            return
+        pause_s = max(asked_s or 0.0, flight.wait_s * self.chance.uniform(0.5, 1.0))
+        flight.wait_s = min(2 * flight.wait_s, LONGEST_WAIT_S)
+        flight.attempt += 1  # an answer that comes yet is not heard
+        self._after(pause_s, lambda: self._attempt(flight))
+
+    def _answered(self, flight: Flight, attempt: int, answer: Answer) -> None:
+        if answer.receipt is not None:
+            self.house.witness.told(answer.receipt.identity, answer.receipt)
+        if not self.alive or not self._is_open(flight) or flight.attempt != attempt:
+            return
+        flight.streams.clear()
+        if answer.receipt is not None:
+            self._close(flight)
+            self._learn(answer.receipt, answer.version)
+            return
+        assert answer.error is not None
+        self._refused(flight, answer.error)
+
+    def _learn(self, receipt: Receipt, version: int) -> None:
+        self.done += 1
+        self.groups = list(receipt.groups) or self.groups
+        if self.chance.random() < self.habits.pulls:
+            self.version = max(self.version, version, int(receipt.version) if version else 0)
+        if receipt.outcome != Outcome.OUTCOME_APPLIED:
+            return
+        lr = float(plain_values(self.groups[0].values)["lr"])
+        if not self._edits_pending(lr):
+            self._wanted_lr = None
+        if self.habits.schedules and self.done % STEPS_PER_DECAY == 0:
+            self._wanted_lr = lr / 2
+
+    def _edits_pending(self, lr: float) -> bool:
+        return self._wanted_lr is not None and self._wanted_lr < lr and bool(self.flights)
+
+    def _close(self, flight: Flight) -> None:
+        sequence = int(flight.header.identity.sequence)
+        self.flights.pop(sequence, None)
+        assert self.identity is not None
+        self.identity.sequence = max(int(self.identity.sequence), sequence)
+
+    def _refused(self, flight: Flight, error: PushstepError) -> None:
+        match error:
+            case PushPending():
+                flight.header.held_digest = int(error.fields["digest"])
+                flight.wait_s = FIRST_WAIT_S
+                self._retry(flight, 0.0)
+            case NotHeld():
+                flight.header.held_digest = 0
+                self._retry(flight, 0.0)
+            case Superseded():
+                flight.intent.fate = "superseded"
+                self._rejoin()
+            case LeaseExpired():
+                self._rejoin()
+            case Fenced():
+                self.fenced = True
+                self.crash()
+            case UnknownWorker():  # forgotten, and its receipts with it
+                self.crash()
+            case Quarantined():
+                self._set_aside()
+            case Unavailable() | OutOfOrder():
+                self._retry(flight, error.retry_after_s)
+            case Conflict() | TooOld():
+                raise Violation(f"{self.name} is told {error.code}: {error.message}")
+            case _ if error.consumed:
+                flight.intent.fate = "not applied"
+                self._close(flight)
+            case _:
+                raise Violation(f"{self.name} is told {error.code}: {error.message}")
+
+    def _rejoin(self) -> None:
+        if not self._joining:
+            self._ask_to_join()
+
+    def _set_aside(self) -> None:
+        """Quarantined: what was on its way may or may not have been stepped. An operator starts it again."""
+        self.crash()
