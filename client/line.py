@@ -6,7 +6,7 @@ import socket
 import time
 
 from pushstep.proto import training_pb2 as pb
-from pushstep.proto.line import HEAD_BYTES, Method, Status, framed, status_of
+from pushstep.proto.line import HEAD_BYTES, READ_BYTES, Method, Status, framed, status_of
 from pushstep.proto.status import from_status
 
 from .retry import TransportFailure
@@ -44,8 +44,7 @@ class Line:
         try:
             self._connection.settimeout(self._timeout_s)
             self._connection.sendall(framed(method, request))
-            status, length = status_of(self._exactly(HEAD_BYTES, until_s))
-            message = self._exactly(length, until_s)
+            status, message = self._answer(until_s)
             self._connection.setblocking(False)
         except OSError as error:
             raise TransportFailure(
@@ -55,15 +54,18 @@ class Line:
             raise from_status(message)
         return message
 
-    def _exactly(self, length: int, until_s: float) -> bytes:
-        received = bytearray()
-        while len(received) < length:
+    def _answer(self, until_s: float) -> tuple[Status, bytes]:
+        """One answer, nearly always read at once: each further read would be a turn of the other threads, too."""
+        received = self._connection.recv(READ_BYTES)
+        while received:
+            if len(received) >= HEAD_BYTES:
+                status, length = status_of(received[:HEAD_BYTES])
+                if len(received) >= HEAD_BYTES + length:
+                    return status, received[HEAD_BYTES : HEAD_BYTES + length]
             self._connection.settimeout(max(0.001, until_s - time.monotonic()))
-            more = self._connection.recv(length - len(received))
-            if not more:
-                raise ConnectionResetError("the server closed it")
-            received += more
-        return bytes(received)
+            more = self._connection.recv(READ_BYTES)
+            received = received + more if more else b""
+        raise ConnectionResetError("the server closed it")
 
     def close(self) -> None:
         """Cut it."""

@@ -18,6 +18,8 @@ from .frames import MAX_MESSAGE_BYTES
 
 _HEAD: Final = struct.Struct("<BI")
 HEAD_BYTES: Final = _HEAD.size
+# What either end reads at once: a whole message, unless it carries many groups or a worker's state.
+READ_BYTES: Final = 64 << 10
 
 
 class Method(IntEnum):

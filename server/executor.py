@@ -25,7 +25,7 @@ from .candidate import Candidate
 from .decision import Combine, Decision, Note, Settle, Step
 from .hooks.hook import Point
 from .session import Verdict
-from .staging import INLINE_BYTES, StagedPush
+from .staging import INLINE_STEP_BYTES, StagedPush
 
 if TYPE_CHECKING:
     from .model import Model
@@ -179,15 +179,18 @@ class Executor:
             model.tell(point, **step.facts)
         # taken even if the callers go away meanwhile: their retries will ask for the receipts
         nbytes = step.push.bytes() + sum(answer.nbytes for answer in shared)
-        job = model.stepper.submit(execute, small=nbytes <= INLINE_BYTES)
-        self._start(self._finish(job, step, times))
+        job = model.stepper.submit(execute, small=nbytes <= INLINE_STEP_BYTES)
+        if job.done():
+            self._finish(job, step, times)
+        else:
+            job.add_done_callback(lambda done: self._finish(done, step, times))
 
-    async def _finish(self, job: asyncio.Future[dict[int, float]], step: Step, times: ServerTimes) -> None:
+    def _finish(self, job: asyncio.Future[dict[int, float]], step: Step, times: ServerTimes) -> None:
         model = self._model
         failure: PushstepError | None = None
         lrs: dict[int, float] = {}
         try:
-            lrs = await job
+            lrs = job.result()
         except Exception as error:  # noqa: BLE001 - a half-taken step must stop the model, whatever broke it
             if not isinstance(error, PushstepError) and model.failed is None:
                 model.fail(error)

@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from typing import Any
 
 from pushstep.proto.errors import MalformedFrame, PushstepError
-from pushstep.proto.line import HEAD_BYTES, Method, Status, framed, method_of
+from pushstep.proto.line import HEAD_BYTES, READ_BYTES, Method, Status, framed, method_of
 from pushstep.proto.status import named, to_trailer
 
 from .grpc_door import GrpcDoor
@@ -28,34 +29,7 @@ class LineDoor:
 
     async def serve(self, connection: socket.socket) -> None:
         """Answer calls, one at a time, until the worker is gone or sends what is no call."""
-        while (head := await _exactly(connection, HEAD_BYTES)) is not None:
-            try:
-                method, length = method_of(head)
-            except PushstepError as error:
-                await _send(connection, framed(Status.REFUSED, to_trailer(error)))
-                return
-            message = await _exactly(connection, length)
-            if message is None or not await self._call(connection, method, message):
-                return
-
-    async def _call(self, connection: socket.socket, method: Method, message: bytes) -> bool:
-        """Make one call and send its answer; False if the worker left meanwhile."""
-        loop = asyncio.get_running_loop()
-        answering = asyncio.ensure_future(self._answer(method, message))
-        # a worker that waits for an answer has nothing to say: whatever comes means that it does not wait any more
-        leaving = asyncio.ensure_future(loop.sock_recv(connection, 1))
-        try:
-            await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            left = leaving.done()
-            leaving.cancel()
-            if not answering.done():
-                answering.cancel()
-        if left:
-            await asyncio.wait({answering})
-            return False
-        await _send(connection, answering.result())
-        return True
+        await _Line(connection, self._answer).run()
 
     async def _answer(self, method: Method, message: bytes) -> bytes:
         try:
@@ -71,21 +45,78 @@ class LineDoor:
             return framed(Status.REFUSED, to_trailer(known))
 
 
+class _Line:
+    """One connection. It is read by a callback, and a call is one task: each more would be a turn of the loop."""
+
+    def __init__(
+        self, connection: socket.socket, answer: Callable[[Method, bytes], Awaitable[bytes]]
+    ) -> None:
+        self._connection = connection
+        self._answer = answer
+        self._loop = asyncio.get_running_loop()
+        self._received = b""
+        self._calling: asyncio.Task[None] | None = None
+        self._ended: asyncio.Future[None] = self._loop.create_future()
+
+    async def run(self) -> None:
+        """Return when the worker is gone, or has sent what is no call."""
+        self._loop.add_reader(self._connection, self._readable)
+        try:
+            await self._ended
+        finally:
+            self._loop.remove_reader(self._connection)
+            if self._calling is not None:
+                self._calling.cancel()
+                await asyncio.wait({self._calling})
+
+    def _readable(self) -> None:
+        try:
+            more = self._connection.recv(READ_BYTES)
+            # a worker that waits for an answer has nothing to say: whatever comes means that it does not wait any more
+            if not more or self._calling is not None:
+                self._end()
+                return
+            self._received += more
+            if len(self._received) < HEAD_BYTES:
+                return
+            method, length = method_of(self._received[:HEAD_BYTES])
+        except BlockingIOError:
+            return
+        except OSError:
+            self._end()
+            return
+        except PushstepError as error:
+            self._start(self._refuse(error))
+            return
+        if len(self._received) > HEAD_BYTES + length:
+            self._end()
+        elif len(self._received) == HEAD_BYTES + length:
+            message, self._received = self._received[HEAD_BYTES:], b""
+            self._start(self._call(method, message))
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        self._calling = self._loop.create_task(work)
+
+    def _end(self) -> None:
+        self._loop.remove_reader(self._connection)
+        if not self._ended.done():
+            self._ended.set_result(None)
+
+    async def _call(self, method: Method, message: bytes) -> None:
+        await self._send(await self._answer(method, message))
+        self._calling = None
+
+    async def _refuse(self, error: PushstepError) -> None:
+        await self._send(framed(Status.REFUSED, to_trailer(error)))
+        self._calling = None
+        self._end()
+
+    async def _send(self, message: bytes) -> None:
+        try:
+            await self._loop.sock_sendall(self._connection, message)
+        except OSError:
+            self._end()
+
+
 async def _alone(message: bytes) -> AsyncIterator[bytes]:
     yield message
-
-
-async def _exactly(connection: socket.socket, length: int) -> bytes | None:
-    """So many bytes; None if the other end closes before."""
-    loop = asyncio.get_running_loop()
-    received = bytearray()
-    while len(received) < length:
-        more = await loop.sock_recv(connection, length - len(received))
-        if not more:
-            return None
-        received += more
-    return bytes(received)
-
-
-async def _send(connection: socket.socket, message: bytes) -> None:
-    await asyncio.get_running_loop().sock_sendall(connection, message)
