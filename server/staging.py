@@ -33,8 +33,8 @@ KEPT_BYTES: Final = 1 << 30
 # Up to here bytes are copied, and whole pushes inspected and stepped, on the event loop: a hop to a thread and back
 # costs more (about 0.15 ms here).
 INLINE_BYTES: Final = 64 << 10
-# The same for a step, which counts the gradients it reads and the parameters it writes for a worker on this host. With
-# 10,000 float32 (40 KB of each) an exchange takes less time on the loop.
+# The same for a step, which counts the gradients it reads and the parameters it writes for a worker on this host. An
+# exchange of 10,000 float32, 40 KB of each, takes 1.12 ms at least with the hop and 1.00 without.
 INLINE_STEP_BYTES: Final = 128 << 10
 
 
