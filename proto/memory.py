@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-# The most that glibc's threshold grows to by itself is 32 MiB (DEFAULT_MMAP_THRESHOLD_MAX).
+# Freeing a block has glibc map only larger ones from then on; its bound for that is 32 MiB (DEFAULT_MMAP_THRESHOLD_MAX).
 LARGEST_KEPT_BYTES: Final = (8 << 20) - (8 << 10)
 # torch shares what is as large as its grain size, 32768 elements.
 SERIAL_ELEMENTS: Final = (32 << 10) - 64
@@ -26,7 +26,7 @@ SMALLEST_POOLED_BYTES: Final = 1 << 20
 
 
 def keep_freed_blocks() -> None:
-    """Have malloc keep freed blocks of up to 32 MiB, as it does once a program has freed one.
+    """Have malloc keep freed blocks of up to 8 MiB, as it does once a program has freed one.
 
     64 MiB through gRPC on loopback took 33 to 40 ms instead of 55 to 66. The block is never touched, so it costs nothing;
     with another malloc than glibc's this does nothing.

@@ -20,6 +20,8 @@ from google.rpc.status_pb2 import Status
 from . import errors
 
 DOMAIN: Final = "pushstep"
+# A message goes three times into gRPC's trailers, of which a client takes 8 KiB for sure.
+LONGEST_TEXT: Final = 1000
 TRAILER: Final = "grpc-status-details-bin"
 
 # What a plain gRPC status means when no catalogue error came with it: gRPC's own limits, or no server at all.
@@ -38,16 +40,25 @@ def named(error: Exception, log: Logger) -> errors.PushstepError:
     return errors.InternalError(log_id=log_id)
 
 
+def brief(text: str) -> str:
+    """A text that may hold what a caller sent, cut to what every door can carry."""
+    return text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]} [cut]"
+
+
 def to_trailer(error: errors.PushstepError) -> bytes:
     """The serialized google.rpc.Status of an error."""
     number = error.grpc_status.value[0]
-    status = Status(code=cast(Code, number), message=error.message)
-    status.details.add().Pack(ErrorInfo(reason=error.code, domain=DOMAIN, metadata=error.fields))
+    status = Status(code=cast(Code, number), message=brief(error.message))
+    status.details.add().Pack(ErrorInfo(reason=error.code, domain=DOMAIN, metadata=_brief_fields(error)))
     if error.retry_after_s is not None:
         delay = Duration()
         delay.FromNanoseconds(int(error.retry_after_s * 1e9))
         status.details.add().Pack(RetryInfo(retry_delay=delay))
     return bytes(status.SerializeToString())
+
+
+def _brief_fields(error: errors.PushstepError) -> dict[str, str]:
+    return {name: brief(value) for name, value in error.fields.items()}
 
 
 def from_rpc_error(error: grpc.RpcError) -> errors.PushstepError | None:
@@ -81,9 +92,9 @@ def to_problem(error: errors.PushstepError) -> dict[str, object]:
         "type": f"urn:pushstep:error:{error.code}",
         "title": (type(error).__doc__ or error.code).splitlines()[0],
         "status": error.http_status,
-        "detail": error.message,
+        "detail": brief(error.message),
         "code": error.code,
-        "fields": error.fields,
+        "fields": _brief_fields(error),
     }
 
 

@@ -51,7 +51,7 @@ class Docket:
             return
         self.combining = None
         if isinstance(result, PushstepError):
-            self._reject(combine.candidates, result, now_s)
+            self._reject(combine.candidates, result, now_s, blamed=False)
         else:
             self._step(Order(combine.candidates, result, 1.0, combine.divisor, combine.notes), now_s)
         self._skip(combine.skips, now_s)
@@ -153,7 +153,7 @@ class Docket:
                 return
             ticket, facts = self.ledger.write(order, receipts)
         except PushstepError as error:
-            self._reject(order.candidates, error, now_s)
+            self._reject(order.candidates, error, now_s, blamed=order.divisor is None)
             return
         pairs = zip(order.candidates, receipts, strict=True)
         settles = [
@@ -194,13 +194,17 @@ class Docket:
             receipt = self._receipt(candidate, now_s, Outcome.OUTCOME_SKIPPED, why)
             self._consume(candidate, Verdict(candidate.digest, receipt))
 
-    def _reject(self, candidates: Sequence[Candidate], error: PushstepError, now_s: float) -> None:
+    def _reject(
+        self, candidates: Sequence[Candidate], error: PushstepError, now_s: float, *, blamed: bool = True
+    ) -> None:
+        """Refused. `blamed` False: for what they add up to, of which no worker's count of refusals may grow."""
         for candidate in candidates:
             receipt = self._receipt(candidate, now_s, Outcome.OUTCOME_REJECTED, error.code)
             self.note("push_rejected", candidate.worker, code=error.code)
             # a copy: the one that was raised holds, in its traceback, the push's whole body
             self._consume(candidate, Verdict(candidate.digest, receipt, refuse_consumed(copy.copy(error))))
-            self.count_refused(self.sessions.workers[candidate.worker])
+            if blamed:
+                self.count_refused(self.sessions.workers[candidate.worker])
 
     def _consume(self, candidate: Candidate, verdict: Verdict) -> None:
         self._decisions.append(self._settle(candidate, verdict))

@@ -35,6 +35,10 @@ from .unpack import dense_part, rows_part
 
 MAX_WORKER_STATE_BYTES: Final = 64 << 10
 MAX_METRICS: Final = 64
+MAX_METRIC_NAME: Final = 200
+# Weights of a round's sum, in float32: beyond, one push's weight alone would make everybody's zero or infinite.
+LEAST_SAMPLES: Final = 1e-6
+MOST_SAMPLES: Final = 1e12
 
 
 class Nonfinite(StrEnum):
@@ -68,12 +72,16 @@ def close_header(header: PushHeader, commit: PushCommit) -> None:
 
 
 def _check_notes(header: PushHeader) -> None:
-    if not 0 <= header.samples < math.inf:
-        raise MalformedFrame(problem=f"samples must be a number from 0 up, not {header.samples}")
+    if header.samples != 0 and not LEAST_SAMPLES <= header.samples <= MOST_SAMPLES:
+        raise MalformedFrame(
+            problem=f"samples must be 0 or from {LEAST_SAMPLES:g} to {MOST_SAMPLES:g}, not {header.samples}"
+        )
     if len(header.worker_state) > MAX_WORKER_STATE_BYTES or len(header.metrics) > MAX_METRICS:
         raise MalformedFrame(
             problem=f"a push may carry {MAX_WORKER_STATE_BYTES} bytes of worker_state and {MAX_METRICS} metrics"
         )
+    if any(len(name) > MAX_METRIC_NAME for name in header.metrics):
+        raise MalformedFrame(problem=f"a metric's name has at most {MAX_METRIC_NAME} characters")
 
 
 def inspect(layout: Layout, header: PushHeader, body: Assembly | SharedBody) -> StagedPush:

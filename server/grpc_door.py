@@ -29,7 +29,7 @@ from pushstep.proto.errors import (
 )
 from pushstep.proto.frames import MAX_CHUNK_BYTES, Piece, pack
 from pushstep.proto.layout import ID_BYTES
-from pushstep.proto.status import TRAILER, named, to_trailer
+from pushstep.proto.status import TRAILER, brief, named, to_trailer
 from pushstep.proto.types_pb2 import DType, Identity, Receipt, Segment
 
 from .arena import Arenas, ArenasCopy
@@ -364,4 +364,4 @@ def _streaming(
 async def _abort(context: Context, error: Exception) -> None:
     known: PushstepError = named(error, log)
     log.debug("refused: %s", known.message)
-    await context.abort(known.grpc_status, known.message, ((TRAILER, to_trailer(known)),))
+    await context.abort(known.grpc_status, brief(known.message), ((TRAILER, to_trailer(known)),))

@@ -44,7 +44,7 @@ def from_wire(text: str) -> Settings:
     """Settings as a worker sends them at creation: JSON, or nothing. InvalidSettings if they cannot be."""
     try:
         found = json.loads(text or "{}")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the latter is how deep nesting ends
         raise InvalidSettings(problem="the policy is not JSON") from error
     if not isinstance(found, dict):
         raise InvalidSettings(problem="the policy is not a JSON object")

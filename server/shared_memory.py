@@ -3,7 +3,8 @@
 A session's region is two memfds, made and sealed here and handed over a Unix socket of their own, since gRPC carries no
 descriptors: whoever brings the one-time token of an OpenRegion, and is this server's user or root, is sent them. The
 connection then stays as the region's life line, over which the worker also makes the calls that name the region (see
-line_door.py). When it closes the worker is gone, and so is the region; it also ends with its session (leave, lease, eviction, next epoch, restore, the model's end), once the step that reads it has.
+line_door.py). When it closes the worker is gone, and so is the region; it also ends with its session (leave, lease,
+eviction, next epoch, restore, the model's end), once the step that reads it has.
 
 A slot belongs to the worker until a push names it, and to the server from there until that call is answered. A worker
 that writes to it in between spoils the values of its own gradient, and may slip a NaN past the gate: nothing that it
@@ -17,6 +18,7 @@ import asyncio
 import contextlib
 import fcntl
 import logging
+import math
 import os
 import secrets
 import socket
@@ -50,6 +52,8 @@ SLOTS: Final = 2
 # Regions stand for as long as their sessions: frames must always find room beside them.
 BUDGET_SHARE: Final = 0.5
 HANDOVER_S: Final = 5.0
+# Connections that have not shown a token yet; whoever is turned away sends frames.
+WAITING_LIMIT: Final = 64
 SWEEP_S: Final = 0.5
 _ADD_SEALS: Final = 1033
 _SEAL_SEAL, _SEAL_SHRINK, _SEAL_GROW, _SEAL_FUTURE_WRITE = 0x1, 0x2, 0x4, 0x10
@@ -71,7 +75,8 @@ class Region:
         self.answer = answer
         self.bytes_reserved = SLOTS * gradients.nbytes + answer.nbytes
         self._budget = budget
-        self.opened_s = time.monotonic()
+        # when the worker could come for it: making the memory may have to wait for others'
+        self.ready_s = math.inf
         self.line: socket.socket | None = None
         self.closed = False
         self._uses = 0
@@ -80,7 +85,9 @@ class Region:
         self._parameters: Tensor | None = None
 
     def allocate(self) -> None:
-        """Make the memory; in a thread, since it touches every page."""
+        """Make the memory; in a thread, since it touches every page. The caller holds the region meanwhile."""
+        if self.closed:
+            return
         slots, answer = SLOTS * self.gradients.nbytes, self.answer.nbytes
         for nbytes in (slots, answer):
             fd = os.memfd_create("pushstep", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -124,7 +131,7 @@ class Region:
             and worker.epoch == self.identity.epoch
             and worker.state is WorkerState.LIVE
             and now_s <= worker.lease_until_s
-            and (self.line is not None or now_s <= self.opened_s + HANDOVER_S)
+            and (self.line is not None or now_s <= self.ready_s + HANDOVER_S)
         )
 
     def hold(self) -> None:
@@ -150,12 +157,13 @@ class Region:
             with contextlib.suppress(OSError):
                 # whoever waits at it closes it: a descriptor that is waited for must not become another's number
                 self.line.shutdown(socket.SHUT_RDWR)
-        for fd in self.take_fds():
-            os.close(fd)
         self._free_if_idle()
 
     def _free_if_idle(self) -> None:
         if self.closed and self._uses == 0 and self.bytes_reserved:
+            # not before: the thread that makes the memory would seal what has got the number meanwhile
+            for fd in self.take_fds():
+                os.close(fd)
             self._slots = self._parameters = None
             self._budget.release(self.bytes_reserved)
             self.bytes_reserved = 0
@@ -170,6 +178,7 @@ class SharedMemory:
         self._regions: dict[int, Region] = {}
         self._listener: socket.socket | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._waiting = 0
         # one at a time: zeroing pages takes long enough to keep other workers' threads from their steps
         self._allocator = ThreadPoolExecutor(1, thread_name_prefix="regions")
 
@@ -216,18 +225,19 @@ class SharedMemory:
                 self._close(known)
         self._reserve(region)
         self._regions[region.number] = region
-        region.hold()
+        allocating = asyncio.get_running_loop().run_in_executor(self._allocator, region.allocate)
+        region.hold_until(allocating)
         try:
-            await asyncio.get_running_loop().run_in_executor(self._allocator, region.allocate)
+            await asyncio.shield(allocating)  # a caller that goes away leaves the thread at work
         except (OSError, MemoryError) as error:
             self._close(region)
             raise NoSharedMemory(problem=f"the memory could not be had ({type(error).__name__})") from error
         except BaseException:
             self._close(region)
             raise
-        finally:
-            region.let_go()
-        region.opened_s = time.monotonic()
+        if region.closed:
+            raise NoSharedMemory(problem="its session ended, or asked for another one")
+        region.ready_s = time.monotonic()
         return OpenRegionResponse(
             region=region.number,
             token=region.token,
@@ -290,22 +300,21 @@ class SharedMemory:
                 log.warning("a worker's connection for shared memory was not accepted: %s", error)
                 await asyncio.sleep(SWEEP_S)
                 continue
-            self._keep(self._hand_over(connection))
+            if self._waiting >= WAITING_LIMIT:
+                connection.close()
+            else:
+                self._waiting += 1
+                self._keep(self._hand_over(connection))
 
     async def _hand_over(self, connection: socket.socket) -> None:
         """One connection: the token in, the descriptors out, then the worker's calls until it is gone."""
-        loop = asyncio.get_running_loop()
         region: Region | None = None
         connection.setblocking(False)
         try:
-            require_own_user(connection)
-            async with asyncio.timeout(HANDOVER_S):
-                token = b""
-                while len(token) < TOKEN_BYTES:
-                    token += (more := await loop.sock_recv(connection, TOKEN_BYTES - len(token)))
-                    if not more:
-                        return
-            region = self._claim(token)
+            try:
+                region = self._claim(await _token(connection))
+            finally:
+                self._waiting -= 1
             if region is None:
                 return
             region.line = connection
@@ -328,6 +337,19 @@ class SharedMemory:
             if region.line is None and not region.closed and secrets.compare_digest(region.token, token):
                 return region
         return None
+
+
+async def _token(connection: socket.socket) -> bytes:
+    """What a process of our own user says first; too short if it says no more."""
+    require_own_user(connection)
+    token = b""
+    async with asyncio.timeout(HANDOVER_S):
+        while len(token) < TOKEN_BYTES:
+            more = await asyncio.get_running_loop().sock_recv(connection, TOKEN_BYTES - len(token))
+            if not more:
+                break
+            token += more
+    return token
 
 
 def require_own_user(connection: socket.socket) -> None:

@@ -253,6 +253,8 @@ def test_finite_pushes_that_add_up_to_infinity_are_rejected_together() -> None:
     assert settle.verdict is not None
     assert isinstance(settle.verdict.error, NonfiniteGradient)
     assert settle.verdict.error.consumed
+    # whoever of them it was: nobody is quarantined for what came of all
+    assert [worker.refused_in_row for worker in court.judge.sessions.workers.values()] == [0, 0]
 
 
 def test_a_guard_rejects_a_round_whole() -> None:
