@@ -155,15 +155,15 @@ class Simulation:
         self._until(lambda: self._have_reached(goals), LAST_S, "not everybody gets on")
         for name in self.names:
             self.processes[name].habits = Habits(window=0)
-        settings = self.house.judge.policy.settings
-        if isinstance(settings, SyncSettings):
-            self.switch({"policy": "sync", "min_workers": 1})
+        self._let_rounds_open()
         self._until(self._have_left, LAST_S, "a push is not answered")
         self.advance(2 * RETRY_FOR_S)
         self.check()
 
     def _have_reached(self, goals: dict[str, int]) -> bool:
         missing = [name for name in self.names if self._drawn.get(name, 0) < INTENTS_EACH]
+        if len(missing) < len(self.names):
+            self._let_rounds_open()
         for name in missing:
             if not self.processes[name].alive:
                 self.start(name)
@@ -172,6 +172,12 @@ class Simulation:
             if worker is not None and worker.quarantined:
                 self.release(name)
         return all(self.processes[name].done >= goals[name] + LAST_STEPS for name in missing)
+
+    def _let_rounds_open(self) -> None:
+        """Somebody has come to an end and goes: there may be too few for a round from here on."""
+        settings = self.house.judge.policy.settings
+        if isinstance(settings, SyncSettings) and settings.min_workers > 1:
+            self.switch({"policy": "sync", "min_workers": 1})
 
     def _have_left(self) -> bool:
         """Whoever has no more to push goes, and nobody waits for it."""
@@ -189,6 +195,7 @@ class Simulation:
         require(not house.answers and not house.held, "pushes are left without a verdict")
         require(not house.waiting and not house.streams, "streams are left open")
         require(house.budget.used_bytes == 0, f"{house.budget.used_bytes} bytes are still set aside")
+        house.judge.sessions.expire(self.agenda.now_s)  # of whoever joined for a process that had gone
         for worker in house.judge.sessions.workers.values():
             require(not worker.held and not worker.coming, f"{worker.name} still has something under way")
             require(

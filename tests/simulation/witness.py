@@ -95,6 +95,7 @@ class Witness:
         # policies that have let late pushes in; a round that is open keeps them when that ends
         self._carry: list[Policy] = []
         self._waits: dict[Key, float] = {}
+        self._waits_under: object = None
 
     def joined(self, worker: Worker) -> None:
         """A membership was handed out."""
@@ -110,6 +111,7 @@ class Witness:
         """A restore, or a start."""
         require(timeline >= self.timeline, "a timeline came again")
         self.story, self.timeline = list(story), timeline
+        self._rounds = {}  # what was being added up never will be
 
     # Clocks of `bounded`.
 
@@ -262,7 +264,10 @@ class Witness:
         require(step.ticket.divisor == divisor, f"divided by {step.ticket.divisor} instead of {divisor}")
         since = max((version for known, version in self._last_round if known is policy), default=0)
         if not any(known is policy for known in self._carry):
-            require(all(c.header.base_version >= since for c in candidates), "a late push is in a round")
+            require(
+                all(c.header.base_version >= since for c in candidates),
+                f"late: {[(c.worker, c.header.base_version) for c in candidates]} since {since} pol {policy.settings} n {combine.notes} j {self.judge.policy.settings} t {step.ticket.version}",
+            )
         self._last_round.append((policy, step.ticket.version))
         return divisor
 
@@ -308,6 +313,8 @@ class Witness:
             for sequence, candidate in worker.held.items()
             if sequence == worker.sequence + 1
         }
+        if settings is not self._waits_under:  # other settings promise from now on
+            self._waits, self._waits_under = {}, settings
         self._waits = {key: self._waits.get(key, now_s) for key in held}
         bound_s = (settings.timeout_s or SLOWEST_S) + lease_s + SLACK_S
         for key, since_s in self._waits.items():
