@@ -264,10 +264,8 @@ class Witness:
         require(step.ticket.divisor == divisor, f"divided by {step.ticket.divisor} instead of {divisor}")
         since = max((version for known, version in self._last_round if known is policy), default=0)
         if not any(known is policy for known in self._carry):
-            require(
-                all(c.header.base_version >= since for c in candidates),
-                f"late: {[(c.worker, c.header.base_version) for c in candidates]} since {since} pol {policy.settings} n {combine.notes} j {self.judge.policy.settings} t {step.ticket.version}",
-            )
+            bases = {c.worker: c.header.base_version for c in candidates}
+            require(min(bases.values()) >= since, f"pushes of {bases} are in a round after version {since}")
         self._last_round.append((policy, step.ticket.version))
         return divisor
 
