@@ -92,7 +92,8 @@ def copy_elements(target: Tensor, source: Tensor) -> None:
     torch would share it among OpenMP threads: each thread of ours that copies, gRPC's new one for every stream too,
     gets a set of its own, which spin when they are done and take the cores from the other end of the connection.
     """
-    if not (source.is_cpu and source.is_contiguous()):
+    # a single element passes for contiguous whatever its stride, but cannot be viewed as bytes
+    if not (source.is_cpu and source.is_contiguous() and source.stride(-1) == 1):
         target.copy_(source)
     elif source.dtype == target.dtype:
         np.copyto(target.view(torch.uint8).numpy(), source.view(torch.uint8).numpy())
