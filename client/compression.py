@@ -10,17 +10,20 @@ attempt sends the same.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from pushstep.optim.quantise import code_bytes, quantise
+from pushstep.optim.select import select
 from pushstep.proto import dtypes
 from pushstep.proto.dtypes import INT8_BLOCK
 from pushstep.proto.errors import InvalidSettings, WrongDtype
 from pushstep.proto.frames import Piece, Writer
 from pushstep.proto.layout import MAX_INDEXED, Slot
+from pushstep.proto.memory import BufferPool
 
 Dtype = torch.dtype | str | None
 Wire = Dtype | tuple[Dtype, Dtype]
@@ -44,22 +47,28 @@ def push_and_pull(wire: Wire) -> tuple[torch.dtype | None, torch.dtype | None]:
     return pushed, pulled
 
 
+# Memory of earlier pushes that is kept for the next one.
+KEPT_BYTES: Final = 1 << 30
+
+
 class Quantised:
     """A gradient on its way in int8: codes are made as they are asked for, once."""
 
     unit_bytes = 1
 
-    def __init__(self, gradient: Tensor, residual: Tensor, length: int) -> None:
-        """`gradient`: units of `length` elements; `residual`: as many float32."""
+    def __init__(
+        self, gradient: Tensor, residual: Tensor, length: int, take: Callable[[int], Tensor]
+    ) -> None:
+        """`gradient`: units of `length` elements; `residual`: as many float32; take: gives memory."""
         self._gradient = gradient.detach().cpu().contiguous()
         self._residual = residual
-        self.rest = torch.empty_like(residual)
+        self.rest = take(residual.nbytes).view(residual.dtype)
         self._length = length
         units = gradient.numel() // length if length else 0
         self.nbytes = units * code_bytes(length, INT8_BLOCK)
         self._blocks = units * -(-length // INT8_BLOCK)
         self._made = 0
-        self._codes = torch.empty(self.nbytes, dtype=torch.uint8)
+        self._codes = take(self.nbytes)
         # an attempt that timed out may still be making codes in gRPC's thread when the next one begins
         self._lock = threading.Lock()
 
@@ -107,6 +116,8 @@ class Compression:
         self.wire = wire
         self.top_k = top_k
         self.residuals: dict[str, Tensor] = {}
+        # what the last residuals lay in serves for the next ones
+        self._memory = BufferPool(KEPT_BYTES)
         self._pending: list[tuple[Slot, Tensor | None, Quantised | Tensor]] = []
 
     @property
@@ -146,7 +157,7 @@ class Compression:
         residual = self.residuals.get(slot.name)
         if residual is None:
             residual = torch.zeros(slot.stop - slot.start)
-        piece = Quantised(gradient, residual.view(-1), slot.stop - slot.start)
+        piece = Quantised(gradient, residual.view(-1), slot.stop - slot.start, self._memory.take)
         self._pending.append((slot, None, piece))
         return piece
 
@@ -156,7 +167,7 @@ class Compression:
             return Piece(rows, self.dtype_of(slot))
         table = self.residuals.get(slot.name)
         residual = torch.zeros(rows.numel()) if table is None else table.view(slot.rows, -1)[ids].view(-1)
-        piece = Quantised(rows, residual, slot.row_elements)
+        piece = Quantised(rows, residual, slot.row_elements, self._memory.take)
         self._pending.append((slot, ids, piece))
         return piece
 
@@ -174,19 +185,11 @@ class Compression:
         return torch.cat(indices), torch.cat(values)
 
     def _largest(self, slot: Slot, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        held = dtypes.state_dtype(slot.dtype)
-        whole = gradient.detach().cpu().reshape(-1).to(held, copy=True)
+        flat = gradient.detach().cpu().contiguous().view(-1)
         residual = self.residuals.get(slot.name)
-        if residual is not None:
-            whole += residual.view(-1)
-        count = max(1, round((self.top_k or 1.0) * whole.numel()))
-        indices = torch.topk(whole.abs(), count, sorted=False).indices.sort().values
-        values = whole[indices].to(self.dtype_of(slot))
-        rest = whole
-        rest[indices] -= values.to(held)
-        broken = ~torch.isfinite(rest)
-        if broken.any():
-            # the server is told and decides; what was owed before is owed still
-            rest[broken] = 0.0 if residual is None else residual.view(-1)[broken]
+        held = dtypes.state_dtype(slot.dtype)
+        rest = self._memory.take(flat.numel() * held.itemsize).view(held)
+        count = min(flat.numel(), max(1, round((self.top_k or 1.0) * flat.numel())))
+        indices, values = select(flat, residual, rest, count, wire=self.dtype_of(slot))
         self._pending.append((slot, None, rest))
         return indices, values

@@ -26,7 +26,14 @@ from typing import Any, Final
 log: Final = logging.getLogger(__name__)
 
 _PACKAGE: Final = Path(__file__).parent
-_SOURCES: Final = ("intrinsics.py", "kernels.py", "norm_kernels.py", "quantise_kernels.py", "row_kernels.py")
+_SOURCES: Final = (
+    "intrinsics.py",
+    "kernels.py",
+    "norm_kernels.py",
+    "quantise_kernels.py",
+    "row_kernels.py",
+    "select_kernels.py",
+)
 _kept_in: list[Path] = []
 _compiled: dict[Hashable, Any] = {}
 _lock = threading.RLock()

@@ -31,7 +31,7 @@ from pushstep.proto.types_pb2 import ParameterNorm, Staged
 
 from .groups import ParamGroups
 from .staging import DensePart, RowsPart, StagedPush
-from .unpack import dense_part, rows_part
+from .unpack import Take, dense_part, rows_part
 
 MAX_WORKER_STATE_BYTES: Final = 64 << 10
 MAX_METRICS: Final = 64
@@ -84,8 +84,11 @@ def _check_notes(header: PushHeader) -> None:
         raise MalformedFrame(problem=f"a metric's name has at most {MAX_METRIC_NAME} characters")
 
 
-def inspect(layout: Layout, header: PushHeader, body: Assembly | SharedBody) -> StagedPush:
-    """Read a complete body once. RowOutOfRange or MalformedFrame if it names what does not exist."""
+def inspect(layout: Layout, header: PushHeader, body: Assembly | SharedBody, take: Take) -> StagedPush:
+    """Read a complete body once. RowOutOfRange or MalformedFrame if it names what does not exist.
+
+    take: gives the memory for what is unpacked.
+    """
     staged = Staged(
         identity=header.identity,
         base_version=header.base_version,
@@ -96,7 +99,7 @@ def inspect(layout: Layout, header: PushHeader, body: Assembly | SharedBody) -> 
     known: list[Sequence[float] | None] = []
     for index, segment in enumerate(header.segments):
         unpack = rows_part if segment.HasField("rows") else dense_part
-        part, sums = unpack(segment, layout.slots_of(segment), body, index)
+        part, sums = unpack(segment, layout.slots_of(segment), body, index, take)
         parts.append(part)
         known.append(sums)
     return measured(staged, parts, known)

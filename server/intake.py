@@ -166,7 +166,9 @@ class Intake:
 
     def _inspected(self) -> tuple[StagedPush | None, InvalidRequest | None]:
         try:
-            return (None if self.header.skip else gate.inspect(self._layout, self.header, self._body)), None
+            if self.header.skip:
+                return None, None
+            return gate.inspect(self._layout, self.header, self._body, self._budget.buffer), None
         except InvalidRequest as error:
             return None, error
 

@@ -7,7 +7,7 @@ reserved with the body (`Layout.unpacked_bytes`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -23,9 +23,12 @@ from pushstep.proto.types_pb2 import Segment
 
 from .staging import DensePart, RowsPart
 
+# What gives memory for so many bytes: pages that were used before need not be mapped (16 M int8 elements: 17 ms, not 49).
+Take = Callable[[int], Tensor]
+
 
 def dense_part(
-    segment: Segment, slots: Sequence[Slot], body: Assembly | SharedBody, index: int
+    segment: Segment, slots: Sequence[Slot], body: Assembly | SharedBody, index: int, take: Take
 ) -> tuple[DensePart, list[float] | None]:
     """The gradient of whole parameters, and each one's sum of squares if that came with it.
 
@@ -34,18 +37,18 @@ def dense_part(
     dtype = dtypes.of_push(segment.dtype, "segment")
     sums = None
     if dtype == torch.int8:
-        gradient = torch.empty(segment.stop - segment.start, dtype=INT8_UNPACKED)
+        gradient = take((segment.stop - segment.start) * INT8_UNPACKED.itemsize).view(INT8_UNPACKED)
         lengths = [slot.stop - slot.start for slot in slots]
         sums = dequantise(body.part(index, torch.uint8), gradient, lengths, block=dtypes.INT8_BLOCK)
     elif segment.HasField("elements"):
-        gradient = _scattered(segment, slots[0], dtype, body, index)
+        gradient = _scattered(segment, slots[0], dtype, body, index, take)
     else:
         gradient = body.part(index, dtype)
     return DensePart(segment.arena, segment.start, tuple(slots), gradient), sums
 
 
 def rows_part(
-    segment: Segment, slots: Sequence[Slot], body: Assembly | SharedBody, index: int
+    segment: Segment, slots: Sequence[Slot], body: Assembly | SharedBody, index: int, take: Take
 ) -> tuple[RowsPart, list[float] | None]:
     """The gradient of some rows of the one parameter in `slots`, duplicates summed; RowOutOfRange if there is no such row."""
     slot, count = slots[0], int(segment.rows)
@@ -57,7 +60,8 @@ def rows_part(
             raise RowOutOfRange(parameter=slot.name, row=wrong, rows=slot.rows)
     dtype = dtypes.of_push(segment.dtype, "segment")
     if dtype == torch.int8:
-        rows = torch.empty(count, slot.row_elements, dtype=INT8_UNPACKED)
+        rows = take(count * slot.row_elements * INT8_UNPACKED.itemsize).view(INT8_UNPACKED)
+        rows = rows.view(count, slot.row_elements)
         dequantise_rows(body.part(index, torch.uint8, count * ID_BYTES), rows, block=dtypes.INT8_BLOCK)
     else:
         rows = body.part(index, dtype, count * ID_BYTES)
@@ -66,7 +70,7 @@ def rows_part(
 
 
 def _scattered(
-    segment: Segment, first: Slot, dtype: torch.dtype, body: Assembly | SharedBody, index: int
+    segment: Segment, first: Slot, dtype: torch.dtype, body: Assembly | SharedBody, index: int, take: Take
 ) -> Tensor:
     count, length = int(segment.elements), int(segment.stop - segment.start)
     # they are uint32, for which torch has few operations
@@ -77,6 +81,6 @@ def _scattered(
             problem=f"the indices of the element-sparse segment that begins with {first.name!r} are not {count} different "
             f"ones below {length} in ascending order"
         )
-    gradient = torch.zeros(length, dtype=dtype)
+    gradient = take(length * dtype.itemsize).view(dtype).zero_()
     gradient[indices] = body.part(index, dtype, count * INDEX_BYTES, count)
     return gradient

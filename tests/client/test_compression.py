@@ -22,6 +22,7 @@ from pushstep.proto import dtypes
 from pushstep.proto.errors import InvalidSettings, NonfiniteGradient, WrongDtype
 from pushstep.proto.frames import Assembly, pack, unpack
 from pushstep.proto.layout import Layout, check_body
+from pushstep.proto.memory import BufferPool
 from pushstep.proto.training_pb2 import PushRequest
 from pushstep.proto.types_pb2 import DType, Manifest, Parameter, ParamGroup
 from pushstep.server.unpack import dense_part, rows_part
@@ -57,10 +58,10 @@ def received(compression: Compression, gradients: dict[str, Any]) -> dict[str, A
     for index, segment in enumerate(body.segments):
         slots = LAYOUT.slots_of(segment)
         if segment.HasField("rows"):
-            rows, _ = rows_part(segment, slots, assembly, index)
+            rows, _ = rows_part(segment, slots, assembly, index, BufferPool(0).take)
             found[slots[0].name] = rows.ids, rows.rows
             continue
-        part, _ = dense_part(segment, slots, assembly, index)
+        part, _ = dense_part(segment, slots, assembly, index, BufferPool(0).take)
         for slot in slots:
             flat = part.gradient[slot.start - segment.start : slot.stop - segment.start]
             found[slot.name] = flat.view(slot.shape)
@@ -181,10 +182,10 @@ def test_a_retry_sends_the_same_bytes_whatever_became_of_the_gradient() -> None:
 @pytest.mark.parametrize("sizes", [(1,), (7, 260, 3), (259, 1, 300), (1 << 20,)])
 def test_codes_do_not_depend_on_how_they_are_asked_for(sizes: tuple[int, ...]) -> None:
     gradient, owed = noise(0, 10 * 601), noise(1, 10 * 601)
-    whole = Quantised(gradient, owed, 601)
+    whole = Quantised(gradient, owed, 601, BufferPool(0).take)
     expected = torch.empty(whole.nbytes, dtype=torch.uint8)
     whole.writer()(expected, 0)
-    parts = Quantised(gradient, owed, 601)
+    parts = Quantised(gradient, owed, 601, BufferPool(0).take)
     got = torch.empty_like(expected)
     at = turn = 0
     while at < got.numel():
@@ -264,6 +265,18 @@ def test_wires_that_cannot(wire: Any) -> None:
 def test_fractions_that_are_none(top_k: float) -> None:
     with pytest.raises(InvalidSettings):
         Compression(None, top_k)
+
+
+def test_top_k_of_nothing_is_nothing() -> None:
+    layout = Layout(
+        Manifest(
+            parameters=[Parameter(name=WEIGHT, shape=[0, 4], dtype=DType.DTYPE_FLOAT32)],
+            groups=[ParamGroup(rule="adagrad")],
+        )
+    )
+    slot = layout.slots[0]
+    indices, values = Compression(None, 0.1).select([slot], {slot: torch.zeros(0, 4)})
+    assert indices.numel() == values.numel() == 0
 
 
 def test_top_k_in_int8_is_refused() -> None:

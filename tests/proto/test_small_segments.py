@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from pushstep.proto.errors import InvalidRequest, MalformedFrame, PushstepError, WrongDtype, WrongLength
 from pushstep.proto.frames import Assembly, BodyDigest, Piece, pack, unpack
 from pushstep.proto.layout import Layout, check_body
+from pushstep.proto.memory import BufferPool
 from pushstep.proto.training_pb2 import PushRequest
 from pushstep.proto.types_pb2 import DType, Manifest, Parameter, ParamGroup, Segment
 from pushstep.server.unpack import dense_part, rows_part
@@ -86,7 +87,7 @@ def unpacked(segment: Segment, payload: bytes) -> Any:
         body.place(chunk)
     body.finish()
     part = rows_part if segment.HasField("rows") else dense_part
-    return part(segment, LAYOUT.slots_of(segment), body, 0)
+    return part(segment, LAYOUT.slots_of(segment), body, 0, BufferPool(0).take)
 
 
 @pytest.mark.parametrize("indices", [(3, 3), (4, 3), (0, 1508), (0, 2**32 - 1), (2**31, 5), (2**32 - 1, 0)])

@@ -23,6 +23,7 @@ from pushstep.proto.errors import (
 )
 from pushstep.proto.frames import Assembly, BodyDigest, Piece, pack, unpack
 from pushstep.proto.layout import Layout
+from pushstep.proto.memory import BufferPool
 from pushstep.proto.training_pb2 import PushCommit, PushHeader, PushRequest
 from pushstep.proto.types_pb2 import DType, Identity, Manifest, Parameter, ParamGroup, Segment
 from pushstep.server.catalog import Catalog
@@ -72,7 +73,7 @@ def inspected(*pieces: tuple[str, Tensor] | tuple[str, Tensor, Tensor]) -> Stage
         assert chunk is not None
         body.place(chunk)
     body.finish()
-    return inspect(LAYOUT, header, body)
+    return inspect(LAYOUT, header, body, BufferPool(0).take)
 
 
 def ids(*numbers: int) -> Tensor:
