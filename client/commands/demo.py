@@ -17,6 +17,9 @@ def demo(
     wire: Annotated[
         str, typer.Option(help="What gradients travel in: float32, bfloat16, float16 or int8.")
     ] = "float32",
+    policy: Annotated[
+        str, typer.Option(help="When pushes are applied: async, bounded or sync; all: one after the other.")
+    ] = "async",
     as_json: Annotated[
         bool, typer.Option("--json", help="End with one line of JSON; progress goes to stderr.")
     ] = False,
@@ -27,13 +30,23 @@ def demo(
     from ..demo.display import Display
     from ..demo.errors import DemoFailed
     from ..demo.run import run_demo
+    from ..demo.served import POLICIES
 
+    if policy not in (*POLICIES, "all"):
+        raise typer.BadParameter(f"there are {', '.join(POLICIES)} and all", param_hint="--policy")
     try:
         push_and_pull(wire)
     except WrongDtype as unknown:
         raise typer.BadParameter(str(unknown), param_hint="--wire") from unknown
     try:
-        result = run_demo(out=out, epochs=epochs, workers=workers, wire=wire, display=Display(stderr=as_json))
+        result = run_demo(
+            out=out,
+            epochs=epochs,
+            workers=workers,
+            wire=wire,
+            policies=POLICIES if policy == "all" else (policy,),
+            display=Display(stderr=as_json),
+        )
     except DemoFailed as failed:
         typer.echo(f"pushstep demo failed: {failed}", err=True)
         raise typer.Exit(1) from failed

@@ -1,8 +1,8 @@
-"""The loss picture: both trainings on one axis of steps."""
+"""The loss picture: all trainings on one axis of batches seen."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -11,8 +11,8 @@ import numpy as np
 SMOOTHED_OVER: Final = 25
 
 
-def draw_losses(path: Path, *, remote: Sequence[float], local: Sequence[float], caption: str) -> None:
-    """Write a PNG of the two loss curves, each smoothed over `SMOOTHED_OVER` steps."""
+def draw_losses(path: Path, curves: Mapping[str, Sequence[float]], *, caption: str) -> None:
+    """Write a PNG of the loss curves, a loss per batch, each smoothed over `SMOOTHED_OVER` of them."""
     # Canvas and figure by hand: no pyplot, no display, no global state to restore.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -20,11 +20,11 @@ def draw_losses(path: Path, *, remote: Sequence[float], local: Sequence[float], 
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for label, losses in (("pushed to the service", remote), ("here, torch.optim", local)):
+    for label, losses in curves.items():
         smooth = smoothed(losses)
         first = len(losses) - len(smooth) + 1
         axes.plot(np.arange(first, first + len(smooth)), smooth, label=label, linewidth=1.2)
-    axes.set_xlabel("step")
+    axes.set_xlabel("batch")
     axes.set_ylabel(f"training loss (mean of {SMOOTHED_OVER})")
     axes.set_title(caption, fontsize=10)
     axes.grid(alpha=0.25)

@@ -1,22 +1,24 @@
-"""The demo's server: a `pushstep-server` process on free ports of this machine, and its checkpoint by REST."""
+"""The demo's server: a `pushstep-server` process on free ports of this machine, and what it does by REST."""
 
 from __future__ import annotations
 
 import http.client
+import json
 import re
 import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from .errors import DemoFailed
 from .processes import Child, Processes
 
 READY_WITHIN_S: Final = 60.0
-EXPORT_WITHIN_S: Final = 30.0
+ANSWER_WITHIN_S: Final = 30.0
 _READY: Final = re.compile(r"ready grpc=(?P<grpc>\S+) http=(?P<http>\S+)(?: unix=.*)?")
 
 
@@ -32,19 +34,28 @@ class Service:
 
     def fetch_checkpoint(self, model: str, path: Path) -> None:
         """Save the model's newest version as a safetensors file."""
-        url = f"http://{self.http}/v1/models/{model}/export?format=safetensors"
+        path.write_bytes(self._ask("GET", f"models/{model}/export?format=safetensors"))
+
+    def change_policy(self, model: str, settings: Mapping[str, Any]) -> None:
+        """Change settings of the model's policy; what is left out stays."""
+        self._ask("PATCH", f"models/{model}/policy", json.dumps(settings).encode())
+
+    def _ask(self, method: str, resource: str, body: bytes | None = None) -> bytes:
+        url = f"http://{self.http}/v1/{resource}"
+        headers = {} if body is None else {"Content-Type": "application/json"}
+        request = urllib.request.Request(url, body, headers, method=method)
         direct = urllib.request.build_opener(
             urllib.request.ProxyHandler({})
         )  # a proxy cannot reach our loopback
         try:
-            with direct.open(url, timeout=EXPORT_WITHIN_S) as reply:
-                path.write_bytes(reply.read())
+            with direct.open(request, timeout=ANSWER_WITHIN_S) as reply:
+                return bytes(reply.read())
         except urllib.error.HTTPError as refused:
             with refused:
                 said = refused.read().decode(errors="replace")
-            raise DemoFailed(f"GET {url} answered {refused.code}: {said}") from None
+            raise DemoFailed(f"{method} {url} answered {refused.code}: {said}") from None
         except (OSError, http.client.HTTPException) as broken:
-            raise self.child.failure(f"did not hand out the checkpoint (GET {url}: {broken})") from broken
+            raise self.child.failure(f"did not answer ({method} {url}: {broken})") from broken
 
 
 def start_service(processes: Processes, data: Path) -> Service:

@@ -25,6 +25,9 @@ SHUFFLE_SEED: Final = 13
 class Stepper(Protocol):
     """What the loop needs of an optimizer."""
 
+    samples: float
+    """How many flights the next step's gradients are over: their weight where several pushes make one step."""
+
     def step(self) -> Any:
         """Use the gradients."""
 
@@ -37,6 +40,7 @@ class Together:
 
     def __init__(self, optimizers: list[torch.optim.Optimizer]) -> None:
         self.optimizers = optimizers
+        self.samples: float = 0
 
     def step(self) -> None:
         """Step each of them."""
@@ -49,17 +53,19 @@ class Together:
             optimizer.zero_grad()
 
 
-def batches(flights: Flights, epoch: int, *, index: int = 0, of: int = 1) -> Iterator[Tensor]:
+def batches(
+    flights: Flights, epoch: int, *, index: int = 0, of: int = 1, batch: int = BATCH
+) -> Iterator[Tensor]:
     """The rows of each batch of this worker's share of an epoch."""
     order = np.random.default_rng((SHUFFLE_SEED, epoch)).permutation(len(flights.train))
     shuffled = flights.train[torch.from_numpy(order)]
-    for start in range(index * BATCH, len(shuffled), of * BATCH):
-        yield shuffled[start : start + BATCH]
+    for start in range(index * batch, len(shuffled), of * batch):
+        yield shuffled[start : start + batch]
 
 
-def batch_count(flights: Flights, epochs: int, *, index: int = 0, of: int = 1) -> int:
+def batch_count(flights: Flights, epochs: int, *, index: int = 0, of: int = 1, batch: int = BATCH) -> int:
     """How many steps `train` will take."""
-    whole = -(-len(flights.train) // BATCH)
+    whole = -(-len(flights.train) // batch)
     return epochs * len(range(index, whole, of))
 
 
@@ -72,15 +78,17 @@ def train(
     report: Callable[[int, float], None],
     index: int = 0,
     of: int = 1,
+    batch: int = BATCH,
 ) -> None:
     """Train for some epochs on this worker's share; `report(step, loss)` is called after each step."""
     step = 0
     for epoch in range(epochs):
-        for rows in batches(flights, epoch, index=index, of=of):
+        for rows in batches(flights, epoch, index=index, of=of, batch=batch):
             optimizer.zero_grad()
             logits = model(flights.codes[rows], flights.numbers[rows])
             loss = binary_cross_entropy_with_logits(logits, flights.late[rows])
             loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.samples = len(rows)
             optimizer.step()
             step += 1
             report(step, loss.item())

@@ -21,7 +21,15 @@ from .training import train
 
 
 def work(
-    *, server: str, model: str, worker: str, index: int, of: int, epochs: int, wire: str
+    *,
+    server: str,
+    model: str,
+    worker: str,
+    index: int,
+    of: int,
+    epochs: int,
+    wire: str,
+    policy: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """Train this worker's share through the service, printing each step; the summary comes back."""
     flights = load_flights()
@@ -29,7 +37,7 @@ def work(
     outcomes: Counter[str] = Counter()
     staleness: list[int] = []
     with closing(connect(server, model=model, worker=worker, wire=wire)) as session:
-        optimizer = session.attach(optimizers(network), module=network)
+        optimizer = session.attach(optimizers(network), module=network, policy=policy)
 
         def report(step: int, loss: float) -> None:
             receipt = optimizer.last_receipt
@@ -37,7 +45,14 @@ def work(
                 return
             outcomes[str(receipt.outcome)] += 1
             staleness.append(int(receipt.staleness))
-            line = {"step": step, "loss": loss, "version": receipt.version, "staleness": receipt.staleness}
+            line = {
+                "step": step,
+                "loss": loss,
+                "outcome": receipt.outcome,
+                "version": receipt.version,
+                "staleness": receipt.staleness,
+                "contributors": len(receipt.contributors),
+            }
             print(json.dumps(line), flush=True)
 
         train(network, optimizer, flights, epochs=epochs, report=report, index=index, of=of)
@@ -62,6 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--of", type=int, default=1, help="how many shares there are")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--wire", default="float32", help="what gradients travel in")
+    parser.add_argument(
+        "--policy", type=json.loads, help="of the model, if this creates it: JSON as PATCH takes it"
+    )
     parser.add_argument("--out", type=Path, help="where to write the summary, as JSON")
     given = parser.parse_args(arguments)
     summary = work(
@@ -72,6 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         of=given.of,
         epochs=given.epochs,
         wire=given.wire,
+        policy=given.policy,
     )
     if given.out is not None:
         given.out.write_text(json.dumps(summary) + "\n")

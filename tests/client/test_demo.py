@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import importlib.util
+import json
 import os
 import signal
 import sys
@@ -26,7 +27,8 @@ from pushstep.client.demo.errors import DemoFailed, FlightsChanged, FlightsMissi
 from pushstep.client.demo.model import flight_model, optimizers
 from pushstep.client.demo.picture import SMOOTHED_OVER, draw_losses, smoothed
 from pushstep.client.demo.processes import Child, Processes, terminable
-from pushstep.client.demo.run import AUC_APART, AUC_FLOOR, DemoResult, load_checkpoint
+from pushstep.client.demo.result import AUC_APART, AUC_FLOOR, DemoResult, PolicyRun, bars
+from pushstep.client.demo.run import load_checkpoint
 from pushstep.client.demo.scores import auc, held_out_auc
 from pushstep.client.demo.service import Service, start_service
 from pushstep.client.demo.training import BATCH, Together, batch_count, batches, train
@@ -180,12 +182,20 @@ def test_a_short_training_lowers_the_loss_and_ranks_better_than_chance(flights: 
     assert held_out_auc(model, few) > 0.6
 
 
+def test_a_round_of_the_workers_is_one_batch_of_the_lone_trainer(flights: Flights) -> None:
+    shares = [batches(flights, 1, index=index, of=2) for index in range(2)]
+    rounds = [torch.cat(pair).tolist() for pair in zip(*shares, strict=True)]
+    assert rounds == [rows.tolist() for rows in batches(flights, 1, batch=2 * BATCH)]
+    assert batch_count(flights, 1, batch=2 * BATCH) == len(rounds)
+
+
 # --- what is shown
 
 
 def test_the_picture_is_a_png(tmp_path: Path) -> None:
     path = tmp_path / "loss.png"
-    draw_losses(path, remote=[1.0, 0.7, 0.6], local=list(np.linspace(1, 0.5, 200)), caption="two curves")
+    curves = {"short": [1.0, 0.7, 0.6], "long": list(np.linspace(1, 0.5, 200))}
+    draw_losses(path, curves, caption="two curves")
     assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert len(path.read_bytes()) > 5000
 
@@ -208,6 +218,24 @@ def test_without_a_terminal_progress_is_a_few_plain_lines(capsys: pytest.Capture
     assert len(said.err.splitlines()) == 10
 
 
+def run_of(policy: str, remote: float, local: float) -> PolicyRun:
+    return PolicyRun(
+        policy=policy,
+        auc_remote=remote,
+        auc_local=local,
+        local_batch=2048,
+        pushes=7,
+        pushes_per_s=3.5,
+        staleness={1: 2, 0: 5},
+        contributors={2: 3, 1: 1},
+        checkpoint=Path("a.safetensors"),
+    )
+
+
+def result_of(*runs: PolicyRun) -> DemoResult:
+    return DemoResult(runs=runs, seconds=1.0, picture=Path("loss.png"))
+
+
 @pytest.mark.parametrize(
     ("remote", "local", "reasons"),
     [
@@ -218,17 +246,28 @@ def test_without_a_terminal_progress_is_a_few_plain_lines(capsys: pytest.Capture
     ],
 )
 def test_a_weak_result_says_why(remote: float, local: float, reasons: list[str]) -> None:
-    result = DemoResult(
-        auc_remote=remote,
-        auc_local=local,
-        seconds=1.0,
-        pushes=3,
-        checkpoint=Path("a.safetensors"),
-        picture=Path("loss.png"),
-    )
-    short = result.shortcomings()
+    short = result_of(run_of("async", 0.75, 0.75), run_of("sync", remote, local)).shortcomings()
     assert len(short) == len(reasons)
     assert all(reason in text for reason, text in zip(reasons, short, strict=True))
+    assert all(text.startswith("sync: ") for text in short)
+
+
+def test_a_run_is_told_in_json_and_in_words() -> None:
+    told = json.loads(result_of(run_of("sync", 0.75, 0.74), run_of("async", 0.7, 0.7)).as_json())
+    assert (told["auc_remote"], told["auc_local"], told["pushes"]) == (0.75, 0.74, 7)
+    assert [run["policy"] for run in told["policies"]] == ["sync", "async"]
+    assert told["policies"][0]["staleness"] == {"0": 5, "1": 2}
+    assert told["policies"][0]["contributors"] == {"1": 1, "2": 3}
+    assert told["policies"][0]["versions"] == 4
+    words = list(run_of("sync", 0.75, 0.74).as_lines())
+    assert words[1] == "  7 pushes made 4 versions, 3.5 pushes/s"
+    assert [line.split()[-1] for line in words[2:]] == ["5", "2", "1", "3"]
+
+
+def test_bars_are_as_long_as_their_counts_and_never_empty() -> None:
+    marks = [line.count("#") for line in bars("staleness", {2: 1, 0: 1000, 1: 500})]
+    assert marks == [40, 20, 1]
+    assert list(bars("staleness", {})) == []
 
 
 # --- the processes
@@ -369,7 +408,7 @@ def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Service
 def test_the_checkpoint_is_fetched_whole_or_not_at_all(service: Service, tmp_path: Path) -> None:
     path = tmp_path / "flights.safetensors"
     for model, complaint in (
-        ("cut", "did not hand out the checkpoint"),
+        ("cut", "did not answer"),
         ("other", "answered 404: no such model"),
     ):
         with pytest.raises(DemoFailed, match=complaint):

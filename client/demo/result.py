@@ -1,0 +1,105 @@
+"""What the demo found: a run for each policy, and whether that is good enough."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+AUC_FLOOR: Final = 0.72
+AUC_APART: Final = 0.015
+_BAR_WIDTH: Final = 40
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PolicyRun:
+    """One training under one policy, beside the local one that it compares with."""
+
+    policy: str
+    auc_remote: float
+    auc_local: float
+    local_batch: int
+    """Flights per step of the local training: under `sync` those of a whole round, otherwise those of a push."""
+    pushes: int
+    """Pushes that the service applied."""
+    pushes_per_s: float
+    """From the first receipt to the last: the workers' own computing is in it, their start is not."""
+    staleness: Mapping[int, int]
+    """How many applied pushes had which staleness."""
+    contributors: Mapping[int, int]
+    """How many versions were made of how many pushes."""
+    checkpoint: Path
+
+    def shortcomings(self) -> list[str]:
+        """Why this run is not good enough; empty when it is."""
+        short = [
+            f"{self.policy}: the held-out AUC of {where} is {auc:.4f}, below {AUC_FLOOR}"
+            for where, auc in (("the service", self.auc_remote), ("the local training", self.auc_local))
+            if not auc >= AUC_FLOOR
+        ]
+        apart = abs(self.auc_remote - self.auc_local)
+        if not apart <= AUC_APART:
+            short.append(f"{self.policy}: the two AUCs are {apart:.4f} apart, more than {AUC_APART}")
+        return short
+
+    def as_values(self) -> dict[str, Any]:
+        """What JSON says of it."""
+        return {
+            "policy": self.policy,
+            "auc_remote": round(self.auc_remote, 6),
+            "auc_local": round(self.auc_local, 6),
+            "local_batch": self.local_batch,
+            "pushes": self.pushes,
+            "pushes_per_s": round(self.pushes_per_s, 3),
+            "versions": sum(self.contributors.values()),
+            "staleness": dict(sorted(self.staleness.items())),
+            "contributors": dict(sorted(self.contributors.items())),
+            "checkpoint": str(self.checkpoint),
+        }
+
+    def as_lines(self) -> Iterator[str]:
+        """What a person reads of it."""
+        versions = sum(self.contributors.values())
+        yield (
+            f"{self.policy}: held-out AUC {self.auc_remote:.4f} served, {self.auc_local:.4f} local "
+            f"in batches of {self.local_batch}"
+        )
+        yield f"  {self.pushes} pushes made {versions} versions, {self.pushes_per_s:.1f} pushes/s"
+        yield from bars("staleness", self.staleness)
+        if self.policy == "sync":
+            yield from bars("contributors of a round", self.contributors)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DemoResult:
+    """The runs in the order in which they were made, and what they share."""
+
+    runs: tuple[PolicyRun, ...]
+    seconds: float
+    picture: Path
+
+    def shortcomings(self) -> list[str]:
+        """Why this result is not good enough; empty when it is."""
+        return [reason for run in self.runs for reason in run.shortcomings()]
+
+    def as_json(self) -> str:
+        """One line for programs; what is not under `policies` is the first run's or everybody's."""
+        first = self.runs[0].as_values()
+        return json.dumps(
+            {
+                **{key: first[key] for key in ("auc_remote", "auc_local", "pushes", "checkpoint")},
+                "seconds": round(self.seconds, 3),
+                "picture": str(self.picture),
+                "policies": [run.as_values() for run in self.runs],
+            }
+        )
+
+
+def bars(what: str, counts: Mapping[int, int]) -> Iterator[str]:
+    """A bar chart in text: a line for each value that occurred; what occurred at all has at least one mark."""
+    longest = max(counts.values(), default=0)
+    for value, count in sorted(counts.items()):
+        bar = "#" * max(1, round(_BAR_WIDTH * count / longest))
+        yield f"  {what} {value:>3}  {bar:<{_BAR_WIDTH}}  {count}"
