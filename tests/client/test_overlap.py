@@ -446,7 +446,7 @@ def test_what_was_set_aside_for_an_early_stream_is_given_back(data: Path, how: s
     """Closed or broken off in the middle of backward: the others go on, and no thread stays."""
     elements = sum(parameter.numel() for parameter in Deep().parameters())
     budget = 6 * elements  # one push and a half
-    with running_server(data, "--staging-bytes", str(budget), "--stall-s", "60") as server:
+    with running_server(data, "--staging-bytes", str(budget), "--stall-s", "12") as server:
         other = server.connect("other", retry_for_s=0.5)
         create(other, elements)
         threads = set(threading.enumerate())

@@ -12,12 +12,11 @@ import pytest
 import torch
 from harness import RunningServer
 from torch.utils.data import DataLoader, Dataset, TensorDataset
+from trainer import held, train
 from twin import Network, Twins, adagrad, backward, loss_of
 
-from pushstep.client import RemoteOptimizer, Session, connect
+from pushstep.client import RemoteOptimizer, Session
 from pushstep.proto.errors import ForkedSession
-
-_held: list[RemoteOptimizer] = []
 
 
 class NosyItems(Dataset[torch.Tensor]):
@@ -71,25 +70,6 @@ def test_a_forked_worker_that_touches_the_session_is_told(server: RunningServer,
     assert server.rest("GET", f"/v1/models/{model_name}").json()["workers_live"] == 1
 
 
-def _train(address: str, model_name: str, number: int, model: torch.nn.Module, results: Any) -> None:
-    """A trainer with a session of its own, in a process that was forked from one that has a session too."""
-    warnings.simplefilter("error")
-    try:
-        if _held:
-            with pytest.raises(ForkedSession):
-                _held[0].step()
-        model = Network()
-        with connect(address, model=model_name, worker=f"child{number}", retry_for_s=20) as session:
-            remote = session.attach(adagrad(model), module=model)
-            for seed in range(5):
-                backward(model, [remote], seed)
-                remote.step()
-            results.put((number, remote.last_receipt.sequence if remote.last_receipt else 0))
-    except BaseException as error:
-        results.put((number, repr(error)))
-        raise
-
-
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_trainers_forked_from_one_with_a_session(server: RunningServer, model_name: str, method: str) -> None:
     model = Network()
@@ -97,7 +77,7 @@ def test_trainers_forked_from_one_with_a_session(server: RunningServer, model_na
     remote = session.attach(adagrad(model), module=model)
     backward(model, [remote], 0)
     remote.step()
-    _held.append(remote)
+    held.append(remote)
     try:
         context: Any = multiprocessing.get_context(method)
         results = context.Queue()
@@ -105,7 +85,7 @@ def test_trainers_forked_from_one_with_a_session(server: RunningServer, model_na
         with warnings.catch_warnings():
             # Python's own word on forking a process with threads, which gRPC's and torch's are
             warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
-            children = [context.Process(target=_train, args=each) for each in arguments]
+            children = [context.Process(target=train, args=each) for each in arguments]
             for child in children:
                 child.start()
         for seed in range(1, 5):
@@ -115,7 +95,7 @@ def test_trainers_forked_from_one_with_a_session(server: RunningServer, model_na
         for child in children:
             child.join(60)
     finally:
-        _held.clear()
+        held.clear()
     assert found == [(0, 5), (1, 5)]
     assert [child.exitcode for child in children] == [0, 0]
     backward(model, [remote], 5)
