@@ -38,6 +38,7 @@ def rows(*options: str) -> dict[str, list[list[str]]]:
 
 
 @pytest.mark.timeout(TIMEOUT_S + 20)
+@pytest.mark.soak
 def test_each_side_takes_part_in_its_tables() -> None:
     words = ("pushstep", "rpc default", "socket tcp")
     tables = ("exchange", "streams", "sync", "pulls")

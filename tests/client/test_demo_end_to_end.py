@@ -60,6 +60,7 @@ def test_the_demo_trains_to_the_same_score_as_torch_on_a_coarse_wire(tmp_path: P
 
 
 @pytest.mark.timeout(400)
+@pytest.mark.soak
 def test_each_policy_trains_to_the_score_of_what_it_compares_with(tmp_path: Path) -> None:
     # 256 batches among three: the last round is of one worker, the others have left
     told = run_demo(tmp_path, "--policy", "all", "--workers", "3")
