@@ -141,9 +141,10 @@ class Compression:
             if ids is None:
                 self.residuals[slot.name] = values
             else:
-                # calloc's zeros: of a large table only the rows that were ever touched take memory
-                table = self.residuals.setdefault(slot.name, torch.zeros(slot.rows, slot.row_elements))
-                table[ids] = values.view(ids.numel(), slot.row_elements)
+                if slot.name not in self.residuals:
+                    # calloc's zeros: of a large table only the rows that were ever touched take memory
+                    self.residuals[slot.name] = torch.zeros(slot.rows, slot.row_elements)
+                self.residuals[slot.name][ids] = values.view(ids.numel(), slot.row_elements)
         self._pending.clear()
 
     def dtype_of(self, slot: Slot) -> torch.dtype:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Final
+from itertools import pairwise
+from typing import Any, Final
 
 import numpy as np
 from torch import Tensor
@@ -34,7 +35,13 @@ def square_sums(tensors: Sequence[Tensor], *, threads: int | None = None) -> lis
 
         work = partial(kernel, addresses, sizes, starts, sums)
         over_slices(work, blocks, threads=threads, slice_size=SLICE_BLOCKS, inline=INLINE_BLOCKS)
-        for place, k in enumerate(members):
-            own = sums[starts[place] : starts[place + 1]]
-            totals[k] = float(np.cumsum(own)[-1]) if len(own) else 0.0  # cumsum adds in order; sum does not
+        for k, total in zip(members, added_in_order(sums, starts), strict=True):
+            totals[k] = total
     return totals
+
+
+def added_in_order(sums: np.ndarray[Any, Any], starts: np.ndarray[Any, Any]) -> list[float]:
+    """The total of each tensor's block sums, block after block. starts: (tensors + 1,) first block of each."""
+    parts = (sums[start:stop] for start, stop in pairwise(starts))
+    # cumsum adds in order; sum does not
+    return [float(np.cumsum(part)[-1]) if len(part) else 0.0 for part in parts]

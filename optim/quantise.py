@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from itertools import pairwise
 from typing import Any, Final
 
 import numpy as np
 from torch import Tensor
 
+from .cpu_norms import added_in_order
 from .kernel_cache import compiled
 from .norm_kernels import BLOCK_ELEMENTS
 from .pool import over_slices
@@ -71,9 +71,7 @@ def dequantise(
 ) -> list[float]:
     """Write the float32 values of units, one after the other; each unit's sum of squares, as `norms` takes it."""
     sums, starts = _dequantise(codes, values, np.asarray(lengths, np.int64), block, True, threads)
-    own = (sums[a:b] for a, b in pairwise(starts))
-    # cumsum adds in order; sum does not
-    return [float(np.cumsum(part)[-1]) if len(part) else 0.0 for part in own]
+    return added_in_order(sums, starts)
 
 
 def dequantise_rows(codes: Tensor, values: Tensor, *, block: int, threads: int | None = None) -> None:
