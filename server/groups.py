@@ -124,12 +124,12 @@ class ParamGroups:
         ]
 
     def dump(self) -> list[dict[str, Any]]:
-        """The groups as JSON."""
+        """The groups as JSON, none of it shared with them."""
         return [
             {
                 "rule": group.rule.name,
                 "optimizer": group.optimizer,
-                "values": group.values,
+                "values": dict(group.values),
                 "pinned": sorted(group.pinned),
             }
             for group in self.list

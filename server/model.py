@@ -236,7 +236,7 @@ class Model:
     # What snapshots hold.
 
     def dump(self) -> dict[str, Any]:
-        """Everything but the arenas, as JSON, at this moment's version."""
+        """Everything but the arenas, as JSON, at this moment's version: it stays so while training goes on."""
         return {
             "model": self.name,
             "uid": self.uid.hex(),

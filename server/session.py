@@ -228,7 +228,7 @@ class Sessions:
         return self._lead is worker
 
     def dump(self) -> list[dict[str, Any]]:
-        """The table as JSON; what is only about this process's clock is left out."""
+        """The table as JSON, none of it shared with the workers; what is only about this process's clock is left out."""
         return [
             {
                 "name": worker.name,
@@ -236,7 +236,7 @@ class Sessions:
                 "sequence": worker.sequence,
                 "state": str(worker.state),
                 "joined": worker.joined,
-                "outcomes": worker.outcomes,
+                "outcomes": dict(worker.outcomes),
                 "duplicates": worker.duplicates,
                 "refused_in_row": worker.refused_in_row,
                 "quarantined": worker.quarantined,
@@ -247,7 +247,7 @@ class Sessions:
                         "receipt": verdict.receipt.SerializeToString().hex(),
                         "error": None
                         if verdict.error is None
-                        else [verdict.error.code, verdict.error.message, verdict.error.fields],
+                        else [verdict.error.code, verdict.error.message, dict(verdict.error.fields)],
                     }
                     for verdict in worker.verdicts
                 ],
