@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, cast
@@ -13,12 +14,14 @@ from torch import Tensor
 
 from pushstep.proto import dtypes
 from pushstep.proto import training_pb2 as pb
-from pushstep.proto.errors import MalformedFrame, ServerUnavailable
+from pushstep.proto.errors import MalformedFrame, NoAnswer, ServerUnavailable
 from pushstep.proto.frames import TRANSPORT_LIMIT_BYTES, Assembly, BodyDigest, Source, pack, unpack
 from pushstep.proto.layout import ID_BYTES, Layout, Slot, check_body
 from pushstep.proto.memory import BufferPool, keep_freed_blocks
 from pushstep.proto.region import SharedBody
 from pushstep.proto.types_pb2 import Segment
+
+from .retry import Retry
 
 SERVICE: Final = "/pushstep.v1.TrainingService/"
 OPTIONS: Final = (
@@ -98,16 +101,21 @@ class Transport:
         self._channel = grpc.insecure_channel(address, options=OPTIONS)
 
     def wait_for_server(self) -> pb.DescribeResponse:
-        """The server's description; ServerUnavailable if none answers in time."""
+        """The server's description; ServerUnavailable if none answers in time, however often connections break."""
         call = self._unary("Describe", pb.DescribeResponse)
+        until_s = time.monotonic() + self.timeout_s
+
+        def describe() -> pb.DescribeResponse:
+            left_s = max(until_s - time.monotonic(), 0.0)
+            found: pb.DescribeResponse = call(pb.DescribeRequest(), timeout=left_s, wait_for_ready=True)
+            return found
+
         try:
-            found: pb.DescribeResponse = call(
-                pb.DescribeRequest(), timeout=self.timeout_s, wait_for_ready=True
-            )
-        except grpc.RpcError as error:
-            problem = cast(grpc.Call, error).details()
+            return Retry(self.address, self.timeout_s).run(describe)
+        except (NoAnswer, grpc.RpcError) as error:
+            # what answers there may be no server of ours at all
+            problem = error.__cause__ if isinstance(error, NoAnswer) else cast(grpc.Call, error).details()
             raise ServerUnavailable(address=self.address, seconds=self.timeout_s, problem=problem) from error
-        return found
 
     def _unary(self, method: str, answer: Any) -> Callable[..., Any]:
         return self._channel.unary_unary(

@@ -179,6 +179,12 @@ def test_a_bad_line(server: RunningServer, through: Session, proxy: Proxy, seed:
     assert proxy.connections > 5
 
 
+def test_a_connection_that_breaks_while_a_session_begins(server: RunningServer, proxy: Proxy) -> None:
+    proxy.cut_after("up", 200)  # in the midst of the first request
+    with connect(proxy.address, shared_memory=False, model="never made", timeout_s=20.0):
+        assert proxy.connections == 2
+
+
 def test_idle_connections_may_break(through: Session, proxy: Proxy) -> None:
     for number in range(3):
         proxy.cut()
