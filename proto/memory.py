@@ -10,6 +10,7 @@ from __future__ import annotations
 import mmap
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Final
 
 import numpy as np
@@ -37,8 +38,10 @@ def keep_freed_blocks() -> None:
 class BufferPool:
     """Hands out byte buffers and keeps up to `keep_bytes` of those that nobody uses any more."""
 
-    def __init__(self, keep_bytes: int) -> None:
+    def __init__(self, keep_bytes: int, make: Callable[[int], NDArray[np.uint8]] | None = None) -> None:
+        """`make` gives new memory, in place of `fresh_memory`."""
         self._keep_bytes = keep_bytes
+        self._make = make or fresh_memory
         # a finalizer may run in any thread, at any allocation: also in one that holds the lock
         self._lock = threading.RLock()
         self._idle: list[NDArray[np.uint8]] = []
@@ -49,7 +52,7 @@ class BufferPool:
             return torch.empty(size_bytes, dtype=torch.uint8)
         memory = self._take_idle(size_bytes)
         if memory is None:
-            memory = _mapped(size_bytes)
+            memory = self._make(size_bytes)
         # an array of its own for each loan: the tensor's storage keeps it alive, and its end is the loan's
         loan = memory[:size_bytes]
         weakref.finalize(loan, self._give_back, memory).atexit = False
@@ -76,7 +79,8 @@ class BufferPool:
             self.keep_at_most(self._keep_bytes)
 
 
-def _mapped(size_bytes: int) -> NDArray[np.uint8]:
+def fresh_memory(size_bytes: int) -> NDArray[np.uint8]:
+    """So many bytes of zeros, which cost nothing before they are touched. MemoryError if there are none."""
     try:
         mapping = mmap.mmap(-1, size_bytes)
     except OSError as error:

@@ -18,19 +18,22 @@ from pushstep.proto.hyperparameters import plain_values
 from pushstep.proto.layout import Layout, Slot
 from pushstep.proto.types_pb2 import Ticket
 
+from .device import Device
 from .staging import DensePart, RowsPart
 
 
 class Arenas:
     """The buffers of one model at one version."""
 
-    def __init__(self, layout: Layout, rule_names: Sequence[str], device: torch.device) -> None:
+    def __init__(self, layout: Layout, rule_names: Sequence[str], device: Device) -> None:
         self.layout = layout
         self.rule_names = list(rule_names)
-        self.device = device
+        self.lane = device.lane()
+        self.device = device.where
         self.parameters: list[Tensor] = []
         self.states: list[dict[str, Tensor]] = []
-        self._allocate()
+        with self.lane.here():
+            self._allocate()
         # int64 counts: float32 stops at 2**24
         self.steps = [0] * len(layout.slots)
         self.version = 0
@@ -75,12 +78,13 @@ class Arenas:
 
     def fill_initial_state(self, values: Sequence[Mapping[str, float | bool]], first_group: int = 0) -> None:
         """Fill the states of the groups from `first_group` on with their rules' initial values."""
-        for slot in self.layout.slots:
-            if slot.group < first_group:
-                continue
-            rule = RULES[self.rule_names[slot.group]]
-            for name in rule.state_names:
-                self.view(slot, name).fill_(rule.initial_value(name, values[slot.group]))
+        with self.lane.here():
+            for slot in self.layout.slots:
+                if slot.group < first_group:
+                    continue
+                rule = RULES[self.rule_names[slot.group]]
+                for name in rule.state_names:
+                    self.view(slot, name).fill_(rule.initial_value(name, values[slot.group]))
 
     def step(
         self,
@@ -120,7 +124,7 @@ class Arenas:
         rule = RULES[self.rule_names[run[0].group]]
         rule.step_dense(
             self.parameters[arena][start:stop],
-            part.gradient[start - part.start : stop - part.start].to(self.device),
+            part.gradient[start - part.start : stop - part.start],
             [self.states[arena][name][start:stop] for name in rule.state_names],
             values[run[0].group],
             step=self.steps[run[0].index] + 1,
@@ -136,11 +140,10 @@ class Arenas:
     ) -> None:
         slot = part.slot
         rule = RULES[self.rule_names[slot.group]]
-        ids = part.ids.to(self.device)
         rule.step_rows(
             self.view(slot),
-            ids,
-            part.rows.to(self.device),
+            part.ids,
+            part.rows,
             [self.view(slot, name) for name in rule.state_names],
             values[slot.group],
             step=self.steps[slot.index] + 1,
@@ -151,7 +154,7 @@ class Arenas:
             self.row_changed[slot.index] = torch.full(
                 (slot.rows,), self.changed[slot.index], dtype=torch.int64, device=self.device
             )
-        self.row_changed[slot.index][ids] = ticket.version
+        self.row_changed[slot.index][part.ids] = ticket.version
 
     def applied_lrs(self, ticket: Ticket) -> dict[int, float]:
         """Each group's lr as the step just taken applied it, by its first parameter's step count."""

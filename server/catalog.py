@@ -40,6 +40,7 @@ from pushstep.proto.types_pb2 import Manifest
 from . import policies
 from .arena import Arenas, ArenasCopy
 from .config import Config
+from .device import device
 from .groups import Group, ParamGroups
 from .hooks.hook import Point
 from .model import Model
@@ -78,7 +79,7 @@ class Catalog:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.device = torch.device(config.device)
+        self.device = device(config.device)
         self.models: dict[str, Model] = {}
         self.ready = False
         self.loaded = False
@@ -201,8 +202,13 @@ class Catalog:
     def new_model(self, name: str, layout: Layout) -> Model:
         """A model with fresh identity and state, not yet visible."""
         groups = ParamGroups(Group.make(group) for group in layout.manifest.groups)
-        model = self._model(name, secrets.token_bytes(16), 1, layout, groups)
-        model.arenas.fill_initial_state([group.values for group in groups.list])
+        try:
+            model = self._model(name, secrets.token_bytes(16), 1, layout, groups)
+            model.arenas.fill_initial_state([group.values for group in groups.list])
+        except torch.OutOfMemoryError as error:
+            raise OverCapacity(
+                problem=f"{self.device.where} has no memory left for it", setting="device"
+            ) from error
         return model
 
     def _model(self, name: str, uid: bytes, timeline: int, layout: Layout, groups: ParamGroups) -> Model:

@@ -48,6 +48,7 @@ class Executor:
 
     def __init__(self, model: Model) -> None:
         self._model = model
+        self._adding = model.device.lane()
         self._answers: dict[Key, tuple[asyncio.Future[Settle], Candidate]] = {}
         self._releases: dict[Candidate, Callable[[], None]] = {}
         self._moved: asyncio.Future[None] | None = None
@@ -151,11 +152,15 @@ class Executor:
         pushes = [candidate.push for candidate in combine.candidates if candidate.push is not None]
         result: StagedPush | PushstepError
         try:
-            result = await asyncio.to_thread(reduction.add_up, pushes, combine.weights, combine.divisor)
+            result = await asyncio.to_thread(self._add_up, pushes, combine)
         except Exception as error:  # noqa: BLE001 - whatever it was, its pushes must not wait for ever
             result = named(error, log)
         del pushes
         self.carry_out(self._model.judge.combined(combine, result, time.monotonic()))
+
+    def _add_up(self, pushes: Sequence[StagedPush], combine: Combine) -> StagedPush:
+        with self._adding.over(pushes):
+            return reduction.add_up(pushes, combine.weights, combine.divisor)
 
     def _step(self, step: Step) -> None:
         """Queue a ticket with the model's stepper, behind all that were written before it."""
@@ -169,7 +174,8 @@ class Executor:
             times.queue_s = begun_s - queued_s
             model.require_whole()
             copy_out = shared[0].copy_out(model.arenas) if shared else None
-            written = model.arenas.step(step.ticket, step.push.parts, copy_out)
+            with model.arenas.lane.over([step.push]):
+                written = model.arenas.step(step.ticket, step.push.parts, copy_out)
             times.step_s = time.monotonic() - begun_s
             for answer in shared:
                 answer.after_step(model.arenas, written if answer is shared[0] else frozenset())

@@ -38,7 +38,7 @@ from .catalog import Catalog
 from .intake import Intake
 from .membership import join
 from .model import Model
-from .publish import Published, rows_body
+from .publish import Published, fetched, rows_body
 from .shared_answer import SharedAnswer
 from .shared_memory import SharedMemory
 from .staging import INLINE_BYTES, Budget
@@ -185,13 +185,14 @@ class GrpcDoor:
 
         def read() -> tuple[pb.PullHeader, list[bytes]]:
             arenas = model.arenas
-            segment, body = rows_body(arenas, slot, ids.to(arenas.device), wire)
+            wanted = ids.to(arenas.device)
+            segment, body = rows_body(arenas, slot, wanted, wire)
             if not segment.HasField("rows"):  # asked for rows: rows it is, however many
                 segment.rows = ids.numel()
                 dtype = dtypes.to_torch(segment.dtype, "segment")
-                body = [Piece(ids, torch.int64), Piece(arenas.view(slot).index_select(0, ids), dtype)]
+                body = [Piece(wanted, torch.int64), Piece(arenas.view(slot).index_select(0, wanted), dtype)]
             header = _header(model, arenas, [segment])
-            return header, list(pack([body]))
+            return header, list(pack([fetched(arenas, body)]))
 
         # ids may repeat: a small request can ask for far more than the parameter holds
         size = len(request.ids) * (ID_BYTES + slot.row_elements * (wire or slot.dtype).itemsize)

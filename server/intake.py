@@ -11,6 +11,8 @@ import asyncio
 import copy
 import time
 
+import torch
+
 from pushstep.proto.errors import DigestMismatch, InvalidRequest, MalformedFrame
 from pushstep.proto.frames import Assembly, BodyDigest, Chunk
 from pushstep.proto.region import SharedBody
@@ -83,15 +85,22 @@ class Intake:
             raise
         self._digest = BodyDigest(header.segments)
         needed = sum(lengths) + sum(map(self._layout.unpacked_bytes, header.segments))
-        self._is_small = needed <= INLINE_BYTES
+        self._is_small = needed <= INLINE_BYTES and model.arenas.lane.takes_small
         if self._region is not None:
             self._body: Assembly | SharedBody = self._region.body(header)
             self._region.hold()
             self._held = True
         else:
             self._reserved = await self._budget.claim(f"{model.name}/{header.identity.worker}", needed)
-            self._body = Assembly(lengths, self._digest, self._budget.buffer)
+            self._body = await self._receiving(lengths, needed)
         self._waited_s = time.monotonic() - self._started_s
+
+    async def _receiving(self, lengths: list[int], needed: int) -> Assembly:
+        take, unpacked = self._budget.buffer, needed > sum(lengths)
+        try:
+            return await self.model.device.body(lengths, self._digest, take, unpacked=unpacked)
+        except torch.OutOfMemoryError as error:  # the device's
+            raise self._budget.over(needed) from error
 
     def place(self, chunk: Chunk) -> asyncio.Future[None] | None:
         """Copy a chunk into staging. Quarantined, if its worker was meanwhile."""
@@ -168,9 +177,12 @@ class Intake:
         try:
             if self.header.skip:
                 return None, None
-            return gate.inspect(self._layout, self.header, self._body, self._budget.buffer), None
+            push = gate.inspect(self._layout, self.header, self._body, self._budget.buffer)
+            return self.model.device.bring(push, self._body), None
         except InvalidRequest as error:
             return None, error
+        except torch.OutOfMemoryError as error:  # the device's
+            raise self._budget.over(self._reserved) from error
 
 
 def _receipt_or_raise(verdict: Verdict) -> Receipt:

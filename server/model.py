@@ -21,6 +21,7 @@ from pushstep.proto.types_pb2 import GroupValues, Identity, Receipt
 
 from . import policies, quality
 from .arena import Arenas, ArenasCopy
+from .device import Device
 from .executor import Executor
 from .groups import Group, ParamGroups
 from .hooks.chain import HookChain
@@ -47,7 +48,7 @@ class Model:
         layout: Layout,
         groups: ParamGroups,
         sessions: Sessions,
-        device: torch.device,
+        device: Device,
         staging_bytes: int,
     ) -> None:
         self.name = name
@@ -70,9 +71,10 @@ class Model:
         self.last_receipt: Receipt | None = None
         # whose upload replaced the optimizer state last, so that its retry is answered and not refused
         self.replaced_by: Identity | None = None
+        self.device = device
         self.arenas = Arenas(layout, [group.rule.name for group in groups.list], device)
         self.arenas.timeline = timeline
-        self.stepper = Stepper(name)
+        self.stepper = Stepper(name, self.arenas.lane)
         self.publisher = Publisher(self.arenas, self.stepper)
         self.executor = Executor(self)
 

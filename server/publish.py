@@ -13,12 +13,13 @@ import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import torch
 
 from pushstep.proto import dtypes
-from pushstep.proto.frames import Piece, pack
+from pushstep.proto.frames import Piece, Source, pack
 from pushstep.proto.layout import ID_BYTES, Layout, Slot
 from pushstep.proto.types_pb2 import Segment
 
@@ -41,7 +42,7 @@ class DenseFrames:
         self._fault: Exception | None = None
         self._readers: list[asyncio.Future[None]] = []
 
-    def make(self, bodies: Sequence[Sequence[Piece]], wake: Callable[[Callable[[], None]], object]) -> None:
+    def make(self, bodies: Sequence[Sequence[Source]], wake: Callable[[Callable[[], None]], object]) -> None:
         """Make all of them, in the writer's thread; `wake` has the event loop do something."""
         try:
             for frame in pack(bodies):
@@ -141,7 +142,7 @@ class Publisher:
         with self._lock:
             requests, self._waiting = self._waiting, []
             self._scheduled = False
-        unmade: list[tuple[DenseFrames, list[list[Piece]]]] = []
+        unmade: list[tuple[DenseFrames, list[Sequence[Source]]]] = []
         crowded = []
         for request in requests:
             try:
@@ -154,17 +155,22 @@ class Publisher:
                 else:
                     loop.call_soon_threadsafe(_settle, request, published)
         for frames, bodies in unmade:
-            try:
-                frames.make(bodies, loop.call_soon_threadsafe)
-            except Exception:  # noqa: BLE001 - its readers are told
-                self.forget()
+            self._arenas.lane.publish(partial(self._make, frames, bodies, loop))
         if crowded:
             with self._lock:
                 self._waiting += crowded
             loop.call_soon_threadsafe(loop.call_later, CROWDED_RETRY_S, self._schedule, loop)
 
+    def _make(
+        self, frames: DenseFrames, bodies: Sequence[Sequence[Source]], loop: asyncio.AbstractEventLoop
+    ) -> None:
+        try:
+            frames.make(bodies, loop.call_soon_threadsafe)
+        except Exception:  # noqa: BLE001 - its readers are told
+            self.forget()
+
     def _answer_to(
-        self, request: _Request, unmade: list[tuple[DenseFrames, list[list[Piece]]]]
+        self, request: _Request, unmade: list[tuple[DenseFrames, list[Sequence[Source]]]]
     ) -> Published | None:
         """In the writer's thread. None: too many older versions are still being read."""
         arenas = self._arenas
@@ -183,7 +189,7 @@ class Publisher:
         return self._arenas.timeline, self._arenas.version, self._arenas.layout
 
     def _dense(
-        self, wire: torch.dtype | None, unmade: list[tuple[DenseFrames, list[list[Piece]]]]
+        self, wire: torch.dtype | None, unmade: list[tuple[DenseFrames, list[Sequence[Source]]]]
     ) -> DenseFrames | None:
         """The frames of this version; if they are new, they and what they hold are noted as yet to be made."""
         arenas = self._arenas
@@ -197,7 +203,8 @@ class Publisher:
         slots = [slot for slot in arenas.layout.slots if slot.index not in arenas.row_changed]
         runs = arenas.layout.dense_segments(slots, wire)
         bodies = [
-            [Piece(arenas.flat(s.arena)[s.start : s.stop], dtypes.to_torch(s.dtype, ""))] for s, _ in runs
+            arenas.lane.outgoing(arenas.flat(s.arena)[s.start : s.stop], dtypes.to_torch(s.dtype, ""))
+            for s, _ in runs
         ]
         frames = DenseFrames([segment for segment, _ in runs])
         live.add(frames)
@@ -207,17 +214,17 @@ class Publisher:
 
     def _row_tracked(
         self, have: int | None, wire: torch.dtype | None
-    ) -> tuple[list[Segment], list[Sequence[Piece]]]:
+    ) -> tuple[list[Segment], list[Sequence[Source]]]:
         arenas = self._arenas
         segments: list[Segment] = []
-        bodies: list[Sequence[Piece]] = []
+        bodies: list[Sequence[Source]] = []
         for index in sorted(arenas.row_changed):
             slot = arenas.layout.slots[index]
             changed = arenas.row_changed[index]
             ids = None if have is None else torch.nonzero(changed > have).flatten()
             segment, body = rows_body(arenas, slot, ids, wire)
             segments.append(segment)
-            bodies.append(body)
+            bodies.append(fetched(arenas, body))
         return segments, bodies
 
     def forget(self) -> None:
@@ -232,6 +239,11 @@ def _settle(request: _Request, result: Published | Exception) -> None:
         request.answer.set_result(result)
     else:
         request.answer.set_exception(result)
+
+
+def fetched(arenas: Arenas, body: Sequence[Piece]) -> list[Source]:
+    """Pieces that may lie on the device as what frames are made from."""
+    return [source for piece in body for source in arenas.lane.outgoing(piece.source, piece.dtype)]
 
 
 def rows_body(

@@ -87,16 +87,18 @@ def _times(values: Tensor, weight: float) -> Tensor:
 
 def _divide(values: Tensor, divisor: float) -> None:
     if divisor != 1:
-        values.div_(torch.tensor(divisor, dtype=values.dtype))
+        # where the values are: by a number of the host's, CUDA multiplies with its inverse, which rounds otherwise
+        values.div_(torch.full((), divisor, dtype=values.dtype, device=values.device))
 
 
 def _sum_dense(gradients: Sequence[tuple[float, Tensor]], divisor: float) -> Tensor:
     wide = _wide([gradient for _, gradient in gradients])
-    total = torch.empty(gradients[0][1].shape, dtype=wide)
-    for start in range(0, total.numel(), CHUNK_ELEMENTS):
-        here = total[start : start + CHUNK_ELEMENTS]
+    total = torch.empty_like(gradients[0][1], dtype=wide)
+    chunk = CHUNK_ELEMENTS if total.is_cpu else max(1, total.numel())
+    for start in range(0, total.numel(), chunk):
+        here = total[start : start + chunk]
         for number, (weight, gradient) in enumerate(gradients):
-            piece = _times(gradient[start : start + CHUNK_ELEMENTS].to(wide), weight)
+            piece = _times(gradient[start : start + chunk].to(wide), weight)
             if number == 0:
                 here.copy_(piece)
             else:
@@ -118,7 +120,7 @@ def _sum_mixed(terms: Sequence[Term], divisor: float) -> Tensor:
     """Of one parameter, for which some have rows and some have all of it."""
     tensors = [part.rows if isinstance(part, RowsPart) else part.gradient for _, part in terms]
     slot = next(part.slot for _, part in terms if isinstance(part, RowsPart))
-    total = torch.zeros(slot.shape, dtype=_wide(tensors))
+    total = torch.zeros(slot.shape, dtype=_wide(tensors), device=tensors[0].device)
     for weight, part in terms:
         if isinstance(part, RowsPart):
             total[part.ids] += _times(part.rows.to(total.dtype), weight)  # its ids are unique

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import IO, Final
 
 import grpc
-import torch
 import uvicorn
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
@@ -73,7 +72,8 @@ class Service:
         keep_freed_blocks()
         self.config = config
         self.catalog = Catalog(config)
-        budget = Budget(config.staging_bytes, config.stall_s / 4)
+        device = self.catalog.device
+        budget = Budget(config.staging_bytes, config.stall_s / 4, device.fresh_memory)
         self.memory = SharedMemory(budget, config.memory_path())
         self.door = GrpcDoor(self.catalog, budget, self.memory, config.stall_s)
         self._stop = asyncio.Event()
@@ -93,7 +93,7 @@ class Service:
         serving = asyncio.create_task(http.serve(sockets=[self._http_socket]))
         while not http.started and not serving.done():
             await asyncio.sleep(0.005)
-        await asyncio.to_thread(warm_kernels, self.catalog.device, self.config.data / "kernels")
+        await asyncio.to_thread(warm_kernels, self.catalog.device.where, self.config.data / "kernels")
         await self.catalog.load()
         await self._say(health_pb2.HealthCheckResponse.SERVING)
         unix = f" unix={self.unix_path}" if self.unix_path else ""
@@ -103,7 +103,7 @@ class Service:
         await self._drain(http, serving)
 
     async def _start(self) -> uvicorn.Server:
-        require_device(self.config.device)
+        self.catalog.device.open()
         self._lock = lock_folder(self.config.data)
         self.unix_path = self._bind_grpc()
         self._http_socket, self.http_address = bind_http(self.config.http)
@@ -181,14 +181,6 @@ class Service:
         if self._lock is not None:
             self._lock.close()
         log.info("stopped")
-
-
-def require_device(name: str) -> None:
-    """OSError unless this machine has the device: found out now, not at the first model."""
-    device = torch.device(name)
-    count = torch.cuda.device_count() if device.type == "cuda" else 1
-    if (device.index or 0) >= count:
-        raise OSError(f"--device {name}: torch finds {count} CUDA devices here")
 
 
 def lock_folder(folder: Path) -> IO[str]:

@@ -73,12 +73,13 @@ class SharedAnswer:
                 segments.append(segment)
                 for start, stop in _unwritten(slots, written):
                     target = places.arena(memory, segment.arena)[start:stop]
-                    target.copy_(arenas.flat(segment.arena)[start:stop])
+                    target.copy_(arenas.flat(segment.arena)[start:stop], non_blocking=True)
             for index in sorted(arenas.row_changed):
                 ids = None if have is None else torch.nonzero(arenas.row_changed[index] > have).flatten()
                 segment, body = rows_body(arenas, arenas.layout.slots[index], ids, places.wire)
                 segments.append(segment)
                 write(places, memory, segment, [Piece(piece.source.cpu(), piece.dtype) for piece in body])
+            arenas.lane.finish()
         return Published(
             arenas.timeline, arenas.version, arenas.layout, unchanged, segments, None, [], shared=True
         )

@@ -94,8 +94,10 @@ class Region:
             self._fds.append(fd)
             os.ftruncate(fd, nbytes)
         sealed = _SEAL_SHRINK | _SEAL_GROW | _SEAL_SEAL
-        self._slots = mapped(self._fds[0], slots, writable=True, prefault_bytes=self.gradients.nbytes)
-        self._parameters = mapped(self._fds[1], answer, writable=True, prefault_bytes=answer)
+        written = mapped(self._fds[0], slots, writable=True, prefault_bytes=self.gradients.nbytes)
+        read = mapped(self._fds[1], answer, writable=True, prefault_bytes=answer)
+        device = self.model.device
+        self._slots, self._parameters = device.shared(written), device.shared(read)
         fcntl.fcntl(self._fds[0], _ADD_SEALS, sealed)
         fcntl.fcntl(self._fds[1], _ADD_SEALS, sealed | _SEAL_FUTURE_WRITE)  # the worker reads it
 

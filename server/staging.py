@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pushstep.proto.errors import OverBudget, OverCapacity
@@ -66,6 +68,8 @@ class StagedPush:
     nonfinite_parameter: str | None
     # L2 over all parameters, their sums of squares added in manifest order
     norm: float
+    # what a device has to wait for before it reads them; of its own kind
+    arrival: object = None
 
     def bytes(self) -> int:
         """What its gradients take."""
@@ -99,7 +103,13 @@ class Budget:
     are turned away when too many wait: the windows of unread streams count from the moment they are there.
     """
 
-    def __init__(self, total_bytes: int, wait_s: float = 5.0) -> None:
+    def __init__(
+        self,
+        total_bytes: int,
+        wait_s: float = 5.0,
+        make: Callable[[int], NDArray[np.uint8]] | None = None,
+    ) -> None:
+        """`make` gives the memory that is handed out."""
         self.total_bytes = total_bytes
         self.used_bytes = 0
         self._wait_s = wait_s
@@ -107,7 +117,7 @@ class Budget:
         self._waiting: list[_Claim] = []
         self._grants = itertools.count(1)
         self._last_grant: dict[str, int] = {}
-        self._pool = BufferPool(min(total_bytes, KEPT_BYTES))
+        self._pool = BufferPool(min(total_bytes, KEPT_BYTES), make)
 
     def reserve(self, need_bytes: int) -> None:
         """Take `need_bytes` at once, or raise OverBudget with the time after which to ask again.
@@ -116,7 +126,7 @@ class Budget:
         """
         self._require_possible(need_bytes)
         if self._waiting or need_bytes > self.total_bytes - self.used_bytes:
-            raise self._over(need_bytes)
+            raise self.over(need_bytes)
         self.used_bytes += need_bytes
 
     async def claim(self, owner: str, body_bytes: int) -> int:
@@ -138,7 +148,7 @@ class Budget:
             elif claim.granted.done() and not claim.granted.cancelled() and claim.granted.exception() is None:
                 self.release(charge(body_bytes))  # granted in the moment in which its caller went away
             if isinstance(error, TimeoutError):
-                raise self._over(charge(body_bytes)) from error
+                raise self.over(charge(body_bytes)) from error
             raise
         return charge(body_bytes)
 
@@ -152,7 +162,7 @@ class Budget:
         try:
             taken = self._pool.take(size_bytes)
         except (MemoryError, RuntimeError) as error:  # torch's word for no memory
-            raise self._over(size_bytes) from error
+            raise self.over(size_bytes) from error
         # what is kept for later counts too
         self._pool.keep_at_most(self.total_bytes - self.used_bytes)
         return taken
@@ -187,7 +197,7 @@ class Budget:
                 last = max(reversed(self._waiting), key=self._turn)
                 self._leave(last)
                 if not last.granted.done():
-                    last.granted.set_exception(self._over(charge(last.body_bytes)))
+                    last.granted.set_exception(self.over(charge(last.body_bytes)))
             else:
                 return
 
@@ -206,7 +216,8 @@ class Budget:
                 setting="staging-bytes",
             )
 
-    def _over(self, need_bytes: int) -> OverBudget:
+    def over(self, need_bytes: int) -> OverBudget:
+        """What a caller is told for whom there is no room now."""
         return OverBudget(
             need=need_bytes,
             free=max(0, self.total_bytes - self.used_bytes),

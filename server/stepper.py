@@ -11,14 +11,17 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+from .device import Lane
+
 T = TypeVar("T")
 
 
 class Stepper:
     """First in, first out, one at a time."""
 
-    def __init__(self, model: str) -> None:
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"stepper-{model}")
+    def __init__(self, model: str, lane: Lane) -> None:
+        self._thread = ThreadPoolExecutor(1, f"stepper-{model}", lane.adopt)
+        self._takes_small = lane.takes_small
         self._unfinished = 0
 
     def submit(self, job: Callable[[], T], *, small: bool = False) -> asyncio.Future[T]:
@@ -28,7 +31,7 @@ class Stepper:
         stays idle meanwhile, and the way there and back costs 0.15 ms, more than a small step.
         """
         loop = asyncio.get_running_loop()
-        if small and not self._unfinished:
+        if small and self._takes_small and not self._unfinished:
             done: asyncio.Future[T] = loop.create_future()
             try:
                 done.set_result(job())

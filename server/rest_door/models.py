@@ -73,5 +73,5 @@ async def show_capacity(catalog: CatalogHere) -> dict[str, Any]:
         "models": {"held": len(catalog.models), "limit": catalog.config.max_models},
         "bytes": {"held": held, "limit": catalog.config.max_bytes},
         "staging_bytes": {"limit": catalog.config.staging_bytes},
-        "device": str(catalog.device),
+        "device": str(catalog.device.where),
     }

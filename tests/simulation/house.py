@@ -15,8 +15,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from pushstep.proto.errors import AlreadyJoined, NotHeld, OverBudget, PushPending, PushstepError
 from pushstep.proto.training_pb2 import PushHeader
 from pushstep.proto.types_pb2 import GroupValues, Identity, Receipt
@@ -24,6 +22,7 @@ from pushstep.server import policies, reduction
 from pushstep.server.arena import Arenas, ArenasCopy
 from pushstep.server.candidate import Candidate
 from pushstep.server.decision import Combine, Decision, Note, Offer, Settle, Step
+from pushstep.server.device import Device
 from pushstep.server.groups import Group, ParamGroups
 from pushstep.server.hooks.chain import HookChain
 from pushstep.server.judge import Judge
@@ -128,7 +127,7 @@ class House:
         self.ledger = Ledger("m", self.timeline, groups, HookChain())
         self.judge = Judge(UID, self.ledger, Sessions(LEASE_S, self.max_workers, "m"))
         self.judge.quality.settings = read_quality(self.quality, self.judge.quality.settings)
-        self.arenas = Arenas(LAYOUT, [group.rule.name for group in groups.list], torch.device("cpu"))
+        self.arenas = Arenas(LAYOUT, [group.rule.name for group in groups.list], Device())
         self.budget = Budget(STAGING_BYTES)
         self.streams: list[Stream] = []
         self.waiting: list[Stream] = []

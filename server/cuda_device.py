@@ -1,0 +1,309 @@
+"""A CUDA device: three ways through it, which run beside each other and wait for each other by events only.
+
+* Gradients go in on the `inward` stream, straight from the pinned memory that they are received into, while the next
+  chunks still come; a push carries the event after its last copy.
+* Each model steps on a stream of its own, its lane's, which waits for a push's event. The stepper's thread then waits
+  for the stream: a receipt says "applied" when it is true, and whatever the step read may be used again.
+* Parameters go out on the `outward` stream: cast and copied on the device in the lane, so that the next step need not
+  wait, then fetched into pinned memory piece by piece, from which frames are made in a thread of their own.
+
+The event loop only queues and never waits. Host memory is given back by a thread that waits for the copies first:
+a broken stream or a refused push leaves copies under way. Device memory needs no such care, since torch gives a block
+to the stream on which it was allocated, in that stream's order, and no other stream is left reading it: a lane is
+waited for. Device memory for gradients is bounded as the host's is, by the staging budget, which they pass through.
+
+Written from CUDA's and torch's documentation; not run on a device yet.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import queue
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, cuda
+
+from pushstep.proto.frames import Assembly, BodyDigest, Chunk, Source, Writer
+from pushstep.proto.memory import SMALLEST_POOLED_BYTES, BufferPool, copy_elements, fresh_memory
+
+from .device import Device, Lane
+from .staging import DensePart, RowsPart, StagedPush
+
+log = logging.getLogger("pushstep.device")
+
+# A copy costs some microseconds to ask for: chunks of small parameters go together. Not measured on a device.
+SEND_BYTES: Final = 1 << 20
+# The first frames are made while later pieces still come. Not measured on a device.
+FETCH_BYTES: Final = 16 << 20
+# Pinned memory of versions that were sent, kept for the next ones.
+KEPT_BYTES: Final = 1 << 30
+
+
+class CudaDevice(Device):
+    """One CUDA device of this process."""
+
+    def __init__(self, index: int) -> None:
+        self.where = torch.device("cuda", index)
+        self.fetched = BufferPool(KEPT_BYTES, self.fresh_memory)
+        self.publisher = ThreadPoolExecutor(1, thread_name_prefix="publisher")
+        # a SimpleQueue may be put into by a finalizer, which runs in any thread at any moment
+        self._ended: queue.SimpleQueue[tuple[Callable[[], object], Any]] = queue.SimpleQueue()
+
+    def open(self) -> None:
+        """Find the device and make the two streams that all models share."""
+        count = cuda.device_count()
+        if (self.where.index or 0) >= count:
+            raise OSError(f"--device {self.where}: torch finds {count} CUDA devices here")
+        self.inward = _stream(self.where)
+        self.outward = _stream(self.where)
+        threading.Thread(target=self._give_back, name="cuda-give-back", daemon=True).start()
+
+    def lane(self) -> Lane:
+        """A stream of its own."""
+        return CudaLane(self)
+
+    # Memory.
+
+    def fresh_memory(self, size_bytes: int) -> NDArray[np.uint8]:
+        """Pinned, or as it is where that is refused: copies are then slower and still right."""
+        return self._pinned(fresh_memory(size_bytes))
+
+    def shared(self, memory: Tensor) -> Tensor:
+        """Pinned as it lies: the device reads and writes what the worker wrote and will read."""
+        return torch.from_numpy(self._pinned(memory.numpy()))
+
+    def _pinned(self, memory: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        address = memory.ctypes.data
+        with cuda.device(self.where):
+            refused = int(_runtime().cudaHostRegister(address, memory.size, 0))
+        if refused:
+            with contextlib.suppress(RuntimeError):
+                # CUDA remembers a refusal until somebody asks; a launch does, and would take it for its own
+                torch.zeros(1, device=self.where)
+            log.warning("%d bytes cannot be pinned (CUDA error %d): copies are slower", memory.size, refused)
+            return memory
+        view = memory[:]
+        # the mapping lives on in the queue until it is pinned no more
+        weakref.finalize(view, self._ended.put, (_unpin(address), memory)).atexit = False
+        return view
+
+    def retire(self, stream: cuda.Stream, held: Sequence[Tensor]) -> None:
+        """Let go of memory once the copies that `stream` has been asked for are done."""
+        self._ended.put((_event(stream, blocking=True).synchronize, held))
+
+    def _give_back(self) -> None:
+        cuda.set_device(self.where)
+        while True:
+            wait, held = self._ended.get()
+            try:
+                wait()
+            except RuntimeError as error:  # the device is lost: so is everything on it
+                log.error("waiting for copies to end: %s", error)
+            del wait, held
+
+    # Pushes.
+
+    async def body(
+        self, lengths: Sequence[int], digest: BodyDigest, take: Callable[[int], Tensor], *, unpacked: bool
+    ) -> Assembly:
+        """Pinned, with its twin on the device. Made in a thread: pinning fresh memory takes a while."""
+        if unpacked or sum(lengths) < SMALLEST_POOLED_BYTES:
+            return await asyncio.to_thread(Assembly, lengths, digest, take)
+        return await asyncio.to_thread(TwinnedAssembly, lengths, digest, take, self)
+
+    def bring(self, push: StagedPush, body: object) -> StagedPush:
+        """What is not on the device yet is copied there; the push carries the event after the last copy."""
+        twin = body.twin() if isinstance(body, TwinnedAssembly) else None
+        copies = [] if twin is None else [twin]
+        with cuda.stream(self.inward):
+            parts = [self._brought(part, twin, copies) for part in push.parts]
+            event = _event(self.inward)
+        return replace(push, parts=parts, arrival=Arrival(event, copies))
+
+    def _brought(
+        self, part: DensePart | RowsPart, twin: Copies | None, copies: list[Copies]
+    ) -> DensePart | RowsPart:
+        def there(tensor: Tensor) -> Tensor:
+            found = None if twin is None else twin.of(tensor)
+            if found is None:
+                made = Copies(self, self.inward, tensor, torch.empty_like(tensor, device=self.where))
+                made.there.copy_(tensor, non_blocking=True)
+                copies.append(made)
+                found = made.there
+            return found
+
+        if isinstance(part, DensePart):
+            return replace(part, gradient=there(part.gradient))
+        return replace(part, ids=there(part.ids), rows=there(part.rows))
+
+
+class Copies:
+    """A stretch of host memory and one of the device's, between which a stream copies. Neither is given back before."""
+
+    def __init__(self, device: CudaDevice, stream: cuda.Stream, here: Tensor, there: Tensor) -> None:
+        self.here = here
+        self.there = there
+        weakref.finalize(self, device.retire, stream, (here, there)).atexit = False
+
+    def of(self, tensor: Tensor) -> Tensor | None:
+        """The twin on the device of a contiguous tensor that lies in the host memory; None for any other."""
+        start = tensor.data_ptr() - self.here.data_ptr()
+        if not tensor.is_contiguous() or not 0 <= start <= self.here.numel() - tensor.nbytes:
+            return None
+        return self.there[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+
+
+class TwinnedAssembly(Assembly):
+    """A body that is copied to the device as it comes."""
+
+    def __init__(
+        self, lengths: Sequence[int], digest: BodyDigest, take: Callable[[int], Tensor], device: CudaDevice
+    ) -> None:
+        super().__init__(lengths, digest, take)
+        self._stream = device.inward
+        with cuda.stream(self._stream):
+            there = torch.empty_like(self.buffer, device=device.where)
+        self._copies = Copies(device, self._stream, self.buffer, there)
+        self._sent = 0
+
+    def place(self, chunk: Chunk) -> None:
+        """Copy a chunk to its place, and what has gathered on to the device."""
+        super().place(chunk)
+        filled = self._starts[chunk.segment] + chunk.offset + len(chunk.payload)
+        if filled - self._sent >= SEND_BYTES:
+            self._send(filled)
+
+    def twin(self) -> Copies:
+        """All of it, on its way to the device. Of a complete body."""
+        self._send(self.buffer.numel())
+        return self._copies
+
+    def _send(self, filled: int) -> None:
+        with cuda.stream(self._stream):
+            here, there = self._copies.here, self._copies.there
+            there[self._sent : filled].copy_(here[self._sent : filled], non_blocking=True)
+        self._sent = filled
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """The event after which a push's gradients are on the device, and the copies that lead there."""
+
+    event: cuda.Event
+    copies: Sequence[Copies]
+
+
+class CudaLane(Lane):
+    """A stream, and the thread that waits for it."""
+
+    takes_small = False
+
+    def __init__(self, device: CudaDevice) -> None:
+        super().__init__(device.where)
+        self._device = device
+        self._stream = _stream(device.where)
+
+    def adopt(self) -> None:
+        """Make it the calling thread's stream."""
+        cuda.set_stream(self._stream)
+
+    def here(self) -> AbstractContextManager[Any]:
+        """Make it the calling thread's stream for the length of a block."""
+        return cuda.stream(self._stream)
+
+    @contextlib.contextmanager
+    def over(self, pushes: Sequence[StagedPush]) -> Iterator[None]:
+        """Wait for the pushes' events in the stream, and at the end for the stream in the thread."""
+        with self.here():
+            for push in pushes:
+                if isinstance(push.arrival, Arrival):
+                    self._stream.wait_event(push.arrival.event)
+            try:
+                yield
+            finally:
+                self.finish()
+
+    def finish(self) -> None:
+        """Wait for the stream."""
+        self._stream.synchronize()
+
+    def outgoing(self, source: Tensor, dtype: torch.dtype) -> Sequence[Source]:
+        """Pieces that are fetched from a copy on the device: the next step may overwrite the source meanwhile."""
+        stream = self._device.outward
+        with self.here():
+            there = source.detach().reshape(-1).to(dtype, copy=True)
+            copied = _event(self._stream)
+        here = self._device.fetched.take(there.nbytes).view(dtype)
+        copies = Copies(self._device, stream, here, there)
+        pieces = []
+        with cuda.stream(stream):
+            stream.wait_event(copied)
+            for start in range(0, here.numel(), FETCH_BYTES // dtype.itemsize):
+                piece = here[start : start + FETCH_BYTES // dtype.itemsize]
+                piece.copy_(there[start : start + piece.numel()], non_blocking=True)
+                pieces.append(Fetched(piece, _event(stream, blocking=True), copies))
+        return pieces
+
+    def publish(self, make: Callable[[], None]) -> None:
+        """In the publisher's thread: what frames are made from is a copy."""
+        self._device.publisher.submit(make)
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """Elements on their way from the device: what `frames.Piece` is for those that are here."""
+
+    elements: Tensor
+    event: cuda.Event
+    copies: Copies
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the wire."""
+        return self.elements.nbytes
+
+    @property
+    def unit_bytes(self) -> int:
+        """A chunk ends between elements."""
+        return self.elements.itemsize
+
+    def writer(self) -> Writer:
+        """Waits for them, which no event loop may."""
+        elements, event = self.elements, self.event
+
+        def write(target: Tensor, start: int) -> None:
+            event.synchronize()
+            first, count = start // elements.itemsize, target.numel() // elements.itemsize
+            copy_elements(target.view(elements.dtype), elements[first : first + count])
+
+        return write
+
+
+def _stream(where: torch.device) -> cuda.Stream:
+    return cuda.Stream(where)  # type: ignore[no-untyped-call]
+
+
+def _event(stream: cuda.Stream, *, blocking: bool = False) -> cuda.Event:
+    """The moment at which all that `stream` was asked for so far is done. `blocking`: who waits for it sleeps."""
+    event = cuda.Event(blocking=blocking)  # type: ignore[no-untyped-call]
+    event.record(stream)
+    return event
+
+
+def _runtime() -> Any:
+    return cuda.cudart()  # type: ignore[no-untyped-call]
+
+
+def _unpin(address: int) -> Callable[[], object]:
+    return lambda: _runtime().cudaHostUnregister(address)
