@@ -7,9 +7,10 @@ keeps the prefix constant and the payload on an 8-byte border. A message in any 
 protobuf.
 
 A body is the segments' payloads one after the other, as types.proto lays them out. Its digest is xxh3-64 over the
-segment table (per segment, little-endian: arena u32, form u32, start u64, stop u64, count u64) and then the body, as
-it is sent. The form is 0 for a dense segment, 1 for a row-sparse one, whose count is its rows, and 2 for an
-element-sparse one, whose count is its elements.
+segment table and then the body, as it is sent: whatever the bytes mean goes in, or other gradients of the same bytes
+would pass for these. Per segment, little-endian: arena u32, form u8, dtype u8 (the enum's number), length of the state's
+name u16, start u64, stop u64, count u64, and the state's name in UTF-8. The form is 0 for a dense segment, 1 for a
+row-sparse one, whose count is its rows, and 2 for an element-sparse one, whose count is its elements.
 
 What a wire dtype keeps of a float32: float32 and float64 everything, bfloat16 8 bits of precision and the whole range,
 float16 11 bits between 6e-8 and 65504 (infinite above), each rounded to nearest, halves to even. int8 keeps each
@@ -48,7 +49,7 @@ _PREFIX: Final = struct.Struct("<BQBQB5s")
 _SEGMENT_TAG: Final = 2 << 3 | 1
 _OFFSET_TAG: Final = 3 << 3 | 1
 _PAYLOAD_TAG: Final = 15 << 3 | 2
-_TABLE_ROW: Final = struct.Struct("<IIQQQ")
+_TABLE_ROW: Final = struct.Struct("<IBBHQQQ")
 
 
 class BulkMessage(Protocol):
@@ -125,7 +126,9 @@ class BodyDigest:
         self._hash = xxhash.xxh3_64()
         for s in segments:
             form = 1 if s.HasField("rows") else 2 if s.HasField("elements") else 0
-            self._hash.update(_TABLE_ROW.pack(s.arena, form, s.start, s.stop, s.rows or s.elements))
+            state = s.state.encode()
+            row = (s.arena, form, s.dtype, len(state), s.start, s.stop, s.rows or s.elements)
+            self._hash.update(_TABLE_ROW.pack(*row) + state)
 
     def update(self, payload: memoryview | bytes) -> None:
         """Take in the next bytes of the body."""

@@ -25,7 +25,7 @@ from pushstep.proto.frames import (
     pack,
     unpack,
 )
-from pushstep.proto.types_pb2 import Segment
+from pushstep.proto.types_pb2 import DType, Segment
 
 KINDS = (pb.PushRequest, pb.PullResponse, pb.UploadRequest)
 PREFIX_BYTES = 24
@@ -302,9 +302,13 @@ def test_digest_does_not_depend_on_the_chunks(data: st.DataObject) -> None:
 
 
 def test_digest_knows_where_the_bytes_go() -> None:
-    """The same bytes for other elements, or as rows, are another body."""
+    """The same bytes for other elements, as rows, in another dtype or of a state, are another body."""
     tables = [
         [Segment(stop=4)],
+        *([Segment(stop=4, dtype=dtype)] for dtype in DType.values()[1:]),
+        [Segment(stop=4, state="sum")],
+        [Segment(stop=4, state="sun")],
+        [Segment(stop=4, elements=2)],
         [Segment(arena=1, stop=4)],
         [Segment(start=1, stop=5)],
         [Segment(stop=4, rows=0)],
