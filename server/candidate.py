@@ -29,6 +29,8 @@ class Candidate:
     receive_s: float = 0.0
     # before its body was read
     waited_s: float = 0.0
+    # the newest version that its worker knew of: what it was computed on, or the last receipt before it
+    known_version: int = 0
     # counts as present and moves nothing
     skips: bool = False
     skip_reason: str = ""

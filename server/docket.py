@@ -126,6 +126,7 @@ class Docket:
         """Through the gate, and to the policy."""
         worker = self.sessions.workers[candidate.worker]
         worker.base_version = candidate.header.base_version
+        candidate.known_version = max(worker.base_version, worker.told_version)
         ledger = self.ledger
         try:
             if candidate.fault is not None:

@@ -79,6 +79,12 @@ class Worker:
     refused_in_row: int = 0
     quarantined: bool = False
 
+    @property
+    def told_version(self) -> int:
+        """The version in this epoch's last receipt; 0 before its first."""
+        last = self.verdicts[-1].receipt if self.verdicts else None
+        return int(last.version) if last is not None and last.identity.epoch == self.epoch else 0
+
 
 class Sessions:
     """The worker table of one model."""

@@ -3,8 +3,9 @@
 A round opens with its first push, once `min_workers` are there, and expects whoever is live at that moment. It closes
 when everyone whom it still expects has pushed, when `quorum` workers have, or `timeout_s` after it opened; who leaves,
 is evicted or quarantined or lets its lease run out is no longer expected, while a push that it had handed in stays. Who
-joins meanwhile is not expected and may contribute. A push that was computed on a version before the one that the last
-round made is late: dropped, or carried as its worker's single contribution. A skip push counts as present and
+joins meanwhile is not expected and may contribute. A push whose round is over is late: one that was computed on a
+version before the one that the last round made, by a worker that was not told of it either. It is dropped, or carried as
+its worker's single contribution. A skip push counts as present and
 contributes nothing; a push that the gate rejected never gets here, so its worker is absent until the time-out.
 Between the end of a round and the version that it makes nothing is decided: what arrives waits for the next round.
 """
@@ -117,14 +118,14 @@ class SyncPolicy:
         ]
 
     def _turn_away_late(self, since: int) -> list[Move]:
-        late = [candidate for candidate in self._queue if candidate.header.base_version < since]
+        late = [candidate for candidate in self._queue if candidate.known_version < since]
         self._queue = [candidate for candidate in self._queue if candidate not in late]
         return [
             TurnAway(
                 candidate,
                 Outcome.OUTCOME_DROPPED_LATE,
                 "dropped_late",
-                (f"computed on version {candidate.header.base_version}, the last round made {since}",),
+                (f"its worker knew of version {candidate.known_version}, the last round made {since}",),
             )
             for candidate in late
         ]

@@ -62,6 +62,10 @@ def _key(identity: Identity) -> Key:
     return identity.timeline, identity.worker, identity.epoch, identity.sequence
 
 
+def _who(identity: Identity) -> tuple[int, str, int]:
+    return identity.timeline, identity.worker, identity.epoch
+
+
 class Witness:
     """Sees everything and forgets nothing."""
 
@@ -78,6 +82,8 @@ class Witness:
         self.evicted: set[tuple[int, str, int]] = set()
         self.outcomes: dict[str, int] = {}
         self.last_heard_s: dict[str, float] = {}
+        # the version in the last receipt, by timeline, worker and epoch
+        self._told: dict[tuple[int, str, int], int] = {}
         self._joins = 0
 
     def attend(self, judge: Judge) -> None:
@@ -175,10 +181,11 @@ class Witness:
             return
         receipt = settle.verdict.receipt
         require(receipt.outcome != Outcome.OUTCOME_APPLIED, "applied without a step")
-        self._consumed(settle.candidate, Outcome.Name(receipt.outcome))
+        self._consumed(settle.candidate, Outcome.Name(receipt.outcome), int(receipt.version))
 
-    def _consumed(self, candidate: Candidate, outcome: str) -> None:
+    def _consumed(self, candidate: Candidate, outcome: str, version: int) -> None:
         self.outcomes[outcome] = self.outcomes.get(outcome, 0) + 1
+        self._told[_who(candidate.identity)] = version
         key, who = _key(candidate.identity), (candidate.worker, int(candidate.identity.epoch))
         policy, bound = self._admitted.get(key, (None, 0))
         slowest = self._slowest()
@@ -241,7 +248,7 @@ class Witness:
         self.chapters[self.timeline, ticket.version] = chapter
         for settle in step.settles:
             require(settle.verdict is not None, "a step without a verdict")
-            self._consumed(settle.candidate, "OUTCOME_APPLIED")
+            self._consumed(settle.candidate, "OUTCOME_APPLIED", ticket.version)
 
     def _may_apply(self, candidate: Candidate) -> None:
         identity = candidate.identity
@@ -264,8 +271,10 @@ class Witness:
         require(step.ticket.divisor == divisor, f"divided by {step.ticket.divisor} instead of {divisor}")
         since = max((version for known, version in self._last_round if known is policy), default=0)
         if not any(known is policy for known in self._carry):
-            bases = {c.worker: c.header.base_version for c in candidates}
-            require(min(bases.values()) >= since, f"pushes of {bases} are in a round after version {since}")
+            known = {
+                c.worker: max(c.header.base_version, self._told.get(_who(c.identity), 0)) for c in candidates
+            }
+            require(min(known.values()) >= since, f"pushes on {known} are in a round after version {since}")
         self._last_round.append((policy, step.ticket.version))
         return divisor
 
