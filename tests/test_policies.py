@@ -202,12 +202,12 @@ def test_a_push_that_ssp_lets_wait_is_let_in_by_the_slowest(server: RunningServe
 
 
 def test_who_only_pushes_is_in_every_round(server: RunningServer, model_name: str) -> None:
-    with sessions(server, model_name, "a", "b", policy={"policy": "sync", "min_workers": 2}) as both:
-        with ThreadPoolExecutor(2) as threads:
-            for step in range(3):
-                for receipt in threads.map(lambda session: session.push(grads()), both):
-                    told = (receipt.outcome, receipt.version, receipt.staleness, list(receipt.contributors))
-                    assert told == (Outcome.APPLIED, step + 1, step, ["a", "b"])
+    policy = {"policy": "sync", "min_workers": 2}
+    with sessions(server, model_name, "a", "b", policy=policy) as both, ThreadPoolExecutor(2) as threads:
+        for step in range(3):
+            for receipt in threads.map(lambda session: session.push(grads()), both):
+                told = (receipt.outcome, receipt.version, receipt.staleness, list(receipt.contributors))
+                assert told == (Outcome.APPLIED, step + 1, step, ["a", "b"])
 
 
 def test_staleness_has_the_consequences_that_the_receipt_says(server: RunningServer, model_name: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from judged import Court
 
 from pushstep.proto.errors import NonfiniteGradient
