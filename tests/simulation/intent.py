@@ -6,9 +6,11 @@ power of four, to `sum`: the element's digits to base four say how often each in
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -59,22 +61,34 @@ class Intent:
         """Of its body."""
         return zlib.crc32(f"{self.worker} {self.number} {self.poison} {self.skip}".encode())
 
+    @property
+    def value(self) -> float:
+        """Its gradient there."""
+        return math.nan if self.poison else 2.0 ** (self.number // ELEMENTS_EACH)
+
     def gradients(self) -> list[Tensor | None]:
-        """By parameter."""
-        w = torch.zeros(WORKERS * ELEMENTS_EACH)
-        w[self.element] = float("nan") if self.poison else 2.0 ** (self.number // ELEMENTS_EACH)
-        return [w, torch.ones(2) if self.both else None]
+        """By parameter, made anew."""
+        return _gradients(self.element, self.value, self.both)
 
     def staged(self) -> StagedPush | None:
         """As the server has it when it is complete."""
-        if self.skip:
-            return None
-        parts = [
-            DensePart(slot.arena, slot.start, (slot,), gradient)
-            for slot, gradient in zip(LAYOUT.slots, self.gradients(), strict=True)
-            if gradient is not None
-        ]
-        return gate.measured(Staged(), parts)
+        return None if self.skip else _staged(self.element, self.value, self.both)
+
+
+def _gradients(element: int, value: float, both: bool) -> list[Tensor | None]:
+    w = torch.zeros(WORKERS * ELEMENTS_EACH)
+    w[element] = value
+    return [w, torch.ones(2) if both else None]
+
+
+@cache  # making and measuring one took a fifth of a run, and there are only so many; nobody may write to them
+def _staged(element: int, value: float, both: bool) -> StagedPush:
+    parts = [
+        DensePart(slot.arena, slot.start, (slot,), gradient)
+        for slot, gradient in zip(LAYOUT.slots, _gradients(element, value, both), strict=True)
+        if gradient is not None
+    ]
+    return gate.measured(Staged(), parts)
 
 
 def element_of(worker: str, number: int) -> int:

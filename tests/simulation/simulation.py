@@ -14,7 +14,7 @@ from pushstep.server import policies
 from pushstep.server.session import WorkerState
 from pushstep.server.sync_round import SyncSettings
 
-from .agenda import Agenda
+from .agenda import Action, Agenda
 from .house import LEASE_S, House
 from .intent import INTENTS_EACH, WORKERS, Intent
 from .network import CALM, Network, Weather
@@ -23,9 +23,11 @@ from .worker import RETRY_FOR_S, Habits, Process
 
 Settings = dict[str, Any]
 TIMEOUT_S = 4.0
+# Until the server gets round to a piece of work.
+WORK_S = {"adding up": (0.0, 0.01, 0.3), "stepping": (0.0, 0.0, 0.005, 0.2)}
 # Steps that everybody takes once nothing goes wrong any more, and how long that may take: somebody may have to wait
 # for a time-out, a lease and a retry first.
-LAST_STEPS = 3
+LAST_STEPS = 2
 LAST_S = 6 * (LEASE_S + TIMEOUT_S + SLACK_S) + RETRY_FOR_S
 
 
@@ -53,7 +55,7 @@ class Simulation:
         self.chance = random.Random(seed)
         self.agenda = Agenda()
         self.network = Network(self.agenda, self.chance, plan.weather)
-        self.house = House(self.agenda, self.network, self.chance, plan.max_workers, plan.quality)
+        self.house = House(self.agenda, self.network, self._work, plan.max_workers, plan.quality)
         self.intents: list[Intent] = []
         self._drawn: dict[str, int] = {}
         self.processes: dict[str, Process] = {}
@@ -66,6 +68,9 @@ class Simulation:
         for name in self.names:
             self.start(name)
 
+    def _work(self, kind: str, action: Action) -> None:
+        self.agenda.after(self.chance.choice(WORK_S[kind]), action)
+
     def _draw(self, name: str) -> Intent | None:
         number = self._drawn.get(name, 0)
         if number >= INTENTS_EACH - self._kept:
@@ -75,7 +80,7 @@ class Simulation:
         intent = Intent(
             name,
             number,
-            both=self.chance.random() < 0.5,
+            both=self.chance.random() < 0.25,
             poison=not skip and self.chance.random() < self.poison,
             skip=skip,
             samples=self.chance.choice((0.0, 1.0, 3.0)) if self.plan.weighs else 0.0,
@@ -126,12 +131,12 @@ class Simulation:
         worker = self.house.judge.sessions.workers.get(name)
         if worker is not None:
             self.house.witness.evicted.add((self.house.timeline, name, worker.epoch))
-            self.house.carry_out(self.house.judge.evicted(name, self.agenda.now_s))
+            self.house.executor.carry_out(self.house.judge.evicted(name, self.agenda.now_s))
 
     def release(self, name: str) -> None:
         """An operator lets a worker out of quarantine."""
         with contextlib.suppress(UnknownWorker):  # it has not come yet, or was forgotten
-            self.house.carry_out(self.house.judge.released(name, self.agenda.now_s))
+            self.house.executor.carry_out(self.house.judge.released(name, self.agenda.now_s))
 
     # The end.
 
@@ -148,7 +153,7 @@ class Simulation:
             self.release(name)
         self._kept = 0
         for process in self.processes.values():
-            process.habits.think_s = min(process.habits.think_s, 2.0)
+            process.habits.think_s = 4.0
         for forgotten in self.replaced:
             forgotten.crash()
         goals = {name: self.processes[name].done for name in self.names}
@@ -192,8 +197,8 @@ class Simulation:
     def check(self) -> None:
         """Nothing is left over, and the state is what the receipts say."""
         house = self.house
-        require(not house.answers and not house.held, "pushes are left without a verdict")
-        require(not house.waiting and not house.streams, "streams are left open")
+        require(not house.executor.answers and not house.executor.held, "pushes are left without a verdict")
+        require(not house.intake.waiting and not house.intake.streams, "streams are left open")
         require(house.budget.used_bytes == 0, f"{house.budget.used_bytes} bytes are still set aside")
         house.judge.sessions.expire(self.agenda.now_s)  # of whoever joined for a process that had gone
         for worker in house.judge.sessions.workers.values():

@@ -7,13 +7,11 @@ from the judge only what is asked of it: the decisions, and who counts as a memb
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pushstep.optim import RULES
 from pushstep.proto.hyperparameters import plain_values
 from pushstep.proto.training_pb2 import PushHeader
 from pushstep.proto.types_pb2 import Identity, Outcome
@@ -27,9 +25,9 @@ from pushstep.server.session import Worker
 from pushstep.server.sync_round import SyncSettings
 
 from .agenda import Agenda
-from .intent import LAYOUT, Intent, times_applied, weighted_sum
+from .intent import Intent, times_applied
+from .story import Books, Chapter, Key, key_of, replay
 
-Key = tuple[int, str, int, int]
 # What a wait may take beyond the lease and the time-out that bound it: messages, adding up, and the clock's grain.
 SLACK_S = 2.0
 # Without a time-out a round waits for whoever is there: for its thinking, and for a network that loses what it sends.
@@ -46,22 +44,6 @@ def require(holds: bool, what: str) -> None:
         raise Violation(what)
 
 
-@dataclass(frozen=True)
-class Chapter:
-    """One version: what made it."""
-
-    timeline: int
-    version: int
-    lr: float
-    lr_scale: float
-    divisor: float
-    intents: tuple[tuple[Intent, float], ...]
-
-
-def _key(identity: Identity) -> Key:
-    return identity.timeline, identity.worker, identity.epoch, identity.sequence
-
-
 def _who(identity: Identity) -> tuple[int, str, int]:
     return identity.timeline, identity.worker, identity.epoch
 
@@ -72,8 +54,8 @@ class Witness:
     def __init__(self, agenda: Agenda) -> None:
         self.agenda = agenda
         self.intents: dict[Key, Intent] = {}
-        # of the state as it is; and of every version that ever was
-        self.story: list[Chapter] = []
+        # of the state as it is; and every version that ever was
+        self.books = Books()
         self.chapters: dict[tuple[int, int], Chapter] = {}
         self.timeline = 1
         self.receipts: dict[Key, bytes] = {}
@@ -113,11 +95,20 @@ class Witness:
         """Something of a worker has arrived."""
         self.last_heard_s[name] = self.agenda.now_s
 
-    def goes_back(self, story: Sequence[Chapter], timeline: int) -> None:
+    @property
+    def story(self) -> list[Chapter]:
+        """Of the state as it is."""
+        return self.books.story
+
+    def goes_back(self, books: Books, timeline: int) -> None:
         """A restore, or a start."""
         require(timeline >= self.timeline, "a timeline came again")
-        self.story, self.timeline = list(story), timeline
+        self.books, self.timeline = books.copy(), timeline
         self._rounds = {}  # what was being added up never will be
+
+    def patched(self, lr: float, *, held: bool) -> None:
+        """An operator has set the lr."""
+        self.books.lr, self.books.held = lr, held
 
     # Clocks of `bounded`.
 
@@ -151,7 +142,7 @@ class Witness:
             (offer is Offer.READ) == (ahead <= settings.bound),
             f"{worker.name} is {ahead} clocks ahead, the bound is {settings.bound}: {offer}",
         )
-        self._admitted[_key(header.identity)] = self.judge.policy, settings.bound
+        self._admitted[key_of(header.identity)] = self.judge.policy, settings.bound
 
     # Decisions.
 
@@ -186,7 +177,7 @@ class Witness:
     def _consumed(self, candidate: Candidate, outcome: str, version: int) -> None:
         self.outcomes[outcome] = self.outcomes.get(outcome, 0) + 1
         self._told[_who(candidate.identity)] = version
-        key, who = _key(candidate.identity), (candidate.worker, int(candidate.identity.epoch))
+        key, who = key_of(candidate.identity), (candidate.worker, int(candidate.identity.epoch))
         policy, bound = self._admitted.get(key, (None, 0))
         slowest = self._slowest()
         if policy is self.judge.policy and who in self.clocks:
@@ -229,10 +220,10 @@ class Witness:
             require(len(candidates) == 1, "pushes were added up without a word")
             self._check_staleness(step, candidates[0])
             weights = [1.0]
-        lr = self._expected_lr(candidates)
+        lr = self.books.lr = self._expected_lr(candidates)
         got = plain_values(ticket.groups[0].values)["lr"]
         require(got == lr, f"version {ticket.version} has lr {got}, the lead's edits make {lr}")
-        intents = [self.intents[_key(candidate.identity)] for candidate in candidates]
+        intents = [self.intents[key_of(candidate.identity)] for candidate in candidates]
         chapter = Chapter(
             self.timeline,
             ticket.version,
@@ -242,8 +233,10 @@ class Witness:
             tuple(zip(intents, weights, strict=True)),
         )
         for intent in intents:
-            count = sum(intent in (i for i, _ in past.intents) for past in self.story)
-            require(count == 0, f"intent {intent.worker}:{intent.number} is applied again")
+            require(
+                intent not in self.books.applied, f"intent {intent.worker}:{intent.number} is applied again"
+            )
+            self.books.applied.add(intent)
         self.story.append(chapter)
         self.chapters[self.timeline, ticket.version] = chapter
         for settle in step.settles:
@@ -289,10 +282,12 @@ class Witness:
         require(step.ticket.lr_scale == scale, f"lr scaled by {step.ticket.lr_scale} for staleness {stale}")
 
     def _expected_lr(self, candidates: Sequence[Candidate]) -> float:
-        """The lead's edits count, and nobody else's."""
+        """The lead's edits count, and nobody else's; none while an operator holds the lr."""
+        if self.books.held:
+            return self.books.lr
         live = [worker.name for worker in self.judge.sessions.live()]
         lead = min(live, key=lambda name: self.join_order[name], default=None)
-        lr = self.story[-1].lr if self.story else 0.5
+        lr = self.books.lr
         for candidate in candidates:
             if candidate.worker == lead:
                 lr = candidate.edits().get(0, {}).get("lr", lr)
@@ -315,7 +310,7 @@ class Witness:
             self._waits.clear()
             return
         held = {
-            _key(candidate.identity)
+            key_of(candidate.identity)
             for worker in self.judge.sessions.workers.values()
             for sequence, candidate in worker.held.items()
             if sequence == worker.sequence + 1
@@ -338,8 +333,8 @@ class Witness:
         for group in kept.groups:
             group.effective_lr = 0.0  # known only when the step has been taken
         text = kept.SerializeToString(deterministic=True)
-        require(self.receipts.setdefault(_key(identity), text) == text, "a retry got another receipt")
-        intent = self.intents[_key(identity)]
+        require(self.receipts.setdefault(key_of(identity), text) == text, "a retry got another receipt")
+        intent = self.intents[key_of(identity)]
         chapter = self.chapters.get((identity.timeline, receipt.version))
         applied = receipt.outcome == Outcome.OUTCOME_APPLIED
         there = chapter is not None and intent in (i for i, _ in chapter.intents)
@@ -354,7 +349,7 @@ class Witness:
         replayed = replay(self.story)
         require(torch.equal(replayed[0], parameters), "the parameters are not what the story makes")
         require(torch.equal(replayed[1], sums), "Adagrad's sum is not what the story makes")
-        told = {intent for chapter in self.story for intent, _ in chapter.intents}
+        told = self.books.applied
         plain = all(
             chapter.divisor == 1 and all(weight == 1 for _, weight in chapter.intents)
             for chapter in self.story
@@ -364,23 +359,3 @@ class Witness:
                 require(times_applied(sums, intent) == (intent in told), f"{intent.worker}:{intent.number}")
             if intent.fate == "not applied":
                 require(intent not in told, f"{intent.worker}:{intent.number} was applied, and denied")
-
-
-def replay(story: Sequence[Chapter]) -> tuple[Tensor, Tensor]:
-    """Parameters and `sum` after the story, both parameters one behind the other."""
-    rule = RULES["adagrad"]
-    parameters = [torch.zeros(slot.shape) for slot in LAYOUT.slots]
-    sums = [torch.zeros(slot.shape) for slot in LAYOUT.slots]
-    steps = [0] * len(parameters)
-    for chapter in story:
-        gradients = [intent.gradients() for intent, _ in chapter.intents]
-        weights = [weight for _, weight in chapter.intents]
-        for index, column in enumerate(zip(*gradients, strict=True)):
-            gradient = weighted_sum(column, weights, chapter.divisor)
-            if gradient is None:
-                continue
-            steps[index] += 1
-            lr = chapter.lr if index == 0 else 0.5
-            values = {**rule.defaults, "lr": lr * chapter.lr_scale}
-            rule.step_dense(parameters[index], gradient, [sums[index]], values, step=steps[index])
-    return torch.cat(parameters), torch.cat(sums)

@@ -32,7 +32,8 @@ from pushstep.proto.types_pb2 import GroupValues, Identity, Outcome, Receipt
 from pushstep.server.session import RECEIPTS_KEPT
 
 from .agenda import Agenda
-from .house import LEASE_S, Answer, House, Joined, Stream
+from .house import LEASE_S, House
+from .intake import Answer, Joined, Stream
 from .intent import Intent
 from .network import Network
 from .witness import Violation
@@ -119,7 +120,7 @@ class Process:
         identity = self.identity
         self.alive = False
         if identity is not None:
-            self.network.send(self.name, lambda: self.house.leave(identity))
+            self.network.send(self.name, lambda: self.house.intake.leave(identity))
 
     def _after(self, delay_s: float, action: Callable[[], None]) -> None:
         self.agenda.after(delay_s, lambda: action() if self.alive else None)
@@ -128,7 +129,7 @@ class Process:
         self._after(LEASE_S / 3, self._beat)
         identity = self.identity
         if identity is not None:
-            self.network.send(self.name, lambda: self.house.heartbeat(identity))
+            self.network.send(self.name, lambda: self.house.intake.heartbeat(identity))
 
     # Joining.
 
@@ -141,7 +142,7 @@ class Process:
         def answer(found: Joined | PushstepError) -> None:
             self.network.send(self.name, lambda: self._joined(number, found, takeover))
 
-        self.network.send(self.name, lambda: self.house.join(self.name, takeover, epoch, answer))
+        self.network.send(self.name, lambda: self.house.intake.join(self.name, takeover, epoch, answer))
         self._after(ATTEMPT_S, lambda: self._ask_to_join(takeover) if self._join == number else None)
 
     def _joined(self, number: int, found: Joined | PushstepError, takeover: bool) -> None:
@@ -236,7 +237,7 @@ class Process:
         def arrive() -> None:
             header = PushHeader()
             header.CopyFrom(flight.header)
-            flight.streams.append(self.house.push(header, flight.intent, reply))
+            flight.streams.append(self.house.intake.push(header, flight.intent, reply))
 
         self.network.send(self.name, arrive)
         self._after(ATTEMPT_S, lambda: self._no_answer(flight, attempt))
@@ -253,7 +254,7 @@ class Process:
         """Break the connection: the server is told, now or when the network gets round to it."""
         streams, flight.streams = flight.streams, []
         for stream in streams:
-            self.network.send(self.name, lambda stream=stream: self.house.broken(stream))
+            self.network.send(self.name, lambda stream=stream: self.house.intake.broken(stream))
 
     def _retry(self, flight: Flight, asked_s: float | None) -> None:
         if self.agenda.now_s > flight.until_s:  # a new epoch makes sure that it is not applied from here on

@@ -1,0 +1,68 @@
+"""How the state came about: which intents made which version, and the same steps taken again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pushstep.optim import RULES
+from pushstep.proto.types_pb2 import Identity
+
+from .intent import LAYOUT, Intent, weighted_sum
+
+Key = tuple[int, str, int, int]
+FIRST_LR = 0.5
+
+
+def key_of(identity: Identity) -> Key:
+    """What a push is known by."""
+    return identity.timeline, identity.worker, identity.epoch, identity.sequence
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """One version: what made it."""
+
+    timeline: int
+    version: int
+    lr: float
+    lr_scale: float
+    divisor: float
+    intents: tuple[tuple[Intent, float], ...]
+
+
+@dataclass
+class Books:
+    """What a snapshot brings back: the story so far, and how the lr stands."""
+
+    story: list[Chapter] = field(default_factory=list)
+    applied: set[Intent] = field(default_factory=set)
+    lr: float = FIRST_LR
+    held: bool = False
+
+    def copy(self) -> Books:
+        """As they are now."""
+        return Books(list(self.story), set(self.applied), self.lr, self.held)
+
+
+def replay(story: Sequence[Chapter]) -> tuple[Tensor, Tensor]:
+    """Parameters and `sum` after the story, both parameters one behind the other."""
+    rule = RULES["adagrad"]
+    parameters = [torch.zeros(slot.shape) for slot in LAYOUT.slots]
+    sums = [torch.zeros(slot.shape) for slot in LAYOUT.slots]
+    steps = [0] * len(parameters)
+    for chapter in story:
+        gradients = [intent.gradients() for intent, _ in chapter.intents]
+        weights = [weight for _, weight in chapter.intents]
+        for index, column in enumerate(zip(*gradients, strict=True)):
+            gradient = weighted_sum(column, weights, chapter.divisor)
+            if gradient is None:
+                continue
+            steps[index] += 1
+            lr = chapter.lr if index == 0 else FIRST_LR
+            values = {**rule.defaults, "lr": lr * chapter.lr_scale}
+            rule.step_dense(parameters[index], gradient, [sums[index]], values, step=steps[index])
+    return torch.cat(parameters), torch.cat(sums)
