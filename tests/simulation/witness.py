@@ -28,7 +28,7 @@ from .agenda import Agenda
 from .intent import Intent, times_applied
 from .story import Books, Chapter, Key, key_of, replay
 
-# What a wait may take beyond the lease and the time-out that bound it: messages, adding up, and the clock's grain.
+# What a wait may take beyond the lease or the time-out that bounds it: messages, adding up, and the clock's grain.
 SLACK_S = 2.0
 # Without a time-out a round waits for whoever is there: for its thinking, and for a network that loses what it sends.
 SLOWEST_S = 45.0
@@ -296,7 +296,7 @@ class Witness:
     # Waiting.
 
     def _nobody_hangs(self) -> None:
-        """What a round holds is decided within the time-out, plus a lease, once enough workers are there."""
+        """What a round holds is decided within the time-out, or else a lease, once enough workers are there."""
         settings, now_s = self.judge.policy.settings, self.agenda.now_s
         if not self.judge.policy.waits:
             return
@@ -318,7 +318,7 @@ class Witness:
         if settings is not self._waits_under:  # other settings promise from now on
             self._waits, self._waits_under = {}, settings
         self._waits = {key: self._waits.get(key, now_s) for key in held}
-        bound_s = (settings.timeout_s or SLOWEST_S) + lease_s + SLACK_S
+        bound_s = (settings.timeout_s or SLOWEST_S + lease_s) + SLACK_S
         for key, since_s in self._waits.items():
             require(now_s - since_s <= bound_s, f"a push of {key[1]} waits for {now_s - since_s:.1f} s")
 
