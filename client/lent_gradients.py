@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pushstep.optim.copies import copy
 from pushstep.proto.layout import Slot
 
 from .shared_memory import Region, SharedMemory
@@ -53,7 +54,8 @@ class LentGradients:
             return
         place = region.lend(slot)
         if place is not None:
-            parameter.grad = place.copy_(gradient)
+            copy(place, gradient)
+            parameter.grad = place
 
     def _withdraw(self, region: Region) -> None:
         """Copy the gradients out of a region that is given up: what lies there is not only ours any more."""

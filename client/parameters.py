@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from pushstep.optim.copies import copy
 from pushstep.proto.layout import Layout, Slot
 
 from .gradients import Rows, as_gradient
@@ -91,7 +92,7 @@ class Parameters:
         # a group that another worker has added meanwhile is not this one's yet: the next push says so
         for slot, _, values in pulled.dense():
             if slot.name in self._by_name:
-                self._by_name[slot.name].copy_(values)
+                copy(self._by_name[slot.name], values)
         for slot, ids, rows in pulled.rows():
             if slot.name not in self._by_name:
                 continue

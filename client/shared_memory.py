@@ -21,6 +21,7 @@ from typing import Any, Final, TypeVar
 import torch
 from torch import Tensor
 
+from pushstep.optim.copies import copy
 from pushstep.proto import dtypes
 from pushstep.proto import training_pb2 as pb
 from pushstep.proto.errors import NoSharedMemory, PushstepError
@@ -117,7 +118,7 @@ class Region:
                 for segment, pieces in zip(body.segments, body.pieces, strict=True):
                     # they all are: a session whose pushes are made smaller opens no region
                     exact = [piece for piece in pieces if isinstance(piece, Piece)]
-                    write(self.gradients, self.slots[index], segment, exact)
+                    write(self.gradients, self.slots[index], segment, exact, copy)
                 self._fresh = True
                 return index
         return None

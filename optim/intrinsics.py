@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic, register_jitable
 
 # Element kinds, closed over by the kernels.
@@ -38,7 +39,7 @@ SLOTS: Final = 6
 # int64, each worker in a cache line of its own.
 STRIDE: Final = 8
 
-_I8, _I16, _I32 = ir.IntType(8), ir.IntType(16), ir.IntType(32)
+_I8, _I16, _I32, _I64 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _F32, _F64 = ir.FloatType(), ir.DoubleType()
 _MEMORY: Final = {FLOAT32: _F32, FLOAT64: _F64, BFLOAT16: _I16, FLOAT16: _I16, SCALE: _F32, CODE: _I8}
 _ALIGNED: Final = {FLOAT32: 4, FLOAT64: 8, BFLOAT16: 2, FLOAT16: 2, SCALE: 1, CODE: 1}
@@ -191,6 +192,26 @@ def _take(_: Any, address: Any) -> Any:
     return types.int64(address), generate
 
 
+def _copy_lines(_: Any, target: Any, source: Any, count: Any, past_cache: Any) -> Any:
+    past = bool(past_cache.literal_value)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        to, of, lines = args[:3]
+        line = ir.VectorType(_I64, 8).as_pointer()
+        mark = builder.module.add_metadata([_word(1)])
+        with cgutils.for_range(builder, lines) as loop:
+            at = builder.mul(loop.index, ir.Constant(_I64, 64))
+            read = builder.load(builder.inttoptr(builder.add(of, at), line), align=1)
+            written = builder.store(read, builder.inttoptr(builder.add(to, at), line), align=64)
+            if past:
+                written.set_metadata("nontemporal", mark)
+        if past:
+            builder.fence("seq_cst")  # such stores pass others: whoever is told of them must find them
+        return context.get_dummy_value()
+
+    return types.void(target, source, count, past_cache), generate
+
+
 load: Any = intrinsic(prefer_literal=True)(_load)
 """load(address, index, kind, wide, slot): one element as float32, or as float64 if `wide`."""
 
@@ -205,6 +226,9 @@ fma: Any = intrinsic(_fma)
 
 prefetch: Any = intrinsic(_prefetch)
 """prefetch(address): bring a cache line that will be written."""
+
+copy_lines: Any = intrinsic(prefer_literal=True)(_copy_lines)
+"""copy_lines(target, source, count, past_cache): 64-byte lines; `target` lies on a line's border."""
 
 take: Any = intrinsic(_take)
 """take(address): the int64 there, which grows by one; atomic."""

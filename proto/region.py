@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import numpy as np
@@ -99,8 +99,14 @@ class SharedBody:
         return digest.value
 
 
-def write(places: Places, memory: Tensor, segment: Segment, pieces: Sequence[Piece]) -> None:
-    """Put a segment's pieces in their place; what lies there already is left alone."""
+def write(
+    places: Places,
+    memory: Tensor,
+    segment: Segment,
+    pieces: Sequence[Piece],
+    copy: Callable[[Tensor, Tensor], None],
+) -> None:
+    """Put a segment's pieces in their place by `copy(target, source)`; what lies there already is left alone."""
     at, _ = places.span(segment)
     for piece in pieces:
         source = piece.source.detach()
@@ -109,7 +115,7 @@ def write(places: Places, memory: Tensor, segment: Segment, pieces: Sequence[Pie
         if piece.dtype == torch.int64:  # ids may begin on no border of 8 bytes
             target.copy_(source.contiguous().view(torch.uint8))
         elif source.data_ptr() != target.data_ptr() or not source.is_contiguous():
-            target.view(piece.dtype).view(source.shape).copy_(source)
+            copy(target.view(piece.dtype).view(source.shape), source)
 
 
 def mapped(fd: int, nbytes: int, *, writable: bool, prefault_bytes: int) -> Tensor:

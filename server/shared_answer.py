@@ -13,6 +13,7 @@ from collections.abc import Set
 import torch
 from torch import Tensor
 
+from pushstep.optim.copies import copy
 from pushstep.proto.errors import ManifestChanged
 from pushstep.proto.frames import Piece
 from pushstep.proto.layout import Slot
@@ -73,12 +74,12 @@ class SharedAnswer:
                 segments.append(segment)
                 for start, stop in _unwritten(slots, written):
                     target = places.arena(memory, segment.arena)[start:stop]
-                    target.copy_(arenas.flat(segment.arena)[start:stop], non_blocking=True)
+                    copy(target, arenas.flat(segment.arena)[start:stop], non_blocking=True)
             for index in sorted(arenas.row_changed):
                 ids = None if have is None else torch.nonzero(arenas.row_changed[index] > have).flatten()
                 segment, body = rows_body(arenas, arenas.layout.slots[index], ids, places.wire)
                 segments.append(segment)
-                write(places, memory, segment, [Piece(piece.source.cpu(), piece.dtype) for piece in body])
+                write(places, memory, segment, [Piece(p.source.cpu(), p.dtype) for p in body], copy)
             arenas.lane.finish()
         return Published(
             arenas.timeline, arenas.version, arenas.layout, unchanged, segments, None, [], shared=True

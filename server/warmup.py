@@ -11,14 +11,16 @@ from pathlib import Path
 import torch
 
 from pushstep.optim import RULES
+from pushstep.optim.copies import TORCH_ELEMENTS, copy
 from pushstep.optim.kernel_cache import keep_in
 from pushstep.optim.norms import square_sums
 from pushstep.optim.rows import coalesce
 
 
 def warm_kernels(device: torch.device, cache: Path) -> None:
-    """Step every rule once, dense and by rows, with and without a factor."""
+    """Step every rule once, dense (for a worker on this host, too) and by rows, with and without a factor."""
     keep_in(cache)
+    copy(torch.empty(TORCH_ELEMENTS + 1), torch.zeros(TORCH_ELEMENTS + 1))
     gradient = torch.ones(2, 2, device=device)
     square_sums([gradient])
     ids, rows = coalesce(torch.tensor([1, 0, 1]), torch.ones(3, 2))
@@ -26,14 +28,16 @@ def warm_kernels(device: torch.device, cache: Path) -> None:
         hyperparameters = dict(rule.defaults)
         for factor in (1.0, 0.5):
             param, *state = (torch.zeros(2, 2, device=device) for _ in range(1 + len(rule.state_names)))
-            rule.step_dense(
-                param.view(-1),
-                gradient.view(-1),
-                [s.view(-1) for s in state],
-                hyperparameters,
-                step=1,
-                factor=factor,
-            )
+            for copy_out in (None, torch.zeros(4)) if device.type == "cpu" else (None,):
+                rule.step_dense(
+                    param.view(-1),
+                    gradient.view(-1),
+                    [s.view(-1) for s in state],
+                    hyperparameters,
+                    step=1,
+                    factor=factor,
+                    copy_out=copy_out,
+                )
             rule.step_rows(
                 param, ids.to(device), rows.to(device), state, hyperparameters, step=1, factor=factor
             )

@@ -18,6 +18,7 @@ import numpy as np
 from pushstep.client import connect, shared_memory
 from pushstep.client.line import Line
 from pushstep.client.mirror import Mirror
+from pushstep.optim import cpu_copies  # noqa: F401 - each child would import numba
 
 ELEMENTS = 1_000_000
 GRADIENT = np.full(ELEMENTS, 0.5, np.float32)

@@ -1,0 +1,32 @@
+"""Copies by the thread pool; see `copies`."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import partial
+from typing import Final
+
+from torch import Tensor
+
+from .copy_kernels import LINE_BYTES, SIGNATURE, lines
+from .kernel_cache import compiled
+from .pool import over_slices
+
+# From here on the cache is passed by: whoever reads the target next would find little of it there.
+PAST_CACHE_BYTES: Final = 8 << 20
+SLICE_LINES: Final = (512 << 10) // LINE_BYTES
+INLINE_LINES: Final = (1 << 20) // LINE_BYTES
+
+
+def copy_bytes(target: Tensor, source: Tensor) -> None:
+    """Copy a contiguous tensor's bytes into another of the same size."""
+    nbytes, to, of = target.numel() * target.itemsize, target.data_ptr(), source.data_ptr()
+    head = -to % LINE_BYTES
+    whole = max(0, nbytes - head) // LINE_BYTES
+    end = head + whole * LINE_BYTES
+    ctypes.memmove(to, of, min(head, nbytes))
+    if whole:
+        kernel = compiled(lines, SIGNATURE, nbytes >= PAST_CACHE_BYTES)
+        work = partial(kernel, to + head, of + head)
+        over_slices(work, whole, threads=None, slice_size=SLICE_LINES, inline=INLINE_LINES)
+    ctypes.memmove(to + end, of + end, max(0, nbytes - end))
