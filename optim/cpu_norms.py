@@ -24,7 +24,11 @@ def square_sums(tensors: Sequence[Tensor], *, threads: int | None = None) -> lis
     totals = [0.0] * len(tensors)
     for dtype in {t.dtype for t in tensors}:
         members = [k for k, t in enumerate(tensors) if t.dtype == dtype]
-        flat = [tensors[k].detach().resolve_neg().contiguous() for k in members]
+        # a view more of each would take as long as the kernel does for some thousand elements
+        flat = [
+            t if _is_flat(t) else t.detach().resolve_neg().contiguous()
+            for t in map(tensors.__getitem__, members)
+        ]
         addresses = np.array([t.data_ptr() for t in flat], np.int64)
         sizes = np.array([t.numel() for t in flat], np.int64)
         starts = np.zeros(len(flat) + 1, np.int64)
@@ -38,6 +42,10 @@ def square_sums(tensors: Sequence[Tensor], *, threads: int | None = None) -> lis
         for k, total in zip(members, added_in_order(sums, starts), strict=True):
             totals[k] = total
     return totals
+
+
+def _is_flat(tensor: Tensor) -> bool:
+    return tensor.is_contiguous() and not tensor.is_neg()
 
 
 def added_in_order(sums: np.ndarray[Any, Any], starts: np.ndarray[Any, Any]) -> list[float]:

@@ -79,3 +79,20 @@ class BulkStream(Generic[M]):
                 return await anext(self._messages, None)
         except TimeoutError as error:
             raise StreamStalled(seconds=self._stall_s) from error
+
+
+class OneMessage(BulkStream[M]):
+    """A stream that is all there, in one message: nothing is waited for."""
+
+    def __init__(self, message: bytes, kind: type[M]) -> None:
+        super().__init__(_nothing(), kind, 0.0)
+        self._message: bytes | None = message
+
+    async def _next(self) -> bytes | None:
+        message, self._message = self._message, None
+        return message
+
+
+async def _nothing() -> AsyncIterator[bytes]:
+    return
+    yield b""

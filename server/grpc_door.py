@@ -143,23 +143,34 @@ class GrpcDoor:
 
     async def push(self, messages: AsyncIterator[bytes]) -> pb.PushResponse:
         """Push."""
-        _, _, receipt, _ = await self._take_push(messages)
+        return await self.pushed(BulkStream(messages, pb.PushRequest, self.stall_s))
+
+    async def pushed(self, stream: BulkStream[pb.PushRequest]) -> pb.PushResponse:
+        """Push, however its stream comes."""
+        _, _, receipt, _ = await self._take_push(stream)
         return pb.PushResponse(receipt=receipt)
 
     async def exchange(self, messages: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         """Exchange."""
-        model, header, receipt, shared = await self._take_push(messages, pulls=True)
+        published, answer = await self.exchanged(BulkStream(messages, pb.PushRequest, self.stall_s))
+        async for message in _published_messages(published, answer):
+            yield message
+
+    async def exchanged(self, stream: BulkStream[pb.PushRequest]) -> tuple[Published, pb.PullHeader]:
+        """Exchange, however its stream comes: what was published, and the answer's header."""
+        model, header, receipt, shared = await self._take_push(stream, pulls=True)
         begun_s = time.monotonic()
         published = await _newest(model, header.pull, header.identity.timeline, shared)
-        answer = pb.PullHeader(receipt=receipt, groups=receipt.groups)
+        answer = _published_header(model, published, header.manifest_hash)
+        answer.receipt.CopyFrom(receipt)
+        answer.groups.extend(receipt.groups)
         answer.receipt.times.publish_s = time.monotonic() - begun_s
-        async for message in _published_messages(model, published, answer, header.manifest_hash):
-            yield message
+        return published, answer
 
     async def pull(self, request: pb.PullRequest) -> AsyncIterator[bytes]:
         """Pull."""
         model = self.catalog.get(request.model, request.identity.model_uid)
-        answer = pb.PullHeader(groups=model.group_values())
+        groups = model.group_values()
         if request.HasField("identity"):
             model.require_current(request.identity)
             model.executor.carry_out(model.judge.heard(request.identity, time.monotonic()))
@@ -167,7 +178,9 @@ class GrpcDoor:
             model.require_whole()
         shared = self._shared_answer(model, request.options, request.identity)
         published = await _newest(model, request.options, request.timeline, shared)
-        async for message in _published_messages(model, published, answer, request.manifest_hash):
+        answer = _published_header(model, published, request.manifest_hash)
+        answer.groups.extend(groups)
+        async for message in _published_messages(published, answer):
             yield message
 
     async def pull_rows(self, request: pb.PullRowsRequest) -> AsyncIterator[bytes]:
@@ -221,10 +234,9 @@ class GrpcDoor:
             yield frame
 
     async def _take_push(
-        self, messages: AsyncIterator[bytes], *, pulls: bool = False
+        self, stream: BulkStream[pb.PushRequest], *, pulls: bool = False
     ) -> tuple[Model, pb.PushHeader, Receipt, SharedAnswer | None]:
         self._take_new_work()
-        stream = BulkStream(messages, pb.PushRequest, self.stall_s)
         header = (await stream.header()).header
         if pulls:
             _wire(header.pull.dtype)  # what cannot be answered is refused before it is stepped
@@ -271,14 +283,16 @@ def _wire(dtype: int) -> torch.dtype | None:
     return None if dtype == DType.DTYPE_UNSPECIFIED else dtypes.to_torch(dtype, "the answer asked for")
 
 
-async def _published_messages(
-    model: Model, published: Published, header: pb.PullHeader, known_manifest: int
-) -> AsyncIterator[bytes]:
-    header.MergeFrom(_header(model, published, published.segments))
+def _published_header(model: Model, published: Published, known_manifest: int) -> pb.PullHeader:
+    header = _header(model, published, published.segments)
     if header.manifest_hash != known_manifest:
         header.manifest.CopyFrom(published.layout.manifest)
     header.unchanged = published.unchanged
     header.shared = published.shared
+    return header
+
+
+async def _published_messages(published: Published, header: pb.PullHeader) -> AsyncIterator[bytes]:
     first = pb.PullResponse(header=header).SerializeToString()
     async for frame in published.frames():
         if first and len(frame) <= INLINE_BYTES:
