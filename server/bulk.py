@@ -7,7 +7,7 @@ one that was closed, so the end of a stream proves nothing.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Generic, TypeVar
 
 from pushstep.proto.errors import MalformedFrame, StreamStalled
@@ -93,6 +93,6 @@ class OneMessage(BulkStream[M]):
         return message
 
 
-async def _nothing() -> AsyncIterator[bytes]:
-    return
-    yield b""
+async def _nothing(messages: Iterable[bytes] = ()) -> AsyncIterator[bytes]:
+    for message in messages:
+        yield message
