@@ -17,7 +17,7 @@ from pushstep.proto import training_pb2 as pb
 from pushstep.proto.errors import MalformedFrame, NoAnswer, ServerUnavailable
 from pushstep.proto.frames import TRANSPORT_LIMIT_BYTES, Assembly, BodyDigest, Source, pack, unpack
 from pushstep.proto.layout import ID_BYTES, Layout, Slot, check_body
-from pushstep.proto.memory import BufferPool, keep_freed_blocks
+from pushstep.proto.memory import BufferPool, MessageRing, keep_freed_blocks
 from pushstep.proto.region import SharedBody
 from pushstep.proto.types_pb2 import Segment
 
@@ -260,7 +260,7 @@ class _Messages:
         try:
             yield self._first.SerializeToString()
             digest = BodyDigest(self._segments)
-            yield from pack(self._pieces, digest)
+            yield from pack(self._pieces, digest, take=MessageRing().take)
             commit = self._commit(digest.value) if self._commit is not None else None
             if commit is not None:
                 commit.digest = digest.value

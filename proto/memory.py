@@ -1,12 +1,15 @@
 """Memory for bulk bytes, used again: on loopback the page faults of fresh memory cost as much as the copies.
 
-Two measures. Messages of some MiB come and go by the hundred; glibc by itself maps and unmaps each of them, until it
+Three measures. Messages of some MiB come and go by the hundred; glibc by itself maps and unmaps each of them, until it
 has once seen a larger block freed. Bodies are larger than what it ever keeps, so they have a pool of their own. A
-pooled buffer comes back when the last tensor over it is gone, whoever held it, so it can never be given to two.
+pooled buffer comes back when the last tensor over it is gone, whoever held it, so it can never be given to two. The
+messages of a whole version are kept together and dropped together, which glibc takes for a reason to unmap them: they are
+made in buffers that stay.
 """
 
 from __future__ import annotations
 
+import io
 import mmap
 import threading
 import weakref
@@ -77,6 +80,61 @@ class BufferPool:
         with self._lock:
             self._idle.append(memory)
             self.keep_at_most(self._keep_bytes)
+
+
+# Gives a buffer of exactly so many bytes. Its `getvalue()` is the message made in it, without a copy; while anybody holds
+# that, `getbuffer()` moves on to a copy, so a message never changes.
+TakeMessage = Callable[[int], io.BytesIO]
+
+
+def fresh_message(size_bytes: int) -> io.BytesIO:
+    """A buffer of zeros."""
+    message = io.BytesIO()
+    message.seek(size_bytes - 1)
+    message.write(b"\0")
+    return message
+
+
+class MessageRing:
+    """Buffers for messages of which each is dropped before the next but one is made."""
+
+    # gRPC's sender holds one while it asks for the next
+    _BUFFERS = 3
+
+    def __init__(self) -> None:
+        self._used: list[io.BytesIO] = []
+
+    def take(self, size_bytes: int) -> io.BytesIO:
+        """The buffer used the longest ago, if it is of that size; else a fresh one."""
+        oldest = self._used.pop(0) if len(self._used) == self._BUFFERS else None
+        fits = oldest is not None and len(oldest.getvalue()) == size_bytes
+        taken = oldest if oldest is not None and fits else fresh_message(size_bytes)
+        self._used.append(taken)
+        return taken
+
+
+class MessagePool:
+    """Buffers for many messages that live long and are dropped at once; what is dropped serves for the next.
+
+    Encoding 16 M float32 took 12,500 page faults every time, and half of its 60 ms.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()  # a finalizer may give back at any time
+        self._idle: list[io.BytesIO] = []
+
+    def take(self, size_bytes: int) -> io.BytesIO:
+        """An idle buffer of that size, or a fresh one."""
+        with self._lock:
+            for place, idle in enumerate(self._idle):
+                if len(idle.getvalue()) == size_bytes:
+                    return self._idle.pop(place)
+        return fresh_message(size_bytes)
+
+    def give_back(self, buffers: list[io.BytesIO]) -> None:
+        """Keep these for the next ones, and let go of any that were left over this time."""
+        with self._lock:
+            self._idle = list(buffers)
 
 
 def fresh_memory(size_bytes: int) -> NDArray[np.uint8]:

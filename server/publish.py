@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import io
 import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -21,6 +22,7 @@ import torch
 from pushstep.proto import dtypes
 from pushstep.proto.frames import Piece, Source, pack
 from pushstep.proto.layout import ID_BYTES, Layout, Slot
+from pushstep.proto.memory import MessagePool
 from pushstep.proto.types_pb2 import Segment
 
 from .arena import Arenas
@@ -35,17 +37,24 @@ CROWDED_RETRY_S: Final = 0.01
 class DenseFrames:
     """The frames of one version's densely sent parameters: sent on as they are made, kept until nobody sends them."""
 
-    def __init__(self, segments: list[Segment]) -> None:
+    def __init__(self, segments: list[Segment], memory: MessagePool) -> None:
         self.segments = segments
+        self._memory = memory
+        self._buffers: list[io.BytesIO] = []
         self._made: list[bytes] = []
         self._complete = False
         self._fault: Exception | None = None
         self._readers: list[asyncio.Future[None]] = []
+        weakref.finalize(self, memory.give_back, self._buffers).atexit = False
+
+    def _take(self, size_bytes: int) -> io.BytesIO:
+        self._buffers.append(self._memory.take(size_bytes))
+        return self._buffers[-1]
 
     def make(self, bodies: Sequence[Sequence[Source]], wake: Callable[[Callable[[], None]], object]) -> None:
         """Make all of them, in the writer's thread; `wake` has the event loop do something."""
         try:
-            for frame in pack(bodies):
+            for frame in pack(bodies, take=self._take):
                 self._made.append(frame)
                 wake(self._wake)
         except Exception as error:
@@ -118,6 +127,7 @@ class Publisher:
         self._scheduled = False
         self._current: dict[torch.dtype | None, tuple[tuple[int, int], DenseFrames]] = {}
         self._live: dict[torch.dtype | None, weakref.WeakSet[DenseFrames]] = {}
+        self._memory = MessagePool()
 
     async def newest(
         self, timeline: int | None, have_version: int | None, wire: torch.dtype | None
@@ -206,7 +216,7 @@ class Publisher:
             arenas.lane.outgoing(arenas.flat(s.arena)[s.start : s.stop], dtypes.to_torch(s.dtype, ""))
             for s, _ in runs
         ]
-        frames = DenseFrames([segment for segment, _ in runs])
+        frames = DenseFrames([segment for segment, _ in runs], self._memory)
         live.add(frames)
         self._current[wire] = (now, frames)
         unmade.append((frames, bodies))

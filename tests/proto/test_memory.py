@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from pushstep.proto.memory import SMALLEST_POOLED_BYTES, BufferPool
+from pushstep.proto.memory import SMALLEST_POOLED_BYTES, BufferPool, MessagePool, MessageRing
 
 SIZE = SMALLEST_POOLED_BYTES
 
@@ -77,3 +77,38 @@ def test_threads_never_share_a_buffer() -> None:
     assert (
         1 <= len(pool._idle) <= 2 * len(threads)
     )  # a thread takes its next buffer before it lets go of the last
+
+
+@pytest.mark.parametrize("kind", [MessageRing, MessagePool])
+def test_a_message_which_is_held_never_changes(kind: type[MessageRing] | type[MessagePool]) -> None:
+    memory = kind()
+    held = []
+    for number in range(8):
+        buffer = memory.take(100)
+        with buffer.getbuffer() as view:
+            view[:] = bytes([number]) * 100
+        held.append(buffer.getvalue())
+        if isinstance(memory, MessagePool):
+            memory.give_back([buffer])
+
+    assert held == [bytes([number]) * 100 for number in range(8)]
+
+
+def test_a_ring_makes_messages_in_the_memory_of_those_that_were_dropped() -> None:
+    ring = MessageRing()
+    first = [id(ring.take(SIZE).getvalue()) for _ in range(3)]
+
+    assert [id(ring.take(SIZE).getvalue()) for _ in range(3)] == first
+    assert len(ring.take(SIZE - 1).getvalue()) == SIZE - 1
+
+
+def test_a_pool_keeps_what_was_given_back_last() -> None:
+    pool = MessagePool()
+    old, new = [[pool.take(SIZE) for _ in range(2)] for _ in range(2)]
+    pool.give_back(old)
+    pool.give_back(new)
+
+    again = [pool.take(SIZE), pool.take(SIZE - 1), pool.take(SIZE), pool.take(SIZE)]
+    assert {id(again[0]), id(again[2])} == set(map(id, new))
+    assert all(id(buffer) not in set(map(id, old)) for buffer in again)
+    assert [len(buffer.getvalue()) for buffer in again] == [SIZE, SIZE - 1, SIZE, SIZE]
