@@ -1,44 +1,38 @@
-"""A worker dies, or freezes, at a random moment of a round: the others go on, and what it gave is counted once.
+"""Workers die, or freeze, before and after their push and at random moments: rounds go on in time, nothing counts twice.
 
-The victim is a process of its own, the others are threads here; all push ones into one Adagrad parameter under
-`sync` with `reduce = sum`, so a step adds the square of its contributors' number to the state `sum`. The survivors'
-receipts say who contributed to each version: the state must be exactly what they say.
+The victims are processes of their own, the survivors are threads here; all push under `sync` with `reduce = sum` into
+one Adagrad parameter. An element that all share grows by the square of each round's contributors, and every push has
+one of its own, which is 1 if it was applied once, in whatever epoch its worker came back.
 """
 
 from __future__ import annotations
 
-import io
 import random
 import signal
-import subprocess
-import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from harness import RunningServer, running_server, wait_until
-from operators import download, show_model
+from victim import MOST_PUSHES, SHARED, Told, Victim, model_of
 
-from pushstep.client import Outcome, Receipt, connect
+from pushstep.client import Receipt, Session, connect
 
 LEASE_S = 1.5
-# a lease, plus what a busy machine may take to notice and to step
-HANGS_S = 60.0
-GRADS = {"p": np.ones(3, np.float32)}
-VICTIM = """
-import sys, warnings
-import numpy as np
-from pushstep.client import connect
-warnings.simplefilter("ignore")
-with connect(sys.argv[1], model=sys.argv[2], worker="victim", timeout_s=10, retry_for_s=60) as session:
-    session.create({"p": np.zeros(3, np.float32)}, [{"rule": "adagrad", "params": ["p"], "lr": 0.0}])
-    while True:
-        print(session.exchange({"p": np.ones(3, np.float32)})[0].version, flush=True)
-"""
+# What a machine with far too much to do may add to it.
+BUSY_S = 20.0
+SYNC = {"policy": "sync", "reduce": "sum", "timeout_s": None, "min_workers": 2}
+SURVIVORS = ("a", "b")
+AT_ONCE = 25
+WITHIN_S = 0.3
 
 
 @pytest.fixture(scope="module")
@@ -48,127 +42,204 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
         yield running
 
 
+@dataclass
+class House:
+    """A model, the processes that push to it, and what its survivors were told."""
+
+    server: RunningServer
+    model: str
+    processes: int
+    folder: Path
+    victims: list[Victim]
+    receipts: list[Receipt]
+    waited_s: list[float]
+
+    def start(self, name: str, *options: str) -> Victim:
+        """A new process under a name."""
+        where = (self.server.grpc, self.model, name, len(self.victims), self.processes, self.folder)
+        self.victims.append(Victim(*where, *options))
+        return self.victims[-1]
+
+    def workers(self) -> dict[str, dict[str, Any]]:
+        shown = self.server.rest("GET", f"/v1/models/{self.model}/workers").json()["workers"]
+        return {worker["name"]: worker for worker in shown}
+
+    def push(self, session: Session) -> Receipt:
+        """One push of a survivor's, timed."""
+        grads = np.zeros(SHARED + self.processes * MOST_PUSHES, np.float32)
+        grads[0] = 1
+        begun_s = time.monotonic()
+        receipt, _ = session.exchange({"p": grads})
+        self.waited_s.append(time.monotonic() - begun_s)
+        self.receipts.append(receipt)
+        return receipt
+
+    def check(self, struck_within_s: float) -> tuple[dict[int, tuple[str, ...]], list[bool]]:
+        """That all is as everybody was told, and that nobody waited for too long.
+
+        Each version's contributors, and of each push of whose fate nobody was told whether it had been applied.
+        """
+        assert max(self.waited_s) <= struck_within_s + LEASE_S + BUSY_S
+        rounds: dict[int, tuple[str, ...]] = {}
+        told = {element: said for victim in self.victims for element, said in victim.told().items()}
+        own = [Told(str(r.outcome), r.version, tuple(r.contributors)) for r in self.receipts]
+        for said in (*told.values(), *own):
+            assert said.outcome in (None, "applied", "dropped_late", "fenced")
+            if said.outcome == "applied":
+                assert rounds.setdefault(said.version, said.contributors) == said.contributors
+                assert len(set(said.contributors)) == len(said.contributors)
+        assert sorted(rounds) == list(range(1, len(rounds) + 1))
+        with connect(self.server.grpc, model=self.model, worker="reader") as reader:
+            state = {name: values for _, name, values in reader.pull_state().dense()}
+        sums = state["sum"].tolist()
+        assert sums[0] == sum(len(names) ** 2 for names in rounds.values())
+        doubts: list[bool] = []
+        for element, applied in list(enumerate(sums))[SHARED:]:
+            if element not in told:
+                assert applied == 0
+            elif told[element].outcome in (None, "fenced"):  # its worker does not know
+                assert applied in (0, 1)
+                doubts.append(applied == 1)
+            else:
+                assert applied == (told[element].outcome == "applied"), (element, told[element])
+        return rounds, doubts
+
+
 @contextmanager
-def survivors(
-    server: RunningServer, model: str, enough: threading.Event
-) -> Iterator[list[Future[list[Receipt]]]]:
-    """Two workers that push until it is enough."""
-    there = threading.Barrier(3)
-
-    def work(name: str) -> list[Receipt]:
-        receipts = []
-        with connect(server.grpc, model=model, worker=name, timeout_s=10, retry_for_s=HANGS_S) as session:
-            session.create(
-                {"p": np.zeros(3, np.float32)},
-                [{"rule": "adagrad", "params": ["p"], "lr": 0.0}],
-                policy={"policy": "sync", "reduce": "sum", "timeout_s": None, "min_workers": 2},
-            )
-            there.wait(30)
-            while not enough.is_set():
-                receipts.append(session.exchange(GRADS)[0])
-        return receipts
-
-    with ThreadPoolExecutor(2) as threads:
-        futures = [threads.submit(work, name) for name in ("a", "b")]
+def house_of(
+    server: RunningServer, model: str, processes: int, folder: Path
+) -> Iterator[tuple[House, list[Session]]]:
+    """A model with its survivors' sessions; every victim is ended."""
+    house = House(server, model, processes, folder, [], [], [])
+    with ExitStack() as stack:
+        sessions = []
+        for name in SURVIVORS:
+            session = connect(server.grpc, model=model, worker=name, timeout_s=5, retry_for_s=60)
+            sessions.append(stack.enter_context(session))
+            session.create(*model_of(processes), policy=SYNC)
+            session.pull()
         try:
-            there.wait(30)
-            yield futures
+            yield house, sessions
+        finally:
+            for victim in house.victims:
+                victim.end()
+
+
+def test_struck_before_and_after_their_pushes(short: RunningServer, model_name: str, tmp_path: Path) -> None:
+    """What was handed in counts; who had handed nothing in is waited for as long as its lease; both come back."""
+    blows = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
+    with house_of(short, model_name, 6, tmp_path) as (house, sessions), ThreadPoolExecutor(2) as threads:
+
+        def a_round(*pushers: Victim) -> tuple[str, ...]:
+            """One push of each survivor's, and of these; who contributed."""
+            for victim in pushers:
+                victim.push()
+            first, second = [f.result() for f in [threads.submit(house.push, s) for s in sessions]]
+            assert first.contributors == second.contributors
+            return tuple(first.contributors)
+
+        victims = [f"{how}-{when}" for how in blows for when in ("after", "before")]
+        held = {name: house.start(name, "asked") for name in victims}
+        wait_until(lambda: len(house.workers()) == 6, BUSY_S)
+        assert a_round(*held.values()) == ("a", "b", *sorted(victims))
+        for name in victims:
+            if name.endswith("after"):
+                held[name].push()
+                wait_until(lambda name=name: house.workers()[name].get("round") == "present", BUSY_S)
+        for name, victim in held.items():
+            victim.strike(blows[name.partition("-")[0]])
+        assert a_round() == ("a", "b", "kill-after", "stop-after")
+        assert house.waited_s[-1] > LEASE_S / 2  # they had been waited for
+        assert a_round() == ("a", "b")
+
+        for name, victim in held.items():
+            if name.startswith("kill"):
+                held[name] = house.start(name, "asked")
+            else:
+                victim.strike(signal.SIGCONT)
+        wait_until(lambda: held["stop-after"].settled() == 2, BUSY_S)
+        # its first push since is of a version that is long gone, and brings it up to date
+        held["stop-before"].push()
+        held["stop-after"].push()
+        wait_until(
+            lambda: all(held[f"stop-{w}"].settled() == n for w, n in (("before", 2), ("after", 3))), BUSY_S
+        )
+        wait_until(lambda: all(w["state"] == "live" for w in house.workers().values()), BUSY_S)
+        assert a_round(*held.values()) == ("a", "b", *sorted(victims))
+        wait_until(lambda: all(victim.settled() for victim in house.victims[-2:]), BUSY_S)
+        house.check(0)
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("waves", [2, pytest.param(20, marks=pytest.mark.soak)])
+def test_struck_at_random_moments(short: RunningServer, model_name: str, tmp_path: Path, waves: int) -> None:
+    """25 at once, each at a moment of its own; then half of them go on, and new processes come for the others."""
+    chance = random.Random(waves)
+    enough = threading.Event()
+    with (
+        house_of(short, model_name, AT_ONCE * (waves + 1), tmp_path) as (house, sessions),
+        ThreadPoolExecutor(2) as threads,
+    ):
+
+        def survive(session: Session) -> None:
+            while not enough.is_set():
+                house.push(session)
+
+        surviving: list[Future[None]] = [threads.submit(survive, session) for session in sessions]
+        try:
+            pushing = [house.start(f"v{number:02}") for number in range(AT_ONCE)]
+            for _ in range(waves):
+                pushing = strike(house, pushing, chance)
+            until_all_push(pushing)
+            for victim in house.victims:
+                victim.end()
+            reached = len(house.receipts)
+            wait_until(lambda: len(house.receipts) > reached + 10, BUSY_S + LEASE_S)
         finally:
             enough.set()
-
-
-@contextmanager
-def victim(server: RunningServer, model: str) -> Iterator[subprocess.Popen[str]]:
-    process = subprocess.Popen(
-        [sys.executable, "-c", VICTIM, server.grpc, model], stdout=subprocess.PIPE, text=True
+        for future in surviving:
+            future.result(BUSY_S + LEASE_S)
+        rounds, doubts = house.check(WITHIN_S)
+    outcomes = {said.outcome for victim in house.victims for said in victim.told().values()}
+    assert {"applied", "dropped_late", "fenced"} <= outcomes
+    assert max(map(len, rounds.values())) > AT_ONCE / 2
+    print(
+        f"\n{AT_ONCE * waves} workers struck at random moments in {len(rounds)} rounds: each push applied once or not at "
+        f"all, of {len(doubts)} in doubt {sum(doubts)} had been; the longest round took {max(house.waited_s):.2f} s with "
+        f"leases of {LEASE_S} s"
     )
-    try:
-        yield process
-    finally:
-        process.send_signal(signal.SIGCONT)
-        process.kill()
-        process.wait()
-        if process.stdout is not None:
-            process.stdout.close()
 
 
-def state_sum(server: RunningServer, model: str) -> float:
-    exported = torch.load(io.BytesIO(download(server, f"{model}/export", "torch")), weights_only=True)
-    return float(exported["optimizer"]["state"][0]["sum"][0])
+def until_all_push(victims: list[Victim]) -> None:
+    """Until each of them is in the rounds."""
+    wait_until(lambda: all(victim.is_pushing() for victim in victims), 3 * BUSY_S)
 
 
-def check(server: RunningServer, model: str, futures: list[Future[list[Receipt]]]) -> dict[int, list[str]]:
-    """The contributors of each version, which the survivors agree on and the state proves."""
-    rounds: dict[int, list[str]] = {}
-    for future in futures:
-        for receipt in future.result(HANGS_S):
-            if receipt.outcome is not Outcome.APPLIED:
-                assert receipt.outcome is Outcome.DROPPED_LATE
-                continue
-            assert rounds.setdefault(receipt.version, list(receipt.contributors)) == receipt.contributors
-            assert len(set(receipt.contributors)) == len(receipt.contributors)
-    version = show_model(server, model)["version"]
-    alone = version - len(
-        rounds
-    )  # rounds of the victim only, after the others had left: one contributor each
-    assert state_sum(server, model) == sum(len(names) ** 2 for names in rounds.values()) + alone
-    return rounds
-
-
-@pytest.mark.parametrize("moment", range(1))
-@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP])
-def test_rounds_go_on_without_a_worker_that_died(
-    short: RunningServer, model_name: str, blow: signal.Signals, moment: int
-) -> None:
-    strike(short, model_name, blow, random.Random(moment).random() * 0.05)
-
-
-@pytest.mark.soak
-@pytest.mark.parametrize("moment", range(25))
-@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP])
-def test_rounds_go_on_at_fifty_random_moments(
-    short: RunningServer, model_name: str, blow: signal.Signals, moment: int
-) -> None:
-    strike(short, model_name, blow, random.Random(1000 + moment).random() * 0.2)
-
-
-def strike(server: RunningServer, model: str, blow: signal.Signals, after_s: float) -> None:
-    enough = threading.Event()
-
-    def version() -> int:
-        return int(show_model(server, model)["version"])
-
-    with survivors(server, model, enough) as futures, victim(server, model) as process:
-        assert process.stdout is not None
-        for _ in range(3):  # it is in the rounds
-            assert process.stdout.readline()
-        threading.Event().wait(after_s)
-        process.send_signal(blow)
-        if blow is signal.SIGKILL:
-            process.wait()
-        reached = version()
-        wait_until(lambda: version() >= reached + 5, HANGS_S)
-        shown = server.rest("GET", f"/v1/models/{model}/workers").json()["workers"]
-        assert {worker["name"]: worker["state"] for worker in shown} == {
-            "a": "live",
-            "b": "live",
-            "victim": "expired",
-        }
-        if blow is signal.SIGSTOP:
-            process.send_signal(signal.SIGCONT)
-            threading.Thread(target=process.stdout.read, daemon=True).start()
-            wait_until(lambda: back(server, model), HANGS_S)
-            reached = version()
-            wait_until(lambda: version() >= reached + 5, HANGS_S)
-            process.kill()
-            process.wait()
-            wait_until(lambda: version() >= reached + 10, HANGS_S)
-        enough.set()
-        rounds = check(server, model, futures)
-    assert ["a", "b", "victim"] in rounds.values()
-    assert ["a", "b"] in rounds.values()
-
-
-def back(server: RunningServer, model: str) -> bool:
-    workers = server.rest("GET", f"/v1/models/{model}/workers").json()["workers"]
-    return any(w["name"] == "victim" and w["epoch"] == 2 and w["sequence"] > 2 for w in workers)
+def strike(house: House, pushing: list[Victim], chance: random.Random) -> list[Victim]:
+    """Kill or stop each, let the rounds go on, and have each back in one of the ways that there are."""
+    until_all_push(pushing)
+    begun_s = time.monotonic()
+    back, frozen = [], []
+    for after_s, victim in sorted(
+        [(chance.uniform(0, WITHIN_S), victim) for victim in pushing], key=itemgetter(0)
+    ):
+        threading.Event().wait(max(0.0, begun_s + after_s - time.monotonic()))
+        stops = chance.random() < 0.5
+        victim.strike(signal.SIGSTOP if stops else signal.SIGKILL)
+        if chance.random() < 0.3:
+            back.append(
+                house.start(victim.name, "takeover")
+            )  # while its lease is live, and its push perhaps held
+        elif stops and chance.random() < 0.7:
+            back.append(victim)
+        else:
+            back.append(house.start(victim.name))  # which waits for the lease to end
+        if stops:
+            frozen.append((victim, back[-1]))
+    reached = len(house.receipts)
+    wait_until(lambda: len(house.receipts) >= reached + 4, LEASE_S + BUSY_S)
+    for victim, successor in frozen:
+        if victim is not successor:
+            wait_until(successor.is_pushing, BUSY_S)  # the one that goes on now is fenced
+        victim.strike(signal.SIGCONT)
+    return back
