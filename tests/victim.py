@@ -26,6 +26,8 @@ from pushstep.proto.errors import Fenced
 MOST_PUSHES = 80
 SHARED = 1
 LONGEST_THOUGHT_S = 0.02
+# A third of it is how long a push waits for its round before its worker is told so, and has to ask again.
+TIMEOUT_S = 3.0
 
 
 def model_of(processes: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -118,7 +120,7 @@ def _work(
         address,
         model=model,
         worker=name,
-        timeout_s=5,
+        timeout_s=TIMEOUT_S,
         retry_for_s=60,
         shared_memory=False,
         takeover="takeover" in options,
