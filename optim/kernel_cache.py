@@ -34,6 +34,7 @@ _SOURCES: Final = (
     "quantise_kernels.py",
     "row_kernels.py",
     "select_kernels.py",
+    "sum_kernels.py",
 )
 _kept_in: list[Path] = []
 _compiled: dict[Hashable, Any] = {}

@@ -17,6 +17,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from pushstep.proto.errors import NotHeld, PushPending, PushstepError
+from pushstep.proto.memory import BufferPool
 from pushstep.proto.status import named
 from pushstep.proto.types_pb2 import Identity, Outcome, ServerTimes
 
@@ -25,7 +26,7 @@ from .candidate import Candidate
 from .decision import Combine, Decision, Note, Settle, Step
 from .hooks.hook import Point
 from .session import Verdict
-from .staging import INLINE_STEP_BYTES, StagedPush
+from .staging import INLINE_STEP_BYTES, KEPT_BYTES, StagedPush
 
 if TYPE_CHECKING:
     from .model import Model
@@ -49,6 +50,8 @@ class Executor:
     def __init__(self, model: Model) -> None:
         self._model = model
         self._adding = model.device.lane()
+        # a sum in fresh pages would cost more than adding it up: 64 MB of them 20 ms and more
+        self._sums = BufferPool(KEPT_BYTES)
         self._answers: dict[Key, tuple[asyncio.Future[Settle], Candidate]] = {}
         self._releases: dict[Candidate, Callable[[], None]] = {}
         self._moved: asyncio.Future[None] | None = None
@@ -160,7 +163,7 @@ class Executor:
 
     def _add_up(self, pushes: Sequence[StagedPush], combine: Combine) -> StagedPush:
         with self._adding.over(pushes):
-            return reduction.add_up(pushes, combine.weights, combine.divisor)
+            return reduction.add_up(pushes, combine.weights, combine.divisor, self._sums.take)
 
     def _step(self, step: Step) -> None:
         """Queue a ticket with the model's stepper, behind all that were written before it."""

@@ -1,4 +1,4 @@
-"""A round's gradients added up. Blocks: call it in a thread; torch's own threads share the work.
+"""A round's gradients added up. Blocks: call it in a thread.
 
 The arithmetic is exactly this, so that anyone can do it again. In float32 (float64 where a gradient is float64), with
 pushes in the order of their workers' names:
@@ -15,28 +15,37 @@ some pushes are dense and others rows the result is dense, and rows are added to
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Final
 
 import torch
 from torch import Tensor
 
 from pushstep.optim.rows import coalesce
+from pushstep.optim.sums import weighted_sum
 from pushstep.proto.types_pb2 import Staged
 
 from . import gate
 from .staging import DensePart, RowsPart, StagedPush
+from .unpack import Take
 
 Part = DensePart | RowsPart
 Term = tuple[float, Part]
-# Elements that are added up before the next ones are read: sum, piece and product stay in a core's cache.
-CHUNK_ELEMENTS: Final = 1 << 16
+# A part and, where they came with it, its parameters' sums of squares.
+Sum = tuple[Part, list[float] | None]
+FRESH: Final[Take] = partial(torch.empty, dtype=torch.uint8)
 
 
-def add_up(pushes: Sequence[StagedPush], weights: Sequence[float], divisor: float) -> StagedPush:
-    """The weighted sum over `divisor`, measured as the gate measures a push."""
-    parts = [_sum(terms, divisor) for terms in _places(pushes, weights)]
+def add_up(
+    pushes: Sequence[StagedPush],
+    weights: Sequence[float],
+    divisor: float,
+    take: Take = FRESH,
+) -> StagedPush:
+    """The weighted sum over `divisor`, measured as the gate measures a push. take: gives the memory for it."""
+    sums = [_sum(terms, divisor, take) for terms in _places(pushes, weights)]
     staged = Staged(base_version=min(push.staged.base_version for push in pushes))
-    return gate.measured(staged, parts)
+    return gate.measured(staged, [part for part, _ in sums], [known for _, known in sums])
 
 
 def _places(pushes: Sequence[StagedPush], weights: Sequence[float]) -> Iterator[list[Term]]:
@@ -65,16 +74,19 @@ def _by_parameter(part: Part) -> list[Part]:
     ]
 
 
-def _sum(terms: Sequence[Term], divisor: float) -> Part:
+def _sum(terms: Sequence[Term], divisor: float, take: Take) -> Sum:
     rows = [(weight, part) for weight, part in terms if isinstance(part, RowsPart)]
     dense = [(weight, part) for weight, part in terms if isinstance(part, DensePart)]
     if not dense:
-        return _sum_rows(rows, divisor)
-    place = dense[0][1]
-    if not rows:
-        gradients = [(weight, part.gradient) for weight, part in dense]
-        return DensePart(place.arena, place.start, place.slots, _sum_dense(gradients, divisor))
-    return DensePart(place.arena, place.start, place.slots, _sum_mixed(terms, divisor))
+        return _sum_rows(rows, divisor), None
+    place, known = dense[0][1], None
+    if rows:
+        total = _sum_mixed(terms, divisor)
+    elif place.gradient.is_cpu:
+        total, known = _sum_dense(dense, divisor, take)
+    else:
+        total = _sum_elsewhere(dense, divisor)
+    return DensePart(place.arena, place.start, place.slots, total), known
 
 
 def _wide(tensors: Sequence[Tensor]) -> torch.dtype:
@@ -91,19 +103,27 @@ def _divide(values: Tensor, divisor: float) -> None:
         values.div_(torch.full((), divisor, dtype=values.dtype, device=values.device))
 
 
-def _sum_dense(gradients: Sequence[tuple[float, Tensor]], divisor: float) -> Tensor:
-    wide = _wide([gradient for _, gradient in gradients])
-    total = torch.empty_like(gradients[0][1], dtype=wide)
-    chunk = CHUNK_ELEMENTS if total.is_cpu else max(1, total.numel())
-    for start in range(0, total.numel(), chunk):
-        here = total[start : start + chunk]
-        for number, (weight, gradient) in enumerate(gradients):
-            piece = _times(gradient[start : start + chunk].to(wide), weight)
-            if number == 0:
-                here.copy_(piece)
-            else:
-                here.add_(piece)
-        _divide(here, divisor)
+def _sum_dense(
+    terms: Sequence[tuple[float, DensePart]], divisor: float, take: Take
+) -> tuple[Tensor, list[float]]:
+    gradients = [part.gradient for _, part in terms]
+    wide = _wide(gradients)
+    if len({gradient.dtype for gradient in gradients}) > 1:
+        gradients = [gradient.to(wide) for gradient in gradients]
+    total = take(gradients[0].numel() * wide.itemsize).view(wide)
+    sizes = [slot.stop - slot.start for slot in terms[0][1].slots]
+    return total, weighted_sum(total, gradients, [weight for weight, _ in terms], divisor, sizes)
+
+
+def _sum_elsewhere(terms: Sequence[tuple[float, DensePart]], divisor: float) -> Tensor:
+    """The same by torch, on the device where the gradients are."""
+    wide = _wide([part.gradient for _, part in terms])
+    total = torch.zeros((), dtype=wide, device=terms[0][1].gradient.device)
+    for number, (weight, part) in enumerate(terms):
+        piece = _times(part.gradient.to(wide), weight)
+        # a copy: a sum of one gradient is divided in place
+        total = total.add_(piece) if number else piece.clone() if piece is part.gradient else piece
+    _divide(total, divisor)
     return total
 
 
