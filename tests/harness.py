@@ -18,6 +18,13 @@ import httpx
 from pushstep.client import Session, connect
 
 SERVER = Path(sys.executable).with_name("pushstep-server")
+# What a server is started with on each device that tests run on; conftest.py sets which.
+COMMANDS: dict[str, tuple[str | Path, ...]] = {
+    "cpu": (SERVER,),
+    "cuda": (SERVER, "--device", "cuda"),
+    "modelled": (sys.executable, Path(__file__).with_name("modelled_server.py"), "--device", "cuda"),
+}
+DEVICE = "cpu"
 START_S = 60.0
 # the server that all tests share snapshots some hundred models, beside whatever else the machine does
 STOP_S = 90.0
@@ -67,12 +74,12 @@ class RunningServer:
 
 
 def start_server(data: Path, *options: str, environment: dict[str, str] | None = None) -> RunningServer:
-    """Start a server on free ports with `data` as its folder, and wait until it is ready."""
+    """Start a server on free ports with `data` as its folder, and wait until it is ready. On the test's device."""
     data.mkdir(parents=True, exist_ok=True)
     log = data / f"server-{next(_numbers)}.log"
     with log.open("w") as stderr:
         process = subprocess.Popen(
-            [SERVER, "--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0", "--data", data, *options],
+            [*COMMANDS[DEVICE], "--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0", "--data", data, *options],
             stdout=subprocess.PIPE,
             stderr=stderr,
             text=True,
