@@ -34,7 +34,8 @@ EXCHANGE = [
     *_over_tcp("int8", 2.2, 1.6),
     Floor("pushstep shm float32", "adadelta", 16_000_000, "local", 2.0),
     Floor("pushstep shm float32", "adagrad", 16_000_000, "rpc", 3.0),
-    Floor("pushstep shm float32", "adagrad", 16_000_000, "ray", 4.0),
+    Floor("pushstep shm float32", "adagrad", 16_000_000, "ray actor, tensors", 4.0),
+    Floor("pushstep shm float32", "adagrad", 16_000_000, "ray actor, arrays", 4.0),
     *(
         Floor(f"pushstep {transport} float32", rule, 10_000, "rpc", 1.0)
         for transport in ("tcp", "unix", "shm")

@@ -1,7 +1,9 @@
 """A Ray actor that holds torch's optimizer: gradients in, parameters out, through Ray's shared-memory store.
 
-Needs the `bench` extra. The actor reads the gradient where the store has it, without a copy; the worker copies what
-it gets back into its parameter, as it must to go on training.
+Needs the `bench` extra. There are two, which do the same work: `tensors` passes and returns torch tensors, as a program
+does that has them, and Ray serialises them; `arrays` passes and returns the same memory as numpy arrays, of which
+Ray makes no copy beyond the store's: the actor reads the gradient where the store has it. Either way the worker copies
+what it gets back into its own parameter, as it must to go on training: what Ray returns is read-only and the store's.
 """
 
 from __future__ import annotations
@@ -10,15 +12,16 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final, Literal, get_args
 
-import numpy as np
 import torch
 
 from .driver import Driver, End, end_all
 from .peer_local import Rule, optimizer_of, parameter_of
 from .side import Side, side_of
 
+Form = Literal["tensors", "arrays"]
+FORMS: Final[tuple[Form, ...]] = get_args(Form)
 STORE_BYTES = 2 << 30
 CPUS = 2
 
@@ -34,7 +37,7 @@ def _start() -> End:
 
     ray.init(
         address="local",
-        num_cpus=CPUS,
+        num_cpus=CPUS * len(FORMS),
         object_store_memory=STORE_BYTES,
         include_dashboard=False,
         log_to_driver=False,
@@ -52,35 +55,39 @@ class Holder:
         self._optimizer = optimizer_of(rule, self._parameter)
 
     def exchange(self, gradient: Any) -> Any:
-        """Step by a gradient; the parameters."""
-        self._parameter.grad = torch.from_numpy(gradient)
+        """Step by a gradient; the parameters, in the gradient's form."""
+        as_tensor = isinstance(gradient, torch.Tensor)
+        self._parameter.grad = gradient if as_tensor else torch.from_numpy(gradient)
         self._optimizer.step()
-        return self._parameter.detach().numpy()
+        return self._parameter.detach() if as_tensor else self._parameter.detach().numpy()
 
 
 class RayWorker:
     """Calls the actor."""
 
-    def __init__(self, rule: Rule, elements: int) -> None:
+    def __init__(self, form: Form, rule: Rule, elements: int) -> None:
         import ray
 
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
         self._ray = ray
-        self._actor = ray.remote(Holder).remote(rule, elements)
-        self._gradient = np.random.default_rng(0).standard_normal(elements, dtype=np.float32)
-        self._parameter = np.zeros(elements, dtype=np.float32)
+        # a core for each thread of torch's step: by itself Ray gives an actor one
+        self._actor = ray.remote(Holder).options(num_cpus=CPUS).remote(rule, elements)
+        gradient = torch.randn(elements)
+        self._gradient: Any = gradient if form == "tensors" else gradient.numpy()
+        self._parameter = torch.zeros(elements)
         self.exchange()
 
     def exchange(self) -> None:
         """Push, step, pull."""
-        np.copyto(self._parameter, self._ray.get(self._actor.exchange.remote(self._gradient)))
+        self._parameter.copy_(torch.as_tensor(self._ray.get(self._actor.exchange.remote(self._gradient))))
 
     def close(self) -> None:
         """End the actor."""
         self._ray.kill(self._actor)
 
 
-def _workers(rule: Rule, elements: int) -> Sequence[RayWorker]:
-    return [RayWorker(rule, elements)]
+def _workers(form: Form, rule: Rule, elements: int) -> Sequence[RayWorker]:
+    return [RayWorker(form, rule, elements)]
 
 
 class Ray:
@@ -90,9 +97,9 @@ class Ray:
         self._driver = Driver(_start)
         self._driver.answer()
 
-    def side(self, rule: Rule, elements: int) -> Side:
+    def side(self, form: Form, rule: Rule, elements: int) -> Side:
         """One worker and the actor."""
-        return side_of("ray actor", _workers, [self._driver], [(rule, elements)])
+        return side_of(f"ray actor, {form}", _workers, [self._driver], [(form, rule, elements)])
 
     def close(self) -> None:
         """End the process and the cluster with it."""

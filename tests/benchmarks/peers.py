@@ -9,7 +9,7 @@ from typing import Any
 
 from .peer_gloo import Gloo
 from .peer_local import Local, Rule
-from .peer_ray import Ray
+from .peer_ray import FORMS, Form, Ray
 from .peer_ray import installed as ray_installed
 from .peer_rpc import VARIANTS, Rpc
 from .peer_socket import Socket
@@ -54,6 +54,10 @@ class Peers:
         """torch.distributed.rpc."""
         return self._peer(Rpc, variant, min(workers, 2)).side(rule, elements, workers)
 
+    def ray(self, form: Form, rule: Rule, elements: int) -> Side:
+        """A Ray actor."""
+        return self._peer(Ray).side(form, rule, elements)
+
     def socket(self, family: str, elements: int) -> Side:
         """Bare sockets moving as many float32."""
         return self._peer(Socket, family).side(elements * FLOAT32_BYTES)
@@ -70,7 +74,7 @@ class Peers:
         }
         makes |= {f"rpc {variant}": partial(self.rpc, variant, rule, elements) for variant in VARIANTS}
         if ray_installed():
-            makes["ray actor"] = lambda: self._peer(Ray).side(rule, elements)
+            makes |= {f"ray actor, {form}": partial(self.ray, form, rule, elements) for form in FORMS}
         makes |= {f"socket {family}": partial(self.socket, family, elements) for family in ("tcp", "unix")}
         makes["local torch.optim"] = lambda: self._peer(Local).side(rule, elements)
         with taking_part(make() for name, make in makes.items() if self.wants(name)) as sides:
