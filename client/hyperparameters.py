@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pushstep.optim import RULES
-from pushstep.proto.hyperparameters import plain_values
+from pushstep.proto.hyperparameters import values_of
 from pushstep.proto.types_pb2 import GroupValues
 
 from . import caller
@@ -86,7 +86,7 @@ class Hyperparameters:
             for group, old in zip(groups, since, strict=False)
         ]
         # a group that another worker has added meanwhile is not this one's yet
-        self._known = [plain_values(group.values) for group in values][: len(groups)]
+        self._known = [values_of(group) for group in values][: len(groups)]
         for number, (group, known) in enumerate(zip(groups, self._known, strict=True)):
             for name, value in known.items():
                 if number < len(later) and name in later[number]:

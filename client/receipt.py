@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from pushstep.proto import types_pb2 as pb
-from pushstep.proto.hyperparameters import plain_values
+from pushstep.proto.hyperparameters import values_of
 
 
 class Outcome(StrEnum):
@@ -19,6 +19,11 @@ class Outcome(StrEnum):
     TOO_STALE = "too_stale"
     REJECTED = "rejected"
     SUPERSEDED = "superseded"
+
+
+# by number; the names that messages have are looked up once
+_OUTCOMES = {pb.Outcome.Value(f"OUTCOME_{outcome.name}"): outcome for outcome in Outcome}
+_DURABILITIES = {number: name.removeprefix("DURABILITY_").lower() for name, number in pb.Durability.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +60,7 @@ class Receipt:
         """A receipt from its message."""
         times = message.times
         return cls(
-            outcome=Outcome(pb.Outcome.Name(message.outcome).removeprefix("OUTCOME_").lower()),
+            outcome=_OUTCOMES[message.outcome],
             reason=message.reason,
             worker=message.identity.worker,
             epoch=message.identity.epoch,
@@ -65,11 +70,11 @@ class Receipt:
             staleness=message.staleness,
             gradient_norm=message.gradient_norm,
             clip_factor=message.clip_factor,
-            groups=[plain_values(group.values) for group in message.groups],
+            groups=[values_of(group) for group in message.groups],
             effective_lr=[group.effective_lr for group in message.groups],
             ignored_edits=list(message.ignored_edits),
             lead=message.lead,
-            durability=pb.Durability.Name(message.durability).removeprefix("DURABILITY_").lower(),
+            durability=_DURABILITIES[message.durability],
             duplicates=message.duplicates,
             contributors=list(message.contributors),
             lr_scale=message.lr_scale,

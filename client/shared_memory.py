@@ -27,7 +27,7 @@ from pushstep.proto import training_pb2 as pb
 from pushstep.proto.errors import NoSharedMemory, PushstepError
 from pushstep.proto.frames import Piece
 from pushstep.proto.layout import Layout, Slot
-from pushstep.proto.region import Places, SharedBody, mapped, write
+from pushstep.proto.region import Places, SharedBody, SharedSlot, mapped, write
 
 from .gradients import Rows
 from .line import Line
@@ -60,15 +60,16 @@ class Region:
         self.line = Line(connection, timeout_s)
         try:
             slots = _mapped(fds[0], opened.slots * opened.slot_bytes, True, opened.slot_bytes)
-            self._parameters = _mapped(fds[1], opened.answer_bytes, False, opened.answer_bytes)
+            self._parameters = SharedSlot(_mapped(fds[1], opened.answer_bytes, False, opened.answer_bytes))
         except BaseException:
             self.line.close()
             raise
         finally:
             for fd in fds:
                 os.close(fd)
-        self.slots: list[Tensor] = [
-            slots[start : start + opened.slot_bytes] for start in range(0, slots.numel(), opened.slot_bytes)
+        self.slots: list[SharedSlot] = [
+            SharedSlot(slots[start : start + opened.slot_bytes])
+            for start in range(0, slots.numel(), opened.slot_bytes)
         ]
         self._range = (slots.data_ptr(), slots.data_ptr() + slots.numel())
         self._lent: dict[tuple[int, int], weakref.ref[Any]] = {}
@@ -95,7 +96,7 @@ class Region:
         self._fresh = False
         dtype = self.gradients.dtypes[slot.arena]
         start = self.gradients.start(slot.arena, slot.start)
-        memory = self.slots[self._current][start : start + (slot.stop - slot.start) * dtype.itemsize]
+        memory = self.slots[self._current].memory[start : start + (slot.stop - slot.start) * dtype.itemsize]
         # an object of its own, which dies with the last tensor over this place, whoever made that
         loan = memory.numpy()[:]
         self._lent[self._current, slot.index] = weakref.ref(loan)
@@ -126,7 +127,7 @@ class Region:
     def _may_write(self, index: int, slot: Slot, gradient: Tensor | Rows) -> bool:
         if self._is_free(index, slot):
             return True
-        place = self.slots[index].data_ptr() + self.gradients.start(slot.arena, slot.start)
+        place = self.slots[index].memory.data_ptr() + self.gradients.start(slot.arena, slot.start)
         return isinstance(gradient, Tensor) and gradient.is_contiguous() and gradient.data_ptr() == place
 
     def answer_of(self, header: pb.PullHeader) -> Pulled:

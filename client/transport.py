@@ -74,10 +74,11 @@ class Pulled:
         """(slot, state name or "", values in the slot's shape) of every dense segment."""
         for index, segment in enumerate(self.header.segments):
             if not segment.HasField("rows"):
-                flat = self.body.part(index, dtypes.to_torch(segment.dtype, "segment"))
+                dtype = dtypes.to_torch(segment.dtype, "segment")
                 for slot in self.layout.slots_of(segment):
-                    start = slot.start - segment.start
-                    yield slot, segment.state, flat[start : start + slot.stop - slot.start].view(slot.shape)
+                    start = (slot.start - segment.start) * dtype.itemsize
+                    values = self.body.part(index, dtype, start, slot.stop - slot.start)
+                    yield slot, segment.state, values.view(slot.shape)
 
     def rows(self) -> Iterator[tuple[Slot, Tensor, Tensor]]:
         """(slot, ids, rows) of every row-sparse segment."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 
-from .types_pb2 import Hyperparameter
+from .types_pb2 import GroupValues, Hyperparameter
 
 Values = dict[str, float | bool]
 
@@ -15,6 +16,16 @@ def plain_values(values: Mapping[str, Hyperparameter]) -> Values:
         name: value.flag if value.WhichOneof("value") == "flag" else value.number
         for name, value in values.items()
     }
+
+
+def values_of(group: GroupValues) -> Values:
+    """A group's hyperparameters as Python numbers and flags. They seldom change, so the last ones are remembered."""
+    return dict(_parsed(group.SerializeToString(deterministic=True)))
+
+
+@lru_cache(maxsize=64)
+def _parsed(group: bytes) -> Values:
+    return plain_values(GroupValues.FromString(group).values)
 
 
 def wire_values(values: Mapping[str, float | bool]) -> dict[str, Hyperparameter]:

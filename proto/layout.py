@@ -28,6 +28,8 @@ MAX_ELEMENTS: Final = 1 << 48
 # The most elements of a segment whose indices are uint32.
 MAX_INDEXED: Final = 1 << 32
 INT8_UNPACKED: Final = torch.float32
+# Which parameters a segment covers is remembered of so many different ones; the others are looked up each time.
+PLACES_KEPT: Final = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +90,10 @@ class Layout:
         )
         self.by_name = {slot.name: slot for slot in self.slots}
         self.manifest_hash = _hash(self.manifest)
+        self.first_of_group = {slot.group: slot for slot in reversed(self.slots)}
+        self._whole: dict[torch.dtype | None, list[tuple[Segment, list[Slot]]]] = {}
+        # by arena, start and stop: every push of a worker has the same segments
+        self._covered: dict[tuple[int, int, int], list[Slot]] = {}
         self._borders = [
             {slot.start: slot for slot in arena.slots if slot.stop > slot.start} for arena in self.arenas
         ]
@@ -101,6 +107,19 @@ class Layout:
 
     def slots_of(self, segment: Segment) -> list[Slot]:
         """The non-empty parameters that a segment covers, whole. MalformedFrame if its borders are not theirs."""
+        place = segment.arena, segment.start, segment.stop
+        covered = self._covered.get(place)
+        if covered is None:
+            covered = self._cover(segment)
+            if len(self._covered) < PLACES_KEPT:
+                self._covered[place] = covered
+        if segment.HasField("rows") and (len(covered) != 1 or not covered[0].shape):
+            raise MalformedFrame(problem="a row-sparse segment must be exactly one parameter that has rows")
+        if segment.HasField("elements"):
+            self._check_elements(segment)
+        return covered
+
+    def _cover(self, segment: Segment) -> list[Slot]:
         if segment.arena >= len(self.arenas):
             raise MalformedFrame(problem=f"segment names arena {segment.arena} of {len(self.arenas)}")
         borders = self._borders[segment.arena]
@@ -114,10 +133,6 @@ class Layout:
                 problem=f"segment [{segment.start}, {segment.stop}) of arena {segment.arena} does not lie on "
                 "parameter borders"
             )
-        if segment.HasField("rows") and (len(covered) != 1 or not covered[0].shape):
-            raise MalformedFrame(problem="a row-sparse segment must be exactly one parameter that has rows")
-        if segment.HasField("elements"):
-            self._check_elements(segment)
         return covered
 
     def _check_elements(self, segment: Segment) -> None:
@@ -134,16 +149,15 @@ class Layout:
     def segment_bytes(self, segment: Segment) -> int:
         """Payload bytes of a legal segment."""
         dtype = dtypes.of_push(segment.dtype, "segment")
-        slots = self.slots_of(segment)
         quantised = dtype == torch.int8
         if segment.HasField("elements"):
             return int(segment.elements) * (INDEX_BYTES + dtype.itemsize)
         if segment.HasField("rows"):
-            width = slots[0].row_elements
+            width = self.slots_of(segment)[0].row_elements
             row_bytes = dtypes.int8_bytes(width) if quantised else width * dtype.itemsize
             return int(segment.rows) * (ID_BYTES + row_bytes)
         if quantised:
-            return sum(dtypes.int8_bytes(slot.stop - slot.start) for slot in slots)
+            return sum(dtypes.int8_bytes(slot.stop - slot.start) for slot in self.slots_of(segment))
         return int(segment.stop - segment.start) * dtype.itemsize
 
     def unpacked_bytes(self, segment: Segment) -> int:
@@ -155,6 +169,12 @@ class Layout:
         if segment.HasField("rows"):
             return int(segment.rows) * self.slots_of(segment)[0].row_elements * INT8_UNPACKED.itemsize
         return int(segment.stop - segment.start) * INT8_UNPACKED.itemsize
+
+    def whole(self, wire: torch.dtype | None) -> list[tuple[Segment, list[Slot]]]:
+        """The dense segments of all parameters, made once for each wire dtype: not to be written to."""
+        if wire not in self._whole:
+            self._whole[wire] = self.dense_segments(self.slots, wire)
+        return self._whole[wire]
 
     def dense_segments(
         self, slots: Iterable[Slot], wire: torch.dtype | None = None, state: str = ""

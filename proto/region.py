@@ -28,6 +28,8 @@ from .types_pb2 import Segment
 
 PAGE_BYTES: Final = 4096
 TOKEN_BYTES: Final = 16
+# Views kept of one slot; of a model of more parameters than that, the others are made anew.
+VIEWS_KEPT: Final = 1024
 # madvise's, which Python does not name. 64 MB of fresh pages take 180 ms here: at opening, and not in the first step.
 _POPULATE_READ: Final = 22
 _POPULATE_WRITE: Final = 23
@@ -51,14 +53,16 @@ class Places:
         """The byte at which an element of an arena begins."""
         return self._starts[arena] + element * self.dtypes[arena].itemsize
 
-    def arena(self, memory: Tensor, arena: int) -> Tensor:
+    def arena(self, slot: SharedSlot, arena: int) -> Tensor:
         """A whole arena in a slot, flat."""
         start = self._starts[arena]
         size = self.layout.arenas[arena].elements * self.dtypes[arena].itemsize
-        return memory[start : start + size].view(self.dtypes[arena])
+        return slot.view(start, size, self.dtypes[arena])
 
     def fits(self, segment: Segment) -> bool:
         """Whether a segment's payload is no longer than its place. Dense ones always are."""
+        if not segment.HasField("rows"):
+            return True
         room = (segment.stop - segment.start) * self.dtypes[segment.arena].itemsize
         return self.layout.segment_bytes(segment) <= room
 
@@ -76,11 +80,32 @@ class Places:
         return self.start(segment.arena, segment.start), length
 
 
+class SharedSlot:
+    """A slot's memory, and the views of it that were asked for: the same ones are, in every call.
+
+    A new view takes as long as copying a thousand elements, in torch as in numpy.
+    """
+
+    def __init__(self, memory: Tensor) -> None:
+        self.memory = memory
+        self._views: dict[tuple[int, int, torch.dtype], Tensor] = {}
+
+    def view(self, start: int, nbytes: int, dtype: torch.dtype) -> Tensor:
+        """Some bytes of it as a flat tensor."""
+        key = start, nbytes, dtype
+        found = self._views.get(key)
+        if found is None:
+            found = self.memory[start : start + nbytes].view(dtype)
+            if len(self._views) < VIEWS_KEPT:
+                self._views[key] = found
+        return found
+
+
 class SharedBody:
     """A body that lies in a slot: what `frames.Assembly` is to one that was sent."""
 
-    def __init__(self, places: Places, memory: Tensor, segments: Sequence[Segment]) -> None:
-        self._memory = memory
+    def __init__(self, places: Places, slot: SharedSlot, segments: Sequence[Segment]) -> None:
+        self._slot = slot
         self._segments = segments
         self._spans = [places.span(segment) for segment in segments]
 
@@ -88,20 +113,21 @@ class SharedBody:
         """Elements of a segment, flat: `count` of `dtype` from byte `start` on; in place, but for a copy of row ids."""
         first, length = self._spans[segment]
         size = length - start if count is None else count * dtype.itemsize
-        part = self._memory[first + start : first + start + size]
-        return part.clone().view(dtype) if dtype == torch.int64 else part.view(dtype)
+        if dtype == torch.int64:
+            return self._slot.memory[first + start : first + start + size].clone().view(dtype)
+        return self._slot.view(first + start, size, dtype)
 
     def digest(self) -> int:
         """The digest that the same body has when it is sent."""
         digest = BodyDigest(self._segments)
         for first, length in self._spans:
-            digest.update(self._memory[first : first + length].numpy().data)
+            digest.update(self._slot.view(first, length, torch.uint8).numpy().data)
         return digest.value
 
 
 def write(
     places: Places,
-    memory: Tensor,
+    slot: SharedSlot,
     segment: Segment,
     pieces: Sequence[Piece],
     copy: Callable[[Tensor, Tensor], None],
@@ -109,13 +135,14 @@ def write(
     """Put a segment's pieces in their place by `copy(target, source)`; what lies there already is left alone."""
     at, _ = places.span(segment)
     for piece in pieces:
-        source = piece.source.detach()
-        target = memory[at : at + piece.nbytes]
-        at += piece.nbytes
+        source, nbytes = piece.source.detach(), piece.nbytes
         if piece.dtype == torch.int64:  # ids may begin on no border of 8 bytes
-            target.copy_(source.contiguous().view(torch.uint8))
-        elif source.data_ptr() != target.data_ptr() or not source.is_contiguous():
-            copy(target.view(piece.dtype).view(source.shape), source)
+            slot.memory[at : at + nbytes].copy_(source.contiguous().view(torch.uint8))
+        else:
+            target = slot.view(at, nbytes, piece.dtype)
+            if source.data_ptr() != target.data_ptr() or not source.is_contiguous():
+                copy(target.view(source.shape), source)
+        at += nbytes
 
 
 def mapped(fd: int, nbytes: int, *, writable: bool, prefault_bytes: int) -> Tensor:

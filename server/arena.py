@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pushstep.optim import RULES
 from pushstep.proto import dtypes
-from pushstep.proto.hyperparameters import plain_values
+from pushstep.proto.hyperparameters import values_of
 from pushstep.proto.layout import Layout, Slot
 from pushstep.proto.types_pb2 import Ticket
 
@@ -98,7 +98,7 @@ class Arenas:
         the slots that are returned.
         """
         written: set[int] = set()
-        values = [plain_values(group.values) for group in ticket.groups]
+        values = [values_of(group) for group in ticket.groups]
         for group in values:
             group["lr"] = float(group["lr"]) * ticket.lr_scale
         for part in parts:
@@ -123,13 +123,13 @@ class Arenas:
         arena, start, stop = part.arena, run[0].start, run[-1].stop
         rule = RULES[self.rule_names[run[0].group]]
         rule.step_dense(
-            self.parameters[arena][start:stop],
-            part.gradient[start - part.start : stop - part.start],
-            [self.states[arena][name][start:stop] for name in rule.state_names],
+            _between(self.parameters[arena], start, stop),
+            _between(part.gradient, start - part.start, stop - part.start),
+            [_between(self.states[arena][name], start, stop) for name in rule.state_names],
             values[run[0].group],
             step=self.steps[run[0].index] + 1,
             factor=ticket.factor,
-            copy_out=None if copy_out is None else copy_out[arena][start:stop],
+            copy_out=None if copy_out is None else _between(copy_out[arena], start, stop),
         )
         for slot in run:
             self.steps[slot.index] += 1
@@ -159,11 +159,11 @@ class Arenas:
     def applied_lrs(self, ticket: Ticket) -> dict[int, float]:
         """Each group's lr as the step just taken applied it, by its first parameter's step count."""
         lrs: dict[int, float] = {}
-        for slot in reversed(self.layout.slots):
-            if slot.group < len(ticket.groups):
-                values = plain_values(ticket.groups[slot.group].values)
-                rule = RULES[self.rule_names[slot.group]]
-                lrs[slot.group] = rule.effective_lr(values, max(1, self.steps[slot.index])) * ticket.lr_scale
+        for group, slot in self.layout.first_of_group.items():
+            if group < len(ticket.groups):
+                values = values_of(ticket.groups[group])
+                rule = RULES[self.rule_names[group]]
+                lrs[group] = rule.effective_lr(values, max(1, self.steps[slot.index])) * ticket.lr_scale
         return lrs
 
     def mark_changed(self, slot: Slot, version: int) -> None:
@@ -222,6 +222,11 @@ class ArenasCopy:
         """One parameter (or its state) in its own shape."""
         flat = self.states[slot.arena][state] if state else self.parameters[slot.arena]
         return flat[slot.start : slot.stop].view(slot.shape)
+
+
+def _between(flat: Tensor, start: int, stop: int) -> Tensor:
+    """Elements [start, stop); itself if that is all of them, since a view takes as long as stepping some hundred."""
+    return flat if stop - start == flat.numel() else flat[start:stop]
 
 
 def _equal_runs(slots: Sequence[Slot], key: Callable[[Slot], int]) -> Iterator[list[Slot]]:

@@ -117,7 +117,9 @@ def measured(
             slots, pieces = [part.slot], [part.rows]
         else:
             slots = list(part.slots)
-            pieces = [part.gradient[slot.start - part.start : slot.stop - part.start] for slot in slots]
+            pieces = [part.gradient]  # a lone parameter's is all of it: a view less
+            if len(slots) > 1:
+                pieces = [part.gradient[slot.start - part.start : slot.stop - part.start] for slot in slots]
         norms = square_sums(pieces) if sums is None else sums
         for slot, piece, norm in zip(slots, pieces, norms, strict=True):
             staged.norms.append(ParameterNorm(parameter=slot.index, square_sum=norm))

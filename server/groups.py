@@ -34,6 +34,8 @@ class Group:
     scheduled_by: str | None = None
     # counts REST edits: the ETag. A worker's scheduler must not make an operator's edit stale.
     revision: int = 1
+    # the last message made, and the values that it is of, which are replaced and never written to
+    _sent: tuple[Values, GroupValues] | None = None
 
     @classmethod
     def make(cls, group: ParamGroup) -> Group:
@@ -55,6 +57,16 @@ class Group:
         except ValueError as error:
             raise InvalidHyperparameter(problem=str(error)) from error
         return values
+
+    def message(self, index: int) -> GroupValues:
+        """The values as they stand, made once: not to be written to."""
+        if self._sent is None or self._sent[0] is not self.values or self._sent[1].group != index:
+            lr = float(self.values["lr"])
+            self._sent = (
+                self.values,
+                GroupValues(group=index, values=wire_values(self.values), effective_lr=lr),
+            )
+        return self._sent[1]
 
     def _typed(self, name: str, value: Any) -> float | bool:
         if name not in self.rule.defaults:
@@ -117,11 +129,8 @@ class ParamGroups:
             self.list[index].values = values
 
     def messages(self) -> list[GroupValues]:
-        """Every group's values as they stand."""
-        return [
-            GroupValues(group=index, values=wire_values(group.values), effective_lr=float(group.values["lr"]))
-            for index, group in enumerate(self.list)
-        ]
+        """Every group's values as they stand: not to be written to."""
+        return [group.message(index) for index, group in enumerate(self.list)]
 
     def dump(self) -> list[dict[str, Any]]:
         """The groups as JSON, none of it shared with them."""

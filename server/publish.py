@@ -210,8 +210,7 @@ class Publisher:
         live = self._live.setdefault(wire, weakref.WeakSet())
         if len(live) >= LIVE_VERSIONS:
             return None
-        slots = [slot for slot in arenas.layout.slots if slot.index not in arenas.row_changed]
-        runs = arenas.layout.dense_segments(slots, wire)
+        runs = dense_runs(arenas, wire)
         bodies = [
             arenas.lane.outgoing(arenas.flat(s.arena)[s.start : s.stop], dtypes.to_torch(s.dtype, ""))
             for s, _ in runs
@@ -254,6 +253,14 @@ def _settle(request: _Request, result: Published | Exception) -> None:
 def fetched(arenas: Arenas, body: Sequence[Piece]) -> list[Source]:
     """Pieces that may lie on the device as what frames are made from."""
     return [source for piece in body for source in arenas.lane.outgoing(piece.source, piece.dtype)]
+
+
+def dense_runs(arenas: Arenas, wire: torch.dtype | None) -> list[tuple[Segment, list[Slot]]]:
+    """The segments of what is not sent by rows, each with its slots: not to be written to."""
+    if not arenas.row_changed:
+        return arenas.layout.whole(wire)
+    plain = [slot for slot in arenas.layout.slots if slot.index not in arenas.row_changed]
+    return arenas.layout.dense_segments(plain, wire)
 
 
 def rows_body(

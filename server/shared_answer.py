@@ -21,7 +21,7 @@ from pushstep.proto.region import write
 
 from .arena import Arenas
 from .model import Model
-from .publish import Published, rows_body
+from .publish import Published, dense_runs, rows_body
 from .shared_memory import Region
 from .staging import INLINE_BYTES
 
@@ -69,8 +69,7 @@ class SharedAnswer:
         segments = []
         if not unchanged:
             places, memory = self._region.answer, self._memory
-            plain = [slot for slot in arenas.layout.slots if slot.index not in arenas.row_changed]
-            for segment, slots in arenas.layout.dense_segments(plain, places.wire):
+            for segment, slots in dense_runs(arenas, places.wire):
                 segments.append(segment)
                 for start, stop in _unwritten(slots, written):
                     target = places.arena(memory, segment.arena)[start:stop]

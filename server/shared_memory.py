@@ -29,12 +29,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
 import torch
-from torch import Tensor
 
 from pushstep.proto import dtypes
 from pushstep.proto.errors import ManifestChanged, NoSharedMemory, OverBudget, OverCapacity
 from pushstep.proto.layout import Layout
-from pushstep.proto.region import TOKEN_BYTES, Places, SharedBody, mapped
+from pushstep.proto.region import TOKEN_BYTES, Places, SharedBody, SharedSlot, mapped
 from pushstep.proto.training_pb2 import OpenRegionRequest, OpenRegionResponse, PushHeader
 from pushstep.proto.types_pb2 import DType, Identity
 
@@ -81,8 +80,8 @@ class Region:
         self.closed = False
         self._uses = 0
         self._fds: list[int] = []
-        self._slots: Tensor | None = None
-        self._parameters: Tensor | None = None
+        self._slots: list[SharedSlot] = []
+        self._parameters: SharedSlot | None = None
 
     def allocate(self) -> None:
         """Make the memory; in a thread, since it touches every page. The caller holds the region meanwhile."""
@@ -97,7 +96,11 @@ class Region:
         written = mapped(self._fds[0], slots, writable=True, prefault_bytes=self.gradients.nbytes)
         read = mapped(self._fds[1], answer, writable=True, prefault_bytes=answer)
         device = self.model.device
-        self._slots, self._parameters = device.shared(written), device.shared(read)
+        slot_bytes, written = self.gradients.nbytes, device.shared(written)
+        self._slots = [
+            SharedSlot(written[start : start + slot_bytes]) for start in range(0, slots, slot_bytes)
+        ]
+        self._parameters = SharedSlot(device.shared(read))
         fcntl.fcntl(self._fds[0], _ADD_SEALS, sealed)
         fcntl.fcntl(self._fds[1], _ADD_SEALS, sealed | _SEAL_FUTURE_WRITE)  # the worker reads it
 
@@ -108,16 +111,14 @@ class Region:
 
     def body(self, header: PushHeader) -> SharedBody:
         """The gradients that a push says lie in one of the slots."""
-        if self._slots is None or header.slot >= SLOTS:
+        if header.slot >= len(self._slots):
             raise NoSharedMemory(problem=f"the region has no slot {header.slot}")
         if header.manifest_hash != self.layout.manifest_hash:
             raise NoSharedMemory(problem="the region was laid out for another manifest")
-        start = header.slot * self.gradients.nbytes
-        memory = self._slots[start : start + self.gradients.nbytes]
-        return SharedBody(self.gradients, memory, header.segments)
+        return SharedBody(self.gradients, self._slots[header.slot], header.segments)
 
     @property
-    def parameters(self) -> Tensor:
+    def parameters(self) -> SharedSlot:
         """The memory for parameters on their way to the worker."""
         if self._parameters is None:
             raise NoSharedMemory(problem="the region was closed")
@@ -166,7 +167,7 @@ class Region:
             # not before: the thread that makes the memory would seal what has got the number meanwhile
             for fd in self.take_fds():
                 os.close(fd)
-            self._slots = self._parameters = None
+            self._slots, self._parameters = [], None
             self._budget.release(self.bytes_reserved)
             self.bytes_reserved = 0
 
