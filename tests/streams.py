@@ -24,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pushstep.optim import copies
 from pushstep.proto.memory import BufferPool
 from pushstep.server import cuda_device, reduction
 from pushstep.server.arena import Arenas
@@ -205,6 +206,9 @@ def install(setattr_: Callable[[Any, str, Any], object] = setattr) -> Faults:
     setattr_(Tensor, "copy_", copy_)
     setattr_(Tensor, "to", to)
     setattr_(BufferPool, "take", take)
+    setattr_(
+        copies, "_are_long_runs", lambda target, source: False
+    )  # that way is between two places of the host's
     setattr_(reduction, "add_up", _in_order(reduction.add_up))
     for name in ("step", "copy", "load", "fill_initial_state"):
         setattr_(Arenas, name, _in_order(getattr(Arenas, name)))

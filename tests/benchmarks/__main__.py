@@ -33,6 +33,9 @@ def parser() -> argparse.ArgumentParser:
         "--sides", action="append", metavar="WORD", help="only sides whose name contains it; may repeat"
     )
     only.add_argument("--rule", action="append", choices=["adadelta", "adagrad"])
+    only.add_argument(
+        "--device", choices=["cpu", "cuda"], help="where this service's server holds its models"
+    )
     return made
 
 
@@ -51,6 +54,7 @@ def main() -> None:
             "only": arguments.only,
             "sides": arguments.sides,
             "rules": arguments.rule,
+            "device": arguments.device,
         }
         module.main(quick=arguments.quick, **{key: value for key, value in chosen.items() if value})
 

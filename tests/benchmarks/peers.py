@@ -20,10 +20,14 @@ FLOAT32_BYTES = 4
 
 
 class Peers:
-    """Owns the processes of whoever was asked for. `only` are words of which a side's name must contain one."""
+    """Owns the processes of whoever was asked for.
 
-    def __init__(self, only: Sequence[str] = ()) -> None:
+    `only` are words of which a side's name must contain one; `device` is where this service's server holds its models.
+    """
+
+    def __init__(self, only: Sequence[str] = (), device: str = "cpu") -> None:
         self._only = only
+        self._device = device
         self._stack = contextlib.ExitStack()
         self._started: dict[tuple[object, ...], Any] = {}
 
@@ -48,7 +52,7 @@ class Peers:
         self, case: Case, rule: Rule, elements: int, workers: int = 1, *, in_rounds: bool = False
     ) -> Side:
         """This service."""
-        return self._peer(Pushstep, 2).side(case, rule, elements, workers, in_rounds=in_rounds)
+        return self._peer(Pushstep, 2, self._device).side(case, rule, elements, workers, in_rounds=in_rounds)
 
     def rpc(self, variant: str, rule: Rule, elements: int, workers: int = 1) -> Side:
         """torch.distributed.rpc."""

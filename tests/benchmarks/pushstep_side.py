@@ -100,10 +100,11 @@ def _workers(
 class Pushstep:
     """Owns a server and one or two processes of workers."""
 
-    def __init__(self, drivers: int = 1) -> None:
+    def __init__(self, drivers: int = 1, device: str = "cpu") -> None:
         self._folder = tempfile.TemporaryDirectory()
         self._drivers = [Driver() for _ in range(drivers)]
-        self._server = start_server(Path(self._folder.name) / "data", "--log-level", "warning")
+        data = Path(self._folder.name) / "data"
+        self._server = start_server(data, "--log-level", "warning", "--device", device)
         self._models = itertools.count()
         for driver in self._drivers:
             driver.answer()

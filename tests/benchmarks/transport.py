@@ -33,6 +33,7 @@ def main(
     only: Sequence[str] = (),
     sides: Sequence[str] = (),
     rules: Sequence[Rule] = RULES,
+    device: str = "cpu",
 ) -> None:
     """Print every table, or those named in `only`, of every side or of those whose names contain one of `sides`."""
     signal.signal(signal.SIGTERM, _end)
@@ -41,7 +42,7 @@ def main(
         print("\nNo Ray here, and so not in these tables: pip install -e '.[bench]' -c constraints.txt")
     own = sizes or (QUICK_SIZES if quick else SIZES)
     bulk = sizes or (QUICK_SIZES[1:] if quick else BULK_SIZES)
-    with Peers(sides) as peers:
+    with Peers(sides, device) as peers:
         for name in only or TABLES:
             for size in own if name == "exchange" else bulk:
                 _print(name, peers, size, rules, quick)
