@@ -29,6 +29,7 @@ from pushstep.proto.region import SharedBody
 from pushstep.proto.training_pb2 import PushCommit, PushHeader
 from pushstep.proto.types_pb2 import ParameterNorm, Staged
 
+from .arrived import Arrived
 from .groups import ParamGroups
 from .staging import DensePart, RowsPart, StagedPush
 from .unpack import Take, dense_part, rows_part
@@ -84,8 +85,14 @@ def _check_notes(header: PushHeader) -> None:
         raise MalformedFrame(problem=f"a metric's name has at most {MAX_METRIC_NAME} characters")
 
 
-def inspect(layout: Layout, header: PushHeader, body: Assembly | SharedBody, take: Take) -> StagedPush:
-    """Read a complete body once. RowOutOfRange or MalformedFrame if it names what does not exist.
+def inspect(
+    layout: Layout,
+    header: PushHeader,
+    body: Assembly | SharedBody,
+    take: Take,
+    arrived: Arrived | None = None,
+) -> StagedPush:
+    """Read a complete body once, or what `arrived` has not. RowOutOfRange or MalformedFrame if it names what does not exist.
 
     take: gives the memory for what is unpacked.
     """
@@ -96,11 +103,18 @@ def inspect(layout: Layout, header: PushHeader, body: Assembly | SharedBody, tak
         segments=header.segments,
     )
     parts: list[DensePart | RowsPart] = []
+    sums: Sequence[float] | None
     known: list[Sequence[float] | None] = []
     for index, segment in enumerate(header.segments):
-        unpack = rows_part if segment.HasField("rows") else dense_part
-        part, sums = unpack(segment, layout.slots_of(segment), body, index, take)
-        parts.append(part)
+        slots = layout.slots_of(segment)
+        found = arrived.dense(index) if arrived is not None else None
+        if found is not None:
+            gradient, sums = found
+            parts.append(DensePart(segment.arena, segment.start, tuple(slots), gradient))
+        else:
+            unpack = rows_part if segment.HasField("rows") else dense_part
+            part, sums = unpack(segment, slots, body, index, take)
+            parts.append(part)
         known.append(sums)
     return measured(staged, parts, known)
 

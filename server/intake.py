@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -20,6 +21,7 @@ from pushstep.proto.training_pb2 import PushCommit, PushHeader
 from pushstep.proto.types_pb2 import Receipt
 
 from . import gate
+from .arrived import Arrived
 from .candidate import Candidate
 from .decision import Offer
 from .executor import HOLD_S
@@ -30,12 +32,12 @@ from .shared_memory import Region
 from .staging import INLINE_BYTES, Budget, StagedPush
 
 
-def place(body: Assembly, chunk: Chunk) -> asyncio.Future[None] | None:
-    """Copy a chunk into a body: at once, or in a thread, which the caller has to await before the next."""
+def place(take_in: Callable[[Chunk], None], chunk: Chunk) -> asyncio.Future[None] | None:
+    """Have a chunk taken in: at once, or in a thread, which the caller has to await before the next."""
     if len(chunk.payload) <= INLINE_BYTES:
-        body.place(chunk)
+        take_in(chunk)
         return None
-    return asyncio.get_running_loop().run_in_executor(None, body.place, chunk)
+    return asyncio.get_running_loop().run_in_executor(None, take_in, chunk)
 
 
 class Intake:
@@ -56,6 +58,7 @@ class Intake:
         self._region = region
         self._answer = answer
         self._offered = self._handed_over = self._held = False
+        self._arrived: Arrived | None = None
         self._reserved = 0
         self._waited_s = 0.0
         self._started_s = time.monotonic()
@@ -93,6 +96,8 @@ class Intake:
         else:
             self._reserved = await self._budget.claim(f"{model.name}/{header.identity.worker}", needed)
             self._body = await self._receiving(lengths, needed)
+            if not self._is_small:
+                self._arrived = Arrived(self._layout, header.segments, self._body, self._budget.buffer)
         self._waited_s = time.monotonic() - self._started_s
 
     async def _receiving(self, lengths: list[int], needed: int) -> Assembly:
@@ -107,7 +112,7 @@ class Intake:
         self.model.judge.require_open(self.header.identity)
         if isinstance(self._body, SharedBody):
             raise MalformedFrame(problem="a push whose gradients lie in shared memory carries no chunks")
-        return place(self._body, chunk)
+        return place((self._arrived or self._body).place, chunk)
 
     def fault(self, error: InvalidRequest) -> None:
         """Count a push that broke a rule before it was complete."""
@@ -177,7 +182,7 @@ class Intake:
         try:
             if self.header.skip:
                 return None, None
-            push = gate.inspect(self._layout, self.header, self._body, self._budget.buffer)
+            push = gate.inspect(self._layout, self.header, self._body, self._budget.buffer, self._arrived)
             return self.model.device.bring(push, self._body), None
         except InvalidRequest as error:
             return None, error

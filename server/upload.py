@@ -116,7 +116,7 @@ class Upload:
 
     def place(self, chunk: Chunk) -> asyncio.Future[None] | None:
         """Copy a chunk into staging."""
-        return place(self._body, chunk)
+        return place(self._body.place, chunk)
 
     def release(self) -> None:
         """Give everything back. Called once, however the upload ended."""

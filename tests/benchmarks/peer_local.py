@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 
+from . import training_side
 from .driver import Driver, end_all
 from .side import Side, side_of
 
@@ -56,6 +57,10 @@ class Local:
     def side(self, rule: Rule, elements: int) -> Side:
         """One worker that steps by itself."""
         return side_of("local torch.optim", _workers, [self._driver], [(rule, elements)])
+
+    def training(self, elements: int) -> Side:
+        """One worker that trains a model, compute included."""
+        return side_of("local torch.optim", training_side.local, [self._driver], [(elements,)])
 
     def close(self) -> None:
         """End the process."""

@@ -15,6 +15,7 @@ from .peer_rpc import VARIANTS, Rpc
 from .peer_socket import Socket
 from .pushstep_side import CASES, Case, Pushstep
 from .side import Side
+from .training_side import How
 
 FLOAT32_BYTES = 4
 
@@ -53,6 +54,14 @@ class Peers:
     ) -> Side:
         """This service."""
         return self._peer(Pushstep, 2, self._device).side(case, rule, elements, workers, in_rounds=in_rounds)
+
+    def training(self, how: How, elements: int) -> Side:
+        """This service, with a worker that trains."""
+        return self._peer(Pushstep, 2).training(how, elements)
+
+    def training_locally(self, elements: int) -> Side:
+        """The same worker with torch's own optimizer."""
+        return self._peer(Local).training(elements)
 
     def rpc(self, variant: str, rule: Rule, elements: int, workers: int = 1) -> Side:
         """torch.distributed.rpc."""

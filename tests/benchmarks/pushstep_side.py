@@ -22,6 +22,7 @@ import torch
 from pushstep.client import connect
 from tests.harness import start_server
 
+from . import training_side
 from .driver import Driver, end_all
 from .peer_local import Rule, parameter_of
 from .side import Side, side_of
@@ -131,6 +132,18 @@ class Pushstep:
             sync = {"policy": "sync", "min_workers": workers}
             self._server.rest("PATCH", f"/v1/models/{model}/policy", json=sync).raise_for_status()
         return side
+
+    def training(self, how: training_side.How, elements: int) -> Side:
+        """One worker that trains over TCP, of a new model."""
+        model = f"m{next(self._models)}"
+        made = side_of(
+            f"pushstep tcp {how.name}",
+            training_side.remote,
+            self._drivers[:1],
+            [(self._server.grpc, how, model, elements)],
+        )
+        made.servers, made.on_close = [self._server.process.pid], lambda: self._delete(model)
+        return made
 
     def _delete(self, model: str) -> None:
         with contextlib.suppress(

@@ -1,7 +1,8 @@
 """This service against its peers, all as real processes on this machine.
 
 Tables, one for each question: `exchange` (what a step costs), `sync` (two workers, against gloo), `streams` (one
-direction, against a bare socket), `workers` (1 to 16 of them), `pulls` (what they cost pushes).
+direction, against a bare socket), `training` (a step with its compute: overlap, prefetch, top_k, int8), `workers`
+(1 to 16 of them), `pulls` (what they cost pushes).
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from .peer_ray import installed as ray_installed
 from .peers import Peers
 from .transport_exchange import exchange, in_step
 from .transport_streams import streams
+from .transport_training import training
 from .transport_workers import crowds, pulls
 
-TABLES = ("exchange", "sync", "streams", "workers", "pulls")
+TABLES = ("exchange", "sync", "streams", "training", "workers", "pulls")
 RULES: tuple[Rule, ...] = ("adadelta", "adagrad")
 SIZES = (10_000, 1_000_000, 16_000_000, 64_000_000)
 QUICK_SIZES = (10_000, 1_000_000)
@@ -53,7 +55,8 @@ def _print(name: str, peers: Peers, size: int, rules: Sequence[Rule], quick: boo
         for rule in rules:
             (exchange if name == "exchange" else in_step)(peers, rule, size, quick)
     else:
-        {"streams": streams, "workers": crowds, "pulls": pulls}[name](peers, size, quick)
+        tables = {"streams": streams, "training": training, "workers": crowds, "pulls": pulls}
+        tables[name](peers, size, quick)
 
 
 def _end(number: int, frame: object) -> NoReturn:

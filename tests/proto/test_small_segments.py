@@ -11,6 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pushstep.client.compression import Compression
+from pushstep.client.gradients import push_body
 from pushstep.proto.errors import InvalidRequest, MalformedFrame, PushstepError, WrongDtype, WrongLength
 from pushstep.proto.frames import Assembly, BodyDigest, Piece, pack, unpack
 from pushstep.proto.layout import Layout, check_body
@@ -204,3 +206,39 @@ def test_any_of_it_at_length(segments: list[Segment], legal: Segment, payload: b
     check_payload(legal, payload)
     with contextlib.suppress(PushstepError):
         unpack(payload, PushRequest)
+
+
+def sent(gradient: torch.Tensor, compression: Compression) -> tuple[Segment, bytes]:
+    """What a client sends for the gradient of `weight`, as stock protobuf reads its frames."""
+    body = push_body(LAYOUT, {LAYOUT.slots[1]: gradient}, compression)
+    (segment,) = body.segments
+    payload = b""
+    for frame in pack(body.pieces):
+        message = PushRequest.FromString(frame)
+        assert (message.segment, message.offset) == (0, len(payload))
+        payload += message.payload
+    assert len(payload) == LAYOUT.segment_bytes(segment)
+    return segment, payload
+
+
+def test_our_int8_frames_are_protobufs() -> None:
+    """A scale, and a code for each element; what codes lose is not sent, and comes with the next."""
+    gradient = torch.tensor([127.0, -127.0, 1.0, 0.25, -64.0, 0.0, 3.5]) / 4
+    compression = Compression(torch.int8, None)
+    segment, payload = sent(gradient, compression)
+    compression.settle(applied=True)
+    assert (segment.dtype, segment.start, segment.stop) == (INT8, 1500, 1507)
+    assert struct.unpack("<f7b", payload) == (0.25, 127, -127, 1, 0, -64, 0, 4)
+    _, payload = sent(torch.full((7,), 0.25) * torch.tensor([127.0, 1, 1, 1, 1, 1, 1]), compression)
+    assert struct.unpack("<f7b", payload) == (0.25, 127, 1, 1, 1, 1, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "code"), [(None, "f"), (torch.float64, "d"), (torch.float16, "e")], ids=str
+)
+def test_our_element_sparse_frames_are_protobufs(dtype: torch.dtype | None, code: str) -> None:
+    """Ascending indices of four bytes, then values."""
+    gradient = torch.tensor([0.5, -4.0, 1.0, 0.0, 2.0, -0.25, -8.0])
+    segment, payload = sent(gradient, Compression(dtype, 3 / 7))
+    assert (segment.elements, segment.start, segment.stop) == (3, 1500, 1507)
+    assert struct.unpack(f"<3I3{code}", payload) == (1, 4, 6, -4.0, 2.0, -8.0)
