@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pushstep.optim.copies import copy
 from pushstep.proto.layout import Layout
 
 from .gradients import as_array
@@ -31,8 +32,12 @@ class Mirror:
     def take(self, pulled: Pulled) -> None:
         """Become what was pulled."""
         self.layout = pulled.layout
+        self.at = None  # if this is broken off, they are nothing
         for slot, _, values in pulled.dense():
-            self._values[slot.name] = values.to(slot.dtype, copy=True)
+            held = self._values.get(slot.name)
+            if held is None or (held.shape, held.dtype) != (values.shape, slot.dtype):
+                held = self._values[slot.name] = torch.empty(slot.shape, dtype=slot.dtype)
+            copy(held, values)
         for slot, ids, rows in pulled.rows():
             self._values[slot.name][ids] = rows.to(slot.dtype)
         for slot in pulled.layout.slots:

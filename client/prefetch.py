@@ -14,6 +14,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
+from pushstep.optim.copies import copy
 from pushstep.proto.layout import Slot
 
 from . import caller
@@ -86,4 +87,5 @@ class Copies:
         kept = self._dense.get(slot.name)
         if kept is None or kept.shape != gradient.shape or kept.dtype != dtype:
             kept = self._dense[slot.name] = torch.empty(gradient.shape, dtype=dtype)
-        return kept.copy_(gradient)
+        copy(kept, gradient)
+        return kept
