@@ -28,6 +28,9 @@ from .types_pb2 import Segment
 
 PAGE_BYTES: Final = 4096
 TOKEN_BYTES: Final = 16
+# What of a body is digested before somebody else looks at it, in the cache. Digest and norms of 64 MB by one thread: 5.3
+# ms with 1 MiB at a time, 5.4 with 512 KiB, 5.9 with 256; side by side in two threads 4.9 to 7.6, and 2 to 4 of CPU more.
+READ_BYTES: Final = 1 << 20
 # Views kept of one slot; of a model of more parameters than that, the others are made anew.
 VIEWS_KEPT: Final = 1024
 # madvise's, which Python does not name. 64 MB of fresh pages take 180 ms here: at opening, and not in the first step.
@@ -117,11 +120,16 @@ class SharedBody:
             return self._slot.memory[first + start : first + start + size].clone().view(dtype)
         return self._slot.view(first + start, size, dtype)
 
-    def digest(self) -> int:
-        """The digest that the same body has when it is sent."""
+    def digest(self, read: Callable[[int, int], None] | None = None) -> int:
+        """The digest that the same body has when it is sent. `read` is told how far in which segment, as it goes."""
         digest = BodyDigest(self._segments)
-        for first, length in self._spans:
-            digest.update(self._slot.view(first, length, torch.uint8).numpy().data)
+        for segment, (first, length) in enumerate(self._spans):
+            payload = self._slot.view(first, length, torch.uint8).numpy().data
+            for start in range(0, length, READ_BYTES):
+                stop = min(start + READ_BYTES, length)
+                digest.update(payload[start:stop])
+                if read is not None:
+                    read(segment, stop)
         return digest.value
 
 

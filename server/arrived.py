@@ -1,7 +1,7 @@
 """What is found out about a push's body while it comes in: norms, and the values of int8 codes.
 
-Each chunk is worked on right after it was copied, by the same thread: it is in the cache then, and when the last one is
-there, so is the result. A pass over 16 M float32 once they are all there takes 4 to 8 ms more, over int8 codes 17.
+Each chunk is worked on right after it was copied (in shared memory: digested), by the same thread: it is in the cache
+then, and when the last one is there, so is the result. A pass over 16 M float32 once they are all there takes 4 to 8 ms more, over int8 codes 17.
 Row-sparse and element-sparse segments have to be complete first; `unpack.py` reads them.
 """
 
@@ -14,8 +14,9 @@ from torch import Tensor
 
 from pushstep.optim import arriving
 from pushstep.proto import dtypes
-from pushstep.proto.frames import Assembly, Chunk
+from pushstep.proto.frames import Assembly
 from pushstep.proto.layout import INT8_UNPACKED, Layout
+from pushstep.proto.region import SharedBody
 from pushstep.proto.types_pb2 import Segment
 
 from .unpack import Take
@@ -24,9 +25,10 @@ from .unpack import Take
 class Arrived:
     """The dense segments of one body, as far as they have come."""
 
-    def __init__(self, layout: Layout, segments: Sequence[Segment], body: Assembly, take: Take) -> None:
+    def __init__(
+        self, layout: Layout, segments: Sequence[Segment], body: Assembly | SharedBody, take: Take
+    ) -> None:
         """`take` gives the memory for what is unpacked."""
-        self._body = body
         self._dense: dict[int, tuple[Tensor, arriving.Arriving]] = {}
         for index, segment in enumerate(segments):
             if segment.HasField("rows") or segment.HasField("elements"):
@@ -41,11 +43,10 @@ class Arrived:
                 values = body.part(index, dtype)
                 self._dense[index] = values, arriving.floats(values, lengths)
 
-    def place(self, chunk: Chunk) -> None:
-        """Copy a chunk to its place, and look at what it completes."""
-        self._body.place(chunk)
-        if chunk.segment in self._dense:
-            self._dense[chunk.segment][1].advance(chunk.offset + len(chunk.payload))
+    def advance(self, segment: int, arrived_bytes: int) -> None:
+        """Look at what is complete of a segment now that so many bytes of it are there."""
+        if segment in self._dense:
+            self._dense[segment][1].advance(arrived_bytes)
 
     def dense(self, segment: int) -> tuple[Tensor, list[float]] | None:
         """A dense segment's gradient and its parameters' sums of squares, when the body is complete."""

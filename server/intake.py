@@ -96,8 +96,8 @@ class Intake:
         else:
             self._reserved = await self._budget.claim(f"{model.name}/{header.identity.worker}", needed)
             self._body = await self._receiving(lengths, needed)
-            if not self._is_small:
-                self._arrived = Arrived(self._layout, header.segments, self._body, self._budget.buffer)
+        if not self._is_small:
+            self._arrived = Arrived(self._layout, header.segments, self._body, self._budget.buffer)
         self._waited_s = time.monotonic() - self._started_s
 
     async def _receiving(self, lengths: list[int], needed: int) -> Assembly:
@@ -112,7 +112,14 @@ class Intake:
         self.model.judge.require_open(self.header.identity)
         if isinstance(self._body, SharedBody):
             raise MalformedFrame(problem="a push whose gradients lie in shared memory carries no chunks")
-        return place((self._arrived or self._body).place, chunk)
+        body, arrived = self._body, self._arrived
+
+        def take_in(chunk: Chunk) -> None:
+            body.place(chunk)
+            if arrived is not None:
+                arrived.advance(chunk.segment, chunk.offset + len(chunk.payload))
+
+        return place(take_in, chunk)
 
     def fault(self, error: InvalidRequest) -> None:
         """Count a push that broke a rule before it was complete."""
@@ -167,16 +174,14 @@ class Intake:
 
     async def _look(self) -> tuple[int, StagedPush | None, InvalidRequest | None]:
         """The complete body's digest, and what the gate finds in it or refuses it with."""
-        if self._is_small:
-            return self._body_digest(), *self._inspected()
-        inspecting = asyncio.to_thread(self._inspected)
-        if isinstance(self._body, Assembly):  # its digest was taken as it came
-            return self._body_digest(), *await inspecting
-        digest, found = await asyncio.gather(asyncio.to_thread(self._body_digest), inspecting)
-        return digest, *found
+        return self._read() if self._is_small else await asyncio.to_thread(self._read)
 
-    def _body_digest(self) -> int:
-        return self._digest.value if isinstance(self._body, Assembly) else self._body.digest()
+    def _read(self) -> tuple[int, StagedPush | None, InvalidRequest | None]:
+        if isinstance(self._body, Assembly):  # its digest was taken as it came
+            digest = self._digest.value
+        else:
+            digest = self._body.digest(None if self._arrived is None else self._arrived.advance)
+        return digest, *self._inspected()
 
     def _inspected(self) -> tuple[StagedPush | None, InvalidRequest | None]:
         try:
