@@ -21,6 +21,7 @@ from pushstep.client.mirror import Mirror
 from pushstep.optim import cpu_copies  # noqa: F401 - each child would import numba
 
 ELEMENTS = 1_000_000
+SOON_S = 0.001  # a step takes 3 ms and more
 GRADIENT = np.full(ELEMENTS, 0.5, np.float32)
 
 
@@ -30,7 +31,7 @@ def die(*_: Any, **__: Any) -> NoReturn:
 
 
 def die_soon() -> None:
-    time.sleep(0.003)
+    time.sleep(SOON_S)
     die()
 
 
@@ -66,6 +67,7 @@ def live_and_die(address: str, model: str, point: str) -> None:
     session.exchange({"w": GRADIENT})
     arm(point)
     session.exchange({"w": GRADIENT})
+    time.sleep(5)  # a quick step is over before whoever kills it has woken
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from harness import RunningServer, running_server, start_server, wait_until
-from shared_memory_victim import ELEMENTS, GRADIENT
+from shared_memory_victim import ELEMENTS, GRADIENT, SOON_S
 from test_shared_memory import regions_of, shares
 
 from pushstep.client import connect, shared_memory
@@ -100,7 +100,7 @@ def kill_at(server: RunningServer, point: str, monkeypatch: pytest.MonkeyPatch) 
         exchange = Line.exchange
 
         def sent(*args: Any) -> Any:
-            threading.Timer(0.003, lambda: server.process.send_signal(signal.SIGKILL)).start()
+            threading.Timer(SOON_S, lambda: server.process.send_signal(signal.SIGKILL)).start()
             return exchange(*args)
 
         monkeypatch.setattr(Line, "exchange", sent)
@@ -128,6 +128,7 @@ def test_a_killed_server(data: Path, monkeypatch: pytest.MonkeyPatch, point: str
         else:
             assert values["w"].tobytes() == after_steps(2)
     finally:
+        server.process.wait(10)
         with pytest.warns(RuntimeWarning, match="could not leave"):
             session.close()
         server.process.kill()

@@ -136,7 +136,7 @@ class House:
         region.allocate()
         answer = SharedAnswer(self.model, region, 1, None)
         await answer.newest()
-        held = region.parameters.clone().numpy().tobytes()
+        held = region.parameters.memory.clone().numpy().tobytes()
         region.bytes_reserved = 0  # nobody set them aside
         return held
 
