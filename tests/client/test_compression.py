@@ -11,6 +11,7 @@ import pytest
 import torch
 from harness import RunningServer
 from operators import add_hook, restore, take_snapshot
+from simulation.seeded_bugs import Bug, found_by
 from torch import Tensor
 
 from pushstep import optim
@@ -350,12 +351,27 @@ def test_a_residual_advances_with_applied_pushes_only(
     bad[0, 0] = math.nan
     with pytest.raises(NonfiniteGradient):
         session.push({WEIGHT: bad})
-    assert torch.equal(session.compression.residuals[WEIGHT], held)
+    assert torch.equal(session.compression.residuals[WEIGHT], held), "the residual has moved"
     add_hook(server, model_name, "finite_guard", "step_pre", {"action": "skip"})
     assert session.push({WEIGHT: bad}).outcome is Outcome.SKIPPED
-    assert torch.equal(session.compression.residuals[WEIGHT], held)
+    assert torch.equal(session.compression.residuals[WEIGHT], held), "the residual has moved"
     assert session.push({WEIGHT: gradients[0]}).outcome is Outcome.APPLIED
     assert not torch.equal(session.compression.residuals[WEIGHT], held)
+
+
+@pytest.mark.parametrize("bug", found_by("compression"), ids=str)
+@pytest.mark.parametrize(("wire", "top_k"), COMPRESSIONS[:2])
+def test_a_seeded_bug_is_found(
+    server: RunningServer,
+    model_name: str,
+    wire: torch.dtype | None,
+    top_k: float | None,
+    bug: Bug,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bug.put_in(monkeypatch)
+    with pytest.raises(AssertionError, match=bug.says):
+        test_a_residual_advances_with_applied_pushes_only(server, model_name, wire, top_k)
 
 
 @pytest.mark.parametrize(("wire", "top_k"), COMPRESSIONS)

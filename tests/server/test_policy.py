@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
-from judged import Court
+from judged import Court, dense
+from simulation.seeded_bugs import Bug, found_by
 
 from pushstep.proto.errors import InvalidSettings
+from pushstep.proto.training_pb2 import PushHeader
 from pushstep.server import policies
+from pushstep.server.candidate import Candidate
 from pushstep.server.decision import Offer
 
 
@@ -117,31 +121,118 @@ def test_retries_never_tick() -> None:
     assert court.offer(court.header("a")) is Offer.READ
 
 
-@pytest.mark.parametrize("seed", range(10))
-def test_no_applied_push_exceeds_the_bound_and_blocking_is_exact(seed: int) -> None:
-    """100 random schedules each, against clocks kept by the test."""
-    for number in range(100):
-        draw = random.Random(1000 * seed + number)
-        bound, names = draw.randrange(4), [f"w{i}" for i in range(draw.randrange(1, 6))]
-        court = Court(policy="bounded", bound=bound)
-        court.join(*names)
-        clocks = dict.fromkeys(names, 0)
+class Schedule:
+    """Workers under SSP that come, push and go at random, against clocks kept here.
+
+    After every event each of them is asked whether its next push would have to wait: it must exactly while it is more
+    than the bound ahead of the slowest, so it is held back at that event and not before, and let go at the very event
+    that moves the slowest. Bodies take their time: a worker may have several on their way, all let in by then.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.draw = random.Random(seed)
+        self.bound = self.draw.randrange(4)
+        self.names = [f"w{index}" for index in range(self.draw.randrange(1, 6))]
+        self.court = Court(policy="bounded", bound=self.bound)
+        self.clocks: dict[str, int] = {}
+        # let in, and not here yet
+        self.bodies: dict[str, list[PushHeader]] = {}
+        self.applied = self.blocked = 0
+        for name in self.names:
+            self.come(name)
+
+    def come(self, name: str, **how: bool) -> None:
+        self.court.join(name, **how)
+        self.clocks.pop(name, None)  # whose place is taken does not count
+        self.clocks[name] = min(self.clocks.values(), default=0)
+        self.bodies[name] = []
+
+    def go(self, name: str) -> None:
+        """In order, by an operator's hand, or without a word."""
+        if self.draw.random() < 0.5:
+            self.court.do(self.court.judge.left(self.court.identity(name), self.court.now_s))
+        else:
+            self.court.do(self.court.judge.evicted(name, self.court.now_s))
+        del self.clocks[name], self.bodies[name]
+
+    def offer(self, name: str) -> None:
+        """Another push: let in if its turn is within the bound."""
+        header = self.header(name)
+        if self.court.offer(header) is Offer.READ:
+            self.bodies[name].append(header)
+
+    def header(self, name: str) -> PushHeader:
+        decided = self.court.judge.sessions.workers[name].sequence
+        return self.court.header(name, sequence=decided + 1 + len(self.bodies[name]))
+
+    def arrive(self, name: str) -> None:
+        """The oldest body on its way: applied, or refused, and either way a clock more."""
+        header = self.bodies[name].pop(0)
+        ahead = self.clocks[name] - min(self.clocks.values())
+        value = 1.0 if self.draw.random() < 0.9 else math.nan
+        self.court.judge.withdrawn(header.identity)
+        candidate = Candidate(header, digest=1, push=dense(value))
+        self.court.do(self.court.judge.staged(candidate, self.court.now_s))
+        outcome = self.court.outcome(candidate)
+        assert outcome == ("applied" if value == 1.0 else "rejected")
+        assert ahead <= self.bound, f"{name} was applied {ahead} clocks ahead, the bound is {self.bound}"
+        self.applied += outcome == "applied"
+        self.clocks[name] += 1
+        again = self.court.header(name, sequence=header.identity.sequence)
+        if self.draw.random() < 0.2 and self.court.offer(again) is Offer.READ:  # a retry never ticks
+            self.court.judge.withdrawn(again.identity)
+
+    def event(self) -> None:
+        drawn, name = self.draw.random(), self.draw.choice(self.names)
+        if name not in self.clocks:
+            self.come(name)
+        elif drawn < 0.05 and len(self.clocks) > 1:
+            self.go(name)
+        elif drawn < 0.08:
+            self.come(name, takeover=True)
+        elif drawn < 0.55 and self.bodies[name]:
+            self.arrive(name)
+        elif len(self.bodies[name]) < 3:
+            self.offer(name)
+
+    def check(self) -> None:
+        slowest = min(self.clocks.values(), default=0)
+        for name, clock in self.clocks.items():
+            header = self.header(name)
+            offer = self.court.offer(header)
+            if offer is Offer.READ:
+                self.court.judge.withdrawn(header.identity)
+            ahead = clock + len(self.bodies[name]) - slowest
+            assert (offer is Offer.WAIT) == (ahead > self.bound), (
+                f"{name} would be {ahead} clocks ahead, the bound is {self.bound}: {offer}"
+            )
+            self.blocked += offer is Offer.WAIT
+
+
+def run_schedules(seeds: range) -> tuple[int, int]:
+    """How many pushes they applied, and how often a worker was held back."""
+    applied = blocked = 0
+    for seed in seeds:
+        schedule = Schedule(seed)
         for _ in range(30):
-            event, name = draw.random(), draw.choice(names)
-            if event < 0.06 and name in clocks and len(clocks) > 1:
-                court.do(court.judge.left(court.identity(name), 0))
-                del clocks[name]
-            elif event < 0.12 and name not in clocks:
-                court.join(name)
-                clocks[name] = min(clocks.values(), default=0)
-            elif name in clocks:
-                ahead = clocks[name] - min(clocks.values())
-                if ahead > bound:
-                    assert court.offer(court.header(name)) is Offer.WAIT
-                else:
-                    assert court.outcome(court.push(name)) == "applied"
-                    clocks[name] += 1
-        assert max(clocks.values()) - min(clocks.values()) <= bound + 1
+            schedule.event()
+            schedule.check()
+        applied, blocked = applied + schedule.applied, blocked + schedule.blocked
+    return applied, blocked
+
+
+def test_no_applied_push_exceeds_the_bound_and_blocking_is_exact() -> None:
+    """1000 random schedules."""
+    applied, blocked = run_schedules(range(1000))
+    assert min(applied, blocked) > 5000
+    print(f"\n1000 schedules under SSP: {applied} pushes applied, {blocked} times somebody had to wait")
+
+
+@pytest.mark.parametrize("bug", found_by("schedules"), ids=str)
+def test_a_seeded_bug_is_found(bug: Bug, monkeypatch: pytest.MonkeyPatch) -> None:
+    bug.put_in(monkeypatch)
+    with pytest.raises(AssertionError, match=bug.says):
+        run_schedules(range(100))
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,6 @@ class Agenda:
         self.now_s = 0.0
         self._due: list[tuple[float, int, Action]] = []
         self._count = 0
-        # after every event
-        self.watchers: list[Action] = []
 
     def after(self, delay_s: float, action: Action) -> None:
         """Let `action` happen so much later."""
@@ -32,6 +30,4 @@ class Agenda:
                 return enough()
             self.now_s, _, action = heapq.heappop(self._due)
             action()
-            for watch in self.watchers:
-                watch()
         return True

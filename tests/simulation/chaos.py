@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from .network import Weather
+from .agenda import Action, Agenda
+from .network import Network, Weather
 from .simulation import TIMEOUT_S, Plan, Settings, Simulation
 from .worker import RETRY_FOR_S, Habits
 
@@ -21,6 +22,7 @@ EVENTS = (
     "evict",
     "release",
     "switch",
+    "patch",
     "snapshot",
     "restore",
     "restart",
@@ -29,6 +31,9 @@ EVENTS = (
 EVENTS_PER_RUN = 12
 # between two events; the longest outlasts a lease
 PAUSES_S = (0.05, 0.5, 0.5, 1.0, 1.0, 3.0, 3.0, 3.0, 14.0)
+
+# Until the server gets round to a piece of work.
+WORK_S = {"adding up": (0.0, 0.01, 0.3), "stepping": (0.0, 0.0, 0.005, 0.2)}
 
 
 def draw_policy(chance: random.Random, workers: int) -> Settings:
@@ -92,6 +97,8 @@ def happen(simulation: Simulation, event: str, name: str, chance: random.Random)
             simulation.start(name, takeover=True)
         case "switch":
             simulation.switch(draw_policy(chance, len(simulation.names)))
+        case "patch":
+            simulation.house.patch(chance.choice((0.5, 0.25)), hold=chance.random() < 0.5)
         case "snapshot":
             simulation.house.take_snapshot()
         case "restore":
@@ -106,8 +113,13 @@ def happen(simulation: Simulation, event: str, name: str, chance: random.Random)
 
 def run(seed: int, *, log: bool = False) -> Simulation:
     """One whole run. Violation, or any other error, if something is wrong."""
-    chance = random.Random(~seed)
-    simulation = Simulation(seed, draw_plan(chance))
+    chance, fate = random.Random(~seed), random.Random(seed)
+    plan, agenda = draw_plan(chance), Agenda()
+
+    def work(kind: str, action: Action) -> None:
+        agenda.after(fate.choice(WORK_S[kind]), action)
+
+    simulation = Simulation(fate, plan, agenda, Network(agenda, fate, plan.weather), work)
     rough = chance.choice((0, EVENTS_PER_RUN // 2, EVENTS_PER_RUN))
     for _ in range(rough + 3):
         simulation.advance(chance.choice(PAUSES_S))

@@ -50,6 +50,11 @@ class Network:
         for _ in range(copies):
             self.agenda.after(self.delay_s(), lambda: self._arrive(worker, deliver))
 
+    def calm(self) -> None:
+        """Nothing goes wrong from here on."""
+        self.weather = CALM
+        self.cut.clear()
+
     def bring(self, worker: str, whole: Deliver, broken: Deliver) -> None:
         """Bring a push's body after its header, or break off half way."""
         arrives = broken if self.chance.random() < self.weather.breaks else whole

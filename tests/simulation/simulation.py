@@ -14,17 +14,15 @@ from pushstep.server import policies
 from pushstep.server.session import WorkerState
 from pushstep.server.sync_round import SyncSettings
 
-from .agenda import Action, Agenda
-from .house import LEASE_S, House
+from .agenda import Agenda
+from .house import LEASE_S, House, Work
 from .intent import INTENTS_EACH, WORKERS, Intent
-from .network import CALM, Network, Weather
+from .network import Network, Weather
 from .witness import SLACK_S, require
 from .worker import RETRY_FOR_S, Habits, Process
 
 Settings = dict[str, Any]
 TIMEOUT_S = 4.0
-# Until the server gets round to a piece of work.
-WORK_S = {"adding up": (0.0, 0.01, 0.3), "stepping": (0.0, 0.0, 0.005, 0.2)}
 # Steps that everybody takes once nothing goes wrong any more, and how long that may take: somebody may have to wait
 # for a time-out, a lease and a retry first.
 LAST_STEPS = 2
@@ -50,12 +48,14 @@ class Plan:
 class Simulation:
     """One run."""
 
-    def __init__(self, seed: int, plan: Plan) -> None:
+    def __init__(
+        self, chance: random.Random, plan: Plan, agenda: Agenda, network: Network, work: Work
+    ) -> None:
         self.plan = plan
-        self.chance = random.Random(seed)
-        self.agenda = Agenda()
-        self.network = Network(self.agenda, self.chance, plan.weather)
-        self.house = House(self.agenda, self.network, self._work, plan.max_workers, plan.quality)
+        self.chance = chance
+        self.agenda = agenda
+        self.network = network
+        self.house = House(agenda, network, work, plan.max_workers, plan.quality)
         self.intents: list[Intent] = []
         self._drawn: dict[str, int] = {}
         self.processes: dict[str, Process] = {}
@@ -68,25 +68,24 @@ class Simulation:
         for name in self.names:
             self.start(name)
 
-    def _work(self, kind: str, action: Action) -> None:
-        self.agenda.after(self.chance.choice(WORK_S[kind]), action)
-
     def _draw(self, name: str) -> Intent | None:
-        number = self._drawn.get(name, 0)
-        if number >= INTENTS_EACH - self._kept:
+        if self._drawn.get(name, 0) >= INTENTS_EACH - self._kept:
             return None
-        self._drawn[name] = number + 1
         skip = self.chance.random() < self.plan.skips
-        intent = Intent(
+        return self.intend(
             name,
-            number,
+            skip=skip,
             both=self.chance.random() < 0.25,
             poison=not skip and self.chance.random() < self.poison,
-            skip=skip,
             samples=self.chance.choice((0.0, 1.0, 3.0)) if self.plan.weighs else 0.0,
         )
-        self.intents.append(intent)
-        return intent
+
+    def intend(self, name: str, **kind: Any) -> Intent:
+        """What a worker will push next."""
+        number = self._drawn.get(name, 0)
+        self._drawn[name] = number + 1
+        self.intents.append(Intent(name, number, **kind))
+        return self.intents[-1]
 
     # What can happen.
 
@@ -146,14 +145,16 @@ class Simulation:
 
     def finish(self) -> None:
         """Nothing goes wrong any more: everybody gets on, all is decided, and the state is what was told."""
-        self.network.weather = CALM
-        self.network.cut.clear()
+        self.network.calm()
         self.poison = 0.0
         for name in self.names:
             self.release(name)
         self._kept = 0
         for process in self.processes.values():
             process.habits.think_s = 4.0
+            if process.habits.by_hand:
+                process.habits.by_hand = False
+                process.work()
         for forgotten in self.replaced:
             forgotten.crash()
         goals = {name: self.processes[name].done for name in self.names}
@@ -207,8 +208,15 @@ class Simulation:
                 worker.state is not WorkerState.LIVE or worker.name not in self.names, f"{worker.name} stays"
             )
         require(house.arenas.version == house.ledger.version, "the arenas have not reached the version")
-        house.witness.check_state(
-            torch.cat([house.arenas.view(slot).reshape(-1) for slot in house.arenas.layout.slots]),
-            torch.cat([house.arenas.view(slot, "sum").reshape(-1) for slot in house.arenas.layout.slots]),
-            self.intents,
-        )
+        self.check_state()
+        house.witness.check_told()
+
+    def check_state(self) -> None:
+        """What has been stepped is what the story makes."""
+        arenas, witness = self.house.arenas, self.house.witness
+        if arenas.timeline == self.house.timeline:  # or a restore is still to be done
+            states = [
+                torch.cat([arenas.view(slot, state).reshape(-1) for slot in arenas.layout.slots])
+                for state in ("", "sum")
+            ]
+            witness.check_state(arenas.version, *states)

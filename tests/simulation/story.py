@@ -48,21 +48,39 @@ class Books:
         return Books(list(self.story), set(self.applied), self.lr, self.held)
 
 
-def replay(story: Sequence[Chapter]) -> tuple[Tensor, Tensor]:
-    """Parameters and `sum` after the story, both parameters one behind the other."""
-    rule = RULES["adagrad"]
-    parameters = [torch.zeros(slot.shape) for slot in LAYOUT.slots]
-    sums = [torch.zeros(slot.shape) for slot in LAYOUT.slots]
-    steps = [0] * len(parameters)
-    for chapter in story:
+class Replay:
+    """The state that a story makes, in the order of the versions. It goes on where the story does."""
+
+    def __init__(self) -> None:
+        self.told: list[Chapter] = []
+        self._begin()
+
+    def _begin(self) -> None:
+        self.told.clear()
+        self._parameters = [torch.zeros(slot.shape) for slot in LAYOUT.slots]
+        self._sums = [torch.zeros(slot.shape) for slot in LAYOUT.slots]
+        self._steps = [0] * len(LAYOUT.slots)
+
+    def of(self, story: Sequence[Chapter]) -> tuple[Tensor, Tensor]:
+        """Parameters and `sum` after the story, both parameters one behind the other."""
+        if self.told != story[: len(self.told)]:
+            self._begin()
+        for chapter in story[len(self.told) :]:
+            self._step(chapter)
+            self.told.append(chapter)
+        return torch.cat(self._parameters), torch.cat(self._sums)
+
+    def _step(self, chapter: Chapter) -> None:
+        rule = RULES["adagrad"]
         gradients = [intent.gradients() for intent, _ in chapter.intents]
         weights = [weight for _, weight in chapter.intents]
         for index, column in enumerate(zip(*gradients, strict=True)):
             gradient = weighted_sum(column, weights, chapter.divisor)
             if gradient is None:
                 continue
-            steps[index] += 1
+            self._steps[index] += 1
             lr = chapter.lr if index == 0 else FIRST_LR
             values = {**rule.defaults, "lr": lr * chapter.lr_scale}
-            rule.step_dense(parameters[index], gradient, [sums[index]], values, step=steps[index])
-    return torch.cat(parameters), torch.cat(sums)
+            rule.step_dense(
+                self._parameters[index], gradient, [self._sums[index]], values, step=self._steps[index]
+            )

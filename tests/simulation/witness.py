@@ -26,7 +26,7 @@ from pushstep.server.sync_round import SyncSettings
 
 from .agenda import Agenda
 from .intent import Intent, times_applied
-from .story import Books, Chapter, Key, key_of, replay
+from .story import Books, Chapter, Key, Replay, key_of
 
 # What a wait may take beyond the lease or the time-out that bounds it: messages, adding up, and the clock's grain.
 SLACK_S = 2.0
@@ -56,6 +56,7 @@ class Witness:
         self.intents: dict[Key, Intent] = {}
         # of the state as it is; and every version that ever was
         self.books = Books()
+        self._replay = Replay()
         self.chapters: dict[tuple[int, int], Chapter] = {}
         self.timeline = 1
         self.receipts: dict[Key, bytes] = {}
@@ -124,7 +125,8 @@ class Witness:
         return slowest
 
     def offered(self, header: PushHeader, offer: Offer) -> None:
-        """The fastest worker waits exactly when it must."""
+        """The fastest worker waits exactly when it must; of an epoch that is over nothing is let in."""
+        self._is_current(header.identity)
         settings = self.judge.policy.settings
         worker = self.judge.sessions.workers[header.identity.worker]
         sequence = int(header.identity.sequence)
@@ -211,7 +213,7 @@ class Witness:
         require(ticket.version == version + 1, f"version {ticket.version} follows {version}")
         require((self.timeline, ticket.version) not in self.chapters, f"version {ticket.version} came again")
         for candidate in candidates:
-            self._may_apply(candidate)
+            self._is_current(candidate.identity)
         divisor = 1.0
         if ticket.contributions:
             divisor = self._check_round(step, candidates)
@@ -243,13 +245,12 @@ class Witness:
             require(settle.verdict is not None, "a step without a verdict")
             self._consumed(settle.candidate, "OUTCOME_APPLIED", ticket.version)
 
-    def _may_apply(self, candidate: Candidate) -> None:
-        identity = candidate.identity
+    def _is_current(self, identity: Identity) -> None:
         who = f"{identity.worker}'s push of timeline {identity.timeline}, epoch {identity.epoch}"
-        require(identity.timeline == self.timeline, f"{who} is applied on timeline {self.timeline}")
-        require(identity.epoch == self.epochs[identity.worker], f"{who} is applied, its epoch is over")
+        require(identity.timeline == self.timeline, f"{who} is let in on timeline {self.timeline}")
+        require(identity.epoch == self.epochs[identity.worker], f"{who} is let in, its epoch is over")
         fenced = (identity.timeline, identity.worker, identity.epoch)
-        require(fenced not in self.evicted, f"{who} is applied after its eviction")
+        require(fenced not in self.evicted, f"{who} is let in after its eviction")
 
     def _check_round(self, step: Step, candidates: Sequence[Candidate]) -> float:
         found = [entry for entry in self._rounds.values() if list(entry[0].candidates) == candidates]
@@ -344,18 +345,25 @@ class Witness:
 
     # The end.
 
-    def check_state(self, parameters: Tensor, sums: Tensor, every: Sequence[Intent]) -> None:
-        """The arenas hold what the story makes, bit for bit; and each intent at most once, as it was told."""
-        replayed = replay(self.story)
+    def check_state(self, version: int, parameters: Tensor, sums: Tensor) -> None:
+        """The arenas hold what the story makes up to a version, bit for bit; and each intent of it exactly once."""
+        story = [chapter for chapter in self.story if chapter.version <= version]
+        replayed = self._replay.of(story)
         require(torch.equal(replayed[0], parameters), "the parameters are not what the story makes")
         require(torch.equal(replayed[1], sums), "Adagrad's sum is not what the story makes")
-        told = self.books.applied
-        plain = all(
-            chapter.divisor == 1 and all(weight == 1 for _, weight in chapter.intents)
-            for chapter in self.story
-        )
-        for intent in every:
-            if plain and not intent.poison:
-                require(times_applied(sums, intent) == (intent in told), f"{intent.worker}:{intent.number}")
-            if intent.fate == "not applied":
-                require(intent not in told, f"{intent.worker}:{intent.number} was applied, and denied")
+        if not all(c.divisor == 1 and all(weight == 1 for _, weight in c.intents) for c in story):
+            return
+        times: dict[Intent, int] = dict.fromkeys(self.intents.values(), 0)
+        for chapter in story:
+            for intent, _ in chapter.intents:
+                times[intent] += 1
+        for intent, count in times.items():
+            if not intent.poison:
+                name = f"{intent.worker}:{intent.number}"
+                require(times_applied(sums, intent) == count <= 1, f"{name} is not in the sum {count} times")
+
+    def check_told(self) -> None:
+        """Nobody was told that something was not applied which was."""
+        for intent in self.books.applied:
+            name = f"{intent.worker}:{intent.number}"
+            require(intent.fate != "not applied", f"{name} was applied, and denied")

@@ -55,6 +55,8 @@ class Habits:
     pulls: float = 0.9
     retry_for_s: float = RETRY_FOR_S
     schedules: bool = False
+    # steps and shows that it lives only when told to
+    by_hand: bool = False
 
 
 @dataclass(eq=False)
@@ -106,6 +108,11 @@ class Process:
     def start(self, *, takeover: bool = False) -> None:
         """Join, and work."""
         self._ask_to_join(takeover)
+        if not self.habits.by_hand:
+            self.work()
+
+    def work(self) -> None:
+        """Step now and then, and show that it lives."""
         self._think()
         self._beat()
 
@@ -127,6 +134,10 @@ class Process:
 
     def _beat(self) -> None:
         self._after(LEASE_S / 3, self._beat)
+        self.beat()
+
+    def beat(self) -> None:
+        """Send a sign of life."""
         identity = self.identity
         if identity is not None:
             self.network.send(self.name, lambda: self.house.intake.heartbeat(identity))
@@ -164,7 +175,7 @@ class Process:
             )
         again, self._again = self._again, []
         for intent in again:
-            self._send_new(intent)
+            self.push(intent)
 
     def _settle_doubt(self, flight: Flight, receipts: list[Receipt], *, forgotten: bool) -> None:
         old = flight.header.identity
@@ -186,17 +197,29 @@ class Process:
 
     def _think(self) -> None:
         self._after(self.chance.uniform(0.1, 1.0) * self.habits.think_s, self._think)
-        if self.identity is None or self._joining or len(self.flights) >= self.habits.window:
-            return
-        if self.flights and self._next() >= min(self.flights) + RECEIPTS_KEPT:
-            return  # the oldest one's receipt must still be there when it asks again
+        if self.ready:
+            self.step()
+
+    @property
+    def ready(self) -> bool:
+        """Whether it may push."""
+        if not self.alive or self.identity is None or self._joining:
+            return False
+        if len(self.flights) >= self.habits.window:
+            return False
+        # the oldest one's receipt must still be there when it asks again
+        return not self.flights or self._next() < min(self.flights) + RECEIPTS_KEPT
+
+    def step(self) -> None:
+        """Push something new."""
         intent = self._draw(self.name)
         if intent is not None:
-            self._send_new(intent)
+            self.push(intent)
         elif not self.flights:
             self.leave()  # or a round would wait for it
 
-    def _send_new(self, intent: Intent) -> None:
+    def push(self, intent: Intent) -> None:
+        """Under its next sequence."""
         assert self.identity is not None
         identity = Identity()
         identity.CopyFrom(self.identity)
@@ -289,7 +312,12 @@ class Process:
         if not self._edits_pending(lr):
             self._wanted_lr = None
         if self.habits.schedules and self.done % STEPS_PER_DECAY == 0:
-            self._wanted_lr = lr / 2
+            self.decay()
+
+    def decay(self) -> None:
+        """Its scheduler halves the lr."""
+        if self.groups:
+            self._wanted_lr = float(plain_values(self.groups[0].values)["lr"]) / 2
 
     def _edits_pending(self, lr: float) -> bool:
         return self._wanted_lr is not None and self._wanted_lr < lr and bool(self.flights)
