@@ -38,7 +38,7 @@ from torch import Tensor, cuda
 from pushstep.proto.frames import Assembly, BodyDigest, Chunk, Source, Writer
 from pushstep.proto.memory import SMALLEST_POOLED_BYTES, BufferPool, copy_elements, fresh_memory
 
-from .device import Device, Lane
+from .device import Device, Lane, T
 from .staging import DensePart, RowsPart, StagedPush
 
 log = logging.getLogger("pushstep.device")
@@ -58,6 +58,7 @@ class CudaDevice(Device):
         self.where = torch.device("cuda", index)
         self.fetched = BufferPool(KEPT_BYTES, self.fresh_memory)
         self.publisher = ThreadPoolExecutor(1, thread_name_prefix="publisher")
+        self._told = False
         # a SimpleQueue may be put into by a finalizer, which runs in any thread at any moment
         self._ended: queue.SimpleQueue[tuple[Callable[[], object], Any]] = queue.SimpleQueue()
 
@@ -66,8 +67,9 @@ class CudaDevice(Device):
         count = cuda.device_count()
         if (self.where.index or 0) >= count:
             raise OSError(f"--device {self.where}: torch finds {count} CUDA devices here")
-        self.inward = _stream(self.where)
-        self.outward = _stream(self.where)
+        # torch hands out 32 streams of each priority in turn: with that of the lanes, these would be some lanes' too
+        self.inward = _stream(self.where, priority=-1)
+        self.outward = _stream(self.where, priority=-1)
         threading.Thread(target=self._give_back, name="cuda-give-back", daemon=True).start()
 
     def lane(self) -> Lane:
@@ -92,7 +94,11 @@ class CudaDevice(Device):
             with contextlib.suppress(RuntimeError):
                 # CUDA remembers a refusal until somebody asks; a launch does, and would take it for its own
                 torch.zeros(1, device=self.where)
-            log.warning("%d bytes cannot be pinned (CUDA error %d): copies are slower", memory.size, refused)
+            if not self._told:
+                log.warning(
+                    "%d bytes cannot be pinned (CUDA error %d): copies are slower", memory.size, refused
+                )
+                self._told = True
             return memory
         view = memory[:]
         # the mapping lives on in the queue until it is pinned no more
@@ -115,13 +121,17 @@ class CudaDevice(Device):
 
     # Pushes.
 
-    async def body(
-        self, lengths: Sequence[int], digest: BodyDigest, take: Callable[[int], Tensor], *, unpacked: bool
+    async def prepared(self, make: Callable[[], T]) -> T:
+        """In a thread: pinning takes a while."""
+        return await asyncio.to_thread(make)
+
+    def body(
+        self, lengths: Sequence[int], digest: BodyDigest, take: Callable[[int], Tensor], *, stepped: bool
     ) -> Assembly:
-        """Pinned, with its twin on the device. Made in a thread: pinning fresh memory takes a while."""
-        if unpacked or sum(lengths) < SMALLEST_POOLED_BYTES:
-            return await asyncio.to_thread(Assembly, lengths, digest, take)
-        return await asyncio.to_thread(TwinnedAssembly, lengths, digest, take, self)
+        """With its twin on the device, unless something else is stepped, or so little that it is copied at the end."""
+        if not stepped or sum(lengths) < SMALLEST_POOLED_BYTES:
+            return Assembly(lengths, digest, take)
+        return TwinnedAssembly(lengths, digest, take, self)
 
     def bring(self, push: StagedPush, body: object) -> StagedPush:
         """What is not on the device yet is copied there; the push carries the event after the last copy."""
@@ -291,8 +301,8 @@ class Fetched:
         return write
 
 
-def _stream(where: torch.device) -> cuda.Stream:
-    return cuda.Stream(where)  # type: ignore[no-untyped-call]
+def _stream(where: torch.device, *, priority: int = 0) -> cuda.Stream:
+    return cuda.Stream(where, priority)  # type: ignore[no-untyped-call]
 
 
 def _event(stream: cuda.Stream, *, blocking: bool = False) -> cuda.Event:

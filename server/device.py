@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from pushstep.proto.memory import fresh_memory
 from .staging import StagedPush
 
 _NOTHING: Final = nullcontext()
+T = TypeVar("T")
 
 
 class Lane:
@@ -77,10 +78,14 @@ class Device:
         """Memory that another process writes to and reads, made ready for copies to and from the device."""
         return memory
 
-    async def body(
-        self, lengths: Sequence[int], digest: BodyDigest, take: Callable[[int], Tensor], *, unpacked: bool
+    async def prepared(self, make: Callable[[], T]) -> T:
+        """What `make` makes, out of fresh memory for the most part."""
+        return make()
+
+    def body(
+        self, lengths: Sequence[int], digest: BodyDigest, take: Callable[[int], Tensor], *, stepped: bool
     ) -> Assembly:
-        """What a body is received into. `unpacked`: some of it is not stepped as it lies there, see `unpack.py`."""
+        """What a body is received into. `stepped`: as it lies there, with nothing to unpack (see `unpack.py`)."""
         return Assembly(lengths, digest, take)
 
     def bring(self, push: StagedPush, body: object) -> StagedPush:

@@ -11,6 +11,7 @@ import asyncio
 import copy
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -93,19 +94,24 @@ class Intake:
             self._body: Assembly | SharedBody = self._region.body(header)
             self._region.hold()
             self._held = True
+            self._arrived = self._arriving(self._body)
         else:
             self._reserved = await self._budget.claim(f"{model.name}/{header.identity.worker}", needed)
-            self._body = await self._receiving(lengths, needed)
-        if not self._is_small:
-            self._arrived = Arrived(self._layout, header.segments, self._body, self._budget.buffer)
+            self._body, self._arrived = await model.device.prepared(partial(self._receiving, lengths, needed))
         self._waited_s = time.monotonic() - self._started_s
 
-    async def _receiving(self, lengths: list[int], needed: int) -> Assembly:
-        take, unpacked = self._budget.buffer, needed > sum(lengths)
+    def _receiving(self, lengths: list[int], needed: int) -> tuple[Assembly, Arrived | None]:
+        take, stepped = self._budget.buffer, needed == sum(lengths)
         try:
-            return await self.model.device.body(lengths, self._digest, take, unpacked=unpacked)
+            body = self.model.device.body(lengths, self._digest, take, stepped=stepped)
         except torch.OutOfMemoryError as error:  # the device's
             raise self._budget.over(needed) from error
+        return body, self._arriving(body)
+
+    def _arriving(self, body: Assembly | SharedBody) -> Arrived | None:
+        if self._is_small:
+            return None
+        return Arrived(self._layout, self.header.segments, body, self._budget.buffer)
 
     def place(self, chunk: Chunk) -> asyncio.Future[None] | None:
         """Copy a chunk into staging. Quarantined, if its worker was meanwhile."""

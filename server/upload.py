@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from safetensors import SafetensorError
@@ -90,7 +91,8 @@ class Upload:
         self._check_complete()
         self._digest = BodyDigest(header.segments)
         self._reserved = await self._budget.claim(f"{header.model}/{header.identity.worker}", sum(lengths))
-        self._body = Assembly(lengths, self._digest, self._budget.buffer)
+        made = partial(Assembly, lengths, self._digest, self._budget.buffer)
+        self._body = await self._catalog.device.prepared(made)
 
     def _check_complete(self) -> None:
         kind, header = self._header.kind, self._header

@@ -38,7 +38,7 @@ Range = tuple[int, int]
 class Stream:
     """Work that was asked for, in order, and how much of it is done."""
 
-    def __init__(self, device: Any = None) -> None:
+    def __init__(self, device: Any = None, priority: int = 0) -> None:
         self.asked = self.done = 0
         self._waiting: deque[Callable[[], object]] = deque()
 
