@@ -19,23 +19,27 @@ TORCH_ELEMENTS: Final = 32 << 10
 
 def copy(target: Tensor, source: Tensor, *, non_blocking: bool = False) -> None:
     """`target.copy_(source, non_blocking)` of tensors that do not overlap, unseen by autograd."""
-    if _are_long_runs(target, source):
-        from .cpu_copies import copy_bytes
+    same = target.dtype == source.dtype
+    if (same or _is_wider(target, source)) and _are_long_runs(target, source):
+        from .cpu_copies import copy_bytes, copy_wider
 
-        copy_bytes(target, source)
+        (copy_bytes if same else copy_wider)(target, source)
         torch.autograd.graph.increment_version(target)
     else:
         with torch.no_grad():
             target.copy_(source, non_blocking=non_blocking)
 
 
+def _is_wider(target: Tensor, source: Tensor) -> bool:
+    return target.dtype == torch.float32 and source.dtype in (torch.bfloat16, torch.float16)
+
+
 def _are_long_runs(target: Tensor, source: Tensor) -> bool:
-    """Whether both are one run of as many bytes, with the same meaning."""
+    """Whether both are one run of as many elements."""
     return (
         target.numel() > TORCH_ELEMENTS
         and target.is_cpu
         and source.is_cpu
-        and target.dtype == source.dtype
         and target.shape == source.shape
         and target.is_contiguous()
         and source.is_contiguous()

@@ -8,14 +8,17 @@ from typing import Final
 
 from torch import Tensor
 
-from .copy_kernels import LINE_BYTES, SIGNATURE, lines
+from .copy_kernels import LINE_BYTES, SIGNATURE, lines, widen
 from .kernel_cache import compiled
 from .pool import over_slices
+from .table import KIND
 
 # From here on the cache is passed by: whoever reads the target next would find little of it there.
 PAST_CACHE_BYTES: Final = 8 << 20
 SLICE_LINES: Final = (512 << 10) // LINE_BYTES
 INLINE_LINES: Final = (1 << 20) // LINE_BYTES
+SLICE_ELEMENTS: Final = 128 << 10
+INLINE_ELEMENTS: Final = 256 << 10
 
 
 def copy_bytes(target: Tensor, source: Tensor) -> None:
@@ -30,3 +33,9 @@ def copy_bytes(target: Tensor, source: Tensor) -> None:
         work = partial(kernel, to + head, of + head)
         over_slices(work, whole, threads=None, slice_size=SLICE_LINES, inline=INLINE_LINES)
     ctypes.memmove(to + end, of + end, max(0, nbytes - end))
+
+
+def copy_wider(target: Tensor, source: Tensor) -> None:
+    """Write a contiguous tensor of a half type into a contiguous float32 one of the same size."""
+    work = partial(compiled(widen, SIGNATURE, KIND[source.dtype]), target.data_ptr(), source.data_ptr())
+    over_slices(work, target.numel(), threads=None, slice_size=SLICE_ELEMENTS, inline=INLINE_ELEMENTS)

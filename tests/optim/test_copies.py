@@ -53,6 +53,17 @@ def test_a_copy_is_torchs(target: torch.Tensor, source: torch.Tensor) -> None:
     assert torch.equal(target, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_half_float_becomes_torchs_float32(dtype: torch.dtype) -> None:
+    source = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype).repeat(5)[1:]
+    target = torch.empty(source.numel())
+    copy(target, source)
+    expected = source.float()
+    assert torch.equal(target.isnan(), expected.isnan())
+    numbers = ~expected.isnan()
+    assert torch.equal(target[numbers].view(torch.int32), expected[numbers].view(torch.int32))
+
+
 @pytest.mark.parametrize("elements", [10, 100_000])
 def test_autograd_notices_that_a_parameter_was_written_to(elements: int) -> None:
     parameter = torch.nn.Parameter(torch.zeros(elements))
