@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable
 
@@ -31,6 +32,7 @@ class Member:
         self.lead = message.lead
         self.worker_state = message.worker_state
         self.policy = message.policy
+        self._forgotten = message.forgotten_epoch, message.forgotten_sequence
         self._receipts = list(message.receipts)
 
     def identity(self) -> Identity:
@@ -51,10 +53,11 @@ class Member:
 
     def receipt_of(self, identity: Identity) -> Receipt | None:
         """The receipt that the server held for a push of an earlier epoch when this one was joined."""
-        for receipt in self._receipts:
-            if (receipt.identity.epoch, receipt.identity.sequence) == (identity.epoch, identity.sequence):
-                return Receipt.of(receipt)
-        return None
+        return next((Receipt.of(found) for found in self._receipts if found.identity == identity), None)
+
+    def has_forgotten(self, identity: Identity) -> bool:
+        """Whether the server cannot say any more what became of a push that it has no receipt of."""
+        return (identity.epoch, identity.sequence) <= self._forgotten
 
 
 def join(
@@ -72,7 +75,9 @@ def join(
     Waits out a live lease under this name and another worker's creation, within the retry time. `old` is the
     session's own earlier membership: it may join over itself, and is told if the model is no longer the one it was.
     """
-    request = pb.JoinRequest(model=model, worker=worker, takeover=takeover)
+    # a number of its own: a copy of it that was on its way for long must not take over from what came of the others
+    attempt = secrets.randbits(63) + 1
+    request = pb.JoinRequest(model=model, worker=worker, takeover=takeover, attempt=attempt)
     if manifest is not None:
         request.manifest.CopyFrom(manifest)
     if old is not None:

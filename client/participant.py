@@ -1,8 +1,8 @@
 """One worker in one model, in the protocol's terms: slots, tensors and messages.
 
-The participant keeps the worker's identity. A step that is not answered is sent again, unchanged, until it is; the
-server applies it once. After a restore the participant joins again by itself and goes on from the restored version.
-`Session` adds what a user holds: names, arrays, an optimizer, and an end.
+A step that is not answered is sent again, unchanged, until it is; the server applies it once. After a restore the
+participant joins again by itself, learns whether the step is in what was restored, and goes on from there. `Session`
+adds what a user holds: names, arrays, an optimizer, and an end.
 """
 
 from __future__ import annotations
@@ -18,34 +18,30 @@ from torch import Tensor
 from pushstep.proto import dtypes
 from pushstep.proto import training_pb2 as pb
 from pushstep.proto.errors import (
+    CATALOGUE,
     Conflict,
-    FateUnknown,
     Fenced,
-    ForkedSession,
     LeaseExpired,
     ManifestChanged,
     NoAnswer,
-    NotAttached,
     PushstepError,
     Quarantined,
-    SessionClosed,
     Superseded,
+    UnknownWorker,
 )
 from pushstep.proto.hyperparameters import wire_values
 from pushstep.proto.layout import Layout, Slot, with_group
 from pushstep.proto.types_pb2 import Identity, Manifest, Segment
 
 from . import caller, uploads
+from .attendance import Attendance, own_receipt
 from .compression import Compression, Wire, push_and_pull
 from .early_push import EarlyPush
 from .gradients import Rows, push_body
-from .heartbeat import Heartbeat
-from .membership import Member, join
+from .membership import Member
 from .mirror import Mirror
-from .policy import Policy, difference, to_wire
 from .prefetch import Flight
 from .receipt import Outcome, Receipt
-from .retry import Retry
 from .sending import Sending
 from .shared_memory import SharedMemory
 from .transport import Body, Pulled, Transport
@@ -53,8 +49,8 @@ from .transport import Body, Pulled, Transport
 Step = tuple[Receipt, Pulled | None]
 
 
-class Participant:
-    """Owns the membership and the sequence of pushes under it. Not for use by several threads at once."""
+class Participant(Attendance):
+    """Makes the pushes of a membership, one after the other. Not for use by several threads at once."""
 
     def __init__(
         self,
@@ -70,13 +66,15 @@ class Participant:
         *,
         shared_memory: bool = False,
     ) -> None:
-        self.model = model
-        self.worker = worker
         push_wire, self.pull_wire = push_and_pull(wire)
-        self.compression = Compression(push_wire, top_k)
-        self.last_receipt: Receipt | None = None
-        self._transport = transport
-        self._retry = Retry(transport.address, retry_for_s)
+        super().__init__(
+            transport,
+            model,
+            worker,
+            Compression(push_wire, top_k),
+            retry_for_s=retry_for_s,
+            takeover=takeover,
+        )
         self.memory = SharedMemory(
             transport,
             model,
@@ -84,113 +82,14 @@ class Participant:
             # what is pushed smaller is sent: there is no place for it in a region
             wanted=shared_memory and not self.compression.owes,
         )
-        self._takeover = takeover
         self._on_reject = on_reject
         self._on_restore = on_restore
-        self._pid = os.getpid()
-        self._closed = False
-        self._member: Member | None = None
-        self._manifest: Manifest | None = None
-        self._in_doubt: Identity | None = None
-        self._worker_state: bytes | None = None
-        self._worker_state_due = False
         self._flight: Flight[Step] | None = None
         # here and not in Session, since it is the step that finds a restore, which makes the copy worthless
         self._mirror = Mirror()
-        self._heartbeat = Heartbeat(transport, model, lambda: self._member)
-
-    # Joining.
-
-    def join_or_create(
-        self,
-        manifest: Manifest | None,
-        values: Any,
-        steps: Sequence[int] = (),
-        policy: Policy | None = None,
-    ) -> bool:
-        """Join under the manifest, creating the model from `values(layout)` if there is none. True if created."""
-        self._manifest = manifest
-        wanted = to_wire(policy)
-
-        def create(ticket: pb.CreationTicket) -> pb.Membership:
-            layout = Layout(ticket.manifest)
-            header, body = uploads.creation(self.model, ticket, layout, values(layout), steps)
-            header.policy = wanted
-            return self._transport.upload(header, body).member
-
-        self._member, created = join(
-            self._transport,
-            self._retry,
-            self.model,
-            self.worker,
-            manifest,
-            self._takeover,
-            self._member,
-            create,
-        )
-        self._heartbeat.start()
-        other = difference(wanted, self._member.policy)
-        if other:
-            caller.warn(f"model {self.model!r} has a policy of its own ({other}); the server's holds")
-        return created
-
-    def member(self) -> Member:
-        """Who this session is in the model; joins it if it has not yet."""
-        self._check_usable()
-        if self._member is None:
-            self.join_or_create(None, None)
-        if self._in_doubt is not None:
-            # nobody answered the last push: a new epoch makes sure that it is not applied from here on, and brings
-            # its receipt if it had been
-            doubted = self._in_doubt
-            member = self.rejoin()
-            self._in_doubt = None
-            settled = member.receipt_of(doubted)
-            self.compression.settle(applied=settled is not None and settled.outcome is Outcome.APPLIED)
-            if settled is None and member.epoch <= doubted.epoch:
-                # epochs only grow: the server has forgotten this worker, and its receipts with it
-                raise FateUnknown(sequence=doubted.sequence, worker=self.worker)
-            self.last_receipt = settled or self.last_receipt
-        if self._member is None:
-            raise NotAttached(problem="the session has not joined")
-        return self._member
-
-    def rejoin(self) -> Member:
-        """Join again: after a restore, a lease that ran out, or a changed manifest."""
-        old = self._member
-        self._member, _ = join(
-            self._transport, self._retry, self.model, self.worker, self._manifest, False, old, None
-        )
-        self._worker_state_due = self._worker_state is not None
-        return self._member
-
-    @property
-    def worker_state(self) -> bytes:
-        """Up to 64 KiB of this worker's own: its place in the data, its random state.
-
-        What is set here travels with the next push and lies beside the model, in its snapshots too; a session that
-        joins under this worker's name finds here what the name's last push carried.
-        """
-        if self._worker_state is None and self._member is not None:
-            return bytes(self._member.worker_state)
-        return self._worker_state or b""
-
-    @worker_state.setter
-    def worker_state(self, value: bytes) -> None:
-        if not isinstance(value, bytes):
-            raise TypeError(f"worker_state is bytes, not {type(value).__name__}")
-        self._worker_state, self._worker_state_due = value, True
-
-    def adopt(self, message: pb.Membership) -> Member:
-        """Become who an upload's answer says."""
-        self._member = Member(message)
-        return self._member
 
     def _check_usable(self) -> None:
-        if os.getpid() != self._pid:
-            raise ForkedSession(parent=self._pid)
-        if self._closed:
-            raise SessionClosed()
+        super()._check_usable()
         if self._flight is not None and not self._flight.is_mine():
             self._flight.wait()
 
@@ -247,7 +146,8 @@ class Participant:
         while True:
             if held is not None and held[0] != member.timeline:
                 # joined again meanwhile, for whatever reason, and what is held here is of an ended timeline
-                return self._ended(member.next_identity()), None
+                push = member.next_identity()
+                return self._told(own_receipt(Outcome.SUPERSEDED, "superseded", push, member.version)), None
             header = self._push_header(member, held, skip)
             if pull:
                 header.pull.CopyFrom(self._pull_options(onto or held))
@@ -262,43 +162,29 @@ class Participant:
             header.segments.extend(body.segments)
             if early is None:
                 self.memory.place(member, header, body, gradients)
+            sending = self._sending(header, body, commit, member.layout, early)
             try:
-                if not pull:
-                    push = partial(self._push, commit=commit)
-                    answer = self._retry.run(Sending(push, header, body))
-                    receipt, pulled = Receipt.of(answer.receipt), None
-                else:
-                    exchange = partial(self._exchange, commit=commit, layout=member.layout)
-                    begun = None if early is None else partial(early.finish, commit)
-                    pulled = self._retry.run(Sending(exchange, header, body, begun))
-                    receipt = Receipt.of(pulled.header.receipt)
-            except Superseded:
-                self.rejoin()
-                return self._ended(header.identity), None
-            except (LeaseExpired, ManifestChanged) as error:
-                member = self.rejoin()
-                settled = member.receipt_of(header.identity)
+                receipt, pulled = self._retry.run(sending)
+            except (Superseded, LeaseExpired, ManifestChanged, UnknownWorker) as error:
+                settled = self.find_out(header.identity, in_doubt=sending.in_doubt)
                 if settled is not None:
-                    return self._note(settled), None
+                    return self._told(settled), None
+                member = self.member()
                 if isinstance(error, ManifestChanged):
                     # a group was added: names decide whether this worker's slots are still the model's
                     gradients = {member.layout.slot(s.name, self.model): g for s, g in gradients.items()}
                 early = None
                 continue
-            except NoAnswer:
-                self._in_doubt = header.identity
-                raise
             except PushstepError as error:
-                if not (error.consumed or isinstance(error, (Quarantined, Conflict, Fenced))):
-                    raise
-                if error.consumed or isinstance(error, Conflict):
-                    member.sequence = header.identity.sequence
-                return self._rejected(error, header.identity), None
+                return self._refused(error, header.identity, in_doubt=sending.in_doubt), None
+            except BaseException:
+                self._in_doubt = header.identity  # interrupted: it may have arrived
+                raise
             member.sequence = header.identity.sequence
             member.lead = receipt.lead
             if commit.worker_state == (self._worker_state or b""):
                 self._worker_state_due = False
-            return self._note(receipt), pulled
+            return self.note(receipt), pulled
 
     def begin_push(
         self, held: tuple[int, int] | None, layout: Layout, segments: Sequence[Segment]
@@ -327,40 +213,75 @@ class Participant:
             hold_s=self._transport.timeout_s / 3,
         )
 
-    def _push(self, header: pb.PushHeader, body: Body, commit: pb.PushCommit) -> pb.PushResponse:
-        shared = self.memory.attempt(header, lambda line: line.push(header, commit))
-        return shared if shared is not None else self._transport.push(header, body, commit)
+    def _sending(
+        self,
+        header: pb.PushHeader,
+        body: Body,
+        commit: pb.PushCommit,
+        layout: Layout,
+        early: EarlyPush | None,
+    ) -> Sending[Step]:
+        if not header.HasField("pull"):
+            return Sending(partial(self._push, commit=commit), header, body)
+        begun = None if early is None else lambda: _exchanged(early.finish(commit))
+        return Sending(partial(self._exchange, commit=commit, layout=layout), header, body, begun)
 
-    def _exchange(self, header: pb.PushHeader, body: Body, commit: pb.PushCommit, layout: Layout) -> Pulled:
+    def _push(self, header: pb.PushHeader, body: Body, commit: pb.PushCommit) -> Step:
+        shared = self.memory.attempt(header, lambda line: line.push(header, commit))
+        answer = shared if shared is not None else self._transport.push(header, body, commit)
+        return Receipt.of(answer.receipt), None
+
+    def _exchange(self, header: pb.PushHeader, body: Body, commit: pb.PushCommit, layout: Layout) -> Step:
         region = self.memory.region
         shared = self.memory.attempt(header, lambda line: line.exchange(header, commit))
         if shared is not None and region is not None:
-            return region.answer_of(shared)
-        return self._transport.exchange(header, body, commit, layout)
+            return _exchanged(region.answer_of(shared))
+        return _exchanged(self._transport.exchange(header, body, commit, layout))
 
-    def _note(self, receipt: Receipt) -> Receipt:
-        self.compression.settle(applied=receipt.outcome is Outcome.APPLIED)
-        self.last_receipt = receipt
-        return receipt
+    def _refused(self, error: PushstepError, push: Identity, *, in_doubt: bool) -> Receipt:
+        """The receipt of a push that was not answered with one; otherwise raises what there is to say."""
+        if isinstance(error, NoAnswer):
+            self._in_doubt = push
+            raise error
+        final = error.consumed or isinstance(error, (Conflict, Fenced))
+        if in_doubt and not final:
+            # this attempt was refused; one before it, that was not answered, may have been applied
+            settled = self.find_out(push)
+            if settled is not None:
+                return self._told(settled)
+        elif error.consumed or isinstance(error, Conflict):
+            self.member().sequence = push.sequence
+        if final or isinstance(error, Quarantined):
+            receipt = own_receipt(Outcome.REJECTED, error.code, push, self.member().version)
+            return self._rejected(error, self.note(receipt))
+        raise error
 
-    def _rejected(self, error: PushstepError, identity: Identity) -> Receipt:
-        receipt = self._note(_own_receipt(Outcome.REJECTED, error.code, identity, self.member().version))
+    def _rejected(self, error: PushstepError, receipt: Receipt) -> Receipt:
         if self._on_reject == "raise":
             raise error
         self._warn(f"push rejected: {error.message}")
         return receipt
 
-    def _ended(self, identity: Identity) -> Receipt:
-        """The receipt of a push whose timeline a restore has ended, or Superseded if the session is to raise it."""
+    def _told(self, receipt: Receipt) -> Receipt:
+        """Take the receipt of a push that joining again has settled, or that a restore came before.
+
+        Raises what the push was rejected with, and Superseded after a restore, if the session is to raise them.
+        """
         member = self.member()
-        self._mirror.forget()
-        if self._on_restore == "raise":
-            raise Superseded(model=self.model, timeline=member.timeline, got=identity.timeline)
-        self._warn(
-            f"model {self.model!r} was restored to version {member.version} (timeline {member.timeline}); this step "
-            "was not applied, going on from there"
-        )
-        return self._note(_own_receipt(Outcome.SUPERSEDED, "superseded", identity, member.version))
+        self.note(receipt)
+        if receipt.timeline != member.timeline:
+            self._mirror.forget()
+            if self._on_restore == "raise":
+                raise Superseded(model=self.model, timeline=member.timeline, got=receipt.timeline)
+            became = "not applied" if receipt.outcome is Outcome.SUPERSEDED else f"{receipt.outcome} before"
+            self._warn(
+                f"model {self.model!r} was restored to version {member.version} (timeline {member.timeline}); this step "
+                f"was {became}, going on from there"
+            )
+        if receipt.outcome is Outcome.REJECTED:
+            message = f"push {receipt.sequence} of epoch {receipt.epoch} was rejected: {receipt.reason}"
+            return self._rejected(CATALOGUE[receipt.reason](message, consumed=True), receipt)
+        return receipt
 
     def _warn(self, message: str) -> None:
         """Tell the caller of what called `step`; of one in flight, whoever lands it."""
@@ -400,7 +321,12 @@ class Participant:
     def upload_values(self, values: Mapping[tuple[Slot, str], Tensor]) -> int:
         """Send whole parameters by slot as a version of their own; the version."""
         member = self.member()
-        answer = self._send(uploads.parameters(self.model, member, values))
+        header, body = uploads.parameters(self.model, member, values)
+        try:
+            answer = self._send((header, body))
+        except NoAnswer:
+            self._in_doubt = header.identity
+            raise
         member.sequence += 1
         member.version = answer.version
         return int(answer.version)
@@ -430,7 +356,5 @@ def wire_enum(dtype: torch.dtype | None) -> Any:
     return 0 if dtype is None else dtypes.to_wire(dtype, "wire")
 
 
-def _own_receipt(outcome: Outcome, reason: str, identity: Identity, version: int) -> Receipt:
-    return Receipt(
-        outcome, reason, identity.worker, identity.epoch, identity.sequence, identity.timeline, version
-    )
+def _exchanged(pulled: Pulled) -> Step:
+    return Receipt.of(pulled.header.receipt), pulled

@@ -230,7 +230,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
             raise
         self.last_receipt = receipt
         self._last_state_dict = None
-        if receipt.outcome is Outcome.SUPERSEDED:
+        if pulled is None and receipt.timeline != self._session.member().timeline:
             self._start_over()
         if into_parameters and pulled is not None:
             self._parameters.take(pulled)

@@ -72,9 +72,12 @@ class Retry:
                 # jitter, so that workers cut off together do not come back together
                 pause_s = max(asked_s or 0.0, wait_s * random.uniform(0.5, 1.0))
                 # asked for anew each time: closing the session shortens it
-                if time.monotonic() + pause_s > begun_s + self.for_s:
+                left_s = begun_s + self.for_s - time.monotonic()
+                # the last attempt is made when the time is up, not when the next pause would outlast it: a channel
+                # whose server is back may take half a second to look again
+                if left_s <= 0 or (asked_s or 0.0) > left_s:
                     if isinstance(error, PushstepError):
                         raise
                     raise NoAnswer(address=self.address, seconds=self.for_s, problem=error) from error
-                time.sleep(pause_s)
+                time.sleep(min(pause_s, left_s))
                 wait_s = min(2 * wait_s, LONGEST_WAIT_S)

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final, Generic, TypeVar
 
-from pushstep.proto.errors import NotHeld, PushPending
+from pushstep.proto.errors import Broken, ModelFailed, NotHeld, PushPending
 from pushstep.proto.training_pb2 import PushHeader
 
-from .retry import answered
+from .retry import TransportFailure, answered
 from .transport import Body
 
 T = TypeVar("T")
@@ -33,6 +33,8 @@ class Sending(Generic[T]):
         self._header = header
         self._body = body
         self._begun = begun
+        # whether an attempt may have been taken although it was not answered with what came of it
+        self.in_doubt = False
 
     def __call__(self) -> T:
         """The answer, or the catalogue's error, or TransportFailure."""
@@ -44,7 +46,13 @@ class Sending(Generic[T]):
             return answered(lambda: self._send(header, NOTHING if header.held_digest else self._body))
         except PushPending as error:
             header.held_digest = int(error.fields["digest"])
+            self.in_doubt = True
             raise
         except NotHeld:
             header.held_digest = 0
+            raise
+        except ModelFailed:
+            raise  # until a restore, which ends its doubt
+        except (TransportFailure, Broken):
+            self.in_doubt = True
             raise

@@ -44,20 +44,22 @@ class DescribeResponse(_message.Message):
     def __init__(self, server_version: _Optional[str] = ..., max_chunk_bytes: _Optional[int] = ..., models: _Optional[_Iterable[str]] = ..., unix_path: _Optional[str] = ..., http_url: _Optional[str] = ..., memory_path: _Optional[str] = ...) -> None: ...
 
 class JoinRequest(_message.Message):
-    __slots__ = ("model", "worker", "takeover", "manifest", "model_uid", "epoch")
+    __slots__ = ("model", "worker", "takeover", "manifest", "model_uid", "epoch", "attempt")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     WORKER_FIELD_NUMBER: _ClassVar[int]
     TAKEOVER_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
     MODEL_UID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     model: str
     worker: str
     takeover: bool
     manifest: _types_pb2.Manifest
     model_uid: bytes
     epoch: int
-    def __init__(self, model: _Optional[str] = ..., worker: _Optional[str] = ..., takeover: bool = ..., manifest: _Optional[_Union[_types_pb2.Manifest, _Mapping]] = ..., model_uid: _Optional[bytes] = ..., epoch: _Optional[int] = ...) -> None: ...
+    attempt: int
+    def __init__(self, model: _Optional[str] = ..., worker: _Optional[str] = ..., takeover: bool = ..., manifest: _Optional[_Union[_types_pb2.Manifest, _Mapping]] = ..., model_uid: _Optional[bytes] = ..., epoch: _Optional[int] = ..., attempt: _Optional[int] = ...) -> None: ...
 
 class JoinResponse(_message.Message):
     __slots__ = ("member", "create")
@@ -68,7 +70,7 @@ class JoinResponse(_message.Message):
     def __init__(self, member: _Optional[_Union[Membership, _Mapping]] = ..., create: _Optional[_Union[CreationTicket, _Mapping]] = ...) -> None: ...
 
 class Membership(_message.Message):
-    __slots__ = ("identity", "version", "manifest_hash", "manifest", "groups", "receipts", "lease_s", "lead", "worker_state", "policy")
+    __slots__ = ("identity", "version", "manifest_hash", "manifest", "groups", "receipts", "lease_s", "lead", "worker_state", "policy", "forgotten_epoch", "forgotten_sequence")
     IDENTITY_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_HASH_FIELD_NUMBER: _ClassVar[int]
@@ -79,6 +81,8 @@ class Membership(_message.Message):
     LEAD_FIELD_NUMBER: _ClassVar[int]
     WORKER_STATE_FIELD_NUMBER: _ClassVar[int]
     POLICY_FIELD_NUMBER: _ClassVar[int]
+    FORGOTTEN_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    FORGOTTEN_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     identity: _types_pb2.Identity
     version: int
     manifest_hash: int
@@ -89,7 +93,9 @@ class Membership(_message.Message):
     lead: bool
     worker_state: bytes
     policy: str
-    def __init__(self, identity: _Optional[_Union[_types_pb2.Identity, _Mapping]] = ..., version: _Optional[int] = ..., manifest_hash: _Optional[int] = ..., manifest: _Optional[_Union[_types_pb2.Manifest, _Mapping]] = ..., groups: _Optional[_Iterable[_Union[_types_pb2.GroupValues, _Mapping]]] = ..., receipts: _Optional[_Iterable[_Union[_types_pb2.Receipt, _Mapping]]] = ..., lease_s: _Optional[float] = ..., lead: bool = ..., worker_state: _Optional[bytes] = ..., policy: _Optional[str] = ...) -> None: ...
+    forgotten_epoch: int
+    forgotten_sequence: int
+    def __init__(self, identity: _Optional[_Union[_types_pb2.Identity, _Mapping]] = ..., version: _Optional[int] = ..., manifest_hash: _Optional[int] = ..., manifest: _Optional[_Union[_types_pb2.Manifest, _Mapping]] = ..., groups: _Optional[_Iterable[_Union[_types_pb2.GroupValues, _Mapping]]] = ..., receipts: _Optional[_Iterable[_Union[_types_pb2.Receipt, _Mapping]]] = ..., lease_s: _Optional[float] = ..., lead: bool = ..., worker_state: _Optional[bytes] = ..., policy: _Optional[str] = ..., forgotten_epoch: _Optional[int] = ..., forgotten_sequence: _Optional[int] = ...) -> None: ...
 
 class CreationTicket(_message.Message):
     __slots__ = ("model", "worker", "ticket", "expires_s", "manifest")

@@ -217,6 +217,13 @@ class ArenasCopy:
     steps: list[int]
     # buffers and frozen values, by name: not stepped, only kept for exports
     extras: Mapping[str, Tensor] = field(default_factory=dict)
+    # what it stands on: the (timeline, version) that each restore before it went on from
+    lineage: Sequence[tuple[int, int]] = ()
+
+    @property
+    def lineage_here(self) -> list[tuple[int, int]]:
+        """The lineage of what goes on from here."""
+        return [*self.lineage, (self.timeline, self.version)]
 
     def view(self, slot: Slot, state: str = "") -> Tensor:
         """One parameter (or its state) in its own shape."""

@@ -63,6 +63,8 @@ class Creation:
     layout: Layout
     bytes_needed: int
     expires_at_s: float
+    # of the join that asked for it
+    attempt: int = 0
     # its values have arrived and its name is being written to the disk
     finishing: bool = False
 
@@ -110,7 +112,9 @@ class Catalog:
 
     # Creation: a ticket, then the values, then the model.
 
-    def begin_creation(self, name: str, worker: str, manifest: Manifest, now_s: float) -> Creation:
+    def begin_creation(
+        self, name: str, worker: str, manifest: Manifest, now_s: float, attempt: int = 0
+    ) -> Creation:
         """Give the first caller leave to create a model; BeingCreated for the others while it lasts."""
         check_name(name, "model name")
         layout = Layout(manifest)
@@ -141,7 +145,7 @@ class Catalog:
         current = self._creations.get(name)
         if current is not None and (current.finishing or current.worker != worker):
             raise BeingCreated(model=name, worker=current.worker, retry_after_s=CREATION_RETRY_S)
-        creation = Creation(secrets.randbits(63) or 1, worker, layout, need, now_s + CREATION_S)
+        creation = Creation(secrets.randbits(63) or 1, worker, layout, need, now_s + CREATION_S, attempt)
         self._creations[name] = creation
         return creation
 
@@ -328,11 +332,13 @@ class Catalog:
         timeline += not proven
         groups = ParamGroups.parse(manifest["groups"])
         model = self._model(name, uid, timeline, copy.layout, groups)
-        model.ledger.version = copy.version
+        model.ledger.version, model.ledger.lineage = copy.version, list(copy.lineage)
+        if not proven:
+            model.ledger.go_back(copy.lineage_here, timeline)
         model.edit = int(manifest["edit"])
         model.extras = copy.extras
         model.hooks.parse(manifest["hooks"], groups, name)
-        model.sessions.parse(manifest["workers"], time.monotonic())
+        model.sessions.parse(manifest["workers"], time.monotonic(), manifest["forgotten_epoch"])
         model.judge.quality.parse(manifest["gate"])
         model.judge.switch(
             policies.read(manifest["policy"]), time.monotonic()

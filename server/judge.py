@@ -13,6 +13,8 @@ then offer again whoever was told to wait. Call `tick` when `next_s` has come.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from pushstep.proto.errors import (
     Conflict,
     Fenced,
@@ -24,7 +26,7 @@ from pushstep.proto.errors import (
     UnknownWorker,
 )
 from pushstep.proto.training_pb2 import PushHeader
-from pushstep.proto.types_pb2 import Identity, Outcome
+from pushstep.proto.types_pb2 import Identity, Outcome, Receipt
 
 from . import policies
 from .candidate import Candidate
@@ -155,14 +157,33 @@ class Judge:
 
     # Events of members and of time.
 
-    def join(self, name: str, now_s: float, takeover: bool) -> tuple[Worker, list[Decision]]:
-        """Open the next epoch under a name; what the last one left undecided is never applied. AlreadyJoined."""
+    def join(
+        self, name: str, now_s: float, takeover: bool, attempt: int = 0
+    ) -> tuple[Worker, list[Decision]]:
+        """Open the next epoch under a name; what the last one left undecided is never applied. AlreadyJoined.
+
+        An `attempt` that has come before changes nothing.
+        """
         known = self.sessions.workers.get(name)
-        left = [] if known is None else list(known.held.values())
-        worker = self.sessions.join(name, now_s, takeover)
-        why = "another session joined under this name"
-        self.docket.drop(left, lambda c: Fenced(worker=name, epoch=c.identity.epoch, why=why))
+        epoch, left = (0, []) if known is None else (known.epoch, list(known.held.values()))
+        worker = self.sessions.join(name, now_s, takeover, attempt)
+        if worker.epoch != epoch:
+            why = "another session joined under this name"
+            self.docket.drop(left, lambda c: Fenced(worker=name, epoch=c.identity.epoch, why=why))
         return worker, self.docket.conclude(now_s)
+
+    def receipts_of(self, worker: Worker) -> list[Receipt]:
+        """What a worker that joins is told of its last pushes: of one that a restore has undone, that it was."""
+        return [self._as_of_now(verdict.receipt) for verdict in worker.verdicts]
+
+    def _as_of_now(self, receipt: Receipt) -> Receipt:
+        applied = receipt.outcome == Outcome.OUTCOME_APPLIED
+        if not applied or self.ledger.holds(receipt.identity.timeline, receipt.version):
+            return receipt
+        undone = Receipt()
+        undone.CopyFrom(receipt)
+        undone.outcome, undone.reason = Outcome.OUTCOME_SUPERSEDED, Superseded.code
+        return undone
 
     def heard(self, identity: Identity, now_s: float) -> list[Decision]:
         """A worker shows that it lives. What `offered` raises about who it is."""
@@ -235,12 +256,16 @@ class Judge:
         return self.docket.conclude(now_s)
 
     def restored(
-        self, version: int, timeline: int, settings: policies.Settings, now_s: float
+        self,
+        lineage: Sequence[tuple[int, int]],
+        timeline: int,
+        settings: policies.Settings,
+        now_s: float,
     ) -> list[Decision]:
-        """The model has become another state: every epoch and everything undecided ends."""
+        """The model has become the last state of `lineage`: every epoch and everything undecided ends."""
         ended = [c for worker in self.sessions.workers.values() for c in worker.held.values()]
         self.sessions.close_epochs()
-        self.ledger.version, self.ledger.timeline = version, timeline
+        self.ledger.go_back(lineage, timeline)
         self.docket.start_over(policies.make(settings))
         self.docket.drop(
             ended, lambda c: Superseded(model=self.name, timeline=timeline, got=c.identity.timeline)

@@ -33,14 +33,25 @@ class Order:
 
 
 class Ledger:
-    """Owns the version. One write at a time, each whole."""
+    """Owns the version, and knows which versions it stands on. One write at a time, each whole."""
 
     def __init__(self, name: str, timeline: int, groups: ParamGroups, hooks: HookChain) -> None:
         self.name = name
         self.timeline = timeline
         self.version = 0
+        # the (timeline, version) that each restore went on from
+        self.lineage: list[tuple[int, int]] = []
         self.groups = groups
         self.hooks = hooks
+
+    def holds(self, timeline: int, version: int) -> bool:
+        """Whether what the model is now was made from a version, or a restore has undone it."""
+        return timeline == self.timeline or version <= dict(self.lineage).get(timeline, -1)
+
+    def go_back(self, lineage: Sequence[tuple[int, int]], timeline: int) -> None:
+        """Go on from the last of `lineage`, on a new timeline."""
+        self.lineage, self.timeline = list(lineage), timeline
+        self.version = self.lineage[-1][1]
 
     def receipt(self, identity: Identity, policy: str, *, lead: bool) -> Receipt:
         """A receipt as it begins: of no outcome yet, at the version of now."""

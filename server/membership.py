@@ -26,7 +26,9 @@ def join(catalog: Catalog, request: JoinRequest) -> JoinResponse:
             raise ModelLost(model=request.model[:200])
         if not request.HasField("manifest"):
             raise UnknownModel(model=request.model[:200])
-        creation = catalog.begin_creation(request.model, request.worker, request.manifest, now_s)
+        creation = catalog.begin_creation(
+            request.model, request.worker, request.manifest, now_s, request.attempt
+        )
         return JoinResponse(
             create=CreationTicket(
                 model=request.model,
@@ -43,8 +45,10 @@ def join(catalog: Catalog, request: JoinRequest) -> JoinResponse:
     known = model.sessions.workers.get(request.worker)
     itself = known is not None and request.epoch == known.epoch and request.model_uid == model.uid
     model.require_room_for(request.worker)
-    worker, decisions = model.judge.join(request.worker, now_s, request.takeover or itself)
-    model.record("joined", worker.name, epoch=worker.epoch)
+    epoch = known.epoch if known is not None else 0
+    worker, decisions = model.judge.join(request.worker, now_s, request.takeover or itself, request.attempt)
+    if worker.epoch != epoch:
+        model.record("joined", worker.name, epoch=worker.epoch)
     model.executor.carry_out(decisions)
     return JoinResponse(member=membership(model, worker))
 
@@ -63,11 +67,13 @@ def membership(model: Model, worker: Worker) -> Membership:
         manifest_hash=model.layout.manifest_hash,
         manifest=model.layout.manifest,
         groups=model.group_values(),
-        receipts=[verdict.receipt for verdict in worker.verdicts],
+        receipts=model.judge.receipts_of(worker),
         lease_s=model.sessions.lease_s,
         lead=model.sessions.leads(worker),
         worker_state=worker.worker_state,
         policy=model.judge.policy.settings.model_dump_json(),
+        forgotten_epoch=worker.forgotten[0],
+        forgotten_sequence=worker.forgotten[1],
     )
 
 

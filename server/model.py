@@ -217,7 +217,8 @@ class Model:
             self.edit = int(saved["edit"])
             self.judge.quality.parse(saved["gate"])
         held = self.judge.policy.settings.model_dump() if saved is None else saved["policy"]
-        decisions = self.judge.restored(copy.version, timeline, policies.read(held), time.monotonic())
+        settings = policies.read(held)
+        decisions = self.judge.restored(copy.lineage_here, timeline, settings, time.monotonic())
         self.record("restored", by)
         self.executor.carry_out(decisions)
         arenas, publisher = self.arenas, self.publisher
@@ -250,14 +251,15 @@ class Model:
             "groups": self.groups.dump(),
             "hooks": self.hooks.dump(),
             "workers": self.sessions.dump(),
+            "forgotten_epoch": self.sessions.forgotten_epoch,
         }
 
     async def copy(self) -> tuple[dict[str, Any], ArenasCopy]:
         """Groups, hooks and workers with the arenas of exactly the same version."""
         self.require_whole()
-        facts, extras = self.dump(), self.extras
+        facts, extras, lineage = self.dump(), self.extras, tuple(self.ledger.lineage)
         copy = await self.stepper.submit(self.arenas.copy)
-        return facts, replace(copy, extras=extras)
+        return facts, replace(copy, extras=extras, lineage=lineage)
 
     def tell(self, point: Point, **facts: Any) -> None:
         """Let the observers at a point know."""

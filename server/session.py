@@ -3,6 +3,7 @@
 A synchronous state machine: events and the time go in, decisions come out; no clock, thread or I/O inside. A push is
 (worker, epoch, sequence). The next sequence is judged, one that was judged before is answered with the stored
 verdict, a gap or an old epoch is refused. A few sequences may be on their way at once; they are judged in order.
+An epoch is never given out twice: whoever comes after a worker that was forgotten begins above its epochs.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from .candidate import Candidate
 RECEIPTS_KEPT: Final = 8
 IN_FLIGHT: Final = 8
 FORGET_AFTER_S: Final = 24 * 3600.0
+JOINS_KEPT: Final = 8
+LAST_SEQUENCE: Final = 2**64 - 1
 
 
 class WorkerState(StrEnum):
@@ -78,6 +81,10 @@ class Worker:
     # refused since the last push that was not; its headers are turned away once there were too many
     refused_in_row: int = 0
     quarantined: bool = False
+    # the callers' numbers of the last joins; the last one is that of this epoch
+    attempts: deque[int] = field(default_factory=lambda: deque(maxlen=JOINS_KEPT))
+    # (epoch, sequence) of the last push whose receipt is not kept any more
+    forgotten: tuple[int, int] = (0, 0)
 
     @property
     def told_version(self) -> int:
@@ -94,20 +101,30 @@ class Sessions:
         self.lease_s = lease_s
         self.max_workers = max_workers
         self.workers: dict[str, Worker] = {}
+        # the highest one of a worker that was forgotten
+        self.forgotten_epoch = 0
         self._joins = 0
         self._lead: Worker | None = None
 
-    def join(self, name: str, now_s: float, takeover: bool) -> Worker:
-        """Open the next epoch under a name. AlreadyJoined while another holds it, unless taken over."""
+    def join(self, name: str, now_s: float, takeover: bool, attempt: int = 0) -> Worker:
+        """Open the next epoch under a name. AlreadyJoined while another holds it, unless taken over.
+
+        An `attempt` that has come before opens none: it has its epoch, or is Fenced if that is over.
+        """
         self.expire(now_s)
         worker = self.workers.get(name)
         if worker is None:
             self._forget(now_s)
-            worker = self.workers[name] = Worker(name)
+            worker = self.workers[name] = Worker(name, epoch=self.forgotten_epoch)
+            if self.forgotten_epoch:
+                worker.forgotten = self.forgotten_epoch, LAST_SEQUENCE
+        elif attempt and attempt in worker.attempts:
+            return self._joined_before(worker, attempt, now_s)
         if worker.state is WorkerState.LIVE and not takeover:
             left_s = round(worker.lease_until_s - now_s, 3)
             raise AlreadyJoined(worker=name, retry_after_s=max(left_s, 0.001))
         worker.epoch += 1
+        worker.attempts.append(attempt)
         worker.sequence = 0
         worker.held, worker.coming = {}, {}
         worker.state = WorkerState.LIVE
@@ -116,6 +133,15 @@ class Sessions:
         if self._lead is worker:
             self._lead = None  # it joined anew, behind the others
         self._touch(worker, now_s)
+        return worker
+
+    def _joined_before(self, worker: Worker, attempt: int, now_s: float) -> Worker:
+        if attempt != worker.attempts[-1]:
+            raise Fenced(
+                worker=worker.name, epoch=0, why="this join was answered, and another one came after it"
+            )
+        if worker.state is WorkerState.LIVE:
+            self._touch(worker, now_s)
         return worker
 
     def require(self, identity: Identity, now_s: float) -> Worker:
@@ -156,11 +182,7 @@ class Sessions:
 
     def stored(self, worker: Worker, identity: Identity) -> Verdict | None:
         """The verdict of a push, if it has one that is still kept."""
-        for verdict in worker.verdicts:
-            seen = verdict.receipt.identity
-            if (seen.epoch, seen.sequence) == (identity.epoch, identity.sequence):
-                return verdict
-        return None
+        return next((v for v in reversed(worker.verdicts) if v.receipt.identity == identity), None)
 
     def _require_in_window(self, worker: Worker, sequence: int) -> None:
         """OutOfOrder, or TooManyInFlight, unless all before `sequence` are known and it is one of the next few."""
@@ -176,6 +198,9 @@ class Sessions:
         """Store the verdict on the worker's next sequence."""
         worker.sequence = verdict.receipt.identity.sequence
         worker.held.pop(worker.sequence, None)
+        if len(worker.verdicts) == RECEIPTS_KEPT:
+            oldest = worker.verdicts[0].receipt.identity
+            worker.forgotten = max(worker.forgotten, (int(oldest.epoch), int(oldest.sequence)))
         worker.verdicts.append(verdict)
         outcome = Outcome.Name(verdict.receipt.outcome).removeprefix("OUTCOME_").lower()
         worker.outcomes[outcome] = worker.outcomes.get(outcome, 0) + 1
@@ -246,6 +271,8 @@ class Sessions:
                 "duplicates": worker.duplicates,
                 "refused_in_row": worker.refused_in_row,
                 "quarantined": worker.quarantined,
+                "attempts": list(worker.attempts),
+                "forgotten": list(worker.forgotten),
                 "worker_state": worker.worker_state.hex(),
                 "verdicts": [
                     {
@@ -261,8 +288,9 @@ class Sessions:
             for worker in self.workers.values()
         ]
 
-    def parse(self, dumped: Iterable[Mapping[str, Any]], now_s: float) -> None:
+    def parse(self, dumped: Iterable[Mapping[str, Any]], now_s: float, forgotten_epoch: int = 0) -> None:
         """The table that `dump` wrote; whoever was live gets a fresh lease."""
+        self.forgotten_epoch = forgotten_epoch
         for entry in dumped:
             worker = Worker(
                 entry["name"],
@@ -276,6 +304,8 @@ class Sessions:
                 refused_in_row=entry["refused_in_row"],
                 quarantined=entry["quarantined"],
             )
+            worker.attempts.extend(entry["attempts"])
+            worker.forgotten = (entry["forgotten"][0], entry["forgotten"][1])
             for saved in entry["verdicts"]:
                 receipt = Receipt.FromString(bytes.fromhex(saved["receipt"]))
                 error = None
@@ -306,4 +336,5 @@ class Sessions:
         surplus = len(self.workers) + 1 - self.max_workers
         for index, worker in enumerate(absent):
             if index < surplus or now_s - worker.last_seen_s > FORGET_AFTER_S:
+                self.forgotten_epoch = max(self.forgotten_epoch, worker.epoch)
                 del self.workers[worker.name]

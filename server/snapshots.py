@@ -73,6 +73,7 @@ class Snapshots:
                 **facts,
                 "version": copy.version,
                 "timeline": copy.timeline,
+                "lineage": list(map(list, copy.lineage)),
                 "steps": copy.steps,
                 "parameters": _parameters(copy.layout),
                 "files": files,
@@ -131,7 +132,9 @@ class Snapshots:
             parameters.append(tensors.pop(PARAMETER))
             states.append(tensors)
         timeline, version = int(manifest["timeline"]), int(manifest["version"])
-        return manifest, ArenasCopy(layout, timeline, version, parameters, states, manifest["steps"], extras)
+        lineage = [(int(ended), int(at)) for ended, at in manifest["lineage"]]
+        copy = ArenasCopy(layout, timeline, version, parameters, states, manifest["steps"], extras, lineage)
+        return manifest, copy
 
     def newest(self) -> tuple[dict[str, Any], ArenasCopy] | None:
         """The newest snapshot that verifies; damaged ones are named in the log and left alone."""

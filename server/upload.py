@@ -148,13 +148,13 @@ class Upload:
     async def _create(self) -> UploadResponse:
         if self._creation is None:
             raise MalformedFrame(problem="no creation ticket")
-        header, worker = self._header, self._creation.worker
+        header, worker, attempt = self._header, self._creation.worker, self._creation.attempt
         model = await asyncio.to_thread(self._catalog.new_model, header.model, self._layout)
         await model.stepper.submit(lambda: self._fill(model.arenas, header.steps))
         model.begin_under(self._policy)
         await self._catalog.finish_creation(header.model, self._creation, model)
         self.committed = True
-        self._join(model, worker)
+        self._join(model, worker, attempt)
         return UploadResponse(
             member=membership(model, model.sessions.workers[worker]), version=0, timeline=model.timeline
         )
@@ -208,8 +208,8 @@ class Upload:
         self._join(model, header.identity.worker)
         return self._joined(model)
 
-    def _join(self, model: Model, worker: str) -> None:
-        _, decisions = model.judge.join(worker, time.monotonic(), takeover=True)
+    def _join(self, model: Model, worker: str, attempt: int = 0) -> None:
+        _, decisions = model.judge.join(worker, time.monotonic(), takeover=True, attempt=attempt)
         model.executor.carry_out(decisions)
 
     def _joined(self, model: Model) -> UploadResponse:

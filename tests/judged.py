@@ -85,9 +85,9 @@ class Court:
         assert key not in self.settled
         self.settled[key] = settle
 
-    def join(self, *names: str, takeover: bool = False) -> None:
+    def join(self, *names: str, takeover: bool = False, attempt: int = 0) -> None:
         for name in names:
-            _, decisions = self.judge.join(name, self.now_s, takeover)
+            _, decisions = self.judge.join(name, self.now_s, takeover, attempt)
             self.do(decisions)
 
     def wait(self, seconds: float) -> None:

@@ -22,7 +22,15 @@ from pushstep.proto.errors import (
     UnknownWorker,
 )
 from pushstep.proto.types_pb2 import Identity, Outcome, Receipt
-from pushstep.server.session import FORGET_AFTER_S, RECEIPTS_KEPT, Sessions, Verdict, Worker, WorkerState
+from pushstep.server.session import (
+    FORGET_AFTER_S,
+    LAST_SEQUENCE,
+    RECEIPTS_KEPT,
+    Sessions,
+    Verdict,
+    Worker,
+    WorkerState,
+)
 
 LEASE_S = 30.0
 
@@ -219,8 +227,60 @@ def test_beyond_the_limit_the_longest_absent_go_and_never_the_live() -> None:
     assert list(sessions.workers) == ["b", "d", "e", "f", "g"]
 
 
+def test_no_epoch_is_given_out_twice() -> None:
+    """What a forgotten worker had sent cannot pass for what it sends when it is back."""
+    sessions = Sessions(LEASE_S, max_workers=1)
+    for _ in range(3):
+        old = sessions.join("a", 0, takeover=True)
+    assert (old.epoch, old.forgotten) == (3, (0, 0))
+    sessions.leave(identity(old), 0)
+    b = sessions.join("b", 1, takeover=False)
+    assert (list(sessions.workers), b.epoch, b.forgotten) == (["b"], 4, (3, LAST_SEQUENCE))
+    sessions.leave(identity(b), 1)
+    saved = Sessions(LEASE_S, max_workers=1)
+    saved.parse(json.loads(json.dumps(sessions.dump())), 1, sessions.forgotten_epoch)
+    for table in (sessions, saved):
+        a = table.join("a", 2, takeover=False)
+        assert a.epoch == 5
+        assert (3, 1) <= a.forgotten < (5, 1)
+        with pytest.raises(Fenced):
+            table.require(identity(a, epoch=3), 2)
+
+
+def test_what_is_forgotten_of_a_worker_that_is_not(sessions: Sessions) -> None:
+    worker = sessions.join("w", 0, takeover=False)
+    for sequence in range(1, RECEIPTS_KEPT + 3):
+        consume(sessions, worker)
+        assert worker.forgotten == ((1, sequence - RECEIPTS_KEPT) if sequence > RECEIPTS_KEPT else (0, 0))
+    sessions.join("w", 0, takeover=True)
+    consume(sessions, worker)
+    assert worker.forgotten == (1, 3)
+
+
+@pytest.mark.parametrize("state", ["live", "left", "evicted"])
+def test_a_join_that_comes_again_changes_nothing(sessions: Sessions, state: str) -> None:
+    first = sessions.join("w", 0, takeover=False, attempt=5)
+    consume(sessions, first)
+    sessions.join("v", 1, takeover=False)
+    if state == "left":
+        sessions.leave(identity(first), 1)
+    elif state == "evicted":
+        sessions.evict("w")
+    before = sessions.dump()
+    assert sessions.join("w", 2, takeover=True, attempt=5) is first
+    assert sessions.dump() == before
+    assert first.lease_until_s == (2 if state == "live" else 0) + LEASE_S
+    assert sessions.join("w", 3, takeover=True, attempt=6).epoch == 2
+    with pytest.raises(Fenced, match="another one came after it"):
+        sessions.join("w", 4, takeover=True, attempt=5)
+    assert sessions.join("w", 5, takeover=True).epoch == 3  # without a number each is one of its own
+    assert sessions.join("w", 6, takeover=True).epoch == 4
+    with pytest.raises(Fenced):
+        sessions.join("w", 7, takeover=True, attempt=6)
+
+
 def test_the_table_survives_as_json(sessions: Sessions) -> None:
-    a, b = (sessions.join(name, 0, takeover=False) for name in "ab")
+    a, b = (sessions.join(name, 0, takeover=False, attempt=2**63) for name in "ab")
     for n in range(10):
         consume(sessions, a, digest=2**64 - 1 - n)
     error = NonfiniteGradient(parameter="w'\n", consumed=True)
@@ -262,7 +322,6 @@ class Model(RuleBasedStateMachine):
     def join(self, name: str, takeover: bool) -> None:
         before = self.sessions.workers.get(name)
         live = before is not None and before.state is WorkerState.LIVE and before.lease_until_s >= self.now_s
-        old = 0 if before is None else before.epoch
         try:
             worker = self.sessions.join(name, self.now_s, takeover)
         except AlreadyJoined:
@@ -270,7 +329,8 @@ class Model(RuleBasedStateMachine):
             assert not takeover
         else:
             assert takeover or not live
-            assert worker.epoch == old + 1
+            assert worker.epoch > self.epochs.get(name, 0)
+            self.epochs[name] = worker.epoch
             self.known.append(identity(worker))
 
     @precondition(lambda self: self.known)
@@ -295,7 +355,7 @@ class Model(RuleBasedStateMachine):
         self.sessions.consume(
             worker, Verdict(digest, Receipt(outcome=Outcome.OUTCOME_APPLIED, identity=sent))
         )
-        self.applied.append((who.worker, worker.joined, sequence))
+        self.applied.append((who.worker, worker.epoch, sequence))
 
     @rule(data=st.data())
     @precondition(lambda self: self.known)

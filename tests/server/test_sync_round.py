@@ -327,7 +327,7 @@ def test_a_restore_ends_what_is_held() -> None:
     court.holds_back = True
     for name in "abc":
         court.push(name, 1.0)
-    court.do(court.judge.restored(0, 2, policies.read({"policy": "sync"}), 0))
+    court.do(court.judge.restored([(1, 0)], 2, policies.read({"policy": "sync"}), 0))
     court.holds_back = False
     court.add_up()
     assert [settle.error.code for settle in court.settled.values() if settle.error] == ["superseded"] * 3

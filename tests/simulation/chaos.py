@@ -19,6 +19,7 @@ EVENTS = (
     "heal",
     "leave",
     "takeover",
+    "visit",
     "evict",
     "release",
     "switch",
@@ -86,7 +87,7 @@ def draw_plan(chance: random.Random) -> Plan:
         poison=0.3 if poisons else 0.0,
         skips=chance.choice((0.0, 0.0, 0.1)),
         weighs=chance.random() < 0.3,
-        max_workers=chance.choice((100, 100, workers)),
+        max_workers=chance.choice((100, 100, workers - 1)),
     )
 
 

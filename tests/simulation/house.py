@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pushstep.server import policies
@@ -94,6 +94,7 @@ class House:
             "gate": self.judge.quality.dump(),
             "groups": self.ledger.groups.dump(),
             "workers": self.judge.sessions.dump(),
+            "forgotten_epoch": self.judge.sessions.forgotten_epoch,
         }
         read: dict[str, Any] = json.loads(json.dumps(facts))
         return read
@@ -102,7 +103,8 @@ class House:
         """Another process: with everything, or with what the last snapshot held, on a new timeline."""
         if orderly:
             self.executor.run_jobs()
-            self.snapshot = Snapshot(self.facts(), self.arenas.copy(), self.witness.books.copy())
+            copy = replace(self.arenas.copy(), lineage=tuple(self.ledger.lineage))
+            self.snapshot = Snapshot(self.facts(), copy, self.witness.books.copy())
         kept = self.snapshot
         if kept is None:
             return
@@ -111,10 +113,11 @@ class House:
         self.executor.close()
         self._start(kept.facts["policy"])
         self.ledger.groups.list[:] = ParamGroups.parse(kept.facts["groups"]).list
-        self.ledger.version = kept.copy.version
-        self.judge.sessions.parse(kept.facts["workers"], self.agenda.now_s)
+        self.ledger.version, self.ledger.lineage = kept.copy.version, list(kept.copy.lineage)
+        self.judge.sessions.parse(kept.facts["workers"], self.agenda.now_s, kept.facts["forgotten_epoch"])
         self.judge.quality.parse(kept.facts["gate"])
         if not orderly:
+            self.ledger.go_back(kept.copy.lineage_here, self.timeline)
             self.judge.sessions.close_epochs()
         self.witness.goes_back(kept.books, self.timeline)
         self.arenas.load(kept.copy, self.timeline)
@@ -123,10 +126,10 @@ class House:
 
     def take_snapshot(self) -> None:
         """Behind everything that has been decided."""
-        facts, books = self.facts(), self.witness.books.copy()
+        facts, books, lineage = self.facts(), self.witness.books.copy(), tuple(self.ledger.lineage)
 
         def keep() -> None:
-            self.snapshot = Snapshot(facts, self.arenas.copy(), books)
+            self.snapshot = Snapshot(facts, replace(self.arenas.copy(), lineage=lineage), books)
 
         self.executor.submit(keep)
 
@@ -141,7 +144,7 @@ class House:
         self.witness.goes_back(kept.books, self.timeline)
         settings = policies.read(kept.facts["policy"])
         timeline = self.timeline
-        decisions = self.judge.restored(kept.copy.version, timeline, settings, self.agenda.now_s)
+        decisions = self.judge.restored(kept.copy.lineage_here, timeline, settings, self.agenda.now_s)
         self.executor.carry_out(decisions)
         self.executor.submit(lambda: self.arenas.load(kept.copy, timeline))
 

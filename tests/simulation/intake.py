@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pushstep.proto.errors import AlreadyJoined, NotHeld, OverBudget, PushPending, PushstepError
+from pushstep.proto.errors import AlreadyJoined, Fenced, NotHeld, OverBudget, PushPending, PushstepError
 from pushstep.proto.training_pb2 import PushHeader
 from pushstep.proto.types_pb2 import GroupValues, Identity, Receipt
 from pushstep.server.candidate import Candidate
@@ -20,7 +20,6 @@ from pushstep.server.decision import Offer
 from pushstep.server.session import Verdict
 
 from .intent import Intent
-from .story import key_of
 
 if TYPE_CHECKING:
     from .house import House
@@ -46,6 +45,7 @@ class Joined:
     identity: Identity
     version: int
     receipts: list[Receipt]
+    forgotten: tuple[int, int]
     groups: list[GroupValues]
     lead: bool
 
@@ -79,26 +79,33 @@ class Intake:
     # Who is there.
 
     def join(
-        self, name: str, takeover: bool, epoch: int | None, reply: Callable[[Joined | PushstepError], None]
+        self,
+        name: str,
+        takeover: bool,
+        epoch: int | None,
+        attempt: int,
+        reply: Callable[[Joined | PushstepError], None],
     ) -> None:
         """As membership.py: who holds the name's epoch may join over itself."""
         house = self._house
         known = house.judge.sessions.workers.get(name)
         itself = known is not None and known.epoch == epoch
         try:
-            worker, decisions = house.judge.join(name, house.agenda.now_s, takeover or itself)
-        except AlreadyJoined as error:
+            worker, decisions = house.judge.join(name, house.agenda.now_s, takeover or itself, attempt)
+        except (AlreadyJoined, Fenced) as error:
             reply(error)
             return
         house.witness.heard(name)
-        house.witness.joined(worker)
+        house.witness.joined(worker, attempt)
         house.executor.carry_out(decisions)
         identity = Identity(
             model_uid=house.judge.uid, timeline=house.timeline, worker=name, epoch=worker.epoch
         )
-        receipts = [copy.deepcopy(verdict.receipt) for verdict in worker.verdicts]
+        receipts = copy.deepcopy(house.judge.receipts_of(worker))
+        house.witness.reminded(worker, receipts)
         lead = house.judge.sessions.leads(worker)
-        reply(Joined(identity, house.ledger.version, receipts, house.ledger.groups.messages(), lead))
+        groups = house.ledger.groups.messages()
+        reply(Joined(identity, house.ledger.version, receipts, worker.forgotten, groups, lead))
 
     def heartbeat(self, identity: Identity) -> None:
         """A sign of life."""
@@ -170,7 +177,7 @@ class Intake:
         house = self._house
         house.witness.heard(stream.header.identity.worker)
         candidate = Candidate(stream.header, stream.intent.digest, push=stream.intent.staged())
-        house.witness.intents[key_of(stream.header.identity)] = stream.intent
+        house.witness.comes(stream.header.identity, stream.intent)
         try:
             decisions = house.judge.staged(candidate, house.agenda.now_s)
         except PushstepError as error:

@@ -20,6 +20,7 @@ from pushstep.server.candidate import Candidate
 from pushstep.server.decision import Combine
 from pushstep.server.docket import Docket
 from pushstep.server.judge import Judge
+from pushstep.server.ledger import Ledger
 from pushstep.server.policy import Move, View
 from pushstep.server.session import Sessions, Worker, WorkerState
 from pushstep.server.sync_round import SyncPolicy
@@ -205,12 +206,41 @@ def receipts_are_forgotten(patch: Patch) -> None:
     """A join does not bring the receipts of the epochs before: what was applied is pushed again."""
     join = Sessions.join
 
-    def emptied(self: Sessions, name: str, now_s: float, takeover: bool) -> Worker:
-        worker = join(self, name, now_s, takeover)
+    def emptied(self: Sessions, name: str, now_s: float, takeover: bool, attempt: int) -> Worker:
+        worker = join(self, name, now_s, takeover, attempt)
         worker.verdicts.clear()
         return worker
 
     patch.setattr(Sessions, "join", emptied)
+
+
+def epochs_begin_again(patch: Patch) -> None:
+    """Who was forgotten comes back under the epochs that it had."""
+    forget = Sessions._forget
+
+    def lightly(self: Sessions, now_s: float) -> None:
+        forget(self, now_s)
+        self.forgotten_epoch = 0
+
+    patch.setattr(Sessions, "_forget", lightly)
+
+
+def joins_are_not_recognised(patch: Patch) -> None:
+    """A copy of a join that comes late is a join of its own, and fences what came of the first one."""
+    join = Sessions.join
+    patch.setattr(
+        Sessions, "join", lambda self, name, now_s, takeover, attempt: join(self, name, now_s, takeover)
+    )
+
+
+def restores_undo_everything(patch: Patch) -> None:
+    """What a restored snapshot holds of an ended timeline is said to be undone."""
+    patch.setattr(Ledger, "holds", lambda self, timeline, version: timeline == self.timeline)
+
+
+def restores_undo_nothing(patch: Patch) -> None:
+    """What came after a restored snapshot is said to be applied still."""
+    patch.setattr(Ledger, "holds", lambda self, timeline, version: True)
 
 
 def held_push_is_taken_twice(patch: Patch) -> None:
@@ -273,7 +303,11 @@ BUGS: Final = (
     Bug(residual_always_advances, "the residual has moved", ("compression",)),
     Bug(waiting_push_survives_a_restore, "is let in on timeline", ("chaos", "stories")),
     Bug(left_behind_stays, "is let in, its epoch is over|is let in after its eviction", ("chaos",)),
-    Bug(receipts_are_forgotten, "is applied again", ("chaos",)),
+    Bug(receipts_are_forgotten, "its worker is not told", ("chaos",)),
+    Bug(epochs_begin_again, "epoch .* came again|two pushes have one identity", ("chaos",)),
+    Bug(joins_are_not_recognised, "join came again and got another epoch", ("chaos",)),
+    Bug(restores_undo_everything, "is told", ("chaos",)),
+    Bug(restores_undo_nothing, "is told", ("chaos",)),
     Bug(
         held_push_is_taken_twice,
         "without a verdict|was applied, and denied|another receipt",

@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
-from pushstep.proto.errors import UnknownWorker
+from pushstep.proto.errors import PushstepError, UnknownWorker
 from pushstep.server import policies
 from pushstep.server.session import WorkerState
 from pushstep.server.sync_round import SyncSettings
 
 from .agenda import Agenda
 from .house import LEASE_S, House, Work
+from .intake import Joined
 from .intent import INTENTS_EACH, WORKERS, Intent
 from .network import Network, Weather
 from .witness import SLACK_S, require
@@ -111,6 +112,16 @@ class Simulation:
         """A worker that is not there starts again under its name."""
         if not self.processes[name].alive:
             self.start(name)
+
+    def visit(self, name: str) -> None:
+        """Somebody new comes and goes; who is absent may be forgotten for it."""
+
+        def leave(found: Joined | PushstepError) -> None:
+            if isinstance(found, Joined):
+                self.house.intake.leave(found.identity)
+
+        visitor = f"{name}-visitor-{self.chance.getrandbits(32)}"
+        self.house.intake.join(visitor, False, None, self.chance.getrandbits(63) + 1, leave)
 
     def partition(self, name: str) -> None:
         """Nothing passes between a worker and the server."""

@@ -32,6 +32,8 @@ class Chapter:
     lr_scale: float
     divisor: float
     intents: tuple[tuple[Intent, float], ...]
+    # the pushes that it was made of
+    keys: tuple[Key, ...]
 
 
 @dataclass

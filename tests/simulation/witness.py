@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pushstep.proto.hyperparameters import plain_values
 from pushstep.proto.training_pb2 import PushHeader
-from pushstep.proto.types_pb2 import Identity, Outcome
+from pushstep.proto.types_pb2 import Identity, Outcome, Receipt
 from pushstep.server.async_policy import AsyncSettings
 from pushstep.server.bounded import BoundedSettings
 from pushstep.server.candidate import Candidate
@@ -68,6 +68,9 @@ class Witness:
         # the version in the last receipt, by timeline, worker and epoch
         self._told: dict[tuple[int, str, int], int] = {}
         self._joins = 0
+        # epochs, by the number of the join that got them on a timeline; and each name's newest
+        self._attempts: dict[tuple[int, int], int] = {}
+        self._newest: dict[tuple[int, str], int] = {}
 
     def attend(self, judge: Judge) -> None:
         """Watch a server process from its start."""
@@ -86,11 +89,32 @@ class Witness:
         self._waits: dict[Key, float] = {}
         self._waits_under: object = None
 
-    def joined(self, worker: Worker) -> None:
+    def comes(self, identity: Identity, intent: Intent) -> None:
+        """A push has come whole."""
+        require(self.intents.setdefault(key_of(identity), intent) is intent, "two pushes have one identity")
+
+    def joined(self, worker: Worker, attempt: int) -> None:
         """A membership was handed out."""
+        got = self._attempts.get((self.timeline, attempt), 0)
+        if got > worker.forgotten[0]:
+            require(got == worker.epoch, f"{worker.name}'s join came again and got another epoch")
+            return
+        self._attempts[self.timeline, attempt] = worker.epoch
+        newest = self._newest.get((self.timeline, worker.name), 0)
+        require(worker.epoch > newest, f"{worker.name}'s epoch {worker.epoch} came again")
+        self._newest[self.timeline, worker.name] = worker.epoch
         self._joins += 1
         self.join_order[worker.name] = self._joins
         self.epochs[worker.name] = worker.epoch
+
+    def reminded(self, worker: Worker, receipts: Sequence[Receipt]) -> None:
+        """What a worker that joins is told of its pushes is what has become of them, restores included."""
+        held = {key for chapter in self.story for key in chapter.keys if key[1] == worker.name}
+        told = {key_of(receipt.identity): receipt.outcome for receipt in receipts}
+        for key, outcome in told.items():
+            require((outcome == Outcome.OUTCOME_APPLIED) == (key in held), f"{key} is told {outcome}")
+        for key in held - told.keys():
+            require(key[2:] <= worker.forgotten, f"{key} was applied, and its worker is not told")
 
     def heard(self, name: str) -> None:
         """Something of a worker has arrived."""
@@ -233,6 +257,7 @@ class Witness:
             ticket.lr_scale,
             divisor,
             tuple(zip(intents, weights, strict=True)),
+            tuple(key_of(candidate.identity) for candidate in candidates),
         )
         for intent in intents:
             require(
@@ -327,6 +352,9 @@ class Witness:
 
     def told(self, identity: Identity, receipt: Any) -> None:
         """A receipt came; the same one each time."""
+        if receipt.outcome == Outcome.OUTCOME_SUPERSEDED:
+            self.intents[key_of(identity)].fate = "superseded"
+            return
         kept = type(receipt)()
         kept.CopyFrom(receipt)
         for name in ("times", "duplicates"):

@@ -144,52 +144,57 @@ class Process:
 
     # Joining.
 
-    def _ask_to_join(self, takeover: bool = False) -> None:
+    def _ask_to_join(self, takeover: bool = False, attempt: int = 0) -> None:
+        """`attempt`: of an earlier copy of this request."""
+        attempt = attempt or self.chance.getrandbits(63) + 1
         self._joining = True
         self._join += 1
         number = self._join
         epoch = None if self.identity is None else int(self.identity.epoch)
 
         def answer(found: Joined | PushstepError) -> None:
-            self.network.send(self.name, lambda: self._joined(number, found, takeover))
+            self.network.send(self.name, lambda: self._joined(number, found, takeover, attempt))
 
-        self.network.send(self.name, lambda: self.house.intake.join(self.name, takeover, epoch, answer))
-        self._after(ATTEMPT_S, lambda: self._ask_to_join(takeover) if self._join == number else None)
+        self.network.send(
+            self.name, lambda: self.house.intake.join(self.name, takeover, epoch, attempt, answer)
+        )
+        self._after(ATTEMPT_S, lambda: self._ask_to_join(takeover, attempt) if self._join == number else None)
 
-    def _joined(self, number: int, found: Joined | PushstepError, takeover: bool) -> None:
+    def _joined(self, number: int, found: Joined | PushstepError, takeover: bool, attempt: int) -> None:
         if not self.alive or number != self._join:
             return
         self._join += 1
+        if isinstance(found, Fenced):
+            self.fenced = True
+            self.crash()
+            return
         if isinstance(found, PushstepError):
             wait_s = found.retry_after_s if isinstance(found, AlreadyJoined) else None
             now = self._join
-            self._after(wait_s or 1.0, lambda: self._ask_to_join(takeover) if self._join == now else None)
+            self._after(
+                wait_s or 1.0, lambda: self._ask_to_join(takeover, attempt) if self._join == now else None
+            )
             return
-        old, self.identity, self.version = self.identity, found.identity, found.version
+        self.identity, self.version = found.identity, found.version
         self.groups, self._joining = found.groups, False
         flights, self.flights = list(self.flights.values()), {}
         for flight in flights:
             self._hang_up(flight)
-            self._settle_doubt(
-                flight, found.receipts, forgotten=old is None or old.epoch >= found.identity.epoch
-            )
+            self._settle_doubt(flight, found)
         again, self._again = self._again, []
         for intent in again:
             self.push(intent)
 
-    def _settle_doubt(self, flight: Flight, receipts: list[Receipt], *, forgotten: bool) -> None:
+    def _settle_doubt(self, flight: Flight, found: Joined) -> None:
         old = flight.header.identity
-        for receipt in receipts:
-            if (receipt.identity.epoch, receipt.identity.sequence) == (
-                old.epoch,
-                old.sequence,
-            ) and not forgotten:
+        for receipt in found.receipts:
+            if receipt.identity == old:
                 self.house.witness.told(receipt.identity, receipt)
                 return
-        if self.identity is not None and old.timeline != self.identity.timeline:
-            flight.intent.fate = "superseded"
-        elif forgotten:
+        if (old.epoch, old.sequence) <= found.forgotten:
             flight.intent.fate = "unknown"
+        elif old.timeline != found.identity.timeline:
+            flight.intent.fate = "superseded"
         else:
             self._again.append(flight.intent)
 
@@ -337,15 +342,10 @@ class Process:
             case NotHeld():
                 flight.header.held_digest = 0
                 self._retry(flight, 0.0)
-            case Superseded():
-                flight.intent.fate = "superseded"
-                self._rejoin()
-            case LeaseExpired():
+            case Superseded() | LeaseExpired() | UnknownWorker():
                 self._rejoin()
             case Fenced():
                 self.fenced = True
-                self.crash()
-            case UnknownWorker():  # forgotten, and its receipts with it
                 self.crash()
             case Quarantined():
                 self._set_aside()

@@ -1,0 +1,174 @@
+"""A worker's place in one model: joining, joining again, and what became of a push that was not answered.
+
+A push in doubt is settled by joining again: the new epoch makes sure that the push is not applied from then on, and the
+join brings its receipt if it was decided before. So it is never sent under another epoch while it may have been applied.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from pushstep.proto import training_pb2 as pb
+from pushstep.proto.errors import FateUnknown, ForkedSession, NotAttached, SessionClosed
+from pushstep.proto.layout import Layout
+from pushstep.proto.types_pb2 import Identity, Manifest
+
+from . import caller, uploads
+from .compression import Compression
+from .heartbeat import Heartbeat
+from .membership import Member, join
+from .policy import Policy, difference, to_wire
+from .receipt import Outcome, Receipt
+from .retry import Retry
+from .transport import Transport
+
+
+class Attendance:
+    """Owns the membership, and knows which push is in doubt."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        model: str,
+        worker: str,
+        compression: Compression,
+        retry_for_s: float,
+        takeover: bool,
+    ) -> None:
+        self.model = model
+        self.worker = worker
+        self.compression = compression
+        self.last_receipt: Receipt | None = None
+        self._transport = transport
+        self._retry = Retry(transport.address, retry_for_s)
+        self._takeover = takeover
+        self._pid = os.getpid()
+        self._closed = False
+        self._member: Member | None = None
+        self._manifest: Manifest | None = None
+        self._in_doubt: Identity | None = None
+        self._worker_state: bytes | None = None
+        self._worker_state_due = False
+        self._heartbeat = Heartbeat(transport, model, lambda: self._member)
+
+    def _check_usable(self) -> None:
+        if os.getpid() != self._pid:
+            raise ForkedSession(parent=self._pid)
+        if self._closed:
+            raise SessionClosed()
+
+    # Joining.
+
+    def join_or_create(
+        self,
+        manifest: Manifest | None,
+        values: Any,
+        steps: Sequence[int] = (),
+        policy: Policy | None = None,
+    ) -> bool:
+        """Join under the manifest, creating the model from `values(layout)` if there is none. True if created."""
+        self._manifest = manifest
+        wanted = to_wire(policy)
+
+        def create(ticket: pb.CreationTicket) -> pb.Membership:
+            layout = Layout(ticket.manifest)
+            header, body = uploads.creation(self.model, ticket, layout, values(layout), steps)
+            header.policy = wanted
+            return self._transport.upload(header, body).member
+
+        self._member, created = join(
+            self._transport,
+            self._retry,
+            self.model,
+            self.worker,
+            manifest,
+            self._takeover,
+            self._member,
+            create,
+        )
+        self._heartbeat.start()
+        other = difference(wanted, self._member.policy)
+        if other:
+            caller.warn(f"model {self.model!r} has a policy of its own ({other}); the server's holds")
+        return created
+
+    def member(self) -> Member:
+        """Who this session is in the model; joins it if it has not yet, and settles what is in doubt."""
+        self._check_usable()
+        if self._member is None:
+            self.join_or_create(None, None)
+        if self._in_doubt is not None:
+            settled = self.find_out(self._in_doubt)
+            if settled is not None:
+                self.note(settled)
+        if self._member is None:
+            raise NotAttached(problem="the session has not joined")
+        return self._member
+
+    def rejoin(self) -> Member:
+        """Join again: after a restore, a lease that ran out, or a changed manifest."""
+        old = self._member
+        self._member, _ = join(
+            self._transport, self._retry, self.model, self.worker, self._manifest, False, old, None
+        )
+        self._worker_state_due = self._worker_state is not None
+        return self._member
+
+    def adopt(self, message: pb.Membership) -> Member:
+        """Become who an upload's answer says."""
+        self._member = Member(message)
+        return self._member
+
+    # What became of a push.
+
+    def find_out(self, push: Identity, *, in_doubt: bool = True) -> Receipt | None:
+        """Join again; the receipt of a push that was sent before, or None: it was not applied and never will be.
+
+        A push that a restore has undone, or that came too late for it, is `superseded`. FateUnknown if it is
+        `in_doubt`, whether it was applied, and the server has forgotten. While nobody answers it stays in doubt.
+        """
+        self._in_doubt = push if in_doubt else None
+        member = self.rejoin()
+        self._in_doubt = None
+        found = member.receipt_of(push)
+        if found is not None:
+            return found
+        if in_doubt and member.has_forgotten(push):
+            self.compression.settle(applied=False)
+            raise FateUnknown(sequence=push.sequence, worker=self.worker)
+        if member.timeline != push.timeline:
+            return own_receipt(Outcome.SUPERSEDED, "superseded", push, member.version)
+        self.compression.settle(applied=False)
+        return None
+
+    def note(self, receipt: Receipt) -> Receipt:
+        """A push's receipt is known."""
+        self.compression.settle(applied=receipt.outcome is Outcome.APPLIED)
+        self.last_receipt = receipt
+        return receipt
+
+    # The worker's own bytes.
+
+    @property
+    def worker_state(self) -> bytes:
+        """Up to 64 KiB of this worker's own: its place in the data, its random state.
+
+        What is set here travels with the next push and lies beside the model, in its snapshots too; a session that
+        joins under this worker's name finds here what the name's last push carried.
+        """
+        if self._worker_state is None and self._member is not None:
+            return bytes(self._member.worker_state)
+        return self._worker_state or b""
+
+    @worker_state.setter
+    def worker_state(self, value: bytes) -> None:
+        if not isinstance(value, bytes):
+            raise TypeError(f"worker_state is bytes, not {type(value).__name__}")
+        self._worker_state, self._worker_state_due = value, True
+
+
+def own_receipt(outcome: Outcome, reason: str, push: Identity, version: int) -> Receipt:
+    """The receipt of a push for which the server holds none."""
+    return Receipt(outcome, reason, push.worker, push.epoch, push.sequence, push.timeline, version)
