@@ -351,11 +351,13 @@ class RemoteOptimizer(torch.optim.Optimizer):
         slot_of = partial(self._parameters.slot_of, layout=layout)
         header, values = remote_state.upload_of(dicts, groups, layout, slot_of, force)
         edited = self._edited()
+        if edited is not None:
+            values.update(self._parameters.values(layout))
         member = self._session.replace_state(header, values)
         remote_state.keep_own_keys(dicts, groups)
         self._hyperparameters.write(self._groups(), member.groups)
         if edited is not None:
-            self.upload()
+            self._parameters.note(member.timeline, member.version)
         else:
             self._parameters.forget()
             self._parameters.take(self._session.pull_message(None))

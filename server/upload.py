@@ -111,8 +111,6 @@ class Upload:
                 raise InvalidManifest(
                     problem="the upload must carry the values of the added group, all and no others"
                 )
-        if kind == UPLOAD_KIND_STATE and covered:
-            raise MalformedFrame(problem="a state upload carries optimizer state, not parameters")
         if kind == UPLOAD_KIND_EXTRAS and (header.segments or not header.extras_bytes):
             raise MalformedFrame(problem="an extras upload carries one safetensors file and no segments")
 

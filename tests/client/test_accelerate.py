@@ -146,6 +146,7 @@ def test_a_checkpoint_of_torch_s_is_gone_back_to(server: RunningServer, model_na
     remote.step()
     model.load_state_dict(saved["model"])
     remote.load_state_dict(saved["optimizer"])
+    assert _shown(server, model_name) == (2, 1), "nobody ever saw the one without the other"
     assert all(torch.equal(model.state_dict()[name], value) for name, value in saved["model"].items())
     pulled = server.connect(model_name, "reader").pull()
     assert all((pulled[name] == value.numpy()).all() for name, value in saved["model"].items())
