@@ -1,4 +1,4 @@
-"""A worker's place in one model: joining, joining again, and what became of a push that was not answered.
+"""A worker's place in one model: joining, joining again, what became of a push that was not answered, and uploads.
 
 A push in doubt is settled by joining again: the new epoch makes sure that the push is not applied from then on, and the
 join brings its receipt if it was decided before. So it is never sent under another epoch while it may have been applied.
@@ -7,12 +7,21 @@ join brings its receipt if it was decided before. So it is never sent under anot
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from pushstep.proto import training_pb2 as pb
-from pushstep.proto.errors import FateUnknown, ForkedSession, NotAttached, SessionClosed
-from pushstep.proto.layout import Layout
+from pushstep.proto.errors import (
+    FateUnknown,
+    ForkedSession,
+    NoAnswer,
+    NotAttached,
+    SessionClosed,
+    Unavailable,
+)
+from pushstep.proto.layout import Layout, Slot, with_group
 from pushstep.proto.types_pb2 import Identity, Manifest
 
 from . import caller, uploads
@@ -148,6 +157,40 @@ class Attendance:
         self.compression.settle(applied=receipt.outcome is Outcome.APPLIED)
         self.last_receipt = receipt
         return receipt
+
+    # Uploading.
+
+    def upload_values(self, values: Mapping[tuple[Slot, str], Tensor]) -> int:
+        """Send whole parameters by slot as a version of their own; the version."""
+        member = self.member()
+        header, body = uploads.parameters(self.model, member, values)
+        try:
+            answer = self._send((header, body))
+        except (NoAnswer, Unavailable):  # an attempt before the one that was turned away may have arrived
+            self._in_doubt = header.identity
+            raise
+        member.sequence += 1
+        member.version = answer.version
+        return int(answer.version)
+
+    def add_group(self, added: Manifest, values: Mapping[str, Tensor]) -> Member:
+        """Add one param group to the model; a group that another worker has added already is joined."""
+        member = self.member()
+        layout = with_group(member.layout, added)
+        answer = self._send(uploads.group(self.model, member, added, layout, values))
+        self._manifest = layout.manifest
+        return self.adopt(answer.member)
+
+    def replace_state(self, header: pb.UploadHeader, values: Mapping[tuple[Slot, str], Tensor]) -> Member:
+        """Replace the optimizer state; `header` lacks only who sends it and what it carries."""
+        return self.adopt(self._send(uploads.state(self.model, self.member(), header, values)).member)
+
+    def upload_extras(self, tensors: Mapping[str, Tensor]) -> None:
+        """Send a module's buffers and frozen values, for exports and snapshots. Only the lead's are kept."""
+        self._send(uploads.extras(self.model, self.member(), tensors))
+
+    def _send(self, upload: uploads.Upload) -> pb.UploadResponse:
+        return self._retry.run(lambda: self._transport.upload(*upload))
 
     # The worker's own bytes.
 

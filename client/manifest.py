@@ -15,6 +15,7 @@ from pushstep.proto.hyperparameters import wire_values
 from pushstep.proto.types_pb2 import Manifest, Parameter, ParamGroup
 
 from .hyperparameters import Group
+from .names import check_parameter
 
 
 def parameter_message(name: str, parameter: Tensor, group: int, aliases: Sequence[str] = ()) -> Parameter:
@@ -39,6 +40,16 @@ def of_groups(groups: Sequence[Group], names: Sequence[str], aliases: Sequence[S
             manifest.parameters.append(parameter_message(names[number], parameter, index, aliases[number]))
             number += 1
     return manifest
+
+
+def of_added_group(group: Group, index: int, names: Sequence[str]) -> tuple[Manifest, dict[str, Tensor]]:
+    """The manifest of one group more, and its parameters by name."""
+    values = dict(zip(names, group.settings["params"], strict=True))
+    manifest = Manifest(groups=[group_message(group)])
+    for name, parameter in values.items():
+        check_parameter(parameter, name)
+        manifest.parameters.append(parameter_message(name, parameter, index))
+    return manifest, values
 
 
 def of_arrays(

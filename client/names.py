@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -87,3 +88,11 @@ def _from_module(parameters: Sequence[Tensor], module: nn.Module) -> tuple[list[
         )
     found = [by_identity[id(parameter)] for parameter in parameters]
     return [names[0] for names in found], [names[1:] for names in found]
+
+
+def added_names(group: Mapping[str, Any], index: int, module: nn.Module | None) -> list[str]:
+    """What the parameters of an added group are called: by the module, else the group's own names, else numbers."""
+    own, parameters = group.get("param_names"), group["params"]
+    names = [clean(n) for n in own] if own else [f"{index}.{n}" for n in range(len(parameters))]
+    known = {} if module is None else {id(p): clean(name) for name, p in module.named_parameters()}
+    return [known.get(id(p), name) for p, name in zip(parameters, names, strict=True)]

@@ -13,7 +13,12 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from pushstep.optim import RULES
 from pushstep.proto.errors import NotAttached, UnsupportedModule
+from pushstep.proto.layout import Layout, Slot
+from pushstep.proto.types_pb2 import Manifest
+
+from .parameters import Parameters
 
 _HOOK_TABLES = (
     "_optimizer_step_pre_hooks",
@@ -56,6 +61,28 @@ def stepped_states(optimizers: Sequence[torch.optim.Optimizer]) -> dict[Tensor, 
         for parameter, state in optimizer.state.items()
         if state and float(state.get("step", 0)) > 0
     }
+
+
+def brought_along(
+    optimizers: Sequence[torch.optim.Optimizer],
+    parameters: Parameters,
+    rules: Sequence[str],
+    manifest: Manifest,
+) -> tuple[list[int], Callable[[Layout], dict[tuple[Slot, str], Tensor]]]:
+    """What a model begins with: each parameter's step count, and a function that gives values and state by slot."""
+    states = {parameters.name_of(p): state for p, state in stepped_states(optimizers).items()}
+    steps = [int(states.get(p.name, {}).get("step", 0)) for p in manifest.parameters] if states else []
+
+    def values(layout: Layout) -> dict[tuple[Slot, str], Tensor]:
+        found: dict[tuple[Slot, str], Tensor] = {}
+        for slot in layout.slots:
+            found[slot, ""] = parameters[slot.name]
+            for name in RULES[rules[slot.group]].state_names:
+                if slot.name in states:
+                    found[slot, name] = states[slot.name][name]
+        return found
+
+    return steps, values
 
 
 class _HookTable(OrderedDict[int, Callable[..., Any]]):

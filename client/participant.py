@@ -30,10 +30,10 @@ from pushstep.proto.errors import (
     UnknownWorker,
 )
 from pushstep.proto.hyperparameters import wire_values
-from pushstep.proto.layout import Layout, Slot, with_group
-from pushstep.proto.types_pb2 import Identity, Manifest, Segment
+from pushstep.proto.layout import Layout, Slot
+from pushstep.proto.types_pb2 import Identity, Segment
 
-from . import caller, uploads
+from . import caller
 from .attendance import Attendance, own_receipt
 from .compression import Compression, Wire, push_and_pull
 from .early_push import EarlyPush
@@ -315,40 +315,6 @@ class Participant(Attendance):
         if have is not None:
             options.have_version = have[1]
         return options
-
-    # Uploading.
-
-    def upload_values(self, values: Mapping[tuple[Slot, str], Tensor]) -> int:
-        """Send whole parameters by slot as a version of their own; the version."""
-        member = self.member()
-        header, body = uploads.parameters(self.model, member, values)
-        try:
-            answer = self._send((header, body))
-        except NoAnswer:
-            self._in_doubt = header.identity
-            raise
-        member.sequence += 1
-        member.version = answer.version
-        return int(answer.version)
-
-    def add_group(self, added: Manifest, values: Mapping[str, Tensor]) -> Member:
-        """Add one param group to the model; a group that another worker has added already is joined."""
-        member = self.member()
-        layout = with_group(member.layout, added)
-        answer = self._send(uploads.group(self.model, member, added, layout, values))
-        self._manifest = layout.manifest
-        return self.adopt(answer.member)
-
-    def replace_state(self, header: pb.UploadHeader, values: Mapping[tuple[Slot, str], Tensor]) -> Member:
-        """Replace the optimizer state; `header` lacks only who sends it and what it carries."""
-        return self.adopt(self._send(uploads.state(self.model, self.member(), header, values)).member)
-
-    def upload_extras(self, tensors: Mapping[str, Tensor]) -> None:
-        """Send a module's buffers and frozen values, for exports and snapshots. Only the lead's are kept."""
-        self._send(uploads.extras(self.model, self.member(), tensors))
-
-    def _send(self, upload: uploads.Upload) -> pb.UploadResponse:
-        return self._retry.run(lambda: self._transport.upload(*upload))
 
 
 def wire_enum(dtype: torch.dtype | None) -> Any:

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from pushstep.optim import RULES
 from pushstep.proto.errors import (
     Fenced,
     LocalParameterEdit,
@@ -23,15 +22,15 @@ from pushstep.proto.errors import (
     Superseded,
     UnsupportedModule,
 )
-from pushstep.proto.layout import Layout, Slot
 from pushstep.proto.types_pb2 import Manifest
 
 from . import caller, remote_state
+from .extras import Extras
 from .hyperparameters import Group, Hyperparameters
 from .lent_gradients import LentGradients
-from .manifest import group_message, of_groups, parameter_message
-from .names import check_parameter, clean, parameter_names
-from .originals import check_distinct, rule_of, stepped_states, take_over
+from .manifest import of_added_group, of_groups
+from .names import added_names, parameter_names
+from .originals import brought_along, check_distinct, rule_of, take_over
 from .overlap import Overlap
 from .parameters import Parameters
 from .participant import Step
@@ -42,9 +41,6 @@ from .scaling import Scaling
 
 if TYPE_CHECKING:
     from .session import Session
-
-# Buffers (batch statistics) are small and only checkpoints need them: now and then, and at the end.
-EXTRAS_EVERY_STEPS = 100
 
 
 class RemoteOptimizer(torch.optim.Optimizer):
@@ -97,14 +93,14 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self._lent = LentGradients(session.memory, self._parameters.name_of)
         self._lent.add(p for group in groups for p in group["params"])
         session.memory.open(session.member())
-        self._steps = 0
         self._copies = Copies() if prefetch else None
         self._flight: tuple[Flight[Step], list[dict[str, float | bool]]] | None = None
         self._overlap = Overlap(session, self._parameters) if overlap else None
         if self._overlap is not None:
             self._overlap.watch(parameter for group in groups for parameter in group["params"])
         session.before_close(self._lent.remove)
-        self._send_extras()
+        self._extras = Extras(session, module)
+        self._extras.send()
         session.before_close(self._finish)
 
     # Becoming the model's, or the model becoming ours.
@@ -115,21 +111,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         ]
 
     def _join(self, manifest: Manifest, policy: Policy | None) -> None:
-        states = {
-            self._parameters.name_of(parameter): state
-            for parameter, state in stepped_states(self._originals).items()
-        }
-        steps = [int(states.get(p.name, {}).get("step", 0)) for p in manifest.parameters] if states else []
-
-        def values(layout: Layout) -> dict[tuple[Slot, str], Tensor]:
-            found: dict[tuple[Slot, str], Tensor] = {}
-            for slot in layout.slots:
-                found[slot, ""] = self._parameters[slot.name]
-                for name in RULES[self._rules[slot.group]].state_names:
-                    if slot.name in states:
-                        found[slot, name] = states[slot.name][name]
-            return found
-
+        steps, values = brought_along(self._originals, self._parameters, self._rules, manifest)
         mine = [group.values() for group in self._groups()]
         created = self._session.join_or_create(manifest, values, steps, policy)
         member = self._session.member()
@@ -242,9 +224,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
             # of a push that was not, the edits stay differences here and travel with the next
             self._hyperparameters.write(self._groups(), pulled.header.groups, since)
         self._hyperparameters.warn_ignored(receipt)
-        self._steps += 1
-        if self._steps % EXTRAS_EVERY_STEPS == 0:
-            self._send_extras()
+        self._extras.stepped()
 
     def _finish(self) -> None:
         """The session is being closed."""
@@ -254,7 +234,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
             self.synchronize()
         except PushstepError as error:
             caller.warn(f"the last step failed: {error.message}")
-        self._send_extras()
+        self._extras.send()
 
     @property
     def overlapped_steps(self) -> int:
@@ -281,21 +261,6 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self._parameters.forget()
         self._hyperparameters.leads = self._session.member().lead
         self._hyperparameters.write(self._groups(), self._session.member().groups)
-
-    def _send_extras(self) -> None:
-        """What a checkpoint of the module needs beside the parameters that are stepped; the lead's business."""
-        if self._module is None or not self._session.member().lead:
-            return
-        stepped = {
-            name for slot in self._session.member().layout.slots for name in (slot.name, *slot.aliases)
-        }
-        extras = {
-            clean(name): value
-            for name, value in self._module.state_dict().items()
-            if isinstance(value, Tensor) and clean(name) not in stepped
-        }
-        if extras:
-            self._session.upload_extras(extras)
 
     def upload(self) -> int:
         """Send the parameters as they are here, as a version of their own; the version."""
@@ -392,16 +357,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
     def _send_group(self, index: int) -> None:
         parameters = self.param_groups[index]["params"]
-        own = self.param_groups[index].get("param_names")
-        names = [clean(n) for n in own] if own else [f"{index}.{n}" for n in range(len(parameters))]
-        if self._module is not None:
-            known = {id(parameter): clean(name) for name, parameter in self._module.named_parameters()}
-            names = [known.get(id(p), name) for p, name in zip(parameters, names, strict=True)]
-        values = dict(zip(names, parameters, strict=True))
-        manifest = Manifest(groups=[group_message(self._groups()[index])])
-        for name, parameter in values.items():
-            check_parameter(parameter, name)
-            manifest.parameters.append(parameter_message(name, parameter, index))
+        names = added_names(self.param_groups[index], index, self._module)
+        manifest, values = of_added_group(self._groups()[index], index, names)
         member = self._session.add_group(manifest, values)
         self._parameters.add(values)
         self._lent.add(parameters)
