@@ -72,10 +72,13 @@ def push_body(layout: Layout, gradients: Mapping[Slot, Tensor | Rows], compressi
         raise NotAttached(problem="a push needs at least one gradient")
     segments: list[Segment] = []
     pieces: list[list[Source]] = []
-    dense = {slot: gradient for slot, gradient in gradients.items() if isinstance(gradient, Tensor)}
-    for segment, slots in layout.dense_segments(dense, compression.wire):
+    dense = {slot: g for slot, g in gradients.items() if isinstance(g, Tensor)}
+    empty = [slot for slot in gradients if slot.start == slot.stop]
+    for segment, slots in layout.dense_segments({*dense, *empty}, compression.wire, of_push=True):
         segments.append(segment)
-        if compression.may_select(slots):
+        if segment.HasField("parameter"):
+            pieces.append([])
+        elif compression.may_select(slots):
             indices, values = compression.select(slots, dense)
             segment.elements = indices.numel()
             # int32 has the bits of the uint32 that is sent
@@ -83,7 +86,7 @@ def push_body(layout: Layout, gradients: Mapping[Slot, Tensor | Rows], compressi
         else:
             pieces.append([compression.dense(slot, dense[slot]) for slot in slots])
     for slot, gradient in gradients.items():
-        if isinstance(gradient, tuple):
+        if isinstance(gradient, tuple) and slot.start < slot.stop:
             # merged here in order of appearance, so that duplicates do not cost bytes
             ids, rows = coalesce(gradient[0].cpu(), gradient[1].cpu())
             segments.append(

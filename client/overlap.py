@@ -82,7 +82,7 @@ class Plan:
         self.segments = [segment for bucket in self.buckets for segment in bucket.segments]
 
     def _add(self, parameters: Sequence[Tensor], wire: torch.dtype | None) -> None:
-        runs = self.layout.dense_segments((self.slots[p] for p in parameters), wire)
+        runs = self.layout.dense_segments((self.slots[p] for p in parameters), wire, of_push=True)
         self.buckets.append(Bucket(parameters, [s for s, _ in runs], [slots for _, slots in runs]))
 
     def is_of(self, fired: Mapping[Tensor, int], layout: Layout) -> bool:
@@ -93,8 +93,7 @@ class Plan:
     def body(self, gradients: Gradients) -> Body | None:
         """The gradients as this plan sends them; None when they are not those that it expects."""
         dense = {slot: gradient for slot, gradient in gradients.items() if isinstance(gradient, Tensor)}
-        full = {slot for slot in dense if slot.start < slot.stop}
-        if len(dense) < len(gradients) or full != set(self.slots.values()):
+        if len(dense) < len(gradients) or dense.keys() != set(self.slots.values()):
             return None
         return Body(self.segments, [pieces for bucket in self.buckets for pieces in bucket.pieces(dense)])
 
@@ -223,10 +222,11 @@ class Overlap:
     def _planned(self, gradients: Gradients, layout: Layout) -> Plan | None:
         slots = {p: self._parameters.slot_of(p, layout) for p in self._fired}
         sendable = all(p.grad is not None and _sendable(p.grad) for p in slots)
-        full = {slot for slot in gradients if slot.start < slot.stop}
         plan = Plan(self._fired, slots, layout, self._session.compression.wire)
         # with less than two buckets nothing would leave before backward ends
-        return plan if sendable and full == set(slots.values()) and len(plan.buckets) > 1 else None
+        return (
+            plan if sendable and gradients.keys() == set(slots.values()) and len(plan.buckets) > 1 else None
+        )
 
     def _count_useless(self, why: str) -> None:
         self._useless += 1

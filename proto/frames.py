@@ -10,7 +10,8 @@ A body is the segments' payloads one after the other, as types.proto lays them o
 segment table and then the body, as it is sent: whatever the bytes mean goes in, or other gradients of the same bytes
 would pass for these. Per segment, little-endian: arena u32, form u8, dtype u8 (the enum's number), length of the state's
 name u16, start u64, stop u64, count u64, and the state's name in UTF-8. The form is 0 for a dense segment, 1 for a
-row-sparse one, whose count is its rows, and 2 for an element-sparse one, whose count is its elements.
+row-sparse one, whose count is its rows, 2 for an element-sparse one, whose count is its elements, and 3 for an empty
+one, whose count is its parameter's index.
 
 What a wire dtype keeps of a float32: float32 and float64 everything, bfloat16 8 bits of precision and the whole range,
 float16 11 bits between 6e-8 and 65504 (infinite above), each rounded to nearest, halves to even. int8 keeps each
@@ -124,9 +125,10 @@ class BodyDigest:
     def __init__(self, segments: Sequence[Segment]) -> None:
         self._hash = xxhash.xxh3_64()
         for s in segments:
-            form = 1 if s.HasField("rows") else 2 if s.HasField("elements") else 0
+            counts = (s.HasField("rows"), s.HasField("elements"), s.HasField("parameter"))
+            form = counts.index(True) + 1 if True in counts else 0
             state = s.state.encode()
-            row = (s.arena, form, s.dtype, len(state), s.start, s.stop, s.rows or s.elements)
+            row = (s.arena, form, s.dtype, len(state), s.start, s.stop, s.rows or s.elements or s.parameter)
             self._hash.update(_TABLE_ROW.pack(*row) + state)
 
     def update(self, payload: memoryview | bytes) -> None:

@@ -106,7 +106,12 @@ class Layout:
         return found
 
     def slots_of(self, segment: Segment) -> list[Slot]:
-        """The non-empty parameters that a segment covers, whole. MalformedFrame if its borders are not theirs."""
+        """The parameters that a segment covers, whole. MalformedFrame if its borders are not theirs.
+
+        Those without elements are in none but their own segment, which names them.
+        """
+        if segment.HasField("parameter"):
+            return [self._empty_slot(segment)]
         place = segment.arena, segment.start, segment.stop
         covered = self._covered.get(place)
         if covered is None:
@@ -134,6 +139,19 @@ class Layout:
                 "parameter borders"
             )
         return covered
+
+    def _empty_slot(self, segment: Segment) -> Slot:
+        slot = self.slots[segment.parameter] if segment.parameter < len(self.slots) else None
+        place = segment.arena, segment.start, segment.stop
+        if slot is None or slot.start != slot.stop or place != (slot.arena, slot.start, slot.stop):
+            raise MalformedFrame(
+                problem=f"a segment names parameter {segment.parameter}, which is none without elements at its place"
+            )
+        if segment.HasField("rows") or segment.HasField("elements"):
+            raise MalformedFrame(
+                problem=f"the segment of {slot.name!r}, which has no elements, is not sparse"
+            )
+        return slot
 
     def _check_elements(self, segment: Segment) -> None:
         length = segment.stop - segment.start
@@ -177,15 +195,23 @@ class Layout:
         return self._whole[wire]
 
     def dense_segments(
-        self, slots: Iterable[Slot], wire: torch.dtype | None = None, state: str = ""
+        self,
+        slots: Iterable[Slot],
+        wire: torch.dtype | None = None,
+        state: str = "",
+        *,
+        of_push: bool = False,
     ) -> list[tuple[Segment, list[Slot]]]:
         """The fewest dense segments that cover exactly `slots` (in manifest order), each with its slots.
 
-        `wire` None sends each parameter in its own dtype, and each state in the state's.
+        `wire` None sends each parameter in its own dtype, and each state in the state's. Of a push, parameters
+        without elements come behind the others; elsewhere there is nothing to say of them.
         """
         runs: list[list[Slot]] = []
-        for slot in sorted(slots, key=lambda slot: (slot.arena, slot.start)):
+        empty: list[Slot] = []
+        for slot in sorted(slots, key=lambda slot: (slot.arena, slot.start, slot.index)):
             if slot.start == slot.stop:
+                empty.append(slot)
                 continue
             if runs and runs[-1][-1].arena == slot.arena and runs[-1][-1].stop == slot.start:
                 runs[-1].append(slot)
@@ -201,10 +227,11 @@ class Layout:
                         wire or (dtypes.state_dtype(run[0].dtype) if state else run[0].dtype), "segment"
                     ),
                     state=state,
+                    parameter=run[0].index if run[0].start == run[0].stop else None,
                 ),
                 run,
             )
-            for run in runs
+            for run in [*runs, *([slot] for slot in empty if of_push)]
         ]
 
 
@@ -232,8 +259,8 @@ def check_body(
 
 
 def _check_plain(segment: Segment) -> None:
-    if segment.HasField("elements"):
-        raise MalformedFrame(problem="only a push may carry element-sparse segments")
+    if segment.HasField("elements") or segment.HasField("parameter"):
+        raise MalformedFrame(problem="only a push may carry element-sparse or empty segments")
     if segment.dtype == DType.DTYPE_INT8:
         raise WrongDtype(
             what="segment", got="int8, which is for pushes", expected=", ".join(dtypes.NAMES.values())

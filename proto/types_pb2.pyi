@@ -114,7 +114,7 @@ class Manifest(_message.Message):
     def __init__(self, parameters: _Optional[_Iterable[_Union[Parameter, _Mapping]]] = ..., groups: _Optional[_Iterable[_Union[ParamGroup, _Mapping]]] = ..., arenas: _Optional[_Iterable[_Union[Arena, _Mapping]]] = ...) -> None: ...
 
 class Segment(_message.Message):
-    __slots__ = ("arena", "start", "stop", "dtype", "rows", "state", "elements")
+    __slots__ = ("arena", "start", "stop", "dtype", "rows", "state", "elements", "parameter")
     ARENA_FIELD_NUMBER: _ClassVar[int]
     START_FIELD_NUMBER: _ClassVar[int]
     STOP_FIELD_NUMBER: _ClassVar[int]
@@ -122,6 +122,7 @@ class Segment(_message.Message):
     ROWS_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     ELEMENTS_FIELD_NUMBER: _ClassVar[int]
+    PARAMETER_FIELD_NUMBER: _ClassVar[int]
     arena: int
     start: int
     stop: int
@@ -129,7 +130,8 @@ class Segment(_message.Message):
     rows: int
     state: str
     elements: int
-    def __init__(self, arena: _Optional[int] = ..., start: _Optional[int] = ..., stop: _Optional[int] = ..., dtype: _Optional[_Union[DType, str]] = ..., rows: _Optional[int] = ..., state: _Optional[str] = ..., elements: _Optional[int] = ...) -> None: ...
+    parameter: int
+    def __init__(self, arena: _Optional[int] = ..., start: _Optional[int] = ..., stop: _Optional[int] = ..., dtype: _Optional[_Union[DType, str]] = ..., rows: _Optional[int] = ..., state: _Optional[str] = ..., elements: _Optional[int] = ..., parameter: _Optional[int] = ...) -> None: ...
 
 class Identity(_message.Message):
     __slots__ = ("model_uid", "timeline", "worker", "epoch", "sequence")

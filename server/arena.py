@@ -122,15 +122,16 @@ class Arenas:
     ) -> None:
         arena, start, stop = part.arena, run[0].start, run[-1].stop
         rule = RULES[self.rule_names[run[0].group]]
-        rule.step_dense(
-            _between(self.parameters[arena], start, stop),
-            _between(part.gradient, start - part.start, stop - part.start),
-            [_between(self.states[arena][name], start, stop) for name in rule.state_names],
-            values[run[0].group],
-            step=self.steps[run[0].index] + 1,
-            factor=ticket.factor,
-            copy_out=None if copy_out is None else _between(copy_out[arena], start, stop),
-        )
+        if start < stop:  # of a parameter without elements the step counts, as torch has it
+            rule.step_dense(
+                _between(self.parameters[arena], start, stop),
+                _between(part.gradient, start - part.start, stop - part.start),
+                [_between(self.states[arena][name], start, stop) for name in rule.state_names],
+                values[run[0].group],
+                step=self.steps[run[0].index] + 1,
+                factor=ticket.factor,
+                copy_out=None if copy_out is None else _between(copy_out[arena], start, stop),
+            )
         for slot in run:
             self.steps[slot.index] += 1
             self.mark_changed(slot, ticket.version)

@@ -56,7 +56,9 @@ def _places(pushes: Sequence[StagedPush], weights: Sequence[float]) -> Iterator[
     found: dict[tuple[int, int], list[Term]] = {}
     for weight, parts in zip(weights, cut, strict=True):
         for part in parts:
-            found.setdefault(_place(part)[:2], []).append((weight, part))
+            # by the first parameter: one without elements begins where another does
+            first = part.slot if isinstance(part, RowsPart) else part.slots[0]
+            found.setdefault((first.arena, first.index), []).append((weight, part))
     return (found[place] for place in sorted(found))
 
 
@@ -80,6 +82,8 @@ def _sum(terms: Sequence[Term], divisor: float, take: Take) -> Sum:
     if not dense:
         return _sum_rows(rows, divisor), None
     place, known = dense[0][1], None
+    if not place.gradient.numel():
+        return place, [0.0]
     if rows:
         total = _sum_mixed(terms, divisor)
     elif place.gradient.is_cpu:

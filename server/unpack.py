@@ -35,6 +35,8 @@ def dense_part(
     MalformedFrame if it is element-sparse and bad.
     """
     dtype = dtypes.of_push(segment.dtype, "segment")
+    if segment.HasField("parameter"):
+        return DensePart(segment.arena, segment.start, tuple(slots), torch.empty(0)), [0.0]
     sums = None
     if dtype == torch.int8:
         gradient = take((segment.stop - segment.start) * INT8_UNPACKED.itemsize).view(INT8_UNPACKED)

@@ -309,6 +309,7 @@ def test_digest_knows_where_the_bytes_go() -> None:
         [Segment(stop=4, state="sum")],
         [Segment(stop=4, state="sun")],
         [Segment(stop=4, elements=2)],
+        [Segment(stop=4, parameter=2)],
         [Segment(arena=1, stop=4)],
         [Segment(start=1, stop=5)],
         [Segment(stop=4, rows=0)],

@@ -105,7 +105,7 @@ def test_what_outlives_a_process_keeps_its_numbers() -> None:
         "ignored_edits=9 lead=10 durability=11 times=12 duplicates=13 contributors=14 lr_scale=15 step_norm=16 notes=17 "
         "policy=18",
         "Identity": "model_uid=1 timeline=2 worker=3 epoch=4 sequence=5",
-        "Segment": "arena=1 start=2 stop=3 dtype=4 rows=5 state=6 elements=7",
+        "Segment": "arena=1 start=2 stop=3 dtype=4 rows=5 state=6 elements=7 parameter=8",
         "GroupValues": "group=1 values=2 effective_lr=3",
     }
     for name, expected in pinned.items():

@@ -197,6 +197,28 @@ def test_a_parameter_is_sent_once(segments: list[Segment]) -> None:
         check_body(Layout(mixed()), segments, MANY)
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        segment(10, 10, parameter=99),
+        segment(10, 10, parameter=5),  # which has elements
+        segment(9, 9, parameter=4),
+        segment(10, 10, 1, parameter=4),
+        segment(10, 11, parameter=4),
+        segment(10, 10, parameter=4, rows=0),
+        segment(10, 10, parameter=4, elements=0),
+        segment(10, 10),
+    ],
+)
+def test_a_segment_without_elements_names_a_parameter_that_has_none(wrong: Segment) -> None:
+    layout = Layout(mixed())
+    right = segment(10, 10, parameter=4)
+    assert (check_body(layout, [right], 0, of_push=True), layout.slots_of(right)[0].name) == ([0], "empty")
+    for segments, of_push in (([wrong], True), ([right, right], True), ([right], False)):
+        with pytest.raises(MalformedFrame):
+            check_body(layout, segments, MANY, of_push=of_push)
+
+
 def test_a_parameter_and_its_state_may_come_together() -> None:
     assert check_body(Layout(mixed()), [segment(0, 6), segment(0, 6, state="sum")], 48) == [24, 24]
 
@@ -218,6 +240,10 @@ def test_dense_segments_cover_exactly_what_is_asked(wanted: set[str]) -> None:
     covered = [slot.name for segment, _ in found for slot in layout.slots_of(segment)]
     assert sorted(covered) == sorted(wanted - {"empty"})
     assert covered == [slot.name for _, run in found for slot in run]
+    pushed = layout.dense_segments([slot for slot in layout.slots if slot.name in wanted], of_push=True)
+    check_body(layout, [segment for segment, _ in pushed], MANY, of_push=True)
+    named = [slot.name for segment, _ in pushed for slot in layout.slots_of(segment)]
+    assert named == covered + ["empty"] * ("empty" in wanted)
 
 
 def test_dense_segments_join_neighbours() -> None:
