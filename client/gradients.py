@@ -73,8 +73,8 @@ def push_body(layout: Layout, gradients: Mapping[Slot, Tensor | Rows], compressi
     segments: list[Segment] = []
     pieces: list[list[Source]] = []
     dense = {slot: g for slot, g in gradients.items() if isinstance(g, Tensor)}
-    empty = [slot for slot in gradients if slot.start == slot.stop]
-    for segment, slots in layout.dense_segments({*dense, *empty}, compression.wire, of_push=True):
+    whole = [slot for slot, g in gradients.items() if isinstance(g, Tensor) or slot.start == slot.stop]
+    for segment, slots in layout.dense_segments(whole, compression.wire, of_push=True):
         segments.append(segment)
         if segment.HasField("parameter"):
             pieces.append([])
