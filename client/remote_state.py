@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pushstep.optim import RULES
 from pushstep.optim.state_dict import GroupState, ParameterState, parts_of, torch_state_dict
+from pushstep.proto import dtypes
 from pushstep.proto import training_pb2 as pb
 from pushstep.proto.hyperparameters import plain_values, wire_values
 from pushstep.proto.layout import Layout, Slot
@@ -41,6 +42,9 @@ def fetched(
     ]
     for slot in pulled.layout.slots:
         if slot.group < len(states):
+            if slot.start == slot.stop:  # nothing of it is sent
+                nothing = torch.empty(slot.shape, dtype=dtypes.state_dtype(slot.dtype))
+                tensors[slot.index] = dict.fromkeys(RULES[groups[slot.group].rule].state_names, nothing)
             states[slot.group].parameters.append(ParameterState(steps[slot.index], tensors[slot.index]))
     dicts = []
     for number in range(optimizers):
