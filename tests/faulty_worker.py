@@ -135,7 +135,10 @@ class Worker:
     def run(self, told: int, tried: tuple[int, int, int] | None) -> None:
         """Go on after step `told`; `tried`: the (step, epoch, sequence) that the last process may have pushed."""
         name = f"w{self.index}"
-        with connect(self.address, model=self.model, worker=name, shared_memory=False) as session:
+        # an attempt outlasts a restart of the server: a process may begin in the middle of one
+        with connect(
+            self.address, model=self.model, worker=name, timeout_s=60, shared_memory=False
+        ) as session:
             session.create(*model_of(self.sessions))
             if tried is not None and tried[0] == told + 1 and self._settle(session, tried):
                 told += 1

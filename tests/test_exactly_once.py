@@ -1,7 +1,8 @@
 """Pushes through a real server on a bad network, by processes that are killed: each applied exactly once.
 
-Replies are lost, pushes come twice or much later, streams and connections break, the worker processes are killed and
-come back under their names. Adagrad's `sum` of the element that each session has to itself says how often its pushes
+Replies are lost, pushes come twice or much later, behind ones that were sent after them, streams and connections break,
+the worker processes are killed and come back under their names, the server is stopped in order and started again.
+Adagrad's `sum` of the element that each session has to itself says how often its pushes
 were applied; the parameters, replayed in the order of the versions that the receipts name, must be the server's bits.
 """
 
@@ -20,7 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 from faulty_worker import SHARED, gradient, model_of
-from harness import RunningServer, running_server
+from harness import RunningServer, start_server
 from proxy import Proxy
 
 from pushstep.client import connect
@@ -30,6 +31,32 @@ SESSIONS_EACH = 12
 PROCESSES = 2
 SESSIONS = SESSIONS_EACH * PROCESSES
 WORKER = Path(__file__).with_name("faulty_worker.py")
+
+
+class Host:
+    """One server process after the other, on the same data, ports and model."""
+
+    def __init__(self, data: Path) -> None:
+        self._data = data
+        self.server = start_server(data, "--lease-s", "2")
+        self.restarts = 0
+
+    def restart(self) -> None:
+        """SIGTERM, and another."""
+        where = ("--grpc", self.server.grpc, "--http", self.server.http)
+        assert self.server.stop() == 0
+        self.server = start_server(self._data, "--lease-s", "2", *where)
+        self.restarts += 1
+
+
+@contextmanager
+def hosted(data: Path) -> Iterator[Host]:
+    host = Host(data)
+    try:
+        yield host
+    finally:
+        if host.server.process.poll() is None:
+            assert host.server.stop() == 0
 
 
 class Crew:
@@ -92,12 +119,15 @@ def crews_of(server: RunningServer, pushes: int, folder: Path) -> Iterator[list[
             crew.close()
 
 
-def torment(crews: list[Crew], kills_each: int, total: int, cuts_s: float) -> None:
-    """Cut and kill until everybody is through; the kills are spread over the pushes."""
+def torment(host: Host, crews: list[Crew], kills_each: int, total: int, cuts_s: float) -> None:
+    """Cut, kill and restart until everybody is through; kills and restarts are spread over the pushes."""
     chance = random.Random(1)
     due = [kill * total // len(crews) // (kills_each + 1) for kill in range(1, kills_each + 1)]
     while any(crew.process.poll() is None for crew in crews):
         threading.Event().wait(chance.uniform(0.2, 1.8) * cuts_s)
+        # between the kills
+        if sum(crew.told() for crew in crews) >= (host.restarts + 0.5) * total / kills_each:
+            host.restart()
         for crew in crews:
             if crew.process.poll() is not None:
                 continue
@@ -114,12 +144,13 @@ def torment(crews: list[Crew], kills_each: int, total: int, cuts_s: float) -> No
 )
 def test_each_push_is_applied_exactly_once(tmp_path: Path, total: int, kills_each: int) -> None:
     each = total // SESSIONS
-    with running_server(tmp_path / "data", "--lease-s", "2") as server:
+    with hosted(tmp_path / "data") as host:
+        server = host.server
         with connect(server.grpc, model="m", worker="creator") as session:
             session.create(*model_of(SESSIONS))
         begun_s = time.monotonic()
         with crews_of(server, each, tmp_path) as crews:
-            torment(crews, kills_each, total, 1.5)
+            torment(host, crews, kills_each, total, 1.5)
             seconds = time.monotonic() - begun_s
             seen: Counter[str] = Counter()
             order: dict[int, tuple[int, int]] = {}
@@ -145,12 +176,12 @@ def test_each_push_is_applied_exactly_once(tmp_path: Path, total: int, kills_eac
     check_replay(order, state)
     faults = {name: seen[name] for name in ("lost_reply", "sent_twice", "sent_much_later", "broken_off")}
     assert min(faults.values()) > 0
-    assert kills == kills_each * PROCESSES
+    assert (kills, host.restarts) == (kills_each * PROCESSES, kills_each)
     assert cuts > 0
     print(
         f"\n{total} pushes by {SESSIONS} sessions in {seconds:.0f} s ({total / seconds:.0f}/s), each applied exactly "
         f"once: {faults}, {cuts} connections cut, {kills} processes killed, of their pushes in doubt "
-        f"{seen['applied']} had been applied and {seen['not_applied']} not"
+        f"{seen['applied']} had been applied and {seen['not_applied']} not, {host.restarts} restarts of the server"
     )
 
 
