@@ -36,7 +36,8 @@ class Mirror:
         for slot, _, values in pulled.dense():
             held = self._values.get(slot.name)
             if held is None or (held.shape, held.dtype) != (values.shape, slot.dtype):
-                held = self._values[slot.name] = torch.empty(slot.shape, dtype=slot.dtype)
+                with torch.inference_mode(False):  # or only inference mode may write to it
+                    held = self._values[slot.name] = torch.empty(slot.shape, dtype=slot.dtype)
             copy(held, values)
         for slot, ids, rows in pulled.rows():
             self._values[slot.name][ids] = rows.to(slot.dtype)

@@ -98,7 +98,8 @@ class SharedSlot:
         key = start, nbytes, dtype
         found = self._views.get(key)
         if found is None:
-            found = self.memory[start : start + nbytes].view(dtype)
+            with torch.inference_mode(False):
+                found = self.memory[start : start + nbytes].view(dtype)
             if len(self._views) < VIEWS_KEPT:
                 self._views[key] = found
         return found
@@ -153,6 +154,7 @@ def write(
         at += nbytes
 
 
+@torch.inference_mode(False)  # what is made in that mode may only be written to in it
 def mapped(fd: int, nbytes: int, *, writable: bool, prefault_bytes: int) -> Tensor:
     """A file's bytes as a tensor; they stay mapped for as long as any tensor over them lives."""
     protection = mmap.PROT_READ | mmap.PROT_WRITE if writable else mmap.PROT_READ

@@ -307,3 +307,18 @@ def test_two_hundred_sessions_leave_nothing(server: RunningServer, model_name: s
     wait_until(lambda: len(files_of(pid)) <= files + 5)
     gc.collect()
     assert regions_of(os.getpid()) <= own
+
+
+def test_what_was_made_in_inference_mode_is_written_to_outside_of_it(
+    server: RunningServer, model_name: str
+) -> None:
+    gradients = {"w": np.ones(1000, np.float32)}
+    with server.connect(model_name, shared_memory=True) as session:
+        session.create({"w": np.zeros(1000, np.float32)})
+        for inside in (True, False, True):
+            with torch.inference_mode(inside):
+                session.push(gradients)
+                session.exchange(gradients)
+                session.pull()
+        assert shares(session)
+        assert session.version == 6
