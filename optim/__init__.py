@@ -15,7 +15,9 @@ step taken here give the same bits.
     cpu, table           the CPU backend: tensors as tables of addresses
     cpu_rows, rows       row-sparse steps and the merging of duplicates
     cpu_norms, norms     norms in a fixed order
-    kernels, row_kernels, norm_kernels, intrinsics    what numba compiles
+    sums                 gradients of several workers added up, with their norms
+    cpu_copies, copies   large copies by the same threads
+    kernels, *_kernels, intrinsics    what numba compiles
     kernel_cache, pool   where compiled kernels live; the threads that run them
     eager                the same steps in plain torch operations
 
