@@ -338,7 +338,7 @@ class Catalog:
         model.edit = int(manifest["edit"])
         model.extras = copy.extras
         model.hooks.parse(manifest["hooks"], groups, name)
-        model.sessions.parse(manifest["workers"], time.monotonic(), manifest["forgotten_epoch"])
+        model.sessions.parse(manifest["workers"], time.monotonic(), manifest.get("forgotten_epoch", 0))
         model.judge.quality.parse(manifest["gate"])
         model.judge.switch(
             policies.read(manifest["policy"]), time.monotonic()

@@ -304,8 +304,10 @@ class Sessions:
                 refused_in_row=entry["refused_in_row"],
                 quarantined=entry["quarantined"],
             )
-            worker.attempts.extend(entry["attempts"])
-            worker.forgotten = (entry["forgotten"][0], entry["forgotten"][1])
+            # snapshots of before these were kept have neither
+            worker.attempts.extend(entry.get("attempts", ()))
+            epoch, sequence = entry.get("forgotten", (0, 0))
+            worker.forgotten = (epoch, sequence)
             for saved in entry["verdicts"]:
                 receipt = Receipt.FromString(bytes.fromhex(saved["receipt"]))
                 error = None

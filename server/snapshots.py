@@ -132,7 +132,7 @@ class Snapshots:
             parameters.append(tensors.pop(PARAMETER))
             states.append(tensors)
         timeline, version = int(manifest["timeline"]), int(manifest["version"])
-        lineage = [(int(ended), int(at)) for ended, at in manifest["lineage"]]
+        lineage = [(int(ended), int(at)) for ended, at in manifest.get("lineage", ())]
         copy = ArenasCopy(layout, timeline, version, parameters, states, manifest["steps"], extras, lineage)
         return manifest, copy
 
