@@ -35,7 +35,7 @@ def tell(stories: int, events: int, phases: Sequence[Phase] = (TELL,)) -> None:
 
 
 def test_whatever_is_told() -> None:
-    tell(200, 50, (TELL, SHORTEN))
+    tell(150, 40, (TELL, SHORTEN))
 
 
 @pytest.mark.soak
