@@ -27,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
         "--only",
         action="append",
         metavar="TABLE",
-        choices=["exchange", "sync", "streams", "training", "workers", "pulls"],
+        choices=["exchange", "sync", "streams", "training", "workers", "pulls", "hostile"],
     )
     only.add_argument(
         "--sides", action="append", metavar="WORD", help="only sides whose name contains it; may repeat"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 STREAM_OF_SOCKET = 0.5
 CROWD_OF_ONE = 1.0
 PUSHES_BESIDE_PULLS = 0.9
+PUSHES_BESIDE_HOSTILE = 0.9
 SYNC_OF_GLOO = 1.5
 
 

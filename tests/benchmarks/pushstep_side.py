@@ -121,7 +121,15 @@ class Pushstep:
         address = self._server.grpc if case.transport == "tcp" else f"unix:{self._server.unix}"
         drivers = self._drivers[:workers]
         share = -(-workers // len(drivers))
-        side = Side(case.name, [], [self._server.process.pid], lambda: self._delete(model))
+        side = Side(
+            case.name,
+            [],
+            [self._server.process.pid],
+            address,
+            model,
+            lambda what, settings: self._patch(model, what, settings),
+            lambda: self._delete(model),
+        )
         for number, driver in enumerate(drivers):  # one after the other: the first creates the model
             made = side_of(
                 "", _workers, [driver], [(address, case, model, number * share, share, rule, elements)]
@@ -129,8 +137,7 @@ class Pushstep:
             side.crews = [*side.crews, *made.crews]
         if in_rounds:
             side.name += ", sync"
-            sync = {"policy": "sync", "min_workers": workers}
-            self._server.rest("PATCH", f"/v1/models/{model}/policy", json=sync).raise_for_status()
+            self._patch(model, "policy", {"policy": "sync", "min_workers": workers})
         return side
 
     def training(self, how: training_side.How, elements: int) -> Side:
@@ -144,6 +151,9 @@ class Pushstep:
         )
         made.servers, made.on_close = [self._server.process.pid], lambda: self._delete(model)
         return made
+
+    def _patch(self, model: str, what: str, settings: dict[str, object]) -> None:
+        self._server.rest("PATCH", f"/v1/models/{model}/{what}", json=settings).raise_for_status()
 
     def _delete(self, model: str) -> None:
         with contextlib.suppress(

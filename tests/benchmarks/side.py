@@ -52,6 +52,10 @@ class Side:
     name: str
     crews: Sequence[tuple[Driver, int]]
     servers: Sequence[int] = ()
+    # of our own: where it is, and how an operator changes it
+    address: str = ""
+    model: str = ""
+    patch: Callable[[str, dict[str, object]], None] | None = field(default=None, repr=False)
     on_close: Callable[[], None] | None = field(default=None, repr=False)
 
     def turn(self, task: str, warm: int, repeats: int, seconds: float = 0.0) -> Turn:

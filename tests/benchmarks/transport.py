@@ -2,7 +2,7 @@
 
 Tables, one for each question: `exchange` (what a step costs), `sync` (two workers, against gloo), `streams` (one
 direction, against a bare socket), `training` (a step with its compute: overlap, prefetch, top_k, int8), `workers`
-(1 to 16 of them), `pulls` (what they cost pushes).
+(1 to 16 of them), `pulls` and `hostile` (what those cost pushes).
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from .peer_local import Rule
 from .peer_ray import installed as ray_installed
 from .peers import Peers
 from .transport_exchange import exchange, in_step
+from .transport_hostile import hostile
 from .transport_streams import streams
 from .transport_training import training
 from .transport_workers import crowds, pulls
 
-TABLES = ("exchange", "sync", "streams", "training", "workers", "pulls")
+TABLES = ("exchange", "sync", "streams", "training", "workers", "pulls", "hostile")
 RULES: tuple[Rule, ...] = ("adadelta", "adagrad")
 SIZES = (10_000, 1_000_000, 16_000_000, 64_000_000)
 QUICK_SIZES = (10_000, 1_000_000)
@@ -55,7 +56,13 @@ def _print(name: str, peers: Peers, size: int, rules: Sequence[Rule], quick: boo
         for rule in rules:
             (exchange if name == "exchange" else in_step)(peers, rule, size, quick)
     else:
-        tables = {"streams": streams, "training": training, "workers": crowds, "pulls": pulls}
+        tables = {
+            "streams": streams,
+            "training": training,
+            "workers": crowds,
+            "pulls": pulls,
+            "hostile": hostile,
+        }
         tables[name](peers, size, quick)
 
 
