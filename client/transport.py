@@ -34,6 +34,8 @@ OPTIONS: Final = (
     # answers of one stream are read by the thread that waits for them: 64 MiB in 28 ms instead of 34
     (ChannelOptions.SingleThreadedUnaryStream, 1),
     ("grpc.enable_http_proxy", 0),
+    # a connection of its own: the server ends that of a quarantined worker, which must not be another session's
+    ("grpc.use_local_subchannel_pool", 1),
     ("grpc.keepalive_time_ms", 60_000),
     # a server that went away is asked for again this often; gRPC's own default goes up to 2 minutes
     ("grpc.initial_reconnect_backoff_ms", 100),

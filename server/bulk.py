@@ -1,6 +1,7 @@
 """Reading a client's bulk stream: a header first, then chunks, then the commit; and never waiting for ever.
 
-The first message may be all three at once. A push is one only with its commit: gRPC reports a cancelled stream as
+A stream that brings less than PROGRESS_BYTES in `stall_s` has stalled: one that crawls holds its staging as surely as one
+that has stopped. The first message may be all three at once. A push is one only with its commit: gRPC reports a cancelled stream as
 one that was closed, so the end of a stream proves nothing.
 """
 
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable
-from typing import Generic, TypeVar
+from typing import Final, Generic, TypeVar
 
 from pushstep.proto.errors import MalformedFrame, StreamStalled
 from pushstep.proto.frames import BulkMessage, Chunk, unpack
@@ -17,6 +18,8 @@ from pushstep.proto.training_pb2 import PushCommit, PushRequest
 M = TypeVar("M", bound=BulkMessage)
 # Copies a chunk: at once (None), or in a thread, and then the next message is read meanwhile.
 Place = Callable[[Chunk], "asyncio.Future[None] | None"]
+# 6.5 KB/s at the default of 10 s: below any link that one would train over.
+PROGRESS_BYTES: Final = 64 << 10
 
 
 class BulkStream(Generic[M]):
@@ -29,9 +32,13 @@ class BulkStream(Generic[M]):
         self._first: tuple[M, Chunk | None] | None = None
         self._commit: PushCommit | None = None
         self._moving: asyncio.Future[None] | None = None
+        # until when PROGRESS_BYTES must have come, and what has
+        self._due_s = 0.0
+        self._came_bytes = 0
 
     async def header(self) -> M:
         """The first message, which must carry the header. It may carry a chunk and the commit too."""
+        self._begin_window()
         fields, chunk = unpack(await self._next() or b"", self._kind)
         if fields is None or not fields.HasField("header"):
             raise MalformedFrame(problem="the first message of a stream must carry the header")
@@ -42,6 +49,7 @@ class BulkStream(Generic[M]):
         """Hand every chunk to `place`, one after the other; the commit, without which a push is none."""
         if self._first is None:
             raise MalformedFrame(problem="no header")
+        self._begin_window()  # what was waited for since the header was not the stream's doing
         try:
             await self._take(*self._first, place)
             # what comes after the commit is not read, not even the end: that would cost one more way through gRPC
@@ -75,10 +83,18 @@ class BulkStream(Generic[M]):
 
     async def _next(self) -> bytes | None:
         try:
-            async with asyncio.timeout(self._stall_s):
-                return await anext(self._messages, None)
+            async with asyncio.timeout_at(self._due_s):
+                message = await anext(self._messages, None)
         except TimeoutError as error:
             raise StreamStalled(seconds=self._stall_s) from error
+        self._came_bytes += len(message or b"")
+        if self._came_bytes >= PROGRESS_BYTES:
+            self._begin_window()
+        return message
+
+    def _begin_window(self) -> None:
+        self._due_s = asyncio.get_running_loop().time() + self._stall_s
+        self._came_bytes = 0
 
 
 class OneMessage(BulkStream[M]):

@@ -24,6 +24,7 @@ from pushstep.proto.errors import (
     InvalidRequest,
     MalformedFrame,
     PushstepError,
+    Quarantined,
     RowOutOfRange,
     WrongShape,
 )
@@ -42,11 +43,13 @@ from .publish import Published, fetched, rows_body
 from .shared_answer import SharedAnswer
 from .shared_memory import SharedMemory
 from .staging import INLINE_BYTES, Budget
+from .tarpit import Tarpit
 from .upload import Upload
 
 log = logging.getLogger("pushstep.grpc")
 SERVICE: Final = "pushstep.v1.TrainingService"
 Context = grpc.aio.ServicerContext[Any, Any]
+Refuse = Callable[[Context, Exception], Awaitable[None]]
 T = TypeVar("T")
 
 
@@ -58,6 +61,7 @@ class GrpcDoor:
         self.budget = budget
         self.memory = memory
         self.stall_s = stall_s
+        self.tarpit = Tarpit()
         self.draining = False
         self.http_url = ""
         self.unix_path = ""
@@ -70,20 +74,27 @@ class GrpcDoor:
             grpc.unary_stream_rpc_method_handler,
             grpc.stream_stream_rpc_method_handler,
         )
+
+        def one(method: Callable[[Any], Awaitable[Any]]) -> Callable[[Any, Context], Awaitable[Any]]:
+            return _answering(method, self._refuse)
+
+        def many(
+            method: Callable[[Any], AsyncIterator[bytes]],
+        ) -> Callable[[Any, Context], AsyncIterator[bytes]]:
+            return _streaming(method, self._refuse)
+
         methods: dict[str, Any] = {
-            "Describe": unary(_answering(_parsed(self.describe, pb.DescribeRequest)), None, _serialize),
-            "Join": unary(_answering(_parsed(self.join, pb.JoinRequest)), None, _serialize),
-            "Heartbeat": unary(_answering(_parsed(self.heartbeat, pb.HeartbeatRequest)), None, _serialize),
-            "Leave": unary(_answering(_parsed(self.leave, pb.LeaveRequest)), None, _serialize),
-            "OpenRegion": unary(
-                _answering(_parsed(self.open_region, pb.OpenRegionRequest)), None, _serialize
-            ),
-            "Upload": bulk_in(_answering(self.upload), None, _serialize),
-            "Push": bulk_in(_answering(self.push), None, _serialize),
-            "Exchange": bulk(_streaming(self.exchange), None, None),
-            "Pull": bulk_out(_streaming(_parsed(self.pull, pb.PullRequest)), None, None),
-            "PullRows": bulk_out(_streaming(_parsed(self.pull_rows, pb.PullRowsRequest)), None, None),
-            "PullState": bulk_out(_streaming(_parsed(self.pull_state, pb.PullStateRequest)), None, None),
+            "Describe": unary(one(_parsed(self.describe, pb.DescribeRequest)), None, _serialize),
+            "Join": unary(one(_parsed(self.join, pb.JoinRequest)), None, _serialize),
+            "Heartbeat": unary(one(_parsed(self.heartbeat, pb.HeartbeatRequest)), None, _serialize),
+            "Leave": unary(one(_parsed(self.leave, pb.LeaveRequest)), None, _serialize),
+            "OpenRegion": unary(one(_parsed(self.open_region, pb.OpenRegionRequest)), None, _serialize),
+            "Upload": bulk_in(one(self.upload), None, _serialize),
+            "Push": bulk_in(one(self.push), None, _serialize),
+            "Exchange": bulk(many(self.exchange), None, None),
+            "Pull": bulk_out(many(_parsed(self.pull, pb.PullRequest)), None, None),
+            "PullRows": bulk_out(many(_parsed(self.pull_rows, pb.PullRowsRequest)), None, None),
+            "PullState": bulk_out(many(_parsed(self.pull_state, pb.PullStateRequest)), None, None),
         }
         return grpc.method_handlers_generic_handler(SERVICE, methods)
 
@@ -261,6 +272,13 @@ class GrpcDoor:
         region = self.memory.of(identity, options.region)
         return None if region is None else SharedAnswer(model, region, identity.timeline, _have(options))
 
+    async def _refuse(self, context: Context, error: Exception) -> None:
+        known: PushstepError = named(error, log)
+        log.debug("refused: %s", known.message)
+        if isinstance(known, Quarantined):
+            await self.tarpit.refuse(known, context.peer())
+        await context.abort(known.grpc_status, brief(known.message), ((TRAILER, to_trailer(known)),))
+
     def _take_new_work(self) -> None:
         self.catalog.require_loaded()
         if self.draining:
@@ -349,20 +367,22 @@ def _parsed(method: Callable[[Any], T], kind: Any) -> Callable[[bytes], T]:
     return call
 
 
-def _answering(method: Callable[[Any], Awaitable[Any]]) -> Callable[[Any, Context], Awaitable[Any]]:
+def _answering(
+    method: Callable[[Any], Awaitable[Any]], refuse: Refuse
+) -> Callable[[Any, Context], Awaitable[Any]]:
     """A unary answer, or the catalogue's error."""
 
     async def call(request: Any, context: Context) -> Any:
         try:
             return await method(request)
         except Exception as error:  # noqa: BLE001 - the one place where errors become statuses
-            await _abort(context, error)
+            await refuse(context, error)
 
     return call
 
 
 def _streaming(
-    method: Callable[[Any], AsyncIterator[bytes]],
+    method: Callable[[Any], AsyncIterator[bytes]], refuse: Refuse
 ) -> Callable[[Any, Context], AsyncIterator[bytes]]:
     """A stream of answers, or the catalogue's error."""
 
@@ -371,12 +391,6 @@ def _streaming(
             async for message in method(request):
                 yield message
         except Exception as error:  # noqa: BLE001 - the one place where errors become statuses
-            await _abort(context, error)
+            await refuse(context, error)
 
     return call
-
-
-async def _abort(context: Context, error: Exception) -> None:
-    known: PushstepError = named(error, log)
-    log.debug("refused: %s", known.message)
-    await context.abort(known.grpc_status, brief(known.message), ((TRAILER, to_trailer(known)),))

@@ -129,10 +129,7 @@ class Intake:
 
     def fault(self, error: InvalidRequest) -> None:
         """Count a push that broke a rule before it was complete."""
-        if not isinstance(error, DigestMismatch):  # the network's doing, more likely than the worker's
-            self.model.executor.carry_out(
-                self.model.judge.faulted(self.header.identity, error, time.monotonic())
-            )
+        self.model.executor.carry_out(self.model.judge.faulted(self.header.identity, error, time.monotonic()))
 
     def release(self) -> None:
         """Give everything back that was not handed over. Called once, however the push ended."""
@@ -151,7 +148,12 @@ class Intake:
     async def commit(self, commit: PushCommit | None) -> Receipt:
         """Hand the push to the judge and return its receipt; raise what it was refused with."""
         if self.has_body:
-            await self._hand_over(commit)
+            try:
+                await self._hand_over(commit)
+            except InvalidRequest as error:
+                if commit is not None:  # without one it may have been cancelled, which ends a stream just so
+                    self.fault(error)
+                raise
         verdict = await self.model.executor.answer(self.header.identity, self._hold_s)
         return _receipt_or_raise(verdict)
 

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Generator
 from typing import Any
 
 from pushstep.proto import training_pb2 as pb
-from pushstep.proto.errors import MalformedFrame, PushstepError
+from pushstep.proto.errors import MalformedFrame, PushstepError, Quarantined
 from pushstep.proto.line import HEAD_BYTES, READ_BYTES, Method, Status, framed, method_of
 from pushstep.proto.status import named, to_trailer
 
@@ -46,6 +46,8 @@ class LineDoor:
         except Exception as error:  # noqa: BLE001 - the one place where errors become statuses
             known = named(error, log)
             log.debug("refused: %s", known.message)
+            if isinstance(known, Quarantined):
+                await self._door.tarpit.hold(known)
             return framed(Status.REFUSED, to_trailer(known))
 
 

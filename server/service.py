@@ -45,6 +45,8 @@ GRPC_OPTIONS: Final = (
     # bandwidth would widen them.
     ("grpc.http2.lookahead_bytes", WINDOW_BYTES),
     ("grpc.http2.bdp_probe", 0),
+    # What one connection can have the loop do at once. A session has a connection of its own, and 8 pushes in flight.
+    ("grpc.max_concurrent_streams", 64),
     # Two servers on one port would each see half of the workers.
     ("grpc.so_reuseport", 0),
     ("grpc.http2.min_ping_interval_without_data_ms", 30_000),

@@ -130,6 +130,21 @@ def test_a_model_whose_push_can_never_fit_is_refused_at_creation(tight: RunningS
     assert "--staging-bytes" in caught.value.message
 
 
+def test_a_stream_that_crawls_has_stalled(tight: RunningServer, raw: RawWorker) -> None:
+    """A byte now and then is no progress: it would hold what was set aside for it for as long as it likes."""
+    other = RawWorker(raw.wire, MODEL, f"raw-{next(_workers)}")
+    with untouched(tight, MODEL):
+        crawling = OpenPush(other, rows_header(other, FULL_ROWS))
+        for byte in range(FULL_ROWS):
+            if crawling.call.done():
+                break
+            crawling.send(pb.PushRequest(offset=byte, payload=b"\0").SerializeToString())
+            threading.Event().wait(STALL_S / 4)
+        assert byte < FULL_ROWS - 1
+        assert crawling.refusal().code == "stream_stalled"
+    assert takes_work(raw)
+
+
 @pytest.mark.parametrize("sent", ["nothing", "the header", "some of the body"])
 def test_a_stalled_stream_is_dropped_and_forgotten(sent: str, tight: RunningServer, raw: RawWorker) -> None:
     other = RawWorker(raw.wire, MODEL, f"raw-{next(_workers)}")

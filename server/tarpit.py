@@ -1,0 +1,90 @@
+"""How a quarantined worker is refused: slowly, and then its connection ends.
+
+To refuse a header costs the loop about as much as to take a small push, so a worker that asks again and again would slow
+the others. Its first call is answered after ANSWER_S, and then the connection ends. Whatever else it sends is kept
+waiting for HOLD_S and never answered: a connection has room for so many calls and no more (service.py says how many), and
+to open another takes its time, too. Only when very many wait are connections ended at once. gRPC has no word for
+ending one connection: its socket is found by the peer's address.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+from ipaddress import IPv4Address, IPv6Address, ip_address
+from typing import Final
+from urllib.parse import unquote
+
+from pushstep.proto.errors import Quarantined
+
+ANSWER_S: Final = 0.5
+HOLD_S: Final = 10.0
+# Some ten kilobytes each.
+MOST_HELD: Final = 2000
+# What an answer may take to leave before its connection ends.
+LEAVE_S: Final = 0.1
+
+
+class Tarpit:
+    """Owns who is being kept waiting."""
+
+    def __init__(self) -> None:
+        self._answering: set[tuple[str, str]] = set()
+        self._held = 0
+
+    async def hold(self, error: Quarantined) -> bool:
+        """Keep a worker's call waiting. Whether it is to be answered then: one of them is, at a time."""
+        who = error.fields["model"], error.fields["worker"]
+        is_first = who not in self._answering
+        if not is_first and self._held >= MOST_HELD:
+            return False
+        self._answering.add(who)
+        self._held += 1
+        try:
+            await asyncio.sleep(ANSWER_S if is_first else HOLD_S)
+        finally:
+            self._held -= 1
+            if is_first:
+                self._answering.discard(who)
+        return is_first
+
+    async def refuse(self, error: Quarantined, peer: str) -> None:
+        """Return when the call may be answered; its connection ends after that, or has ended."""
+        if await self.hold(error):
+            asyncio.get_running_loop().call_later(LEAVE_S, disconnect, peer)
+        else:
+            disconnect(peer)
+
+
+def disconnect(peer: str) -> None:
+    """End the TCP connection of this process whose other end is `peer`, in gRPC's words. Others are left alone."""
+    kind, _, rest = peer.partition(":")
+    host, _, port = unquote(rest).rpartition(":")
+    if kind not in ("ipv4", "ipv6") or not port.isdecimal():
+        return
+    where = ip_address(host.strip("[]")), int(port)
+    # what was opened last is most likely what is looked for
+    for number in sorted(map(int, os.listdir("/proc/self/fd")), reverse=True):
+        with contextlib.suppress(OSError), _socket_of(number) as found:
+            if found.family in (socket.AF_INET, socket.AF_INET6) and _peer_of(found) == where:
+                found.shutdown(socket.SHUT_RDWR)
+                return
+
+
+def _socket_of(number: int) -> socket.socket:
+    """A socket by its number, to be closed by the caller without closing the original. OSError if it is none."""
+    own = os.dup(number)
+    try:
+        return socket.socket(fileno=own)
+    except OSError:
+        os.close(own)
+        raise
+
+
+def _peer_of(connection: socket.socket) -> tuple[IPv4Address | IPv6Address, int]:
+    """As gRPC writes it: an IPv4 peer of a socket that listens for both is an IPv4 peer."""
+    host, port, *_ = connection.getpeername()
+    address = ip_address(host)
+    return getattr(address, "ipv4_mapped", None) or address, port
