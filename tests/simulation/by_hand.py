@@ -53,6 +53,13 @@ class Hand(Network):
         """A piece of the server's own work."""
         self._take(Loose(action))
 
+    def work_off(self) -> None:
+        """The server does what it has to."""
+        work = [one for one in self.loose if one.worker is None]
+        self.loose = [one for one in self.loose if one.worker is not None]
+        for one in work:
+            one.happens()
+
     def calm(self) -> None:
         """All that is on its way arrives, and so does what follows."""
         self._calm = True
