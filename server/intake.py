@@ -87,7 +87,6 @@ class Intake:
         except InvalidRequest as error:
             self.fault(error)
             raise
-        self._digest = BodyDigest(header.segments)
         needed = sum(lengths) + sum(map(self._layout.unpacked_bytes, header.segments))
         self._is_small = needed <= INLINE_BYTES and model.arenas.lane.takes_small
         if self._region is not None:
@@ -96,6 +95,7 @@ class Intake:
             self._held = True
             self._arrived = self._arriving(self._body)
         else:
+            self._digest = BodyDigest(header.segments)
             self._reserved = await self._budget.claim(f"{model.name}/{header.identity.worker}", needed)
             self._body, self._arrived = await model.device.prepared(partial(self._receiving, lengths, needed))
         self._waited_s = time.monotonic() - self._started_s

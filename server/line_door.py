@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import socket
+import time
 from collections.abc import Awaitable, Callable, Coroutine, Generator
-from typing import Any
+from typing import Any, Final
 
 from pushstep.proto import training_pb2 as pb
 from pushstep.proto.errors import MalformedFrame, PushstepError, Quarantined
@@ -22,6 +24,11 @@ from .bulk import OneMessage
 from .grpc_door import GrpcDoor
 
 log = logging.getLogger("pushstep.line")
+CORES: Final = len(os.sched_getaffinity(0))
+# A worker whose last call came this soon after the answer before it is watched for as long: waking a core that went to
+# sleep, and whose caches others have used since, costs 0.1 ms of an exchange of 0.7. Whoever computes for
+# longer between its calls is not watched, and costs nothing.
+WATCH_S: Final = 500e-6
 
 
 class LineDoor:
@@ -62,6 +69,8 @@ class _Line:
         self._loop = asyncio.get_running_loop()
         self._received = b""
         self._calling: asyncio.Task[None] | None = None
+        self._answered_s = 0.0
+        self._comes_soon = False
         self._ended: asyncio.Future[None] = self._loop.create_future()
 
     async def run(self) -> None:
@@ -98,6 +107,7 @@ class _Line:
             self._end()
         elif len(self._received) == HEAD_BYTES + length:
             message, self._received = self._received[HEAD_BYTES:], b""
+            self._comes_soon = time.monotonic() - self._answered_s < WATCH_S
             self._start(self._call(method, message))
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
@@ -116,6 +126,17 @@ class _Line:
     async def _call(self, method: Method, message: bytes) -> None:
         await self._send(await self._answer(method, message))
         self._calling = None
+        self._answered_s = time.monotonic()
+        if self._comes_soon and CORES > 1:
+            self._loop.call_soon(self._watch, self._answered_s)
+
+    def _watch(self, answered_s: float) -> None:
+        """Look for the next call at every turn of the loop, for a while, so that the loop does not go to sleep."""
+        if self._ended.done() or self._calling is not None:
+            return
+        self._readable()
+        if self._answered_s == answered_s > time.monotonic() - WATCH_S:
+            self._loop.call_soon(self._watch, answered_s)
 
     async def _refuse(self, error: PushstepError) -> None:
         await self._send(framed(Status.REFUSED, to_trailer(error)))
