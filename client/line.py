@@ -77,7 +77,9 @@ class Line:
             try:
                 more = self._connection.recv(READ_BYTES)
             except BlockingIOError:
-                if not (self._comes_soon and time.monotonic() - begun_s < WATCH_S):
+                if self._comes_soon and time.monotonic() - begun_s < WATCH_S:
+                    os.sched_yield()  # to the server, if it waits for this core
+                else:
                     self._wait(select.POLLIN, until_s)
                 continue
             if not more:
