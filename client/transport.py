@@ -80,7 +80,11 @@ class Pulled:
                 for slot in self.layout.slots_of(segment):
                     start = (slot.start - segment.start) * dtype.itemsize
                     values = self.body.part(index, dtype, start, slot.stop - slot.start)
-                    yield slot, segment.state, values.view(slot.shape)
+                    yield (
+                        slot,
+                        segment.state,
+                        values if len(slot.shape) == 1 else values.view(slot.shape),
+                    )
 
     def rows(self) -> Iterator[tuple[Slot, Tensor, Tensor]]:
         """(slot, ids, rows) of every row-sparse segment."""

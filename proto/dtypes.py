@@ -19,6 +19,8 @@ TORCH: Final[dict[int, torch.dtype]] = {
     DType.DTYPE_FLOAT16: torch.float16,
 }
 WIRE: Final[dict[torch.dtype, DType]] = {dtype: cast("DType", wire) for wire, dtype in TORCH.items()}
+# looked up once: protobuf looks an enum's name up in Python, for each segment of each push
+INT8: Final = DType.DTYPE_INT8
 NAMES: Final[dict[torch.dtype, str]] = {dtype: str(dtype).removeprefix("torch.") for dtype in WIRE}
 
 
@@ -38,12 +40,12 @@ def int8_bytes(elements: int) -> int:
 
 def of_push(wire: int, what: str) -> torch.dtype:
     """The dtype in which a push's segment travels: `to_torch`, and int8."""
-    return torch.int8 if wire == DType.DTYPE_INT8 else to_torch(wire, what)
+    return torch.int8 if wire == INT8 else to_torch(wire, what)
 
 
 def to_push(dtype: torch.dtype, what: str) -> DType:
     """The enum value in which a push's segment travels: `to_wire`, and int8."""
-    return DType.DTYPE_INT8 if dtype == torch.int8 else to_wire(dtype, what)
+    return INT8 if dtype == torch.int8 else to_wire(dtype, what)
 
 
 def named(value: torch.dtype | str | None, what: str) -> torch.dtype | None:

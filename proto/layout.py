@@ -18,7 +18,7 @@ import xxhash
 
 from . import dtypes
 from .errors import InvalidManifest, MalformedFrame, UnknownParameter, WrongDtype, WrongLength
-from .types_pb2 import Arena, DType, Manifest, Segment
+from .types_pb2 import Arena, Manifest, Segment
 
 ID_BYTES: Final = 8
 INDEX_BYTES: Final = 4
@@ -182,7 +182,7 @@ class Layout:
         """Bytes that a legal segment of a push takes in memory beside its payload, once it is unpacked."""
         if segment.HasField("elements"):
             return int(segment.stop - segment.start) * dtypes.to_torch(segment.dtype, "segment").itemsize
-        if segment.dtype != DType.DTYPE_INT8:
+        if segment.dtype != dtypes.INT8:
             return 0
         if segment.HasField("rows"):
             return int(segment.rows) * self.slots_of(segment)[0].row_elements * INT8_UNPACKED.itemsize
@@ -261,7 +261,7 @@ def check_body(
 def _check_plain(segment: Segment) -> None:
     if segment.HasField("elements") or segment.HasField("parameter"):
         raise MalformedFrame(problem="only a push may carry element-sparse or empty segments")
-    if segment.dtype == DType.DTYPE_INT8:
+    if segment.dtype == dtypes.INT8:
         raise WrongDtype(
             what="segment", got="int8, which is for pushes", expected=", ".join(dtypes.NAMES.values())
         )

@@ -144,13 +144,13 @@ def write(
     """Put a segment's pieces in their place by `copy(target, source)`; what lies there already is left alone."""
     at, _ = places.span(segment)
     for piece in pieces:
-        source, nbytes = piece.source.detach(), piece.nbytes
+        source, nbytes = piece.source, piece.nbytes
         if piece.dtype == torch.int64:  # ids may begin on no border of 8 bytes
-            slot.memory[at : at + nbytes].copy_(source.contiguous().view(torch.uint8))
+            slot.memory[at : at + nbytes].copy_(source.detach().contiguous().view(torch.uint8))
         else:
             target = slot.view(at, nbytes, piece.dtype)
             if source.data_ptr() != target.data_ptr() or not source.is_contiguous():
-                copy(target.view(source.shape), source)
+                copy(target if source.dim() == 1 else target.view(source.shape), source)
         at += nbytes
 
 
