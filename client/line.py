@@ -9,14 +9,14 @@ import time
 from typing import Final
 
 from pushstep.proto import training_pb2 as pb
-from pushstep.proto.line import HEAD_BYTES, READ_BYTES, Method, Status, framed, status_of
+from pushstep.proto.line import HEAD_BYTES, READ_BYTES, WATCHES, Method, Status, framed, status_of
 from pushstep.proto.status import from_status
 
 from .retry import TransportFailure
 
-# An answer that came this soon is watched for the next time, where there is another core for the server to work on:
-# to fall asleep and be woken takes 0.05 ms, and more when others use the core and its caches meanwhile.
-WATCH_S: Final = 1e-3 if len(os.sched_getaffinity(0)) > 1 else 0.0
+# An answer that came this soon is watched for the next time: to fall asleep and be woken takes 0.05 ms, and more when
+# others use the core and its caches meanwhile.
+WATCH_S: Final = 1e-3 if WATCHES else 0.0
 
 
 class Line:

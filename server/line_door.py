@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import socket
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Generator
@@ -17,18 +16,17 @@ from typing import Any, Final
 
 from pushstep.proto import training_pb2 as pb
 from pushstep.proto.errors import MalformedFrame, PushstepError, Quarantined
-from pushstep.proto.line import HEAD_BYTES, READ_BYTES, Method, Status, framed, method_of
+from pushstep.proto.line import HEAD_BYTES, READ_BYTES, WATCHES, Method, Status, framed, method_of
 from pushstep.proto.status import named, to_trailer
 
 from .bulk import OneMessage
 from .grpc_door import GrpcDoor
 
 log = logging.getLogger("pushstep.line")
-CORES: Final = len(os.sched_getaffinity(0))
 # A worker whose last call came this soon after the answer before it is watched for as long: waking a core that went to
 # sleep, and whose caches others have used since, costs 0.1 ms of an exchange of 0.7. Whoever computes for
 # longer between its calls is not watched, and costs nothing.
-WATCH_S: Final = 500e-6
+WATCH_S: Final = 500e-6 if WATCHES else 0.0
 
 
 class LineDoor:
@@ -127,7 +125,7 @@ class _Line:
         await self._send(await self._answer(method, message))
         self._calling = None
         self._answered_s = time.monotonic()
-        if self._comes_soon and CORES > 1:
+        if self._comes_soon:
             self._loop.call_soon(self._watch, self._answered_s)
 
     def _watch(self, answered_s: float) -> None:
