@@ -86,7 +86,8 @@ class Catalog:
         self.ready = False
         self.loaded = False
         self._creations: dict[str, Creation] = {}
-        self._saving: dict[str, asyncio.Lock] = {}
+        # by model name: who writes into its folder, or removes it, does so alone
+        self._folders: dict[str, asyncio.Lock] = {}
 
     def get(self, name: str, uid: bytes = b"") -> Model:
         """A model by name; UnknownModel otherwise, or ModelLost for a caller that knew it by its uid."""
@@ -109,6 +110,9 @@ class Catalog:
 
     def _folder(self, name: str) -> Path:
         return self.config.data / "models" / name
+
+    def _alone(self, name: str) -> asyncio.Lock:
+        return self._folders.setdefault(name, asyncio.Lock())
 
     # Creation: a ticket, then the values, then the model.
 
@@ -182,8 +186,9 @@ class Catalog:
             raise NoCreationTicket(model=name)
         creation.finishing = True
         try:
-            await asyncio.to_thread(self._set_aside, name)
-            await self._write_identity(model, clean_version=None)
+            async with self._alone(name):  # the folder of an earlier one of this name may just be going
+                await asyncio.to_thread(self._set_aside, name)
+                await self._write_identity(model, clean_version=None)
         except BaseException:
             creation.finishing = False
             raise
@@ -226,8 +231,9 @@ class Catalog:
         model.record("deleted", by)
         model.deleted = True
         del self.models[name]
-        await model.close()
-        await asyncio.to_thread(self._remove_folder, name)
+        async with self._alone(name):  # a snapshot that is being written would make the folder again
+            await model.close()
+            await asyncio.to_thread(self._remove_folder, name)
         log.info("model %s deleted by %s", name, by)
 
     def _remove_folder(self, name: str) -> None:
@@ -244,7 +250,7 @@ class Catalog:
     async def snapshot(self, name: str, by: str, *, automatic: bool = False) -> dict[str, Any]:
         """Take a snapshot of the model at its version of now; its manifest."""
         model = self.get(name)
-        async with self._saving.setdefault(name, asyncio.Lock()):
+        async with self._alone(name):
             model.tell(Point.STATE_DICT_PRE)
             facts, copy = await model.copy()
             manifest = await asyncio.to_thread(self.snapshots(name).write, facts, copy, automatic=automatic)
@@ -265,7 +271,9 @@ class Catalog:
 
     async def replace(self, model: Model, copy: ArenasCopy, saved: dict[str, Any] | None, by: str) -> None:
         """Put `copy` in place of what the model is, on a timeline that is on the disk first."""
-        async with self._saving.setdefault(model.name, asyncio.Lock()):
+        async with self._alone(model.name):
+            if model.deleted:
+                raise ModelLost(model=model.name)
             model.tell(Point.LOAD_STATE_DICT_PRE)
             timeline = model.timeline + 1
             await self._write_identity(model, clean_version=None, timeline=timeline)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from harness import RunningServer
+from harness import RunningServer, wait_until
 from safetensors import safe_open
 from wire import PARAMETERS, created, state_of
 
@@ -93,6 +94,21 @@ def test_a_deleted_model_is_gone_from_the_disk_too(
     with pytest.raises(Exception) as caught:
         session.push(ONES)
     assert getattr(caught.value, "code", "") == "model_lost"
+
+
+def test_a_model_is_deleted_while_it_is_saved(server: RunningServer, model_name: str) -> None:
+    session = server.connect(model_name)
+    values = {"p": np.zeros(4_000_000, np.float32)}
+    session.create(values, [{"rule": "adadelta", "params": ["p"]}])
+    folder = server.data / "models" / model_name
+    rest = Rest(server, model_name)
+    with rest.client, ThreadPoolExecutor(1) as pool:
+        saved = pool.submit(rest, "POST", "/snapshots", 201)
+        wait_until(lambda: list(folder.glob("snapshots/tmp-*")))
+        rest("DELETE", "", 204)
+        assert saved.result(20)["version"] == 0
+        assert not folder.exists()
+        assert rest("GET", "", 404)["code"] == "unknown_model"
 
 
 def test_parameters(rest: Rest) -> None:
