@@ -35,6 +35,8 @@ MUCH_LATER = 0.03
 BROKEN_OFF = 0.02
 # an element that all share, so that the order shows in the parameters; the others belong to one session each
 SHARED = 1
+# a step, and the epoch and sequence under which it was pushed
+Tried = tuple[int, int, int]
 
 
 def gradient(session: int, number: int, sessions: int) -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -63,10 +65,14 @@ class Faults:
         self._chance = random.Random(seed)
         self._push = Transport.push
         self._later = ThreadPoolExecutor(4)
+        # by worker: its index, and the step that it is at
+        self.trying: dict[str, tuple[int, int]] = {}
         Transport.push = lambda transport, header, body, commit: self.push(transport, header, body, commit)  # type: ignore[method-assign]
 
     def push(self, transport: Transport, header: PushHeader, body: Body, commit: PushCommit) -> PushResponse:
-        """One attempt, with what may happen to it."""
+        """One attempt, with what may happen to it. A session that joins anew in between tries under another identity."""
+        identity = header.identity
+        self._diary.write("try", *self.trying[identity.worker], identity.epoch, identity.sequence)
         drawn = self._chance.random()
         if drawn < BROKEN_OFF:
             self._diary.write("fault", "broken_off")
@@ -123,40 +129,44 @@ class Worker:
     """One session's training."""
 
     def __init__(
-        self, diary: Diary, address: str, model: str, index: int, sessions: int, pushes: int
+        self, diary: Diary, faults: Faults, address: str, model: str, index: int, sessions: int, pushes: int
     ) -> None:
         self.diary = diary
+        self.faults = faults
         self.address = address
         self.model = model
         self.index = index
         self.sessions = sessions
         self.pushes = pushes
 
-    def run(self, told: int, tried: tuple[int, int, int] | None) -> None:
-        """Go on after step `told`; `tried`: the (step, epoch, sequence) that the last process may have pushed."""
+    def run(self, told: int, tried: set[Tried]) -> None:
+        """Go on after step `told`; `tried`: under which identities earlier processes may have pushed which step."""
         name = f"w{self.index}"
         # an attempt outlasts a restart of the server: a process may begin in the middle of one
         with connect(
             self.address, model=self.model, worker=name, timeout_s=60, shared_memory=False
         ) as session:
             session.create(*model_of(self.sessions))
-            if tried is not None and tried[0] == told + 1 and self._settle(session, tried):
+            doubted = {one for one in tried if one[0] == told + 1}
+            if doubted and self._settle(session, doubted):
                 told += 1
             for number in range(told + 1, self.pushes + 1):
-                identity = session.member().next_identity()
-                self.diary.write("try", self.index, number, identity.epoch, identity.sequence)
+                self.faults.trying[name] = self.index, number
                 grads = gradient(self.index, number, self.sessions)
                 self._told(number, session.push({"p": grads}))
 
-    def _settle(self, session: Session, tried: tuple[int, int, int]) -> bool:
+    def _settle(self, session: Session, doubted: set[Tried]) -> bool:
         """Whether the push in doubt had been decided."""
         identity = session.member().identity()
-        identity.epoch, identity.sequence = tried[1:]
-        receipt = session.member().receipt_of(identity)
-        self.diary.write("doubt", "applied" if receipt is not None else "not_applied")
-        if receipt is not None:
-            self._told(tried[0], receipt)
-        return receipt is not None
+        found = []
+        for number, identity.epoch, identity.sequence in sorted(doubted):
+            receipt = session.member().receipt_of(identity)
+            if receipt is not None:
+                found.append((number, receipt))
+        self.diary.write("doubt", "applied" if found else "not_applied")
+        for number, receipt in found:
+            self._told(number, receipt)
+        return bool(found)
 
     def _told(self, number: int, receipt: Receipt) -> None:
         self.diary.write("told", self.index, number, receipt.timeline, receipt.version, receipt.outcome)
@@ -167,17 +177,17 @@ def model_of(sessions: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return {"p": np.zeros(SHARED + sessions, np.float32)}, [{"rule": "adagrad", "params": ["p"], "lr": 0.125}]
 
 
-def read(diary: Path) -> tuple[dict[int, int], dict[int, tuple[int, int, int]]]:
-    """Of each session: the last step that it was told of, and the last that it tried, as (step, epoch, sequence)."""
+def read(diary: Path) -> tuple[dict[int, int], dict[int, set[Tried]]]:
+    """Of each session: the last step that it was told of, and what it tried."""
     told: dict[int, int] = {}
-    tried: dict[int, tuple[int, int, int]] = {}
+    tried: dict[int, set[Tried]] = {}
     lines = diary.read_text().splitlines() if diary.exists() else []
     for line in lines:
         kind, *words = line.split()
         if kind == "told":
             told[int(words[0])] = int(words[1])
         elif kind == "try":
-            tried[int(words[0])] = (int(words[1]), int(words[2]), int(words[3]))
+            tried.setdefault(int(words[0]), set()).add((int(words[1]), int(words[2]), int(words[3])))
     return told, tried
 
 
@@ -188,7 +198,7 @@ def main(
     torch.set_num_threads(1)
     told, tried = read(diary)
     book = Diary(diary)
-    Faults(book, seed)
+    faults = Faults(book, seed)
     failed: list[BaseException] = []
 
     def guarded(work: Callable[[], None]) -> None:
@@ -201,8 +211,8 @@ def main(
 
     threads = []
     for index in range(first, first + mine):
-        worker = Worker(book, address, model, index, sessions, pushes)
-        work = lambda worker=worker, index=index: worker.run(told.get(index, 0), tried.get(index))  # noqa: E731
+        worker = Worker(book, faults, address, model, index, sessions, pushes)
+        work = lambda worker=worker, index=index: worker.run(told.get(index, 0), tried.get(index, set()))  # noqa: E731
         threads.append(threading.Thread(target=guarded, args=(work,)))
     for thread in threads:
         thread.start()
