@@ -251,7 +251,11 @@ UPLOADS: dict[str, tuple[dict[str, Any], list[Tensor], str]] = {
         [torch.zeros(4)],
         "malformed_frame",
     ),
-    "parameters as state": ({"kind": S, "segments": [segment(8, 12)]}, [torch.zeros(4)], "malformed_frame"),
+    "state with parameters over live workers": (
+        {"kind": S, "segments": [segment(8, 12)]},
+        [torch.zeros(4)],
+        "other_workers_live",
+    ),
     "state over live workers": (
         {"kind": S, "segments": [segment(8, 12, state="acc_delta")]},
         [torch.zeros(4)],

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 
-import torch
 from judged import LAYOUT
 
 from pushstep.proto.errors import NonfiniteGradient
 from pushstep.proto.types_pb2 import Identity, Outcome, Receipt
+from pushstep.server.device import Device
 from pushstep.server.groups import Group, ParamGroups
 from pushstep.server.hooks.hook import StepContext
 from pushstep.server.model import Model
@@ -21,7 +21,7 @@ def test_what_a_snapshot_will_hold_stays_while_training_goes_on() -> None:
 
     async def scenario() -> None:
         groups = ParamGroups(Group.make(group) for group in LAYOUT.manifest.groups)
-        model = Model("m", b"uid", 1, LAYOUT, groups, Sessions(30, 100, "m"), torch.device("cpu"), 1 << 20)
+        model = Model("m", b"uid", 1, LAYOUT, groups, Sessions(30, 100, "m"), Device(), 1 << 20)
         model.add_hook(
             "lr_scheduler",
             "step_post",
