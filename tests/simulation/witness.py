@@ -21,7 +21,7 @@ from pushstep.server.candidate import Candidate
 from pushstep.server.decision import Combine, Decision, Offer, Settle, Step
 from pushstep.server.judge import Judge
 from pushstep.server.policy import Policy
-from pushstep.server.session import Worker
+from pushstep.server.session import LAST_SEQUENCE, Worker
 from pushstep.server.sync_round import SyncSettings
 
 from .agenda import Agenda
@@ -96,7 +96,7 @@ class Witness:
     def joined(self, worker: Worker, attempt: int) -> None:
         """A membership was handed out."""
         got = self._attempts.get((self.timeline, attempt), 0)
-        if got > worker.forgotten[0]:
+        if got and (got, LAST_SEQUENCE) > worker.forgotten:  # or it was forgotten whole, this join too
             require(got == worker.epoch, f"{worker.name}'s join came again and got another epoch")
             return
         self._attempts[self.timeline, attempt] = worker.epoch
