@@ -147,6 +147,7 @@ class Participant(Attendance):
             if held is not None and held[0] != member.timeline:
                 # joined again meanwhile, for whatever reason, and what is held here is of an ended timeline
                 push = member.next_identity()
+                push.timeline = held[0]
                 return self._told(own_receipt(Outcome.SUPERSEDED, "superseded", push, member.version)), None
             header = self._push_header(member, held, skip)
             if pull:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from counting import counts, create, grads
 from harness import RunningServer, running_server, wait_until
+from operators import restore, take_snapshot
 from proxy import PIECE_BYTES, Proxy
 from twin import Network, Twins, adagrad, backward
 from wire import Wire
@@ -513,6 +514,53 @@ def test_a_push_in_doubt_is_settled_by_joining_again(
         assert session.push(grads(1)).version == 2
         assert counts(session, 2) == [1, 1]
         session.close()
+
+
+@pytest.mark.parametrize("on_restore", ["continue", "raise"])
+@pytest.mark.parametrize("held", [True, False])
+def test_a_restore_that_is_found_by_joining_again_is_told(
+    server: RunningServer,
+    model_name: str,
+    proxy: Proxy,
+    pool: ThreadPoolExecutor,
+    held: bool,
+    on_restore: str,
+) -> None:
+    """No answer came before the restore: the next step is told, once, whatever became of the one in doubt."""
+    session = server.connect(
+        model_name, address=proxy.address, shared_memory=False, retry_for_s=0.7, on_restore=on_restore
+    )
+    twins = Twins(session, Network(), adagrad)
+    first = take_snapshot(server, model_name)["id"]
+    backward(twins.model, [twins.remote], 0)
+    backward(twins.local_model, twins.local, 0)
+    proxy.hold("down")
+    stepping = pool.submit(twins.remote.step)
+    wait_until(lambda: version_of(server, model_name) == 1)
+    proxy.refuse()
+    proxy.release()
+    with pytest.raises(NoAnswer):
+        stepping.result(30)
+    restore(server, model_name, take_snapshot(server, model_name)["id"] if held else first)
+    proxy.accept()
+    if held:
+        twins.local[0].step()
+    if on_restore == "raise":
+        with pytest.raises(Superseded, match="on timeline 2"):
+            twins.remote.step()
+    else:
+        with pytest.warns(
+            RuntimeWarning, match=rf"restored to version {int(held)} \(timeline 2\).*not applied"
+        ):
+            twins.remote.step()
+    receipt = session.last_receipt
+    assert receipt is not None
+    assert (receipt.outcome, receipt.timeline) == (Outcome.SUPERSEDED, 1)
+    assert version_of(server, model_name) == held
+    twins.check_state()
+    twins.step(1)
+    twins.check_state()
+    session.close()
 
 
 def test_one_attempt_is_bounded_too(server: RunningServer, model_name: str) -> None:

@@ -291,10 +291,11 @@ class Bug:
 BUGS: Final = (
     Bug(dedupe_is_dropped, "is applied again", ("chaos", "stories")),
     Bug(eviction_is_ignored, "is let in after its eviction", ("chaos",)),
-    Bug(fencing_is_skipped, "is let in, its epoch is over", ("chaos", "stories")),
+    # which of them comes first differs with what else is loaded: hypothesis draws numbers from all code that it sees
+    Bug(fencing_is_skipped, "is let in, its epoch is over|is told", ("chaos", "stories")),
     Bug(
         time_out_counts_twice,
-        "was applied, and denied|another receipt|is applied again",
+        "was applied, and denied|another receipt|is applied again|is told",
         ("chaos", "stories"),
     ),
     Bug(mean_is_over_members, "divided by", ("chaos", "stories")),
