@@ -7,6 +7,7 @@ protobuf object. Any protobuf client can talk to them all the same.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -275,9 +276,10 @@ class GrpcDoor:
     async def _refuse(self, context: Context, error: Exception) -> None:
         known: PushstepError = named(error, log)
         log.debug("refused: %s", known.message)
-        if isinstance(known, Quarantined):
-            await self.tarpit.refuse(known, context.peer())
-        await context.abort(known.grpc_status, brief(known.message), ((TRAILER, to_trailer(known)),))
+        async with contextlib.AsyncExitStack() as around:
+            if isinstance(known, Quarantined):
+                await around.enter_async_context(self.tarpit.refusing(known, context.peer()))
+            await context.abort(known.grpc_status, brief(known.message), ((TRAILER, to_trailer(known)),))
 
     def _take_new_work(self) -> None:
         self.catalog.require_loaded()

@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import os
 import socket
+from collections.abc import AsyncIterator
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Final
 from urllib.parse import unquote
@@ -23,7 +24,7 @@ ANSWER_S: Final = 0.5
 HOLD_S: Final = 10.0
 # Some ten kilobytes each.
 MOST_HELD: Final = 2000
-# What an answer may take to leave before its connection ends.
+# What an answer that gRPC has written may take to arrive before its connection ends.
 LEAVE_S: Final = 0.1
 
 
@@ -50,12 +51,17 @@ class Tarpit:
                 self._answering.discard(who)
         return is_first
 
-    async def refuse(self, error: Quarantined, peer: str) -> None:
-        """Return when the call may be answered; its connection ends after that, or has ended."""
-        if await self.hold(error):
-            asyncio.get_running_loop().call_later(LEAVE_S, disconnect, peer)
-        else:
+    @contextlib.asynccontextmanager
+    async def refusing(self, error: Quarantined, peer: str) -> AsyncIterator[None]:
+        """Around a call's answer: entered when it may leave. Its connection ends when it has left, or has ended."""
+        is_answered = await self.hold(error)
+        if not is_answered:
             disconnect(peer)
+        try:
+            yield
+        finally:
+            if is_answered:
+                asyncio.get_running_loop().call_later(LEAVE_S, disconnect, peer)
 
 
 def disconnect(peer: str) -> None:

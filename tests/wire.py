@@ -49,11 +49,11 @@ class Unnamed(AssertionError):
 
 
 class Wire:
-    """A gRPC channel on which messages are bytes."""
+    """A gRPC channel on which messages are bytes, with a connection of its own: the server may end another's."""
 
     def __init__(self, address: str) -> None:
-        limit = ("grpc.max_send_message_length", -1)
-        self.channel = grpc.insecure_channel(address, options=[limit, ("grpc.enable_http_proxy", 0)])
+        limit, own = ("grpc.max_send_message_length", -1), ("grpc.use_local_subchannel_pool", 1)
+        self.channel = grpc.insecure_channel(address, options=[limit, own, ("grpc.enable_http_proxy", 0)])
 
     def close(self) -> None:
         self.channel.close()
