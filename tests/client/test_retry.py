@@ -9,7 +9,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import grpc
 import numpy as np
 import pytest
 import torch
@@ -21,7 +20,7 @@ from twin import Network, Twins, adagrad, backward
 from wire import Wire
 
 from pushstep.client import Outcome, Receipt, Session, connect
-from pushstep.client.retry import Retry, TransportFailure
+from pushstep.client.retry import TransportFailure
 from pushstep.optim import Adagrad
 from pushstep.proto import training_pb2 as pb
 from pushstep.proto.errors import (
@@ -561,60 +560,3 @@ def test_a_restore_that_is_found_by_joining_again_is_told(
     twins.step(1)
     twins.check_state()
     session.close()
-
-
-def test_one_attempt_is_bounded_too(server: RunningServer, model_name: str) -> None:
-    """A server that takes the bytes and never answers."""
-    with Proxy(server.grpc) as proxy:
-        session = connect(
-            proxy.address, shared_memory=False, model=model_name, worker="w0", timeout_s=0.4, retry_for_s=1.0
-        )
-        create(session)
-        proxy.hold("down")
-        started_s = time.monotonic()
-        with pytest.raises(NoAnswer, match="DEADLINE_EXCEEDED"):
-            session.push(grads(0))
-        assert 0.4 < time.monotonic() - started_s < 5.0
-        proxy.release()
-        session.member()
-        assert session.last_receipt is not None and session.last_receipt.version == 1
-        assert session.push(grads(1)).version == 2
-        assert counts(session, 2) == [1, 1]
-        session.close()
-
-
-# --- the loop itself
-
-
-class Unanswered(grpc.RpcError):
-    """What grpc raises when nobody answers."""
-
-    def code(self) -> grpc.StatusCode:
-        return grpc.StatusCode.UNAVAILABLE
-
-    def details(self) -> str:
-        return "gone"
-
-    def trailing_metadata(self) -> tuple[()]:
-        return ()
-
-
-def test_waits_grow_and_a_named_error_keeps_its_name() -> None:
-    times_s: list[float] = []
-
-    def attempt() -> None:
-        times_s.append(time.monotonic())
-        raise Unanswered
-
-    with pytest.raises(NoAnswer, match="UNAVAILABLE: gone"):
-        Retry("here", 1.0).run(attempt)
-    assert 3 <= len(times_s) <= 9
-    assert times_s[-1] - times_s[0] >= 0.99, "the time that there is, is used"
-
-    def draining() -> None:
-        raise Draining
-
-    with pytest.raises(Draining):
-        Retry("here", 0.1).run(draining)
-    with pytest.raises(ZeroDivisionError):
-        Retry("here", 10.0).run(lambda: 1 // 0)
