@@ -331,14 +331,13 @@ def test_a_lost_reply_before_a_restore(
     """A push that the restored snapshot holds was applied; one that came after it is undone. Either is told."""
     session = server.connect(model_name, address=proxy.address, on_restore=on_restore)
     create(session)
-    snapshots = f"/v1/models/{model_name}/snapshots"
-    first = server.rest("POST", snapshots).json()["id"]
+    first = take_snapshot(server, model_name)["id"]
 
     def restored() -> bool:
         if version_of(server, model_name) == 0:
             return False
-        snapshot = server.rest("POST", snapshots).json()["id"] if held else first
-        return server.rest("POST", f"{snapshots}/{snapshot}/restore").status_code == 200
+        restore(server, model_name, take_snapshot(server, model_name)["id"] if held else first)
+        return True
 
     def lose() -> Receipt:
         receipt: Receipt = lose_the_reply(

@@ -12,10 +12,7 @@ from proxy import Proxy
 
 from pushstep.client import connect
 from pushstep.client.retry import Retry
-from pushstep.proto.errors import (
-    Draining,
-    NoAnswer,
-)
+from pushstep.proto.errors import Draining, NoAnswer
 
 
 def test_one_attempt_is_bounded_too(server: RunningServer, model_name: str) -> None:
