@@ -144,8 +144,9 @@ class Participant(Attendance):
         """
         member = self.member()
         while True:
-            if held is not None and held[0] != member.timeline:
-                # joined again meanwhile, for whatever reason, and what is held here is of an ended timeline
+            if held is not None and held[0] < member.timeline:
+                # joined again meanwhile, for whatever reason, and what is held here is of an ended timeline. What is
+                # of a later one than the membership came with a pull: the server tells this push of the restore
                 push = member.next_identity()
                 push.timeline = held[0]
                 return self._told(own_receipt(Outcome.SUPERSEDED, "superseded", push, member.version)), None
@@ -303,7 +304,16 @@ class Participant(Attendance):
             timeline=have[0] if have else 0,
             manifest_hash=member.layout.manifest_hash,
         )
-        return self._retry.run(lambda: self._transport.pull(request, member.layout))
+
+        def pull() -> Pulled:
+            return self._transport.pull(request, member.layout)
+
+        try:
+            return self._retry.run(pull)
+        except (Superseded, LeaseExpired, UnknownWorker):
+            # it is the next step that joins again, and tells of a restore: until then this is a reader
+            request.ClearField("identity")
+            return self._retry.run(pull)
 
     def pull_state(self) -> Pulled:
         """Parameters, optimizer state and step counts at one version."""

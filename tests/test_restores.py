@@ -22,6 +22,7 @@ from harness import RunningServer, wait_until
 from operators import restore, show_model, take_snapshot
 
 from pushstep.client import Outcome, Receipt, connect
+from pushstep.proto.errors import Superseded
 
 WORKERS = 4
 MOST_PUSHES = 1000  # of one worker
@@ -36,7 +37,9 @@ Key = tuple[int, int]  # whose push, and which of theirs
 class Crew:
     """Four workers at work, what they were told, and what each of their exchanges returned."""
 
-    enough: threading.Event = field(default_factory=threading.Event)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    begun: int = 0  # the highest number of a push that anybody has begun
+    last: int = MOST_PUSHES - 1
     goes_on: threading.Event = field(default_factory=threading.Event)
     receipts: dict[Key, Receipt] = field(default_factory=dict)
     seen: dict[Key, frozenset[Key]] = field(default_factory=dict)
@@ -51,7 +54,7 @@ class Crew:
             session.create({"p": np.zeros_like(grads)}, GROUPS)
             there.wait(30)
             for number in range(MOST_PUSHES):
-                if self.enough.is_set():
+                if not self.begins(number):
                     break
                 if index == LAST:
                     self.goes_on.wait(60)
@@ -61,12 +64,23 @@ class Crew:
                 grads[mine] = 0
                 self.seen[index, number] = elements(arrays["p"])
                 self.receipts[index, number] = receipt
-            there.wait(60)  # nobody leaves the others to rounds of fewer
+
+    def begins(self, number: int) -> bool:
+        """Whether a worker is to make one push more."""
+        with self.lock:
+            self.begun = max(self.begun, number)
+            return number <= self.last
+
+    def finish(self) -> None:
+        """Have each come as far as the first of them: who stopped before would be waited for in a round."""
+        with self.lock:
+            self.last = min(self.last, self.begun)
+        self.goes_on.set()
 
     def told(self, outcome: Outcome) -> dict[int, list[int]]:
         """By worker, which of its pushes came to this."""
         found: dict[int, list[int]] = defaultdict(list)
-        for (index, number), receipt in sorted(self.receipts.items()):
+        for (index, number), receipt in sorted(dict(self.receipts).items()):
             if receipt.outcome is outcome:
                 found[index].append(number)
         return found
@@ -75,7 +89,7 @@ class Crew:
         """The pushes that receipts say were applied in a timeline, up to a version."""
         return frozenset(
             key
-            for key, receipt in self.receipts.items()
+            for key, receipt in dict(self.receipts).items()
             if receipt.outcome is Outcome.APPLIED
             and receipt.timeline == timeline
             and receipt.version <= until
@@ -112,8 +126,7 @@ def crew_of(server: RunningServer, model: str, policy: dict[str, Any]) -> Iterat
         try:
             yield crew
         finally:
-            crew.enough.set()
-            crew.goes_on.set()
+            crew.finish()
         for future in futures:
             future.result(60)
 
@@ -204,3 +217,26 @@ def test_a_snapshot_restored_under_four_workers(
     assert restored == [(2, snapshot["version"]), (3, snapshot["version"])]
     joined = [event["by"] for event in events if event["kind"] == "joined" and event["timeline"] > 1]
     assert all(joined.count(f"w{index}") == 2 for index in range(WORKERS))
+
+
+@pytest.mark.parametrize("on_restore", ["continue", "raise"])
+def test_a_step_on_parameters_that_were_pulled_after_the_restore(
+    server: RunningServer, model_name: str, on_restore: str
+) -> None:
+    """What is held is of a later timeline than the membership: one push is told of the restore, the next one applied."""
+    gradient = {"p": np.ones(3, np.float32)}
+    with server.connect(model_name, "w0", on_restore=on_restore) as session:
+        session.create({"p": np.zeros(3, np.float32)}, GROUPS)
+        snapshot = take_snapshot(server, model_name)
+        session.exchange(gradient)
+        restore(server, model_name, snapshot["id"])
+        assert not session.pull()["p"].any()
+        if on_restore == "raise":
+            with pytest.raises(Superseded, match="on timeline 2"):
+                session.exchange(gradient)
+        else:
+            with pytest.warns(RuntimeWarning, match=r"restored to version 0 \(timeline 2\)"):
+                assert session.exchange(gradient)[0].outcome is Outcome.SUPERSEDED
+        receipt, arrays = session.exchange(gradient)
+        assert (receipt.outcome, receipt.timeline, receipt.version) == (Outcome.APPLIED, 2, 1)
+        assert arrays["p"].tolist() == [-0.5] * 3
