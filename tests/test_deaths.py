@@ -187,16 +187,16 @@ def test_struck_at_random_moments(short: RunningServer, model_name: str, tmp_pat
     ):
 
         def survive(session: Session) -> None:
-            while not enough.is_set():
-                house.push(session)
-            session.close()  # the other may have begun another round, which expects this one
+            with session:  # the other may have begun another round, which expects this one
+                while not enough.is_set():
+                    house.push(session)
 
         surviving: list[Future[None]] = [threads.submit(survive, session) for session in sessions]
         try:
             pushing = [house.start(f"v{number:02}") for number in range(AT_ONCE)]
             for _ in range(waves):
                 pushing = strike(house, pushing, chance)
-            until_all_push(pushing)
+            until_all_push(house, pushing)
             for victim in house.victims:
                 victim.end()
             reached = len(house.receipts)
@@ -216,14 +216,20 @@ def test_struck_at_random_moments(short: RunningServer, model_name: str, tmp_pat
     )
 
 
-def until_all_push(victims: list[Victim]) -> None:
-    """Until each of them is in the rounds."""
-    wait_until(lambda: all(victim.is_pushing() for victim in victims), 3 * BUSY_S)
+def until_all_push(house: House, victims: list[Victim]) -> None:
+    """Until each of them is in the rounds; who is not, and whom the server waits for, is said otherwise."""
+    try:
+        wait_until(lambda: all(victim.is_pushing() for victim in victims), 3 * BUSY_S)
+    except AssertionError as error:
+        missing = [(v.name, v.number, v.settled(), v.is_alive()) for v in victims if not v.is_pushing()]
+        raise AssertionError(
+            f"not in the rounds: {missing}; the server's table: {house.workers()}"
+        ) from error
 
 
 def strike(house: House, pushing: list[Victim], chance: random.Random) -> list[Victim]:
     """Kill or stop each, let the rounds go on, and have each back in one of the ways that there are."""
-    until_all_push(pushing)
+    until_all_push(house, pushing)
     begun_s = time.monotonic()
     back, frozen = [], []
     for after_s, victim in sorted(

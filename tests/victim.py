@@ -94,9 +94,13 @@ class Victim:
         settled = self.settled()
         return settled >= min(self._settled_before + 2, MOST_PUSHES)
 
+    def is_alive(self) -> bool:
+        """Whether its process runs, or could."""
+        return self._process.is_alive()
+
     def end(self) -> None:
         """End it, whatever state it is in."""
-        if self._process.is_alive():
+        if self.is_alive():
             self._process.kill()
         self._process.join()
         self._pipe.close()
