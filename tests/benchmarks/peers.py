@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from .peer_gloo import Gloo
+from .peer_grpc import Grpc
 from .peer_local import Local, Rule
 from .peer_ray import FORMS, Form, Ray
 from .peer_ray import installed as ray_installed
@@ -75,6 +76,10 @@ class Peers:
         """Bare sockets moving as many float32."""
         return self._peer(Socket, family).side(elements * FLOAT32_BYTES)
 
+    def grpc(self, elements: int) -> Side:
+        """Bare gRPC moving as many float32."""
+        return self._peer(Grpc).side(elements * FLOAT32_BYTES)
+
     def gloo(self, rule: Rule, elements: int) -> Side:
         """Two gloo ranks."""
         return self._peer(Gloo).side(rule, elements)
@@ -89,6 +94,7 @@ class Peers:
         if ray_installed():
             makes |= {f"ray actor, {form}": partial(self.ray, form, rule, elements) for form in FORMS}
         makes |= {f"socket {family}": partial(self.socket, family, elements) for family in ("tcp", "unix")}
+        makes["gRPC tcp"] = partial(self.grpc, elements)
         makes["local torch.optim"] = lambda: self._peer(Local).side(rule, elements)
         with taking_part(make() for name, make in makes.items() if self.wants(name)) as sides:
             yield sides

@@ -19,6 +19,7 @@ def streams(peers: Peers, elements: int, quick: bool) -> None:
             (f"socket {family}", lambda family=family: peers.socket(family, elements))
             for family in ("tcp", "unix")
         ),
+        ("gRPC tcp", lambda: peers.grpc(elements)),
     )
     with taking_part(make() for name, make in sides if peers.wants(name)) as made:
         for task in ("push", "pull"):
