@@ -16,8 +16,8 @@ from pushstep.proto.types_pb2 import Outcome
 
 from .candidate import Candidate
 from .policy import Alone, Move, PolicySettings, TurnAway, View
-from .session import Worker
 from .staging import RowsPart
+from .worker import Worker
 
 
 class AsyncSettings(PolicySettings):

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from .candidate import Candidate
 from .policy import Alone, Move, PolicySettings, View
-from .session import Worker
+from .worker import Worker
 
 
 class BoundedSettings(PolicySettings):

@@ -1,23 +1,18 @@
 """The models of this server: created by their first worker, found by name, brought back at start.
 
-A model's identity (uid and timeline) lies in a file of its own, outside its snapshots and fsynced before use: a
-timeline, once used, is never used again, whatever is restored. While the server runs the file says so; only an
-orderly stop, which has snapshotted the last version, says that the snapshot holds every acknowledged push. A start
-that cannot prove that begins a new timeline.
+A model's timeline lies on the disk before it is used (`model_folder.py`), and is never used again, whatever is restored.
+While the server runs its files say so; only an orderly stop, which has snapshotted the last version, says that the
+snapshot holds every acknowledged push. A start that cannot prove that begins a new timeline.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
-import os
 import re
 import secrets
-import shutil
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -31,7 +26,6 @@ from pushstep.proto.errors import (
     NoCreationTicket,
     OverCapacity,
     Starting,
-    StorageFailed,
     UnknownModel,
 )
 from pushstep.proto.layout import Layout
@@ -44,8 +38,9 @@ from .device import device
 from .groups import Group, ParamGroups
 from .hooks.hook import Point
 from .model import Model
+from .model_folder import IdentityFile, ModelFolder
 from .session import Sessions
-from .snapshots import EXPORT_PREFIX, Snapshots, fsync, reason, rules_known, write_durably
+from .snapshots import EXPORT_PREFIX, Snapshots, rules_known
 from .staging import charge
 
 log = logging.getLogger("pushstep.catalog")
@@ -106,10 +101,10 @@ class Catalog:
 
     def snapshots(self, name: str) -> Snapshots:
         """Where a model's snapshots are."""
-        return Snapshots(self._folder(name) / "snapshots")
+        return self._folder(name).snapshots
 
-    def _folder(self, name: str) -> Path:
-        return self.config.data / "models" / name
+    def _folder(self, name: str) -> ModelFolder:
+        return ModelFolder(self.config.data / "models" / name)
 
     def _alone(self, name: str) -> asyncio.Lock:
         return self._folders.setdefault(name, asyncio.Lock())
@@ -187,7 +182,7 @@ class Catalog:
         creation.finishing = True
         try:
             async with self._alone(name):  # the folder of an earlier one of this name may just be going
-                await asyncio.to_thread(self._set_aside, name)
+                await asyncio.to_thread(self._folder(name).set_aside)
                 await self._write_identity(model, clean_version=None)
         except BaseException:
             creation.finishing = False
@@ -196,17 +191,6 @@ class Catalog:
         self.models[name] = model
         model.record("created", creation.worker)
         log.info("model %s created by %s: %d parameters", name, creation.worker, len(model.layout.slots))
-
-    def _set_aside(self, name: str) -> None:
-        """Keep the files of a model that could not be loaded out of the way of the new one of its name."""
-        folder = self._folder(name)
-        aside = folder.with_name(f".lost-{name}-{secrets.token_hex(4)}")
-        try:
-            if folder.exists():
-                os.replace(folder, aside)
-                log.warning("what was left of an earlier model %s is now %s", name, aside)
-        except OSError as error:
-            raise StorageFailed(path=folder, problem=reason(error)) from error
 
     def new_model(self, name: str, layout: Layout) -> Model:
         """A model with fresh identity and state, not yet visible."""
@@ -233,17 +217,8 @@ class Catalog:
         del self.models[name]
         async with self._alone(name):  # a snapshot that is being written would make the folder again
             await model.close()
-            await asyncio.to_thread(self._remove_folder, name)
+            await asyncio.to_thread(self._folder(name).remove)
         log.info("model %s deleted by %s", name, by)
-
-    def _remove_folder(self, name: str) -> None:
-        # renamed first, so that a half-deleted model never comes back at the next start
-        trash = self._folder(name).with_name(f".trash-{secrets.token_hex(8)}")
-        try:
-            os.replace(self._folder(name), trash)
-            shutil.rmtree(trash)
-        except OSError as error:
-            raise StorageFailed(path=self._folder(name), problem=reason(error)) from error
 
     # Snapshots and restores.
 
@@ -283,26 +258,8 @@ class Catalog:
     async def _write_identity(
         self, model: Model, clean_version: int | None, timeline: int | None = None
     ) -> None:
-        text = json.dumps(
-            {
-                "uid": model.uid.hex(),
-                "timeline": timeline or model.timeline,
-                "clean": clean_version is not None,
-                "version": clean_version,
-            }
-        )
-
-        def write() -> None:
-            folder = self._folder(model.name)
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                for parent in (folder.parent, folder.parent.parent):
-                    fsync(parent)  # the names of folders just made must last, too
-            except OSError as error:
-                raise StorageFailed(path=folder, problem=reason(error)) from error
-            write_durably(folder / "identity.json", text)
-
-        await asyncio.to_thread(write)
+        identity = IdentityFile(model.uid, timeline or model.timeline, clean_version)
+        await asyncio.to_thread(self._folder(model.name).write_identity, identity)
 
     # Start and stop.
 
@@ -313,19 +270,15 @@ class Catalog:
         root = self.config.data / "models"
         folders = sorted(path for path in root.iterdir() if path.is_dir()) if root.exists() else []
         for folder in folders:
-            if (folder / "identity.json").exists() and _NAME.fullmatch(folder.name):
+            if _NAME.fullmatch(folder.name) and self._folder(folder.name).has_identity():
                 await self._load_model(folder.name)
         self.loaded = self.ready = True
 
     async def _load_model(self, name: str) -> None:
         snapshots = self.snapshots(name)
         await asyncio.to_thread(snapshots.sweep)
-        try:
-            identity = json.loads((self._folder(name) / "identity.json").read_text())
-            uid, timeline = bytes.fromhex(identity["uid"]), int(identity["timeline"])
-            clean = (timeline, identity["version"]) if identity["clean"] else None
-        except (ValueError, KeyError, TypeError) as error:
-            log.error("model %s: identity.json is damaged (%r): not loaded", name, error)
+        identity = self._folder(name).identity()
+        if identity is None:
             return
         found = await asyncio.to_thread(snapshots.newest)
         if found is None:
@@ -336,10 +289,10 @@ class Catalog:
         if not rules_known(manifest):
             log.error("model %s needs an update rule that this build does not have: not loaded", name)
             return
-        proven = clean == (copy.timeline, copy.version)
-        timeline += not proven
+        proven = (identity.timeline, identity.clean_version) == (copy.timeline, copy.version)
+        timeline = identity.timeline + (not proven)
         groups = ParamGroups.parse(manifest["groups"])
-        model = self._model(name, uid, timeline, copy.layout, groups)
+        model = self._model(name, identity.uid, timeline, copy.layout, groups)
         model.ledger.version, model.ledger.lineage = copy.version, list(copy.lineage)
         if not proven:
             model.ledger.go_back(copy.lineage_here, timeline)

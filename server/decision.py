@@ -11,8 +11,8 @@ from pushstep.proto.errors import PushstepError
 from pushstep.proto.types_pb2 import Ticket
 
 from .candidate import Candidate
-from .session import Verdict
 from .staging import StagedPush
+from .worker import Verdict
 
 
 class Offer(Enum):

@@ -27,8 +27,9 @@ from .decision import Combine, Decision, Note, Settle, Step
 from .ledger import Ledger, Order
 from .policy import Alone, Move, Policy, Together, TurnAway, View
 from .quality import Quality
-from .session import Sessions, Verdict, Worker, WorkerState
+from .session import Sessions
 from .staging import StagedPush
+from .worker import Verdict, Worker, WorkerState
 
 
 class Docket:

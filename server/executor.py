@@ -25,8 +25,8 @@ from . import reduction
 from .candidate import Candidate
 from .decision import Combine, Decision, Note, Settle, Step
 from .hooks.hook import Point
-from .session import Verdict
 from .staging import INLINE_STEP_BYTES, KEPT_BYTES, StagedPush
+from .worker import Verdict
 
 if TYPE_CHECKING:
     from .model import Model

@@ -12,46 +12,46 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from importlib.metadata import version as installed_version
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import grpc
-import torch
-from google.protobuf.message import DecodeError
 
-from pushstep.proto import dtypes
 from pushstep.proto import training_pb2 as pb
 from pushstep.proto.errors import (
     Draining,
     InvalidRequest,
-    MalformedFrame,
     PushstepError,
     Quarantined,
-    RowOutOfRange,
-    WrongShape,
 )
-from pushstep.proto.frames import MAX_CHUNK_BYTES, Piece, pack
-from pushstep.proto.layout import ID_BYTES
+from pushstep.proto.frames import MAX_CHUNK_BYTES, pack
 from pushstep.proto.status import TRAILER, brief, named, to_trailer
-from pushstep.proto.types_pb2 import DType, Identity, Receipt, Segment
+from pushstep.proto.types_pb2 import Identity, Receipt
 
-from .arena import Arenas, ArenasCopy
 from .bulk import BulkStream
 from .catalog import Catalog
+from .grpc_methods import Context, answering, parsed, serialize, streaming
 from .intake import Intake
 from .membership import join
 from .model import Model
-from .publish import Published, fetched, rows_body
+from .publish import Published
+from .pull_answers import (
+    RowsAsked,
+    have_version,
+    header_of,
+    newest,
+    published_header,
+    published_messages,
+    state_bodies,
+    wire_of,
+)
 from .shared_answer import SharedAnswer
 from .shared_memory import SharedMemory
-from .staging import INLINE_BYTES, Budget
+from .staging import Budget
 from .tarpit import Tarpit
 from .upload import Upload
 
 log = logging.getLogger("pushstep.grpc")
 SERVICE: Final = "pushstep.v1.TrainingService"
-Context = grpc.aio.ServicerContext[Any, Any]
-Refuse = Callable[[Context, Exception], Awaitable[None]]
-T = TypeVar("T")
 
 
 class GrpcDoor:
@@ -77,25 +77,25 @@ class GrpcDoor:
         )
 
         def one(method: Callable[[Any], Awaitable[Any]]) -> Callable[[Any, Context], Awaitable[Any]]:
-            return _answering(method, self._refuse)
+            return answering(method, self._refuse)
 
         def many(
             method: Callable[[Any], AsyncIterator[bytes]],
         ) -> Callable[[Any, Context], AsyncIterator[bytes]]:
-            return _streaming(method, self._refuse)
+            return streaming(method, self._refuse)
 
         methods: dict[str, Any] = {
-            "Describe": unary(one(_parsed(self.describe, pb.DescribeRequest)), None, _serialize),
-            "Join": unary(one(_parsed(self.join, pb.JoinRequest)), None, _serialize),
-            "Heartbeat": unary(one(_parsed(self.heartbeat, pb.HeartbeatRequest)), None, _serialize),
-            "Leave": unary(one(_parsed(self.leave, pb.LeaveRequest)), None, _serialize),
-            "OpenRegion": unary(one(_parsed(self.open_region, pb.OpenRegionRequest)), None, _serialize),
-            "Upload": bulk_in(one(self.upload), None, _serialize),
-            "Push": bulk_in(one(self.push), None, _serialize),
+            "Describe": unary(one(parsed(self.describe, pb.DescribeRequest)), None, serialize),
+            "Join": unary(one(parsed(self.join, pb.JoinRequest)), None, serialize),
+            "Heartbeat": unary(one(parsed(self.heartbeat, pb.HeartbeatRequest)), None, serialize),
+            "Leave": unary(one(parsed(self.leave, pb.LeaveRequest)), None, serialize),
+            "OpenRegion": unary(one(parsed(self.open_region, pb.OpenRegionRequest)), None, serialize),
+            "Upload": bulk_in(one(self.upload), None, serialize),
+            "Push": bulk_in(one(self.push), None, serialize),
             "Exchange": bulk(many(self.exchange), None, None),
-            "Pull": bulk_out(many(_parsed(self.pull, pb.PullRequest)), None, None),
-            "PullRows": bulk_out(many(_parsed(self.pull_rows, pb.PullRowsRequest)), None, None),
-            "PullState": bulk_out(many(_parsed(self.pull_state, pb.PullStateRequest)), None, None),
+            "Pull": bulk_out(many(parsed(self.pull, pb.PullRequest)), None, None),
+            "PullRows": bulk_out(many(parsed(self.pull_rows, pb.PullRowsRequest)), None, None),
+            "PullState": bulk_out(many(parsed(self.pull_state, pb.PullStateRequest)), None, None),
         }
         return grpc.method_handlers_generic_handler(SERVICE, methods)
 
@@ -165,15 +165,15 @@ class GrpcDoor:
     async def exchange(self, messages: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         """Exchange."""
         published, answer = await self.exchanged(BulkStream(messages, pb.PushRequest, self.stall_s))
-        async for message in _published_messages(published, answer):
+        async for message in published_messages(published, answer):
             yield message
 
     async def exchanged(self, stream: BulkStream[pb.PushRequest]) -> tuple[Published, pb.PullHeader]:
         """Exchange, however its stream comes: what was published, and the answer's header."""
         model, header, receipt, shared = await self._take_push(stream, pulls=True)
         begun_s = time.monotonic()
-        published = await _newest(model, header.pull, header.identity.timeline, shared)
-        answer = _published_header(model, published, header.manifest_hash)
+        published = await newest(model, header.pull, header.identity.timeline, shared)
+        answer = published_header(model, published, header.manifest_hash)
         answer.receipt.CopyFrom(receipt)
         answer.groups.extend(receipt.groups)
         answer.receipt.times.publish_s = time.monotonic() - begun_s
@@ -189,44 +189,22 @@ class GrpcDoor:
         else:
             model.require_whole()
         shared = self._shared_answer(model, request.options, request.identity)
-        published = await _newest(model, request.options, request.timeline, shared)
-        answer = _published_header(model, published, request.manifest_hash)
+        published = await newest(model, request.options, request.timeline, shared)
+        answer = published_header(model, published, request.manifest_hash)
         answer.groups.extend(groups)
-        async for message in _published_messages(published, answer):
+        async for message in published_messages(published, answer):
             yield message
 
     async def pull_rows(self, request: pb.PullRowsRequest) -> AsyncIterator[bytes]:
         """PullRows."""
         model = self.catalog.get(request.model)
         model.require_whole()
-        slot = model.layout.slot(request.parameter, model.name)
-        if not slot.shape:
-            raise WrongShape(what=f"parameter {slot.name!r}", got="()", expected="one with rows")
-        wrong = [row for row in request.ids if row >= slot.rows]
-        if wrong:
-            raise RowOutOfRange(parameter=slot.name, row=wrong[0], rows=slot.rows)
-        ids = torch.tensor(list(request.ids), dtype=torch.int64)
-        wire = _wire(request.dtype)
-
-        def read() -> tuple[pb.PullHeader, list[bytes]]:
-            arenas = model.arenas
-            wanted = ids.to(arenas.device)
-            segment, body = rows_body(arenas, slot, wanted, wire)
-            if not segment.HasField("rows"):  # asked for rows: rows it is, however many
-                segment.rows = ids.numel()
-                dtype = dtypes.to_torch(segment.dtype, "segment")
-                body = [Piece(wanted, torch.int64), Piece(arenas.view(slot).index_select(0, wanted), dtype)]
-            header = _header(model, arenas, [segment])
-            return header, list(pack([fetched(arenas, body)]))
-
+        asked = RowsAsked(model, request)
         # ids may repeat: a small request can ask for far more than the parameter holds
-        size = len(request.ids) * (ID_BYTES + slot.row_elements * (wire or slot.dtype).itemsize)
-        reserved = await self.budget.claim(request.model, size)
+        reserved = await self.budget.claim(request.model, asked.nbytes)
         try:
-            header, frames = await model.stepper.submit(read)
-            yield pb.PullResponse(header=header).SerializeToString()
-            for frame in frames:
-                yield frame
+            for message in await model.stepper.submit(asked.read):
+                yield message
         finally:
             self.budget.release(reserved)
 
@@ -235,8 +213,8 @@ class GrpcDoor:
         model = self.catalog.get(request.model)
         values = model.group_values()
         _, copy = await model.copy()
-        segments, bodies = _state_bodies(copy)
-        header = _header(model, copy, segments)
+        segments, bodies = state_bodies(copy)
+        header = header_of(model, copy, segments)
         header.steps.extend(copy.steps)
         header.groups.extend(values)
         header.manifest.CopyFrom(copy.layout.manifest)
@@ -251,7 +229,7 @@ class GrpcDoor:
         self._take_new_work()
         header = (await stream.header()).header
         if pulls:
-            _wire(header.pull.dtype)  # what cannot be answered is refused before it is stepped
+            wire_of(header.pull.dtype)  # what cannot be answered is refused before it is stepped
         model = self.catalog.get(header.model, header.identity.model_uid)
         region = self.memory.of(header.identity, header.region)
         answer = self._shared_answer(model, header.pull, header.identity) if pulls else None
@@ -271,7 +249,9 @@ class GrpcDoor:
         self, model: Model, options: pb.PullOptions, identity: Identity
     ) -> SharedAnswer | None:
         region = self.memory.of(identity, options.region)
-        return None if region is None else SharedAnswer(model, region, identity.timeline, _have(options))
+        return (
+            None if region is None else SharedAnswer(model, region, identity.timeline, have_version(options))
+        )
 
     async def _refuse(self, context: Context, error: Exception) -> None:
         known: PushstepError = named(error, log)
@@ -285,114 +265,3 @@ class GrpcDoor:
         self.catalog.require_loaded()
         if self.draining:
             raise Draining()
-
-
-async def _newest(
-    model: Model, options: pb.PullOptions, timeline: int, shared: SharedAnswer | None = None
-) -> Published:
-    if shared is not None:
-        return shared.published or await shared.newest()
-    return await model.publisher.newest(timeline, _have(options), _wire(options.dtype))
-
-
-def _have(options: pb.PullOptions) -> int | None:
-    return options.have_version if options.HasField("have_version") else None
-
-
-def _wire(dtype: int) -> torch.dtype | None:
-    return None if dtype == DType.DTYPE_UNSPECIFIED else dtypes.to_torch(dtype, "the answer asked for")
-
-
-def _published_header(model: Model, published: Published, known_manifest: int) -> pb.PullHeader:
-    header = _header(model, published, published.segments)
-    if header.manifest_hash != known_manifest:
-        header.manifest.CopyFrom(published.layout.manifest)
-    header.unchanged = published.unchanged
-    header.shared = published.shared
-    return header
-
-
-async def _published_messages(published: Published, header: pb.PullHeader) -> AsyncIterator[bytes]:
-    first = pb.PullResponse(header=header).SerializeToString()
-    async for frame in published.frames():
-        if first and len(frame) <= INLINE_BYTES:
-            frame = (
-                first + frame
-            )  # one message instead of two: fields that follow each other are one message's
-            first = b""
-        elif first:
-            yield first
-            first = b""
-        yield frame
-    if first:
-        yield first
-
-
-def _header(model: Model, at: Arenas | ArenasCopy | Published, segments: list[Segment]) -> pb.PullHeader:
-    """What every answer says: which version of which model it is, by the layout that it was read with."""
-    return pb.PullHeader(
-        model_uid=model.uid,
-        timeline=at.timeline,
-        version=at.version,
-        segments=segments,
-        manifest_hash=at.layout.manifest_hash,
-    )
-
-
-def _state_bodies(copy: ArenasCopy) -> tuple[list[Segment], list[list[Piece]]]:
-    segments, bodies = [], []
-    for arena in copy.layout.arenas:
-        for state, flat in {"": copy.parameters[arena.index], **copy.states[arena.index]}.items():
-            if arena.elements:
-                dtype = dtypes.to_wire(flat.dtype, "segment")
-                segments.append(
-                    Segment(arena=arena.index, start=0, stop=arena.elements, dtype=dtype, state=state)
-                )
-                bodies.append([Piece(flat, flat.dtype)])
-    return segments, bodies
-
-
-def _serialize(message: Any) -> bytes:
-    return bytes(message.SerializeToString())
-
-
-def _parsed(method: Callable[[Any], T], kind: Any) -> Callable[[bytes], T]:
-    """A method that takes messages as bytes: gRPC would answer those that are none with an error of its own."""
-
-    def call(message: bytes) -> T:
-        try:
-            request = kind.FromString(message)
-        except DecodeError as error:
-            raise MalformedFrame(problem=f"not a {kind.__name__}") from error
-        return method(request)
-
-    return call
-
-
-def _answering(
-    method: Callable[[Any], Awaitable[Any]], refuse: Refuse
-) -> Callable[[Any, Context], Awaitable[Any]]:
-    """A unary answer, or the catalogue's error."""
-
-    async def call(request: Any, context: Context) -> Any:
-        try:
-            return await method(request)
-        except Exception as error:  # noqa: BLE001 - the one place where errors become statuses
-            await refuse(context, error)
-
-    return call
-
-
-def _streaming(
-    method: Callable[[Any], AsyncIterator[bytes]], refuse: Refuse
-) -> Callable[[Any, Context], AsyncIterator[bytes]]:
-    """A stream of answers, or the catalogue's error."""
-
-    async def call(request: Any, context: Context) -> AsyncIterator[bytes]:
-        try:
-            async for message in method(request):
-                yield message
-        except Exception as error:  # noqa: BLE001 - the one place where errors become statuses
-            await refuse(context, error)
-
-    return call

@@ -27,10 +27,10 @@ from .candidate import Candidate
 from .decision import Offer
 from .executor import HOLD_S
 from .model import Model
-from .session import Verdict
 from .shared_answer import SharedAnswer
 from .shared_memory import Region
 from .staging import INLINE_BYTES, Budget, StagedPush
+from .worker import Verdict
 
 
 def place(take_in: Callable[[Chunk], None], chunk: Chunk) -> asyncio.Future[None] | None:

@@ -35,8 +35,9 @@ from .docket import Docket
 from .ledger import Ledger
 from .policy import Policy
 from .quality import Quality
-from .session import Sessions, Verdict, Worker
+from .session import Sessions
 from .staging import StagedPush
+from .worker import Verdict, Worker
 
 
 class Judge:

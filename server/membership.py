@@ -11,7 +11,7 @@ from pushstep.proto.types_pb2 import Identity, Manifest
 
 from .catalog import CREATION_S, Catalog, check_name
 from .model import Model
-from .session import Worker
+from .worker import Worker
 
 DIFFERENCES_SHOWN = 10
 

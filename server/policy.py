@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict
 from pushstep.proto.types_pb2 import Outcome
 
 from .candidate import Candidate
-from .session import Worker
+from .worker import Worker
 
 
 class PolicySettings(BaseModel):

@@ -38,8 +38,8 @@ from pushstep.proto.training_pb2 import OpenRegionRequest, OpenRegionResponse, P
 from pushstep.proto.types_pb2 import DType, Identity
 
 from .model import Model
-from .session import WorkerState
 from .staging import Budget
+from .worker import WorkerState
 
 log = logging.getLogger("pushstep.memory")
 

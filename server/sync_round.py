@@ -21,7 +21,7 @@ from pushstep.proto.types_pb2 import Outcome
 
 from .candidate import Candidate
 from .policy import Move, PolicySettings, Together, TurnAway, View
-from .session import Worker
+from .worker import Worker
 
 
 class SyncSettings(PolicySettings):

@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import APIRouter
 
 from ..model import Model
-from ..session import Worker
+from ..worker import Worker
 from .depends import OPERATOR, ModelHere
 from .numbers import finite_values
 

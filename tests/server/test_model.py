@@ -13,7 +13,8 @@ from pushstep.server.device import Device
 from pushstep.server.groups import Group, ParamGroups
 from pushstep.server.hooks.hook import StepContext
 from pushstep.server.model import Model
-from pushstep.server.session import Sessions, Verdict
+from pushstep.server.session import Sessions
+from pushstep.server.worker import Verdict
 
 
 def test_what_a_snapshot_will_hold_stays_while_training_goes_on() -> None:

@@ -22,15 +22,8 @@ from pushstep.proto.errors import (
     UnknownWorker,
 )
 from pushstep.proto.types_pb2 import Identity, Outcome, Receipt
-from pushstep.server.session import (
-    FORGET_AFTER_S,
-    LAST_SEQUENCE,
-    RECEIPTS_KEPT,
-    Sessions,
-    Verdict,
-    Worker,
-    WorkerState,
-)
+from pushstep.server.session import FORGET_AFTER_S, LAST_SEQUENCE, Sessions
+from pushstep.server.worker import RECEIPTS_KEPT, Verdict, Worker, WorkerState
 
 LEASE_S = 30.0
 

@@ -17,7 +17,7 @@ from pushstep.proto.training_pb2 import PushHeader
 from pushstep.proto.types_pb2 import GroupValues, Identity, Receipt
 from pushstep.server.candidate import Candidate
 from pushstep.server.decision import Offer
-from pushstep.server.session import Verdict
+from pushstep.server.worker import Verdict
 
 from .intent import Intent
 

@@ -22,8 +22,9 @@ from pushstep.server.docket import Docket
 from pushstep.server.judge import Judge
 from pushstep.server.ledger import Ledger
 from pushstep.server.policy import Move, View
-from pushstep.server.session import Sessions, Worker, WorkerState
+from pushstep.server.session import Sessions
 from pushstep.server.sync_round import SyncPolicy
+from pushstep.server.worker import Worker, WorkerState
 
 Patch = pytest.MonkeyPatch
 

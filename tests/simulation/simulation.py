@@ -11,8 +11,8 @@ import torch
 
 from pushstep.proto.errors import PushstepError, UnknownWorker
 from pushstep.server import policies
-from pushstep.server.session import WorkerState
 from pushstep.server.sync_round import SyncSettings
+from pushstep.server.worker import WorkerState
 
 from .agenda import Agenda
 from .house import LEASE_S, House, Work

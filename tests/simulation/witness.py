@@ -21,8 +21,9 @@ from pushstep.server.candidate import Candidate
 from pushstep.server.decision import Combine, Decision, Offer, Settle, Step
 from pushstep.server.judge import Judge
 from pushstep.server.policy import Policy
-from pushstep.server.session import LAST_SEQUENCE, Worker
+from pushstep.server.session import LAST_SEQUENCE
 from pushstep.server.sync_round import SyncSettings
+from pushstep.server.worker import Worker
 
 from .agenda import Agenda
 from .intent import Intent, times_applied

@@ -1,0 +1,123 @@
+"""What pulls are answered with: which version, its header, and the messages that carry it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import torch
+
+from pushstep.proto import dtypes
+from pushstep.proto import training_pb2 as pb
+from pushstep.proto.errors import RowOutOfRange, WrongShape
+from pushstep.proto.frames import Piece, pack
+from pushstep.proto.layout import ID_BYTES
+from pushstep.proto.types_pb2 import DType, Segment
+
+from .arena import Arenas, ArenasCopy
+from .model import Model
+from .publish import Published, fetched, rows_body
+from .shared_answer import SharedAnswer
+from .staging import INLINE_BYTES
+
+
+async def newest(
+    model: Model, options: pb.PullOptions, timeline: int, shared: SharedAnswer | None = None
+) -> Published:
+    """The newest version, for a worker that is sent it or has a region of its own (`shared`)."""
+    if shared is not None:
+        return shared.published or await shared.newest()
+    return await model.publisher.newest(timeline, have_version(options), wire_of(options.dtype))
+
+
+def have_version(options: pb.PullOptions) -> int | None:
+    """The version that the caller holds; None: none."""
+    return options.have_version if options.HasField("have_version") else None
+
+
+def wire_of(dtype: int) -> torch.dtype | None:
+    """An enum's dtype; None for each parameter's own. UnsupportedFormat, WrongDtype."""
+    return None if dtype == DType.DTYPE_UNSPECIFIED else dtypes.to_torch(dtype, "the answer asked for")
+
+
+def published_header(model: Model, published: Published, known_manifest: int) -> pb.PullHeader:
+    """The header of an answer; with the manifest, unless the caller knows it."""
+    header = header_of(model, published, published.segments)
+    if header.manifest_hash != known_manifest:
+        header.manifest.CopyFrom(published.layout.manifest)
+    header.unchanged = published.unchanged
+    header.shared = published.shared
+    return header
+
+
+async def published_messages(published: Published, header: pb.PullHeader) -> AsyncIterator[bytes]:
+    """An answer's messages: the header, and the frames as they are made."""
+    first = pb.PullResponse(header=header).SerializeToString()
+    async for frame in published.frames():
+        if first and len(frame) <= INLINE_BYTES:
+            # one message instead of two: fields that follow each other are one message's
+            frame = first + frame
+            first = b""
+        elif first:
+            yield first
+            first = b""
+        yield frame
+    if first:
+        yield first
+
+
+def header_of(model: Model, at: Arenas | ArenasCopy | Published, segments: list[Segment]) -> pb.PullHeader:
+    """What every answer says: which version of which model it is, by the layout that it was read with."""
+    return pb.PullHeader(
+        model_uid=model.uid,
+        timeline=at.timeline,
+        version=at.version,
+        segments=segments,
+        manifest_hash=at.layout.manifest_hash,
+    )
+
+
+def state_bodies(copy: ArenasCopy) -> tuple[list[Segment], list[list[Piece]]]:
+    """Parameters and optimizer state of a whole model: the segments, and what each is made of."""
+    segments, bodies = [], []
+    for arena in copy.layout.arenas:
+        for state, flat in {"": copy.parameters[arena.index], **copy.states[arena.index]}.items():
+            if arena.elements:
+                dtype = dtypes.to_wire(flat.dtype, "segment")
+                segments.append(
+                    Segment(arena=arena.index, start=0, stop=arena.elements, dtype=dtype, state=state)
+                )
+                bodies.append([Piece(flat, flat.dtype)])
+    return segments, bodies
+
+
+class RowsAsked:
+    """Some rows of one parameter, in the order in which they were asked for. UnknownParameter, WrongShape, RowOutOfRange."""
+
+    def __init__(self, model: Model, request: pb.PullRowsRequest) -> None:
+        self._model = model
+        self._slot = model.layout.slot(request.parameter, model.name)
+        if not self._slot.shape:
+            raise WrongShape(what=f"parameter {self._slot.name!r}", got="()", expected="one with rows")
+        wrong = [row for row in request.ids if row >= self._slot.rows]
+        if wrong:
+            raise RowOutOfRange(parameter=self._slot.name, row=wrong[0], rows=self._slot.rows)
+        self._ids = torch.tensor(list(request.ids), dtype=torch.int64)
+        self._wire = wire_of(request.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """What the answer takes."""
+        itemsize = (self._wire or self._slot.dtype).itemsize
+        return self._ids.numel() * (ID_BYTES + self._slot.row_elements * itemsize)
+
+    def read(self) -> list[bytes]:
+        """The answer's messages, at one version: to be called in the writer's thread."""
+        arenas, slot = self._model.arenas, self._slot
+        wanted = self._ids.to(arenas.device)
+        segment, body = rows_body(arenas, slot, wanted, self._wire)
+        if not segment.HasField("rows"):  # asked for rows: rows it is, however many
+            segment.rows = wanted.numel()
+            dtype = dtypes.to_torch(segment.dtype, "segment")
+            body = [Piece(wanted, torch.int64), Piece(arenas.view(slot).index_select(0, wanted), dtype)]
+        header = header_of(self._model, arenas, [segment])
+        return [pb.PullResponse(header=header).SerializeToString(), *pack([fetched(arenas, body)])]
