@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -85,10 +85,10 @@ class Peers:
         return self._peer(Gloo).side(rule, elements)
 
     @contextlib.contextmanager
-    def one_worker(self, rule: Rule, elements: int, cases: Sequence[Case] = CASES) -> Iterator[list[Side]]:
-        """Every side that one worker can exchange with, for the length of a block."""
+    def one_worker(self, rule: Rule, elements: int, without: Collection[str] = ()) -> Iterator[list[Side]]:
+        """Every side that one worker can exchange with, for the length of a block; but those named."""
         makes: dict[str, Callable[[], Side]] = {
-            case.name: partial(self.pushstep, case, rule, elements) for case in cases
+            case.name: partial(self.pushstep, case, rule, elements) for case in CASES
         }
         makes |= {f"rpc {variant}": partial(self.rpc, variant, rule, elements) for variant in VARIANTS}
         if ray_installed():
@@ -96,7 +96,8 @@ class Peers:
         makes |= {f"socket {family}": partial(self.socket, family, elements) for family in ("tcp", "unix")}
         makes["gRPC tcp"] = partial(self.grpc, elements)
         makes["local torch.optim"] = lambda: self._peer(Local).side(rule, elements)
-        with taking_part(make() for name, make in makes.items() if self.wants(name)) as sides:
+        wanted = [make for name, make in makes.items() if self.wants(name) and name not in without]
+        with taking_part(make() for make in wanted) as sides:
             yield sides
 
 

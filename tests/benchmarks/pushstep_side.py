@@ -28,6 +28,8 @@ from .peer_local import Rule, parameter_of
 from .side import Side, side_of
 
 REST_S = 0.5
+# a server that has gone ends the benchmark
+RETRY_FOR_S = 30.0
 WIRES: dict[str, Any] = {
     "float32": None,
     "bfloat16": torch.bfloat16,
@@ -62,6 +64,7 @@ class PushstepWorker:
             worker=worker,
             wire=WIRES[case.wire],
             shared_memory=case.transport == "shm",
+            retry_for_s=RETRY_FOR_S,
         )
         parameter = parameter_of(elements)
         kind = {"adadelta": torch.optim.Adadelta, "adagrad": torch.optim.Adagrad}[rule]
