@@ -188,7 +188,9 @@ class Executor:
             model.tell(point, **step.facts)
         # taken even if the callers go away meanwhile: their retries will ask for the receipts
         nbytes = step.push.bytes() + sum(answer.nbytes for answer in shared)
-        job = model.stepper.submit(execute, small=nbytes <= INLINE_STEP_BYTES)
+        kind = (step.push.kind, bool(shared), step.ticket.factor == 1)
+        job = model.stepper.submit(execute, small=nbytes <= INLINE_STEP_BYTES and kind in model.stepped)
+        model.stepped.add(kind)  # whatever is handed in from now on comes behind it
         if job.done():
             self._finish(job, step, times)
         else:

@@ -88,7 +88,10 @@ class Intake:
             self.fault(error)
             raise
         needed = sum(lengths) + sum(map(self._layout.unpacked_bytes, header.segments))
-        self._is_small = needed <= INLINE_BYTES and model.arenas.lane.takes_small
+        self._kind = frozenset((s.dtype, bool(s.rows), bool(s.elements)) for s in header.segments)
+        self._is_small = (
+            needed <= INLINE_BYTES and model.arenas.lane.takes_small and self._kind in model.inspected
+        )
         if self._region is not None:
             self._body: Assembly | SharedBody = self._region.body(header)
             self._region.hold()
@@ -165,6 +168,7 @@ class Intake:
         gate.close_header(self.header, commit)
         received_s = time.monotonic()
         digest, push, fault = await self._look()
+        self.model.inspected.add(self._kind)
         if commit.digest not in (0, digest):
             raise DigestMismatch(got=digest, expected=commit.digest)
         candidate = Candidate(self.header, digest, receive_s=received_s - self._started_s - self._waited_s)

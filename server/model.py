@@ -71,6 +71,10 @@ class Model:
         self.last_receipt: Receipt | None = None
         # whose upload replaced the optimizer state last, so that its retry is answered and not refused
         self.replaced_by: Identity | None = None
+        # kinds of pushes that were inspected, and stepped, before: the first of a kind may have to compile its kernels,
+        # for seconds, which the event loop does not do however small it is
+        self.inspected: set[object] = set()
+        self.stepped: set[object] = set()
         self.device = device
         self.arenas = Arenas(layout, [group.rule.name for group in groups.list], device)
         self.arenas.timeline = timeline
@@ -178,6 +182,7 @@ class Model:
 
     def _edited(self, kind: str, by: str, **facts: Any) -> int:
         self.edit += 1
+        self.stepped.clear()
         self.record(kind, by, **facts)
         return self.version + 1
 
@@ -205,6 +210,7 @@ class Model:
         All epochs close: a push of the old timeline, one that waits too, is told `superseded`.
         """
         self.failed = None
+        self.stepped.clear()
         self.extras = copy.extras
         if saved is not None:
             revisions = [group.revision for group in self.groups.list]
@@ -232,6 +238,7 @@ class Model:
     def add_groups(self, layout: Layout, added: list[Group]) -> None:
         """Take on further groups at the end; `layout` has them. Values are written by the caller's job."""
         self.layout = layout
+        self.stepped.clear()
         self.groups.list.extend(added)
         names = [group.rule.name for group in self.groups.list]
         self.stepper.submit(lambda: self.arenas.grow(layout, names))

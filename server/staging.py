@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -70,6 +71,16 @@ class StagedPush:
     norm: float
     # what a device has to wait for before it reads them; of its own kind
     arrival: object = None
+
+    @property
+    def kind(self) -> frozenset[tuple[int, bool, torch.dtype]]:
+        """What the kernels that step it are chosen by."""
+        return frozenset(
+            (part.slot.arena, True, part.rows.dtype)
+            if isinstance(part, RowsPart)
+            else (part.arena, False, part.gradient.dtype)
+            for part in self.parts
+        )
 
     def bytes(self) -> int:
         """What its gradients take."""

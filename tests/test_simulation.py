@@ -45,6 +45,7 @@ def test_whatever_happens_each_push_is_applied_once_or_not_at_all(first: int) ->
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(3600)
 def test_ten_thousand_times() -> None:
     seen = simulate(range(1000, 11_000))
     assert everything_happened(seen)

@@ -52,6 +52,7 @@ def test_a_seeded_bug_is_found(bug: Bug, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(3600)
 def test_a_failure_is_a_short_story(monkeypatch: pytest.MonkeyPatch) -> None:
     dedupe_is_dropped(monkeypatch)
     with pytest.raises(Violation) as failure:

@@ -4,25 +4,40 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
 
+import pytest
+import torch
 from judged import LAYOUT
 
 from pushstep.proto.errors import NonfiniteGradient
+from pushstep.proto.frames import Piece, pack, unpack
+from pushstep.proto.training_pb2 import PushCommit, PushHeader, PushRequest
 from pushstep.proto.types_pb2 import Identity, Outcome, Receipt
+from pushstep.server import gate
 from pushstep.server.device import Device
 from pushstep.server.groups import Group, ParamGroups
 from pushstep.server.hooks.hook import StepContext
+from pushstep.server.intake import Intake
 from pushstep.server.model import Model
 from pushstep.server.session import Sessions
+from pushstep.server.staging import Budget
 from pushstep.server.worker import Verdict
+
+
+def made() -> Model:
+    groups = ParamGroups(Group.make(group) for group in LAYOUT.manifest.groups)
+    return Model("m", b"uid", 1, LAYOUT, groups, Sessions(30, 100, "m"), Device(), 1 << 20)
 
 
 def test_what_a_snapshot_will_hold_stays_while_training_goes_on() -> None:
     """The files are written in a thread: a table that still grew would not be the one that its digest seals."""
 
     async def scenario() -> None:
-        groups = ParamGroups(Group.make(group) for group in LAYOUT.manifest.groups)
-        model = Model("m", b"uid", 1, LAYOUT, groups, Sessions(30, 100, "m"), Device(), 1 << 20)
+        model = made()
         model.add_hook(
             "lr_scheduler",
             "step_post",
@@ -47,6 +62,58 @@ def test_what_a_snapshot_will_hold_stays_while_training_goes_on() -> None:
         one_more_step(2.0)
         assert json.dumps(dumped) == text
         assert json.dumps(model.dump()) != text
+        await model.close()
+
+    asyncio.run(scenario())
+
+
+def test_the_first_push_of_a_kind_is_not_taken_on_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernels may have to be compiled, for seconds in which no heartbeat would be heard."""
+    where: dict[str, int] = {}
+
+    def noted(name: str, call: Any) -> Any:
+        def run(*arguments: Any, **options: Any) -> Any:
+            where[name] = threading.get_ident()
+            return call(*arguments, **options)
+
+        return run
+
+    monkeypatch.setattr(gate, "inspect", noted("inspected", gate.inspect))
+
+    async def scenario() -> None:
+        model, budget = made(), Budget(1 << 20)
+        monkeypatch.setattr(model.arenas, "step", noted("stepped", model.arenas.step))
+        model.judge.join("w", time.monotonic(), takeover=False)
+        numbers: Iterator[int] = iter(range(1, 100))
+
+        async def on_the_loop(wire: torch.dtype) -> tuple[bool, bool]:
+            """One push; whether it was inspected and stepped on the event loop."""
+            segments = LAYOUT.whole(wire)
+            identity = Identity(model_uid=b"uid", timeline=1, worker="w", epoch=1, sequence=next(numbers))
+            header = PushHeader(
+                model="m",
+                identity=identity,
+                manifest_hash=LAYOUT.manifest_hash,
+                segments=[segment for segment, _ in segments],
+            )
+            intake = Intake(model, header, budget)
+            await intake.admit()
+            for frame in pack([[Piece(torch.ones(s.stop - s.start), wire)] for s, _ in segments]):
+                _, chunk = unpack(frame, PushRequest)
+                assert chunk is not None
+                intake.place(chunk)
+            receipt = await intake.commit(PushCommit())
+            assert receipt.outcome == Outcome.OUTCOME_APPLIED
+            intake.release()
+            here = threading.get_ident()
+            return where["inspected"] == here, where["stepped"] == here
+
+        for wire in (torch.float32, torch.bfloat16):
+            assert await on_the_loop(wire) == (False, False)
+            assert await on_the_loop(wire) == (True, True)
+        model.patch_group(0, {"weight_decay": 0.5}, False, "test")
+        assert await on_the_loop(torch.float32) == (True, False)
+        assert await on_the_loop(torch.float32) == (True, True)
         await model.close()
 
     asyncio.run(scenario())
