@@ -90,6 +90,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         take_over(optimizers, self)
         if prefetch:
             session.memory.decline()
+        session.memory.follow(p for group in groups for p in group["params"])
         self._lent = LentGradients(session.memory, self._parameters.name_of)
         self._lent.add(p for group in groups for p in group["params"])
         session.memory.open(session.member())
@@ -361,6 +362,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         manifest, values = of_added_group(self._groups()[index], index, names)
         member = self._session.add_group(manifest, values)
         self._parameters.add(values)
+        self._session.memory.follow(p for group in self.param_groups for p in group["params"])
         self._lent.add(parameters)
         self._session.memory.open(member)
         if self._overlap is not None:

@@ -4,6 +4,9 @@ A step writes its gradients into a slot (those that do not lie there already, se
 its push, and reads the parameters from the region when the push is answered. A slot is reused only after that: a call
 that broke off leaves the whole region behind, since the server may still read it, and the step goes on with frames.
 The next step opens another region.
+
+Where the parameters lie on the GPU of the server's model the region is memory of that GPU (`imported_memory.py`); where
+that cannot be had, which is said once, it is the host's like any other.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import logging
 import os
 import socket
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, Final, TypeVar
 
@@ -22,7 +25,7 @@ import torch
 from torch import Tensor
 
 from pushstep.optim.copies import copy
-from pushstep.proto import dtypes
+from pushstep.proto import device_memory, dtypes
 from pushstep.proto import training_pb2 as pb
 from pushstep.proto.errors import NoSharedMemory, PushstepError
 from pushstep.proto.frames import Piece
@@ -30,6 +33,7 @@ from pushstep.proto.layout import Layout, Slot
 from pushstep.proto.region import Places, SharedBody, SharedSlot, mapped, write
 
 from .gradients import Rows
+from .imported_memory import ImportedMemory
 from .line import Line
 from .membership import Member
 from .retry import TransportFailure, answered
@@ -48,25 +52,29 @@ class Region:
     """Mapped memory: slots for gradients, and the place where parameters come back."""
 
     def __init__(
-        self, opened: pb.OpenRegionResponse, layout: Layout, wires: Any, key: Key, timeout_s: float
+        self,
+        opened: pb.OpenRegionResponse,
+        layout: Layout,
+        wires: Any,
+        key: Key,
+        timeout_s: float,
+        where: torch.device | None,
     ) -> None:
+        """`where`: the device that it was asked for on; None: the host."""
         self.number = opened.region
         self.key = key
         self.gradients = Places(layout, wires[0])
         self.answer = Places(layout, wires[1])
         if (opened.slot_bytes, opened.answer_bytes) != (self.gradients.nbytes, self.answer.nbytes):
             raise NoSharedMemory(problem="the server lays it out in another way")
-        connection, fds = _fetch(opened)
+        self._imported: ImportedMemory | None = None
+        if where is not None and opened.device_uuid:
+            connection, self._imported = _import(opened, where)
+            slots, answer = self._imported.slots, self._imported.answer
+        else:
+            connection, slots, answer = _map(opened)
         self.line = Line(connection, timeout_s)
-        try:
-            slots = _mapped(fds[0], opened.slots * opened.slot_bytes, True, opened.slot_bytes)
-            self._parameters = SharedSlot(_mapped(fds[1], opened.answer_bytes, False, opened.answer_bytes))
-        except BaseException:
-            self.line.close()
-            raise
-        finally:
-            for fd in fds:
-                os.close(fd)
+        self._parameters = SharedSlot(answer)
         self.slots: list[SharedSlot] = [
             SharedSlot(slots[start : start + opened.slot_bytes])
             for start in range(0, slots.numel(), opened.slot_bytes)
@@ -77,7 +85,9 @@ class Region:
         self._fresh = True
 
     def close(self) -> None:
-        """Cut the life line. The memory stays mapped for as long as somebody holds a gradient in it."""
+        """Cut the life line. The host's memory stays mapped for as long as somebody holds a gradient in it."""
+        if self._imported is not None:
+            self._imported.close()
         self.line.close()
 
     # Gradients that lie where they will be read.
@@ -87,7 +97,12 @@ class Region:
         return tensor.is_cpu and self._range[0] <= tensor.data_ptr() < self._range[1]
 
     def lend(self, slot: Slot) -> Tensor | None:
-        """A parameter's place in the slot of the coming push, as a tensor; None while an earlier one is still held."""
+        """A parameter's place in the slot of the coming push, as a tensor; None while an earlier one is still held.
+
+        On a device there is none to lend.
+        """
+        if self._imported is not None:
+            return None
         if self._fresh and not self._is_free(self._current, slot):
             free = (index for index in range(len(self.slots)) if self._is_free(index, slot))
             self._current = next(free, self._current)
@@ -120,6 +135,8 @@ class Region:
                     # they all are: a session whose pushes are made smaller opens no region
                     exact = [piece for piece in pieces if isinstance(piece, Piece)]
                     write(self.gradients, self.slots[index], segment, exact, copy)
+                if self._imported is not None:
+                    self._imported.finish()
                 self._fresh = True
                 return index
         return None
@@ -132,6 +149,8 @@ class Region:
 
     def answer_of(self, header: pb.PullHeader) -> Pulled:
         """What the server wrote. It is over the region's memory, and is read before the next call."""
+        if self._imported is not None:
+            self._imported.read()
         return Pulled(header, self.answer.layout, SharedBody(self.answer, self._parameters, header.segments))
 
 
@@ -147,6 +166,9 @@ class SharedMemory:
         self._wires = wires
         self._wanted = wanted and all(w is None or isinstance(w, torch.dtype) for w in wires)
         self._refused: Key | None = None
+        # where the parameters lie, if it is a device whose memory may be shared; and the membership that was refused it
+        self._device: torch.device | None = None
+        self._host_for: Key | None = None
         _open_memories.add(self)
 
     def open(self, member: Member) -> Region | None:
@@ -158,22 +180,43 @@ class SharedMemory:
             self.drop()
         if not self._wanted or self._refused == key:
             return None
+        where = self._device if self._host_for != key else None
+        try:
+            self.region = self._opened(member, key, where)
+        except (NoSharedMemory, OSError, TransportFailure) as error:
+            if where is not None:
+                why = error.fields.get("problem", error) if isinstance(error, NoSharedMemory) else error
+                log.warning(
+                    "no memory of %s shared with %s, using the host's: %s",
+                    where,
+                    self._transport.address,
+                    why,
+                )
+                self._host_for = key
+                return self.open(member)
+            log.warning("no shared memory with %s, sending frames: %s", self._transport.address, error)
+            self._refused = key
+        except PushstepError as error:
+            log.debug("no region now: %s", error)  # the push will say so
+        return self.region
+
+    def follow(self, parameters: Iterable[Tensor]) -> None:
+        """Have regions lie on the device of these parameters, if it is one that memory can be shared of."""
+        found = {parameter.device for parameter in parameters}
+        shared = len(found) == 1 and device_memory.driver.serves(next(iter(found)))
+        self._device = found.pop() if shared else None
+
+    def _opened(self, member: Member, key: Key, where: torch.device | None) -> Region:
         request = pb.OpenRegionRequest(
             model=self._model,
             identity=member.identity(),
             manifest_hash=member.layout.manifest_hash,
             push_dtype=_wire(self._wires[0]),
             pull_dtype=_wire(self._wires[1]),
+            device_uuid=b"" if where is None else device_memory.driver.uuid(where),
         )
-        try:
-            opened = answered(partial(self._transport.open_region, request))
-            self.region = Region(opened, member.layout, self._wires, key, self._transport.timeout_s)
-        except (NoSharedMemory, OSError, TransportFailure) as error:
-            log.warning("no shared memory with %s, sending frames: %s", self._transport.address, error)
-            self._refused = key
-        except PushstepError as error:
-            log.debug("no region now: %s", error)  # the push will say so
-        return self.region
+        opened = answered(partial(self._transport.open_region, request))
+        return Region(opened, member.layout, self._wires, key, self._transport.timeout_s, where)
 
     def decline(self) -> None:
         """Have everything sent as frames: a slot and the answer's place are for one call at a time, waited for."""
@@ -233,13 +276,48 @@ def is_same_host(address: str) -> bool:
         return False
 
 
-def _fetch(opened: pb.OpenRegionResponse) -> tuple[socket.socket, list[int]]:
-    """The connection that keeps a region alive, and its descriptors. Only the server that made the token knows it."""
+def _map(opened: pb.OpenRegionResponse) -> tuple[socket.socket, Tensor, Tensor]:
+    """The life line of a region on the host, its slots and the place of its parameters."""
+    connection, fds = _fetch(opened)
+    try:
+        slots = _mapped(fds[0], opened.slots * opened.slot_bytes, True, opened.slot_bytes)
+        return connection, slots, _mapped(fds[1], opened.answer_bytes, False, opened.answer_bytes)
+    except BaseException:
+        connection.close()
+        raise
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+def _import(opened: pb.OpenRegionResponse, where: torch.device) -> tuple[socket.socket, ImportedMemory]:
+    """The same of a region on a device."""
+    slots_bytes = opened.slots * opened.slot_bytes
+    connection = _connected(opened)
+    try:
+        return connection, ImportedMemory(connection, where, slots_bytes, slots_bytes + opened.answer_bytes)
+    except BaseException:
+        connection.close()
+        raise
+
+
+def _connected(opened: pb.OpenRegionResponse) -> socket.socket:
+    """The connection that keeps a region alive, on which the server has been shown the token."""
     line = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         line.settimeout(HANDOVER_S)
         line.connect(opened.path)
         line.sendall(opened.token)
+    except BaseException:
+        line.close()
+        raise
+    return line
+
+
+def _fetch(opened: pb.OpenRegionResponse) -> tuple[socket.socket, list[int]]:
+    """The connection and its descriptors. Only the server that made the token knows it."""
+    line = _connected(opened)
+    try:
         _, fds, _, _ = socket.recv_fds(line, 1, 2, socket.MSG_CMSG_CLOEXEC)
         if len(fds) != 2:
             for fd in fds:

@@ -28,6 +28,7 @@ log: Final = logging.getLogger(__name__)
 _PACKAGE: Final = Path(__file__).parent
 _SOURCES: Final = (
     "copy_kernels.py",
+    "digest_kernels.py",
     "intrinsics.py",
     "kernels.py",
     "norm_kernels.py",

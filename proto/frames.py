@@ -123,13 +123,7 @@ class BodyDigest:
     """xxh3-64 over a segment table and then the body, as it passes."""
 
     def __init__(self, segments: Sequence[Segment]) -> None:
-        self._hash = xxhash.xxh3_64()
-        for s in segments:
-            counts = (s.HasField("rows"), s.HasField("elements"), s.HasField("parameter"))
-            form = counts.index(True) + 1 if True in counts else 0
-            state = s.state.encode()
-            row = (s.arena, form, s.dtype, len(state), s.start, s.stop, s.rows or s.elements or s.parameter)
-            self._hash.update(_TABLE_ROW.pack(*row) + state)
+        self._hash = xxhash.xxh3_64(segment_table(segments))
 
     def update(self, payload: memoryview | bytes) -> None:
         """Take in the next bytes of the body."""
@@ -139,6 +133,18 @@ class BodyDigest:
     def value(self) -> int:
         """The digest so far; never 0, which stands for "not given"."""
         return self._hash.intdigest() or 1
+
+
+def segment_table(segments: Sequence[Segment]) -> bytes:
+    """What goes into a body's digest before its bytes."""
+    table = []
+    for s in segments:
+        counts = (s.HasField("rows"), s.HasField("elements"), s.HasField("parameter"))
+        form = counts.index(True) + 1 if True in counts else 0
+        state = s.state.encode()
+        row = (s.arena, form, s.dtype, len(state), s.start, s.stop, s.rows or s.elements or s.parameter)
+        table.append(_TABLE_ROW.pack(*row) + state)
+    return b"".join(table)
 
 
 def pack(

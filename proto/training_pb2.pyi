@@ -247,34 +247,38 @@ class PushResponse(_message.Message):
     def __init__(self, receipt: _Optional[_Union[_types_pb2.Receipt, _Mapping]] = ...) -> None: ...
 
 class OpenRegionRequest(_message.Message):
-    __slots__ = ("model", "identity", "manifest_hash", "push_dtype", "pull_dtype")
+    __slots__ = ("model", "identity", "manifest_hash", "push_dtype", "pull_dtype", "device_uuid")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     IDENTITY_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_HASH_FIELD_NUMBER: _ClassVar[int]
     PUSH_DTYPE_FIELD_NUMBER: _ClassVar[int]
     PULL_DTYPE_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_UUID_FIELD_NUMBER: _ClassVar[int]
     model: str
     identity: _types_pb2.Identity
     manifest_hash: int
     push_dtype: _types_pb2.DType
     pull_dtype: _types_pb2.DType
-    def __init__(self, model: _Optional[str] = ..., identity: _Optional[_Union[_types_pb2.Identity, _Mapping]] = ..., manifest_hash: _Optional[int] = ..., push_dtype: _Optional[_Union[_types_pb2.DType, str]] = ..., pull_dtype: _Optional[_Union[_types_pb2.DType, str]] = ...) -> None: ...
+    device_uuid: bytes
+    def __init__(self, model: _Optional[str] = ..., identity: _Optional[_Union[_types_pb2.Identity, _Mapping]] = ..., manifest_hash: _Optional[int] = ..., push_dtype: _Optional[_Union[_types_pb2.DType, str]] = ..., pull_dtype: _Optional[_Union[_types_pb2.DType, str]] = ..., device_uuid: _Optional[bytes] = ...) -> None: ...
 
 class OpenRegionResponse(_message.Message):
-    __slots__ = ("region", "token", "path", "slots", "slot_bytes", "answer_bytes")
+    __slots__ = ("region", "token", "path", "slots", "slot_bytes", "answer_bytes", "device_uuid")
     REGION_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     PATH_FIELD_NUMBER: _ClassVar[int]
     SLOTS_FIELD_NUMBER: _ClassVar[int]
     SLOT_BYTES_FIELD_NUMBER: _ClassVar[int]
     ANSWER_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_UUID_FIELD_NUMBER: _ClassVar[int]
     region: int
     token: bytes
     path: str
     slots: int
     slot_bytes: int
     answer_bytes: int
-    def __init__(self, region: _Optional[int] = ..., token: _Optional[bytes] = ..., path: _Optional[str] = ..., slots: _Optional[int] = ..., slot_bytes: _Optional[int] = ..., answer_bytes: _Optional[int] = ...) -> None: ...
+    device_uuid: bytes
+    def __init__(self, region: _Optional[int] = ..., token: _Optional[bytes] = ..., path: _Optional[str] = ..., slots: _Optional[int] = ..., slot_bytes: _Optional[int] = ..., answer_bytes: _Optional[int] = ..., device_uuid: _Optional[bytes] = ...) -> None: ...
 
 class PullRequest(_message.Message):
     __slots__ = ("model", "identity", "options", "timeline", "manifest_hash")

@@ -267,3 +267,13 @@ class Contribution(_message.Message):
     identity: Identity
     weight: float
     def __init__(self, identity: _Optional[_Union[Identity, _Mapping]] = ..., weight: _Optional[float] = ...) -> None: ...
+
+class DeviceMemory(_message.Message):
+    __slots__ = ("device_uuid", "handle", "size_bytes")
+    DEVICE_UUID_FIELD_NUMBER: _ClassVar[int]
+    HANDLE_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    device_uuid: bytes
+    handle: bytes
+    size_bytes: int
+    def __init__(self, device_uuid: _Optional[bytes] = ..., handle: _Optional[bytes] = ..., size_bytes: _Optional[int] = ...) -> None: ...

@@ -32,7 +32,9 @@ class Config(BaseSettings):
     unix: str | None = Field(
         None, description="path of the Unix socket [default: pushstep.sock in the data folder; '' for none]"
     )
-    no_shared_memory: bool = Field(False, description="have workers on this host send frames, too")
+    no_shared_memory: bool = Field(
+        False, description="have workers on this host, or on this GPU, send frames, too"
+    )
     data: Path = Field(Path("pushstep-data"), description="folder for snapshots; locked by this server")
     device: str = Field("cpu", description="cpu, cuda or cuda:N")
     insecure: bool = Field(False, description="listen beyond loopback without TLS and a token")

@@ -4,6 +4,8 @@
   chunks still come; a push carries the event after its last copy.
 * Each model steps on a stream of its own, its lane's, which waits for a push's event. The stepper's thread then waits
   for the stream: a receipt says "applied" when it is true, and whatever the step read may be used again.
+  What a worker on the same device has put into memory that it shares (`exported_memory.py`) is there already; the
+  gate reads it on a stream of its own.
 * Parameters go out on the `outward` stream: cast and copied on the device in the lane, so that the next step need not
   wait, then fetched into pinned memory piece by piece, from which frames are made in a thread of their own.
 
@@ -35,10 +37,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, cuda
 
+from pushstep.proto import device_memory
 from pushstep.proto.frames import Assembly, BodyDigest, Chunk, Source, Writer
 from pushstep.proto.memory import SMALLEST_POOLED_BYTES, BufferPool, copy_elements, fresh_memory
 
 from .device import Device, Lane, T
+from .exported_memory import ExportedBody
 from .staging import DensePart, RowsPart, StagedPush
 
 log = logging.getLogger("pushstep.device")
@@ -63,13 +67,14 @@ class CudaDevice(Device):
         self._ended: queue.SimpleQueue[tuple[Callable[[], object], Any]] = queue.SimpleQueue()
 
     def open(self) -> None:
-        """Find the device and make the two streams that all models share."""
+        """Find the device and make the streams that all models share."""
         count = cuda.device_count()
         if (self.where.index or 0) >= count:
             raise OSError(f"--device {self.where}: torch finds {count} CUDA devices here")
         # torch hands out 32 streams of each priority in turn: with that of the lanes, these would be some lanes' too
         self.inward = _stream(self.where, priority=-1)
         self.outward = _stream(self.where, priority=-1)
+        self.gate = _stream(self.where, priority=-1)
         threading.Thread(target=self._give_back, name="cuda-give-back", daemon=True).start()
 
     def lane(self) -> Lane:
@@ -81,6 +86,14 @@ class CudaDevice(Device):
     def fresh_memory(self, size_bytes: int) -> NDArray[np.uint8]:
         """Pinned, or as it is where that is refused: copies are then slower and still right."""
         return self._pinned(fresh_memory(size_bytes))
+
+    def uuid(self) -> bytes:
+        """The driver's."""
+        return device_memory.driver.uuid(self.where)
+
+    def reading(self, body: object) -> AbstractContextManager[Any]:
+        """What lies on the device is measured there, on the stream that `gate` is. Its worker has waited for its own."""
+        return cuda.stream(self.gate) if isinstance(body, ExportedBody) else contextlib.nullcontext()
 
     def shared(self, memory: Tensor) -> Tensor:
         """Pinned as it lies: the device reads and writes what the worker wrote and will read."""
@@ -135,6 +148,8 @@ class CudaDevice(Device):
 
     def bring(self, push: StagedPush, body: object) -> StagedPush:
         """What is not on the device yet is copied there; the push carries the event after the last copy."""
+        if isinstance(body, ExportedBody):
+            return replace(push, arrival=Arrival(_event(self.gate), ()))
         twin = body.twin() if isinstance(body, TwinnedAssembly) else None
         copies = [] if twin is None else [twin]
         with cuda.stream(self.inward):

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pushstep.proto.errors import NoSharedMemory
 from pushstep.proto.frames import Assembly, BodyDigest, Piece, Source
 from pushstep.proto.memory import fresh_memory
 
@@ -73,6 +74,14 @@ class Device:
     def fresh_memory(self, size_bytes: int) -> NDArray[np.uint8]:
         """Memory that bodies are received into. MemoryError if there is none."""
         return fresh_memory(size_bytes)
+
+    def uuid(self) -> bytes:
+        """Which device it is, to another process; NoSharedMemory if it has no memory that another may open."""
+        raise NoSharedMemory(problem="the model lies in the host's memory")
+
+    def reading(self, body: object) -> AbstractContextManager[Any]:
+        """A block in a thread of the gate's that reads a complete body."""
+        return _NOTHING
 
     def shared(self, memory: Tensor) -> Tensor:
         """Memory that another process writes to and reads, made ready for copies to and from the device."""

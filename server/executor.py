@@ -231,11 +231,16 @@ class Executor:
         """Stop the clock and let everybody go: the model does no more."""
         self._closed = True
         self.let_go()
-        while self._releases:
-            self._releases.popitem()[1]()
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+    async def give_back(self) -> None:
+        """Let go of what was never settled, once nothing reads it: sums under way do, and steps, which have ended."""
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        while self._releases:
+            self._releases.popitem()[1]()
 
 
 def _complete(

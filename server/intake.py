@@ -26,6 +26,7 @@ from .arrived import Arrived
 from .candidate import Candidate
 from .decision import Offer
 from .executor import HOLD_S
+from .exported_memory import ExportedBody
 from .model import Model
 from .shared_answer import SharedAnswer
 from .shared_memory import Region
@@ -58,7 +59,8 @@ class Intake:
         self._budget = budget
         self._region = region
         self._answer = answer
-        self._offered = self._handed_over = self._held = False
+        self._held: list[Region] = []
+        self._offered = self._handed_over = False
         self._arrived: Arrived | None = None
         self._reserved = 0
         self._waited_s = 0.0
@@ -92,10 +94,9 @@ class Intake:
         self._is_small = (
             needed <= INLINE_BYTES and model.arenas.lane.takes_small and self._kind in model.inspected
         )
+        self._hold(self._region, None if self._answer is None else self._answer.region)
         if self._region is not None:
             self._body: Assembly | SharedBody = self._region.body(header)
-            self._region.hold()
-            self._held = True
             self._arrived = self._arriving(self._body)
         else:
             self._digest = BodyDigest(header.segments)
@@ -112,7 +113,7 @@ class Intake:
         return body, self._arriving(body)
 
     def _arriving(self, body: Assembly | SharedBody) -> Arrived | None:
-        if self._is_small:
+        if self._is_small or isinstance(body, ExportedBody):
             return None
         return Arrived(self._layout, self.header.segments, body, self._budget.buffer)
 
@@ -144,9 +145,16 @@ class Intake:
     def _give_back(self) -> None:
         self._budget.release(self._reserved)
         self._reserved = 0
-        if self._region is not None and self._held:
-            self._held = False
-            self._region.let_go()
+        while self._held:
+            self._held.pop().let_go()
+
+    def _hold(self, *regions: Region | None) -> None:
+        """Keep what the gate and the step read and write until the push is settled."""
+        for region in regions:
+            if region is not None:
+                region.require_memory()
+                region.hold()
+                self._held.append(region)
 
     async def commit(self, commit: PushCommit | None) -> Receipt:
         """Hand the push to the judge and return its receipt; raise what it was refused with."""
@@ -186,14 +194,26 @@ class Intake:
 
     async def _look(self) -> tuple[int, StagedPush | None, InvalidRequest | None]:
         """The complete body's digest, and what the gate finds in it or refuses it with."""
-        return self._read() if self._is_small else await asyncio.to_thread(self._read)
+        if self._is_small:
+            return self._read()
+        reading = asyncio.get_running_loop().run_in_executor(None, self._read)
+        if self._region is None:
+            return await reading
+        # the thread reads on when the call has ended, and the memory has to be there
+        self._region.hold_until(reading)
+        reading.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return await asyncio.shield(reading)
 
     def _read(self) -> tuple[int, StagedPush | None, InvalidRequest | None]:
-        if isinstance(self._body, Assembly):  # its digest was taken as it came
-            digest = self._digest.value
-        else:
-            digest = self._body.digest(None if self._arrived is None else self._arrived.advance)
-        return digest, *self._inspected()
+        try:
+            with self.model.device.reading(self._body):
+                if isinstance(self._body, Assembly):  # its digest was taken as it came
+                    digest = self._digest.value
+                else:
+                    digest = self._body.digest(None if self._arrived is None else self._arrived.advance)
+                return digest, *self._inspected()
+        except torch.OutOfMemoryError as error:  # the device's
+            raise self._budget.over(self._reserved) from error
 
     def _inspected(self) -> tuple[StagedPush | None, InvalidRequest | None]:
         try:
@@ -203,8 +223,6 @@ class Intake:
             return self.model.device.bring(push, self._body), None
         except InvalidRequest as error:
             return None, error
-        except torch.OutOfMemoryError as error:  # the device's
-            raise self._budget.over(self._reserved) from error
 
 
 def _receipt_or_raise(verdict: Verdict) -> Receipt:

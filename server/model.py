@@ -283,4 +283,5 @@ class Model:
         """Finish what is queued and end the model's threads."""
         self.executor.close()
         await self.stepper.close()
+        await self.executor.give_back()
         self.hooks.close()

@@ -33,8 +33,8 @@ class SharedAnswer:
         self.published: Published | None = None
         # what writing all of it would come to
         self.nbytes = region.answer.nbytes
+        self.region = region
         self._model = model
-        self._region = region
         # now: a region that is closed under a step must not fail it
         self._memory = region.parameters
         self._timeline = timeline
@@ -44,14 +44,15 @@ class SharedAnswer:
         """Where a step's kernel may write each arena, too; None if it cannot write there."""
         if arenas.device.type != "cpu" or not self._same_layout(arenas):
             return None
-        places = self._region.answer
+        places = self.region.answer
         return [places.arena(self._memory, arena.index) for arena in arenas.layout.arenas]
 
     async def newest(self) -> Published:
         """The version of when the writer gets to it."""
+        self.region.require_memory()
         small = self.nbytes <= INLINE_BYTES
         writing = self._model.stepper.submit(lambda: self.complete(self._model.arenas), small=small)
-        self._region.hold_until(writing)
+        self.region.hold_until(writing)
         return await asyncio.shield(writing)
 
     def after_step(self, arenas: Arenas, written: Set[int]) -> None:
@@ -68,7 +69,7 @@ class SharedAnswer:
         unchanged = have == arenas.version and not written
         segments = []
         if not unchanged:
-            places, memory = self._region.answer, self._memory
+            places, memory = self.region.answer, self._memory
             for segment, slots in dense_runs(arenas, places.wire):
                 segments.append(segment)
                 for start, stop in _unwritten(slots, written):
@@ -85,7 +86,7 @@ class SharedAnswer:
         )
 
     def _same_layout(self, arenas: Arenas) -> bool:
-        return arenas.layout.manifest_hash == self._region.layout.manifest_hash
+        return arenas.layout.manifest_hash == self.region.layout.manifest_hash
 
 
 def _unwritten(slots: list[Slot], written: Set[int]) -> list[tuple[int, int]]:

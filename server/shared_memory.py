@@ -1,7 +1,8 @@
 """Memory that a worker on the same host and its server both map: gradients in, parameters out, nothing sent.
 
 A session's region is two memfds, made and sealed here and handed over a Unix socket of their own, since gRPC carries no
-descriptors: whoever brings the one-time token of an OpenRegion, and is this server's user or root, is sent them. The
+descriptors: whoever brings the one-time token of an OpenRegion, and is this server's user or root, is sent them. For a
+worker on the GPU of the models it is memory of that device (`exported_memory.py`), handed over in the same way. The
 connection then stays as the region's life line, over which the worker also makes the calls that name the region (see
 line_door.py). When it closes the worker is gone, and so is the region; it also ends with its session (leave, lease,
 eviction, next epoch, restore, the model's end), once the step that reads it has.
@@ -16,7 +17,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import logging
 import math
 import os
@@ -33,10 +33,12 @@ import torch
 from pushstep.proto import dtypes
 from pushstep.proto.errors import ManifestChanged, NoSharedMemory, OverBudget, OverCapacity
 from pushstep.proto.layout import Layout
-from pushstep.proto.region import TOKEN_BYTES, Places, SharedBody, SharedSlot, mapped
+from pushstep.proto.region import TOKEN_BYTES, Places, SharedBody, SharedSlot
 from pushstep.proto.training_pb2 import OpenRegionRequest, OpenRegionResponse, PushHeader
 from pushstep.proto.types_pb2 import DType, Identity
 
+from .exported_memory import ExportedBody, ExportedMemory
+from .host_memory import HostMemory
 from .model import Model
 from .staging import Budget
 from .worker import WorkerState
@@ -54,8 +56,6 @@ HANDOVER_S: Final = 5.0
 # Connections that have not shown a token yet; whoever is turned away sends frames.
 WAITING_LIMIT: Final = 64
 SWEEP_S: Final = 0.5
-_ADD_SEALS: Final = 1033
-_SEAL_SEAL, _SEAL_SHRINK, _SEAL_GROW, _SEAL_FUTURE_WRITE = 0x1, 0x2, 0x4, 0x10
 _CREDENTIALS: Final = struct.Struct("3i")
 
 
@@ -63,7 +63,13 @@ class Region:
     """One session's memory. Freed when it is closed and nothing reads it any more."""
 
     def __init__(
-        self, model: Model, identity: Identity, gradients: Places, answer: Places, budget: Budget
+        self,
+        model: Model,
+        identity: Identity,
+        gradients: Places,
+        answer: Places,
+        budget: Budget,
+        memory: HostMemory | ExportedMemory,
     ) -> None:
         self.number = secrets.randbits(63) or 1
         self.token = secrets.token_bytes(TOKEN_BYTES)
@@ -73,13 +79,16 @@ class Region:
         self.gradients = gradients
         self.answer = answer
         self.bytes_reserved = SLOTS * gradients.nbytes + answer.nbytes
+        self.memory = memory
         self._budget = budget
         # when the worker could come for it: making the memory may have to wait for others'
         self.ready_s = math.inf
         self.line: socket.socket | None = None
         self.closed = False
         self._uses = 0
-        self._fds: list[int] = []
+        self._freeing = False
+        # set when its bytes are free
+        self.gone = asyncio.Event()
         self._slots: list[SharedSlot] = []
         self._parameters: SharedSlot | None = None
 
@@ -87,27 +96,12 @@ class Region:
         """Make the memory; in a thread, since it touches every page. The caller holds the region meanwhile."""
         if self.closed:
             return
-        slots, answer = SLOTS * self.gradients.nbytes, self.answer.nbytes
-        for nbytes in (slots, answer):
-            fd = os.memfd_create("pushstep", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-            self._fds.append(fd)
-            os.ftruncate(fd, nbytes)
-        sealed = _SEAL_SHRINK | _SEAL_GROW | _SEAL_SEAL
-        written = mapped(self._fds[0], slots, writable=True, prefault_bytes=self.gradients.nbytes)
-        read = mapped(self._fds[1], answer, writable=True, prefault_bytes=answer)
-        device = self.model.device
-        slot_bytes, written = self.gradients.nbytes, device.shared(written)
+        slots, slot_bytes = SLOTS * self.gradients.nbytes, self.gradients.nbytes
+        written, read = self.memory.allocate(slots, self.answer.nbytes, slot_bytes)
         self._slots = [
             SharedSlot(written[start : start + slot_bytes]) for start in range(0, slots, slot_bytes)
         ]
-        self._parameters = SharedSlot(device.shared(read))
-        fcntl.fcntl(self._fds[0], _ADD_SEALS, sealed)
-        fcntl.fcntl(self._fds[1], _ADD_SEALS, sealed | _SEAL_FUTURE_WRITE)  # the worker reads it
-
-    def take_fds(self) -> list[int]:
-        """The descriptors, which the caller closes."""
-        fds, self._fds = self._fds, []
-        return fds
+        self._parameters = SharedSlot(read)
 
     def body(self, header: PushHeader) -> SharedBody:
         """The gradients that a push says lie in one of the slots."""
@@ -115,14 +109,21 @@ class Region:
             raise NoSharedMemory(problem=f"the region has no slot {header.slot}")
         if header.manifest_hash != self.layout.manifest_hash:
             raise NoSharedMemory(problem="the region was laid out for another manifest")
-        return SharedBody(self.gradients, self._slots[header.slot], header.segments)
+        kind = ExportedBody if self.memory.on_device else SharedBody
+        return kind(self.gradients, self._slots[header.slot], header.segments)
 
     @property
     def parameters(self) -> SharedSlot:
         """The memory for parameters on their way to the worker."""
+        self.require_memory()
         if self._parameters is None:
-            raise NoSharedMemory(problem="the region was closed")
+            raise NoSharedMemory(problem="the region was never made")
         return self._parameters
+
+    def require_memory(self) -> None:
+        """NoSharedMemory once it was let go of: whoever has tensors over it is to hold it before."""
+        if self._freeing:
+            raise NoSharedMemory(problem="the region was closed")
 
     def is_current(self, now_s: float) -> bool:
         """Whether the session that it was opened for still stands."""
@@ -163,13 +164,16 @@ class Region:
         self._free_if_idle()
 
     def _free_if_idle(self) -> None:
-        if self.closed and self._uses == 0 and self.bytes_reserved:
+        if self.closed and self._uses == 0 and not self._freeing:
             # not before: the thread that makes the memory would seal what has got the number meanwhile
-            for fd in self.take_fds():
-                os.close(fd)
+            self._freeing = True
             self._slots, self._parameters = [], None
-            self._budget.release(self.bytes_reserved)
-            self.bytes_reserved = 0
+            self.memory.free(self._freed)
+
+    def _freed(self) -> None:
+        self._budget.release(self.bytes_reserved)
+        self.bytes_reserved = 0
+        self.gone.set()
 
 
 class SharedMemory:
@@ -179,6 +183,8 @@ class SharedMemory:
         self.path = path
         self._budget = budget
         self._regions: dict[int, Region] = {}
+        # closed, and not free as long as a worker still has the device's memory open
+        self._leaving: set[Region] = set()
         self._listener: socket.socket | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._waiting = 0
@@ -222,10 +228,11 @@ class SharedMemory:
             raise ManifestChanged(model=model.name)
         gradients = Places(model.layout, _wire(request.push_dtype))
         answer = Places(model.layout, _wire(request.pull_dtype))
-        region = Region(model, request.identity, gradients, answer, self._budget)
-        for known in list(self._regions.values()):
-            if known.model is model and known.identity.worker == request.identity.worker:
-                self._close(known)
+        memory = self._memory_for(model, request.device_uuid)
+        region = Region(model, request.identity, gradients, answer, self._budget, memory)
+        self._close_of(model, request.identity.worker)
+        await self._until_gone(model, request.identity.worker)
+        self._close_of(model, request.identity.worker)
         self._reserve(region)
         self._regions[region.number] = region
         allocating = asyncio.get_running_loop().run_in_executor(self._allocator, region.allocate)
@@ -235,6 +242,10 @@ class SharedMemory:
         except (OSError, MemoryError) as error:
             self._close(region)
             raise NoSharedMemory(problem=f"the memory could not be had ({type(error).__name__})") from error
+        except NoSharedMemory as error:
+            self._close(region)
+            log.warning("sharing memory of %s: %s", model.device.where, error.message)
+            raise
         except BaseException:
             self._close(region)
             raise
@@ -248,10 +259,36 @@ class SharedMemory:
             slots=SLOTS,
             slot_bytes=gradients.nbytes,
             answer_bytes=region.answer.nbytes,
+            device_uuid=request.device_uuid,
         )
 
+    def _memory_for(self, model: Model, device_uuid: bytes) -> HostMemory | ExportedMemory:
+        """Where a region lies that is asked for on a device (or on none)."""
+        if not device_uuid:
+            return HostMemory(model.device)
+        own = model.device.uuid()
+        if device_uuid != own:
+            raise NoSharedMemory(
+                problem=f"the worker is on device {device_uuid.hex()}, the model on {own.hex()}"
+            )
+        return ExportedMemory(model.device.where, self._allocator)
+
+    def _close_of(self, model: Model, worker: str) -> None:
+        for known in list(self._regions.values()):
+            if known.model is model and known.identity.worker == worker:
+                self._close(known)
+
+    async def _until_gone(self, model: Model, worker: str) -> None:
+        """Wait a while for what a worker has given up on the device: it has said so, and the budget does not know yet."""
+        leaving = [r for r in self._leaving if r.model is model and r.identity.worker == worker]
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(HANDOVER_S):
+                for region in leaving:
+                    await region.gone.wait()
+
     def _reserve(self, region: Region) -> None:
-        taken = sum(known.bytes_reserved for known in self._regions.values())
+        self._leaving = {known for known in self._leaving if not known.gone.is_set()}
+        taken = sum(known.bytes_reserved for known in {*self._regions.values(), *self._leaving})
         if taken + region.bytes_reserved > BUDGET_SHARE * self._budget.total_bytes:
             raise NoSharedMemory(problem=f"{region.bytes_reserved} bytes more are over this server's budget")
         try:
@@ -283,6 +320,8 @@ class SharedMemory:
     def _close(self, region: Region) -> None:
         self._regions.pop(region.number, None)
         region.close()
+        if region.memory.on_device and not region.gone.is_set():
+            self._leaving.add(region)
 
     async def _sweep(self) -> None:
         while True:
@@ -321,12 +360,7 @@ class SharedMemory:
             if region is None:
                 return
             region.line = connection
-            fds = region.take_fds()
-            try:
-                socket.send_fds(connection, [b"\0"], fds)
-            finally:
-                for fd in fds:
-                    os.close(fd)
+            region.memory.hand_over(connection)
             await self._serve(connection)
         except (OSError, TimeoutError) as error:
             log.debug("shared memory connection ended: %s", error)

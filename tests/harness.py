@@ -97,9 +97,11 @@ def start_server(data: Path, *options: str, environment: dict[str, str] | None =
 
 
 @contextlib.contextmanager
-def running_server(data: Path, *options: str) -> Iterator[RunningServer]:
+def running_server(
+    data: Path, *options: str, environment: dict[str, str] | None = None
+) -> Iterator[RunningServer]:
     """A server for the length of a block. Its end must be orderly unless the test ended it itself."""
-    server = start_server(data, *options)
+    server = start_server(data, *options, environment=environment)
     try:
         yield server
     finally:

@@ -1,15 +1,20 @@
-"""`pushstep-server` on the model of a CUDA device (see streams.py): whatever it finds wrong, the server's end tells."""
+"""`pushstep-server` on the model of a CUDA device (see streams.py and modelled_driver.py): whatever it finds wrong, the server's end tells."""
 
 from __future__ import annotations
 
+import os
 import sys
+from pathlib import Path
 
+import modelled_driver
 import streams
 
 from pushstep.server.__main__ import main
 
 if __name__ == "__main__":
     faults = streams.install()
+    if modelled_driver.FOLDER in os.environ:
+        modelled_driver.install(Path(os.environ[modelled_driver.FOLDER]))
     main()
     if faults:
         sys.exit(f"the model of a device found: {faults}")

@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import numpy as np
@@ -70,12 +71,17 @@ def live_and_die(address: str, model: str, point: str) -> None:
     time.sleep(5)  # a quick step is over before whoever kills it has woken
 
 
-if __name__ == "__main__":
+def serve(live: Callable[[str, str, str], None]) -> None:
+    """Have a child for each line live, and die."""
     for line in sys.stdin:
         model, point = line.rstrip("\n").split(" ", 1)
         child = os.fork()
         if child == 0:
-            live_and_die(sys.argv[1], model, point)
+            live(sys.argv[1], model, point)
             os._exit(1)
         _, status = os.waitpid(child, 0)
         print(line.rstrip("\n") if os.WIFSIGNALED(status) else f"ended with {status}", flush=True)
+
+
+if __name__ == "__main__":
+    serve(live_and_die)

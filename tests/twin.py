@@ -42,9 +42,9 @@ def loss_of(model: nn.Module, seed: int) -> Tensor:
     """The loss on batch number `seed`; its row ids repeat."""
     generator = torch.Generator().manual_seed(1000 + seed)
     ids = torch.randint(0, ROWS // 2, (6,), generator=generator)
-    dtype = next(model.parameters()).dtype
-    numbers = torch.randn(6, 2, generator=generator).to(dtype)
-    return model(ids, numbers).float().square().mean()
+    like = next(model.parameters())
+    numbers = torch.randn(6, 2, generator=generator).to(like)
+    return model(ids.to(like.device), numbers).float().square().mean()
 
 
 def adadelta(model: nn.Module) -> Adadelta:

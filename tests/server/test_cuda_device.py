@@ -28,6 +28,7 @@ from pushstep.proto.types_pb2 import DType, Identity, Manifest, Parameter, Param
 from pushstep.server import cuda_device, policies
 from pushstep.server.catalog import Catalog
 from pushstep.server.config import Config
+from pushstep.server.host_memory import HostMemory
 from pushstep.server.intake import Intake
 from pushstep.server.model import Model
 from pushstep.server.publish import Published
@@ -131,7 +132,8 @@ class House:
     async def through_region(self) -> bytes:
         """The parameters as a worker on this host reads them."""
         places = Places(LAYOUT, None)
-        region = Region(self.model, self.identity("a"), places, places, self.budget)
+        memory = HostMemory(self.model.device)
+        region = Region(self.model, self.identity("a"), places, places, self.budget, memory)
         self.sequences["a"] -= 1
         region.allocate()
         answer = SharedAnswer(self.model, region, 1, None)
