@@ -2,12 +2,17 @@
 
 A push in doubt is settled by joining again: the new epoch makes sure that the push is not applied from then on, and the
 join brings its receipt if it was decided before. So it is never sent under another epoch while it may have been applied.
+An upload of parameters consumes a sequence as a push does, and is settled as one.
+
+Joining again may also find that the model was restored. Whatever it was that joined, the caller is told of that once, by
+the next step or upload: `_heard` is the timeline that the caller knows of.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -15,11 +20,15 @@ from torch import Tensor
 from pushstep.proto import training_pb2 as pb
 from pushstep.proto.errors import (
     FateUnknown,
+    Fenced,
     ForkedSession,
-    NoAnswer,
+    LeaseExpired,
+    ManifestChanged,
     NotAttached,
+    PushstepError,
     SessionClosed,
-    Unavailable,
+    Superseded,
+    UnknownWorker,
 )
 from pushstep.proto.layout import Layout, Slot, with_group
 from pushstep.proto.types_pb2 import Identity, Manifest
@@ -31,6 +40,7 @@ from .membership import Member, join
 from .policy import Policy, difference, to_wire
 from .receipt import Outcome, Receipt
 from .retry import Retry
+from .sending import Attempts
 from .transport import Transport
 
 
@@ -56,6 +66,7 @@ class Attendance:
         self._pid = os.getpid()
         self._closed = False
         self._member: Member | None = None
+        self._heard = 0
         self._manifest: Manifest | None = None
         self._in_doubt: Identity | None = None
         self._worker_state: bytes | None = None
@@ -97,6 +108,7 @@ class Attendance:
             self._member,
             create,
         )
+        self._heard = self._heard or self._member.timeline
         self._heartbeat.start()
         other = difference(wanted, self._member.policy)
         if other:
@@ -126,9 +138,17 @@ class Attendance:
         return self._member
 
     def adopt(self, message: pb.Membership) -> Member:
-        """Become who an upload's answer says."""
+        """Become who an upload's answer says: who sent it knows the timeline that it made."""
         self._member = Member(message)
+        self._heard = self._member.timeline
         return self._member
+
+    def tell_restore(self) -> bool:
+        """Whether the caller is to be told that the model was restored; asked again, it was."""
+        told = self._member is not None and self._heard != self._member.timeline
+        if told and self._member is not None:
+            self._heard = self._member.timeline
+        return told
 
     # What became of a push.
 
@@ -162,35 +182,66 @@ class Attendance:
 
     def upload_values(self, values: Mapping[tuple[Slot, str], Tensor]) -> int:
         """Send whole parameters by slot as a version of their own; the version."""
-        member = self.member()
-        header, body = uploads.parameters(self.model, member, values)
-        try:
-            answer = self._send((header, body))
-        except (NoAnswer, Unavailable):  # an attempt before the one that was turned away may have arrived
-            self._in_doubt = header.identity
-            raise
-        member.sequence += 1
-        member.version = answer.version
-        return int(answer.version)
+        while True:
+            member = self._member_now()
+            placed = {
+                (member.layout.slot(slot.name, self.model), state): v for (slot, state), v in values.items()
+            }
+            header, body = uploads.parameters(self.model, member, placed)
+            attempts = Attempts(partial(self._transport.upload, header, body))
+            try:
+                answer = self._retry.run(attempts)
+            except (Superseded, LeaseExpired, ManifestChanged, UnknownWorker):
+                settled = self.find_out(header.identity, in_doubt=attempts.in_doubt)
+                if settled is not None:
+                    self.note(settled)
+                    self._member_now()
+                    return settled.version
+            except Fenced as error:
+                if attempts.in_doubt:
+                    raise FateUnknown(sequence=header.identity.sequence, worker=self.worker) from error
+                raise
+            except BaseException as error:
+                if attempts.in_doubt or not isinstance(error, PushstepError):
+                    self._in_doubt = header.identity
+                raise
+            else:
+                member.sequence = header.identity.sequence
+                member.version = answer.version
+                return int(answer.version)
 
     def add_group(self, added: Manifest, values: Mapping[str, Tensor]) -> Member:
         """Add one param group to the model; a group that another worker has added already is joined."""
-        member = self.member()
-        layout = with_group(member.layout, added)
-        answer = self._send(uploads.group(self.model, member, added, layout, values))
+        layout = with_group(self._member_now().layout, added)
+        answer = self._send(lambda member: uploads.group(self.model, member, added, layout, values))
         self._manifest = layout.manifest
         return self.adopt(answer.member)
 
     def replace_state(self, header: pb.UploadHeader, values: Mapping[tuple[Slot, str], Tensor]) -> Member:
         """Replace the optimizer state; `header` lacks only who sends it and what it carries."""
-        return self.adopt(self._send(uploads.state(self.model, self.member(), header, values)).member)
+        answer = self._send(lambda member: uploads.state(self.model, member, header, values))
+        return self.adopt(answer.member)
 
     def upload_extras(self, tensors: Mapping[str, Tensor]) -> None:
         """Send a module's buffers and frozen values, for exports and snapshots. Only the lead's are kept."""
-        self._send(uploads.extras(self.model, self.member(), tensors))
+        upload = uploads.extras(self.model, self.member(), tensors)
+        self._retry.run(partial(self._transport.upload, *upload))
 
-    def _send(self, upload: uploads.Upload) -> pb.UploadResponse:
-        return self._retry.run(lambda: self._transport.upload(*upload))
+    def _send(self, make: Callable[[Member], uploads.Upload]) -> pb.UploadResponse:
+        """Send what `make` makes of the membership, which may have to be joined anew."""
+        while True:
+            upload = make(self._member_now())
+            try:
+                return self._retry.run(partial(self._transport.upload, *upload))
+            except (Superseded, LeaseExpired, UnknownWorker):
+                self.rejoin()
+
+    def _member_now(self) -> Member:
+        """Who this session is, for an upload. Superseded, once, after a restore: what it carries is of before."""
+        heard, member = self._heard, self.member()
+        if self.tell_restore():
+            raise Superseded(model=self.model, timeline=member.timeline, got=heard)
+        return member
 
     # The worker's own bytes.
 

@@ -6,9 +6,12 @@ and then.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Final
 
 from torch import Tensor, nn
+
+from pushstep.proto.errors import PushstepError
 
 from .attendance import Attendance
 from .names import clean
@@ -28,6 +31,11 @@ class Extras:
         """A step was taken."""
         self._steps += 1
         if self._steps % EVERY_STEPS == 0:
+            self.send_if_possible()
+
+    def send_if_possible(self) -> None:
+        """Send them, if nothing is in the way: whatever it is, the next step finds it out and says so."""
+        with contextlib.suppress(PushstepError):
             self.send()
 
     def send(self) -> None:

@@ -20,7 +20,7 @@ from .transport import Pulled
 
 
 class Parameters:
-    """The tensors by name; `at` is the (timeline, version) that they are at, None when they have to come whole."""
+    """The tensors by name; `at` is the (timeline, version) that they are at, None before the first pull."""
 
     def __init__(self, model: str, by_name: Mapping[str, Tensor]) -> None:
         self.at: tuple[int, int] | None = None
@@ -81,10 +81,6 @@ class Parameters:
         """They are at this version as they stand."""
         self.at = (timeline, version)
         self._versions = {name: parameter._version for name, parameter in self._by_name.items()}
-
-    def forget(self) -> None:
-        """Have the next pull bring everything."""
-        self.at = None
 
     @torch.no_grad()
     def take(self, pulled: Pulled) -> None:

@@ -20,6 +20,7 @@ from pushstep.proto import training_pb2 as pb
 from pushstep.proto.errors import (
     CATALOGUE,
     Conflict,
+    FateUnknown,
     Fenced,
     LeaseExpired,
     ManifestChanged,
@@ -144,11 +145,12 @@ class Participant(Attendance):
         """
         member = self.member()
         while True:
-            if held is not None and held[0] < member.timeline:
-                # joined again meanwhile, for whatever reason, and what is held here is of an ended timeline. What is
-                # of a later one than the membership came with a pull: the server tells this push of the restore
+            if self._heard != member.timeline or (held is not None and held[0] < member.timeline):
+                # joined again meanwhile, for whatever reason, and the caller does not know of a restore, or what is
+                # held here is of before it. What is of a later timeline than the membership came with a pull: the
+                # server tells this push of the restore
                 push = member.next_identity()
-                push.timeline = held[0]
+                push.timeline = held[0] if held is not None and held[0] < member.timeline else self._heard
                 return self._told(own_receipt(Outcome.SUPERSEDED, "superseded", push, member.version)), None
             header = self._push_header(member, held, skip)
             if pull:
@@ -168,7 +170,10 @@ class Participant(Attendance):
             try:
                 receipt, pulled = self._retry.run(sending)
             except (Superseded, LeaseExpired, ManifestChanged, UnknownWorker) as error:
-                settled = self.find_out(header.identity, in_doubt=sending.in_doubt)
+                try:
+                    settled = self.find_out(header.identity, in_doubt=sending.in_doubt)
+                except Fenced as fenced:
+                    return self._refused(fenced, header.identity, in_doubt=sending.in_doubt), None
                 if settled is not None:
                     return self._told(settled), None
                 member = self.member()
@@ -245,6 +250,11 @@ class Participant(Attendance):
         if isinstance(error, NoAnswer):
             self._in_doubt = push
             raise error
+        if in_doubt and isinstance(error, Fenced):
+            # who is fenced may not join again to find out
+            self._in_doubt = None
+            self.compression.settle(applied=False)
+            raise FateUnknown(sequence=push.sequence, worker=self.worker) from error
         final = error.consumed or isinstance(error, (Conflict, Fenced))
         if in_doubt and not final:
             # this attempt was refused; one before it, that was not answered, may have been applied
@@ -267,12 +277,14 @@ class Participant(Attendance):
     def _told(self, receipt: Receipt) -> Receipt:
         """Take the receipt of a push that joining again has settled, or that a restore came before.
 
-        Raises what the push was rejected with, and Superseded after a restore, if the session is to raise them.
+        Raises what the push was rejected with, and Superseded after a restore that the caller has not heard of, if the
+        session is to raise them.
         """
         member = self.member()
         self.note(receipt)
         if receipt.timeline != member.timeline:
             self._mirror.forget()
+        if self.tell_restore():
             if self._on_restore == "raise":
                 raise Superseded(model=self.model, timeline=member.timeline, got=receipt.timeline)
             became = "not applied" if receipt.outcome is Outcome.SUPERSEDED else f"{receipt.outcome} before"

@@ -209,12 +209,14 @@ class RemoteOptimizer(torch.optim.Optimizer):
             receipt, pulled = answer()
         except Superseded:
             self._start_over()
-            self._parameters.take(self._session.pull_message(None))
+            self._parameters.take(self._session.pull_message(self._parameters.at))
             raise
         self.last_receipt = receipt
         self._last_state_dict = None
         if pulled is None and receipt.timeline != self._session.member().timeline:
             self._start_over()
+        elif pulled is None and receipt.outcome is Outcome.APPLIED:
+            self._start_over(since)  # joining again has settled it, and brought the groups
         if into_parameters and pulled is not None:
             self._parameters.take(pulled)
         elif into_parameters and receipt.reason != Fenced.code:  # who is fenced is told nothing more
@@ -235,7 +237,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
             self.synchronize()
         except PushstepError as error:
             caller.warn(f"the last step failed: {error.message}")
-        self._extras.send()
+        self._extras.send_if_possible()
 
     @property
     def overlapped_steps(self) -> int:
@@ -257,11 +259,14 @@ class RemoteOptimizer(torch.optim.Optimizer):
             )
         return written
 
-    def _start_over(self) -> None:
-        """Let go of what is of an ended timeline: parameters and hyperparameters are the restored ones."""
-        self._parameters.forget()
-        self._hyperparameters.leads = self._session.member().lead
-        self._hyperparameters.write(self._groups(), self._session.member().groups)
+    def _start_over(self, since: Sequence[Mapping[str, float | bool]] = ()) -> None:
+        """Take the hyperparameters of the membership that was joined anew.
+
+        The parameters are pulled next. Should that fail, they are still known to be of the timeline that they are of.
+        """
+        member = self._session.member()
+        self._hyperparameters.leads = member.lead
+        self._hyperparameters.write(self._groups(), member.groups, since)
 
     def upload(self) -> int:
         """Send the parameters as they are here, as a version of their own; the version."""
@@ -325,8 +330,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         if edited is not None:
             self._parameters.note(member.timeline, member.version)
         else:
-            self._parameters.forget()
-            self._parameters.take(self._session.pull_message(None))
+            self._parameters.take(self._session.pull_message(self._parameters.at))
 
     # A group more.
 

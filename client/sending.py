@@ -1,4 +1,4 @@
-"""One push on its way: sent until it is answered, and with its body no oftener than it takes.
+"""One request on its way: sent until it is answered; a push's body goes no oftener than it takes.
 
 A push that waits for other workers is answered `push_pending` from time to time. If the server holds its body by then,
 the next attempt goes without one and attaches to the push that waits.
@@ -19,8 +19,27 @@ T = TypeVar("T")
 NOTHING: Final = Body((), ())
 
 
-class Sending(Generic[T]):
-    """Call it for one attempt. `send` takes the header and a body; `begun` is a first attempt that is under way."""
+class Attempts(Generic[T]):
+    """Call it for one attempt of `send`."""
+
+    def __init__(self, send: Callable[[], T]) -> None:
+        self._attempt = send
+        # whether an attempt may have been taken although it was not answered with what came of it
+        self.in_doubt = False
+
+    def __call__(self) -> T:
+        """The answer, or the catalogue's error, or TransportFailure."""
+        try:
+            return answered(self._attempt)
+        except ModelFailed:
+            raise  # until a restore, which ends its doubt
+        except (TransportFailure, Broken):
+            self.in_doubt = True
+            raise
+
+
+class Sending(Attempts[T]):
+    """A push's. `send` takes the header and a body; `begun` is a first attempt that is under way."""
 
     def __init__(
         self,
@@ -29,30 +48,27 @@ class Sending(Generic[T]):
         body: Body,
         begun: Callable[[], T] | None = None,
     ) -> None:
+        super().__init__(self._next)
         self._send = send
         self._header = header
         self._body = body
         self._begun = begun
-        # whether an attempt may have been taken although it was not answered with what came of it
-        self.in_doubt = False
+
+    def _next(self) -> T:
+        begun, self._begun = self._begun, None
+        if begun is not None:
+            return begun()
+        return self._send(self._header, NOTHING if self._header.held_digest else self._body)
 
     def __call__(self) -> T:
         """The answer, or the catalogue's error, or TransportFailure."""
         header = self._header
-        begun, self._begun = self._begun, None
         try:
-            if begun is not None:
-                return answered(begun)
-            return answered(lambda: self._send(header, NOTHING if header.held_digest else self._body))
+            return super().__call__()
         except PushPending as error:
             header.held_digest = int(error.fields["digest"])
             self.in_doubt = True
             raise
         except NotHeld:
             header.held_digest = 0
-            raise
-        except ModelFailed:
-            raise  # until a restore, which ends its doubt
-        except (TransportFailure, Broken):
-            self.in_doubt = True
             raise

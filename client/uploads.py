@@ -74,6 +74,7 @@ def state(model: str, member: Member, header: pb.UploadHeader, values: Values) -
     header.model = model
     header.identity.CopyFrom(member.next_identity())
     header.manifest_hash = member.layout.manifest_hash
+    del header.segments[:]  # it may be made again, of another membership
     header.segments.extend(body.segments)
     return header, body
 

@@ -25,6 +25,21 @@ def remove_hook(server: RunningServer, model: str, hook_id: str) -> dict[str, An
     return _answer(server, "DELETE", f"/v1/models/{model}/hooks/{hook_id}", 200)
 
 
+def set_policy(server: RunningServer, model: str, **settings: object) -> dict[str, Any]:
+    """Have pushes applied by another policy, or by other settings of this one; the reply."""
+    return _answer(server, "PATCH", f"/v1/models/{model}/policy", 200, json=settings)
+
+
+def evict(server: RunningServer, model: str, worker: str) -> dict[str, Any]:
+    """Fence a worker; the reply."""
+    return _answer(server, "DELETE", f"/v1/models/{model}/workers/{worker}", 200)
+
+
+def release(server: RunningServer, model: str, worker: str) -> dict[str, Any]:
+    """Let a worker out of quarantine; the reply."""
+    return _answer(server, "POST", f"/v1/models/{model}/workers/{worker}/release", 200)
+
+
 def take_snapshot(server: RunningServer, model: str) -> dict[str, Any]:
     """Take a snapshot; its description."""
     return _answer(server, "POST", f"/v1/models/{model}/snapshots", 201)

@@ -22,7 +22,6 @@ from harness import RunningServer, wait_until
 from operators import restore, show_model, take_snapshot
 
 from pushstep.client import Outcome, Receipt, connect
-from pushstep.proto.errors import Superseded
 
 WORKERS = 4
 MOST_PUSHES = 1000  # of one worker
@@ -217,26 +216,3 @@ def test_a_snapshot_restored_under_four_workers(
     assert restored == [(2, snapshot["version"]), (3, snapshot["version"])]
     joined = [event["by"] for event in events if event["kind"] == "joined" and event["timeline"] > 1]
     assert all(joined.count(f"w{index}") == 2 for index in range(WORKERS))
-
-
-@pytest.mark.parametrize("on_restore", ["continue", "raise"])
-def test_a_step_on_parameters_that_were_pulled_after_the_restore(
-    server: RunningServer, model_name: str, on_restore: str
-) -> None:
-    """What is held is of a later timeline than the membership: one push is told of the restore, the next one applied."""
-    gradient = {"p": np.ones(3, np.float32)}
-    with server.connect(model_name, "w0", on_restore=on_restore) as session:
-        session.create({"p": np.zeros(3, np.float32)}, GROUPS)
-        snapshot = take_snapshot(server, model_name)
-        session.exchange(gradient)
-        restore(server, model_name, snapshot["id"])
-        assert not session.pull()["p"].any()
-        if on_restore == "raise":
-            with pytest.raises(Superseded, match="on timeline 2"):
-                session.exchange(gradient)
-        else:
-            with pytest.warns(RuntimeWarning, match=r"restored to version 0 \(timeline 2\)"):
-                assert session.exchange(gradient)[0].outcome is Outcome.SUPERSEDED
-        receipt, arrays = session.exchange(gradient)
-        assert (receipt.outcome, receipt.timeline, receipt.version) == (Outcome.APPLIED, 2, 1)
-        assert arrays["p"].tolist() == [-0.5] * 3

@@ -86,27 +86,6 @@ def test_a_killed_server_tells_what_it_lost(data: Path, model_name: str) -> None
     assert server.stop() == 0
 
 
-@pytest.mark.parametrize("on_restore", ["continue", "raise"])
-def test_a_snapshot_restored_under_a_worker(server: RunningServer, model_name: str, on_restore: str) -> None:
-    """Its next push is not applied, and it is told: by a warning or, if it asked for that, by an error."""
-    session = server.connect(model_name, on_restore=on_restore)
-    create(session)
-    session.push(grads(0))
-    snapshots = f"/v1/models/{model_name}/snapshots"
-    snapshot = server.rest("POST", snapshots).json()["id"]
-    session.push(grads(1))
-    assert server.rest("POST", f"{snapshots}/{snapshot}/restore").status_code == 200
-    if on_restore == "raise":
-        with pytest.raises(Superseded, match="on timeline 2"):
-            session.push(grads(2))
-    else:
-        with pytest.warns(RuntimeWarning, match="restored to version 1"):
-            assert session.push(grads(2)).outcome is Outcome.SUPERSEDED
-    receipt = session.push(grads(3))
-    assert (receipt.version, receipt.timeline) == (2, 2)
-    assert counts(session, 4) == [1, 0, 0, 1]
-
-
 @pytest.mark.parametrize("interface", ["arrays", "optimizer"])
 def test_after_a_raised_restore_nothing_of_the_old_timeline_is_kept(
     server: RunningServer, model_name: str, interface: str

@@ -14,7 +14,6 @@ import pytest
 import torch
 from counting import counts, create, grads
 from harness import RunningServer, running_server, wait_until
-from operators import restore, take_snapshot
 from proxy import PIECE_BYTES, Proxy
 from twin import Network, Twins, adagrad, backward
 from wire import Wire
@@ -30,7 +29,6 @@ from pushstep.proto.errors import (
     NoAnswer,
     NonfiniteGradient,
     OverBudget,
-    Superseded,
 )
 
 
@@ -318,72 +316,6 @@ def test_a_lost_reply_of_a_takeover(
     heir.close()
 
 
-@pytest.mark.parametrize("on_restore", ["continue", "raise"])
-@pytest.mark.parametrize("held", [True, False])
-def test_a_lost_reply_before_a_restore(
-    server: RunningServer,
-    model_name: str,
-    proxy: Proxy,
-    pool: ThreadPoolExecutor,
-    held: bool,
-    on_restore: str,
-) -> None:
-    """A push that the restored snapshot holds was applied; one that came after it is undone. Either is told."""
-    session = server.connect(model_name, address=proxy.address, on_restore=on_restore)
-    create(session)
-    first = take_snapshot(server, model_name)["id"]
-
-    def restored() -> bool:
-        if version_of(server, model_name) == 0:
-            return False
-        restore(server, model_name, take_snapshot(server, model_name)["id"] if held else first)
-        return True
-
-    def lose() -> Receipt:
-        receipt: Receipt = lose_the_reply(
-            server, proxy, pool, model_name, lambda: session.push(grads(0)), restored
-        )
-        return receipt
-
-    if on_restore == "raise":
-        with pytest.raises(Superseded, match="on timeline 2"):
-            lose()
-    else:
-        with pytest.warns(
-            RuntimeWarning, match=f"was {'applied before' if held else 'not applied'}, going on"
-        ):
-            assert lose() is session.last_receipt
-    receipt = session.last_receipt
-    assert receipt is not None
-    assert (receipt.outcome, receipt.timeline) == (Outcome.APPLIED if held else Outcome.SUPERSEDED, 1)
-    assert (session.push(grads(1)).version, counts(session, 2)) == (held + 1, [held, 1])
-    session.close()
-
-
-def test_a_lost_reply_of_a_step_before_a_restore(
-    server: RunningServer, model_name: str, proxy: Proxy, pool: ThreadPoolExecutor
-) -> None:
-    """The step is in the snapshot: parameters and groups are the restored ones, and it counts."""
-    twins = Twins(server.connect(model_name, address=proxy.address), Network(), adagrad)
-    snapshots = f"/v1/models/{model_name}/snapshots"
-
-    def restored() -> bool:
-        if version_of(server, model_name) == 0:
-            return False
-        snapshot = server.rest("POST", snapshots).json()["id"]
-        server.rest("PATCH", f"/v1/models/{model_name}/param-groups/0", json={"lr": 7.0})
-        return server.rest("POST", f"{snapshots}/{snapshot}/restore").status_code == 200
-
-    backward(twins.model, [twins.remote], 0)
-    backward(twins.local_model, twins.local, 0)
-    with pytest.warns(RuntimeWarning, match="was applied before"):
-        lose_the_reply(server, proxy, pool, model_name, twins.remote.step, restored)
-    twins.local[0].step()
-    twins.check_state()
-    twins.step(1)
-    twins.remote._session.close()
-
-
 # --- an attempt that broke, and a refusal after it
 
 
@@ -512,50 +444,3 @@ def test_a_push_in_doubt_is_settled_by_joining_again(
         assert session.push(grads(1)).version == 2
         assert counts(session, 2) == [1, 1]
         session.close()
-
-
-@pytest.mark.parametrize("on_restore", ["continue", "raise"])
-@pytest.mark.parametrize("held", [True, False])
-def test_a_restore_that_is_found_by_joining_again_is_told(
-    server: RunningServer,
-    model_name: str,
-    proxy: Proxy,
-    pool: ThreadPoolExecutor,
-    held: bool,
-    on_restore: str,
-) -> None:
-    """No answer came before the restore: the next step is told, once, whatever became of the one in doubt."""
-    session = server.connect(
-        model_name, address=proxy.address, shared_memory=False, retry_for_s=0.7, on_restore=on_restore
-    )
-    twins = Twins(session, Network(), adagrad)
-    first = take_snapshot(server, model_name)["id"]
-    backward(twins.model, [twins.remote], 0)
-    backward(twins.local_model, twins.local, 0)
-    proxy.hold("down")
-    stepping = pool.submit(twins.remote.step)
-    wait_until(lambda: version_of(server, model_name) == 1)
-    proxy.refuse()
-    proxy.release()
-    with pytest.raises(NoAnswer):
-        stepping.result(30)
-    restore(server, model_name, take_snapshot(server, model_name)["id"] if held else first)
-    proxy.accept()
-    if held:
-        twins.local[0].step()
-    if on_restore == "raise":
-        with pytest.raises(Superseded, match="on timeline 2"):
-            twins.remote.step()
-    else:
-        with pytest.warns(
-            RuntimeWarning, match=rf"restored to version {int(held)} \(timeline 2\).*not applied"
-        ):
-            twins.remote.step()
-    receipt = session.last_receipt
-    assert receipt is not None
-    assert (receipt.outcome, receipt.timeline) == (Outcome.SUPERSEDED, 1)
-    assert version_of(server, model_name) == held
-    twins.check_state()
-    twins.step(1)
-    twins.check_state()
-    session.close()

@@ -1,0 +1,472 @@
+"""A restore at each point of a step, through each way of stepping: told once, and training goes on from what was restored.
+
+Push number k has the gradient 2**k (see counting.py), so the model says which pushes it is made of. What falls into
+the middle of a step is put where the session waits for its answer: everything on either side of that is the real one.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from counting import counts
+from harness import RunningServer, wait_until
+from operators import patch_group, restore, set_policy, take_snapshot
+
+from pushstep.client import Outcome, Receipt, extras, overlap
+from pushstep.client.retry import TransportFailure
+from pushstep.client.sending import Sending
+from pushstep.optim import Adagrad
+from pushstep.proto import training_pb2 as pb
+from pushstep.proto.errors import NoAnswer, Superseded
+
+NAMES = ("a", "b")
+GROUPS = [{"rule": "adagrad", "params": list(NAMES), "lr": 0.5}]
+WARM_UP = 2  # pushes before the snapshot; overlap learns from them
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "shared": {},
+    "prefetch": {"prefetch": True},
+    "overlap": {"overlap": True},
+}
+INTERFACES = ("push", "exchange", *OPTIMIZERS)
+
+
+@pytest.fixture(autouse=True)
+def leaving(server: RunningServer) -> Iterator[None]:
+    """Sessions end with their test: there are many."""
+    before = len(server.sessions)
+    yield
+    for session in server.sessions[before:]:
+        session.close()
+
+
+@pytest.fixture(autouse=True)
+def small_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Buckets that these small models fill."""
+    monkeypatch.setattr(overlap, "BUCKET_BYTES", 4)
+
+
+class Trainer:
+    """One worker, whichever way it steps."""
+
+    def __init__(
+        self, server: RunningServer, model: str, interface: str, on_restore: str = "continue"
+    ) -> None:
+        self.interface = interface
+        self.session = server.connect(
+            model, shared_memory=interface == "shared", on_restore=on_restore, retry_for_s=20.0
+        )
+        self.receipts: dict[int, Receipt] = {}
+        self.after_backward: Callable[[], object] = lambda: None
+        self._number = 0
+        self._flying: int | None = None
+        if interface in OPTIMIZERS:
+            self.parameters = [torch.nn.Parameter(torch.zeros(3)) for _ in NAMES]
+            self.remote = self.session.attach(
+                Adagrad(self.parameters, lr=0.5), names=NAMES, **OPTIMIZERS[interface]
+            )
+        else:
+            self.session.create({name: np.zeros(3, np.float32) for name in NAMES}, GROUPS)
+
+    def step(self) -> None:
+        """The next push."""
+        number, self._number = self._number, self._number + 1
+        if self.interface not in OPTIMIZERS:
+            self._step_arrays(number)
+            return
+        self.remote.zero_grad()
+        sum((p * 2.0**number).sum() for p in self.parameters).backward()  # type: ignore[union-attr]
+        self._call_once()
+        if self.interface != "prefetch":
+            self.remote.step()
+            self._told(number)
+            return
+        landed, self._flying = self._flying, None
+        self.remote.step()
+        self._told(landed)
+        self._flying = number
+
+    def _call_once(self) -> None:
+        call, self.after_backward = self.after_backward, lambda: None
+        call()
+
+    def _step_arrays(self, number: int) -> None:
+        grads = {name: np.full(3, 2.0**number, np.float32) for name in NAMES}
+        self._call_once()
+        if self.interface == "push":
+            self.receipts[number] = self.session.push(grads)
+        else:
+            self.receipts[number] = self.session.exchange(grads)[0]
+
+    def _told(self, number: int | None) -> None:
+        if number is not None:
+            assert self.remote.last_receipt is not None
+            self.receipts[number] = self.remote.last_receipt
+
+    def land(self) -> None:
+        """Have nothing in flight."""
+        if self.interface == "prefetch":
+            landed, self._flying = self._flying, None
+            self.remote.synchronize()
+            self._told(landed)
+
+    def check(self, server: RunningServer, restored: int) -> None:
+        """What is held here, and what the receipts say, is what the server has: it was restored to version `restored`."""
+        model = self.session.model
+        reader = server.connect(model, "reader")
+        theirs = {name: torch.from_numpy(value) for name, value in reader.pull().items()}
+        if self.interface in OPTIMIZERS:
+            assert all(
+                torch.equal(p.detach(), theirs[n]) for n, p in zip(NAMES, self.parameters, strict=True)
+            )
+            (group,) = server.rest("GET", f"/v1/models/{model}/param-groups").json()["param_groups"]
+            assert self.remote.param_groups[0]["lr"] == group["lr"] == 0.5
+        elif self.interface == "exchange":
+            assert all(torch.equal(torch.from_numpy(v), theirs[n]) for n, v in self.session.pull().items())
+        told = [self.receipts.get(number) for number in range(self._number)]
+        applied = counts(reader, self._number)
+        for receipt, times in zip(told, applied, strict=True):
+            if receipt is None:
+                assert times <= 1
+            else:
+                stands = receipt.timeline == 2 or receipt.version <= restored
+                assert times == (receipt.outcome is Outcome.APPLIED and stands), (told, applied)
+
+
+@dataclass
+class Meeting:
+    """A restore, and the point of a step at which it comes."""
+
+    server: RunningServer
+    trainer: Trainer
+    recent: bool
+    old: dict[str, Any]
+    to: int = 0  # the version that it restored
+    met: bool = False
+
+    def restore(self) -> None:
+        """Restore; to what the model is now, but for the lr, if `recent`."""
+        model, self.met = self.trainer.session.model, True
+        snapshot = take_snapshot(self.server, model) if self.recent else self.old
+        self.to = snapshot["version"]
+        patch_group(self.server, model, 0, lr=7.0)
+        restore(self.server, model, snapshot["id"])
+
+    def put_in(self, patch: pytest.MonkeyPatch, of_push: Callable[[Callable[[], Any]], Any]) -> None:
+        """Have `of_push` make the next push's attempts."""
+        retry = self.trainer.session._retry
+        run = retry.run
+
+        def met(attempt: Callable[[], Any]) -> Any:
+            if isinstance(attempt, Sending) and not self.met:
+                return of_push(lambda: run(attempt))
+            return run(attempt)
+
+        patch.setattr(retry, "run", met)
+
+
+def _no_answer() -> NoAnswer:
+    return NoAnswer(address="here", seconds=0, problem="on purpose")
+
+
+# By name, what happens from a step's beginning to its end; where the restore is.
+
+
+def between_steps(meeting: Meeting, patch: pytest.MonkeyPatch) -> None:
+    meeting.restore()
+
+
+def after_backward(meeting: Meeting, patch: pytest.MonkeyPatch) -> None:
+    meeting.trainer.after_backward = meeting.restore
+
+
+def pulled_meanwhile(meeting: Meeting, patch: pytest.MonkeyPatch) -> None:
+    meeting.restore()
+    meeting.trainer.session.pull()
+
+
+def before_the_push_leaves(meeting: Meeting, patch: pytest.MonkeyPatch) -> None:
+    def push(run: Callable[[], Any]) -> Any:
+        meeting.restore()
+        return run()
+
+    meeting.put_in(patch, push)
+
+
+def answer_is_lost(meeting: Meeting, patch: pytest.MonkeyPatch) -> None:
+    """Applied; the restore comes before it is sent again."""
+    retry = meeting.trainer.session._retry
+    run = retry.run
+
+    def lossy(attempt: Callable[[], Any]) -> Any:
+        if isinstance(attempt, Sending) and not meeting.met:
+            attempt()
+            attempt.in_doubt = True
+            meeting.restore()
+        return run(attempt)
+
+    patch.setattr(retry, "run", lossy)
+
+
+def parameters_are_of_after_it(meeting: Meeting, patch: pytest.MonkeyPatch) -> None:
+    """Applied; the restore comes before the server reads the parameters that it answers with."""
+
+    def push(run: Callable[[], Any]) -> Any:
+        receipt, pulled = run()
+        meeting.restore()
+        if pulled is None or pulled.header.shared:  # in a region they are read before the receipt is sent
+            return receipt, pulled
+        later = meeting.trainer.session.pull_message(None)
+        del later.header.groups[:]
+        later.header.groups.extend(pulled.header.groups)
+        return receipt, later
+
+    meeting.put_in(patch, push)
+
+
+def answer_is_here(meeting: Meeting, patch: pytest.MonkeyPatch) -> None:
+    def push(run: Callable[[], Any]) -> Any:
+        answer = run()
+        meeting.restore()
+        return answer
+
+    meeting.put_in(patch, push)
+
+
+def nobody_answers(meeting: Meeting, patch: pytest.MonkeyPatch) -> None:
+    """Applied; given up before the restore."""
+
+    def push(run: Callable[[], Any]) -> Any:
+        run()
+        meeting.restore()
+        raise _no_answer()
+
+    meeting.put_in(patch, push)
+
+
+def nobody_answers_but_a_pull(meeting: Meeting, patch: pytest.MonkeyPatch) -> None:
+    """What is held is of the later timeline when the push in doubt is settled."""
+    nobody_answers(meeting, patch)
+    with pytest.raises(NoAnswer):
+        meeting.trainer.step()
+        meeting.trainer.land()
+    meeting.trainer.session.pull()
+
+
+def the_pull_after_it_fails(meeting: Meeting, patch: pytest.MonkeyPatch) -> None:
+    """Told; and what is held is what was held before."""
+    meeting.restore()
+    pull, failed = meeting.trainer.session.pull_message, []
+
+    def failing(have: Any) -> Any:
+        if not failed:
+            failed.append(have)
+            raise _no_answer()
+        return pull(have)
+
+    patch.setattr(meeting.trainer.session, "pull_message", failing)
+
+
+def waits_in_a_round(meeting: Meeting, patch: pytest.MonkeyPatch) -> None:
+    server, model = meeting.server, meeting.trainer.session.model
+    server.connect(model, "w1").member()
+    set_policy(server, model, policy="sync", min_workers=2, timeout_s=None)
+
+    def waiting() -> bool:
+        shown = server.rest("GET", f"/v1/models/{model}/workers").json()["workers"]
+        return any(worker["name"] == "w0" and worker["round"] == "present" for worker in shown)
+
+    def push(run: Callable[[], Any]) -> Any:
+        with ThreadPoolExecutor(1) as other:
+            running: Future[Any] = other.submit(run)
+            wait_until(waiting)
+            meeting.restore()
+            set_policy(server, model, policy="async")  # a recent snapshot brings the round back
+            return running.result(30)
+
+    meeting.put_in(patch, push)
+
+
+POINTS = (
+    between_steps,
+    after_backward,
+    pulled_meanwhile,
+    before_the_push_leaves,
+    answer_is_lost,
+    parameters_are_of_after_it,
+    answer_is_here,
+    nobody_answers,
+    nobody_answers_but_a_pull,
+    the_pull_after_it_fails,
+    waits_in_a_round,
+)
+Point = Callable[[Meeting, pytest.MonkeyPatch], None]
+
+
+def met(
+    server: RunningServer, trainer: Trainer, point: Point, patch: pytest.MonkeyPatch, *, recent: bool
+) -> list[str]:
+    """Step over a restore until two steps in a row were applied behind it; what was said of it."""
+    for _ in range(WARM_UP):
+        trainer.step()
+    trainer.land()
+    meeting = Meeting(server, trainer, recent, take_snapshot(server, trainer.session.model))
+    said: list[str] = []
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        point(meeting, patch)
+        for _ in range(6):
+            try:
+                trainer.step()
+            except Superseded as error:
+                said.append(error.message)
+            except NoAnswer:
+                continue
+        trainer.land()
+    assert meeting.met
+    trainer.check(server, meeting.to)
+    last = [trainer.receipts[number] for number in sorted(trainer.receipts)[-2:]]
+    assert [(r.outcome, r.timeline) for r in last] == [(Outcome.APPLIED, 2)] * 2
+    # what was computed on the ended timeline is not applied: one push, or with prefetch the one in flight, too
+    superseded = [r for r in trainer.receipts.values() if r.outcome is Outcome.SUPERSEDED]
+    assert len(superseded) <= (2 if trainer.interface == "prefetch" else 1)
+    return said + [str(warning.message) for warning in warned]
+
+
+# what the restore brings back matters where the push was applied before it
+CASES = [(point, False) for point in POINTS] + [
+    (point, True) for point in (answer_is_lost, parameters_are_of_after_it, nobody_answers)
+]
+
+
+@pytest.mark.parametrize(
+    ("point", "recent"), CASES, ids=lambda given: given.__name__ if callable(given) else "recent" * given
+)
+@pytest.mark.parametrize("interface", INTERFACES)
+def test_a_restore_is_told_once(
+    server: RunningServer,
+    model_name: str,
+    interface: str,
+    point: Point,
+    recent: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trainer = Trainer(server, model_name, interface)
+    (said,) = met(server, trainer, point, monkeypatch, recent=recent)
+    held = recent and point is answer_is_lost
+    assert re.search(
+        rf"\(timeline 2\); this step was {'applied before' if held else 'not applied'}, going on", said
+    )
+
+
+@pytest.mark.parametrize("point", [between_steps, answer_is_lost, nobody_answers], ids=lambda p: p.__name__)
+@pytest.mark.parametrize("recent", [False, True], ids=["old", "recent"])
+@pytest.mark.parametrize("interface", ["push", "plain", "prefetch"])
+def test_a_restore_is_told_once_by_an_error(
+    server: RunningServer,
+    model_name: str,
+    interface: str,
+    point: Point,
+    recent: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trainer = Trainer(server, model_name, interface, on_restore="raise")
+    (said,) = met(server, trainer, point, monkeypatch, recent=recent)
+    assert "is on timeline 2 since a restore" in said
+
+
+@pytest.mark.parametrize("what", ["lease", "old", "recent"])
+def test_an_upload_whose_answer_was_lost_is_settled(
+    server: RunningServer, model_name: str, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """Before it is sent again the lease ends, or a restore comes: its receipt is not the next push's."""
+    trainer = Trainer(server, model_name, "push")
+    session = trainer.session
+    trainer.step()
+    meeting = Meeting(server, trainer, what == "recent", take_snapshot(server, model_name))
+    upload = session._transport.upload
+
+    def lossy(*sent: Any) -> Any:
+        monkeypatch.undo()
+        upload(*sent)
+        if what == "lease":
+            session._transport.leave(pb.LeaveRequest(model=model_name, identity=session.member().identity()))
+        else:
+            meeting.restore()
+        raise TransportFailure("lost on purpose")
+
+    monkeypatch.setattr(session._transport, "upload", lossy)
+    values = {name: np.full(3, 8, np.float32) for name in NAMES}
+    if what == "lease":
+        assert session.upload(values) == 2
+    else:
+        with pytest.raises(Superseded, match="on timeline 2"):
+            session.upload(values)
+    trainer.step()
+    receipt = trainer.receipts[1]
+    expected = {"lease": (1, 3), "old": (2, 2), "recent": (2, 3)}[what]
+    assert (receipt.outcome, receipt.timeline, receipt.version) == (Outcome.APPLIED, *expected)
+    assert counts(session, 2) == [1, 1]
+    assert bool((server.connect(model_name, "reader").pull()["a"] > 4).all()) == (what != "old")
+
+
+def test_an_upload_after_a_restore_is_told_once(server: RunningServer, model_name: str) -> None:
+    """By its error; then uploads and steps go on in the new timeline."""
+    trainer = Trainer(server, model_name, "push")
+    snapshot = take_snapshot(server, model_name)["id"]
+    restore(server, model_name, snapshot)
+    values = {name: np.zeros(3, np.float32) for name in NAMES}
+    with pytest.raises(Superseded, match="on timeline 2"):
+        trainer.session.upload(values)
+    assert trainer.session.upload(values) == 1
+    trainer.step()
+    assert (trainer.receipts[0].outcome, trainer.receipts[0].version) == (Outcome.APPLIED, 2)
+
+
+def test_loading_a_state_after_a_restore_is_told_once(server: RunningServer, model_name: str) -> None:
+    trainer = Trainer(server, model_name, "plain")
+    trainer.step()
+    state = trainer.remote.state_dict()
+    trainer.step()
+    restore(server, model_name, take_snapshot(server, model_name)["id"])
+    with pytest.raises(Superseded, match="on timeline 2"):
+        trainer.remote.load_state_dict(state)
+    trainer.remote.load_state_dict(state)
+    assert trainer.session.member().timeline == 3
+    trainer.step()
+    trainer.step()
+    assert [trainer.receipts[n].outcome for n in (2, 3)] == [Outcome.APPLIED] * 2
+
+
+def test_buffers_that_meet_a_restore_fail_no_step(
+    server: RunningServer, model_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(extras, "EVERY_STEPS", 1)
+    module = torch.nn.BatchNorm1d(3)
+    session = server.connect(model_name)
+    remote = session.attach(Adagrad(module.parameters(), lr=0.5), module=module)
+    snapshot = take_snapshot(server, model_name)["id"]
+    run = session._retry.run
+
+    def restored(attempt: Callable[[], Any]) -> Any:
+        answer = run(attempt)
+        if isinstance(attempt, Sending):
+            monkeypatch.undo()
+            restore(server, model_name, snapshot)
+        return answer
+
+    monkeypatch.setattr(session._retry, "run", restored)
+    module(torch.randn(4, 3)).sum().backward()
+    remote.step()
+    assert remote.last_receipt is not None
+    assert remote.last_receipt.outcome is Outcome.APPLIED
+    with pytest.warns(RuntimeWarning, match="restored to version 0"):
+        remote.step()
