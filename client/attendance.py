@@ -11,6 +11,7 @@ the next step or upload: `_heard` is the timeline that the caller knows of.
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -24,10 +25,12 @@ from pushstep.proto.errors import (
     ForkedSession,
     LeaseExpired,
     ManifestChanged,
+    NoAnswer,
     NotAttached,
     PushstepError,
     SessionClosed,
     Superseded,
+    Unavailable,
     UnknownWorker,
 )
 from pushstep.proto.layout import Layout, Slot, with_group
@@ -67,6 +70,8 @@ class Attendance:
         self._closed = False
         self._member: Member | None = None
         self._heard = 0
+        # of the join that was not answered: sent once more it must not fence what came of the first
+        self._joining = 0
         self._manifest: Manifest | None = None
         self._in_doubt: Identity | None = None
         self._worker_state: bytes | None = None
@@ -98,25 +103,44 @@ class Attendance:
             header.policy = wanted
             return self._transport.upload(header, body).member
 
-        self._member, created = join(
-            self._transport,
-            self._retry,
-            self.model,
-            self.worker,
-            manifest,
-            self._takeover,
-            self._member,
-            create,
-        )
-        self._heard = self._heard or self._member.timeline
+        created = self._join(manifest, create, takeover=self._takeover)
+        member = self._joined()
+        self._heard = self._heard or member.timeline
         self._heartbeat.start()
-        other = difference(wanted, self._member.policy)
+        other = difference(wanted, member.policy)
         if other:
             caller.warn(f"model {self.model!r} has a policy of its own ({other}); the server's holds")
         return created
 
+    def _join(
+        self,
+        manifest: Manifest | None,
+        create: Callable[[pb.CreationTicket], pb.Membership] | None = None,
+        *,
+        takeover: bool = False,
+    ) -> bool:
+        self._joining = self._joining or secrets.randbits(63) + 1
+        try:
+            self._member, created = join(
+                self._transport,
+                self._retry,
+                self.model,
+                self.worker,
+                manifest,
+                takeover,
+                self._joining,
+                self._member,
+                create,
+            )
+        except PushstepError as error:
+            if not isinstance(error, (NoAnswer, Unavailable)):
+                self._joining = 0
+            raise
+        self._joining = 0
+        return created
+
     def member(self) -> Member:
-        """Who this session is in the model; joins it if it has not yet, and settles what is in doubt."""
+        """Who this session is in the model; joins it if it has not yet, and settles what is in doubt, joins too."""
         self._check_usable()
         if self._member is None:
             self.join_or_create(None, None)
@@ -124,17 +148,19 @@ class Attendance:
             settled = self.find_out(self._in_doubt)
             if settled is not None:
                 self.note(settled)
-        if self._member is None:
-            raise NotAttached(problem="the session has not joined")
-        return self._member
+        elif self._joining:  # it may have been taken, which ended the epoch that this session knows of
+            self.rejoin()
+        return self._joined()
 
     def rejoin(self) -> Member:
         """Join again: after a restore, a lease that ran out, or a changed manifest."""
-        old = self._member
-        self._member, _ = join(
-            self._transport, self._retry, self.model, self.worker, self._manifest, False, old, None
-        )
+        self._join(self._manifest)
         self._worker_state_due = self._worker_state is not None
+        return self._joined()
+
+    def _joined(self) -> Member:
+        if self._member is None:
+            raise NotAttached(problem="the session has not joined")
         return self._member
 
     def adopt(self, message: pb.Membership) -> Member:
@@ -145,9 +171,8 @@ class Attendance:
 
     def tell_restore(self) -> bool:
         """Whether the caller is to be told that the model was restored; asked again, it was."""
-        told = self._member is not None and self._heard != self._member.timeline
-        if told and self._member is not None:
-            self._heard = self._member.timeline
+        told = self._heard != self._joined().timeline
+        self._heard = self._joined().timeline
         return told
 
     # What became of a push.

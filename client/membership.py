@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections.abc import Callable
 
@@ -67,16 +66,17 @@ def join(
     worker: str,
     manifest: Manifest | None,
     takeover: bool,
+    attempt: int,
     old: Member | None,
     create: Callable[[pb.CreationTicket], pb.Membership] | None,
 ) -> tuple[Member, bool]:
     """Become a member, and whether that created the model.
 
-    Waits out a live lease under this name and another worker's creation, within the retry time. `old` is the
-    session's own earlier membership: it may join over itself, and is told if the model is no longer the one it was.
+    Waits out a live lease under this name and another worker's creation, within the retry time. `attempt` is this
+    join's number, the same until it is answered: a copy of it that was on its way for long must not take over from what
+    came of the others. `old` is the session's own earlier membership: it may join over itself, and is told if the model
+    is no longer the one it was.
     """
-    # a number of its own: a copy of it that was on its way for long must not take over from what came of the others
-    attempt = secrets.randbits(63) + 1
     request = pb.JoinRequest(model=model, worker=worker, takeover=takeover, attempt=attempt)
     if manifest is not None:
         request.manifest.CopyFrom(manifest)

@@ -159,15 +159,15 @@ class Judge:
     # Events of members and of time.
 
     def join(
-        self, name: str, now_s: float, takeover: bool, attempt: int = 0
+        self, name: str, now_s: float, takeover: bool, attempt: int = 0, old_epoch: int = 0
     ) -> tuple[Worker, list[Decision]]:
         """Open the next epoch under a name; what the last one left undecided is never applied. AlreadyJoined.
 
-        An `attempt` that has come before changes nothing.
+        An `attempt` that has come before changes nothing. `old_epoch`: the caller's, which joins over itself.
         """
         known = self.sessions.workers.get(name)
         epoch, left = (0, []) if known is None else (known.epoch, list(known.held.values()))
-        worker = self.sessions.join(name, now_s, takeover, attempt)
+        worker = self.sessions.join(name, now_s, takeover, attempt, old_epoch)
         if worker.epoch != epoch:
             why = "another session joined under this name"
             self.docket.drop(left, lambda c: Fenced(worker=name, epoch=c.identity.epoch, why=why))

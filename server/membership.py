@@ -43,10 +43,10 @@ def join(catalog: Catalog, request: JoinRequest) -> JoinResponse:
     if request.HasField("manifest"):
         _check_same(model, request.manifest)
     known = model.sessions.workers.get(request.worker)
-    itself = known is not None and request.epoch == known.epoch and request.model_uid == model.uid
     model.require_room_for(request.worker)
     epoch = known.epoch if known is not None else 0
-    worker, decisions = model.judge.join(request.worker, now_s, request.takeover or itself, request.attempt)
+    old_epoch = request.epoch if request.model_uid == model.uid else 0
+    worker, decisions = model.judge.join(request.worker, now_s, request.takeover, request.attempt, old_epoch)
     if worker.epoch != epoch:
         model.record("joined", worker.name, epoch=worker.epoch)
     model.executor.carry_out(decisions)

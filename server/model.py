@@ -211,6 +211,7 @@ class Model:
         """
         self.failed = None
         self.stepped.clear()
+        self.replaced_by = None  # what it replaced is undone
         self.extras = copy.extras
         if saved is not None:
             revisions = [group.revision for group in self.groups.list]

@@ -44,10 +44,11 @@ class Sessions:
         self._joins = 0
         self._lead: Worker | None = None
 
-    def join(self, name: str, now_s: float, takeover: bool, attempt: int = 0) -> Worker:
+    def join(self, name: str, now_s: float, takeover: bool, attempt: int = 0, old_epoch: int = 0) -> Worker:
         """Open the next epoch under a name. AlreadyJoined while another holds it, unless taken over.
 
-        An `attempt` that has come before opens none: it has its epoch, or is Fenced if that is over.
+        An `attempt` that has come before opens none: it has its epoch, or is Fenced if that is over. `old_epoch`: the
+        caller's, if it joins again; Fenced if it was evicted, or another session has joined under the name since.
         """
         self.expire(now_s)
         worker = self.workers.get(name)
@@ -58,10 +59,12 @@ class Sessions:
                 worker.forgotten = self.forgotten_epoch, LAST_SEQUENCE
         elif attempt and attempt in worker.attempts:
             return self._joined_before(worker, attempt, now_s)
-        if worker.state is WorkerState.LIVE and not takeover:
+        itself = self._is_itself(worker, old_epoch)
+        if worker.state is WorkerState.LIVE and not (takeover or itself):
             left_s = round(worker.lease_until_s - now_s, 3)
             raise AlreadyJoined(worker=name, retry_after_s=max(left_s, 0.001))
         worker.epoch += 1
+        worker.since = worker.since if itself else worker.epoch
         worker.attempts.append(attempt)
         worker.sequence = 0
         worker.held, worker.coming = {}, {}
@@ -72,6 +75,16 @@ class Sessions:
             self._lead = None  # it joined anew, behind the others
         self._touch(worker, now_s)
         return worker
+
+    def _is_itself(self, worker: Worker, old_epoch: int) -> bool:
+        """Whether the caller, who had `old_epoch`, has the name still. A restore does not lift a fence."""
+        if not 0 < old_epoch <= worker.epoch:
+            return False
+        if old_epoch < worker.since:
+            raise Fenced(worker=worker.name, epoch=old_epoch, why="another session joined under this name")
+        if worker.state is WorkerState.EVICTED:
+            raise Fenced(worker=worker.name, epoch=old_epoch, why="evicted by an operator")
+        return True
 
     def _joined_before(self, worker: Worker, attempt: int, now_s: float) -> Worker:
         if attempt != worker.attempts[-1]:
@@ -211,6 +224,7 @@ class Sessions:
                 "quarantined": worker.quarantined,
                 "attempts": list(worker.attempts),
                 "forgotten": list(worker.forgotten),
+                "since": worker.since,
                 "worker_state": worker.worker_state.hex(),
                 "verdicts": [
                     {
@@ -241,8 +255,9 @@ class Sessions:
                 worker_state=bytes.fromhex(entry["worker_state"]),
                 refused_in_row=entry["refused_in_row"],
                 quarantined=entry["quarantined"],
+                since=entry.get("since", 0),
             )
-            # snapshots of before these were kept have neither
+            # snapshots of before these were kept have none of them
             worker.attempts.extend(entry.get("attempts", ()))
             epoch, sequence = entry.get("forgotten", (0, 0))
             worker.forgotten = (epoch, sequence)

@@ -203,11 +203,12 @@ class Upload:
         await self._catalog.replace(model, copy, None, header.identity.worker)
         model.groups.write(planned)
         model.replaced_by = header.identity
-        self._join(model, header.identity.worker)
+        self._join(model, header.identity.worker, old_epoch=header.identity.epoch)
         return self._joined(model)
 
-    def _join(self, model: Model, worker: str, attempt: int = 0) -> None:
-        _, decisions = model.judge.join(worker, time.monotonic(), takeover=True, attempt=attempt)
+    def _join(self, model: Model, worker: str, attempt: int = 0, old_epoch: int = 0) -> None:
+        now_s = time.monotonic()
+        _, decisions = model.judge.join(worker, now_s, takeover=True, attempt=attempt, old_epoch=old_epoch)
         model.executor.carry_out(decisions)
 
     def _joined(self, model: Model) -> UploadResponse:

@@ -64,6 +64,8 @@ class Worker:
     attempts: deque[int] = field(default_factory=lambda: deque(maxlen=JOINS_KEPT))
     # (epoch, sequence) of the last push whose receipt is not kept any more
     forgotten: tuple[int, int] = (0, 0)
+    # the first epoch of the session that has the name: it may join over itself, who had the name before may not
+    since: int = 0
 
     @property
     def told_version(self) -> int:

@@ -18,14 +18,14 @@ import pytest
 import torch
 from counting import counts
 from harness import RunningServer, wait_until
-from operators import patch_group, restore, set_policy, take_snapshot
+from operators import evict, patch_group, restore, set_policy, take_snapshot
 
 from pushstep.client import Outcome, Receipt, extras, overlap
 from pushstep.client.retry import TransportFailure
 from pushstep.client.sending import Sending
 from pushstep.optim import Adagrad
 from pushstep.proto import training_pb2 as pb
-from pushstep.proto.errors import NoAnswer, Superseded
+from pushstep.proto.errors import Fenced, NoAnswer, Superseded
 
 NAMES = ("a", "b")
 GROUPS = [{"rule": "adagrad", "params": list(NAMES), "lr": 0.5}]
@@ -470,3 +470,47 @@ def test_buffers_that_meet_a_restore_fail_no_step(
     assert remote.last_receipt.outcome is Outcome.APPLIED
     with pytest.warns(RuntimeWarning, match="restored to version 0"):
         remote.step()
+
+
+@pytest.mark.parametrize("why", ["evicted", "another session joined"])
+def test_a_restore_lifts_no_fence(server: RunningServer, model_name: str, why: str) -> None:
+    """Who was fenced, and has not noticed yet, does not come back by joining again."""
+    trainer = Trainer(server, model_name, "push")
+    trainer.step()
+    heir = server.connect(model_name, takeover=why != "evicted")
+    if why == "evicted":
+        evict(server, model_name, "w0")
+    else:
+        heir.member()
+    restore(server, model_name, take_snapshot(server, model_name)["id"])
+    for _ in range(2):
+        with pytest.raises(Fenced, match=why):
+            trainer.step()
+    if why != "evicted":
+        with pytest.warns(RuntimeWarning, match="restored to version 1"):
+            heir.push({name: np.ones(3, np.float32) for name in NAMES})
+    # by hand it may
+    receipt = heir.push({name: np.ones(3, np.float32) for name in NAMES})
+    assert (receipt.outcome, receipt.version) == (Outcome.APPLIED, 2)
+
+
+def test_joining_again_whose_answer_was_lost_is_the_same_join(
+    server: RunningServer, model_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Given up, and asked for once more at the next step: it has its epoch already, and waits for no lease."""
+    trainer = Trainer(server, model_name, "push")
+    trainer.step()
+    transport = trainer.session._transport
+    transport.leave(pb.LeaveRequest(model=model_name, identity=trainer.session.member().identity()))
+    join = transport.join
+
+    def lossy(request: pb.JoinRequest) -> Any:
+        join(request)
+        monkeypatch.undo()
+        raise _no_answer()
+
+    monkeypatch.setattr(transport, "join", lossy)
+    with pytest.raises(NoAnswer):
+        trainer.step()
+    trainer.step()
+    assert (trainer.receipts[2].epoch, trainer.receipts[2].version) == (2, 2)

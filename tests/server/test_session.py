@@ -109,6 +109,29 @@ def test_evicted_is_fenced_until_it_joins_by_hand(sessions: Sessions) -> None:
         sessions.evict("nobody")
 
 
+def test_a_session_joins_over_itself_until_it_is_fenced(sessions: Sessions) -> None:
+    """Closing the epochs, as a restore does, lifts no fence; nor does the disk."""
+    sessions.join("w", 0, takeover=False)
+    assert sessions.join("w", 1, takeover=False, old_epoch=1).epoch == 2
+    assert (
+        sessions.join("w", 1, takeover=False, old_epoch=1).epoch == 3
+    )  # of which it was not told of the second
+    assert sessions.join("w", 2, takeover=True).epoch == 4
+    sessions.close_epochs()
+    kept = Sessions(LEASE_S, 100)
+    kept.parse(json.loads(json.dumps(sessions.dump())), 3)
+    for table in (sessions, kept):
+        for old_epoch in (1, 2, 3):
+            with pytest.raises(Fenced, match="another session joined"):
+                table.join("w", 3, takeover=True, old_epoch=old_epoch)
+        assert table.join("w", 4, takeover=False, old_epoch=4).epoch == 5
+        table.evict("w")
+        table.close_epochs()
+        with pytest.raises(Fenced, match="evicted"):
+            table.join("w", 5, takeover=True, old_epoch=5)
+        assert table.join("w", 6, takeover=False).epoch == 6
+
+
 def test_strangers_are_unknown(sessions: Sessions) -> None:
     worker = sessions.join("w", 0, takeover=False)
     for stranger in (identity("nobody"), identity(worker, epoch=2), identity(worker, epoch=2**64 - 1)):
@@ -283,7 +306,7 @@ def test_the_table_survives_as_json(sessions: Sessions) -> None:
     sessions.evict("b")
     earlier = json.loads(json.dumps(sessions.dump()))
     for entry in earlier:  # written before these were kept
-        del entry["attempts"], entry["forgotten"]
+        del entry["attempts"], entry["forgotten"], entry["since"]
     kept = Sessions(LEASE_S, 100)
     kept.parse(earlier, 1000)
     assert [len(worker.verdicts) for worker in kept.workers.values()] == [8, 1]

@@ -119,6 +119,7 @@ class House:
         if not orderly:
             self.ledger.go_back(kept.copy.lineage_here, self.timeline)
             self.judge.sessions.close_epochs()
+            self.witness.fenced.clear()  # what it held of that may be lost
         self.witness.goes_back(kept.books, self.timeline)
         self.arenas.load(kept.copy, self.timeline)
 

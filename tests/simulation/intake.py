@@ -86,17 +86,15 @@ class Intake:
         attempt: int,
         reply: Callable[[Joined | PushstepError], None],
     ) -> None:
-        """As membership.py: who holds the name's epoch may join over itself."""
+        """As membership.py: who has the name may join over itself."""
         house = self._house
-        known = house.judge.sessions.workers.get(name)
-        itself = known is not None and known.epoch == epoch
         try:
-            worker, decisions = house.judge.join(name, house.agenda.now_s, takeover or itself, attempt)
+            worker, decisions = house.judge.join(name, house.agenda.now_s, takeover, attempt, epoch or 0)
         except (AlreadyJoined, Fenced) as error:
             reply(error)
             return
         house.witness.heard(name)
-        house.witness.joined(worker, attempt)
+        house.witness.joined(worker, attempt, epoch or 0)
         house.executor.carry_out(decisions)
         identity = Identity(
             model_uid=house.judge.uid, timeline=house.timeline, worker=name, epoch=worker.epoch

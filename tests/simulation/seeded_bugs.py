@@ -207,8 +207,10 @@ def receipts_are_forgotten(patch: Patch) -> None:
     """A join does not bring the receipts of the epochs before: what was applied is pushed again."""
     join = Sessions.join
 
-    def emptied(self: Sessions, name: str, now_s: float, takeover: bool, attempt: int) -> Worker:
-        worker = join(self, name, now_s, takeover, attempt)
+    def emptied(
+        self: Sessions, name: str, now_s: float, takeover: bool, attempt: int, old_epoch: int
+    ) -> Worker:
+        worker = join(self, name, now_s, takeover, attempt, old_epoch)
         worker.verdicts.clear()
         return worker
 
@@ -230,8 +232,17 @@ def joins_are_not_recognised(patch: Patch) -> None:
     """A copy of a join that comes late is a join of its own, and fences what came of the first one."""
     join = Sessions.join
     patch.setattr(
-        Sessions, "join", lambda self, name, now_s, takeover, attempt: join(self, name, now_s, takeover)
+        Sessions,
+        "join",
+        lambda self, name, now_s, takeover, attempt, old_epoch: join(
+            self, name, now_s, takeover, 0, old_epoch
+        ),
     )
+
+
+def restores_lift_fences(patch: Patch) -> None:
+    """Whoever is told to join again after a restore may, fenced or not."""
+    patch.setattr(Sessions, "_is_itself", lambda self, worker, old_epoch: old_epoch == worker.epoch)
 
 
 def restores_undo_everything(patch: Patch) -> None:
@@ -307,6 +318,7 @@ BUGS: Final = (
     Bug(left_behind_stays, "is let in, its epoch is over|is let in after its eviction", ("chaos",)),
     Bug(receipts_are_forgotten, "its worker is not told", ("chaos",)),
     Bug(epochs_begin_again, "epoch .* came again|two pushes have one identity", ("chaos",)),
+    Bug(restores_lift_fences, "is fenced and has joined again", ("chaos",)),
     Bug(joins_are_not_recognised, "join came again and got another epoch", ("chaos",)),
     Bug(restores_undo_everything, "is told", ("chaos",)),
     Bug(restores_undo_nothing, "is told", ("chaos",)),

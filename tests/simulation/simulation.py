@@ -141,6 +141,7 @@ class Simulation:
         worker = self.house.judge.sessions.workers.get(name)
         if worker is not None:
             self.house.witness.evicted.add((self.house.timeline, name, worker.epoch))
+            self.house.witness.fenced.add((name, worker.epoch))
             self.house.executor.carry_out(self.house.judge.evicted(name, self.agenda.now_s))
 
     def release(self, name: str) -> None:

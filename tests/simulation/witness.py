@@ -72,6 +72,8 @@ class Witness:
         # epochs, by the number of the join that got them on a timeline; and each name's newest
         self._attempts: dict[tuple[int, int], int] = {}
         self._newest: dict[tuple[int, str], int] = {}
+        # the epochs of sessions that were evicted, or whose name another one has taken
+        self.fenced: set[tuple[str, int]] = set()
 
     def attend(self, judge: Judge) -> None:
         """Watch a server process from its start."""
@@ -94,8 +96,8 @@ class Witness:
         """A push has come whole."""
         require(self.intents.setdefault(key_of(identity), intent) is intent, "two pushes have one identity")
 
-    def joined(self, worker: Worker, attempt: int) -> None:
-        """A membership was handed out."""
+    def joined(self, worker: Worker, attempt: int, old_epoch: int) -> None:
+        """A membership was handed out; to a session that had `old_epoch`, if it had one."""
         got = self._attempts.get((self.timeline, attempt), 0)
         if got and (got, LAST_SEQUENCE) > worker.forgotten:  # or it was forgotten whole, this join too
             require(got == worker.epoch, f"{worker.name}'s join came again and got another epoch")
@@ -104,6 +106,11 @@ class Witness:
         newest = self._newest.get((self.timeline, worker.name), 0)
         require(worker.epoch > newest, f"{worker.name}'s epoch {worker.epoch} came again")
         self._newest[self.timeline, worker.name] = worker.epoch
+        if (old_epoch, LAST_SEQUENCE) > worker.forgotten:
+            back = (worker.name, old_epoch) in self.fenced
+            require(not back, f"{worker.name} is fenced and has joined again")
+        if not old_epoch:
+            self.fenced |= {(worker.name, epoch) for epoch in range(1, worker.epoch)}
         self._joins += 1
         self.join_order[worker.name] = self._joins
         self.epochs[worker.name] = worker.epoch
