@@ -50,6 +50,23 @@ def restore(server: RunningServer, model: str, snapshot: str) -> dict[str, Any]:
     return _answer(server, "POST", f"/v1/models/{model}/snapshots/{snapshot}/restore", 200)
 
 
+def delete_snapshot(server: RunningServer, model: str, snapshot: str) -> None:
+    """Delete a snapshot."""
+    answer = server.rest("DELETE", f"/v1/models/{model}/snapshots/{snapshot}")
+    assert answer.status_code == 204, answer.text
+
+
+def set_gate(server: RunningServer, model: str, **settings: object) -> dict[str, Any]:
+    """Let other pushes in; the reply."""
+    return _answer(server, "PATCH", f"/v1/models/{model}/gate", 200, json=settings)
+
+
+def show_worker(server: RunningServer, model: str, worker: str) -> dict[str, Any]:
+    """One worker, as an operator sees it."""
+    workers = _answer(server, "GET", f"/v1/models/{model}/workers", 200)["workers"]
+    return next(shown for shown in workers if shown["name"] == worker)
+
+
 def show_model(server: RunningServer, model: str) -> dict[str, Any]:
     """A model in numbers."""
     return _answer(server, "GET", f"/v1/models/{model}", 200)

@@ -21,7 +21,8 @@ from pathlib import Path
 import pytest
 import torch
 from faulty_worker import SHARED, gradient, model_of
-from harness import RunningServer, start_server
+from harness import RunningServer
+from host import Host, hosted
 from proxy import Proxy
 
 from pushstep.client import connect
@@ -31,32 +32,6 @@ SESSIONS_EACH = 12
 PROCESSES = 2
 SESSIONS = SESSIONS_EACH * PROCESSES
 WORKER = Path(__file__).with_name("faulty_worker.py")
-
-
-class Host:
-    """One server process after the other, on the same data, ports and model."""
-
-    def __init__(self, data: Path) -> None:
-        self._data = data
-        self.server = start_server(data, "--lease-s", "2")
-        self.restarts = 0
-
-    def restart(self) -> None:
-        """SIGTERM, and another."""
-        where = ("--grpc", self.server.grpc, "--http", self.server.http)
-        assert self.server.stop() == 0
-        self.server = start_server(self._data, "--lease-s", "2", *where)
-        self.restarts += 1
-
-
-@contextmanager
-def hosted(data: Path) -> Iterator[Host]:
-    host = Host(data)
-    try:
-        yield host
-    finally:
-        if host.server.process.poll() is None:
-            assert host.server.stop() == 0
 
 
 class Crew:

@@ -19,6 +19,7 @@ import torch
 from counting import counts
 from harness import RunningServer, wait_until
 from operators import evict, patch_group, restore, set_policy, take_snapshot
+from simulation.seeded_bugs import Bug, found_by
 
 from pushstep.client import Outcome, Receipt, extras, overlap
 from pushstep.client.retry import TransportFailure
@@ -313,7 +314,7 @@ Point = Callable[[Meeting, pytest.MonkeyPatch], None]
 
 def met(
     server: RunningServer, trainer: Trainer, point: Point, patch: pytest.MonkeyPatch, *, recent: bool
-) -> list[str]:
+) -> str:
     """Step over a restore until two steps in a row were applied behind it; what was said of it."""
     for _ in range(WARM_UP):
         trainer.step()
@@ -334,11 +335,14 @@ def met(
     assert meeting.met
     trainer.check(server, meeting.to)
     last = [trainer.receipts[number] for number in sorted(trainer.receipts)[-2:]]
-    assert [(r.outcome, r.timeline) for r in last] == [(Outcome.APPLIED, 2)] * 2
+    goes_on = [(r.outcome, r.timeline) for r in last] == [(Outcome.APPLIED, 2)] * 2
+    assert goes_on, f"the last steps are not applied: {last}"
     # what was computed on the ended timeline is not applied: one push, or with prefetch the one in flight, too
     superseded = [r for r in trainer.receipts.values() if r.outcome is Outcome.SUPERSEDED]
     assert len(superseded) <= (2 if trainer.interface == "prefetch" else 1)
-    return said + [str(warning.message) for warning in warned]
+    said += [str(warning.message) for warning in warned]
+    assert len(said) == 1, f"the restore is told {len(said)} times"
+    return said[0]
 
 
 # what the restore brings back matters where the push was applied before it
@@ -360,7 +364,7 @@ def test_a_restore_is_told_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     trainer = Trainer(server, model_name, interface)
-    (said,) = met(server, trainer, point, monkeypatch, recent=recent)
+    said = met(server, trainer, point, monkeypatch, recent=recent)
     held = recent and point is answer_is_lost
     assert re.search(
         rf"\(timeline 2\); this step was {'applied before' if held else 'not applied'}, going on", said
@@ -379,8 +383,19 @@ def test_a_restore_is_told_once_by_an_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     trainer = Trainer(server, model_name, interface, on_restore="raise")
-    (said,) = met(server, trainer, point, monkeypatch, recent=recent)
+    said = met(server, trainer, point, monkeypatch, recent=recent)
     assert "is on timeline 2 since a restore" in said
+
+
+@pytest.mark.parametrize("bug", found_by("restores"), ids=str)
+def test_a_seeded_bug_is_found(
+    server: RunningServer, model_name: str, bug: Bug, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(server, model_name, "plain")
+    point = parameters_are_of_after_it if "parameters" in str(bug) else nobody_answers
+    bug.put_in(monkeypatch)
+    with pytest.raises(AssertionError, match=bug.says):
+        met(server, trainer, point, monkeypatch, recent=False)
 
 
 @pytest.mark.parametrize("what", ["lease", "old", "recent"])

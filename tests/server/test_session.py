@@ -9,6 +9,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from simulation.seeded_bugs import Bug, found_by
 
 from pushstep.proto.errors import (
     AlreadyJoined,
@@ -130,6 +131,13 @@ def test_a_session_joins_over_itself_until_it_is_fenced(sessions: Sessions) -> N
         with pytest.raises(Fenced, match="evicted"):
             table.join("w", 5, takeover=True, old_epoch=5)
         assert table.join("w", 6, takeover=False).epoch == 6
+
+
+@pytest.mark.parametrize("bug", found_by("sessions"), ids=str)
+def test_a_seeded_bug_is_found(sessions: Sessions, bug: Bug, monkeypatch: pytest.MonkeyPatch) -> None:
+    bug.put_in(monkeypatch)
+    with pytest.raises(pytest.fail.Exception, match=bug.says):
+        test_a_session_joins_over_itself_until_it_is_fenced(sessions)
 
 
 def test_strangers_are_unknown(sessions: Sessions) -> None:
