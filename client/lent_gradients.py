@@ -17,7 +17,8 @@ from torch import Tensor
 from pushstep.optim.copies import copy
 from pushstep.proto.layout import Slot
 
-from .shared_memory import Region, SharedMemory
+from .region import Region
+from .shared_memory import SharedMemory
 
 
 class LentGradients:

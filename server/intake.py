@@ -28,8 +28,8 @@ from .decision import Offer
 from .executor import HOLD_S
 from .exported_memory import ExportedBody
 from .model import Model
+from .region import Region
 from .shared_answer import SharedAnswer
-from .shared_memory import Region
 from .staging import INLINE_BYTES, Budget, StagedPush
 from .worker import Verdict
 

@@ -22,7 +22,7 @@ from pushstep.proto.region import write
 from .arena import Arenas
 from .model import Model
 from .publish import Published, dense_runs, rows_body
-from .shared_memory import Region
+from .region import Region
 from .staging import INLINE_BYTES
 
 

@@ -15,7 +15,7 @@ import modelled_driver
 import torch
 from shared_memory_victim import ELEMENTS, die, die_soon, serve
 
-from pushstep.client import connect, shared_memory
+from pushstep.client import connect, region
 from pushstep.client.imported_memory import ImportedMemory
 from pushstep.client.line import Line
 from pushstep.client.parameters import Parameters
@@ -35,12 +35,12 @@ def arm(point: str) -> None:
         die()
 
     places: dict[str, tuple[Any, str, Any]] = {
-        "asked": (shared_memory, "_import", die),
+        "asked": (region, "_import", die),
         "handed over": (device_memory.driver, "open", die),
         "open": (device_memory.driver, "tensor", die),
         "written": (Line, "exchange", die),
         "sent": (Line, "exchange", sent),
-        "answered": (shared_memory.Region, "answer_of", die),
+        "answered": (region.Region, "answer_of", die),
         "copying out": (Parameters, "take", die),
         "closed": (ImportedMemory, "_unmap", closed),
     }

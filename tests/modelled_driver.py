@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pushstep.client import shared_memory
+from pushstep.client import region
 from pushstep.proto import device_memory
 from pushstep.proto.device_memory import HANDLE_BYTES, UUID_BYTES
 from pushstep.proto.errors import NoSharedMemory
@@ -135,7 +135,7 @@ def install(folder: Path, setattr_: Callable[[Any, str, Any], object] = setattr)
     """Put the model in the driver's place, in this process; `setattr_` may be a monkeypatch's."""
     driver = ModelledDriver(folder)
     setattr_(device_memory, "driver", driver)
-    setattr_(shared_memory, "copy", driver.copy)
+    setattr_(region, "copy", driver.copy)
     return driver
 
 

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from pushstep.client import connect, shared_memory
+from pushstep.client import connect, region
 from pushstep.client.line import Line
 from pushstep.client.mirror import Mirror
 from pushstep.optim import cpu_copies  # noqa: F401 - each child would import numba
@@ -46,15 +46,15 @@ def arm(point: str) -> None:
 
     match point:
         case "opened":
-            shared_memory._fetch = die
+            region._fetch = die
         case "handed over":
-            shared_memory._mapped = die
+            region._mapped = die
         case "written":
             Line.exchange = die  # type: ignore[method-assign]
         case "sent":
             Line.exchange = sent  # type: ignore[method-assign]
         case "answered":
-            shared_memory.Region.answer_of = die  # type: ignore[method-assign]
+            region.Region.answer_of = die  # type: ignore[method-assign]
         case "copying out":
             Mirror.take = die  # type: ignore[method-assign]
 

@@ -19,7 +19,7 @@ from harness import RunningServer, running_server, start_server, wait_until
 from shared_memory_victim import ELEMENTS, GRADIENT, SOON_S
 from test_shared_memory import regions_of, shares
 
-from pushstep.client import connect, shared_memory
+from pushstep.client import connect, region
 from pushstep.client.line import Line
 from pushstep.client.mirror import Mirror
 from pushstep.optim import Adadelta
@@ -90,10 +90,10 @@ def kill_at(server: RunningServer, point: str, monkeypatch: pytest.MonkeyPatch) 
         return run
 
     places: dict[str, tuple[Any, str]] = {
-        "opened": (shared_memory, "_fetch"),
-        "handed over": (shared_memory, "_mapped"),
+        "opened": (region, "_fetch"),
+        "handed over": (region, "_mapped"),
         "written": (Line, "exchange"),
-        "answered": (shared_memory.Region, "answer_of"),
+        "answered": (region.Region, "answer_of"),
         "copying out": (Mirror, "take"),
     }
     if point == "sent":

@@ -32,8 +32,8 @@ from pushstep.server.host_memory import HostMemory
 from pushstep.server.intake import Intake
 from pushstep.server.model import Model
 from pushstep.server.publish import Published
+from pushstep.server.region import Region
 from pushstep.server.shared_answer import SharedAnswer
-from pushstep.server.shared_memory import Region
 from pushstep.server.staging import Budget
 
 # Large enough for pinned memory and for several chunks and fetches; small enough for a hundred steps a second.
