@@ -12,6 +12,7 @@ import logging
 import re
 import secrets
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -26,6 +27,7 @@ from pushstep.proto.errors import (
     NoCreationTicket,
     OverCapacity,
     Starting,
+    Superseded,
     UnknownModel,
 )
 from pushstep.proto.layout import Layout
@@ -249,16 +251,24 @@ class Catalog:
         async with self._alone(model.name):
             if model.deleted:
                 raise ModelLost(model=model.name)
+            if saved is None and copy.timeline != model.timeline:  # a restore came since it was copied
+                raise Superseded(model=model.name, timeline=model.timeline, got=copy.timeline)
             model.tell(Point.LOAD_STATE_DICT_PRE)
             timeline = model.timeline + 1
-            await self._write_identity(model, clean_version=None, timeline=timeline)
+            await self._write_identity(model, None, timeline, copy.lineage_here)
             model.restore(copy, saved, timeline, by)
             model.tell(Point.LOAD_STATE_DICT_POST)
 
     async def _write_identity(
-        self, model: Model, clean_version: int | None, timeline: int | None = None
+        self,
+        model: Model,
+        clean_version: int | None,
+        timeline: int | None = None,
+        lineage: Sequence[tuple[int, int]] | None = None,
     ) -> None:
-        identity = IdentityFile(model.uid, timeline or model.timeline, clean_version)
+        """`timeline` and `lineage`: those that it is about to have."""
+        stands_on = list(model.ledger.lineage if lineage is None else lineage)
+        identity = IdentityFile(model.uid, timeline or model.timeline, clean_version, stands_on)
         await asyncio.to_thread(self._folder(model.name).write_identity, identity)
 
     # Start and stop.
@@ -280,7 +290,11 @@ class Catalog:
         identity = self._folder(name).identity()
         if identity is None:
             return
-        found = await asyncio.to_thread(snapshots.newest)
+        found = await asyncio.to_thread(snapshots.newest, identity.made_of)
+        if found is None:
+            found = await asyncio.to_thread(snapshots.newest)
+            if found is not None:
+                log.error("model %s: only a snapshot that a restore had undone verifies: loading it", name)
         if found is None:
             # its workers will be told model_lost, which is true; the folder stays as it is
             log.warning("model %s has no snapshot that verifies: not loaded", name)

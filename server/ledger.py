@@ -20,6 +20,11 @@ from .hooks.hook import StepContext
 from .staging import StagedPush
 
 
+def is_before(lineage: Sequence[tuple[int, int]], timeline: int, version: int) -> bool:
+    """Whether what stands on `lineage` was made from a version of an ended timeline."""
+    return version <= dict(lineage).get(timeline, -1)
+
+
 @dataclass(frozen=True, slots=True)
 class Order:
     """What is to be stepped: these pushes, which together are `push`, in this way."""
@@ -46,7 +51,7 @@ class Ledger:
 
     def holds(self, timeline: int, version: int) -> bool:
         """Whether what the model is now was made from a version, or a restore has undone it."""
-        return timeline == self.timeline or version <= dict(self.lineage).get(timeline, -1)
+        return timeline == self.timeline or is_before(self.lineage, timeline, version)
 
     def go_back(self, lineage: Sequence[tuple[int, int]], timeline: int) -> None:
         """Go on from the last of `lineage`, on a new timeline."""

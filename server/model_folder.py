@@ -11,11 +11,13 @@ import logging
 import os
 import secrets
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pushstep.proto.errors import StorageFailed
 
+from .ledger import is_before
 from .snapshots import Snapshots, fsync, reason, write_durably
 
 log = logging.getLogger("pushstep.model_folder")
@@ -23,11 +25,15 @@ log = logging.getLogger("pushstep.model_folder")
 
 @dataclass(frozen=True, slots=True)
 class IdentityFile:
-    """Who a model is. `clean_version`: the version whose snapshot holds every acknowledged push; None: nobody knows."""
+    """Who a model is. `clean_version`: the version whose snapshot holds every acknowledged push; None: nobody knows.
+
+    `lineage`: the (timeline, version) that each restore went on from; None in files of before it was kept.
+    """
 
     uid: bytes
     timeline: int
     clean_version: int | None
+    lineage: Sequence[tuple[int, int]] | None
 
     def dump(self) -> str:
         """As JSON."""
@@ -37,6 +43,7 @@ class IdentityFile:
                 "timeline": self.timeline,
                 "clean": self.clean_version is not None,
                 "version": self.clean_version,
+                "lineage": self.lineage,
             }
         )
 
@@ -45,7 +52,13 @@ class IdentityFile:
         """What `dump` wrote. ValueError, KeyError or TypeError if it is damaged."""
         saved = json.loads(text)
         clean_version = int(saved["version"]) if saved["clean"] else None
-        return IdentityFile(bytes.fromhex(saved["uid"]), int(saved["timeline"]), clean_version)
+        kept = saved.get("lineage")
+        lineage = None if kept is None else [(int(ended), int(at)) for ended, at in kept]
+        return IdentityFile(bytes.fromhex(saved["uid"]), int(saved["timeline"]), clean_version, lineage)
+
+    def made_of(self, timeline: int, version: int) -> bool:
+        """Whether the model was made from a version, or a restore had undone it."""
+        return timeline == self.timeline or self.lineage is None or is_before(self.lineage, timeline, version)
 
 
 class ModelFolder:

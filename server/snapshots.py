@@ -17,7 +17,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -136,9 +136,17 @@ class Snapshots:
         copy = ArenasCopy(layout, timeline, version, parameters, states, manifest["steps"], extras, lineage)
         return manifest, copy
 
-    def newest(self) -> tuple[dict[str, Any], ArenasCopy] | None:
-        """The newest snapshot that verifies; damaged ones are named in the log and left alone."""
+    def newest(
+        self, made_of: Callable[[int, int], bool] = lambda timeline, version: True
+    ) -> tuple[dict[str, Any], ArenasCopy] | None:
+        """The newest snapshot that verifies; damaged ones are named in the log and left alone.
+
+        `made_of` says of a timeline and a version whether the model was made from it.
+        """
         for snapshot in self._ids():
+            timeline, version, *_ = map(int, re.findall(r"\d+", snapshot))
+            if not made_of(timeline, version):
+                continue
             try:
                 return self.read(snapshot)
             except SnapshotDamaged as error:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from counting import counts, create, grads
 from harness import RunningServer, start_server
+from operators import restore, take_snapshot
 from twin import Network, Twins, adagrad
 
 from pushstep.client import Outcome, connect
@@ -83,6 +84,29 @@ def test_a_killed_server_tells_what_it_lost(data: Path, model_name: str) -> None
         unsaved.push(grads(3))
     numbers.close()
     unsaved.close()
+    assert server.stop() == 0
+
+
+def test_what_a_restore_has_undone_stays_undone(data: Path) -> None:
+    """A killed server comes back from what the restored model was made from, not from what was newer before."""
+    server = start_server(data)
+    session = connect(server.grpc, model="m", worker="w0", retry_for_s=30.0)
+    create(session)
+    session.push(grads(0))
+    snapshot = take_snapshot(server, "m")["id"]
+    session.push(grads(1))
+    take_snapshot(server, "m")
+    restore(server, "m", snapshot)
+    with pytest.warns(RuntimeWarning, match=r"restored to version 1 \(timeline 2\)"):
+        session.push(grads(2))
+    session.push(grads(3))
+    server.stop(signal.SIGKILL)
+    server = restart(server)
+    with pytest.warns(RuntimeWarning, match=r"restored to version 1 \(timeline 3\)"):
+        assert session.push(grads(4)).outcome is Outcome.SUPERSEDED
+    assert session.push(grads(5)).version == 2
+    assert counts(session, 6) == [1, 0, 0, 0, 0, 1]
+    session.close()
     assert server.stop() == 0
 
 
