@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from harness import RunningServer, running_server
+from judged import LAYOUT
 from operators import add_hook, patch_group, restore, show_model, take_snapshot
 from reference import (
     Bits,
@@ -30,7 +31,7 @@ from reference import (
 )
 
 from pushstep.client import Outcome, RemoteOptimizer, Session, connect
-from pushstep.proto.errors import Starting, UnknownModel
+from pushstep.proto.errors import Starting, Superseded, UnknownModel
 from pushstep.server.catalog import Catalog
 from pushstep.server.config import Config
 
@@ -208,6 +209,24 @@ def test_a_killed_server_goes_on_from_its_snapshot(data: Path, socket: tuple[str
             assert training.optimizer.last_receipt is not None
             assert training.optimizer.last_receipt.timeline == 2
             assert training.optimizer.last_receipt.epoch == 2
+
+
+def test_a_state_copied_before_a_restore_does_not_undo_it(data: Path) -> None:
+    """A loaded state_dict fills a copy of the model; a restore may come until it is put in the model's place."""
+
+    async def scenario() -> None:
+        catalog = Catalog(Config(data=data))
+        model = catalog.new_model("m", LAYOUT)
+        catalog.models["m"] = model
+        snapshot = (await catalog.snapshot("m", "test"))["id"]
+        _, copy = await model.copy()
+        await catalog.restore("m", snapshot, "test")
+        with pytest.raises(Superseded, match="on timeline 2 since a restore, the request came on 1"):
+            await catalog.replace(model, copy, None, "test")
+        assert model.timeline == 2
+        await model.close()
+
+    asyncio.run(scenario())
 
 
 def test_no_model_is_missing_before_all_are_back(data: Path) -> None:
