@@ -340,6 +340,8 @@ def met(
     # what was computed on the ended timeline is not applied: one push, or with prefetch the one in flight, too
     superseded = [r for r in trainer.receipts.values() if r.outcome is Outcome.SUPERSEDED]
     assert len(superseded) <= (2 if trainer.interface == "prefetch" else 1)
+    if point is the_pull_after_it_fails and trainer.interface in OPTIMIZERS:
+        assert superseded, "what was computed on the ended timeline's parameters is applied"
     said += [str(warning.message) for warning in warned]
     assert len(said) == 1, f"the restore is told {len(said)} times"
     return said[0]
@@ -473,8 +475,7 @@ def test_buffers_that_meet_a_restore_fail_no_step(
 
     def restored(attempt: Callable[[], Any]) -> Any:
         answer = run(attempt)
-        if isinstance(attempt, Sending):
-            monkeypatch.undo()
+        if isinstance(attempt, Sending) and answer[0].timeline == 1:
             restore(server, model_name, snapshot)
         return answer
 
