@@ -7,6 +7,7 @@ the next attempt goes without one and attaches to the push that waits.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Final, Generic, TypeVar
 
 from pushstep.proto.errors import Broken, ModelFailed, NotHeld, PushPending
@@ -23,9 +24,12 @@ class Attempts(Generic[T]):
     """Call it for one attempt of `send`."""
 
     def __init__(self, send: Callable[[], T]) -> None:
-        self._attempt = send
+        self._whole = send
         # whether an attempt may have been taken although it was not answered with what came of it
         self.in_doubt = False
+
+    def _attempt(self) -> T:
+        return self._whole()
 
     def __call__(self) -> T:
         """The answer, or the catalogue's error, or TransportFailure."""
@@ -48,17 +52,19 @@ class Sending(Attempts[T]):
         body: Body,
         begun: Callable[[], T] | None = None,
     ) -> None:
-        super().__init__(self._next)
+        # not a method of its own: in a cycle it would hold the gradients, whose memory is to be lent again, until a collection
+        super().__init__(partial(send, header, body))
         self._send = send
         self._header = header
-        self._body = body
         self._begun = begun
 
-    def _next(self) -> T:
+    def _attempt(self) -> T:
         begun, self._begun = self._begun, None
         if begun is not None:
             return begun()
-        return self._send(self._header, NOTHING if self._header.held_digest else self._body)
+        if self._header.held_digest:
+            return self._send(self._header, NOTHING)
+        return super()._attempt()
 
     def __call__(self) -> T:
         """The answer, or the catalogue's error, or TransportFailure."""
