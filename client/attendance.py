@@ -25,6 +25,7 @@ from pushstep.proto.errors import (
     ForkedSession,
     LeaseExpired,
     ManifestChanged,
+    ModelLost,
     NoAnswer,
     NotAttached,
     PushstepError,
@@ -70,6 +71,8 @@ class Attendance:
         self._closed = False
         self._member: Member | None = None
         self._heard = 0
+        # of the model that this session has joined, or read first: one of the same name is another
+        self._uid = b""
         # of the join that was not answered: sent once more it must not fence what came of the first
         self._joining = 0
         self._manifest: Manifest | None = None
@@ -137,6 +140,7 @@ class Attendance:
                 self._joining = 0
             raise
         self._joining = 0
+        self._know(self._joined().uid)
         return created
 
     def member(self) -> Member:
@@ -157,6 +161,12 @@ class Attendance:
         self._join(self._manifest)
         self._worker_state_due = self._worker_state is not None
         return self._joined()
+
+    def _know(self, uid: bytes) -> None:
+        """ModelLost unless it is the model that this session knows, or the first."""
+        self._uid = self._uid or uid
+        if uid != self._uid:
+            raise ModelLost(model=self.model)
 
     def _joined(self) -> Member:
         if self._member is None:

@@ -24,10 +24,12 @@ from pushstep.proto.errors import (
     Fenced,
     LeaseExpired,
     ManifestChanged,
+    ModelLost,
     NoAnswer,
     PushstepError,
     Quarantined,
     Superseded,
+    UnknownModel,
     UnknownWorker,
 )
 from pushstep.proto.hyperparameters import wire_values
@@ -321,16 +323,27 @@ class Participant(Attendance):
             return self._transport.pull(request, member.layout)
 
         try:
-            return self._retry.run(pull)
+            return self._read(pull)
         except (Superseded, LeaseExpired, UnknownWorker):
             # it is the next step that joins again, and tells of a restore: until then this is a reader
             request.ClearField("identity")
-            return self._retry.run(pull)
+            return self._read(pull)
 
     def pull_state(self) -> Pulled:
         """Parameters, optimizer state and step counts at one version."""
         self._check_usable()
-        return self._retry.run(lambda: self._transport.pull_state(pb.PullStateRequest(model=self.model)))
+        return self._read(lambda: self._transport.pull_state(pb.PullStateRequest(model=self.model)))
+
+    def _read(self, pull: Callable[[], Pulled]) -> Pulled:
+        """Pull until it is answered. ModelLost if the model that this session knows is gone."""
+        try:
+            pulled = self._retry.run(pull)
+        except UnknownModel as error:
+            if not self._uid:
+                raise
+            raise ModelLost(model=self.model) from error
+        self._know(pulled.header.model_uid)
+        return pulled
 
     def _pull_options(self, have: tuple[int, int] | None) -> pb.PullOptions:
         """What to ask of an exchange for a worker that holds `have` (timeline, version)."""

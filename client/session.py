@@ -207,7 +207,7 @@ class Session(Participant):
             timeline=have[0] if have else 0,
             manifest_hash=self._mirror.layout.manifest_hash if self._mirror.layout is not None else 0,
         )
-        self._mirror.take(self._retry.run(lambda: self._transport.pull(request, self._mirror.layout)))
+        self._mirror.take(self._read(lambda: self._transport.pull(request, self._mirror.layout)))
         return self._arrays()
 
     def pull_rows(self, name: str, ids: Any) -> Array:
@@ -221,7 +221,7 @@ class Session(Participant):
             ids=_row_ids(ids, slot),
             dtype=wire_enum(self.pull_wire),
         )
-        pulled = self._retry.run(lambda: self._transport.pull_rows(request, layout))
+        pulled = self._read(lambda: self._transport.pull_rows(request, layout))
         return as_array(next(pulled.rows())[2])
 
     def _layout_for_reading(self) -> Layout:

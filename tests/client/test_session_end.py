@@ -85,10 +85,23 @@ def test_a_deleted_model_is_lost(server: RunningServer, model_name: str, made_ag
     made = connect(server.grpc, model=model_name, worker="w0", retry_for_s=5.0)
     create(made)
     made.push(grads(0))
+    reader = server.connect(model_name, "reader")
+    reader.pull()
     assert server.rest("DELETE", f"/v1/models/{model_name}").status_code == 204
-    if made_again:
-        create(server.connect(model_name, "w1"))
-    for call in (lambda: made.push(grads(0)), lambda: made.exchange(grads(0)), lambda: made.upload(grads(0))):
+    if made_again:  # and as far as the other one was: what is held must not pass for unchanged
+        again = server.connect(model_name, "w1")
+        create(again)
+        again.push(grads(1))
+    for call in (
+        lambda: made.push(grads(0)),
+        lambda: made.exchange(grads(0)),
+        lambda: made.upload(grads(0)),
+        made.pull,
+        made.pull_state,
+        reader.pull,
+        lambda: reader.pull_rows("w", [0]),
+        reader.pull_state,
+    ):
         with pytest.raises(ModelLost, match=f"'{model_name}'.*never made anew"):
             call()
     names = [model["name"] for model in server.rest("GET", "/v1/models").json()["models"]]
