@@ -238,13 +238,16 @@ class Docket:
         limit = self.quality.settings.quarantine_after
         if limit is not None and worker.refused_in_row >= limit and not worker.quarantined:
             worker.quarantined = True
+            worker.quarantines += 1
             self.note("worker_quarantined", "server", worker=worker.name, refused=worker.refused_in_row)
             held, worker.held = list(worker.held.values()), {}
             self.drop(held, lambda _: self.quarantined(worker))
 
     def quarantined(self, worker: Worker) -> Quarantined:
         """What a quarantined worker is told."""
-        return Quarantined(worker=worker.name, count=worker.refused_in_row, model=self.ledger.name)
+        return Quarantined(
+            worker=worker.name, count=worker.refused_in_row, model=self.ledger.name, times=worker.quarantines
+        )
 
     def drop(self, candidates: Sequence[Candidate], why: Callable[[Candidate], PushstepError]) -> None:
         """Candidates that will never have a verdict."""

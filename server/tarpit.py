@@ -3,8 +3,8 @@
 To refuse a header costs the loop about as much as to take a small push, so a worker that asks again and again would slow
 the others. Its first call is answered after ANSWER_S, and then the connection ends. Whatever else it sends is kept
 waiting for HOLD_S and never answered: a connection has room for so many calls and no more (service.py says how many), and
-to open another takes its time, too. Only when very many wait are connections ended at once. gRPC has no word for
-ending one connection: its socket is found by the peer's address.
+each that ends makes room for as many, so a worker that comes again is answered later every time. Only when very many
+wait are connections ended at once. gRPC has no word for ending one connection: its socket is found by the peer's address.
 """
 
 from __future__ import annotations
@@ -21,35 +21,47 @@ from urllib.parse import unquote
 from pushstep.proto.errors import Quarantined
 
 ANSWER_S: Final = 0.5
-HOLD_S: Final = 10.0
+# Twice as long for each answer in one quarantine, up to this.
+LONGEST_ANSWER_S: Final = 10.0
+HOLD_S: Final = 60.0
 # Some ten kilobytes each.
 MOST_HELD: Final = 2000
 # What an answer that gRPC has written may take to arrive before its connection ends.
 LEAVE_S: Final = 0.1
+# Of which model which worker, and for which time.
+Quarantine = tuple[str, str, str]
 
 
 class Tarpit:
     """Owns who is being kept waiting."""
 
     def __init__(self) -> None:
-        self._answering: set[tuple[str, str]] = set()
+        self._answering: set[Quarantine] = set()
+        self._answers: dict[Quarantine, int] = {}
         self._held = 0
 
     async def hold(self, error: Quarantined) -> bool:
         """Keep a worker's call waiting. Whether it is to be answered then: one of them is, at a time."""
-        who = error.fields["model"], error.fields["worker"]
+        who = error.fields["model"], error.fields["worker"], error.fields["times"]
         is_first = who not in self._answering
         if not is_first and self._held >= MOST_HELD:
             return False
         self._answering.add(who)
         self._held += 1
         try:
-            await asyncio.sleep(ANSWER_S if is_first else HOLD_S)
+            await asyncio.sleep(self._answer_s(who) if is_first else HOLD_S)
         finally:
             self._held -= 1
             if is_first:
                 self._answering.discard(who)
         return is_first
+
+    def _answer_s(self, who: Quarantine) -> float:
+        if len(self._answers) >= MOST_HELD:
+            self._answers.clear()
+        answers = self._answers.get(who, 0)
+        self._answers[who] = answers + 1
+        return float(min(ANSWER_S * 2.0 ** min(answers, 16), LONGEST_ANSWER_S))
 
     @contextlib.asynccontextmanager
     async def refusing(self, error: Quarantined, peer: str) -> AsyncIterator[None]:

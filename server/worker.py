@@ -60,6 +60,8 @@ class Worker:
     # refused since the last push that was not; its headers are turned away once there were too many
     refused_in_row: int = 0
     quarantined: bool = False
+    # how often since the server started
+    quarantines: int = 0
     # the callers' numbers of the last joins; the last one is that of this epoch
     attempts: deque[int] = field(default_factory=lambda: deque(maxlen=JOINS_KEPT))
     # (epoch, sequence) of the last push whose receipt is not kept any more
