@@ -66,13 +66,13 @@ class Connection:
         self.unanswered = 0
         self.answered = 0
         self._held = b""
-        self._due = b""
+        self.due = b""
 
     def open(self, streams: int) -> None:
         """Open further streams, and send what of them goes out at once."""
         for _ in range(streams):
-            self._due += frame(HEADERS, END_HEADERS, self._next, self._block)
-            self._due += frame(DATA, END_STREAM, self._next, self._data)
+            self.due += frame(HEADERS, END_HEADERS, self._next, self._block)
+            self.due += frame(DATA, END_STREAM, self._next, self._data)
             self._next += 2
         self.unanswered += streams
         self.send()
@@ -80,8 +80,8 @@ class Connection:
     def send(self) -> None:
         """Send what is due and goes out at once."""
         with contextlib.suppress(BlockingIOError):
-            while self._due:
-                self._due = self._due[self.socket.send(self._due) :]
+            while self.due:
+                self.due = self.due[self.socket.send(self.due) :]
 
     def hear(self) -> None:
         """Read what has come. ConnectionError when the server has closed it."""
@@ -97,9 +97,9 @@ class Connection:
                 break
             kind, flags = self._held[at + 3], self._held[at + 4]
             if kind == SETTINGS and not flags & ACK:
-                self._due += frame(SETTINGS, ACK, 0)
+                self.due += frame(SETTINGS, ACK, 0)
             elif kind == PING and not flags & ACK:
-                self._due += frame(PING, ACK, 0, self._held[at + 9 : at + 9 + size])
+                self.due += frame(PING, ACK, 0, self._held[at + 9 : at + 9 + size])
             elif kind == GOAWAY:
                 raise ConnectionError
             elif kind == RST_STREAM or (kind == HEADERS and flags & END_STREAM):

@@ -176,6 +176,28 @@ def test_its_connections_end_and_nobody_elses_do(
         connection.close()
 
 
+def test_little_is_taken_in_of_its_connections(
+    server: RunningServer, model_name: str, caught: RawWorker
+) -> None:
+    """Whatever it sends: calls beyond what a connection has room for cost gRPC a core, though none of them gets through."""
+    message = pb.PushRequest(header=caught.header([])).SerializeToString()
+    first, narrowed, free = opened = [hostile.Connection(server.grpc, message) for _ in range(3)]
+    first.open(1)
+    narrowed.open(1)
+    ignored = hostile.frame(0xFA, 0, 0, bytes(16_000))
+    sent = {narrowed: 0, free: 0}
+    while sent[free] < 64 << 20:
+        for connection in sent:
+            with contextlib.suppress(BlockingIOError):
+                if not connection.due:
+                    connection.due = ignored
+                connection.send()
+                sent[connection] += 0 if connection.due else len(ignored)
+    assert sent[narrowed] < sent[free] / 4
+    for connection in opened:
+        connection.close()
+
+
 def alive(connection: hostile.Connection) -> bool:
     """Whether a connection is open, once what has come on it was read."""
     try:
