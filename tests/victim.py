@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from pushstep.client import connect
-from pushstep.proto.errors import Fenced
+from pushstep.proto.errors import FateUnknown, Fenced
 
 # of one process; then it leaves
 MOST_PUSHES = 80
@@ -141,7 +141,7 @@ def _work(
             os.write(book, f"{element}\n".encode())
             try:
                 receipt, _ = session.exchange({"p": grads})
-            except Fenced:
+            except (Fenced, FateUnknown):
                 os.write(book, f"{element} fenced 0 -\n".encode())
                 return
             contributors = "+".join(receipt.contributors) or "-"

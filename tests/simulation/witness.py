@@ -176,7 +176,9 @@ class Witness:
             (offer is Offer.READ) == (ahead <= settings.bound),
             f"{worker.name} is {ahead} clocks ahead, the bound is {settings.bound}: {offer}",
         )
-        self._admitted[key_of(header.identity)] = self.judge.policy, settings.bound
+        # a copy that has to wait says nothing of one that was let in under another policy
+        if offer is Offer.READ:
+            self._admitted[key_of(header.identity)] = self.judge.policy, settings.bound
 
     # Decisions.
 
