@@ -202,6 +202,10 @@ def test_struck_at_random_moments(short: RunningServer, model_name: str, tmp_pat
             reached = len(house.receipts)
             wait_until(lambda: len(house.receipts) > reached + 10, BUSY_S + LEASE_S)
         finally:
+            # or who pushes when the other has left would wait for a second worker
+            assert short.rest(
+                "PATCH", f"/v1/models/{model_name}/policy", json={**SYNC, "min_workers": 1}
+            ).is_success
             enough.set()
         for future in surviving:
             future.result(BUSY_S + LEASE_S)
