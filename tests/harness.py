@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 from pushstep.client import Session, connect
 
@@ -68,9 +69,24 @@ class RunningServer:
                 session.close()
         self.process.send_signal(number)
         status = self.process.wait(STOP_S)
+        self.close_pipe()
+        return status
+
+    def close_pipe(self) -> None:
+        """Let go of the process's output: for a test that ended it itself."""
         if self.process.stdout is not None:
             self.process.stdout.close()
-        return status
+
+    def outlived_by(self, session: Session) -> None:
+        """Wait for the end of a process that was killed, and close a session of its, which cannot leave any more."""
+        try:
+            self.process.wait(10)
+            with pytest.warns(RuntimeWarning, match="could not leave"):
+                session.close()
+        finally:
+            self.process.kill()
+            self.process.wait()
+            self.close_pipe()
 
 
 def start_server(data: Path, *options: str, environment: dict[str, str] | None = None) -> RunningServer:
@@ -105,9 +121,9 @@ def running_server(
     try:
         yield server
     finally:
-        if server.process.stdout is not None and server.process.poll() is not None:
-            server.process.stdout.close()
-        if server.process.poll() is None:
+        if server.process.poll() is not None:
+            server.close_pipe()
+        else:
             status = server.stop()
             if status != 0:
                 raise RuntimeError(f"the server ended with {status}\n{server.log.read_text()}")

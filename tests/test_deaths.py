@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 from harness import RunningServer, running_server, wait_until
+from operators import set_policy
 from victim import MOST_PUSHES, SHARED, Told, Victim, model_of
 
 from pushstep.client import Receipt, Session, connect
@@ -203,9 +204,7 @@ def test_struck_at_random_moments(short: RunningServer, model_name: str, tmp_pat
             wait_until(lambda: len(house.receipts) > reached + 10, BUSY_S + LEASE_S)
         finally:
             # or who pushes when the other has left would wait for a second worker
-            assert short.rest(
-                "PATCH", f"/v1/models/{model_name}/policy", json={**SYNC, "min_workers": 1}
-            ).is_success
+            set_policy(short, model_name, **{**SYNC, "min_workers": 1})
             enough.set()
         for future in surviving:
             future.result(BUSY_S + LEASE_S)

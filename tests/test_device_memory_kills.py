@@ -135,13 +135,7 @@ def test_a_killed_server(
         except PushstepError as error:
             assert error.code in ("no_answer", "server_unavailable", "fate_unknown"), error.code
     finally:
-        server.process.wait(10)
-        with pytest.warns(RuntimeWarning, match="could not leave"):
-            session.close()
-        server.process.kill()
-        server.process.wait()
-        if server.process.stdout is not None:
-            server.process.stdout.close()
+        server.outlived_by(session)
     assert session.memory.region is None or not session.memory.region.line.is_open()
     if host.driver is not None:
         assert not host.driver.held  # what was opened here is closed, whoever is gone

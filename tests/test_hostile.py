@@ -19,6 +19,7 @@ import hostile
 import numpy as np
 import pytest
 from harness import RunningServer, wait_until
+from operators import release, set_gate, show_worker
 from wire import PARAMETERS, RawWorker, Wire, created, state_of
 
 from pushstep.client import Outcome, Session
@@ -72,11 +73,6 @@ def drawn(number: int) -> dict[str, Any]:
     return {name: np.asarray(generator.normal(size=v.shape), np.float32) for name, v in PARAMETERS.items()}
 
 
-def worker(server: RunningServer, model: str) -> dict[str, Any]:
-    shown = server.rest("GET", f"/v1/models/{model}/workers").json()["workers"]
-    return next(entry for entry in shown if entry["name"] == hostile.NAME)
-
-
 @pytest.mark.timeout(300)  # for a process at nice 19 on a machine that has other things to do
 def test_nothing_comes_of_it(server: RunningServer, model_name: str) -> None:
     beside, alone = f"{model_name}-beside", f"{model_name}-alone"
@@ -93,7 +89,7 @@ def test_nothing_comes_of_it(server: RunningServer, model_name: str) -> None:
 
     gate = {"norm_outlier": 20.0, "norm_warmup": 5}
     for model in honest:
-        assert server.rest("PATCH", f"/v1/models/{model}/gate", json=gate).status_code == 200
+        set_gate(server, model, **gate)
     push(PUSHES)
     with hostile_process(server, beside) as process:
         push(PUSHES)
@@ -112,7 +108,7 @@ def test_nothing_comes_of_it(server: RunningServer, model_name: str) -> None:
     assert states[0] == states[1]
     assert states[0]["version"] == pushed + 1
 
-    shown = worker(server, beside)
+    shown = show_worker(server, beside, hostile.NAME)
     counted = [what for what, (_, counts) in REFUSED.items() if counts]
     assert (shown["quarantined"], shown["refused_in_row"]) == (True, 20)
     consumed = 4 + 20 - len(counted)  # those whose bodies were whole, and the NaN after them
@@ -123,13 +119,13 @@ def test_nothing_comes_of_it(server: RunningServer, model_name: str) -> None:
     assert len(theirs) == 20
 
     # an operator lets it out: it is a worker again, and is in again for the next twenty
-    assert server.rest("POST", f"/v1/models/{beside}/workers/{hostile.NAME}/release").status_code == 200
+    release(server, beside, hostile.NAME)
     wire = Wire(server.grpc)
     again = RawWorker(wire, beside, hostile.NAME, takeover=True)
     assert again.push(again.good()).receipt.version == pushed + 2
     again.advance()
     hostile.until_quarantined(again)
-    assert worker(server, beside)["outcomes"] == {"rejected": consumed + 20, "applied": 1}
+    assert show_worker(server, beside, hostile.NAME)["outcomes"] == {"rejected": consumed + 20, "applied": 1}
     wire.close()
 
 
@@ -148,6 +144,17 @@ def caught(server: RunningServer, model_name: str) -> RawWorker:
     return raw
 
 
+@contextlib.contextmanager
+def connections(server: RunningServer, caught: RawWorker) -> Iterator[list[hostile.Connection]]:
+    """Three that send headers of a worker in quarantine."""
+    message = pb.PushRequest(header=caught.header([])).SerializeToString()
+    with contextlib.ExitStack() as stack:
+        yield [
+            stack.enter_context(contextlib.closing(hostile.Connection(server.grpc, message)))
+            for _ in range(3)
+        ]
+
+
 def test_its_headers_are_refused_before_their_bodies(server: RunningServer, caught: RawWorker) -> None:
     """No body follows, and none is waited for."""
     header = caught.good()[0]
@@ -161,41 +168,36 @@ def test_its_connections_end_and_nobody_elses_do(
     server: RunningServer, model_name: str, caught: RawWorker
 ) -> None:
     """It is told why, once, and then the connection ends; what it sends beside that is not answered."""
-    message = pb.PushRequest(header=caught.header([])).SerializeToString()
-    told, beside, idle = opened = [hostile.Connection(server.grpc, message) for _ in range(3)]
-    told.open(1)
-    beside.open(5)
-    with server.connect(model_name, "another") as session:
-        assert session.push({"bias": np.ones(4, np.float32)}).outcome is Outcome.APPLIED
-    wait_until(lambda: not (alive(told) and alive(beside)), 20)
-    ended = [connection for connection in (told, beside) if not alive(connection)]
-    assert [connection.answered for connection in ended] == [1]
-    assert alive(idle)
-    assert sum(connection.answered for connection in opened) == 1
-    for connection in opened:
-        connection.close()
+    with connections(server, caught) as opened:
+        told, beside, idle = opened
+        told.open(1)
+        beside.open(5)
+        with server.connect(model_name, "another") as session:
+            assert session.push({"bias": np.ones(4, np.float32)}).outcome is Outcome.APPLIED
+        wait_until(lambda: not (alive(told) and alive(beside)), 20)
+        ended = [connection for connection in (told, beside) if not alive(connection)]
+        assert [connection.answered for connection in ended] == [1]
+        assert alive(idle)
+        assert sum(connection.answered for connection in opened) == 1
 
 
 def test_little_is_taken_in_of_its_connections(
     server: RunningServer, model_name: str, caught: RawWorker
 ) -> None:
     """Whatever it sends: calls beyond what a connection has room for cost gRPC a core, though none of them gets through."""
-    message = pb.PushRequest(header=caught.header([])).SerializeToString()
-    first, narrowed, free = opened = [hostile.Connection(server.grpc, message) for _ in range(3)]
-    first.open(1)
-    narrowed.open(1)
-    ignored = hostile.frame(0xFA, 0, 0, bytes(16_000))
-    sent = {narrowed: 0, free: 0}
-    while sent[free] < 64 << 20:
-        for connection in sent:
-            with contextlib.suppress(BlockingIOError):
-                if not connection.due:
-                    connection.due = ignored
-                connection.send()
-                sent[connection] += 0 if connection.due else len(ignored)
-    assert sent[narrowed] < sent[free] / 4
-    for connection in opened:
-        connection.close()
+    with connections(server, caught) as (first, narrowed, free):
+        first.open(1)
+        narrowed.open(1)
+        ignored = hostile.frame(0xFA, 0, 0, bytes(16_000))
+        sent = {narrowed: 0, free: 0}
+        while sent[free] < 64 << 20:
+            for connection in sent:
+                with contextlib.suppress(BlockingIOError):
+                    if not connection.due:
+                        connection.due = ignored
+                    connection.send()
+                    sent[connection] += 0 if connection.due else len(ignored)
+        assert sent[narrowed] < sent[free] / 4
 
 
 def alive(connection: hostile.Connection) -> bool:

@@ -128,12 +128,6 @@ def test_a_killed_server(data: Path, monkeypatch: pytest.MonkeyPatch, point: str
         else:
             assert values["w"].tobytes() == after_steps(2)
     finally:
-        server.process.wait(10)
-        with pytest.warns(RuntimeWarning, match="could not leave"):
-            session.close()
-        server.process.kill()
-        server.process.wait()
-        if server.process.stdout is not None:
-            server.process.stdout.close()
+        server.outlived_by(session)
     gc.collect()
     assert regions_of(os.getpid()) == before

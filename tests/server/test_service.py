@@ -199,8 +199,7 @@ def test_a_stop_under_load_keeps_everything_acknowledged(number: signal.Signals,
     server.process.send_signal(number)
     assert server.process.wait(30) == 0
     load.join()
-    if server.process.stdout is not None:
-        server.process.stdout.close()
+    server.close_pipe()
     assert len(load.endings) == 3
     assert {error.code for error in load.endings if isinstance(error, PushstepError)} <= {
         "draining",
@@ -248,5 +247,4 @@ def test_a_stop_waits_for_a_stream_no_longer_than_told(data: Path) -> None:
             list(call)
         wire.close()
         abandon(server.sessions)
-        if server.process.stdout is not None:
-            server.process.stdout.close()
+        server.close_pipe()
