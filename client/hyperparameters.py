@@ -96,14 +96,29 @@ class Hyperparameters:
                 elif group.settings.get(name) != value:
                     group.settings[name] = value
 
+    def unsent(self, groups: Sequence[Group]) -> dict[int, dict[str, float | bool]]:
+        """The lead's edits that no push has carried, for the leave to carry; those that are no numbers stay here."""
+        try:
+            return self.edits(groups) if self.leads else {}
+        except (TypeError, ValueError, RuntimeError) as error:
+            caller.warn(f"the last edits of the hyperparameters are lost: {error}")
+            return {}
+
     def warn_ignored(self, receipt: Receipt) -> None:
         """Say once that edits did not count, to the caller of the optimizer's `step`."""
-        if receipt.ignored_edits and not self._warned:
+        why = "an operator or a hook holds them" if receipt.lead else "only the lead worker's count"
+        self._warn(receipt.ignored_edits, why)
+
+    def warn_ignored_at_leave(self, ignored: Sequence[str]) -> None:
+        """The same of those that the leave has carried."""
+        self._warn(
+            ignored, "an operator or a hook holds them, their rule refuses them, or a restore came first"
+        )
+
+    def _warn(self, ignored: Sequence[str], why: str) -> None:
+        if ignored and not self._warned:
             self._warned = True
-            who = "an operator or a hook holds them" if receipt.lead else "only the lead worker's count"
-            caller.warn(
-                f"hyperparameter edits of this worker were ignored ({', '.join(receipt.ignored_edits)}): {who}"
-            )
+            caller.warn(f"hyperparameter edits of this worker were ignored ({', '.join(ignored)}): {why}")
 
 
 def _same(value: Any, known: float | bool) -> bool:

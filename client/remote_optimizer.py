@@ -239,6 +239,14 @@ class RemoteOptimizer(torch.optim.Optimizer):
             caller.warn(f"the last step failed: {error.message}")
         self._extras.send_if_possible()
 
+    def unsent_edits(self) -> dict[int, dict[str, float | bool]]:
+        """What was changed in the groups since the last push, if this worker leads: a scheduler's last step."""
+        return self._hyperparameters.unsent(self._groups())
+
+    def warn_ignored(self, ignored: Sequence[str]) -> None:
+        """Say that edits did not count with which the session left."""
+        self._hyperparameters.warn_ignored_at_leave(ignored)
+
     @property
     def overlapped_steps(self) -> int:
         """How many steps only had to commit gradients that had left during backward."""

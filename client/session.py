@@ -276,7 +276,10 @@ class Session(Participant):
             if self._member is not None:
                 for task in self._before_close:
                     task()
-                self._transport.leave(pb.LeaveRequest(model=self.model, identity=self._member.identity()))
+                edits = {} if self._attached is None else self._attached.unsent_edits()
+                ignored = self.leave(edits)
+                if self._attached is not None:
+                    self._attached.warn_ignored(ignored)
         except Exception as error:  # noqa: BLE001 - the lease ends by itself; a close must not fail
             caller.warn(f"could not leave: {type(error).__name__}")
         finally:

@@ -141,9 +141,11 @@ class Transport:
         )
         return answer
 
-    def leave(self, request: pb.LeaveRequest) -> None:
+    def leave(self, request: pb.LeaveRequest) -> pb.LeaveResponse:
         """Leave."""
-        self._unary("Leave", pb.LeaveResponse)(request, timeout=min(5.0, self.timeout_s))
+        call = self._unary("Leave", pb.LeaveResponse)
+        answer: pb.LeaveResponse = call(request, timeout=min(5.0, self.timeout_s))
+        return answer
 
     def open_region(self, request: pb.OpenRegionRequest) -> pb.OpenRegionResponse:
         """OpenRegion."""

@@ -128,16 +128,22 @@ class HeartbeatResponse(_message.Message):
     def __init__(self, version: _Optional[int] = ..., lease_s: _Optional[float] = ...) -> None: ...
 
 class LeaveRequest(_message.Message):
-    __slots__ = ("model", "identity")
+    __slots__ = ("model", "identity", "edits", "worker_state")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     IDENTITY_FIELD_NUMBER: _ClassVar[int]
+    EDITS_FIELD_NUMBER: _ClassVar[int]
+    WORKER_STATE_FIELD_NUMBER: _ClassVar[int]
     model: str
     identity: _types_pb2.Identity
-    def __init__(self, model: _Optional[str] = ..., identity: _Optional[_Union[_types_pb2.Identity, _Mapping]] = ...) -> None: ...
+    edits: _containers.RepeatedCompositeFieldContainer[GroupEdit]
+    worker_state: bytes
+    def __init__(self, model: _Optional[str] = ..., identity: _Optional[_Union[_types_pb2.Identity, _Mapping]] = ..., edits: _Optional[_Iterable[_Union[GroupEdit, _Mapping]]] = ..., worker_state: _Optional[bytes] = ...) -> None: ...
 
 class LeaveResponse(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("ignored_edits",)
+    IGNORED_EDITS_FIELD_NUMBER: _ClassVar[int]
+    ignored_edits: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, ignored_edits: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class PullOptions(_message.Message):
     __slots__ = ("have_version", "dtype", "region")

@@ -130,7 +130,7 @@ class TrainingServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Leave(self, request, context):
-        """Leave ends the worker's epoch at once. Its receipts are kept.
+        """Leave ends the worker's epoch at once. Its receipts are kept. A second copy of it changes nothing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -77,12 +77,17 @@ def _check_notes(header: PushHeader) -> None:
         raise MalformedFrame(
             problem=f"samples must be 0 or from {LEAST_SAMPLES:g} to {MOST_SAMPLES:g}, not {header.samples}"
         )
-    if len(header.worker_state) > MAX_WORKER_STATE_BYTES or len(header.metrics) > MAX_METRICS:
-        raise MalformedFrame(
-            problem=f"a push may carry {MAX_WORKER_STATE_BYTES} bytes of worker_state and {MAX_METRICS} metrics"
-        )
+    check_worker_state(header.worker_state)
+    if len(header.metrics) > MAX_METRICS:
+        raise MalformedFrame(problem=f"a push may carry {MAX_METRICS} metrics")
     if any(len(name) > MAX_METRIC_NAME for name in header.metrics):
         raise MalformedFrame(problem=f"a metric's name has at most {MAX_METRIC_NAME} characters")
+
+
+def check_worker_state(state: bytes) -> None:
+    """MalformedFrame if a worker's own bytes are too many."""
+    if len(state) > MAX_WORKER_STATE_BYTES:
+        raise MalformedFrame(problem=f"a worker may keep {MAX_WORKER_STATE_BYTES} bytes of worker_state")
 
 
 def inspect(

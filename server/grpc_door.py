@@ -24,11 +24,13 @@ from pushstep.proto.errors import (
     Quarantined,
 )
 from pushstep.proto.frames import MAX_CHUNK_BYTES, pack
+from pushstep.proto.hyperparameters import plain_values
 from pushstep.proto.status import TRAILER, brief, named, to_trailer
 from pushstep.proto.types_pb2 import Identity, Receipt
 
 from .bulk import BulkStream
 from .catalog import Catalog
+from .gate import check_worker_state
 from .grpc_methods import Context, answering, parsed, serialize, streaming
 from .intake import Intake
 from .membership import join
@@ -127,10 +129,17 @@ class GrpcDoor:
         model = self.catalog.models.get(request.model)
         # nothing to leave if the model is gone, or is another one of the same name
         if model is not None and model.uid == request.identity.model_uid:
-            decisions = model.judge.left(request.identity, time.monotonic())
+            check_worker_state(request.worker_state)
+            ignored, decisions = model.judge.left(
+                request.identity,
+                time.monotonic(),
+                {edit.group: plain_values(edit.values) for edit in request.edits},
+                request.worker_state if request.HasField("worker_state") else None,
+            )
             model.record("left", request.identity.worker)
             model.executor.carry_out(decisions)
             self.memory.close_stale()
+            return pb.LeaveResponse(ignored_edits=ignored)
         return pb.LeaveResponse()
 
     async def open_region(self, request: pb.OpenRegionRequest) -> pb.OpenRegionResponse:

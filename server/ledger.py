@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pushstep.proto.errors import PushstepError
+from pushstep.proto.hyperparameters import Values
 from pushstep.proto.types_pb2 import Contribution, Durability, Identity, Outcome, Receipt, Ticket
 
 from .candidate import Candidate
@@ -78,7 +79,7 @@ class Ledger:
         context = self._context(order)
         self.hooks.step_pre(context)
         for candidate, receipt in zip(order.candidates, receipts, strict=True):
-            receipt.ignored_edits.extend(self._edit(candidate, lead=receipt.lead))
+            receipt.ignored_edits.extend(self.edit(candidate.edits(), lead=receipt.lead))
         ticket = Ticket(
             identity=order.candidates[0].identity,
             version=context.version,
@@ -117,12 +118,11 @@ class Ledger:
             metrics=_mean_metrics(order.candidates),
         )
 
-    def _edit(self, candidate: Candidate, *, lead: bool) -> list[str]:
-        """Apply the edits of a push that count; the names of the others."""
-        edits = candidate.edits()
+    def edit(self, edits: Mapping[int, Values], *, lead: bool) -> list[str]:
+        """Apply a worker's edits that count; the names of the others."""
         try:
             planned, ignored = self.groups.plan_worker_edits(edits, lead, self.name)
-        except PushstepError:  # good when the push came, and contradicted by an operator's edit since
+        except PushstepError:  # of a push: good when it came, and contradicted by an operator's edit since
             return [f"{index}.{name}" for index, edit in edits.items() for name in edit]
         self.groups.write(planned)
         return ignored
