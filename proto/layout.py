@@ -18,6 +18,7 @@ import xxhash
 
 from . import dtypes
 from .errors import InvalidManifest, MalformedFrame, UnknownParameter, WrongDtype, WrongLength
+from .names import MAX_NAME, check_name
 from .types_pb2 import Arena, Manifest, Segment
 
 ID_BYTES: Final = 8
@@ -271,6 +272,7 @@ def with_group(layout: Layout, added: Manifest) -> Layout:
     """The layout with one further group, or unchanged if its last group is that one already."""
     if len(added.groups) != 1 or not added.parameters:
         raise InvalidManifest(problem="add one param group with its parameters at a time")
+    check_names(added)
     names = [parameter.name for parameter in added.parameters]
     last = len(layout.manifest.groups) - 1
     if [slot.name for slot in layout.slots if slot.group == last] == names:
@@ -284,6 +286,13 @@ def with_group(layout: Layout, added: Manifest) -> Layout:
     return Layout(manifest)
 
 
+def check_names(manifest: Manifest) -> None:
+    """InvalidManifest unless a new model may have these names; what is held already keeps its own."""
+    for parameter in manifest.parameters:
+        for name in (parameter.name, *parameter.aliases):
+            check_name(name)
+
+
 def _check(manifest: Manifest) -> None:
     names: set[str] = set()
     total = 0
@@ -293,7 +302,7 @@ def _check(manifest: Manifest) -> None:
         raise InvalidManifest(problem=f"more than {MAX_PARAMETERS} parameters")
     for parameter in manifest.parameters:
         for name in (parameter.name, *parameter.aliases):
-            if not name or len(name) > 1000 or name in names:
+            if not name or len(name) > MAX_NAME or name in names:
                 raise InvalidManifest(
                     problem=f"parameter name {name[:100]!r} is empty, over-long or used twice"
                 )

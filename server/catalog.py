@@ -30,7 +30,7 @@ from pushstep.proto.errors import (
     Superseded,
     UnknownModel,
 )
-from pushstep.proto.layout import Layout
+from pushstep.proto.layout import Layout, check_names
 from pushstep.proto.types_pb2 import Manifest
 
 from . import policies
@@ -118,6 +118,7 @@ class Catalog:
     ) -> Creation:
         """Give the first caller leave to create a model; BeingCreated for the others while it lasts."""
         check_name(name, "model name")
+        check_names(manifest)
         layout = Layout(manifest)
         names = [Group.make(group).rule.name for group in manifest.groups]
         if len(layout.manifest.groups) == 0 or {slot.group for slot in layout.slots} != set(
@@ -174,6 +175,14 @@ class Catalog:
         current = self._creations.get(name)
         if current is not None and current.ticket == ticket and not current.finishing:
             del self._creations[name]
+
+    async def withdraw_creation(self, name: str, worker: str, attempt: int) -> None:
+        """Take back the leave that a join was given; of one whose values have arrived, wait for the end."""
+        current = self._creations.get(name)
+        if current is None or not attempt or (current.worker, current.attempt) != (worker, attempt):
+            return
+        async with self._alone(name):
+            self.give_up_creation(name, current.ticket)
 
     async def finish_creation(self, name: str, creation: Creation, model: Model) -> None:
         """Make a filled model durable in name and visible to all."""
