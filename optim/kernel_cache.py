@@ -34,6 +34,7 @@ _SOURCES: Final = (
     "norm_kernels.py",
     "quantise_kernels.py",
     "row_kernels.py",
+    "sample_kernels.py",
     "select_kernels.py",
     "sum_kernels.py",
 )
