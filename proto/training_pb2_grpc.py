@@ -95,6 +95,11 @@ class TrainingServiceStub(object):
                 request_serializer=pushstep_dot_proto_dot_training__pb2.PullStateRequest.SerializeToString,
                 response_deserializer=pushstep_dot_proto_dot_training__pb2.PullResponse.FromString,
                 _registered_method=True)
+        self.PullExtras = channel.unary_stream(
+                '/pushstep.v1.TrainingService/PullExtras',
+                request_serializer=pushstep_dot_proto_dot_training__pb2.PullExtrasRequest.SerializeToString,
+                response_deserializer=pushstep_dot_proto_dot_training__pb2.PullResponse.FromString,
+                _registered_method=True)
 
 
 class TrainingServiceServicer(object):
@@ -188,6 +193,13 @@ class TrainingServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PullExtras(self, request, context):
+        """PullExtras returns what is held beside the parameters: a module's buffers and frozen values.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TrainingServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -244,6 +256,11 @@ def add_TrainingServiceServicer_to_server(servicer, server):
             'PullState': grpc.unary_stream_rpc_method_handler(
                     servicer.PullState,
                     request_deserializer=pushstep_dot_proto_dot_training__pb2.PullStateRequest.FromString,
+                    response_serializer=pushstep_dot_proto_dot_training__pb2.PullResponse.SerializeToString,
+            ),
+            'PullExtras': grpc.unary_stream_rpc_method_handler(
+                    servicer.PullExtras,
+                    request_deserializer=pushstep_dot_proto_dot_training__pb2.PullExtrasRequest.FromString,
                     response_serializer=pushstep_dot_proto_dot_training__pb2.PullResponse.SerializeToString,
             ),
     }
@@ -549,6 +566,33 @@ class TrainingService(object):
             target,
             '/pushstep.v1.TrainingService/PullState',
             pushstep_dot_proto_dot_training__pb2.PullStateRequest.SerializeToString,
+            pushstep_dot_proto_dot_training__pb2.PullResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PullExtras(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/pushstep.v1.TrainingService/PullExtras',
+            pushstep_dot_proto_dot_training__pb2.PullExtrasRequest.SerializeToString,
             pushstep_dot_proto_dot_training__pb2.PullResponse.FromString,
             options,
             channel_credentials,

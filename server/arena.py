@@ -6,7 +6,7 @@ row-sparse gradients, each row's last-changed version is kept, so that readers c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,6 +19,7 @@ from pushstep.proto.layout import Layout, Slot
 from pushstep.proto.types_pb2 import Ticket
 
 from .device import Device
+from .extras import Extras
 from .staging import DensePart, RowsPart
 
 
@@ -78,13 +79,16 @@ class Arenas:
 
     def fill_initial_state(self, values: Sequence[Mapping[str, float | bool]], first_group: int = 0) -> None:
         """Fill the states of the groups from `first_group` on with their rules' initial values."""
+        self.begin_anew([slot for slot in self.layout.slots if slot.group >= first_group], values)
+
+    def begin_anew(self, slots: Iterable[Slot], values: Sequence[Mapping[str, float | bool]]) -> None:
+        """Have parameters the state of one that has not been stepped. values: of all groups."""
         with self.lane.here():
-            for slot in self.layout.slots:
-                if slot.group < first_group:
-                    continue
+            for slot in slots:
                 rule = RULES[self.rule_names[slot.group]]
                 for name in rule.state_names:
                     self.view(slot, name).fill_(rule.initial_value(name, values[slot.group]))
+                self.steps[slot.index] = 0
 
     def step(
         self,
@@ -217,7 +221,7 @@ class ArenasCopy:
     states: list[dict[str, Tensor]]
     steps: list[int]
     # buffers and frozen values, by name: not stepped, only kept for exports
-    extras: Mapping[str, Tensor] = field(default_factory=dict)
+    extras: Extras = field(default_factory=Extras)
     # what it stands on: the (timeline, version) that each restore before it went on from
     lineage: Sequence[tuple[int, int]] = ()
 

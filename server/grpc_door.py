@@ -15,6 +15,7 @@ from importlib.metadata import version as installed_version
 from typing import Any, Final
 
 import grpc
+import torch
 
 from pushstep.proto import training_pb2 as pb
 from pushstep.proto.errors import (
@@ -23,21 +24,20 @@ from pushstep.proto.errors import (
     PushstepError,
     Quarantined,
 )
-from pushstep.proto.frames import MAX_CHUNK_BYTES, pack
-from pushstep.proto.hyperparameters import plain_values
+from pushstep.proto.frames import MAX_CHUNK_BYTES, Piece, pack
 from pushstep.proto.status import TRAILER, brief, named, to_trailer
 from pushstep.proto.types_pb2 import Identity, Receipt
 
 from .bulk import BulkStream
 from .catalog import Catalog
-from .gate import check_worker_state
 from .grpc_methods import Context, answering, parsed, serialize, streaming
 from .intake import Intake
-from .membership import join
+from .membership import join, leave
 from .model import Model
 from .publish import Published
 from .pull_answers import (
     RowsAsked,
+    extras_header,
     have_version,
     header_of,
     newest,
@@ -98,6 +98,7 @@ class GrpcDoor:
             "Pull": bulk_out(many(parsed(self.pull, pb.PullRequest)), None, None),
             "PullRows": bulk_out(many(parsed(self.pull_rows, pb.PullRowsRequest)), None, None),
             "PullState": bulk_out(many(parsed(self.pull_state, pb.PullStateRequest)), None, None),
+            "PullExtras": bulk_out(many(parsed(self.pull_extras, pb.PullExtrasRequest)), None, None),
         }
         return grpc.method_handlers_generic_handler(SERVICE, methods)
 
@@ -126,21 +127,9 @@ class GrpcDoor:
 
     async def leave(self, request: pb.LeaveRequest) -> pb.LeaveResponse:
         """Leave."""
-        model = self.catalog.models.get(request.model)
-        # nothing to leave if the model is gone, or is another one of the same name
-        if model is not None and model.uid == request.identity.model_uid:
-            check_worker_state(request.worker_state)
-            ignored, decisions = model.judge.left(
-                request.identity,
-                time.monotonic(),
-                {edit.group: plain_values(edit.values) for edit in request.edits},
-                request.worker_state if request.HasField("worker_state") else None,
-            )
-            model.record("left", request.identity.worker)
-            model.executor.carry_out(decisions)
-            self.memory.close_stale()
-            return pb.LeaveResponse(ignored_edits=ignored)
-        return pb.LeaveResponse()
+        answer = await leave(self.catalog, request)
+        self.memory.close_stale()
+        return answer
 
     async def open_region(self, request: pb.OpenRegionRequest) -> pb.OpenRegionResponse:
         """OpenRegion."""
@@ -231,6 +220,21 @@ class GrpcDoor:
         frames = pack(bodies)
         while (frame := await asyncio.to_thread(next, frames, None)) is not None:
             yield frame
+
+    async def pull_extras(self, request: pb.PullExtrasRequest) -> AsyncIterator[bytes]:
+        """PullExtras."""
+        model = self.catalog.get(request.model)
+        model.require_whole()
+        extras = model.extras
+        reserved = await self.budget.claim(request.model, extras.nbytes)
+        try:
+            content = await asyncio.to_thread(extras.file)
+            yield pb.PullResponse(header=extras_header(model, extras, len(content))).SerializeToString()
+            frames = pack([[Piece(torch.frombuffer(bytearray(content), dtype=torch.uint8), torch.uint8)]])
+            while (frame := await asyncio.to_thread(next, frames, None)) is not None:
+                yield frame
+        finally:
+            self.budget.release(reserved)
 
     async def _take_push(
         self, stream: BulkStream[pb.PushRequest], *, pulls: bool = False

@@ -1,15 +1,24 @@
-"""What a worker is told when it joins: who it is now, what the model is, and what became of its last pushes."""
+"""How workers come and go. One that joins is told who it is now, what the model is, and what became of its last pushes."""
 
 from __future__ import annotations
 
 import time
 
 from pushstep.proto.errors import ManifestMismatch, ModelLost, UnknownModel
+from pushstep.proto.hyperparameters import plain_values
 from pushstep.proto.layout import Layout
-from pushstep.proto.training_pb2 import CreationTicket, JoinRequest, JoinResponse, Membership
+from pushstep.proto.training_pb2 import (
+    CreationTicket,
+    JoinRequest,
+    JoinResponse,
+    LeaveRequest,
+    LeaveResponse,
+    Membership,
+)
 from pushstep.proto.types_pb2 import Identity, Manifest
 
 from .catalog import CREATION_S, Catalog, check_name
+from .gate import check_worker_state
 from .model import Model
 from .worker import Worker
 
@@ -53,16 +62,60 @@ def join(catalog: Catalog, request: JoinRequest) -> JoinResponse:
     return JoinResponse(member=membership(model, worker))
 
 
+async def leave(catalog: Catalog, request: LeaveRequest) -> LeaveResponse:
+    """End a worker's epoch; undo its join, if it is told to."""
+    check_worker_state(request.worker_state)
+    if request.undo:
+        await _undo(catalog, request)
+        return LeaveResponse()
+    model = catalog.models.get(request.model)
+    # nothing to leave if the model is gone, or is another one of the same name
+    if model is None or model.uid != request.identity.model_uid:
+        return LeaveResponse()
+    ignored, decisions = model.judge.left(
+        request.identity,
+        time.monotonic(),
+        {edit.group: plain_values(edit.values) for edit in request.edits},
+        request.worker_state if request.HasField("worker_state") else None,
+    )
+    model.record("left", request.identity.worker)
+    model.executor.carry_out(decisions)
+    return LeaveResponse(ignored_edits=ignored)
+
+
+async def _undo(catalog: Catalog, request: LeaveRequest) -> None:
+    """Have a join not have been; its answer may be on its way still, or be lost."""
+    name, attempt = request.identity.worker, request.attempt
+    await catalog.withdraw_creation(request.model, name, attempt)
+    model = catalog.models.get(request.model)
+    worker = None if model is None else model.sessions.workers.get(name)
+    if model is None or worker is None:
+        return
+    answered = request.identity.model_uid == model.uid and request.identity.epoch == worker.epoch
+    if not answered and not (attempt and worker.attempts and worker.attempts[-1] == attempt):
+        return
+    alone = model.sessions.workers.keys() == {name} and worker.epoch == 1
+    _, decisions = model.judge.left(_identity(model, worker), time.monotonic())
+    model.record("left", name)
+    model.executor.carry_out(decisions)
+    if alone and (model.timeline, model.version, model.edit) == (1, 0, 0):
+        await catalog.delete(model.name, by=name)
+
+
+def _identity(model: Model, worker: Worker) -> Identity:
+    return Identity(
+        model_uid=model.uid,
+        timeline=model.timeline,
+        worker=worker.name,
+        epoch=worker.epoch,
+        sequence=worker.sequence,
+    )
+
+
 def membership(model: Model, worker: Worker) -> Membership:
     """The membership of a joined worker."""
     return Membership(
-        identity=Identity(
-            model_uid=model.uid,
-            timeline=model.timeline,
-            worker=worker.name,
-            epoch=worker.epoch,
-            sequence=worker.sequence,
-        ),
+        identity=_identity(model, worker),
         version=model.version,
         manifest_hash=model.layout.manifest_hash,
         manifest=model.layout.manifest,
@@ -74,6 +127,7 @@ def membership(model: Model, worker: Worker) -> Membership:
         policy=model.judge.policy.settings.model_dump_json(),
         forgotten_epoch=worker.forgotten[0],
         forgotten_sequence=worker.forgotten[1],
+        extras_version=model.extras.version,
     )
 
 

@@ -13,8 +13,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Final
 
-import torch
-
 from pushstep.proto.errors import ModelFailed, ModelLost, OverCapacity
 from pushstep.proto.layout import Layout
 from pushstep.proto.types_pb2 import GroupValues, Identity, Receipt
@@ -23,6 +21,7 @@ from . import policies, quality
 from .arena import Arenas, ArenasCopy
 from .device import Device
 from .executor import Executor
+from .extras import Extras
 from .groups import Group, ParamGroups
 from .hooks.chain import HookChain
 from .hooks.hook import Hook, Point
@@ -64,8 +63,7 @@ class Model:
         self.edit = 0
         self.failed: ModelFailed | None = None
         self.deleted = False
-        # a module's buffers and frozen values; replaced as a whole, never written to
-        self.extras: Mapping[str, torch.Tensor] = {}
+        self.extras = Extras()
         self.events: deque[dict[str, Any]] = deque(maxlen=EVENTS_KEPT)
         self._events_seen = 0
         self.last_receipt: Receipt | None = None

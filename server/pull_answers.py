@@ -14,6 +14,7 @@ from pushstep.proto.layout import ID_BYTES
 from pushstep.proto.types_pb2 import DType, Segment
 
 from .arena import Arenas, ArenasCopy
+from .extras import Extras
 from .model import Model
 from .publish import Published, fetched, rows_body
 from .shared_answer import SharedAnswer
@@ -73,6 +74,17 @@ def header_of(model: Model, at: Arenas | ArenasCopy | Published, segments: list[
         version=at.version,
         segments=segments,
         manifest_hash=at.layout.manifest_hash,
+    )
+
+
+def extras_header(model: Model, extras: Extras, file_bytes: int) -> pb.PullHeader:
+    """The header of what lies beside the parameters, in a file of this length."""
+    return pb.PullHeader(
+        model_uid=model.uid,
+        timeline=model.timeline,
+        version=model.version,
+        extras_version=extras.version,
+        extras_bytes=file_bytes,
     )
 
 

@@ -32,6 +32,7 @@ from pushstep.proto.layout import Layout
 from pushstep.proto.types_pb2 import Manifest, ParamGroup
 
 from .arena import ArenasCopy
+from .extras import Extras
 
 log = logging.getLogger("pushstep.snapshots")
 FORMAT: Final = 1
@@ -118,7 +119,7 @@ class Snapshots:
         manifest = self._verified(snapshot)
         layout = layout_of(manifest)
         parameters, states = [], []
-        extras: Mapping[str, torch.Tensor] = {}
+        extras = Extras()
         for entry in manifest["files"]:
             path = self.folder / snapshot / entry["file"]
             self._verify_file(snapshot, entry)
@@ -127,7 +128,7 @@ class Snapshots:
             except (OSError, SafetensorError) as error:
                 raise SnapshotDamaged(snapshot=snapshot, problem=f"{entry['file']}: {error}") from error
             if entry["file"] == EXTRAS:
-                extras = tensors
+                extras = Extras(tensors)
                 continue
             parameters.append(tensors.pop(PARAMETER))
             states.append(tensors)
