@@ -50,8 +50,8 @@ class Hyperparameters:
     def edits(self, groups: Sequence[Group]) -> dict[int, dict[str, float | bool]]:
         """What was changed here since, by the group's index."""
         edits = {}
-        for index, known in enumerate(self._known):
-            group = groups[index]
+        # a group that could not be added here may be known all the same
+        for index, (group, known) in enumerate(zip(groups, self._known, strict=False)):
             changed = {
                 name: value
                 for name, value in group.values().items()
@@ -94,6 +94,26 @@ class Hyperparameters:
                 if isinstance(group.settings.get(name), Tensor):
                     group.settings[name].fill_(value)
                 elif group.settings.get(name) != value:
+                    group.settings[name] = value
+
+    def copies(self, groups: Sequence[Group]) -> list[dict[str, Any]]:
+        """The groups' settings as they are, less their parameters."""
+        return [
+            {
+                name: value.clone() if isinstance(value, Tensor) else value
+                for name, value in group.settings.items()
+                if name != "params"
+            }
+            for group in groups
+        ]
+
+    def put_back(self, groups: Sequence[Group], copies: Sequence[Mapping[str, Any]]) -> None:
+        """Have the groups what `copies` gave, in place where they hold tensors."""
+        for group, copied in zip(groups, copies, strict=True):
+            for name, value in copied.items():
+                if isinstance(value, Tensor) and isinstance(group.settings.get(name), Tensor):
+                    group.settings[name].copy_(value)
+                else:
                     group.settings[name] = value
 
     def unsent(self, groups: Sequence[Group]) -> dict[int, dict[str, float | bool]]:

@@ -6,6 +6,7 @@ was attached; and an end, after which the model goes on without this worker.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from pushstep.proto import training_pb2 as pb
-from pushstep.proto.errors import InvalidSettings, NotAttached, PushstepError, RowOutOfRange, WrongDtype
+from pushstep.proto.errors import (
+    InvalidSettings,
+    NotAttached,
+    PushstepError,
+    RowOutOfRange,
+    UnsupportedModule,
+    WrongDtype,
+)
 from pushstep.proto.layout import Layout, Slot
 
 from . import caller
@@ -28,7 +36,7 @@ from .mirror import Array
 from .participant import Participant, wire_enum
 from .policy import Policy
 from .receipt import Receipt
-from .remote_optimizer import RemoteOptimizer
+from .remote_optimizer import Edits, RemoteOptimizer
 from .shared_memory import is_same_host
 from .transport import Transport
 
@@ -122,6 +130,7 @@ class Session(Participant):
         *,
         overlap: bool = False,
         prefetch: bool = False,
+        edits: Edits = "sample",
     ) -> RemoteOptimizer:
         """An optimizer whose steps the server takes, in place of torch's or pushstep.optim's Adadelta or Adagrad.
 
@@ -133,17 +142,45 @@ class Session(Participant):
         `prefetch`: `step()` does not wait for its answer, the next `step()` takes it; so each gradient is computed
         on the parameters of one step earlier, as `staleness` in its receipt says. It always sends frames. With shared
         memory there is nothing for `overlap` to send.
+
+        `edits`: what to do when parameters are written to here between steps, by clamping, a renorm, `.data`. "sample" refuses
+        the next step by LocalParameterEdit: each write that torch counts and each changed address is found, and of others those
+        that a look at some of the memory shows, which is all that touch whole tensors. "check" compares all of it. "upload"
+        compares all of it, and sends what was changed as a version of its own.
+
+        A session steps one model: a second attach is refused. An attach that fails leaves nothing behind.
         """
         self._check_usable()
+        self._check_free()
         if overlap and self.compression.owes:
             # what is owed is settled push by push; an early one may yet be withdrawn
             raise InvalidSettings(problem="overlap=True goes with exact wires, not with int8 or top_k")
         optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
         single = isinstance(optimizer, torch.optim.Optimizer)
-        self._attached = RemoteOptimizer(
-            self, optimizers, module, names, policy, single=single, overlap=overlap, prefetch=prefetch
-        )
-        return self._attached
+        with contextlib.ExitStack() as undo:
+            undo.callback(setattr, self, "_attached", None)
+            made = RemoteOptimizer(
+                self,
+                optimizers,
+                module,
+                names,
+                policy,
+                single=single,
+                overlap=overlap,
+                prefetch=prefetch,
+                edits=edits,
+                undo=undo,
+            )
+            self._attached = made
+            undo.pop_all()
+        return made
+
+    def _check_free(self) -> None:
+        if self._attached is not None:
+            raise UnsupportedModule(
+                problem=f"this session already steps model {self.model!r}: attach a list of optimizers, or connect again, with "
+                "another model= for another network; close() this one first if it is to be the same worker of the same model"
+            )
 
     def create(
         self,
@@ -158,6 +195,7 @@ class Session(Participant):
         mapping with the settings that PATCH /v1/models/{m}/policy takes.
         """
         self._check_usable()
+        self._check_free()
         manifest, values = of_arrays(parameters, groups)
         self.join_or_create(
             manifest, lambda layout: {(slot, ""): values[slot.name] for slot in layout.slots}, policy=policy
@@ -192,8 +230,15 @@ class Session(Participant):
 
     def _named(self, grads: Mapping[str, Any]) -> dict[Slot, Tensor | Rows]:
         layout = self.member().layout
-        slots = [(layout.slot(name, self.model), gradient) for name, gradient in grads.items()]
-        return {slot: as_gradient(gradient, slot) for slot, gradient in slots}
+        found: dict[Slot, Tensor | Rows] = {}
+        for name, gradient in grads.items():
+            slot = layout.slot(name, self.model)
+            if slot in found:
+                raise UnsupportedModule(
+                    problem=f"{name!r} is another name of {slot.name!r}, of which a push has one gradient: add them up"
+                )
+            found[slot] = as_gradient(gradient, slot)
+        return found
 
     # Pulling.
 
@@ -265,6 +310,10 @@ class Session(Participant):
     def before_close(self, task: Callable[[], None]) -> None:
         """Have `task` run when the session is closed, while it can still talk."""
         self._before_close.append(task)
+
+    def not_before_close(self, task: Callable[[], None]) -> None:
+        """Not, after all."""
+        self._before_close.remove(task)
 
     def close(self) -> None:
         """Leave the model and close the connection. Closing twice, or in a forked child, does nothing."""

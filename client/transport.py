@@ -10,12 +10,13 @@ from typing import Any, Final, cast
 import grpc
 import torch
 from grpc.experimental import ChannelOptions
+from safetensors.torch import load
 from torch import Tensor
 
 from pushstep.proto import dtypes
 from pushstep.proto import training_pb2 as pb
 from pushstep.proto.errors import MalformedFrame, NoAnswer, ServerUnavailable
-from pushstep.proto.frames import TRANSPORT_LIMIT_BYTES, Assembly, BodyDigest, Source, pack, unpack
+from pushstep.proto.frames import TRANSPORT_LIMIT_BYTES, Assembly, BodyDigest, Chunk, Source, pack, unpack
 from pushstep.proto.layout import ID_BYTES, Layout, Slot, check_body
 from pushstep.proto.memory import BufferPool, MessageRing, keep_freed_blocks
 from pushstep.proto.region import SharedBody
@@ -211,6 +212,18 @@ class Transport:
         """PullState."""
         return self._pulled("PullState", request, None)
 
+    def pull_extras(self, request: pb.PullExtrasRequest) -> tuple[int, dict[str, Tensor]]:
+        """PullExtras: the version, and the tensors by name."""
+        call: Any = self._channel.unary_stream(
+            SERVICE + "PullExtras", request_serializer=_serialize, response_deserializer=None
+        )
+        messages = call(request, timeout=self.timeout_s)
+        header, chunk = _first(messages)
+        body = Assembly([header.extras_bytes])
+        _fill(body, chunk, messages)
+        content = body.part(0, torch.uint8).numpy().tobytes()
+        return int(header.extras_version), load(content) if content else {}
+
     def _pulled(self, method: str, request: Any, layout: Layout | None) -> Pulled:
         call: Any = self._channel.unary_stream(
             SERVICE + method, request_serializer=_serialize, response_deserializer=None
@@ -300,16 +313,26 @@ class _Messages:
 
 
 def _received(messages: Any, layout: Layout | None, buffers: BufferPool) -> Pulled:
-    fields, chunk = unpack(next(messages, b""), pb.PullResponse)
-    if fields is None or not fields.HasField("header"):
-        raise MalformedFrame(problem="the server's answer does not begin with a header")
-    header = fields.header
+    header, chunk = _first(messages)
     if layout is None or (header.manifest.parameters and layout.manifest_hash != header.manifest_hash):
         layout = Layout(header.manifest)
     elif layout.manifest_hash != header.manifest_hash:
         raise MalformedFrame(problem="the server's answer is of another manifest")
     # the body's size is the server's to say; what it says has to fit this model
     body = Assembly(check_body(layout, header.segments, 1 << 62), take=buffers.take)
+    _fill(body, chunk, messages)
+    return Pulled(header, layout, body)
+
+
+def _first(messages: Any) -> tuple[pb.PullHeader, Chunk | None]:
+    """The header with which an answer begins, and the chunk that may come with it."""
+    fields, chunk = unpack(next(messages, b""), pb.PullResponse)
+    if fields is None or not fields.HasField("header"):
+        raise MalformedFrame(problem="the server's answer does not begin with a header")
+    return fields.header, chunk
+
+
+def _fill(body: Assembly, chunk: Chunk | None, messages: Any) -> None:
     if chunk is not None:
         body.place(chunk)
     for message in messages:
@@ -317,7 +340,6 @@ def _received(messages: Any, layout: Layout | None, buffers: BufferPool) -> Pull
         if chunk is not None:
             body.place(chunk)
     body.finish()
-    return Pulled(header, layout, body)
 
 
 def _serialize(message: Any) -> bytes:

@@ -236,11 +236,15 @@ def test_a_lost_reply_of_an_added_group(
 def test_a_lost_reply_of_a_replaced_state(
     server: RunningServer, model_name: str, proxy: Proxy, pool: ThreadPoolExecutor
 ) -> None:
-    twins = Twins(server.connect(model_name, address=proxy.address), Network(), adagrad)
+    # with values that have changed, which edits="check" knows without asking: the upload is all that is asked
+    session = server.connect(model_name, address=proxy.address)
+    twins = Twins(session, Network(), adagrad, edits="check")
     twins.step(0)
     state_dict = twins.remote.state_dict()
     state_dict["state"][0]["sum"].fill_(3.0)
     twins.local[0].load_state_dict(state_dict)
+    for model in (twins.model, twins.local_model):
+        torch.nn.init.constant_(model.out.bias, 0.5)  # type: ignore[union-attr,arg-type]
     lose_the_reply(
         server,
         proxy,

@@ -1,0 +1,93 @@
+"""The optimizer's state as checkpoints hold it: fetched from the server, and loaded to there.
+
+A state belongs to the parameters that it was saved with. Scripts load the two in any order around attach, and the server may
+be where the checkpoint is, or ahead of it, or behind. In each case the model becomes what a local run would be: the values
+that the script has loaded, before attach or after, with the state that it loads.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from . import caller, remote_state
+from .attached import Attached
+from .receipt import Receipt
+
+
+class Checkpoints:
+    """What `state_dict()` and `load_state_dict()` of an attached optimizer do."""
+
+    def __init__(self, attached: Attached) -> None:
+        self._attached = attached
+        # what was returned last, and the server's groups then: None once a step was taken
+        self._returned: Any = None
+        self._groups: list[Any] = []
+
+    def forget(self) -> None:
+        """A step was taken."""
+        self._returned = None
+        self._attached.stepped()
+
+    def fetch(self, receipt: Receipt | None) -> list[dict[str, Any]]:
+        """The state_dict of each optimizer, with the edits that the next push will carry."""
+        attached = self._attached
+        if attached.parameters.fresh:
+            attached.send_edits(())
+        pulled = attached.session.pull_state()
+        self._groups = list(pulled.header.groups)
+        pending = attached.hyperparameters.pending(attached.groups, receipt)
+        count = len(attached.optimizers)
+        return remote_state.fetched(pulled, attached.groups, pending, count, attached.parameters.name_of)
+
+    def returned(self, value: Any) -> None:
+        """What the user was given of it."""
+        self._returned = copy.deepcopy(value)
+
+    def load(self, dicts: Sequence[Mapping[str, Any]], *, whole: Any, force: bool) -> None:
+        """Have the server hold what each optimizer's state_dict does; `whole`: as the user gave them."""
+        attached = self._attached
+        if len(dicts) != len(attached.optimizers):
+            raise ValueError(f"{len(dicts)} state dicts for {len(attached.optimizers)} optimizers")
+        if self._returned is not None and remote_state.equal(self._returned, whole):
+            # in every worker, Accelerate does so at its start: nobody's state is touched
+            attached.hyperparameters.write(attached.groups, self._groups)
+            remote_state.write_groups(dicts, attached.groups)
+            return
+        session, parameters = attached.session, attached.parameters
+        layout = session.member().layout
+        slot_of = partial(parameters.slot_of, layout=layout)
+        loading = remote_state.Loading(dicts, attached.groups, layout, slot_of)
+        edited = attached.edited()
+        held = None if edited or parameters.fresh else session.pull_state()
+        if held is not None and loading.is_held(held):
+            # in every worker that goes on from the checkpoint at which the server is: its hyperparameters are the lead's edit
+            attached.hyperparameters.write(attached.groups, held.header.groups)
+            remote_state.write_groups(dicts, attached.groups, hyperparameters=attached.hyperparameters.leads)
+        else:
+            self._replace(loading, edited, force=force)
+            remote_state.write_groups(dicts, attached.groups)
+
+    def _replace(self, loading: remote_state.Loading, edited: Sequence[str], *, force: bool) -> None:
+        attached = self._attached
+        session, parameters = attached.session, attached.parameters
+        layout = session.member().layout
+        values = parameters.values(layout, edited)
+        brought = {name: v for name, v in attached.overwritten.values.items() if name not in edited}
+        values.update({(layout.slot(name, session.model), ""): value for name, value in brought.items()})
+        member = session.replace_state(loading.header(force), {**loading.values, **values})
+        parameters.fresh.clear()
+        version = 0 if parameters.at is None else parameters.at[1]
+        if brought:
+            caller.warn(
+                f"model {session.model!r} was at version {version}, which attach took: it has gone back to the values that this "
+                "worker had before, with the state that was loaded"
+            )
+            attached.extras.put_back()
+        self.forget()
+        attached.hyperparameters.leads = member.lead
+        attached.hyperparameters.write(attached.groups, member.groups)
+        parameters.take(session.pull_message(None))
+        attached.extras.send_if_possible()
