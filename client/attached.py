@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pushstep.proto.errors import Superseded, UnsupportedModule
+from pushstep.proto.layout import Layout
 
 from . import caller
 from .attachment import Attachment, added_group
@@ -185,13 +186,18 @@ class Attached:
     def follow(self) -> None:
         """Have the tensors that the groups hold now: one may have been replaced."""
         lists = [settings["params"] for settings in self._param_groups()]
-        replaced = self.parameters.follow(lists, self.session.member().layout)
-        if replaced or self.lent.waits:
+        if self.parameters.follow(lists, self._layout) or self.lent.waits:
             self._watch()
+
+    def _layout(self) -> Layout:
+        return self.session.member().layout
+
+    def _newest(self) -> Pulled:
+        return self.session.pull_message(None)
 
     def edited(self) -> list[str]:
         """The names of parameters that are not as the server's version left them."""
-        return self.parameters.edited(lambda: self.session.pull_message(None), self.session.member().layout)
+        return self.parameters.edited(self._newest, self._layout)
 
     def send_edits(self, names: Sequence[str]) -> None:
         """Send parameters as they are here, as a version; those that were replaced begin with fresh state."""

@@ -8,7 +8,7 @@ has changed anything is then known here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from operator import attrgetter
 from typing import Final, NamedTuple
 
@@ -17,8 +17,10 @@ from torch import Tensor
 
 from pushstep.optim.samples import Samples
 
-# Layouts are compared of so many tensors at a time: `p.data = p.data.t()` keeps the address.
-LAYOUTS_AT_ONCE: Final = 16
+# Layouts are compared, whole, of so many tensors at a time: `p.data = p.data.t()` keeps the address. Of so many it is
+# looked each time whether they are contiguous, which takes a fifth of the time.
+LAYOUTS_AT_ONCE: Final = 4
+CONTIGUITY_UP_TO: Final = 64
 _version = attrgetter("_version")
 
 
@@ -29,10 +31,8 @@ class Seen(NamedTuple):
     doubtful: Sequence[int] = ()
     moved: Sequence[int] = ()
 
-    @property
-    def any(self) -> bool:
-        """Whether there is anything to be said."""
-        return bool(self.changed or self.doubtful or self.moved)
+
+NOTHING: Final = Seen()
 
 
 class LocalEdits:
@@ -42,15 +42,19 @@ class LocalEdits:
         """`whole`: find every write; otherwise those that `samples` says."""
         self._all_whole = whole
         self._tensors: list[Tensor] = []
-        # of these, too
+        # of these every write is found, too; those come by rows
         self._whole: set[int] = set()
+        self._tables: set[int] = set()
         # over the memory in which what is known lies, which they keep there
         self._aliases: list[Tensor] = []
         self._addresses: list[int] = []
+        self._contiguous: list[bool] = []
         self._versions: list[int] = []
         self._samples: Samples | None = None
-        # of which the samples are of all bytes
-        self._digested_whole: frozenset[int] = frozenset()
+        # which are sampled whole, and as tables
+        self._sampled: tuple[frozenset[int], frozenset[int]] = (frozenset(), frozenset())
+        # the last look has found nothing, and nothing has come since
+        self._lies_as_known = False
         self._turn = 0
 
     def watch(self, tensors: Sequence[Tensor], whole_bytes: int = 0) -> None:
@@ -61,41 +65,61 @@ class LocalEdits:
             for place, tensor in enumerate(self._tensors)
             if self._all_whole or tensor.nbytes <= whole_bytes
         }
+        self._tables = set()
         self._samples = None
 
     def replace(self, place: int, tensor: Tensor) -> None:
         """Another tensor stands for one from here on: it is to hold what that held."""
         self._tensors[place] = tensor
+        self._lies_as_known = False
 
-    def settle(self) -> None:
-        """As they are now is as they should be."""
-        addresses = list(map(Tensor.data_ptr, self._tensors))
-        known = addresses == self._addresses and self._whole == self._digested_whole
-        if self._samples is None or not known or not self._lie_as_known():
-            self._aliases = [tensor.detach() for tensor in self._tensors]
-            self._addresses = addresses
-            self._digested_whole = frozenset(self._whole)
-            self._samples = Samples(self._aliases, self._digested_whole)
+    def settle(self, rows: Mapping[int, Tensor] | None = None) -> None:
+        """As they are now is as they should be. rows: of tensors of which only some have come, by their places."""
+        if rows and not self._tables.issuperset(rows):
+            self._tables |= rows.keys()
+            self._lies_as_known = False
+        if self._samples is None or not self._lies_as_known:
+            self._samples = self._sample(self._samples)
+        self._lies_as_known = False
         self._versions = list(map(_version, self._tensors))
         self._turn += 1
-        self._samples.take()
+        self._samples.take(rows)
+
+    def _sample(self, before: Samples | None) -> Samples:
+        """Samples of the memory in which they lie now; those of `before` if that is the same."""
+        addresses = list(map(Tensor.data_ptr, self._tensors))
+        sampled = frozenset(self._whole), frozenset(self._tables)
+        known = (addresses, sampled) == (self._addresses, self._sampled)
+        if before is not None and known and all(map(Tensor.is_set_to, self._tensors, self._aliases)):
+            return before
+        self._contiguous = list(map(Tensor.is_contiguous, self._tensors))
+        self._aliases = [tensor.detach() for tensor in self._tensors]
+        self._addresses, self._sampled = addresses, sampled
+        return Samples(self._aliases, *sampled)
 
     def look(self) -> Seen:
         """What has happened to them since."""
         if self._samples is None:
-            return Seen()
+            return NOTHING
         versions = list(map(_version, self._tensors))
         addresses = list(map(Tensor.data_ptr, self._tensors))
-        if versions == self._versions and addresses == self._addresses and self._lie_as_known():
-            return Seen(self._samples.changed())
-        return self._look_closely(self._samples, versions, addresses)
+        if versions != self._versions or addresses != self._addresses or not self._are_laid_out_as_known():
+            return self._look_closely(self._samples, versions, addresses)
+        changed = self._samples.changed()
+        if changed:
+            return Seen(changed)
+        self._lies_as_known = True
+        return NOTHING
 
-    def _lie_as_known(self) -> bool:
-        if len(self._tensors) != len(self._aliases):
+    def _are_laid_out_as_known(self) -> bool:
+        tensors = self._tensors
+        if len(tensors) <= LAYOUTS_AT_ONCE:
+            return all(map(Tensor.is_set_to, tensors, self._aliases))
+        if len(tensors) <= CONTIGUITY_UP_TO and list(map(Tensor.is_contiguous, tensors)) != self._contiguous:
             return False
-        stride = -(-len(self._tensors) // LAYOUTS_AT_ONCE) or 1
+        stride = -(-len(tensors) // LAYOUTS_AT_ONCE)
         first = self._turn % stride
-        return all(map(Tensor.is_set_to, self._tensors[first::stride], self._aliases[first::stride]))
+        return all(map(Tensor.is_set_to, tensors[first::stride], self._aliases[first::stride]))
 
     def _look_closely(self, samples: Samples, versions: Sequence[int], addresses: Sequence[int]) -> Seen:
         pairs = list(zip(self._tensors, self._aliases, strict=True))
@@ -119,7 +143,7 @@ class LocalEdits:
             if (pairs[place][1]._version if place in moved else versions[place]) != known
         ]
         self._whole.update(written)
-        doubtful = [place for place in written if place not in self._digested_whole and place not in changed]
+        doubtful = [place for place in written if place not in self._sampled[0] and place not in changed]
         return Seen(sorted(changed), doubtful, sorted(moved))
 
 

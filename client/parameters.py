@@ -19,7 +19,7 @@ from pushstep.proto.errors import UnsupportedModule, WrongDtype, WrongShape
 from pushstep.proto.layout import Layout, Slot
 
 from .gradients import Rows, as_gradient
-from .local_edits import LocalEdits, same_bits
+from .local_edits import NOTHING, LocalEdits, same_bits
 from .tensors import check_parameter, firsts
 from .transport import Pulled
 
@@ -116,7 +116,9 @@ class Parameters:
 
     # The groups' own lists.
 
-    def follow(self, lists: Sequence[Sequence[Tensor]], layout: Layout) -> list[tuple[Tensor, Tensor]]:
+    def follow(
+        self, lists: Sequence[Sequence[Tensor]], layout: Callable[[], Layout]
+    ) -> list[tuple[Tensor, Tensor]]:
         """Take over tensors that have replaced others in the groups; each old one with the new one.
 
         UnsupportedModule, WrongShape or WrongDtype, naming it, for what cannot be the same parameter.
@@ -135,7 +137,7 @@ class Parameters:
             for old, new in zip(known, now, strict=True)
             if old is not new
         ]
-        self._check_replaced(replaced, lists, layout)
+        self._check_replaced(replaced, lists, layout())
         for number, now in enumerate(lists):
             self._lists[number] = list(now)
         for old, new in replaced:
@@ -173,26 +175,27 @@ class Parameters:
         seen = self._edits.look()
         return bool(seen.changed or seen.doubtful)
 
-    def edited(self, newest: Callable[[], Pulled], layout: Layout) -> list[str]:
+    def edited(self, newest: Callable[[], Pulled], layout: Callable[[], Layout]) -> list[str]:
         """The names of those that are not as the server's version left them.
 
         Where only a write is known, and not whether it changed anything, it is compared with the `newest` version: a
         checkpoint that was loaded at the version it was saved at changes nothing.
         """
         seen = self._edits.look()
-        if not seen.any:
+        if seen is NOTHING:
             return []
         found = {self._name_at(place) for place in seen.changed}
         unsure = {self._name_at(place) for place in seen.doubtful} - found
         if unsure:
             found |= unsure - self._equal(unsure, newest())
-        for name in found:
-            _check_same_kind(layout.slot(name, self._model), self._by_name[name])
+        names = [name for name in self._by_name if name in found]
+        for name in names:
+            _check_same_kind(layout().slot(name, self._model), self._by_name[name])
         if seen.moved:
             self._check_tied()
-        if not found:
+        if not names:
             self._edits.settle()
-        return [name for name in self._by_name if name in found]
+        return names
 
     def _name_at(self, place: int) -> str:
         for tensors in self._lists:
@@ -237,12 +240,15 @@ class Parameters:
         for slot, _, values in pulled.dense():
             if slot.name in self._by_name:
                 copy(self._by_name[slot.name], values)
+        came: dict[int, Tensor] = {}
         for slot, ids, rows in pulled.rows():
             if slot.name not in self._by_name:
                 continue
             parameter = self._by_name[slot.name]
             parameter.index_copy_(0, ids.to(parameter.device), rows.to(parameter.device, parameter.dtype))
-        self.note(pulled.header.timeline, pulled.header.version)
+            came[self._places[slot.name][0]] = ids
+        self.at = (pulled.header.timeline, pulled.header.version)
+        self._edits.settle(came)
 
 
 def _are_same(now: Sequence[Tensor], known: Sequence[Tensor]) -> bool:
