@@ -197,7 +197,9 @@ class Attached:
 
     def edited(self) -> list[str]:
         """The names of parameters that are not as the server's version left them."""
-        return self.parameters.edited(self._newest, self._layout)
+        names = self.parameters.edited(self._newest, self._layout)
+        self.overwritten.drop(self.parameters.written)
+        return names
 
     def send_edits(self, names: Sequence[str]) -> None:
         """Send parameters as they are here, as a version; those that were replaced begin with fresh state."""

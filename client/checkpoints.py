@@ -61,21 +61,37 @@ class Checkpoints:
         slot_of = partial(parameters.slot_of, layout=layout)
         loading = remote_state.Loading(dicts, attached.groups, layout, slot_of)
         edited = attached.edited()
-        held = None if edited or parameters.fresh else session.pull_state()
+        here = not edited and not parameters.fresh
+        held = session.pull_state() if here else None
         if held is not None and loading.is_held(held):
             # in every worker that goes on from the checkpoint at which the server is: its hyperparameters are the lead's edit
             attached.hyperparameters.write(attached.groups, held.header.groups)
             remote_state.write_groups(dicts, attached.groups, hyperparameters=attached.hyperparameters.leads)
+            self._stay()
         else:
             self._replace(loading, edited, force=force)
             remote_state.write_groups(dicts, attached.groups)
+
+    def _stay(self) -> None:
+        """The server holds the state that was loaded. Does it hold the module's values, too?"""
+        attached = self._attached
+        if attached.overwritten.values:
+            # made at random, as likely as not, and to be loaded next: nothing that was trained is given up for them
+            name = next(iter(attached.overwritten.values))
+            caller.warn(
+                f"model {attached.session.model!r} holds the state that was loaded, and its own values, which are not those of "
+                f"this worker before attach (parameter {name!r}): load the module after attach if it is to go back to others"
+            )
+        else:
+            attached.extras.put_back()  # the module was at this checkpoint before attach
+            attached.extras.send_if_possible()
 
     def _replace(self, loading: remote_state.Loading, edited: Sequence[str], *, force: bool) -> None:
         attached = self._attached
         session, parameters = attached.session, attached.parameters
         layout = session.member().layout
         values = parameters.values(layout, edited)
-        brought = {name: v for name, v in attached.overwritten.values.items() if name not in edited}
+        brought = attached.overwritten.values
         values.update({(layout.slot(name, session.model), ""): value for name, value in brought.items()})
         member = session.replace_state(loading.header(force), {**loading.values, **values})
         parameters.fresh.clear()

@@ -162,9 +162,8 @@ class Extras:
 
     def put_back(self) -> None:
         """Have again what attach has overwritten, but for what was written to since."""
-        changed = self._changed()
-        self._write({name: value for name, value in self._overwritten.values.items() if name not in changed})
-        self._overwritten.forget()
+        self._changed()
+        self.undo()
 
     def undo(self) -> None:
         """Have again all that attach has overwritten."""
@@ -203,6 +202,7 @@ class Extras:
             if name in here:
                 self._edits.replace(place, here[name])  # a buffer may be another tensor by now
         seen = self._edits.look()
+        self._overwritten.drop(self._names[place] for place in seen.written)
         other = {*seen.changed, *seen.doubtful}
         same = {name for place, name in enumerate(self._names) if place not in other}
         return {name: value for name, value in here.items() if name not in same}

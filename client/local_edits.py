@@ -25,11 +25,16 @@ _version = attrgetter("_version")
 
 
 class Seen(NamedTuple):
-    """What a look has found, by place: those that have changed; those that were written to and may have; those that moved."""
+    """What a look has found, by place.
+
+    Those that have changed; those that were written to and may have; those that moved; all of which there is a sign that
+    somebody wrote to them, if only what they held.
+    """
 
     changed: Sequence[int] = ()
     doubtful: Sequence[int] = ()
     moved: Sequence[int] = ()
+    written: Sequence[int] = ()
 
 
 NOTHING: Final = Seen()
@@ -107,7 +112,7 @@ class LocalEdits:
             return self._look_closely(self._samples, versions, addresses)
         changed = self._samples.changed()
         if changed:
-            return Seen(changed)
+            return Seen(changed, written=changed)
         self._lies_as_known = True
         return NOTHING
 
@@ -130,7 +135,7 @@ class LocalEdits:
         }
         gone = [place for place in moved if pairs[place][1].data_ptr() == 0 and pairs[place][1].numel()]
         if gone:  # its storage was resized under it: there is nothing to compare with
-            return Seen(gone, (), sorted(moved))
+            return Seen(gone, (), sorted(moved), gone)
         for place in moved:
             if pairs[place][1].data_ptr() != self._addresses[place]:  # share_memory_ moves both, as they are
                 samples.moved(place, pairs[place][1].data_ptr())
@@ -142,9 +147,9 @@ class LocalEdits:
             for place, known in enumerate(self._versions)
             if (pairs[place][1]._version if place in moved else versions[place]) != known
         ]
-        self._whole.update(written)
-        doubtful = [place for place in written if place not in self._sampled[0] and place not in changed]
-        return Seen(sorted(changed), doubtful, sorted(moved))
+        self._whole.update(set(written) - samples.whole)
+        doubtful = [place for place in written if place not in samples.whole and place not in changed]
+        return Seen(sorted(changed), doubtful, sorted(moved), sorted(changed | moved | set(written)))
 
 
 def _is_over(tensor: Tensor, alias: Tensor) -> bool:

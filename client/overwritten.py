@@ -7,7 +7,7 @@ In the host's memory, and no more than the state that torch would have kept here
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -26,6 +26,11 @@ class Overwritten:
         if name not in self.values and not same_bits(tensor, becomes.to(tensor.dtype)):
             with torch.no_grad():
                 self.values[name] = tensor.detach().to("cpu", copy=True)
+
+    def drop(self, names: Iterable[str]) -> None:
+        """These were written to since: what they hold is wanted."""
+        for name in names:
+            self.values.pop(name, None)
 
     def forget(self) -> None:
         """They will not be asked for any more."""

@@ -31,6 +31,8 @@ class Parameters:
         self.at: tuple[int, int] | None = None
         # those whose tensor in its group was replaced: their state begins anew with the next version
         self.fresh: list[str] = []
+        # those that `edited` has found written to, if only with what they held
+        self.written: set[str] = set()
         self._model = model
         self._lists: list[list[Tensor]] = []
         self._by_name: dict[str, Tensor] = {}
@@ -182,6 +184,7 @@ class Parameters:
         checkpoint that was loaded at the version it was saved at changes nothing.
         """
         seen = self._edits.look()
+        self.written = {self._name_at(place) for place in seen.written}
         if seen is NOTHING:
             return []
         found = {self._name_at(place) for place in seen.changed}

@@ -120,13 +120,11 @@ class RemoteOptimizer(torch.optim.Optimizer):
         return loss
 
     def _exchange(self, loss: Any) -> None:
-        self._told_of_edits = True  # if one of these is raised
         self._attached.follow()
         edited = self._attached.edited()
-        # what is written before the first step may be the other half of a checkpoint, whose state attach did not take
-        if edited and (not self._sends_edits or self._attached.state_discarded):
+        self._told_of_edits = bool(edited) and not self._may_send_edits()
+        if self._told_of_edits:
             raise LocalParameterEdit(parameter=edited[0])
-        self._told_of_edits = False
         computed_on = self._parameters.at
         self.synchronize()
         if edited or self._parameters.fresh:
@@ -206,6 +204,10 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self._hyperparameters.warn_ignored(receipt)
         self._attached.extras.stepped()
 
+    def _may_send_edits(self) -> bool:
+        """What is written before the first step may be the other half of a checkpoint, whose state attach did not take."""
+        return self._sends_edits and not self._attached.state_discarded
+
     def _finish(self) -> None:
         """The session is being closed."""
         if self._overlap is not None:
@@ -214,8 +216,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
             self.synchronize()
         except PushstepError as error:
             caller.warn(f"the last step failed: {error.message}")
-        if not self._told_of_edits:
-            self._finish_edits()
+        self._finish_edits()
         self._attached.extras.send_if_possible()
 
     def _finish_edits(self) -> None:
@@ -223,9 +224,10 @@ class RemoteOptimizer(torch.optim.Optimizer):
         try:
             self._attached.follow()
             edited = self._attached.edited()
-            if self._sends_edits and (edited or self._parameters.fresh):
-                self._attached.send_edits(edited)
-            elif edited:
+            if not edited or self._may_send_edits():
+                if edited or self._parameters.fresh:
+                    self._attached.send_edits(edited)
+            elif not self._told_of_edits:
                 caller.warn(
                     f"parameter {edited[0]!r} was changed here after the last step, and the server has not seen it; "
                     'attach(..., edits="upload") or session.upload() before close() sends it'
@@ -256,6 +258,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         """Send the parameters as they are here, as a version of their own; the version."""
         self._attached.follow()
         self.synchronize()
+        self._told_of_edits = False
         return self._attached.upload()
 
     # State.

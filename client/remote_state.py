@@ -147,12 +147,8 @@ def _write_group(group: Group, saved: Mapping[str, Any], hyperparameters: bool) 
     for key, value in saved.items():
         if key in ("params", "param_names"):
             continue
-        if key not in rule:
+        if hyperparameters or key not in rule:
             settings[key] = copy.deepcopy(value)
-        elif hyperparameters and isinstance(settings.get(key), Tensor):
-            settings[key].fill_(value)
-        elif hyperparameters:
-            settings[key] = value.item() if isinstance(value, Tensor) else value
 
 
 def _groups_of(number: int, groups: Sequence[Group]) -> list[int]:

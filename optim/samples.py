@@ -63,6 +63,12 @@ class Samples:
             and tensors[place].is_contiguous()
             and tensors[place].dim()
         }
+        # of these every byte is read: whatever changes in them is found
+        self.whole = frozenset(
+            [place for place in runs if _spread(place, lines[place], spread, whole, tables) == 1]
+            + [apart.place for apart in self._apart if apart.whole]
+            + [place for place in others if not tensors[place].numel()]
+        )
         self._recent: _Pieces | None = None
         self._turn = 0
 

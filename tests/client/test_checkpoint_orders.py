@@ -173,7 +173,7 @@ def test_going_back_to_a_checkpoint(
         assert show_model(server, model_name)["timeline"] == before["timeline"] + 1
     elif where == "at the checkpoint":
         assert show_model(server, model_name)["timeline"] == before["timeline"], "nothing was replaced"
-        assert words == ""
+        assert ("its own values" in words) == (order == (ATTACH, STATE, MODULE)), "the module was not loaded yet"
     _train(model, remote, range(10, 12))
     theirs = local_model.state_dict()
     for name, value in model.state_dict().items():
@@ -182,6 +182,29 @@ def test_going_back_to_a_checkpoint(
     of_all = [one.state_dict() for one in local] if isinstance(local, list) else [local.state_dict()]
     for one, other in zip(got if isinstance(got, list) else [got], of_all, strict=True):
         check_state_dict(one, other)
+
+
+def test_a_server_that_has_the_state_but_other_values(server: RunningServer, model_name: str) -> None:
+    """They were uploaded since the checkpoint: they hold, and it is said; what is loaded after attach stands."""
+    saved = _checkpoint(server, model_name, adagrad, "at the checkpoint")
+    with server.connect(model_name, "editor") as session:
+        edited: Any = Normed()
+        remote = session.attach(_made(adagrad, edited), module=edited)
+        with torch.no_grad():
+            edited.out.weight.clamp_(-0.1, 0.1)
+        session.upload()
+        uploaded = edited.out.weight.detach().clone()
+    for order, expected in (
+        ((MODULE, ATTACH, STATE), uploaded),
+        ((ATTACH, MODULE, STATE), saved.module["out.weight"]),
+    ):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            with server.connect(model_name, "again") as session:
+                model, remote = _remotely(session, order, adagrad, saved, "sample")
+        words = " ".join(str(warning.message) for warning in said)
+        assert ("'out.weight'" in words) == (order[0] == MODULE), words
+        assert torch.equal(model.get_parameter("out.weight"), expected)
 
 
 @pytest.mark.parametrize("where", ["at the checkpoint", "ahead"])
