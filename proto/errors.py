@@ -524,6 +524,15 @@ class ModelFailed(Broken):
     template = "a step of model {model!r} failed at version {version} ({problem}); restore a snapshot"
 
 
+class StepFailed(Broken):
+    """A step that could not be taken. Nothing of it was applied, and the model goes on."""
+
+    code = "step_failed"
+    template = (
+        "the step to version {version} of model {model!r} failed ({problem}): nothing of it was applied"
+    )
+
+
 class Misuse(PushstepError):
     """Raised on this side only, before anything was sent."""
 

@@ -12,9 +12,9 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import torch
 
@@ -22,13 +22,17 @@ from pushstep.proto.errors import (
     BeingCreated,
     InvalidManifest,
     InvalidName,
+    ManifestChanged,
     ModelExists,
     ModelLost,
     NoCreationTicket,
     OverCapacity,
+    PushstepError,
+    SnapshotDamaged,
     Starting,
     Superseded,
     UnknownModel,
+    UnknownSnapshot,
 )
 from pushstep.proto.layout import Layout
 from pushstep.proto.types_pb2 import Manifest
@@ -41,11 +45,13 @@ from .groups import Group, ParamGroups
 from .hooks.hook import Point
 from .model import Model
 from .model_folder import IdentityFile, ModelFolder
+from .quality import Quality
 from .session import Sessions
 from .snapshots import EXPORT_PREFIX, Snapshots, rules_known
 from .staging import charge
 
 log = logging.getLogger("pushstep.catalog")
+T = TypeVar("T")
 CREATION_S: Final = 120.0
 CREATION_RETRY_S: Final = 0.2
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -85,6 +91,7 @@ class Catalog:
         self._creations: dict[str, Creation] = {}
         # by model name: who writes into its folder, or removes it, does so alone
         self._folders: dict[str, asyncio.Lock] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
 
     def get(self, name: str, uid: bytes = b"") -> Model:
         """A model by name; UnknownModel otherwise, or ModelLost for a caller that knew it by its uid."""
@@ -135,7 +142,7 @@ class Catalog:
             raise OverCapacity(
                 problem=f"this server holds at most {self.config.max_models} models", setting="max-models"
             )
-        need = Arenas.bytes_needed(layout, names)
+        need = Arenas.bytes_needed(layout)
         self.require_room(need, sum(creation.bytes_needed for creation in others))
         largest = sum(arena.elements * arena.dtype.itemsize for arena in layout.arenas)
         if charge(largest) > self.config.staging_bytes:
@@ -152,7 +159,7 @@ class Catalog:
 
     def require_room(self, need_bytes: int, promised_bytes: int = 0) -> None:
         """OverCapacity unless `need_bytes` more of parameters and state may be held."""
-        held = sum(Arenas.bytes_needed(m.layout, m.arenas.rule_names) for m in self.models.values())
+        held = sum(Arenas.bytes_needed(m.layout) for m in self.models.values())
         if held + promised_bytes + need_bytes > self.config.max_bytes:
             raise OverCapacity(
                 problem=f"{need_bytes} bytes more are needed, {held} of {self.config.max_bytes} are taken",
@@ -209,7 +216,9 @@ class Catalog:
     def _model(self, name: str, uid: bytes, timeline: int, layout: Layout, groups: ParamGroups) -> Model:
         sessions = Sessions(self.config.lease_s, self.config.max_workers, name)
         staging_bytes = self.config.staging_bytes
-        return Model(name, uid, timeline, layout, groups, sessions, self.device, staging_bytes)
+        model = Model(name, uid, timeline, layout, groups, sessions, self.device, staging_bytes)
+        model.on_failed = self._failed
+        return model
 
     async def delete(self, name: str, by: str) -> None:
         """Forget a model and its snapshots for good."""
@@ -238,26 +247,69 @@ class Catalog:
     async def restore(self, name: str, snapshot: str, by: str) -> int:
         """Bring a snapshot back on a new timeline; the version from which it holds."""
         model = self.get(name)
-        manifest, copy = await asyncio.to_thread(self.snapshots(name).read, snapshot)
+        try:
+            manifest, copy = await asyncio.to_thread(self.snapshots(name).read, snapshot)
+        except (SnapshotDamaged, UnknownSnapshot):
+            model.require_here()  # or what is said of a snapshot that just went would be true of none
+            raise
         if copy.layout.manifest_hash != model.layout.manifest_hash:
             raise InvalidManifest(
                 problem=f"snapshot {snapshot} holds other parameters or groups than the model has now"
             )
-        await self.replace(model, copy, manifest, by)
+        await self.whole(self.replace(model, copy, manifest, by))
         return copy.version
 
     async def replace(self, model: Model, copy: ArenasCopy, saved: dict[str, Any] | None, by: str) -> None:
         """Put `copy` in place of what the model is, on a timeline that is on the disk first."""
         async with self._alone(model.name):
-            if model.deleted:
-                raise ModelLost(model=model.name)
+            model.require_here()
             if saved is None and copy.timeline != model.timeline:  # a restore came since it was copied
                 raise Superseded(model=model.name, timeline=model.timeline, got=copy.timeline)
             model.tell(Point.LOAD_STATE_DICT_PRE)
             timeline = model.timeline + 1
             await self._write_identity(model, None, timeline, copy.lineage_here)
-            model.restore(copy, saved, timeline, by)
+            try:
+                if copy.layout.manifest_hash != model.layout.manifest_hash:  # a group was added meanwhile
+                    raise ManifestChanged(model=model.name)
+                loading = model.restore(copy, saved, timeline, by)
+            except BaseException:
+                await self._write_identity(model, None)  # it goes on as what it was
+                raise
+            try:
+                await loading
+            except Exception as error:
+                model.fail_if_torn(error)
+                raise
             model.tell(Point.LOAD_STATE_DICT_POST)
+
+    async def whole(self, work: Coroutine[Any, Any, T], then: Callable[[], None] = lambda: None) -> T:
+        """Do all of `work`, and `then`, also when whoever waits for it goes away: half an edit is none."""
+        return await asyncio.shield(self._start(work, then))
+
+    def _start(
+        self, work: Coroutine[Any, Any, T], then: Callable[[], None] = lambda: None
+    ) -> asyncio.Task[T]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)  # or it may be collected while it runs
+        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(lambda _: then())
+        return task
+
+    def _failed(self, model: Model) -> None:
+        """Bring a model back that a write has left torn."""
+        self._start(self._bring_back(model))
+
+    async def _bring_back(self, model: Model) -> None:
+        try:
+            found = await asyncio.to_thread(self.snapshots(model.name).newest, model.ledger.holds)
+            if found is None:
+                log.error("model %s failed and has no snapshot that verifies", model.name)
+                return
+            manifest, copy = found
+            await self.replace(model, copy, manifest, "server")
+            log.warning("model %s failed and goes on from snapshot %s", model.name, manifest["id"])
+        except PushstepError as error:
+            log.error("model %s failed and could not be brought back: %s", model.name, error.message)
 
     async def _write_identity(
         self,
@@ -312,9 +364,9 @@ class Catalog:
             model.ledger.go_back(copy.lineage_here, timeline)
         model.edit = int(manifest["edit"])
         model.extras = copy.extras
-        model.hooks.parse(manifest["hooks"], groups, name)
+        model.hooks.list[:] = model.hooks.parsed(manifest["hooks"], groups, name)
         model.sessions.parse(manifest["workers"], time.monotonic(), manifest.get("forgotten_epoch", 0))
-        model.judge.quality.parse(manifest["gate"])
+        model.judge.quality = Quality.parsed(manifest["gate"])
         model.judge.switch(
             policies.read(manifest["policy"]), time.monotonic()
         )  # whatever staging holds today

@@ -13,7 +13,7 @@ import copy
 import logging
 import time
 from asyncio import FIRST_COMPLETED
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from pushstep.proto.errors import NotHeld, PushPending, PushstepError
@@ -24,6 +24,7 @@ from pushstep.proto.types_pb2 import Identity, Outcome, ServerTimes
 from . import reduction
 from .candidate import Candidate
 from .decision import Combine, Decision, Note, Settle, Step
+from .docket import refuse_consumed
 from .hooks.hook import Point
 from .staging import INLINE_STEP_BYTES, KEPT_BYTES, StagedPush
 from .worker import Verdict
@@ -202,15 +203,25 @@ class Executor:
         lrs: dict[int, float] = {}
         try:
             lrs = job.result()
-        except Exception as error:  # noqa: BLE001 - a half-taken step must stop the model, whatever broke it
-            if not isinstance(error, PushstepError) and model.failed is None:
-                model.fail(error)
-            failure = error if isinstance(error, PushstepError) else model.failed
+        except Exception as error:  # noqa: BLE001 - whatever it was, its pushes are told and the model goes on
+            failure = model.broke_off(error, step.ticket.version)
         for settle in step.settles:
             if settle.verdict is not None:
                 _complete(settle.verdict, lrs, times, failure)
                 model.last_receipt = settle.verdict.receipt if failure is None else model.last_receipt
             self._settle(settle)
+
+    def write(self, job: Callable[[], None], verdict: Verdict) -> Awaitable[None]:
+        """Queue a write that has its verdict already, which it loses if it fails."""
+        return self._written(self._model.stepper.write(job), verdict)
+
+    async def _written(self, job: asyncio.Future[None], verdict: Verdict) -> None:
+        try:
+            await job
+        except Exception as error:  # noqa: BLE001 - whatever it was, its sender is told and the model goes on
+            failure = self._model.broke_off(error, verdict.receipt.version)
+            _complete(verdict, {}, ServerTimes(), failure)
+            raise failure from None
 
     # The clock.
 
@@ -252,5 +263,5 @@ def _complete(
     for group in receipt.groups:
         group.effective_lr = lrs.get(group.group, group.effective_lr)
     if failure is not None:
-        verdict.error = failure
+        verdict.error = refuse_consumed(copy.copy(failure))
         receipt.outcome, receipt.reason = Outcome.OUTCOME_REJECTED, failure.code

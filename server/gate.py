@@ -8,7 +8,7 @@ finiteness is decided.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import Final
 
@@ -24,6 +24,7 @@ from pushstep.proto.errors import (
     SparseNotSupported,
 )
 from pushstep.proto.frames import Assembly
+from pushstep.proto.hyperparameters import Values
 from pushstep.proto.layout import Layout, check_body
 from pushstep.proto.region import SharedBody
 from pushstep.proto.training_pb2 import PushCommit, PushHeader
@@ -152,16 +153,19 @@ def _all_finite(values: Tensor) -> bool:
     return bool(torch.isfinite(values).all())
 
 
-def decide(push: StagedPush, nonfinite: Nonfinite, groups: ParamGroups) -> bool:
-    """True to go on, False to skip; NonfiniteGradient or SparseNotSupported to reject."""
+def require_steppable(push: StagedPush, groups: ParamGroups, planned: Mapping[int, Values]) -> None:
+    """SparseNotSupported if a group, with the values planned for it, refuses the rows of a push."""
     for part in push.parts:
         if isinstance(part, RowsPart):
-            values = groups.list[part.slot.group].values
-            if values.get("weight_decay", 0.0) != 0:
-                raise SparseNotSupported(
-                    parameter=part.slot.name,
-                    problem="weight_decay is not compatible with sparse gradients: set it to 0 for this group",
-                )
+            group = groups.list[part.slot.group]
+            try:
+                group.rule.check_rows(planned.get(part.slot.group, group.values))
+            except RuntimeError as error:
+                raise SparseNotSupported(parameter=part.slot.name, problem=str(error)) from error
+
+
+def decide(push: StagedPush, nonfinite: Nonfinite) -> bool:
+    """True to go on, False to skip; NonfiniteGradient to reject."""
     if push.nonfinite_parameter is None or nonfinite is Nonfinite.APPLY:
         return True
     if nonfinite is Nonfinite.SKIP:

@@ -60,6 +60,10 @@ class Judge:
         """The gate's settings, and what it has learned."""
         return self.docket.quality
 
+    @quality.setter
+    def quality(self, quality: Quality) -> None:
+        self.docket.quality = quality
+
     # Events of a push.
 
     def require_current(self, identity: Identity) -> None:

@@ -7,15 +7,17 @@ when the stepper has worked through its queue.
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Final
 
 import torch
 
-from pushstep.proto.errors import ModelFailed, ModelLost, OverCapacity
+from pushstep.proto.errors import ModelFailed, ModelLost, OverCapacity, PushstepError, StepFailed
 from pushstep.proto.layout import Layout
 from pushstep.proto.types_pb2 import GroupValues, Identity, Receipt
 
@@ -30,10 +32,12 @@ from .judge import Judge
 from .ledger import Ledger
 from .policy import PolicySettings
 from .publish import Publisher
+from .quality import Quality
 from .session import Sessions
 from .stepper import Stepper
 from .sync_round import SyncSettings
 
+log = logging.getLogger("pushstep.model")
 EVENTS_KEPT: Final = 1000
 
 
@@ -63,6 +67,8 @@ class Model:
         # edits (hyperparameters, hooks, policy) add no version: each is (after this version, this number)
         self.edit = 0
         self.failed: ModelFailed | None = None
+        # told when a write has left the arenas torn
+        self.on_failed: Callable[[Model], None] = lambda model: None
         self.deleted = False
         # a module's buffers and frozen values; replaced as a whole, never written to
         self.extras: Mapping[str, torch.Tensor] = {}
@@ -76,9 +82,9 @@ class Model:
         self.inspected: set[object] = set()
         self.stepped: set[object] = set()
         self.device = device
-        self.arenas = Arenas(layout, [group.rule.name for group in groups.list], device)
+        self.arenas = Arenas(layout, device)
         self.arenas.timeline = timeline
-        self.stepper = Stepper(name, self.arenas.lane)
+        self.stepper = Stepper(name, self.arenas)
         self.publisher = Publisher(self.arenas, self.stepper)
         self.executor = Executor(self)
 
@@ -98,11 +104,15 @@ class Model:
         self.require_whole()
 
     def require_whole(self) -> None:
-        """ModelLost once it is deleted; ModelFailed while a broken-off step has left it between two versions."""
-        if self.deleted:
-            raise ModelLost(model=self.name)
+        """ModelLost once it is deleted; ModelFailed while a broken-off write has left it between two versions."""
+        self.require_here()
         if self.failed is not None:
             raise self.failed.with_traceback(None)  # or it grows with every request that it refuses
+
+    def require_here(self) -> None:
+        """ModelLost once it is deleted."""
+        if self.deleted:
+            raise ModelLost(model=self.name)
 
     def require_room_for(self, worker: str) -> None:
         """OverCapacity if a round with one worker more could not be held."""
@@ -124,10 +134,22 @@ class Model:
                 setting="staging-bytes",
             )
 
-    def fail(self, problem: BaseException) -> None:
-        """A step broke off half way: take nothing more until a restore replaces the arenas."""
-        self.failed = ModelFailed(model=self.name, version=self.version, problem=type(problem).__name__)
-        self.record("failed", "server", problem=str(problem))
+    def broke_off(self, problem: Exception, version: int) -> PushstepError:
+        """A step could not be taken: what its pushes are told. If it had begun to write, the model is failed as well."""
+        if isinstance(problem, PushstepError):
+            return problem
+        log.error("model %s: the step to version %d failed", self.name, version, exc_info=problem)
+        failure = StepFailed(model=self.name, version=version, problem=in_short(problem))
+        self.record(failure.code, "server", step=version, problem=in_short(problem))
+        self.fail_if_torn(problem)
+        return failure
+
+    def fail_if_torn(self, problem: Exception) -> None:
+        """Take nothing more until a restore replaces the arenas, if a write has left them between two versions."""
+        if self.arenas.torn and self.failed is None:
+            self.failed = ModelFailed(model=self.name, version=self.version, problem=in_short(problem))
+            self.record("failed", "server", problem=in_short(problem))
+            self.on_failed(self)
 
     # Edits. Each returns the version from which it holds.
 
@@ -204,27 +226,30 @@ class Model:
 
     # Replacing what the model is.
 
-    def restore(self, copy: ArenasCopy, saved: Mapping[str, Any] | None, timeline: int, by: str) -> None:
+    def restore(
+        self, copy: ArenasCopy, saved: Mapping[str, Any] | None, timeline: int, by: str
+    ) -> asyncio.Future[None]:
         """Become `copy` on a new, already durable timeline; `saved` is the snapshot's groups and hooks.
 
-        All epochs close: a push of the old timeline, one that waits too, is told `superseded`.
+        All epochs close: a push of the old timeline, one that waits too, is told `superseded`. What is saved is read
+        before anything changes; it holds from the next ticket on, and the future tells when the arenas are there.
         """
+        held = self.judge.policy.settings.model_dump() if saved is None else saved["policy"]
+        settings = policies.read(held)
+        if saved is not None:
+            groups = ParamGroups.parse(saved["groups"])
+            hooks = self.hooks.parsed(saved["hooks"], groups, self.name)
+            gate = Quality.parsed(saved["gate"])
+            for group, before in zip(groups.list, self.groups.list, strict=False):
+                group.revision = before.revision + 1
+            self.groups.become(groups)
+            self.hooks.list[:] = hooks
+            self.judge.quality = gate
+            self.edit = int(saved["edit"])
         self.failed = None
         self.stepped.clear()
         self.replaced_by = None  # what it replaced is undone
         self.extras = copy.extras
-        if saved is not None:
-            revisions = [group.revision for group in self.groups.list]
-            for hook in list(self.hooks.list):
-                self.hooks.remove(hook.hook_id, self.groups, self.name)
-            self.groups.list[:] = ParamGroups.parse(saved["groups"]).list
-            for group, revision in zip(self.groups.list, revisions, strict=False):
-                group.revision = revision + 1
-            self.hooks.parse(saved["hooks"], self.groups, self.name)
-            self.edit = int(saved["edit"])
-            self.judge.quality.parse(saved["gate"])
-        held = self.judge.policy.settings.model_dump() if saved is None else saved["policy"]
-        settings = policies.read(held)
         decisions = self.judge.restored(copy.lineage_here, timeline, settings, time.monotonic())
         self.record("restored", by)
         self.executor.carry_out(decisions)
@@ -234,15 +259,19 @@ class Model:
             arenas.load(copy, timeline)
             publisher.forget()
 
-        self.stepper.submit(load)
+        return self.stepper.write(load, mends=True)
 
-    def add_groups(self, layout: Layout, added: list[Group]) -> None:
-        """Take on further groups at the end; `layout` has them. Values are written by the caller's job."""
-        self.layout = layout
+    def add_groups(self, extension: ArenasCopy, added: list[Group]) -> asyncio.Future[None]:
+        """Take on further groups at the end: their arenas are in `extension`, values and all."""
+        self.layout = extension.layout
         self.stepped.clear()
         self.groups.list.extend(added)
-        names = [group.rule.name for group in self.groups.list]
-        self.stepper.submit(lambda: self.arenas.grow(layout, names))
+
+        def adopt() -> None:
+            self.arenas.adopt(extension)
+            self.publisher.forget()  # the version stays, its frames lack the groups
+
+        return self.stepper.write(adopt)
 
     # What snapshots hold.
 
@@ -286,3 +315,8 @@ class Model:
         await self.stepper.close()
         await self.executor.give_back()
         self.hooks.close()
+
+
+def in_short(problem: BaseException) -> str:
+    """A defect in one line, for those who are told of it; the log has all of it."""
+    return f"{type(problem).__name__}: {problem}"[:200]

@@ -17,7 +17,6 @@ from pushstep.proto.errors import InvalidSettings, NormOutlier
 
 from . import gate
 from .gate import Nonfinite
-from .groups import ParamGroups
 from .staging import StagedPush
 
 # A push in twenty: the estimate follows a training whose norms fall, and forgets within a hundred pushes.
@@ -69,9 +68,9 @@ class Quality:
         self._mean = 0.0
         self._deviation = 0.0
 
-    def decide(self, push: StagedPush, groups: ParamGroups, wish: Nonfinite | None) -> bool:
+    def decide(self, push: StagedPush, wish: Nonfinite | None) -> bool:
         """True to go on, False to skip; a named error to reject. `wish`: a hook's, before the setting."""
-        if not gate.decide(push, self.nonfinite(wish), groups):
+        if not gate.decide(push, self.nonfinite(wish)):
             return False
         norm = push.norm
         limit = self.limit()
@@ -106,9 +105,11 @@ class Quality:
         estimate = {"seen": self.seen, "mean": self._mean, "deviation": self._deviation}
         return {**self.settings.model_dump(mode="json"), "norms": estimate}
 
-    def parse(self, dumped: Mapping[str, Any]) -> None:
-        """Become what `dump` wrote."""
+    @classmethod
+    def parsed(cls, dumped: Mapping[str, Any]) -> Quality:
+        """The gate that `dump` wrote."""
         settings = dict(dumped)
         norms = settings.pop("norms")
-        self.settings = QualitySettings.model_validate(settings)
-        self.seen, self._mean, self._deviation = norms["seen"], norms["mean"], norms["deviation"]
+        gate = cls(QualitySettings.model_validate(settings))
+        gate.seen, gate._mean, gate._deviation = norms["seen"], norms["mean"], norms["deviation"]
+        return gate

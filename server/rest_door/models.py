@@ -27,7 +27,7 @@ def describe(model: Model) -> dict[str, Any]:
         "edit": model.edit,
         "parameters": len(model.layout.slots),
         "elements": sum(arena.elements for arena in model.layout.arenas),
-        "bytes": Arenas.bytes_needed(model.layout, model.arenas.rule_names),
+        "bytes": Arenas.bytes_needed(model.layout),
         "groups": len(model.groups.list),
         "hooks": len(model.hooks.list),
         "policy": model.judge.policy.settings.model_dump(mode="json"),
@@ -68,7 +68,7 @@ async def delete_model(m: str, catalog: CatalogHere) -> Response:
 @router.get("/capacity", summary="Show how full the server is")
 async def show_capacity(catalog: CatalogHere) -> dict[str, Any]:
     """Bounds and what is taken of them."""
-    held = sum(Arenas.bytes_needed(m.layout, m.arenas.rule_names) for m in catalog.models.values())
+    held = sum(Arenas.bytes_needed(m.layout) for m in catalog.models.values())
     return {
         "models": {"held": len(catalog.models), "limit": catalog.config.max_models},
         "bytes": {"held": held, "limit": catalog.config.max_bytes},

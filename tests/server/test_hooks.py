@@ -218,7 +218,7 @@ def test_schedulers_are_torchs_also_over_a_snapshot(name: str) -> None:
                 ParamGroups.parse(of.dump()),
                 HookChain(),
             )
-            installed.parse(dumped, of, "m")
+            installed.list[:] = installed.parsed(dumped, of, "m")
         installed.step_post(context(metrics={"loss": loss}), of)
     assert [group.values["lr"] for group in of.list] == [group["lr"] for group in optimizer.param_groups]
     assert moved
