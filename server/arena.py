@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -20,7 +21,13 @@ from pushstep.proto.layout import Layout, Slot
 from pushstep.proto.types_pb2 import Ticket
 
 from .device import Device
+from .finite_watch import FiniteWatch
 from .staging import DensePart, RowsPart
+
+# What a group's new hyperparameters are tried on before they are taken.
+TRIED_ELEMENTS: Final = 256
+TRIED_GRADIENTS: Final = (0.0, 1.0, -1.0)
+TRIED_STEPS: Final = 2
 
 
 class Arenas:
@@ -37,6 +44,7 @@ class Arenas:
         self.timeline = 1
         self.changed = [0] * len(layout.slots)
         self.row_changed: dict[int, Tensor] = {}
+        self.watch = FiniteWatch()
         # between two versions: a write has begun and was not finished
         self.torn = False
 
@@ -122,6 +130,7 @@ class Arenas:
                         self.mark_changed(slot, ticket.version)
                     if copy_out is not None:
                         written.update(slot.index for slot in part.slots)
+        self.watch.stepped(self.layout, self.parameters, parts)
         return written
 
     def _planned(
@@ -220,6 +229,24 @@ class Arenas:
         self.steps += [0] * added
         self.changed += [self.version] * added
 
+    def stays_finite(self, group: int, values: Mapping[str, float | bool]) -> bool:
+        """Whether steps with these hyperparameters leave a few elements finite that are."""
+        rule = rule_of(self.layout, group)
+        for arena in self.layout.arenas:
+            if arena.group != group or not arena.elements:
+                continue
+            stride = -(-arena.elements // TRIED_ELEMENTS)
+            for gradient in TRIED_GRADIENTS:
+                flats = [self.parameters[arena.index], *self.states[arena.index].values()]
+                param, *state = (flat[::stride].clone() for flat in flats)
+                was = torch.isfinite(param)
+                for step in range(1, 1 + TRIED_STEPS):
+                    at = self.steps[arena.slots[0].index] + step
+                    rule.step_dense(param, torch.full_like(param, gradient), state, values, step=at)
+                if bool((was & ~torch.isfinite(param)).any()):
+                    return False
+        return True
+
     def copy(self) -> ArenasCopy:
         """The whole of it at this version, in memory of its own on the CPU."""
         return ArenasCopy(
@@ -243,6 +270,7 @@ class Arenas:
             self.version, self.timeline = copy.version, timeline
             for slot in self.layout.slots:
                 self.mark_changed(slot, copy.version)
+        self.watch.look(self.layout, self.parameters)
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,8 +78,10 @@ class Docket:
 
     def conclude(self, now_s: float) -> list[Decision]:
         """Let the policy look until it has nothing more to do; everything decided since the last event."""
-        if self.policy.waits or self.parked:  # only then, since this looks at every worker
-            self.sessions.expire(now_s)
+        self.sessions.expire(now_s)
+        for worker in self.sessions.take_expired():
+            self.note("worker_expired", "server", worker=worker.name, epoch=worker.epoch)
+        if self.parked:
             self._clear_parked()
         while moves := self.policy.review(self.view(now_s)):
             for move in moves:

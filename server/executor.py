@@ -57,6 +57,8 @@ class Executor:
         self._releases: dict[Candidate, Callable[[], None]] = {}
         self._moved: asyncio.Future[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
+        # for when the timer is set
+        self._due_s = 0.0
         self._tasks: set[asyncio.Task[None]] = set()
         self._let_go = self._closed = False
 
@@ -199,6 +201,7 @@ class Executor:
 
     def _finish(self, job: asyncio.Future[dict[int, float]], step: Step, times: ServerTimes) -> None:
         model = self._model
+        model.note_nonfinite()
         failure: PushstepError | None = None
         lrs: dict[int, float] = {}
         try:
@@ -218,6 +221,7 @@ class Executor:
     async def _written(self, job: asyncio.Future[None], verdict: Verdict) -> None:
         try:
             await job
+            self._model.note_nonfinite()
         except Exception as error:  # noqa: BLE001 - whatever it was, its sender is told and the model goes on
             failure = self._model.broke_off(error, verdict.receipt.version)
             _complete(verdict, {}, ServerTimes(), failure)
@@ -226,16 +230,18 @@ class Executor:
     # The clock.
 
     def _set_clock(self) -> None:
+        next_s = self._model.judge.next_s()
+        if next_s is None or (self._timer is not None and self._due_s <= next_s):
+            return  # woken too early, it is set anew: that costs less than a timer for each push
         if self._timer is not None:
             self._timer.cancel()
-            self._timer = None
-        next_s = self._model.judge.next_s()
-        if next_s is not None:
-            loop = asyncio.get_running_loop()
-            delay_s = max(0.0, next_s - time.monotonic()) + MOMENT_S
-            self._timer = loop.call_later(delay_s, self._tick)
+        self._due_s = next_s
+        loop = asyncio.get_running_loop()
+        delay_s = max(0.0, next_s - time.monotonic()) + MOMENT_S
+        self._timer = loop.call_later(delay_s, self._tick)
 
     def _tick(self) -> None:
+        self._timer = None
         self.carry_out(self._model.judge.tick(time.monotonic()))
 
     def close(self) -> None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -84,11 +85,8 @@ class Intake:
         while model.judge.offered(header, time.monotonic()) is Offer.WAIT:
             await model.executor.change(until_s, header.identity.worker)
         self._offered = True
-        try:
+        with self._faulting():
             lengths = gate.check_header(self._layout, header, model.name, self._budget.total_bytes)
-        except InvalidRequest as error:
-            self.fault(error)
-            raise
         needed = sum(lengths) + sum(map(self._layout.unpacked_bytes, header.segments))
         self._kind = frozenset((s.dtype, bool(s.rows), bool(s.elements)) for s in header.segments)
         self._is_small = (
@@ -96,7 +94,8 @@ class Intake:
         )
         self._hold(self._region, None if self._answer is None else self._answer.region)
         if self._region is not None:
-            self._body: Assembly | SharedBody = self._region.body(header)
+            with self._faulting():
+                self._body: Assembly | SharedBody = self._region.body(header)
             self._arrived = self._arriving(self._body)
         else:
             self._digest = BodyDigest(header.segments)
@@ -130,6 +129,15 @@ class Intake:
                 arrived.advance(chunk.segment, chunk.offset + len(chunk.payload))
 
         return place(take_in, chunk)
+
+    @contextmanager
+    def _faulting(self) -> Iterator[None]:
+        """A block in which a broken rule counts against the worker."""
+        try:
+            yield
+        except InvalidRequest as error:
+            self.fault(error)
+            raise
 
     def fault(self, error: InvalidRequest) -> None:
         """Count a push that broke a rule before it was complete."""

@@ -84,8 +84,6 @@ class Judge:
         sequence = int(header.identity.sequence)
         if not seen and sequence not in worker.held:
             ahead = sequence - 1 - worker.sequence
-            if self.policy.waits:
-                self.sessions.expire(now_s)
             if not self.policy.admits(worker, ahead, self.docket.view(now_s)):
                 return Offer.WAIT
         worker.coming[sequence] = worker.coming.get(sequence, 0) + 1
@@ -224,9 +222,9 @@ class Judge:
         return self.docket.conclude(now_s)
 
     def next_s(self) -> float | None:
-        """When to `tick` although nothing happens: a round's time-out, or a lease that others wait for."""
+        """When to `tick` although nothing happens: a round's time-out, or the end of a lease."""
         due = [due_s for due_s in (self.policy.deadline_s(),) if due_s is not None]
-        lease_s = self.sessions.first_lease_s() if self.policy.waits or self.docket.parked else None
+        lease_s = self.sessions.first_lease_s()
         return min((*due, lease_s) if lease_s is not None else due, default=None)
 
     # Edits.

@@ -11,13 +11,20 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
 import torch
 
-from pushstep.proto.errors import ModelFailed, ModelLost, OverCapacity, PushstepError, StepFailed
+from pushstep.proto.errors import (
+    InvalidHyperparameter,
+    ModelFailed,
+    ModelLost,
+    OverCapacity,
+    PushstepError,
+    StepFailed,
+)
 from pushstep.proto.layout import Layout
 from pushstep.proto.types_pb2 import GroupValues, Identity, Receipt
 
@@ -39,6 +46,7 @@ from .sync_round import SyncSettings
 
 log = logging.getLogger("pushstep.model")
 EVENTS_KEPT: Final = 1000
+NAMES_SHOWN: Final = 10
 
 
 class Model:
@@ -81,6 +89,8 @@ class Model:
         # for seconds, which the event loop does not do however small it is
         self.inspected: set[object] = set()
         self.stepped: set[object] = set()
+        # names of parameters with NaN or infinity, as the writer has found them
+        self.nonfinite: Sequence[str] = ()
         self.device = device
         self.arenas = Arenas(layout, device)
         self.arenas.timeline = timeline
@@ -151,7 +161,27 @@ class Model:
             self.record("failed", "server", problem=in_short(problem))
             self.on_failed(self)
 
+    def note_nonfinite(self) -> None:
+        """Tell of parameters that have become NaN or infinite, or are finite again."""
+        found = self.arenas.watch.nonfinite
+        if found is not self.nonfinite:
+            self.nonfinite = found
+            kind = "parameters_nonfinite" if found else "parameters_finite"
+            self.record(kind, "server", parameters=list(found[:NAMES_SHOWN]), count=len(found))
+            if found:
+                log.warning(
+                    "model %s: %d parameters are NaN or infinite: %s", self.name, len(found), found[0]
+                )
+
     # Edits. Each returns the version from which it holds.
+
+    async def try_group(self, index: int, values: Mapping[str, Any]) -> None:
+        """InvalidHyperparameter for values with which a step would make NaN or infinity of what the group holds."""
+        changed = self.groups.changed(index, values, self.name)
+        if not await self.stepper.submit(lambda: self.arenas.stays_finite(index, changed)):
+            raise InvalidHyperparameter(
+                problem=f"{dict(values)}: the next step would make NaN or infinity of parameters of group {index}"
+            )
 
     def patch_group(self, index: int, values: Mapping[str, Any], hold: bool, by: str) -> tuple[Group, int]:
         """Change a group's hyperparameters from the next version on."""
@@ -259,7 +289,9 @@ class Model:
             arenas.load(copy, timeline)
             publisher.forget()
 
-        return self.stepper.write(load, mends=True)
+        loading = self.stepper.write(load, mends=True)
+        loading.add_done_callback(lambda _: self.note_nonfinite())
+        return loading
 
     def add_groups(self, extension: ArenasCopy, added: list[Group]) -> asyncio.Future[None]:
         """Take on further groups at the end: their arenas are in `extension`, values and all."""

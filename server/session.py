@@ -8,6 +8,7 @@ An epoch is never given out twice: whoever comes after a worker that was forgott
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
@@ -43,6 +44,10 @@ class Sessions:
         self.forgotten_epoch = 0
         self._joins = 0
         self._lead: Worker | None = None
+        # (when, whose) of each live worker: not before then can its lease have run out
+        self._leases: list[tuple[float, str]] = []
+        # whose leases ran out since `take_expired`
+        self._expired: list[Worker] = []
 
     def join(self, name: str, now_s: float, takeover: bool, attempt: int = 0, old_epoch: int = 0) -> Worker:
         """Open the next epoch under a name. AlreadyJoined while another holds it, unless taken over.
@@ -74,6 +79,7 @@ class Sessions:
         if self._lead is worker:
             self._lead = None  # it joined anew, behind the others
         self._touch(worker, now_s)
+        self._watch(worker)
         return worker
 
     def _is_itself(self, worker: Worker, old_epoch: int) -> bool:
@@ -97,9 +103,8 @@ class Sessions:
 
     def require(self, identity: Identity, now_s: float) -> Worker:
         """The live worker that `identity` is; its lease starts anew. UnknownWorker, Fenced or LeaseExpired."""
+        self.expire(now_s)
         worker = self.workers.get(identity.worker)
-        if worker is not None:
-            self._expire_one(worker, now_s)
         if worker is None or identity.epoch > worker.epoch:
             raise UnknownWorker(model=self.model, worker=identity.worker)
         if worker.state is WorkerState.EVICTED:
@@ -185,12 +190,34 @@ class Sessions:
 
     def expire(self, now_s: float) -> None:
         """Let go of leases that ran out."""
-        for worker in self.workers.values():
-            self._expire_one(worker, now_s)
+        while (first := self._first()) is not None and first.lease_until_s < now_s:
+            first.state = WorkerState.EXPIRED
+            self._expired.append(first)
 
-    def _expire_one(self, worker: Worker, now_s: float) -> None:
-        if worker.state is WorkerState.LIVE and now_s > worker.lease_until_s:
-            worker.state = WorkerState.EXPIRED
+    def take_expired(self) -> list[Worker]:
+        """The workers whose leases ran out since this was last asked."""
+        expired, self._expired = self._expired, []
+        return expired
+
+    def _first(self) -> Worker | None:
+        """The live worker whose lease ends first. Each is looked at about once a lease, however many there are."""
+        leases = self._leases
+        while leases:
+            due_s, name = leases[0]
+            worker = self.workers.get(name)
+            if worker is None or worker.state is not WorkerState.LIVE or worker.watched_s != due_s:
+                heapq.heappop(leases)
+            elif worker.lease_until_s > due_s:
+                worker.watched_s = worker.lease_until_s
+                heapq.heapreplace(leases, (worker.watched_s, name))
+            else:
+                return worker
+        return None
+
+    def _watch(self, worker: Worker) -> None:
+        """See to it that a live worker's lease ends."""
+        worker.watched_s = worker.lease_until_s
+        heapq.heappush(self._leases, (worker.watched_s, worker.name))
 
     def live(self) -> list[Worker]:
         """The live workers, longest joined first."""
@@ -271,12 +298,13 @@ class Sessions:
             self._touch(worker, now_s)
             self._joins = max(self._joins, worker.joined)
             self.workers[worker.name] = worker
+            if worker.state is WorkerState.LIVE:
+                self._watch(worker)
 
     def first_lease_s(self) -> float | None:
         """When the first live worker's lease runs out, unless it is heard of."""
-        return min(
-            (w.lease_until_s for w in self.workers.values() if w.state is WorkerState.LIVE), default=None
-        )
+        first = self._first()
+        return None if first is None else first.lease_until_s
 
     def _touch(self, worker: Worker, now_s: float) -> None:
         worker.last_seen_s = now_s

@@ -199,6 +199,7 @@ class Upload:
                 for segment in self._header.segments:
                     for slot in model.layout.slots_of(segment):
                         model.arenas.mark_changed(slot, version)
+            model.arenas.watch.look(model.arenas.layout, model.arenas.parameters)
 
         writing = model.executor.write(write, verdict)
         model.executor.carry_out(decisions)  # what was let in by it steps on top of it

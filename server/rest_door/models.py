@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 from fastapi import APIRouter, Response
 
 from ..arena import Arenas
-from ..model import Model
+from ..model import NAMES_SHOWN, Model
 from .depends import OPERATOR, CatalogHere, ModelHere
 from .numbers import finite
 
@@ -17,7 +16,6 @@ router = APIRouter(tags=["models"])
 
 def describe(model: Model) -> dict[str, Any]:
     """A model in numbers."""
-    model.sessions.expire(time.monotonic())
     receipt = model.last_receipt
     return {
         "name": model.name,
@@ -33,6 +31,7 @@ def describe(model: Model) -> dict[str, Any]:
         "policy": model.judge.policy.settings.model_dump(mode="json"),
         "nonfinite": model.judge.quality.nonfinite(model.hooks.nonfinite()),
         "workers_live": len(model.sessions.live()),
+        "parameters_nonfinite": list(model.nonfinite[:NAMES_SHOWN]),
         "failed": None if model.failed is None else model.failed.message,
         "last_step": None
         if receipt is None

@@ -61,6 +61,7 @@ async def patch_group(
     if_match: Annotated[str | None, Header()] = None,
 ) -> dict[str, Any]:
     """All of it or nothing. The reply's `effective_version` is the first version stepped with the new values."""
+    await model.try_group(index, values)
     group = model.groups.at(index, model.name)
     if if_match is not None and if_match not in ("*", _etag(model, group)):
         raise StaleEtag(what=f"param group {index}", etag=_etag(model, group))

@@ -40,7 +40,6 @@ def _show(worker: Worker, model: Model, now_s: float) -> dict[str, Any]:
 async def list_workers(model: ModelHere) -> dict[str, Any]:
     """Every worker remembered, those that left included."""
     now_s = time.monotonic()
-    model.sessions.expire(now_s)
     return {"workers": [_show(worker, model, now_s) for worker in model.sessions.workers.values()]}
 
 
