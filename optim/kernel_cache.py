@@ -120,22 +120,52 @@ def hits_and_misses() -> tuple[int, int]:
 
 
 def _compile(make: Callable[..., Callable[..., Any]], signature: str, spec: Any) -> Any:
-    import numba
-
-    njit: Any = numba.njit
-    config: Any = numba.config
-    options = {"nogil": True, "error_model": "numpy"}
     root = folder()
     if root is not None:
         name = hashlib.sha256(f"{make.__name__} {spec!r}".encode()).hexdigest()[:16]
         own = root / _surroundings() / f"{make.__name__}-{name}"
-        before = config.CACHE_DIR
-        config.CACHE_DIR = str(own)
         try:
-            return njit(signature, cache=True, **options)(make(spec))
+            return _built(make(spec), signature, own)
         except Exception as error:  # noqa: BLE001 - what damaged files raise is numba's affair; a bad kernel raises below
             log.warning("the compiled kernel in %s cannot be used, it is compiled again: %s", own, error)
             shutil.rmtree(own, ignore_errors=True)  # the next process writes it afresh
-        finally:
-            config.CACHE_DIR = before
-    return njit(signature, **options)(make(spec))
+    return _built(make(spec), signature, None)
+
+
+def _built(function: Callable[..., Any], signature: str, own: Path | None) -> Any:
+    """`numba.njit(signature, cache=True)` with a cache of its own: numba's setting would be the whole process's."""
+    import numba
+
+    njit: Any = numba.njit
+    kernel = njit(nogil=True, error_model="numpy")(function)
+    if own is not None:
+        kernel._cache = _cache_in(own, function)
+    kernel.compile(signature)
+    kernel.disable_compile()
+    return kernel
+
+
+def _cache_in(own: Path, function: Callable[..., Any]) -> Any:
+    from numba.core import caching
+
+    class Locator:
+        """Where one kernel lies. The folder's name says of which sources it is."""
+
+        @classmethod
+        def from_function(cls, function: Callable[..., Any], file: str) -> Locator:
+            return cls()
+
+        def ensure_cache_path(self) -> None:
+            own.mkdir(parents=True, exist_ok=True)
+
+        def get_cache_path(self) -> str:
+            return str(own)
+
+        def get_source_stamp(self) -> str:
+            return ""
+
+        def get_disambiguator(self) -> str:
+            return ""
+
+    impl = type("Impl", (caching.CompileResultCacheImpl,), {"_locator_classes": [Locator]})
+    return type("Cache", (caching.FunctionCache,), {"_impl_class": impl})(function)

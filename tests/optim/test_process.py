@@ -258,3 +258,28 @@ def test_without_further_threads_a_step_takes_longer_and_is_the_same(monkeypatch
     monkeypatch.setattr(pool.threading.Thread, "start", refuse)
     assert torch.equal(step(), expected)
     assert pool._helpers.queue.empty()
+
+
+def test_numbas_own_settings_are_left_alone(tmp_path, monkeypatch):
+    """They are the whole process's: what a user's thread compiles meanwhile belongs into the user's cache."""
+    import numba
+
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    kernel_cache.folder.cache_clear()
+    before, seen = numba.config.CACHE_DIR, []
+
+    def make(spec):
+        seen.append(numba.config.CACHE_DIR)
+
+        def twice(x):
+            return 2 * x
+
+        return twice
+
+    try:
+        assert kernel_cache.compiled(make, "int64(int64)", "a test's")(21) == 42
+        assert seen == [before]
+        assert list(tmp_path.rglob("*.nbi"))
+    finally:
+        kernel_cache._compiled.pop((make, "a test's"))
+        kernel_cache.folder.cache_clear()
