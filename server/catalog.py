@@ -49,6 +49,7 @@ from .quality import Quality
 from .session import Sessions
 from .snapshots import EXPORT_PREFIX, Snapshots, rules_known
 from .staging import charge
+from .threads import DISK
 
 log = logging.getLogger("pushstep.catalog")
 T = TypeVar("T")
@@ -191,7 +192,7 @@ class Catalog:
         creation.finishing = True
         try:
             async with self._alone(name):  # the folder of an earlier one of this name may just be going
-                await asyncio.to_thread(self._folder(name).set_aside)
+                await DISK.run(self._folder(name).set_aside)
                 await self._write_identity(model, clean_version=None)
         except BaseException:
             creation.finishing = False
@@ -228,7 +229,7 @@ class Catalog:
         del self.models[name]
         async with self._alone(name):  # a snapshot that is being written would make the folder again
             await model.close()
-            await asyncio.to_thread(self._folder(name).remove)
+            await DISK.run(self._folder(name).remove)
         log.info("model %s deleted by %s", name, by)
 
     # Snapshots and restores.
@@ -239,7 +240,7 @@ class Catalog:
         async with self._alone(name):
             model.tell(Point.STATE_DICT_PRE)
             facts, copy = await model.copy()
-            manifest = await asyncio.to_thread(self.snapshots(name).write, facts, copy, automatic=automatic)
+            manifest = await DISK.run(self.snapshots(name).write, facts, copy, automatic=automatic)
             model.tell(Point.STATE_DICT_POST, snapshot=manifest["id"])
             model.record("snapshot_taken", by, snapshot=manifest["id"])
             return manifest
@@ -248,7 +249,7 @@ class Catalog:
         """Bring a snapshot back on a new timeline; the version from which it holds."""
         model = self.get(name)
         try:
-            manifest, copy = await asyncio.to_thread(self.snapshots(name).read, snapshot)
+            manifest, copy = await DISK.run(self.snapshots(name).read, snapshot)
         except (SnapshotDamaged, UnknownSnapshot):
             model.require_here()  # or what is said of a snapshot that just went would be true of none
             raise
@@ -301,7 +302,7 @@ class Catalog:
 
     async def _bring_back(self, model: Model) -> None:
         try:
-            found = await asyncio.to_thread(self.snapshots(model.name).newest, model.ledger.holds)
+            found = await DISK.run(self.snapshots(model.name).newest, model.ledger.holds)
             if found is None:
                 log.error("model %s failed and has no snapshot that verifies", model.name)
                 return
@@ -321,7 +322,7 @@ class Catalog:
         """`timeline` and `lineage`: those that it is about to have."""
         stands_on = list(model.ledger.lineage if lineage is None else lineage)
         identity = IdentityFile(model.uid, timeline or model.timeline, clean_version, stands_on)
-        await asyncio.to_thread(self._folder(model.name).write_identity, identity)
+        await DISK.run(self._folder(model.name).write_identity, identity)
 
     # Start and stop.
 
@@ -338,13 +339,13 @@ class Catalog:
 
     async def _load_model(self, name: str) -> None:
         snapshots = self.snapshots(name)
-        await asyncio.to_thread(snapshots.sweep)
+        await DISK.run(snapshots.sweep)
         identity = self._folder(name).identity()
         if identity is None:
             return
-        found = await asyncio.to_thread(snapshots.newest, identity.made_of)
+        found = await DISK.run(snapshots.newest, identity.made_of)
         if found is None:
-            found = await asyncio.to_thread(snapshots.newest)
+            found = await DISK.run(snapshots.newest)
             if found is not None:
                 log.error("model %s: only a snapshot that a restore had undone verifies: loading it", name)
         if found is None:
@@ -386,7 +387,7 @@ class Catalog:
             try:
                 manifest = await self.snapshot(name, "server", automatic=True)
                 await self._write_identity(model, clean_version=int(manifest["version"]))
-                await asyncio.to_thread(self.snapshots(name).prune)
+                await DISK.run(self.snapshots(name).prune)
             except Exception:
                 log.exception("model %s could not be snapshotted at stop", name)
             await model.close()

@@ -27,6 +27,7 @@ from .decision import Combine, Decision, Note, Settle, Step
 from .docket import refuse_consumed
 from .hooks.hook import Point
 from .staging import INLINE_STEP_BYTES, KEPT_BYTES, StagedPush
+from .threads import PUSHES
 from .worker import Verdict
 
 if TYPE_CHECKING:
@@ -158,7 +159,7 @@ class Executor:
         pushes = [candidate.push for candidate in combine.candidates if candidate.push is not None]
         result: StagedPush | PushstepError
         try:
-            result = await asyncio.to_thread(self._add_up, pushes, combine)
+            result = await PUSHES.run(self._add_up, pushes, combine)
         except Exception as error:  # noqa: BLE001 - whatever it was, its pushes must not wait for ever
             result = named(error, log)
         del pushes

@@ -6,7 +6,6 @@ protobuf object. Any protobuf client can talk to them all the same.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import time
@@ -29,7 +28,7 @@ from pushstep.proto.types_pb2 import Identity, Receipt
 
 from .bulk import BulkStream
 from .catalog import Catalog
-from .grpc_methods import Context, answering, parsed, serialize, streaming
+from .grpc_methods import Context, answered, answering, serialize, streamed, streaming
 from .intake import Intake
 from .membership import join
 from .model import Model
@@ -48,6 +47,7 @@ from .shared_answer import SharedAnswer
 from .shared_memory import SharedMemory
 from .staging import Budget
 from .tarpit import Tarpit
+from .threads import PULLS
 from .upload import Upload
 
 log = logging.getLogger("pushstep.grpc")
@@ -85,17 +85,17 @@ class GrpcDoor:
             return streaming(method, self._refuse)
 
         methods: dict[str, Any] = {
-            "Describe": unary(one(parsed(self.describe, pb.DescribeRequest)), None, serialize),
-            "Join": unary(one(parsed(self.join, pb.JoinRequest)), None, serialize),
-            "Heartbeat": unary(one(parsed(self.heartbeat, pb.HeartbeatRequest)), None, serialize),
-            "Leave": unary(one(parsed(self.leave, pb.LeaveRequest)), None, serialize),
-            "OpenRegion": unary(one(parsed(self.open_region, pb.OpenRegionRequest)), None, serialize),
+            "Describe": unary(one(answered(self.describe, pb.DescribeRequest)), None, serialize),
+            "Join": unary(one(answered(self.join, pb.JoinRequest)), None, serialize),
+            "Heartbeat": unary(one(answered(self.heartbeat, pb.HeartbeatRequest)), None, serialize),
+            "Leave": unary(one(answered(self.leave, pb.LeaveRequest)), None, serialize),
+            "OpenRegion": unary(one(answered(self.open_region, pb.OpenRegionRequest)), None, serialize),
             "Upload": bulk_in(one(self.upload), None, serialize),
             "Push": bulk_in(one(self.push), None, serialize),
             "Exchange": bulk(many(self.exchange), None, None),
-            "Pull": bulk_out(many(parsed(self.pull, pb.PullRequest)), None, None),
-            "PullRows": bulk_out(many(parsed(self.pull_rows, pb.PullRowsRequest)), None, None),
-            "PullState": bulk_out(many(parsed(self.pull_state, pb.PullStateRequest)), None, None),
+            "Pull": bulk_out(many(streamed(self.pull, pb.PullRequest)), None, None),
+            "PullRows": bulk_out(many(streamed(self.pull_rows, pb.PullRowsRequest)), None, None),
+            "PullState": bulk_out(many(streamed(self.pull_state, pb.PullStateRequest)), None, None),
         }
         return grpc.method_handlers_generic_handler(SERVICE, methods)
 
@@ -220,7 +220,7 @@ class GrpcDoor:
         header.manifest.CopyFrom(copy.layout.manifest)
         yield pb.PullResponse(header=header).SerializeToString()
         frames = pack(bodies)
-        while (frame := await asyncio.to_thread(next, frames, None)) is not None:
+        while (frame := await PULLS.run(next, frames, None)) is not None:
             yield frame
 
     async def _take_push(

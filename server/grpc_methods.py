@@ -1,18 +1,17 @@
-"""Methods as gRPC is given them: messages parsed and written, and every error answered as the catalogue says."""
+"""Methods as gRPC is given them: messages parsed, checked and written, and every error answered as the catalogue says."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import grpc
-from google.protobuf.message import DecodeError
+from google.protobuf.message import Message
 
-from pushstep.proto.errors import MalformedFrame
+from .received import received
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Refuse = Callable[[Context, Exception], Awaitable[None]]
-T = TypeVar("T")
 
 
 def serialize(message: Any) -> bytes:
@@ -20,15 +19,25 @@ def serialize(message: Any) -> bytes:
     return bytes(message.SerializeToString())
 
 
-def parsed(method: Callable[[Any], T], kind: Any) -> Callable[[bytes], T]:
+def answered(
+    method: Callable[[Any], Awaitable[Any]], kind: type[Message]
+) -> Callable[[bytes], Awaitable[Any]]:
     """A method that takes messages as bytes: gRPC would answer those that are none with an error of its own."""
 
-    def call(message: bytes) -> T:
-        try:
-            request = kind.FromString(message)
-        except DecodeError as error:
-            raise MalformedFrame(problem=f"not a {kind.__name__}") from error
-        return method(request)
+    async def call(message: bytes) -> Any:
+        return await method(await received(kind, message))
+
+    return call
+
+
+def streamed(
+    method: Callable[[Any], AsyncIterator[bytes]], kind: type[Message]
+) -> Callable[[bytes], AsyncIterator[bytes]]:
+    """The same of a method that answers with a stream."""
+
+    async def call(message: bytes) -> AsyncIterator[bytes]:
+        async for answer in method(await received(kind, message)):
+            yield answer
 
     return call
 

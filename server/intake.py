@@ -32,6 +32,7 @@ from .model import Model
 from .region import Region
 from .shared_answer import SharedAnswer
 from .staging import INLINE_BYTES, Budget, StagedPush
+from .threads import PUSHES
 from .worker import Verdict
 
 
@@ -40,7 +41,7 @@ def place(take_in: Callable[[Chunk], None], chunk: Chunk) -> asyncio.Future[None
     if len(chunk.payload) <= INLINE_BYTES:
         take_in(chunk)
         return None
-    return asyncio.get_running_loop().run_in_executor(None, take_in, chunk)
+    return PUSHES.start(take_in, chunk)
 
 
 class Intake:
@@ -204,7 +205,7 @@ class Intake:
         """The complete body's digest, and what the gate finds in it or refuses it with."""
         if self._is_small:
             return self._read()
-        reading = asyncio.get_running_loop().run_in_executor(None, self._read)
+        reading = PUSHES.start(self._read)
         if self._region is None:
             return await reading
         # the thread reads on when the call has ended, and the memory has to be there

@@ -32,6 +32,7 @@ from .line_door import LineDoor
 from .rest_door import create_app
 from .shared_memory import SharedMemory
 from .staging import WINDOW_BYTES, Budget
+from .threads import PUSHES
 from .warmup import warm_kernels
 
 log = logging.getLogger("pushstep.service")
@@ -95,7 +96,7 @@ class Service:
         serving = asyncio.create_task(http.serve(sockets=[self._http_socket]))
         while not http.started and not serving.done():
             await asyncio.sleep(0.005)
-        await asyncio.to_thread(warm_kernels, self.catalog.device.where, self.config.data / "kernels")
+        await PUSHES.run(warm_kernels, self.catalog.device.where, self.config.data / "kernels")
         await self.catalog.load()
         await self._say(health_pb2.HealthCheckResponse.SERVING)
         unix = f" unix={self.unix_path}" if self.unix_path else ""

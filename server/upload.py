@@ -46,6 +46,7 @@ from .intake import place
 from .membership import membership
 from .model import Model
 from .staging import Budget
+from .threads import PUSHES
 
 _OF_A_MODEL = (UPLOAD_KIND_PARAMETERS, UPLOAD_KIND_STATE, UPLOAD_KIND_GROUP, UPLOAD_KIND_EXTRAS)
 
@@ -162,7 +163,7 @@ class Upload:
         if self._creation is None:
             raise MalformedFrame(problem="no creation ticket")
         header, worker, attempt = self._header, self._creation.worker, self._creation.attempt
-        model = await asyncio.to_thread(self._catalog.new_model, header.model, self._layout)
+        model = await PUSHES.run(self._catalog.new_model, header.model, self._layout)
         await model.stepper.submit(lambda: self._fill(model.arenas, header.steps))
         model.begin_under(self._policy)
         await self._catalog.finish_creation(header.model, self._creation, model)
@@ -216,7 +217,7 @@ class Upload:
             for entry in header.groups
         }
         _, copy = await model.copy()
-        await asyncio.to_thread(self._fill, copy, header.steps)
+        await PUSHES.run(self._fill, copy, header.steps)
         await self._catalog.replace(model, copy, None, header.identity.worker)
         model.groups.write(planned)
         model.replaced_by = header.identity
@@ -236,7 +237,7 @@ class Upload:
 
     async def _replace_extras(self, model: Model) -> UploadResponse:
         try:
-            extras = await asyncio.to_thread(load, self._body.part(0, torch.uint8).numpy().tobytes())
+            extras = await PUSHES.run(load, self._body.part(0, torch.uint8).numpy().tobytes())
         except SafetensorError as error:
             raise MalformedFrame(problem=f"the extras are no safetensors file: {error}") from error
         known = {name for slot in model.layout.slots for name in (slot.name, *slot.aliases)}
@@ -251,7 +252,7 @@ class Upload:
         if self._layout.manifest_hash != model.layout.manifest_hash:
             added = [Group.make(group) for group in self._header.manifest.groups]
             self._catalog.require_room(Arenas.bytes_needed(self._layout) - Arenas.bytes_needed(model.layout))
-            extension = await asyncio.to_thread(self._extended, model, added)
+            extension = await PUSHES.run(self._extended, model, added)
             model.require_current(identity)
             if model.layout is not self._base:  # another group came first: this one's places are taken
                 raise ManifestChanged(model=model.name)

@@ -12,7 +12,7 @@ from harness import RunningServer
 from wire import GROUPS, PARAMETERS, created, untouched
 
 from pushstep.client import Outcome
-from pushstep.proto.errors import InvalidSettings
+from pushstep.proto.errors import InvalidSettings, TooLong
 
 DEEP = "[" * 100_000
 NONSENSE = {
@@ -66,7 +66,7 @@ def test_a_worker_is_told_by_name(
 ) -> None:
     """As the policy of a model that it creates; the name stays free."""
     session = server.connect(model_name)
-    with monkeypatch.context() as patch, pytest.raises(InvalidSettings):
+    with monkeypatch.context() as patch, pytest.raises((InvalidSettings, TooLong)):
         patch.setattr("pushstep.client.attendance.to_wire", lambda _: body)
         session.create(PARAMETERS, GROUPS)
     session.create(PARAMETERS, GROUPS)
