@@ -95,9 +95,6 @@ class AsyncPolicy:
 
 def touched_groups(candidate: Candidate) -> list[int]:
     """The param groups that a push has a gradient for."""
-    slots = [
-        slot
-        for part in (candidate.push.parts if candidate.push is not None else ())
-        for slot in ((part.slot,) if isinstance(part, RowsPart) else part.slots)
-    ]
-    return sorted({slot.group for slot in slots})
+    parts = candidate.push.parts if candidate.push is not None else ()
+    # an arena is one group's, so any slot of a part tells
+    return sorted({(part.slot if isinstance(part, RowsPart) else part.slots[0]).group for part in parts})

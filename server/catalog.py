@@ -73,6 +73,30 @@ class Creation:
     finishing: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """A model that somebody wants to create: laid out, and good in itself."""
+
+    layout: Layout
+    bytes_needed: int
+    # of one push of all of it
+    push_bytes: int
+
+
+def propose(manifest: Manifest) -> Proposal:
+    """The model that a manifest describes; InvalidManifest or InvalidHyperparameter if there can be none.
+
+    It depends on nothing else, so that a large one is looked at in a thread.
+    """
+    layout = Layout(manifest)
+    for group in manifest.groups:
+        Group.make(group)
+    if len(layout.first_of_group) != len(manifest.groups):
+        raise InvalidManifest(problem="every param group must have parameters")
+    push_bytes = sum(arena.elements * arena.dtype.itemsize for arena in layout.arenas)
+    return Proposal(layout, Arenas.bytes_needed(layout), push_bytes)
+
+
 def check_name(name: str, what: str) -> str:
     """`name`, or InvalidName."""
     if not _NAME.fullmatch(name):
@@ -122,16 +146,9 @@ class Catalog:
     # Creation: a ticket, then the values, then the model.
 
     def begin_creation(
-        self, name: str, worker: str, manifest: Manifest, now_s: float, attempt: int = 0
+        self, name: str, worker: str, proposal: Proposal, now_s: float, attempt: int = 0
     ) -> Creation:
         """Give the first caller leave to create a model; BeingCreated for the others while it lasts."""
-        check_name(name, "model name")
-        layout = Layout(manifest)
-        names = [Group.make(group).rule.name for group in manifest.groups]
-        if len(layout.manifest.groups) == 0 or {slot.group for slot in layout.slots} != set(
-            range(len(names))
-        ):
-            raise InvalidManifest(problem="every param group must have parameters")
         self._creations = {
             known: creation
             for known, creation in self._creations.items()
@@ -143,18 +160,18 @@ class Catalog:
             raise OverCapacity(
                 problem=f"this server holds at most {self.config.max_models} models", setting="max-models"
             )
-        need = Arenas.bytes_needed(layout)
-        self.require_room(need, sum(creation.bytes_needed for creation in others))
-        largest = sum(arena.elements * arena.dtype.itemsize for arena in layout.arenas)
-        if charge(largest) > self.config.staging_bytes:
+        self.require_room(proposal.bytes_needed, sum(creation.bytes_needed for creation in others))
+        push_bytes = charge(proposal.push_bytes)
+        if push_bytes > self.config.staging_bytes:
             raise OverCapacity(
-                problem=f"one push of this model takes {charge(largest)} bytes, staging has {self.config.staging_bytes}",
+                problem=f"one push of this model takes {push_bytes} bytes, staging has {self.config.staging_bytes}",
                 setting="staging-bytes",
             )
         current = self._creations.get(name)
         if current is not None and (current.finishing or current.worker != worker):
             raise BeingCreated(model=name, worker=current.worker, retry_after_s=CREATION_RETRY_S)
-        creation = Creation(secrets.randbits(63) or 1, worker, layout, need, now_s + CREATION_S, attempt)
+        ticket, until_s = secrets.randbits(63) or 1, now_s + CREATION_S
+        creation = Creation(ticket, worker, proposal.layout, proposal.bytes_needed, until_s, attempt)
         self._creations[name] = creation
         return creation
 

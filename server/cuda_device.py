@@ -134,7 +134,7 @@ class CudaDevice(Device):
 
     # Pushes.
 
-    async def prepared(self, make: Callable[[], T]) -> T:
+    async def prepared(self, make: Callable[[], T], *, small: bool) -> T:
         """In a thread: pinning takes a while."""
         return await PUSHES.run(make)
 

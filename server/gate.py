@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 
 import torch
@@ -41,6 +42,34 @@ class Nonfinite(StrEnum):
     REJECT = "reject"
     SKIP = "skip"
     APPLY = "apply"
+
+
+@dataclass(frozen=True, slots=True)
+class Declared:
+    """What a push's header says of its body: each segment's bytes, and what the whole of it comes to."""
+
+    lengths: list[int]
+    # with what it is unpacked to
+    bytes_needed: int
+    parameters: int
+    # what the kernels that read it are chosen by
+    kind: frozenset[tuple[int, bool, bool]]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is stepped as it lies there, with nothing to unpack."""
+        return self.bytes_needed == sum(self.lengths)
+
+
+def declared(layout: Layout, header: PushHeader, model: str, limit_bytes: int) -> Declared:
+    """What a header declares; a named error if the push cannot be one of this model's."""
+    lengths = check_header(layout, header, model, limit_bytes)
+    return Declared(
+        lengths,
+        sum(lengths) + sum(map(layout.unpacked_bytes, header.segments)),
+        sum(len(layout.slots_of(segment)) for segment in header.segments),
+        frozenset((s.dtype, bool(s.rows), bool(s.elements)) for s in header.segments),
+    )
 
 
 def check_header(layout: Layout, header: PushHeader, model: str, limit_bytes: int) -> list[int]:

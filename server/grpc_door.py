@@ -113,7 +113,7 @@ class GrpcDoor:
     async def join(self, request: pb.JoinRequest) -> pb.JoinResponse:
         """Join."""
         self._take_new_work()
-        return join(self.catalog, request)
+        return await join(self.catalog, request)
 
     async def heartbeat(self, request: pb.HeartbeatRequest) -> pb.HeartbeatResponse:
         """Heartbeat."""

@@ -46,7 +46,7 @@ from .intake import place
 from .membership import membership
 from .model import Model
 from .staging import Budget
-from .threads import PUSHES
+from .threads import INLINE_PARTS, PUSHES, REQUESTS
 
 _OF_A_MODEL = (UPLOAD_KIND_PARAMETERS, UPLOAD_KIND_STATE, UPLOAD_KIND_GROUP, UPLOAD_KIND_EXTRAS)
 
@@ -81,21 +81,29 @@ class Upload:
                 self._model.sessions.require(header.identity, now_s)
             self._layout = self._base = self._model.layout
             if header.kind == UPLOAD_KIND_GROUP:
-                self._layout = with_group(self._layout, header.manifest)
+                few = len(self._layout.slots) + len(header.manifest.parameters) <= INLINE_PARTS
+                self._layout = await REQUESTS.run_unless(few, with_group, self._layout, header.manifest)
             elif header.kind != UPLOAD_KIND_EXTRAS and header.manifest_hash != self._layout.manifest_hash:
                 raise ManifestChanged(model=header.model)
         else:
             raise MalformedFrame(problem=f"upload kind {header.kind} does not exist")
+        few = len(self._layout.slots) + len(header.segments) <= INLINE_PARTS
+        lengths = await REQUESTS.run_unless(few, self._check_header)
+        self._reserved = await self._budget.claim(f"{header.model}/{header.identity.worker}", sum(lengths))
+        made = partial(Assembly, lengths, self._digest, self._budget.buffer)
+        self._body = await self._catalog.device.prepared(made, small=few)
+
+    def _check_header(self) -> list[int]:
+        """The byte length of each segment, if the header is one that its layout allows."""
+        header = self._header
         for segment in header.segments:
             _check_exact(self._layout, segment)
-        lengths = check_body(self._layout, header.segments, catalog.config.max_bytes)
+        lengths = check_body(self._layout, header.segments, self._catalog.config.max_bytes)
         if header.kind == UPLOAD_KIND_EXTRAS:
             lengths = [header.extras_bytes]
         self._check_complete()
         self._digest = BodyDigest(header.segments)
-        self._reserved = await self._budget.claim(f"{header.model}/{header.identity.worker}", sum(lengths))
-        made = partial(Assembly, lengths, self._digest, self._budget.buffer)
-        self._body = await self._catalog.device.prepared(made)
+        return lengths
 
     def _check_complete(self) -> None:
         kind, header = self._header.kind, self._header

@@ -40,9 +40,8 @@ class StepContext:
     # the version that the step makes
     version: int
     staleness: int
-    # L2 norm over all parameters of the gradient as it came, and each parameter's sum of squares
+    # L2 norm over all parameters of the gradient as it came
     gradient_norm: float
-    square_sums: Mapping[int, float]
     metrics: Mapping[str, float]
     # multiplies every gradient before anything else
     factor: float = 1.0

@@ -168,7 +168,7 @@ DIFFERENT: dict[str, tuple[Callable[[dict[str, Any], list[dict[str, Any]]], Any]
     "one more": (lambda p, g: (p.update(new=np.zeros(1, np.float32)), g[1]["params"].append("new")), "'new'"),
     "one fewer": (lambda p, g: p.pop(g[1]["params"].pop()), "'scale'"),
     "order": (lambda p, g: g[1]["params"].reverse(), "parameter 1"),
-    "rule": (lambda p, g: g[0].update(rule="adadelta"), "['adagrad', 'adadelta']"),
+    "rule": (lambda p, g: g[0].update(rule="adadelta"), "group 0: the server has adagrad"),
 }
 
 

@@ -51,7 +51,6 @@ def context(norm: float = 1.0, **more: Any) -> StepContext:
         "base_version": 0,
         "version": 1,
         "staleness": 0,
-        "square_sums": {},
         "metrics": {},
     }
     return StepContext(**{**fields, "gradient_norm": norm, **more})

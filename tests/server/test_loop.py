@@ -1,0 +1,151 @@
+"""The event loop turns whatever one caller asks for: nothing that grows with a request is done on it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from harness import WATCHED, RunningServer, running_server
+from watched_server import TOLD
+from wire import RawWorker, Wire, created
+
+from pushstep.proto import training_pb2 as pb
+from pushstep.proto.errors import PushstepError
+from pushstep.proto.layout import MAX_DIMENSIONS, MAX_GROUPS
+from pushstep.proto.types_pb2 import DType, Manifest, Segment
+
+F32 = DType.DTYPE_FLOAT32
+MODEL = "honest"
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    with running_server(tmp_path_factory.mktemp("watched") / "data", command=WATCHED) as running:
+        created(running, MODEL)
+        yield running
+
+
+@pytest.fixture
+def wire(watched: RunningServer) -> Iterator[Wire]:
+    opened = Wire(watched.grpc)
+    yield opened
+    opened.close()
+
+
+def kept(server: RunningServer) -> list[str]:
+    """What kept the loop so far."""
+    return re.findall(rf"{TOLD}.*", server.log.read_text())
+
+
+def manifest(
+    parameters: int, groups: int = 1, shape: tuple[int, ...] = (1,), rule: str = "adagrad"
+) -> Manifest:
+    made = Manifest()
+    for index in range(parameters):
+        made.parameters.add(name=f"p{index:x}", shape=shape, dtype=F32, group=index % groups)
+    for _ in range(groups):
+        made.groups.add(rule=rule)
+    return made
+
+
+def joined(wire: Wire, model: str, worker: str = "w", **fields: object) -> pb.JoinResponse:
+    request = pb.JoinRequest(model=model, worker=worker, **fields)  # type: ignore[arg-type]
+    (answer,) = wire.answers("Join", [request.SerializeToString()], timeout_s=60)
+    return pb.JoinResponse.FromString(answer)
+
+
+def refused_join(wire: Wire, **fields: object) -> PushstepError:
+    request = pb.JoinRequest(worker="w", **fields)  # type: ignore[arg-type]
+    return wire.refused("Join", [request.SerializeToString()])
+
+
+def many_parameters(wire: Wire, model: str) -> None:
+    assert joined(wire, model, manifest=manifest(100_000)).HasField("create")
+
+
+def many_groups(wire: Wire, model: str) -> None:
+    made = manifest(MAX_GROUPS, MAX_GROUPS)
+    assert len(joined(wire, model, manifest=made).create.manifest.arenas) == MAX_GROUPS
+    made.parameters.add(name="more", dtype=F32, group=MAX_GROUPS)
+    made.groups.add(rule="adagrad")
+    assert refused_join(wire, model=f"{model}-more", manifest=made).code == "too_long"
+
+
+def many_names(wire: Wire, model: str) -> None:
+    made = manifest(1)
+    for index in range(3000):
+        made.parameters.add(name=f"q{index}", dtype=F32, aliases=[f"q{index}-{n}" for n in range(30)])
+    assert joined(wire, model, manifest=made).HasField("create")
+
+
+def many_dimensions(wire: Wire, model: str) -> None:
+    """They are counted before they are multiplied: a product of so many numbers takes seconds."""
+    made = manifest(1, shape=(1 << 40,) * 200_000)
+    assert refused_join(wire, model=model, manifest=made).code == "too_long"
+    most = manifest(1, shape=(1 << 40,) * MAX_DIMENSIONS)
+    assert refused_join(wire, model=model, manifest=most).code == "invalid_manifest"
+
+
+def another_model(wire: Wire, model: str) -> None:
+    """Every parameter differs, and the first differences are told."""
+    error = refused_join(wire, model=MODEL, manifest=manifest(100_000))
+    assert error.code == "manifest_mismatch"
+    assert "parameter 0" in error.message
+
+
+def nothing_but_parts(wire: Wire, model: str) -> None:
+    """Messages of two bytes a part, as small as parts can be."""
+    groups = pb.JoinRequest(model=model, worker="w").SerializeToString()
+    parts = b"\x12\x00" * 1_000_000
+    groups += b"\x22" + _varint(len(parts)) + parts
+    assert wire.refused("Join", [groups]).code == "too_long"
+
+
+def many_segments(wire: Wire, model: str) -> None:
+    """In a header, of a model that has as many parameters."""
+    size = 20_000
+    ticket = joined(wire, model, manifest=manifest(size)).create
+    segments = [Segment(start=index, stop=index + 1, dtype=F32) for index in range(size)]
+    upload = {"model": model, "kind": pb.UPLOAD_KIND_CREATE, "ticket": ticket.ticket}
+    header = pb.UploadHeader(**upload, segments=segments)
+    assert (
+        wire.refused("Upload", [pb.UploadRequest(header=header).SerializeToString()]).code == "wrong_length"
+    )
+    upload["ticket"] = joined(wire, model, manifest=manifest(size)).create.ticket
+    whole = pb.UploadHeader(**upload, segments=[Segment(stop=size, dtype=F32)])
+    body = pb.UploadRequest(header=whole, payload=bytes(4 * size))
+    wire.answers("Upload", [body.SerializeToString()], timeout_s=60)
+    raw = RawWorker(wire, model, "raw")
+    commit = pb.PushCommit()
+    for declared, code in ((segments, "wrong_length"), ([*segments, segments[0]], "malformed_frame")):
+        message = pb.PushRequest(header=raw.header(declared), commit=commit)
+        assert wire.refused("Push", [message.SerializeToString()]).code == code
+    pushed = raw.whole(raw.header([Segment(stop=size, dtype=F32)]), [[torch.ones(size)]])
+    assert raw.push(pushed).receipt.version == 1
+
+
+def _varint(number: int) -> bytes:
+    return bytes(number >> shift & 0x7F | (0x80 if shift < 28 else 0) for shift in range(0, 35, 7))
+
+
+REQUESTS: list[Callable[[Wire, str], None]] = [
+    many_parameters,
+    many_groups,
+    many_names,
+    many_dimensions,
+    another_model,
+    nothing_but_parts,
+    many_segments,
+]
+
+
+@pytest.mark.parametrize("request_", REQUESTS, ids=lambda request: request.__name__)
+def test_a_request_of_any_size_leaves_the_loop_free(
+    request_: Callable[[Wire, str], None], watched: RunningServer, wire: Wire, model_name: str
+) -> None:
+    before = kept(watched)
+    request_(wire, model_name)
+    assert watched.rest("GET", "/healthz").status_code == 200
+    assert kept(watched) == before
