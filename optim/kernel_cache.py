@@ -36,6 +36,7 @@ _SOURCES: Final = (
     "row_kernels.py",
     "select_kernels.py",
     "sum_kernels.py",
+    "varint_kernels.py",
 )
 _kept_in: list[Path] = []
 _compiled: dict[Hashable, Any] = {}

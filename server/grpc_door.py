@@ -34,7 +34,6 @@ from .membership import join
 from .model import Model
 from .publish import Published
 from .pull_answers import (
-    RowsAsked,
     have_version,
     header_of,
     newest,
@@ -43,6 +42,7 @@ from .pull_answers import (
     state_bodies,
     wire_of,
 )
+from .rows_asked import pulled_rows
 from .shared_answer import SharedAnswer
 from .shared_memory import SharedMemory
 from .staging import Budget
@@ -94,7 +94,7 @@ class GrpcDoor:
             "Push": bulk_in(one(self.push), None, serialize),
             "Exchange": bulk(many(self.exchange), None, None),
             "Pull": bulk_out(many(streamed(self.pull, pb.PullRequest)), None, None),
-            "PullRows": bulk_out(many(streamed(self.pull_rows, pb.PullRowsRequest)), None, None),
+            "PullRows": bulk_out(many(self.pull_rows), None, None),
             "PullState": bulk_out(many(streamed(self.pull_state, pb.PullStateRequest)), None, None),
         }
         return grpc.method_handlers_generic_handler(SERVICE, methods)
@@ -195,18 +195,9 @@ class GrpcDoor:
         async for message in published_messages(published, answer):
             yield message
 
-    async def pull_rows(self, request: pb.PullRowsRequest) -> AsyncIterator[bytes]:
-        """PullRows."""
-        model = self.catalog.get(request.model)
-        model.require_whole()
-        asked = RowsAsked(model, request)
-        # ids may repeat: a small request can ask for far more than the parameter holds
-        reserved = await self.budget.claim(request.model, asked.nbytes)
-        try:
-            for message in await model.stepper.submit(asked.read):
-                yield message
-        finally:
-            self.budget.release(reserved)
+    def pull_rows(self, message: bytes) -> AsyncIterator[bytes]:
+        """PullRows, of a message that has not been parsed."""
+        return pulled_rows(self.catalog, self.budget, message)
 
     async def pull_state(self, request: pb.PullStateRequest) -> AsyncIterator[bytes]:
         """PullState."""

@@ -95,6 +95,8 @@ class Model:
         self.arenas = Arenas(layout, device)
         self.arenas.timeline = timeline
         self.stepper = Stepper(name, self.arenas)
+        # held while rows are gathered for a reader: a step waits for one reader at most
+        self.gathering = asyncio.Lock()
         self.publisher = Publisher(self.arenas, self.stepper)
         self.executor = Executor(self)
 

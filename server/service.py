@@ -23,7 +23,7 @@ import uvicorn
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from pushstep.proto.frames import TRANSPORT_LIMIT_BYTES
+from pushstep.proto.frames import MAX_MESSAGE_BYTES, TRANSPORT_LIMIT_BYTES
 from pushstep.proto.memory import keep_freed_blocks
 
 from .catalog import Catalog
@@ -39,7 +39,9 @@ from .warmup import warm_kernels
 log = logging.getLogger("pushstep.service")
 
 GRPC_OPTIONS: Final = (
-    ("grpc.max_receive_message_length", TRANSPORT_LIMIT_BYTES),
+    # A little above our own limit, so that a somewhat too large message gets a named error. Of what is larger, gRPC
+    # reads the length and no more.
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES + (1 << 20)),
     ("grpc.max_send_message_length", TRANSPORT_LIMIT_BYTES),
     # Big HTTP/2 frames halve the receive cost of a chunk: 16 KiB frames are 64 Python objects per MiB.
     ("grpc.http2.max_frame_size", 4 << 20),

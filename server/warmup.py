@@ -15,6 +15,7 @@ from pushstep.optim.copies import TORCH_ELEMENTS, copy
 from pushstep.optim.kernel_cache import keep_in
 from pushstep.optim.norms import square_sums
 from pushstep.optim.rows import coalesce
+from pushstep.optim.varints import Varints
 
 
 def warm_kernels(device: torch.device, cache: Path) -> None:
@@ -23,6 +24,7 @@ def warm_kernels(device: torch.device, cache: Path) -> None:
     copy(torch.empty(TORCH_ELEMENTS + 1), torch.zeros(TORCH_ELEMENTS + 1))
     gradient = torch.ones(2, 2, device=device)
     square_sums([gradient])
+    Varints(b"", 1)
     ids, rows = coalesce(torch.tensor([1, 0, 1]), torch.ones(3, 2))
     for rule in RULES.values():
         hyperparameters = dict(rule.defaults)

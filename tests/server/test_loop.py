@@ -126,6 +126,21 @@ def many_segments(wire: Wire, model: str) -> None:
     assert raw.push(pushed).receipt.version == 1
 
 
+def many_rows(wire: Wire, model: str) -> None:
+    """Four million ids: of a row that is there, of one that is not, and one by one in the message."""
+    size = 4_000_000
+    request = pb.PullRowsRequest(model=MODEL, parameter="bias", ids=[3] * size)
+    first, *frames = wire.answers("PullRows", [request.SerializeToString()], timeout_s=60)
+    (segment,) = pb.PullResponse.FromString(first).header.segments
+    assert segment.rows == size
+    assert sum(map(len, frames)) > 12 * size
+    request.ids.append(4)
+    assert wire.refused("PullRows", [request.SerializeToString()]).code == "row_out_of_range"
+    named = pb.PullRowsRequest(model=MODEL, parameter="bias").SerializeToString()
+    one_by_one = named + b"\x18\x09" * (size // 2)
+    assert wire.refused("PullRows", [one_by_one]).code == "row_out_of_range"
+
+
 def _varint(number: int) -> bytes:
     return bytes(number >> shift & 0x7F | (0x80 if shift < 28 else 0) for shift in range(0, 35, 7))
 
@@ -138,6 +153,7 @@ REQUESTS: list[Callable[[Wire, str], None]] = [
     another_model,
     nothing_but_parts,
     many_segments,
+    many_rows,
 ]
 
 
