@@ -48,7 +48,7 @@ class Config(BaseSettings):
     max_models: int = Field(100, ge=1, description="models held at once")
     max_bytes: int = Field(1 << 40, ge=1, description="bytes of parameters and optimizer state held at once")
     staging_bytes: int = Field(8 << 30, ge=1, description="bytes of pushes in flight at once")
-    max_workers: int = Field(10_000, ge=1, description="workers remembered per model")
+    max_workers: int = Field(10_000, ge=1, description="workers live at once, and remembered, per model")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what is logged")
 
     @classmethod

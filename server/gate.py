@@ -52,8 +52,6 @@ class Declared:
     # with what it is unpacked to
     bytes_needed: int
     parameters: int
-    # what the kernels that read it are chosen by
-    kind: frozenset[tuple[int, bool, bool]]
 
     @property
     def is_plain(self) -> bool:
@@ -68,7 +66,6 @@ def declared(layout: Layout, header: PushHeader, model: str, limit_bytes: int) -
         lengths,
         sum(lengths) + sum(map(layout.unpacked_bytes, header.segments)),
         sum(len(layout.slots_of(segment)) for segment in header.segments),
-        frozenset((s.dtype, bool(s.rows), bool(s.elements)) for s in header.segments),
     )
 
 

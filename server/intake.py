@@ -8,6 +8,7 @@ is carried out by the model's executor. A stream that breaks leaves nothing behi
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from functools import partial
 
 import torch
 
+from pushstep.optim.kernel_cache import NotCompiled, only_compiled
 from pushstep.proto.dtypes import INT8
 from pushstep.proto.errors import DigestMismatch, InvalidRequest, MalformedFrame
 from pushstep.proto.frames import Assembly, BodyDigest, Chunk
@@ -90,13 +92,7 @@ class Intake:
         with self._faulting():
             declared = await self._declared()
         few = declared.parameters <= INLINE_PARTS
-        self._kind = declared.kind
-        self._is_small = (
-            few
-            and declared.bytes_needed <= INLINE_BYTES
-            and model.arenas.lane.takes_small
-            and self._kind in model.inspected
-        )
+        self._is_small = few and declared.bytes_needed <= INLINE_BYTES and model.arenas.lane.takes_small
         self._hold(self._region, None if self._answer is None else self._answer.region)
         if self._region is not None:
             self._body: Assembly | SharedBody
@@ -205,7 +201,6 @@ class Intake:
         gate.close_header(self.header, commit)
         received_s = time.monotonic()
         digest, push, fault = await self._look()
-        self.model.inspected.add(self._kind)
         if commit.digest not in (0, digest):
             raise DigestMismatch(got=digest, expected=commit.digest)
         candidate = Candidate(self.header, digest, receive_s=received_s - self._started_s - self._waited_s)
@@ -224,7 +219,9 @@ class Intake:
     async def _look(self) -> tuple[int, StagedPush | None, InvalidRequest | None]:
         """The complete body's digest, and what the gate finds in it or refuses it with."""
         if self._is_small:
-            return self._read()
+            # of a kind that is new here the kernels may have to be compiled, for seconds
+            with contextlib.suppress(NotCompiled), only_compiled():
+                return self._read()
         reading = PUSHES.start(self._read)
         if self._region is None:
             return await reading

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict
+from ..settings import Settings
 
 if TYPE_CHECKING:
     from ..gate import Nonfinite
@@ -23,12 +23,6 @@ class Point(StrEnum):
     STATE_DICT_POST = "state_dict_post"
     LOAD_STATE_DICT_PRE = "load_state_dict_pre"
     LOAD_STATE_DICT_POST = "load_state_dict_post"
-
-
-class Settings(BaseModel):
-    """Base of every hook's settings."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 @dataclass(slots=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from harness import WATCHED, RunningServer, running_server
+from operators import add_hook, patch_group
 from watched_server import TOLD
 from wire import RawWorker, Wire, created
 
@@ -22,7 +24,10 @@ MODEL = "honest"
 
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    with running_server(tmp_path_factory.mktemp("watched") / "data", command=WATCHED) as running:
+    """A server that has no kernel compiled but those that it warms up."""
+    folder = tmp_path_factory.mktemp("watched")
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(folder / "kernels")}
+    with running_server(folder / "data", command=WATCHED, environment=environment) as running:
         created(running, MODEL)
         yield running
 
@@ -164,4 +169,54 @@ def test_a_request_of_any_size_leaves_the_loop_free(
     before = kept(watched)
     request_(wire, model_name)
     assert watched.rest("GET", "/healthz").status_code == 200
+    assert kept(watched) == before
+
+
+def pushed(raw: RawWorker, segment: Segment, *pieces: torch.Tensor, **changes: object) -> None:
+    raw.push(raw.whole(raw.header([segment], **changes), [pieces]))
+    raw.advance()
+
+
+WIRE = {F32: torch.float32, DType.DTYPE_FLOAT64: torch.float64}
+
+
+def test_no_kernel_is_compiled_on_the_loop(watched: RunningServer, wire: Wire, model_name: str) -> None:
+    """However small the push, and whatever makes it the first of its kind: its dtype, what its rows are, what was set."""
+    before = kept(watched)
+    for dtype, kind in WIRE.items():
+        model = f"{model_name}-{dtype}"
+        values = {"table": torch.zeros(4, 3, dtype=kind), "weight": torch.zeros(5, dtype=kind)}
+        watched.connect(model, "owner").create(values, [{"rule": "adadelta", "params": list(values)}])
+        raw = RawWorker(wire, model, "raw")
+        dense, rows = raw.dense("weight"), raw.rows("table", 0)
+        for sent, of in WIRE.items():
+            dense.dtype = rows.dtype = sent
+            for ids in ([], [2], [1, 1]):  # a kernel adds up those that come twice
+                rows.rows = len(ids)
+                pushed(raw, rows, torch.tensor(ids, dtype=torch.int64), torch.ones(len(ids), 3, dtype=of))
+            pushed(raw, dense, torch.ones(5, dtype=of))
+            few = raw.dense("weight")
+            few.dtype, few.elements = sent, 1
+            pushed(raw, few, torch.tensor([2], dtype=torch.int32), torch.ones(1, dtype=of))
+        codes = raw.dense("weight")
+        codes.dtype = DType.DTYPE_INT8
+        pushed(raw, codes, torch.tensor([1.0]).view(torch.uint8), torch.ones(5, dtype=torch.uint8))
+        for name, value in (("weight_decay", 0.5), ("maximize", True), ("weight_decay", 0.0)):
+            patch_group(watched, model, 0, **{name: value})
+            pushed(raw, raw.dense("weight"), torch.ones(5, dtype=kind))
+        add_hook(watched, model, "clip_grad_norm", "step_pre", {"max_norm": 0.1})
+        pushed(raw, raw.dense("weight"), torch.ones(5, dtype=kind))
+        session = watched.connect(model, "beside", shared_memory=True)
+        for _ in range(2):
+            session.exchange({name: torch.ones_like(value) for name, value in values.items()})
+        session.close()
+    assert kept(watched) == before
+
+
+def test_the_first_scheduler_imports_nothing_on_the_loop(watched: RunningServer, model_name: str) -> None:
+    session = created(watched, model_name)
+    before = kept(watched)
+    settings = {"scheduler": "OneCycleLR", "arguments": {"max_lr": 1.0, "total_steps": 10}}
+    add_hook(watched, model_name, "lr_scheduler", "step_post", settings)
+    session.push({"bias": torch.ones(4)})
     assert kept(watched) == before
