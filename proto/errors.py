@@ -68,6 +68,14 @@ class MalformedFrame(InvalidRequest):
     template = "malformed frame: {problem}"
 
 
+class MalformedRequest(InvalidRequest):
+    """Bytes on an HTTP connection that are no request."""
+
+    code = "malformed_request"
+    http_status = 400
+    template = "malformed HTTP request: {problem}"
+
+
 class NumberOutOfRange(InvalidRequest):
     """A number of a request that is NaN or outside of what its field may hold."""
 
@@ -502,12 +510,21 @@ class StreamStalled(Unavailable):
     template = "nothing arrived on the stream for {seconds} s; send the push again"
 
 
+class RequestTimeout(Unavailable):
+    """A request that took too long to arrive."""
+
+    code = "request_timeout"
+    grpc_status = Status.ABORTED
+    http_status = 408
+    template = "the {what} of the request did not arrive within {seconds} s; send it again"
+
+
 class Busy(Unavailable):
-    """Too many calls of one kind wait already."""
+    """Too many calls of one kind are under way already."""
 
     code = "busy"
     grpc_status = Status.RESOURCE_EXHAUSTED
-    template = "{waiting} calls wait for the server's threads for {what}; try again"
+    template = "{waiting} {what} are under way already; try again"
 
 
 class ExportsBusy(Unavailable):

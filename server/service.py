@@ -14,7 +14,6 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Final
 
@@ -28,7 +27,9 @@ from pushstep.proto.memory import keep_freed_blocks
 
 from .catalog import Catalog
 from .config import Config, is_loopback, split_address
+from .descriptors import Spare, shared_out
 from .grpc_door import SERVICE, GrpcDoor
+from .http_server import HttpServer
 from .line_door import LineDoor
 from .rest_door import create_app
 from .shared_memory import SharedMemory
@@ -53,8 +54,21 @@ GRPC_OPTIONS: Final = (
     ("grpc.max_concurrent_streams", 64),
     # Two servers on one port would each see half of the workers.
     ("grpc.so_reuseport", 0),
-    ("grpc.http2.min_ping_interval_without_data_ms", 30_000),
+    # Who connects has to speak HTTP/2 within this time; gRPC's own is two minutes.
+    ("grpc.server_handshake_timeout_ms", 10_000),
+    # A connection without calls ends, and a client of gRPC's opens another with its next call. There is none for its age: a
+    # push may be under way.
+    ("grpc.max_connection_idle_ms", 600_000),
+    # One whose other end has gone without a word: workers and their servers ask each other.
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.keepalive_permit_without_calls", 1),
+    # Who asks more often than this three times is sent away.
+    ("grpc.http2.min_ping_interval_without_data_ms", 30_000),
+    ("grpc.http2.max_ping_strikes", 2),
+    # Of the headers of a call. Ours take some hundred bytes.
+    ("grpc.max_metadata_size", 4 << 10),
+    ("grpc.absolute_max_metadata_size", 8 << 10),
 )
 
 
@@ -67,15 +81,6 @@ class DataFolderLocked(RuntimeError):
     """Another server uses the data folder."""
 
 
-class _HttpServer(uvicorn.Server):
-    """uvicorn without its signal handlers, which would end the process before gRPC has drained."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Leave the signals to the service."""
-        yield
-
-
 class Service:
     """One server process."""
 
@@ -85,10 +90,12 @@ class Service:
         self.catalog = Catalog(config)
         device = self.catalog.device
         budget = Budget(config.staging_bytes, config.stall_s / 4, device.fresh_memory)
-        self.memory = SharedMemory(budget, config.memory_path())
+        self._shares = shared_out(config.max_connections)
+        self.memory = SharedMemory(budget, config.memory_path(), self._shares.local)
         self.door = GrpcDoor(self.catalog, budget, self.memory, config.stall_s)
         self._stop = asyncio.Event()
-        self._grpc = grpc.aio.server(options=GRPC_OPTIONS)
+        connections = ("grpc.max_allowed_incoming_connections", self._shares.grpc)
+        self._grpc = grpc.aio.server(options=(*GRPC_OPTIONS, connections))
         self._health = health.aio.HealthServicer()
         self._lock: IO[str] | None = None
         self.grpc_address = ""
@@ -102,7 +109,7 @@ class Service:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
         http = await self._start()
-        serving = asyncio.create_task(http.serve(sockets=[self._http_socket]))
+        serving = asyncio.create_task(http.serve())
         while not http.started and not serving.done():
             await asyncio.sleep(0.005)
         await PUSHES.run(warm_kernels, self.catalog.device.where, self.config.data / "kernels")
@@ -118,7 +125,7 @@ class Service:
         self.catalog.device.open()
         self._lock = lock_folder(self.config.data)
         self.unix_path = self._bind_grpc()
-        self._http_socket, self.http_address = bind_http(self.config.http)
+        listener, self.http_address = bind_http(self.config.http)
         self.door.http_url = f"http://{self.http_address}"
         self.door.unix_path = self.unix_path
         if self.memory.path:
@@ -137,17 +144,15 @@ class Service:
             os.umask(old_mask)
         host, _ = split_address(self.config.http)
         allowed = {"localhost", "127.0.0.1", "::1", host} if is_loopback(host) else None
-        return _HttpServer(
-            uvicorn.Config(
-                create_app(self.catalog, allowed),
-                log_config=None,
-                lifespan="off",
-                access_log=False,
-                server_header=False,
-                timeout_graceful_shutdown=int(self.config.drain_s) or 1,
-                limit_concurrency=1000,
-            )
+        config = uvicorn.Config(
+            create_app(self.catalog, allowed),
+            log_config=None,
+            lifespan="off",
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=int(self.config.drain_s) or 1,
         )
+        return HttpServer(config, listener, self._shares.http, self.config.stall_s, Spare())
 
     def _bind_grpc(self) -> str:
         host, _ = split_address(self.config.grpc)

@@ -76,7 +76,7 @@ class Threads:
     def start(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[T]:
         """Have a thread do the work. Busy if too many wait already; nothing is kept of the call then."""
         if self._most is not None and self._unfinished >= self._most:
-            raise Busy(what=self.name, waiting=self._unfinished, retry_after_s=RETRY_AFTER_S)
+            raise Busy(what=f"calls for {self.name}", waiting=self._unfinished, retry_after_s=RETRY_AFTER_S)
         self._unfinished += 1
         work_of_it = partial(work, *args, **kwargs)
         if self._share is not None:

@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pushstep.proto.errors import (
+    Busy,
     HostNotAllowed,
     InvalidSettings,
     MessageTooLarge,
@@ -21,10 +22,11 @@ from pushstep.proto.errors import (
     PushstepError,
     UnknownRoute,
 )
-from pushstep.proto.status import named, to_problem
+from pushstep.proto.status import PROBLEM_TYPE, named, to_problem
 
 from ..catalog import Catalog
 from ..export import Exports
+from ..threads import RETRY_AFTER_S
 from . import (
     events,
     export,
@@ -40,7 +42,10 @@ from . import (
 
 log = logging.getLogger("pushstep.rest")
 MAX_BODY_BYTES: Final = 1 << 20
-PROBLEM: Final = "application/problem+json"
+# Requests under way at once, downloads included.
+MOST_REQUESTS: Final = 200
+# Whoever asks whether the server lives is answered whatever else it has to do.
+ALWAYS_ANSWERED: Final = frozenset({"/healthz", "/readyz"})
 
 
 def create_app(catalog: Catalog, allowed_hosts: Collection[str] | None) -> FastAPI:
@@ -89,11 +94,12 @@ def problem_response(error: PushstepError) -> JSONResponse:
     """An error in the one shape that this door has."""
     wait_s = error.retry_after_s
     headers = {} if wait_s is None else {"Retry-After": str(max(1, round(wait_s)))}
-    return JSONResponse(to_problem(error), error.http_status, headers, media_type=PROBLEM)
+    return JSONResponse(to_problem(error), error.http_status, headers, media_type=PROBLEM_TYPE)
 
 
 class Entrance:
-    """Turns away bodies over the limit and foreign Host headers, and names errors that nobody else has.
+    """Turns away requests beyond those that may be under way, bodies over the limit and foreign Host headers, and names
+    errors that nobody else has.
 
     A page in an operator's browser can be made to send requests to this address, under another host name or its own;
     without the checks of Host and Origin it could steer the server.
@@ -102,6 +108,7 @@ class Entrance:
     def __init__(self, app: ASGIApp, allowed_hosts: Collection[str] | None) -> None:
         self._app = app
         self._allowed_hosts = allowed_hosts
+        self._under_way = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request through, or answer it here."""
@@ -109,6 +116,7 @@ class Entrance:
             await self._app(scope, receive, send)
             return
         started = False
+        self._under_way += 1
 
         async def watched_send(message: Message) -> None:
             nonlocal started
@@ -119,6 +127,8 @@ class Entrance:
             headers = dict(scope["headers"])
             host = headers.get(b"host", b"").decode("latin-1")
             self._check_host(host)
+            if self._under_way > MOST_REQUESTS and scope["path"] not in ALWAYS_ANSWERED:
+                raise Busy(what="requests", waiting=self._under_way - 1, retry_after_s=RETRY_AFTER_S)
             origin = headers.get(b"origin")
             if origin is not None and scope["method"] not in ("GET", "HEAD", "OPTIONS"):
                 self._check_origin(origin.decode("latin-1"), host)
@@ -130,6 +140,8 @@ class Entrance:
             if started:
                 raise
             await problem_response(named(error, log))(scope, receive, send)
+        finally:
+            self._under_way -= 1
 
     def _check_host(self, host: str) -> None:
         name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
