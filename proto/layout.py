@@ -87,6 +87,9 @@ class Layout:
         self._by_alias = {alias: slot for slot in self.slots if slot.aliases for alias in slot.aliases}
         self.manifest_hash = _hash(self.slots, self.manifest.groups)
         self.first_of_group = {slot.group: slot for slot in reversed(self.slots)}
+        self.arenas_of_group: dict[int, list[ArenaSpec]] = {}
+        for arena in self.arenas:
+            self.arenas_of_group.setdefault(arena.group, []).append(arena)
         self._whole: dict[torch.dtype | None, list[tuple[Segment, list[Slot]]]] = {}
         # by arena, start and stop: every push of a worker has the same segments
         self._covered: dict[tuple[int, int, int], list[Slot]] = {}

@@ -30,6 +30,8 @@ def _shown(text: str) -> str:
 Whole = Annotated[int, Field(ge=0, le=LARGEST_WHOLE)]
 Positive = Annotated[int, Field(ge=1, le=LARGEST_WHOLE)]
 Seconds = Annotated[float, Field(gt=0, le=LARGEST_S)]
+# Finite, whatever else it may be: whoever uses it knows its range.
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Text = Annotated[str, Field(max_length=200), AfterValidator(_shown)]
 
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Collection
+from functools import cache
 from importlib.metadata import version as installed_version
+from re import Pattern
 from typing import Any, Final
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
+from starlette.routing import compile_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pushstep.proto.errors import (
@@ -26,7 +30,9 @@ from pushstep.proto.status import PROBLEM_TYPE, named, to_problem
 
 from ..catalog import Catalog
 from ..export import Exports
-from ..threads import RETRY_AFTER_S
+from ..read_json import read_json
+from ..received import INLINE_MESSAGE_BYTES
+from ..threads import REQUESTS, RETRY_AFTER_S
 from . import (
     events,
     export,
@@ -42,10 +48,24 @@ from . import (
 
 log = logging.getLogger("pushstep.rest")
 MAX_BODY_BYTES: Final = 1 << 20
+OPENAPI_PATH: Final = "/openapi.json"
 # Requests under way at once, downloads included.
 MOST_REQUESTS: Final = 200
 # Whoever asks whether the server lives is answered whatever else it has to do.
 ALWAYS_ANSWERED: Final = frozenset({"/healthz", "/readyz"})
+
+
+RESOURCES: Final = (
+    models,
+    param_groups,
+    parameters,
+    hooks,
+    policy,
+    workers,
+    snapshots,
+    export,
+    events,
+)
 
 
 def create_app(catalog: Catalog, allowed_hosts: Collection[str] | None) -> FastAPI:
@@ -57,13 +77,13 @@ def create_app(catalog: Catalog, allowed_hosts: Collection[str] | None) -> FastA
         # FastAPI's pages load their scripts from elsewhere, onto the origin of what steers the models
         docs_url=None,
         redoc_url=None,
+        openapi_url=OPENAPI_PATH,
         redirect_slashes=False,  # or a wrong path would be answered in another shape
     )
     app.state.catalog = catalog
     app.state.exports = Exports()
     app.include_router(health.router)
-    resources = (models, param_groups, parameters, hooks, policy, workers, snapshots, export, events)
-    for resource in resources:
+    for resource in RESOURCES:
         app.include_router(resource.router, prefix="/v1")
     app.add_exception_handler(PushstepError, _answer_error)
     app.add_exception_handler(RequestValidationError, _answer_error)
@@ -73,7 +93,31 @@ def create_app(catalog: Catalog, allowed_hosts: Collection[str] | None) -> FastA
 
 
 async def _answer_error(request: Request, error: Exception) -> JSONResponse:
-    return problem_response(_translated(request, error))
+    answer = problem_response(_translated(request, error))
+    if answer.status_code == MethodNotAllowed.http_status:
+        answer.headers["Allow"] = ", ".join(_methods(request))
+    return answer
+
+
+def _methods(request: Request) -> list[str]:
+    """What the resource at a request's path can do, whichever of its routes was asked."""
+    path = request.scope["path"]
+    return sorted(
+        {method for pattern, methods in _methods_by_path() if pattern.match(path) for method in methods}
+    )
+
+
+@cache
+def _methods_by_path() -> list[tuple[Pattern[str], Collection[str]]]:
+    routers = [("", health.router), *(("/v1", resource.router) for resource in RESOURCES)]
+    routes: list[tuple[str, Collection[str]]] = [
+        (prefix + route.path, route.methods or ())
+        for prefix, router in routers
+        for route in router.routes
+        if isinstance(route, APIRoute)
+    ]
+    routes.append((OPENAPI_PATH, ("GET", "HEAD")))
+    return [(compile_path(path)[0], methods) for path, methods in routes]
 
 
 def _translated(request: Request, error: Exception) -> PushstepError:
@@ -135,7 +179,7 @@ class Entrance:
             declared = headers.get(b"content-length", b"0")
             if declared.isdigit() and int(declared) > MAX_BODY_BYTES:
                 raise MessageTooLarge(got=int(declared), limit=MAX_BODY_BYTES)
-            await self._app(scope, _limited(receive), watched_send)
+            await self._app(scope, await _read(scope, _limited(receive)), watched_send)
         except Exception as error:
             if started:
                 raise
@@ -153,6 +197,28 @@ class Entrance:
         came_from = origin.partition("://")[2]
         if came_from.lower() != host.lower():
             raise HostNotAllowed(host=origin[:200])
+
+
+async def _read(scope: Scope, receive: Receive) -> Receive:
+    """The body, all of it and looked at: what is no JSON, or has two meanings, is nobody's edit."""
+    if scope["method"] in ("GET", "HEAD", "OPTIONS"):
+        return receive
+    message = await receive()
+    parts = [message.get("body", b"")]
+    while message.get("more_body"):
+        message = await receive()
+        parts.append(message.get("body", b""))
+    body = b"".join(parts)
+    if body.strip():
+        await REQUESTS.run_unless(len(body) <= INLINE_MESSAGE_BYTES, read_json, body)
+    whole: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+    if message["type"] == "http.disconnect":
+        whole = [message]
+
+    async def replay() -> Message:
+        return whole.pop() if whole else await receive()
+
+    return replay
 
 
 def _limited(receive: Callable[[], Awaitable[Any]]) -> Receive:

@@ -13,6 +13,7 @@ from ..model import Model
 from ..worker import Worker
 from .depends import OPERATOR, ModelHere
 from .numbers import finite_values
+from .queries import Index, Offset
 
 router = APIRouter(tags=["workers"])
 # At 10 us each, on the event loop.
@@ -45,8 +46,8 @@ def _show(
 @router.get("/models/{m}/workers", summary="List the workers")
 async def list_workers(
     model: ModelHere,
-    offset: Annotated[int, Query(ge=0)] = 0,
-    limit: Annotated[int, Query(ge=1, le=MOST_SHOWN)] = MOST_SHOWN,
+    offset: Offset = 0,
+    limit: Annotated[Index, Query(ge=1, le=MOST_SHOWN)] = MOST_SHOWN,
 ) -> dict[str, Any]:
     """Every worker remembered, those that left included, a page at a time."""
     now_s = time.monotonic()
