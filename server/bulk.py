@@ -40,6 +40,8 @@ class BulkStream(Generic[M]):
 
     async def header(self) -> M:
         """The first message, which must carry the header. It may carry a chunk and the commit too."""
+        if self._first is not None:
+            return self._first[0]
         self._begin_window()
         fields, chunk = await self._fields(await self._next() or b"")
         if fields is None or not fields.HasField("header"):
