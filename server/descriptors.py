@@ -45,7 +45,7 @@ def shared_out(most_grpc: int) -> Shares:
     # a worker on this host has one of each
     grpc = min(most_grpc, (free - http) // 2)
     if grpc < most_grpc:
-        log.warning(
+        log.info(
             "this process may open %d files: it holds at most %d workers' connections at once, not %d; raise the limit "
             "(ulimit -n)",
             soft,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from importlib.metadata import version as installed_version
 from typing import Any, Final
 
@@ -80,8 +80,8 @@ class GrpcDoor:
             return answering(method, self._refuse)
 
         def many(
-            method: Callable[[Any], AsyncIterator[bytes]],
-        ) -> Callable[[Any, Context], AsyncIterator[bytes]]:
+            method: Callable[[Any], AsyncGenerator[bytes, None]],
+        ) -> Callable[[Any, Context], Awaitable[None]]:
             return streaming(method, self._refuse)
 
         methods: dict[str, Any] = {
@@ -162,7 +162,7 @@ class GrpcDoor:
         _, _, receipt, _ = await self._take_push(stream)
         return pb.PushResponse(receipt=receipt)
 
-    async def exchange(self, messages: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    async def exchange(self, messages: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
         """Exchange."""
         published, answer = await self.exchanged(BulkStream(messages, pb.PushRequest, self.stall_s))
         async for message in published_messages(published, answer):
@@ -179,7 +179,7 @@ class GrpcDoor:
         answer.receipt.times.publish_s = time.monotonic() - begun_s
         return published, answer
 
-    async def pull(self, request: pb.PullRequest) -> AsyncIterator[bytes]:
+    async def pull(self, request: pb.PullRequest) -> AsyncGenerator[bytes, None]:
         """Pull."""
         model = self.catalog.get(request.model, request.identity.model_uid)
         groups = model.group_values()
@@ -195,11 +195,11 @@ class GrpcDoor:
         async for message in published_messages(published, answer):
             yield message
 
-    def pull_rows(self, message: bytes) -> AsyncIterator[bytes]:
+    def pull_rows(self, message: bytes) -> AsyncGenerator[bytes, None]:
         """PullRows, of a message that has not been parsed."""
         return pulled_rows(self.catalog, self.budget, message)
 
-    async def pull_state(self, request: pb.PullStateRequest) -> AsyncIterator[bytes]:
+    async def pull_state(self, request: pb.PullStateRequest) -> AsyncGenerator[bytes, None]:
         """PullState."""
         model = self.catalog.get(request.model)
         values = model.group_values()

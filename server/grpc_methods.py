@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
 from typing import Any
 
 import grpc
@@ -31,13 +32,14 @@ def answered(
 
 
 def streamed(
-    method: Callable[[Any], AsyncIterator[bytes]], kind: type[Message]
-) -> Callable[[bytes], AsyncIterator[bytes]]:
+    method: Callable[[Any], AsyncGenerator[bytes, None]], kind: type[Message]
+) -> Callable[[bytes], AsyncGenerator[bytes, None]]:
     """The same of a method that answers with a stream."""
 
-    async def call(message: bytes) -> AsyncIterator[bytes]:
-        async for answer in method(await received(kind, message)):
-            yield answer
+    async def call(message: bytes) -> AsyncGenerator[bytes, None]:
+        async with aclosing(method(await received(kind, message))) as answers:
+            async for answer in answers:
+                yield answer
 
     return call
 
@@ -57,14 +59,18 @@ def answering(
 
 
 def streaming(
-    method: Callable[[Any], AsyncIterator[bytes]], refuse: Refuse
-) -> Callable[[Any, Context], AsyncIterator[bytes]]:
+    method: Callable[[Any], AsyncGenerator[bytes, None]], refuse: Refuse
+) -> Callable[[Any, Context], Awaitable[None]]:
     """A stream of answers, or the catalogue's error."""
 
-    async def call(request: Any, context: Context) -> AsyncIterator[bytes]:
+    async def call(request: Any, context: Context) -> None:
         try:
-            async for message in method(request):
-                yield message
+            # closed here and now, with what they hold, however their reader ends
+            async with aclosing(method(request)) as messages:
+                async for message in messages:
+                    await context.write(message)
+        except grpc.aio.InternalError:
+            return  # gRPC's word for a reader that has gone
         except Exception as error:  # noqa: BLE001 - the one place where errors become statuses
             await refuse(context, error)
 

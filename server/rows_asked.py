@@ -7,7 +7,7 @@ them. Only gathering the rows takes the model's writer, one request's at a time;
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -35,7 +35,7 @@ IDS_FIELD: Final = pb.PullRowsRequest.IDS_FIELD_NUMBER
 MOST_IDS: Final = limit_of(pb.PullRowsRequest, "ids").count
 
 
-async def pulled_rows(catalog: Catalog, budget: Budget, message: bytes) -> AsyncIterator[bytes]:
+async def pulled_rows(catalog: Catalog, budget: Budget, message: bytes) -> AsyncGenerator[bytes, None]:
     """The answer's messages. UnknownModel, UnknownParameter, WrongShape, RowOutOfRange, OverBudget and others."""
     asked = await RowsAsked.parse(catalog, message)
     reserved = await budget.claim(asked.model.name, asked.nbytes)
