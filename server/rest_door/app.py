@@ -39,6 +39,7 @@ from . import (
     health,
     hooks,
     models,
+    openapi,
     param_groups,
     parameters,
     policy,
@@ -80,6 +81,7 @@ def create_app(catalog: Catalog, allowed_hosts: Collection[str] | None) -> FastA
         openapi_url=OPENAPI_PATH,
         redirect_slashes=False,  # or a wrong path would be answered in another shape
     )
+    openapi.describe(app)
     app.state.catalog = catalog
     app.state.exports = Exports()
     app.include_router(health.router)
