@@ -182,6 +182,18 @@ class RawLine:
     def call(self, method: int, message: bytes) -> tuple[Status, bytes]:
         """How a call ended, and what it was answered with."""
         self._socket.sendall(struct.pack("<BI", method, len(message)) + message)
+        return self._answer()
+
+    def send_head(self, method: int, length: int) -> tuple[Status, bytes]:
+        """What a head by itself is answered with."""
+        self._socket.sendall(struct.pack("<BI", method, length))
+        return self._answer()
+
+    def is_closed(self) -> bool:
+        """Whether the server has nothing more to say."""
+        return self._socket.recv(1) == b""
+
+    def _answer(self) -> tuple[Status, bytes]:
         status, length = status_of(self._read(HEAD_BYTES))
         return status, self._read(length)
 
