@@ -14,6 +14,9 @@ from pushstep.proto.errors import InvalidSettings
 from pushstep.proto.limits import check_text
 
 MAX_DEPTH: Final = 32
+# Of an object or a list: a policy may name every param group that a model may have. What is wrong with each entry is
+# put into words, at 15 us each.
+MAX_ENTRIES: Final = 5000
 
 
 def read_json(text: str | bytes) -> Any:
@@ -47,6 +50,8 @@ def _check(found: Any) -> None:
     for _ in range(MAX_DEPTH):
         below: list[Any] = []
         for value in level:
+            if isinstance(value, (dict, list)) and len(value) > MAX_ENTRIES:
+                raise InvalidSettings(problem=f"an object or a list has more than {MAX_ENTRIES} entries")
             if isinstance(value, str):
                 check_text("a text", value)
             elif isinstance(value, float) and not math.isfinite(value):

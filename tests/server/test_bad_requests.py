@@ -17,6 +17,7 @@ from wire import created, untouched
 from pushstep.client import Session
 from pushstep.proto.errors import CATALOGUE
 from pushstep.proto.status import from_problem
+from pushstep.server.rest_door.app import MAX_BODY_BYTES
 
 MODEL = "bad-requests"
 ROOT = f"/v1/models/{MODEL}"
@@ -122,9 +123,9 @@ BODIES = [("PATCH", GROUP), ("POST", f"{ROOT}/hooks")]
 @pytest.mark.parametrize(("method", "path"), BODIES)
 def test_bodies_over_the_limit(method: str, path: str, server: RunningServer, owner: Session) -> None:
     """Declared, so that nothing is read; and in chunks that say nothing of their sum."""
-    huge = b" " * (1 << 20) + b"{}"
+    huge = b" " * MAX_BODY_BYTES + b"{}"
     problem = assert_refused(server, 413, "message_too_large", method, path, huge, JSON)
-    assert problem["fields"]["limit"] == str(1 << 20)
+    assert problem["fields"]["limit"] == str(MAX_BODY_BYTES)
 
     def chunks() -> Iterator[bytes]:
         for _ in range(40):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from harness import WATCHED, RunningServer, running_server
-from operators import add_hook, patch_group
+from operators import add_hook, patch_group, remove_hook, set_policy
 from watched_server import TOLD
 from wire import RawWorker, Wire, created
 
@@ -17,6 +17,7 @@ from pushstep.proto import training_pb2 as pb
 from pushstep.proto.errors import PushstepError
 from pushstep.proto.layout import MAX_DIMENSIONS, MAX_GROUPS
 from pushstep.proto.types_pb2 import DType, Manifest, Segment
+from pushstep.server.rest_door.app import MAX_BODY_BYTES
 
 F32 = DType.DTYPE_FLOAT32
 MODEL = "honest"
@@ -219,4 +220,107 @@ def test_the_first_scheduler_imports_nothing_on_the_loop(watched: RunningServer,
     settings = {"scheduler": "OneCycleLR", "arguments": {"max_lr": 1.0, "total_steps": 10}}
     add_hook(watched, model_name, "lr_scheduler", "step_post", settings)
     session.push({"bias": torch.ones(4)})
+    assert kept(watched) == before
+
+
+def many_workers(server: RunningServer, wire: Wire, model: str) -> None:
+    """Under the policy that looks at all of them."""
+    created(server, model)
+    set_policy(server, model, policy="bounded", bound=3)
+    for number in range(1500):
+        joined(wire, model, f"w{number}")
+    shown = server.rest("GET", f"/v1/models/{model}/workers").json()
+    assert (len(shown["workers"]), shown["total"]) == (1501, 1501)
+    assert all("clock" in worker for worker in shown["workers"])
+    page = server.rest("GET", f"/v1/models/{model}/workers?offset=1500&limit=10").json()["workers"]
+    assert [worker["name"] for worker in page] == ["w1499"]
+
+
+def many_shown_groups(server: RunningServer, wire: Wire, model: str) -> None:
+    uploaded(wire, model, manifest(MAX_GROUPS, MAX_GROUPS))
+    groups = server.rest("GET", f"/v1/models/{model}/param-groups").json()["param_groups"]
+    assert [(group["params"], group["params_total"]) for group in groups[:2]] == [(["p0"], 1), (["p1"], 1)]
+    raw = RawWorker(wire, model, "raw")
+    header = raw.header(raw.layout.dense_segments(raw.layout.slots[:1])[0][:1])
+    assert len(raw.push(raw.whole(header, [[torch.ones(1)]])).receipt.groups) == MAX_GROUPS
+
+
+def many_shown_parameters(server: RunningServer, wire: Wire, model: str) -> None:
+    uploaded(wire, model, manifest(20_000))
+    shown = server.rest("GET", f"/v1/models/{model}/parameters?limit=10000").json()
+    assert (len(shown["parameters"]), shown["total"]) == (10_000, 20_000)
+    (group,) = server.rest("GET", f"/v1/models/{model}/param-groups").json()["param_groups"]
+    assert (len(group["params"]), group["params_total"]) == (1000, 20_000)
+    patch_group(server, model, 0, lr=0.5)
+    assert server.rest("GET", "/v1/models").status_code == 200
+    assert server.rest("GET", f"/v1/models/{model}/state-dict").status_code == 200
+
+
+def large_bodies(server: RunningServer, wire: Wire, model: str) -> None:
+    created(server, model)
+    names = "{" + ",".join(f'"{number:x}":1' for number in range(15_000)) + "}"
+    nested = '{"a": [' + "[]," * (MAX_BODY_BYTES // 3 - 10) + "1]}"
+    assert MAX_BODY_BYTES > len(names) > 0.9 * MAX_BODY_BYTES
+    for path in ("policy", "gate", "param-groups/0", "hooks"):
+        for body in (names, nested):
+            answer = server.rest(
+                "POST" if path == "hooks" else "PATCH",
+                f"/v1/models/{model}/{path}",
+                content=body.encode(),
+                headers={"content-type": "application/json"},
+            )
+            assert answer.status_code == 422, answer.text[:200]
+
+
+def many_schedulers(server: RunningServer, wire: Wire, model: str) -> None:
+    """As many as there may be, each with as much as it may have: and one too many of each."""
+    session = created(server, model)
+
+    def chained(count: int, milestones: int) -> dict[str, object]:
+        one = {"milestones": list(range(1, milestones + 1)), "gamma": 0.99}
+        schedulers = [{"scheduler": "MultiStepLR", "arguments": one}] * count
+        return {"scheduler": "ChainedScheduler", "arguments": {"schedulers": schedulers}}
+
+    for settings in (chained(32, 100), chained(1, 1000)):
+        hook = add_hook(server, model, "lr_scheduler", "step_post", settings)["id"]
+        session.push({"bias": torch.ones(4)})
+        remove_hook(server, model, hook)
+    body = {"name": "lr_scheduler", "point": "step_post"}
+    for settings in (chained(33, 1), chained(1, 1001)):
+        answer = server.rest("POST", f"/v1/models/{model}/hooks", json={**body, "settings": settings})
+        assert answer.json()["code"] == "invalid_hook"
+
+
+def uploaded(wire: Wire, model: str, made: Manifest) -> None:
+    """Create a model of zeros."""
+    ticket = joined(wire, model, manifest=made).create
+    segments = [
+        Segment(arena=n, stop=arena.elements, dtype=F32) for n, arena in enumerate(ticket.manifest.arenas)
+    ]
+    header = pb.UploadHeader(model=model, kind=pb.UPLOAD_KIND_CREATE, ticket=ticket.ticket, segments=segments)
+    chunks = [
+        pb.UploadRequest(segment=n, payload=bytes(4 * segment.stop)).SerializeToString()
+        for n, segment in enumerate(segments)
+    ]
+    wire.answers("Upload", [pb.UploadRequest(header=header).SerializeToString(), *chunks], timeout_s=60)
+
+
+OPERATORS: list[Callable[[RunningServer, Wire, str], None]] = [
+    many_workers,
+    many_shown_groups,
+    many_shown_parameters,
+    large_bodies,
+    many_schedulers,
+]
+
+
+@pytest.mark.parametrize("request_", OPERATORS, ids=lambda request: request.__name__)
+def test_what_an_operator_asks_for_leaves_the_loop_free(
+    request_: Callable[[RunningServer, Wire, str], None],
+    watched: RunningServer,
+    wire: Wire,
+    model_name: str,
+) -> None:
+    before = kept(watched)
+    request_(watched, wire, model_name)
     assert kept(watched) == before
