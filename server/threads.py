@@ -112,5 +112,6 @@ REQUESTS: Final = Threads("requests", 1, most_waiting=32, share=Share(0.25, burs
 DISK: Final = Threads("disk", 4)
 # Frames of whole states, made for workers as they are sent.
 PULLS: Final = Threads("pulls", 2)
-# What readers ask for over REST: snapshots that are verified, checkpoints, whole states. A reader beyond these comes again.
-READS: Final = Threads("reads", 2, most_waiting=16)
+# What readers ask for over REST: snapshots that are verified, checkpoints, whole states, each of which computes all the
+# time. They have a quarter of the cores; a reader beyond those that wait comes again.
+READS: Final = Threads("reads", max(1, _CORES // 4), most_waiting=16)
