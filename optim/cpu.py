@@ -7,7 +7,7 @@ copies of at most `PIECE_ELEMENTS` at a time, so that even then a step needs no 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Final
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from . import intrinsics, kernels
 from .cpu_norms import square_sums as square_sums
 from .cpu_rows import every_row, scalars_of, wide
+from .cpu_rows import plan_rows as plan_rows
 from .cpu_rows import step_rows as step_rows
 from .dispatch import FUSED_DTYPES, Step, number
 from .kernel_cache import compiled
@@ -50,16 +51,27 @@ def refuses(param: Tensor) -> str | None:
 
 def step(step: Step) -> None:
     """Take a dense step; see `dispatch.Step`."""
+    plan(step)()
+
+
+def plan(step: Step) -> Callable[[], None]:
+    """A dense step that is ready to be taken; see `dispatch.Step`."""
     if not step.params or (step.found_inf is not None and number(step.found_inf) == 1.0):
-        return
+        return _nothing
     per_tensor = np.empty((len(step.params), 2))
     per_tensor[:, 1] = step.factor
     table = table_of(step)
-    _advance(step, table, per_tensor)
-    if table is not None:
-        _launch(step, table, per_tensor)
-    else:
-        _sort_out(step, per_tensor)
+    take = partial(_sort_out, step, per_tensor) if table is None else _launch(step, table, per_tensor)
+
+    def run() -> None:
+        _advance(step, table, per_tensor)
+        take()
+
+    return run
+
+
+def _nothing() -> None:
+    """What a step comes to that has nothing to step."""
 
 
 def _advance(step: Step, table: Table | None, per_tensor: Any) -> None:
@@ -77,8 +89,8 @@ def _advance(step: Step, table: Table | None, per_tensor: Any) -> None:
             per_tensor[k, 0] = lr / (1 + (counter.item() - 1) * step.lr_decay)
 
 
-def _launch(step: Step, table: Table, per_tensor: Any) -> None:
-    """Run the kernel that `step` and the table's dtypes ask for."""
+def _launch(step: Step, table: Table, per_tensor: Any) -> Callable[[], None]:
+    """The kernel that `step` and the table's dtypes ask for, with its arguments."""
     dtypes, addresses, starts = table.dtypes, table.addresses, table.starts
     kind = {column: KIND[dtype] for column, dtype in dtypes.items()}
     has_decay = step.weight_decay != 0
@@ -108,8 +120,13 @@ def _launch(step: Step, table: Table, per_tensor: Any) -> None:
 
     work = partial(kernel, addresses, starts, per_tensor, scalars)
 
-    over_slices(
-        work, int(starts[-1]), threads=step.threads, slice_size=SLICE_ELEMENTS, inline=INLINE_ELEMENTS
+    return partial(
+        over_slices,
+        work,
+        int(starts[-1]),
+        threads=step.threads,
+        slice_size=SLICE_ELEMENTS,
+        inline=INLINE_ELEMENTS,
     )
 
 
@@ -133,7 +150,7 @@ def _sort_out(step: Step, per_tensor: Any) -> None:
             addresses[:, column] = [everything[k].data_ptr() for k in members]
         starts = np.cumsum([0, *(step.params[k].numel() for k in members)])
         table = Table(addresses, starts, dict(zip(by_column, dtypes, strict=True)))
-        _launch(step, table, np.ascontiguousarray(per_tensor[members]))
+        _launch(step, table, np.ascontiguousarray(per_tensor[members]))()
 
 
 def _pieces(shape: torch.Size | tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
@@ -173,7 +190,7 @@ def _in_pieces(step: Step, tensors: dict[int, Tensor], per_tensor: Any) -> None:
             addresses[0, column] = tensor.data_ptr()
         starts = np.array([0, flat[intrinsics.PARAM].numel()])
         dtypes = {column: tensor.dtype for column, tensor in flat.items()}
-        _launch(step, Table(addresses, starts, dtypes), per_tensor)
+        _launch(step, Table(addresses, starts, dtypes), per_tensor)()
         for column, view in views.items():
             if flat[column] is not view and (column != intrinsics.GRAD or writes_grad):
                 view.copy_(flat[column])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Final
 
@@ -51,7 +51,7 @@ def every_row(step: Step, tensors: dict[int, Tensor], lr: float, factor: float) 
     flat_param, flat_grad = param.contiguous(), grad.resolve_neg().contiguous()
     states = [tensors[column] for column in STATE_COLUMNS if column in tensors]
     rows = param.shape[0] if param.dim() else 1
-    _run_rows(
+    _launch(
         step,
         flat_param,
         None,
@@ -61,7 +61,7 @@ def every_row(step: Step, tensors: dict[int, Tensor], lr: float, factor: float) 
         arranged=None,
         lr=lr,
         factor=factor,
-    )
+    )()
     if flat_param is not param:
         param.copy_(flat_param)
     if step.zero_grad:
@@ -72,8 +72,13 @@ def every_row(step: Step, tensors: dict[int, Tensor], lr: float, factor: float) 
 
 def step_rows(step: RowStep) -> None:
     """Take a step on rows of one table; see `dispatch.RowStep`."""
+    plan_rows(step)()
+
+
+def plan_rows(step: RowStep) -> Callable[[], None]:
+    """A step on rows of one table that is ready to be taken; see `dispatch.RowStep`."""
     if step.found_inf is not None and number(step.found_inf) == 1.0:
-        return
+        return _nothing
     operands = [step.param, *step.states]
     ids = step.ids.contiguous()
     rows = step.rows.resolve_neg().contiguous()
@@ -85,28 +90,33 @@ def step_rows(step: RowStep) -> None:
         unique, order, segments = arrange(ids, step.param.shape[0])
         if order is not None:
             ids, arranged = unique, (order, segments)
-    t: float = step.step
-    if step.steps is not None:
-        step.steps += 1
-        t = step.steps.item()
+    t: float = step.step if step.steps is None else (step.steps + 1).item()
     lr = number(step.lr) / (1 + (t - 1) * step.lr_decay)
-    if ids.numel() == 0:
-        return
-    if all(t.is_contiguous() for t in operands):
-        _run_rows(step, step.param, ids, rows, step.states, ids.numel(), arranged, lr, step.factor)
-        return
+    whole = all(operand.is_contiguous() for operand in operands)
     # A table with gaps: its rows are taken out, stepped as a small table of their own, and put back.
-    taken = [t.index_select(0, ids) for t in operands]
-    own = torch.arange(ids.numel())
-    _run_rows(step, taken[0], own, rows, taken[1:], ids.numel(), arranged, lr, step.factor)
-    for table, touched in zip(operands, taken, strict=True):
-        table.index_copy_(0, ids, touched)
+    taken = operands if whole else [operand.index_select(0, ids) for operand in operands]
+    named = ids if whole else torch.arange(ids.numel())
+    launch = _launch(step, taken[0], named, rows, taken[1:], ids.numel(), arranged, lr, step.factor)
+
+    def run() -> None:
+        if step.steps is not None:
+            step.steps += 1
+        launch()
+        if not whole:
+            for table, touched in zip(operands, taken, strict=True):
+                table.index_copy_(0, ids, touched)
+
+    return run
 
 
 _NO_IDS: Final = np.zeros(0, np.int64)
 
 
-def _run_rows(
+def _nothing() -> None:
+    """What a step comes to that has nothing to step."""
+
+
+def _launch(
     step: Step | RowStep,
     param: Tensor,
     ids: Tensor | None,
@@ -116,11 +126,12 @@ def _run_rows(
     arranged: tuple[Tensor, Tensor] | None,
     lr: float,
     factor: float,
-) -> None:
+) -> Callable[[], None]:
+    """The kernel that `step` and its operands' dtypes ask for, with its arguments."""
     table_rows = param.shape[0] if param.dim() else 1
     width = param.numel() // table_rows if table_rows else 0
     if count == 0 or width == 0:
-        return
+        return _nothing
     row_wise = states[0].numel() != param.numel()
     spec = row_kernels.RowSpec(
         adadelta=step.rule == "adadelta",
@@ -145,14 +156,13 @@ def _run_rows(
 
     work = partial(kernel, addresses, named, order, segments, width, lr, factor, scalars)
 
-    slice_rows = max(1, SLICE_ELEMENTS // width)
-    over_slices(
-        work,
-        count,
-        threads=step.threads,
-        slice_size=slice_rows,
-        inline=max(1, INLINE_ELEMENTS // width),
-    )
+    slice_rows, inline = max(1, SLICE_ELEMENTS // width), max(1, INLINE_ELEMENTS // width)
+    operands = param, rows, *states
+
+    def launch(_: Any = operands) -> None:  # the addresses are theirs: they live as long as the launch
+        over_slices(work, count, threads=step.threads, slice_size=slice_rows, inline=inline)
+
+    return launch
 
 
 def check_bounds(ids: Tensor, rows: int) -> None:

@@ -7,8 +7,8 @@ its ids (not under graph capture), `square_sums` returns numbers, and found_inf 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from functools import cache
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from operator import attrgetter
 from typing import Any, Final
 
@@ -67,6 +67,16 @@ def _device_refuses(device: torch.device) -> str | None:
     if capability < LEAST_CAPABILITY:
         return f"compute capability {capability[0]}.{capability[1]} is below {LEAST_CAPABILITY[0]}.{LEAST_CAPABILITY[1]}"
     return None
+
+
+def plan(described: Step) -> Callable[[], None]:
+    """A dense step; all of its work is done when it is taken."""
+    return partial(step, described)
+
+
+def plan_rows(described: RowStep) -> Callable[[], None]:
+    """A step on rows; all of its work is done when it is taken."""
+    return partial(step_rows, described)
 
 
 def step(step: Step) -> None:

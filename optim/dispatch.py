@@ -8,6 +8,7 @@ with these functions:
     refuses(param) -> str | None           why it cannot step this parameter, or None; cheap, no device sync
     step(step: Step) -> None               does everything `Step` says, in the order that `Step` documents
     step_rows(step: RowStep) -> None       the same on rows
+    plan(step), plan_rows(step) -> ()->None   the same, to be taken by a call: what can fail fails before that
 
 To add one: write the module, add its import to `BACKENDS`. A backend owns: advancing `step.steps` (skipped with
 everything else when `found_inf` is 1), lr / (1 + (t-1)*lr_decay), any layout, 0 elements, and mixed dtypes within one
@@ -164,6 +165,12 @@ class Backend(Protocol):
 
     def step_rows(self, step: RowStep) -> None:
         """Take a step on rows."""
+
+    def plan(self, step: Step) -> Callable[[], None]:
+        """A dense step that is ready to be taken."""
+
+    def plan_rows(self, step: RowStep) -> Callable[[], None]:
+        """A step on rows that is ready to be taken."""
 
 
 class Path(NamedTuple):

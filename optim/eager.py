@@ -6,7 +6,8 @@ roundings. It is slow and allocates temporaries; nothing else is wrong with it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,6 +18,16 @@ from .dispatch import RowStep, Step, number
 def refuses(param: Tensor) -> str | None:
     """Nothing real is refused."""
     return "complex parameters are stepped by torch" if param.is_complex() else None
+
+
+def plan(described: Step) -> Callable[[], None]:
+    """A dense step; all of its work is done when it is taken."""
+    return partial(step, described)
+
+
+def plan_rows(described: RowStep) -> Callable[[], None]:
+    """A step on rows; all of its work is done when it is taken."""
+    return partial(step_rows, described)
 
 
 def step(step: Step) -> None:

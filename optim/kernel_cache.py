@@ -12,13 +12,14 @@ which is said once in the log: numba itself would raise.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
@@ -37,10 +38,26 @@ _SOURCES: Final = (
     "sample_kernels.py",
     "select_kernels.py",
     "sum_kernels.py",
+    "varint_kernels.py",
 )
 _kept_in: list[Path] = []
 _compiled: dict[Hashable, Any] = {}
 _lock = threading.RLock()
+_here = threading.local()
+
+
+class NotCompiled(Exception):
+    """A kernel that this thread would have had to wait for."""
+
+
+@contextlib.contextmanager
+def only_compiled() -> Iterator[None]:
+    """A block that takes no longer than its kernels: NotCompiled at the first one that is not there yet."""
+    _here.only_compiled = True
+    try:
+        yield
+    finally:
+        _here.only_compiled = False
 
 
 def _fresh_lock() -> None:
@@ -107,6 +124,8 @@ def compiled(make: Callable[..., Callable[..., Any]], signature: str, spec: Any)
     key = (make, spec)
     kernel = _compiled.get(key)
     if kernel is None:
+        if getattr(_here, "only_compiled", False):
+            raise NotCompiled(make.__name__)
         with _lock:
             kernel = _compiled.get(key)
             if kernel is None:
@@ -121,22 +140,52 @@ def hits_and_misses() -> tuple[int, int]:
 
 
 def _compile(make: Callable[..., Callable[..., Any]], signature: str, spec: Any) -> Any:
-    import numba
-
-    njit: Any = numba.njit
-    config: Any = numba.config
-    options = {"nogil": True, "error_model": "numpy"}
     root = folder()
     if root is not None:
         name = hashlib.sha256(f"{make.__name__} {spec!r}".encode()).hexdigest()[:16]
         own = root / _surroundings() / f"{make.__name__}-{name}"
-        before = config.CACHE_DIR
-        config.CACHE_DIR = str(own)
         try:
-            return njit(signature, cache=True, **options)(make(spec))
+            return _built(make(spec), signature, own)
         except Exception as error:  # noqa: BLE001 - what damaged files raise is numba's affair; a bad kernel raises below
             log.warning("the compiled kernel in %s cannot be used, it is compiled again: %s", own, error)
             shutil.rmtree(own, ignore_errors=True)  # the next process writes it afresh
-        finally:
-            config.CACHE_DIR = before
-    return njit(signature, **options)(make(spec))
+    return _built(make(spec), signature, None)
+
+
+def _built(function: Callable[..., Any], signature: str, own: Path | None) -> Any:
+    """`numba.njit(signature, cache=True)` with a cache of its own: numba's setting would be the whole process's."""
+    import numba
+
+    njit: Any = numba.njit
+    kernel = njit(nogil=True, error_model="numpy")(function)
+    if own is not None:
+        kernel._cache = _cache_in(own, function)
+    kernel.compile(signature)
+    kernel.disable_compile()
+    return kernel
+
+
+def _cache_in(own: Path, function: Callable[..., Any]) -> Any:
+    from numba.core import caching
+
+    class Locator:
+        """Where one kernel lies. The folder's name says of which sources it is."""
+
+        @classmethod
+        def from_function(cls, function: Callable[..., Any], file: str) -> Locator:
+            return cls()
+
+        def ensure_cache_path(self) -> None:
+            own.mkdir(parents=True, exist_ok=True)
+
+        def get_cache_path(self) -> str:
+            return str(own)
+
+        def get_source_stamp(self) -> str:
+            return ""
+
+        def get_disambiguator(self) -> str:
+            return ""
+
+    impl = type("Impl", (caching.CompileResultCacheImpl,), {"_locator_classes": [Locator]})
+    return type("Cache", (caching.FunctionCache,), {"_impl_class": impl})(function)

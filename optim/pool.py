@@ -13,6 +13,7 @@ starts afresh.
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Callable
@@ -23,6 +24,8 @@ import numpy as np
 import torch
 
 from .intrinsics import STRIDE
+
+log = logging.getLogger(__name__)
 
 
 class Job:
@@ -74,15 +77,25 @@ class Helpers:
         self.count = 0
 
     def ask(self, job: Job, workers: int) -> None:
-        """Offer the job to `workers - 1` helpers."""
+        """Offer the job to `workers - 1` helpers, or to as many as there can be."""
         if self.count < workers - 1:
             with self.lock:
-                while self.count < workers - 1:
+                while self.count < workers - 1 and self._hire():
                     self.count += 1
-                    name = f"pushstep-optim-{self.count}"
-                    threading.Thread(target=self.run, name=name, daemon=True).start()
-        for worker in range(1, workers):
+        # no more than there are: what nobody takes would be kept for ever
+        for worker in range(1, min(workers, self.count + 1)):
             self.queue.put((job, worker))
+
+    def _hire(self) -> bool:
+        name = f"pushstep-optim-{self.count + 1}"
+        try:
+            threading.Thread(target=self.run, name=name, daemon=True).start()
+        except (
+            RuntimeError
+        ) as error:  # the process may have no more threads: the step takes longer, that is all
+            log.debug("no thread for %s: %s", name, error)
+            return False
+        return True
 
     def run(self) -> None:
         """A helper's life."""

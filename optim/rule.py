@@ -9,7 +9,7 @@ same bits. Both steps turn their arguments into what `dispatch` describes and ha
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -56,7 +56,7 @@ class Rule(ABC):
     def check_rows(self, hyperparameters: Hyperparameters) -> None:  # noqa: B027 - most rules refuse nothing
         """Raise if the rule refuses row-sparse gradients with these hyperparameters."""
 
-    def step_dense(
+    def plan_dense(
         self,
         param: Tensor,
         grad: Tensor,
@@ -72,8 +72,10 @@ class Rule(ABC):
         ema_momentum: float = 0.99,
         copy_out: Tensor | None = None,
         threads: int | None = None,
-    ) -> None:
-        """Step `param` and `state` in place.
+    ) -> Callable[[], None]:
+        """A step of `param` and `state` in place that is ready to be taken, by a call.
+
+        What can fail fails here, with nothing written.
 
         All tensors have one shape; a row-wise state has shape (rows, 1). `grad` may be of any real floating
         dtype; the arithmetic runs in the state's (float32 for half states). `step` counts from 1; `factor`
@@ -98,10 +100,9 @@ class Rule(ABC):
             threads=threads,
             **self.arguments(hyperparameters),
         )
-        backend_of(param).step(described)
-        torch.autograd.graph.increment_version(described.written())
+        return self._counted(backend_of(param).plan(described), described)
 
-    def step_rows(
+    def plan_rows(
         self,
         param: Tensor,
         ids: Tensor,
@@ -113,8 +114,8 @@ class Rule(ABC):
         factor: float = 1.0,
         unique: bool = True,
         threads: int | None = None,
-    ) -> None:
-        """Step only the rows `ids` (int64) of `param` and `state`, in place.
+    ) -> Callable[[], None]:
+        """A step of only the rows `ids` (int64) of `param` and `state`, in place, that is ready to be taken.
 
         `rows` has shape (len(ids), *param.shape[1:]). Rows that are not named do not move, nor does their state.
         With `unique` the caller vouches that no id comes twice; otherwise rows of equal id are summed first, as
@@ -133,8 +134,25 @@ class Rule(ABC):
             threads=threads,
             **self.arguments(hyperparameters),
         )
-        backend_of(param).step_rows(described)
-        torch.autograd.graph.increment_version(described.written())
+        return self._counted(backend_of(param).plan_rows(described), described)
+
+    @staticmethod
+    def _counted(take: Callable[[], None], described: Step | RowStep) -> Callable[[], None]:
+        """The step, and then what tells autograd of it."""
+
+        def run() -> None:
+            take()
+            torch.autograd.graph.increment_version(described.written())
+
+        return run
+
+    def step_dense(self, *tensors: Any, **options: Any) -> None:
+        """Take at once what `plan_dense` makes ready; its arguments."""
+        self.plan_dense(*tensors, **options)()
+
+    def step_rows(self, *tensors: Any, **options: Any) -> None:
+        """Take at once what `plan_rows` makes ready; its arguments."""
+        self.plan_rows(*tensors, **options)()
 
 
 def backend_of(param: Tensor) -> Backend:

@@ -9,8 +9,10 @@ from __future__ import annotations
 from typing import Final
 
 from .errors import InvalidManifest
+from .limits import limit_of
+from .types_pb2 import Parameter
 
-MAX_NAME: Final = 1000
+MAX_NAME_BYTES: Final = limit_of(Parameter, "name").bytes
 _SHOWN: Final = 100
 # safetensors keeps this key for itself: a file with a tensor of that name cannot be read
 _OF_SAFETENSORS: Final = "__metadata__"
@@ -30,8 +32,9 @@ def check_name(name: str) -> str:
 def _problem(name: str) -> str:
     if not name:
         return "is empty"
-    if len(name) > MAX_NAME:
-        return f"has {len(name)} characters, more than {MAX_NAME}"
+    length_bytes = len(name.encode(errors="surrogatepass"))
+    if length_bytes > MAX_NAME_BYTES:
+        return f"has {length_bytes} bytes, more than {MAX_NAME_BYTES}"
     if name == _OF_SAFETENSORS:
         return "is kept by the safetensors format for itself"
     if not name.isprintable():

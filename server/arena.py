@@ -7,12 +7,14 @@ row-sparse gradients, each row's last-changed version is kept, so that readers c
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Final
 
 import torch
 from torch import Tensor
 
-from pushstep.optim import RULES
+from pushstep.optim import RULES, Rule
 from pushstep.proto import dtypes
 from pushstep.proto.hyperparameters import values_of
 from pushstep.proto.layout import Layout, Slot
@@ -20,46 +22,61 @@ from pushstep.proto.types_pb2 import Ticket
 
 from .device import Device
 from .extras import Extras
+from .finite_watch import FiniteWatch
 from .staging import DensePart, RowsPart
+
+# What a group's new hyperparameters are tried on before they are taken.
+TRIED_ELEMENTS: Final = 256
+TRIED_GRADIENTS: Final = (0.0, 1.0, -1.0)
+TRIED_STEPS: Final = 2
 
 
 class Arenas:
     """The buffers of one model at one version."""
 
-    def __init__(self, layout: Layout, rule_names: Sequence[str], device: Device) -> None:
+    def __init__(self, layout: Layout, device: Device) -> None:
         self.layout = layout
-        self.rule_names = list(rule_names)
         self.lane = device.lane()
         self.device = device.where
-        self.parameters: list[Tensor] = []
-        self.states: list[dict[str, Tensor]] = []
-        with self.lane.here():
-            self._allocate()
+        self.parameters, self.states = self._made(layout, 0)
         # int64 counts: float32 stops at 2**24
         self.steps = [0] * len(layout.slots)
         self.version = 0
         self.timeline = 1
         self.changed = [0] * len(layout.slots)
         self.row_changed: dict[int, Tensor] = {}
+        self.watch = FiniteWatch()
+        # between two versions: a write has begun and was not finished
+        self.torn = False
 
-    def _allocate(self) -> None:
-        for arena in self.layout.arenas[len(self.parameters) :]:
-            rule = RULES[self.rule_names[arena.group]]
-            self.parameters.append(torch.zeros(arena.elements, dtype=arena.dtype, device=self.device))
-            state = dtypes.state_dtype(arena.dtype)
-            self.states.append(
-                {
-                    name: torch.zeros(arena.elements, dtype=state, device=self.device)
-                    for name in rule.state_names
-                }
-            )
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """A block that replaces one version by another. Broken off half way it leaves them torn, until a load."""
+        self.torn = True
+        yield
+        self.torn = False
+
+    def _made(self, layout: Layout, first: int) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+        """Zeros for the arenas of a layout from `first` on: parameters and states."""
+        parameters, states = [], []
+        with self.lane.here():
+            for arena in layout.arenas[first:]:
+                rule, dtype = rule_of(layout, arena.group), dtypes.state_dtype(arena.dtype)
+                parameters.append(torch.zeros(arena.elements, dtype=arena.dtype, device=self.device))
+                states.append(
+                    {
+                        name: torch.zeros(arena.elements, dtype=dtype, device=self.device)
+                        for name in rule.state_names
+                    }
+                )
+        return parameters, states
 
     @staticmethod
-    def bytes_needed(layout: Layout, rule_names: Sequence[str]) -> int:
+    def bytes_needed(layout: Layout) -> int:
         """Bytes that the buffers of such a model take."""
         total = 0
         for arena in layout.arenas:
-            states = len(RULES[rule_names[arena.group]].state_names)
+            states = len(rule_of(layout, arena.group).state_names)
             total += arena.elements * (
                 arena.dtype.itemsize + states * dtypes.state_dtype(arena.dtype).itemsize
             )
@@ -75,17 +92,18 @@ class Arenas:
 
     def state_names(self, slot: Slot) -> tuple[str, ...]:
         """torch's names of a parameter's states."""
-        return RULES[self.rule_names[slot.group]].state_names
+        return rule_of(self.layout, slot.group).state_names
 
-    def fill_initial_state(self, values: Sequence[Mapping[str, float | bool]], first_group: int = 0) -> None:
-        """Fill the states of the groups from `first_group` on with their rules' initial values."""
-        self.begin_anew([slot for slot in self.layout.slots if slot.group >= first_group], values)
+    def fill_initial_state(self, values: Sequence[Mapping[str, float | bool]]) -> None:
+        """Fill the states with their rules' initial values."""
+        with self.lane.here():
+            fill_initial(self.layout, self.states, values, 0)
 
     def begin_anew(self, slots: Iterable[Slot], values: Sequence[Mapping[str, float | bool]]) -> None:
         """Have parameters the state of one that has not been stepped. values: of all groups."""
         with self.lane.here():
             for slot in slots:
-                rule = RULES[self.rule_names[slot.group]]
+                rule = rule_of(self.layout, slot.group)
                 for name in rule.state_names:
                     self.view(slot, name).fill_(rule.initial_value(name, values[slot.group]))
                 self.steps[slot.index] = 0
@@ -98,54 +116,78 @@ class Arenas:
     ) -> set[int]:
         """Execute a ticket. Nothing is decided here: equal buffers and an equal ticket give equal bits.
 
-        `copy_out`, one for each arena, receives what a dense part makes of the parameters in the same pass: those of
-        the slots that are returned.
+        Everything is made ready before the first write: what fails until then has moved nothing, and the version is
+        one that moved nothing. `copy_out`, one for each arena, receives what a dense part makes of the parameters in
+        the same pass: those of the slots that are returned.
         """
-        written: set[int] = set()
         values = [values_of(group) for group in ticket.groups]
         for group in values:
             group["lr"] = float(group["lr"]) * ticket.lr_scale
-        for part in parts:
-            if isinstance(part, RowsPart):
-                self._step_rows(part, values, ticket)
-            else:
-                for run in _equal_runs(part.slots, lambda slot: self.steps[slot.index]):
-                    self._step_dense(part, run, values, ticket, copy_out)
-                if copy_out is not None:
-                    written.update(slot.index for slot in part.slots)
-        self.version = ticket.version
+        try:
+            steps = list(self._planned(parts, values, ticket, copy_out))
+        finally:
+            self.version = ticket.version
+        with self.writing():
+            for step in steps:
+                step()
+            written: set[int] = set()
+            for part in parts:
+                if isinstance(part, RowsPart):
+                    self._count_rows(part, ticket.version)
+                else:
+                    for slot in part.slots:
+                        self.steps[slot.index] += 1
+                        self.mark_changed(slot, ticket.version)
+                    if copy_out is not None:
+                        written.update(slot.index for slot in part.slots)
+        self.watch.stepped(self.layout, self.parameters, parts)
         return written
 
-    def _step_dense(
+    def _planned(
+        self,
+        parts: Sequence[DensePart | RowsPart],
+        values: Sequence[Mapping[str, float | bool]],
+        ticket: Ticket,
+        copy_out: Sequence[Tensor] | None,
+    ) -> Iterator[Callable[[], None]]:
+        for part in parts:
+            if isinstance(part, RowsPart):
+                yield self._planned_rows(part, values, ticket)
+            else:
+                for run in _equal_runs(part.slots, lambda slot: self.steps[slot.index]):
+                    if run[0].start < run[-1].stop:  # one without elements only counts, as torch has it
+                        yield self._planned_dense(part, run, values, ticket, copy_out)
+
+    def _planned_dense(
         self,
         part: DensePart,
         run: list[Slot],
         values: Sequence[Mapping[str, float | bool]],
         ticket: Ticket,
         copy_out: Sequence[Tensor] | None,
-    ) -> None:
+    ) -> Callable[[], None]:
         arena, start, stop = part.arena, run[0].start, run[-1].stop
-        rule = RULES[self.rule_names[run[0].group]]
-        if start < stop:  # of a parameter without elements the step counts, as torch has it
-            rule.step_dense(
-                _between(self.parameters[arena], start, stop),
-                _between(part.gradient, start - part.start, stop - part.start),
-                [_between(self.states[arena][name], start, stop) for name in rule.state_names],
-                values[run[0].group],
-                step=self.steps[run[0].index] + 1,
-                factor=ticket.factor,
-                copy_out=None if copy_out is None else _between(copy_out[arena], start, stop),
-            )
-        for slot in run:
-            self.steps[slot.index] += 1
-            self.mark_changed(slot, ticket.version)
+        rule = rule_of(self.layout, run[0].group)
+        return rule.plan_dense(
+            _between(self.parameters[arena], start, stop),
+            _between(part.gradient, start - part.start, stop - part.start),
+            [_between(self.states[arena][name], start, stop) for name in rule.state_names],
+            values[run[0].group],
+            step=self.steps[run[0].index] + 1,
+            factor=ticket.factor,
+            copy_out=None if copy_out is None else _between(copy_out[arena], start, stop),
+        )
 
-    def _step_rows(
+    def _planned_rows(
         self, part: RowsPart, values: Sequence[Mapping[str, float | bool]], ticket: Ticket
-    ) -> None:
+    ) -> Callable[[], None]:
         slot = part.slot
-        rule = RULES[self.rule_names[slot.group]]
-        rule.step_rows(
+        rule = rule_of(self.layout, slot.group)
+        if slot.index not in self.row_changed:
+            self.row_changed[slot.index] = torch.full(
+                (slot.rows,), self.changed[slot.index], dtype=torch.int64, device=self.device
+            )
+        return rule.plan_rows(
             self.view(slot),
             part.ids,
             part.rows,
@@ -154,12 +196,10 @@ class Arenas:
             step=self.steps[slot.index] + 1,
             factor=ticket.factor,
         )
-        self.steps[slot.index] += 1
-        if slot.index not in self.row_changed:
-            self.row_changed[slot.index] = torch.full(
-                (slot.rows,), self.changed[slot.index], dtype=torch.int64, device=self.device
-            )
-        self.row_changed[slot.index][part.ids] = ticket.version
+
+    def _count_rows(self, part: RowsPart, version: int) -> None:
+        self.steps[part.slot.index] += 1
+        self.row_changed[part.slot.index][part.ids] = version
 
     def applied_lrs(self, ticket: Ticket) -> dict[int, float]:
         """Each group's lr as the step just taken applied it, by its first parameter's step count."""
@@ -167,7 +207,7 @@ class Arenas:
         for group, slot in self.layout.first_of_group.items():
             if group < len(ticket.groups):
                 values = values_of(ticket.groups[group])
-                rule = RULES[self.rule_names[group]]
+                rule = rule_of(self.layout, group)
                 lrs[group] = rule.effective_lr(values, max(1, self.steps[slot.index])) * ticket.lr_scale
         return lrs
 
@@ -177,14 +217,45 @@ class Arenas:
         if slot.index in self.row_changed:
             self.row_changed[slot.index].fill_(version)
 
-    def grow(self, layout: Layout, rule_names: Sequence[str]) -> None:
-        """Take on a layout that has this one's slots and further groups after them."""
-        self.layout = layout
-        self.rule_names = list(rule_names)
-        self._allocate()
-        added = len(layout.slots) - len(self.steps)
+    def extended(self, layout: Layout, values: Sequence[Mapping[str, float | bool]]) -> ArenasCopy:
+        """These arenas and fresh ones for the further groups of `layout`: what `adopt` takes, which cannot fail any more.
+
+        In any thread: nothing of what is here is read or written.
+        """
+        first = len(self.parameters)
+        parameters, states = self._made(layout, first)
+        extension = ArenasCopy(
+            layout, self.timeline, self.version, [*self.parameters, *parameters], [*self.states, *states], []
+        )
+        with self.lane.here():
+            fill_initial(layout, extension.states, values, first)
+        return extension
+
+    def adopt(self, extension: ArenasCopy) -> None:
+        """Take on what `extended` made, whose values have been filled in."""
+        self.layout = extension.layout
+        self.parameters, self.states = extension.parameters, extension.states
+        added = len(self.layout.slots) - len(self.steps)
         self.steps += [0] * added
         self.changed += [self.version] * added
+
+    def stays_finite(self, group: int, values: Mapping[str, float | bool]) -> bool:
+        """Whether steps with these hyperparameters leave a few elements finite that are."""
+        rule = rule_of(self.layout, group)
+        for arena in self.layout.arenas:
+            if arena.group != group or not arena.elements:
+                continue
+            stride = -(-arena.elements // TRIED_ELEMENTS)
+            for gradient in TRIED_GRADIENTS:
+                flats = [self.parameters[arena.index], *self.states[arena.index].values()]
+                param, *state = (flat[::stride].clone() for flat in flats)
+                was = torch.isfinite(param)
+                for step in range(1, 1 + TRIED_STEPS):
+                    at = self.steps[arena.slots[0].index] + step
+                    rule.step_dense(param, torch.full_like(param, gradient), state, values, step=at)
+                if bool((was & ~torch.isfinite(param)).any()):
+                    return False
+        return True
 
     def copy(self) -> ArenasCopy:
         """The whole of it at this version, in memory of its own on the CPU."""
@@ -199,15 +270,17 @@ class Arenas:
 
     def load(self, copy: ArenasCopy, timeline: int) -> None:
         """Become `copy`, on `timeline`. Readers of any earlier timeline must take everything anew."""
-        for flat, source in zip(self.parameters, copy.parameters, strict=True):
-            flat.copy_(source)
-        for states, sources in zip(self.states, copy.states, strict=True):
-            for name, flat in states.items():
-                flat.copy_(sources[name])
-        self.steps = list(copy.steps)
-        self.version, self.timeline = copy.version, timeline
-        for slot in self.layout.slots:
-            self.mark_changed(slot, copy.version)
+        with self.writing():
+            for flat, source in zip(self.parameters, copy.parameters, strict=True):
+                flat.copy_(source)
+            for states, sources in zip(self.states, copy.states, strict=True):
+                for name, flat in states.items():
+                    flat.copy_(sources[name])
+            self.steps = list(copy.steps)
+            self.version, self.timeline = copy.version, timeline
+            for slot in self.layout.slots:
+                self.mark_changed(slot, copy.version)
+        self.watch.look(self.layout, self.parameters)
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,6 +307,24 @@ class ArenasCopy:
         """One parameter (or its state) in its own shape."""
         flat = self.states[slot.arena][state] if state else self.parameters[slot.arena]
         return flat[slot.start : slot.stop].view(slot.shape)
+
+
+def rule_of(layout: Layout, group: int) -> Rule:
+    """The update rule of a group."""
+    return RULES[layout.manifest.groups[group].rule]
+
+
+def fill_initial(
+    layout: Layout,
+    states: Sequence[Mapping[str, Tensor]],
+    values: Sequence[Mapping[str, float | bool]],
+    first: int,
+) -> None:
+    """Fill the states of the arenas from `first` on with their rules' initial values."""
+    for arena in layout.arenas[first:]:
+        rule = rule_of(layout, arena.group)
+        for name, flat in states[arena.index].items():
+            flat.fill_(rule.initial_value(name, values[arena.group]))
 
 
 def _between(flat: Tensor, start: int, stop: int) -> Tensor:

@@ -12,9 +12,9 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import torch
 
@@ -22,13 +22,17 @@ from pushstep.proto.errors import (
     BeingCreated,
     InvalidManifest,
     InvalidName,
+    ManifestChanged,
     ModelExists,
     ModelLost,
     NoCreationTicket,
     OverCapacity,
+    PushstepError,
+    SnapshotDamaged,
     Starting,
     Superseded,
     UnknownModel,
+    UnknownSnapshot,
 )
 from pushstep.proto.layout import Layout, check_names
 from pushstep.proto.types_pb2 import Manifest
@@ -41,11 +45,14 @@ from .groups import Group, ParamGroups
 from .hooks.hook import Point
 from .model import Model
 from .model_folder import IdentityFile, ModelFolder
+from .quality import Quality
 from .session import Sessions
 from .snapshots import EXPORT_PREFIX, Snapshots, rules_known
 from .staging import charge
+from .threads import DISK
 
 log = logging.getLogger("pushstep.catalog")
+T = TypeVar("T")
 CREATION_S: Final = 120.0
 CREATION_RETRY_S: Final = 0.2
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -64,6 +71,31 @@ class Creation:
     attempt: int = 0
     # its values have arrived and its name is being written to the disk
     finishing: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """A model that somebody wants to create: laid out, and good in itself."""
+
+    layout: Layout
+    bytes_needed: int
+    # of one push of all of it
+    push_bytes: int
+
+
+def propose(manifest: Manifest) -> Proposal:
+    """The model that a manifest describes; InvalidManifest or InvalidHyperparameter if there can be none.
+
+    It depends on nothing else, so that a large one is looked at in a thread.
+    """
+    check_names(manifest)
+    layout = Layout(manifest)
+    for group in manifest.groups:
+        Group.make(group)
+    if len(layout.first_of_group) != len(manifest.groups):
+        raise InvalidManifest(problem="every param group must have parameters")
+    push_bytes = sum(arena.elements * arena.dtype.itemsize for arena in layout.arenas)
+    return Proposal(layout, Arenas.bytes_needed(layout), push_bytes)
 
 
 def check_name(name: str, what: str) -> str:
@@ -85,6 +117,7 @@ class Catalog:
         self._creations: dict[str, Creation] = {}
         # by model name: who writes into its folder, or removes it, does so alone
         self._folders: dict[str, asyncio.Lock] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
 
     def get(self, name: str, uid: bytes = b"") -> Model:
         """A model by name; UnknownModel otherwise, or ModelLost for a caller that knew it by its uid."""
@@ -114,17 +147,9 @@ class Catalog:
     # Creation: a ticket, then the values, then the model.
 
     def begin_creation(
-        self, name: str, worker: str, manifest: Manifest, now_s: float, attempt: int = 0
+        self, name: str, worker: str, proposal: Proposal, now_s: float, attempt: int = 0
     ) -> Creation:
         """Give the first caller leave to create a model; BeingCreated for the others while it lasts."""
-        check_name(name, "model name")
-        check_names(manifest)
-        layout = Layout(manifest)
-        names = [Group.make(group).rule.name for group in manifest.groups]
-        if len(layout.manifest.groups) == 0 or {slot.group for slot in layout.slots} != set(
-            range(len(names))
-        ):
-            raise InvalidManifest(problem="every param group must have parameters")
         self._creations = {
             known: creation
             for known, creation in self._creations.items()
@@ -136,24 +161,24 @@ class Catalog:
             raise OverCapacity(
                 problem=f"this server holds at most {self.config.max_models} models", setting="max-models"
             )
-        need = Arenas.bytes_needed(layout, names)
-        self.require_room(need, sum(creation.bytes_needed for creation in others))
-        largest = sum(arena.elements * arena.dtype.itemsize for arena in layout.arenas)
-        if charge(largest) > self.config.staging_bytes:
+        self.require_room(proposal.bytes_needed, sum(creation.bytes_needed for creation in others))
+        push_bytes = charge(proposal.push_bytes)
+        if push_bytes > self.config.staging_bytes:
             raise OverCapacity(
-                problem=f"one push of this model takes {charge(largest)} bytes, staging has {self.config.staging_bytes}",
+                problem=f"one push of this model takes {push_bytes} bytes, staging has {self.config.staging_bytes}",
                 setting="staging-bytes",
             )
         current = self._creations.get(name)
         if current is not None and (current.finishing or current.worker != worker):
             raise BeingCreated(model=name, worker=current.worker, retry_after_s=CREATION_RETRY_S)
-        creation = Creation(secrets.randbits(63) or 1, worker, layout, need, now_s + CREATION_S, attempt)
+        ticket, until_s = secrets.randbits(63) or 1, now_s + CREATION_S
+        creation = Creation(ticket, worker, proposal.layout, proposal.bytes_needed, until_s, attempt)
         self._creations[name] = creation
         return creation
 
     def require_room(self, need_bytes: int, promised_bytes: int = 0) -> None:
         """OverCapacity unless `need_bytes` more of parameters and state may be held."""
-        held = sum(Arenas.bytes_needed(m.layout, m.arenas.rule_names) for m in self.models.values())
+        held = sum(Arenas.bytes_needed(m.layout) for m in self.models.values())
         if held + promised_bytes + need_bytes > self.config.max_bytes:
             raise OverCapacity(
                 problem=f"{need_bytes} bytes more are needed, {held} of {self.config.max_bytes} are taken",
@@ -193,7 +218,7 @@ class Catalog:
         creation.finishing = True
         try:
             async with self._alone(name):  # the folder of an earlier one of this name may just be going
-                await asyncio.to_thread(self._folder(name).set_aside)
+                await DISK.run(self._folder(name).set_aside)
                 await self._write_identity(model, clean_version=None)
         except BaseException:
             creation.finishing = False
@@ -218,7 +243,9 @@ class Catalog:
     def _model(self, name: str, uid: bytes, timeline: int, layout: Layout, groups: ParamGroups) -> Model:
         sessions = Sessions(self.config.lease_s, self.config.max_workers, name)
         staging_bytes = self.config.staging_bytes
-        return Model(name, uid, timeline, layout, groups, sessions, self.device, staging_bytes)
+        model = Model(name, uid, timeline, layout, groups, sessions, self.device, staging_bytes)
+        model.on_failed = self._failed
+        return model
 
     async def delete(self, name: str, by: str) -> None:
         """Forget a model and its snapshots for good."""
@@ -228,7 +255,7 @@ class Catalog:
         del self.models[name]
         async with self._alone(name):  # a snapshot that is being written would make the folder again
             await model.close()
-            await asyncio.to_thread(self._folder(name).remove)
+            await DISK.run(self._folder(name).remove)
         log.info("model %s deleted by %s", name, by)
 
     # Snapshots and restores.
@@ -239,7 +266,7 @@ class Catalog:
         async with self._alone(name):
             model.tell(Point.STATE_DICT_PRE)
             facts, copy = await model.copy()
-            manifest = await asyncio.to_thread(self.snapshots(name).write, facts, copy, automatic=automatic)
+            manifest = await DISK.run(self.snapshots(name).write, facts, copy, automatic=automatic)
             model.tell(Point.STATE_DICT_POST, snapshot=manifest["id"])
             model.record("snapshot_taken", by, snapshot=manifest["id"])
             return manifest
@@ -247,26 +274,69 @@ class Catalog:
     async def restore(self, name: str, snapshot: str, by: str) -> int:
         """Bring a snapshot back on a new timeline; the version from which it holds."""
         model = self.get(name)
-        manifest, copy = await asyncio.to_thread(self.snapshots(name).read, snapshot)
+        try:
+            manifest, copy = await DISK.run(self.snapshots(name).read, snapshot)
+        except (SnapshotDamaged, UnknownSnapshot):
+            model.require_here()  # or what is said of a snapshot that just went would be true of none
+            raise
         if copy.layout.manifest_hash != model.layout.manifest_hash:
             raise InvalidManifest(
                 problem=f"snapshot {snapshot} holds other parameters or groups than the model has now"
             )
-        await self.replace(model, copy, manifest, by)
+        await self.whole(self.replace(model, copy, manifest, by))
         return copy.version
 
     async def replace(self, model: Model, copy: ArenasCopy, saved: dict[str, Any] | None, by: str) -> None:
         """Put `copy` in place of what the model is, on a timeline that is on the disk first."""
         async with self._alone(model.name):
-            if model.deleted:
-                raise ModelLost(model=model.name)
+            model.require_here()
             if saved is None and copy.timeline != model.timeline:  # a restore came since it was copied
                 raise Superseded(model=model.name, timeline=model.timeline, got=copy.timeline)
             model.tell(Point.LOAD_STATE_DICT_PRE)
             timeline = model.timeline + 1
             await self._write_identity(model, None, timeline, copy.lineage_here)
-            model.restore(copy, saved, timeline, by)
+            try:
+                if copy.layout.manifest_hash != model.layout.manifest_hash:  # a group was added meanwhile
+                    raise ManifestChanged(model=model.name)
+                loading = model.restore(copy, saved, timeline, by)
+            except BaseException:
+                await self._write_identity(model, None)  # it goes on as what it was
+                raise
+            try:
+                await loading
+            except Exception as error:
+                model.fail_if_torn(error)
+                raise
             model.tell(Point.LOAD_STATE_DICT_POST)
+
+    async def whole(self, work: Coroutine[Any, Any, T], then: Callable[[], None] = lambda: None) -> T:
+        """Do all of `work`, and `then`, also when whoever waits for it goes away: half an edit is none."""
+        return await asyncio.shield(self._start(work, then))
+
+    def _start(
+        self, work: Coroutine[Any, Any, T], then: Callable[[], None] = lambda: None
+    ) -> asyncio.Task[T]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)  # or it may be collected while it runs
+        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(lambda _: then())
+        return task
+
+    def _failed(self, model: Model) -> None:
+        """Bring a model back that a write has left torn."""
+        self._start(self._bring_back(model))
+
+    async def _bring_back(self, model: Model) -> None:
+        try:
+            found = await DISK.run(self.snapshots(model.name).newest, model.ledger.holds)
+            if found is None:
+                log.error("model %s failed and has no snapshot that verifies", model.name)
+                return
+            manifest, copy = found
+            await self.replace(model, copy, manifest, "server")
+            log.warning("model %s failed and goes on from snapshot %s", model.name, manifest["id"])
+        except PushstepError as error:
+            log.error("model %s failed and could not be brought back: %s", model.name, error.message)
 
     async def _write_identity(
         self,
@@ -278,7 +348,7 @@ class Catalog:
         """`timeline` and `lineage`: those that it is about to have."""
         stands_on = list(model.ledger.lineage if lineage is None else lineage)
         identity = IdentityFile(model.uid, timeline or model.timeline, clean_version, stands_on)
-        await asyncio.to_thread(self._folder(model.name).write_identity, identity)
+        await DISK.run(self._folder(model.name).write_identity, identity)
 
     # Start and stop.
 
@@ -295,13 +365,13 @@ class Catalog:
 
     async def _load_model(self, name: str) -> None:
         snapshots = self.snapshots(name)
-        await asyncio.to_thread(snapshots.sweep)
+        await DISK.run(snapshots.sweep)
         identity = self._folder(name).identity()
         if identity is None:
             return
-        found = await asyncio.to_thread(snapshots.newest, identity.made_of)
+        found = await DISK.run(snapshots.newest, identity.made_of)
         if found is None:
-            found = await asyncio.to_thread(snapshots.newest)
+            found = await DISK.run(snapshots.newest)
             if found is not None:
                 log.error("model %s: only a snapshot that a restore had undone verifies: loading it", name)
         if found is None:
@@ -321,9 +391,9 @@ class Catalog:
             model.ledger.go_back(copy.lineage_here, timeline)
         model.edit = int(manifest["edit"])
         model.extras = copy.extras
-        model.hooks.parse(manifest["hooks"], groups, name)
+        model.hooks.list[:] = model.hooks.parsed(manifest["hooks"], groups, name)
         model.sessions.parse(manifest["workers"], time.monotonic(), manifest.get("forgotten_epoch", 0))
-        model.judge.quality.parse(manifest["gate"])
+        model.judge.quality = Quality.parsed(manifest["gate"])
         model.judge.switch(
             policies.read(manifest["policy"]), time.monotonic()
         )  # whatever staging holds today
@@ -343,7 +413,7 @@ class Catalog:
             try:
                 manifest = await self.snapshot(name, "server", automatic=True)
                 await self._write_identity(model, clean_version=int(manifest["version"]))
-                await asyncio.to_thread(self.snapshots(name).prune)
+                await DISK.run(self.snapshots(name).prune)
             except Exception:
                 log.exception("model %s could not be snapshotted at stop", name)
             await model.close()

@@ -17,6 +17,7 @@ from pushstep.proto.errors import (
     NonfiniteGradient,
     PushstepError,
     Quarantined,
+    StepFailed,
 )
 from pushstep.proto.types_pb2 import Outcome, Receipt
 
@@ -77,8 +78,10 @@ class Docket:
 
     def conclude(self, now_s: float) -> list[Decision]:
         """Let the policy look until it has nothing more to do; everything decided since the last event."""
-        if self.policy.waits or self.parked:  # only then, since this looks at every worker
-            self.sessions.expire(now_s)
+        self.sessions.expire(now_s)
+        for worker in self.sessions.take_expired():
+            self.note("worker_expired", "server", worker=worker.name, epoch=worker.epoch)
+        if self.parked:
             self._clear_parked()
         while moves := self.policy.review(self.view(now_s)):
             for move in moves:
@@ -136,11 +139,15 @@ class Docket:
                 raise MalformedFrame(
                     problem=f"base_version {candidate.header.base_version} is ahead of version {ledger.version}"
                 )
-            ledger.groups.plan_worker_edits(candidate.edits(), self.sessions.leads(worker), self.ledger.name)
+            planned, _ = ledger.groups.plan_worker_edits(
+                candidate.edits(), self.sessions.leads(worker), ledger.name
+            )
             if candidate.push is None:
                 candidate.skips, candidate.skip_reason = True, "skip_push"
-            elif not self.quality.decide(candidate.push, ledger.groups, ledger.hooks.nonfinite()):
-                candidate.skips, candidate.skip_reason = True, NonfiniteGradient.code
+            else:
+                gate.require_steppable(candidate.push, ledger.groups, planned)
+                if not self.quality.decide(candidate.push, ledger.hooks.nonfinite()):
+                    candidate.skips, candidate.skip_reason = True, NonfiniteGradient.code
         except PushstepError as error:
             self._reject([candidate], error, candidate.staged_s)
         else:
@@ -157,6 +164,11 @@ class Docket:
         except PushstepError as error:
             self._reject(order.candidates, error, now_s, blamed=order.divisor is None)
             return
+        except Exception as error:  # noqa: BLE001 - a defect must not leave the pushes without an answer for ever
+            failed = StepFailed(model=self.ledger.name, version=self.ledger.version + 1, problem=repr(error))
+            self.note(failed.code, "server", problem=repr(error))
+            self._reject(order.candidates, failed, now_s, blamed=False)
+            return
         pairs = zip(order.candidates, receipts, strict=True)
         settles = [
             self._settle(candidate, Verdict(candidate.digest, receipt)) for candidate, receipt in pairs
@@ -167,7 +179,7 @@ class Docket:
 
     def _still_finite(self, push: StagedPush) -> bool:
         """Of a round: finite pushes may add up to infinity. As `gate.decide`, for what no gate has seen."""
-        return gate.decide(push, self.quality.nonfinite(self.ledger.hooks.nonfinite()), self.ledger.groups)
+        return gate.decide(push, self.quality.nonfinite(self.ledger.hooks.nonfinite()))
 
     def _receipt(
         self,

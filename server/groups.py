@@ -7,7 +7,7 @@ its groups against both.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -16,7 +16,10 @@ import torch
 from pushstep.optim import RULES, Rule
 from pushstep.proto.errors import HeldByHook, InvalidHyperparameter, InvalidManifest, UnknownGroup
 from pushstep.proto.hyperparameters import Values, plain_values, wire_values
+from pushstep.proto.layout import Slot
 from pushstep.proto.types_pb2 import GroupValues, ParamGroup
+
+from .staging import DensePart, RowsPart
 
 # Steps of float32 parameters are taken with float32 numbers: a larger one would break them off half way.
 LARGEST: Final = torch.finfo(torch.float32).max
@@ -47,9 +50,12 @@ class Group:
         made.values = made.changed(plain_values(group.values))
         return made
 
-    def changed(self, edit: Mapping[str, Any]) -> Values:
-        """The values after `edit`, nothing written yet. InvalidHyperparameter if the rule refuses them."""
-        values = dict(self.values)
+    def changed(self, edit: Mapping[str, Any], before: Values | None = None) -> Values:
+        """The values after `edit`, nothing written yet. InvalidHyperparameter if the rule refuses them.
+
+        before: what is edited, where that is not the group as it stands.
+        """
+        values = dict(self.values if before is None else before)
         for name, value in edit.items():
             values[name] = self._typed(name, value)
         try:
@@ -87,6 +93,13 @@ class ParamGroups:
 
     def __init__(self, groups: Iterable[Group]) -> None:
         self.list = list(groups)
+        # parameters whose last gradient was row-sparse, by index
+        self._by_rows: dict[int, Slot] = {}
+
+    def become(self, others: ParamGroups) -> None:
+        """Hold the groups of `others` from now on."""
+        self.list[:] = others.list
+        self._by_rows.clear()
 
     def at(self, index: int, model: str) -> Group:
         """A group by index; UnknownGroup otherwise."""
@@ -99,16 +112,53 @@ class ParamGroups:
         group = self.at(index, model)
         if "lr" in edit and group.scheduled_by is not None:
             raise HeldByHook(field="lr", group=index, hook=group.scheduled_by)
-        group.values = group.changed(edit)
+        group.values = self.changed(index, edit, model)
         group.pinned = group.pinned | set(edit) if hold else group.pinned - set(edit)
         group.revision += 1
         return group
 
+    def changed(self, index: int, edit: Mapping[str, Any], model: str) -> Values:
+        """A group's values after an edit that every later push must be able to be stepped with; nothing is written.
+
+        InvalidHyperparameter also for what the group's row-sparse gradients could not be stepped with.
+        """
+        values = self.at(index, model).changed(edit)
+        self.check_rows({index: values})
+        return values
+
+    def check_rows(self, planned: Mapping[int, Values]) -> None:
+        """InvalidHyperparameter for what a group's row-sparse gradients could not be stepped with."""
+        for slot in self._by_rows.values():
+            if slot.group in planned:
+                try:
+                    self.list[slot.group].rule.check_rows(planned[slot.group])
+                except RuntimeError as error:
+                    raise InvalidHyperparameter(
+                        problem=f"{error}, and the last gradient of {slot.name!r} was row-sparse"
+                    ) from error
+
+    def note_rows(self, parts: Sequence[DensePart | RowsPart]) -> None:
+        """Remember which parameters are stepped by rows, until they are stepped densely."""
+        for part in parts:
+            if isinstance(part, RowsPart):
+                self._by_rows[part.slot.index] = part.slot
+            elif self._by_rows:
+                first, last = part.slots[0].index, part.slots[-1].index
+                for index in [index for index in self._by_rows if first <= index <= last]:
+                    del self._by_rows[index]
+
     def plan_worker_edits(
-        self, edits: Mapping[int, Mapping[str, Any]], lead: bool, model: str
+        self,
+        edits: Mapping[int, Mapping[str, Any]],
+        lead: bool,
+        model: str,
+        before: Mapping[int, Values] | None = None,
     ) -> tuple[dict[int, Values], list[str]]:
-        """What a worker's edits would make of the groups, and which of them do not count, as "group.name"."""
-        planned: dict[int, Values] = {}
+        """What a worker's edits would make of the groups, and which of them do not count, as "group.name".
+
+        before: the values that are planned already, of a round's earlier pushes.
+        """
+        planned: dict[int, Values] = dict(before or {})
         ignored: list[str] = []
         for index, edit in edits.items():
             group = self.at(index, model)
@@ -120,7 +170,7 @@ class ParamGroups:
                 else:
                     ignored.append(f"{index}.{name}")
             if counted:
-                planned[index] = group.changed(counted)
+                planned[index] = group.changed(counted, planned.get(index))
         return planned, ignored
 
     def write(self, planned: Mapping[int, Values]) -> None:

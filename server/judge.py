@@ -61,6 +61,10 @@ class Judge:
         """The gate's settings, and what it has learned."""
         return self.docket.quality
 
+    @quality.setter
+    def quality(self, quality: Quality) -> None:
+        self.docket.quality = quality
+
     # Events of a push.
 
     def require_current(self, identity: Identity) -> None:
@@ -81,8 +85,6 @@ class Judge:
         sequence = int(header.identity.sequence)
         if not seen and sequence not in worker.held:
             ahead = sequence - 1 - worker.sequence
-            if self.policy.waits:
-                self.sessions.expire(now_s)
             if not self.policy.admits(worker, ahead, self.docket.view(now_s)):
                 return Offer.WAIT
         worker.coming[sequence] = worker.coming.get(sequence, 0) + 1
@@ -237,9 +239,9 @@ class Judge:
         return self.docket.conclude(now_s)
 
     def next_s(self) -> float | None:
-        """When to `tick` although nothing happens: a round's time-out, or a lease that others wait for."""
+        """When to `tick` although nothing happens: a round's time-out, or the end of a lease."""
         due = [due_s for due_s in (self.policy.deadline_s(),) if due_s is not None]
-        lease_s = self.sessions.first_lease_s() if self.policy.waits or self.docket.parked else None
+        lease_s = self.sessions.first_lease_s()
         return min((*due, lease_s) if lease_s is not None else due, default=None)
 
     # Edits.

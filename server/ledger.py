@@ -14,6 +14,7 @@ from pushstep.proto.errors import PushstepError
 from pushstep.proto.hyperparameters import Values
 from pushstep.proto.types_pb2 import Contribution, Durability, Identity, Outcome, Receipt, Ticket
 
+from . import gate
 from .candidate import Candidate
 from .groups import ParamGroups
 from .hooks.chain import HookChain
@@ -74,12 +75,13 @@ class Ledger:
     def write(self, order: Order, receipts: Sequence[Receipt]) -> tuple[Ticket, dict[str, Any]]:
         """The ticket of the next version, and what observers are told; the pushes' receipts are completed.
 
-        A named error from a guard hook, with nothing changed.
+        A named error, with nothing changed: from a guard hook, or because a group refuses what is to be stepped.
         """
+        planned = self._planned(order, receipts)
         context = self._context(order)
         self.hooks.step_pre(context)
-        for candidate, receipt in zip(order.candidates, receipts, strict=True):
-            receipt.ignored_edits.extend(self.edit(candidate.edits(), lead=receipt.lead))
+        self.groups.write(planned)
+        self.groups.note_rows(order.push.parts)
         ticket = Ticket(
             identity=order.candidates[0].identity,
             version=context.version,
@@ -114,18 +116,39 @@ class Ledger:
             version=self.version + 1,
             staleness=max(0, self.version - min(bases)),
             gradient_norm=order.push.norm,
-            square_sums={norm.parameter: norm.square_sum for norm in order.push.staged.norms},
             metrics=_mean_metrics(order.candidates),
         )
 
     def edit(self, edits: Mapping[int, Values], *, lead: bool) -> list[str]:
-        """Apply a worker's edits that count; the names of the others."""
+        """Apply the edits of a worker that leaves, as far as they count; the names of the others."""
         try:
             planned, ignored = self.groups.plan_worker_edits(edits, lead, self.name)
-        except PushstepError:  # of a push: good when it came, and contradicted by an operator's edit since
+            self.groups.check_rows(planned)
+        except PushstepError:
             return [f"{index}.{name}" for index, edit in edits.items() for name in edit]
         self.groups.write(planned)
         return ignored
+
+    def _planned(self, order: Order, receipts: Sequence[Receipt]) -> dict[int, Values]:
+        """The values that the step is taken with; the names of the edits that do not count go into the receipts.
+
+        SparseNotSupported if what is stepped cannot be with them.
+        """
+        planned: dict[int, Values] = {}
+        for candidate, receipt in zip(order.candidates, receipts, strict=True):
+            edits = candidate.edits()
+            try:
+                with_edits, ignored = self.groups.plan_worker_edits(edits, receipt.lead, self.name, planned)
+                if with_edits != planned:
+                    gate.require_steppable(order.push, self.groups, with_edits)
+            except PushstepError:
+                # good when the push came, and contradicted since: by an operator, or by the round's other pushes
+                ignored = [f"{index}.{name}" for index, edit in edits.items() for name in edit]
+            else:
+                planned = with_edits
+            receipt.ignored_edits.extend(ignored)
+        gate.require_steppable(order.push, self.groups, planned)
+        return planned
 
     def _complete(self, receipt: Receipt, order: Order, context: StepContext) -> None:
         receipt.outcome = Outcome.OUTCOME_APPLIED

@@ -7,13 +7,22 @@ when the stepper has worked through its queue.
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
-from pushstep.proto.errors import ModelFailed, ModelLost, OverCapacity
+from pushstep.proto.errors import (
+    InvalidHyperparameter,
+    ModelFailed,
+    ModelLost,
+    OverCapacity,
+    PushstepError,
+    StepFailed,
+)
 from pushstep.proto.layout import Layout
 from pushstep.proto.types_pb2 import GroupValues, Identity, Receipt
 
@@ -29,11 +38,15 @@ from .judge import Judge
 from .ledger import Ledger
 from .policy import PolicySettings
 from .publish import Publisher
+from .quality import Quality
 from .session import Sessions
 from .stepper import Stepper
 from .sync_round import SyncSettings
+from .worker import WorkerState
 
+log = logging.getLogger("pushstep.model")
 EVENTS_KEPT: Final = 1000
+NAMES_SHOWN: Final = 10
 
 
 class Model:
@@ -62,6 +75,8 @@ class Model:
         # edits (hyperparameters, hooks, policy) add no version: each is (after this version, this number)
         self.edit = 0
         self.failed: ModelFailed | None = None
+        # told when a write has left the arenas torn
+        self.on_failed: Callable[[Model], None] = lambda model: None
         self.deleted = False
         self.extras = Extras()
         self.events: deque[dict[str, Any]] = deque(maxlen=EVENTS_KEPT)
@@ -69,14 +84,14 @@ class Model:
         self.last_receipt: Receipt | None = None
         # whose upload replaced the optimizer state last, so that its retry is answered and not refused
         self.replaced_by: Identity | None = None
-        # kinds of pushes that were inspected, and stepped, before: the first of a kind may have to compile its kernels,
-        # for seconds, which the event loop does not do however small it is
-        self.inspected: set[object] = set()
-        self.stepped: set[object] = set()
+        # names of parameters with NaN or infinity, as the writer has found them
+        self.nonfinite: Sequence[str] = ()
         self.device = device
-        self.arenas = Arenas(layout, [group.rule.name for group in groups.list], device)
+        self.arenas = Arenas(layout, device)
         self.arenas.timeline = timeline
-        self.stepper = Stepper(name, self.arenas.lane)
+        self.stepper = Stepper(name, self.arenas)
+        # held while rows are gathered for a reader: a step waits for one reader at most
+        self.gathering = asyncio.Lock()
         self.publisher = Publisher(self.arenas, self.stepper)
         self.executor = Executor(self)
 
@@ -96,18 +111,22 @@ class Model:
         self.require_whole()
 
     def require_whole(self) -> None:
-        """ModelLost once it is deleted; ModelFailed while a broken-off step has left it between two versions."""
-        if self.deleted:
-            raise ModelLost(model=self.name)
+        """ModelLost once it is deleted; ModelFailed while a broken-off write has left it between two versions."""
+        self.require_here()
         if self.failed is not None:
             raise self.failed.with_traceback(None)  # or it grows with every request that it refuses
 
+    def require_here(self) -> None:
+        """ModelLost once it is deleted."""
+        if self.deleted:
+            raise ModelLost(model=self.name)
+
     def require_room_for(self, worker: str) -> None:
         """OverCapacity if a round with one worker more could not be held."""
-        now_s = time.monotonic()
-        self.sessions.expire(now_s)
-        names = {live.name for live in self.sessions.live()} | {worker}
-        self._require_round_fits(self.judge.policy.settings, len(names))
+        self.sessions.expire(time.monotonic())
+        known = self.sessions.workers.get(worker)
+        is_live = known is not None and known.state is WorkerState.LIVE
+        self._require_round_fits(self.judge.policy.settings, self.sessions.live_count() + (not is_live))
 
     def _require_round_fits(self, settings: PolicySettings, workers: int) -> None:
         """A round holds every push until the last one is there, and then their sum."""
@@ -122,12 +141,44 @@ class Model:
                 setting="staging-bytes",
             )
 
-    def fail(self, problem: BaseException) -> None:
-        """A step broke off half way: take nothing more until a restore replaces the arenas."""
-        self.failed = ModelFailed(model=self.name, version=self.version, problem=type(problem).__name__)
-        self.record("failed", "server", problem=str(problem))
+    def broke_off(self, problem: Exception, version: int) -> PushstepError:
+        """A step could not be taken: what its pushes are told. If it had begun to write, the model is failed as well."""
+        if isinstance(problem, PushstepError):
+            return problem
+        log.error("model %s: the step to version %d failed", self.name, version, exc_info=problem)
+        failure = StepFailed(model=self.name, version=version, problem=in_short(problem))
+        self.record(failure.code, "server", step=version, problem=in_short(problem))
+        self.fail_if_torn(problem)
+        return failure
+
+    def fail_if_torn(self, problem: Exception) -> None:
+        """Take nothing more until a restore replaces the arenas, if a write has left them between two versions."""
+        if self.arenas.torn and self.failed is None:
+            self.failed = ModelFailed(model=self.name, version=self.version, problem=in_short(problem))
+            self.record("failed", "server", problem=in_short(problem))
+            self.on_failed(self)
+
+    def note_nonfinite(self) -> None:
+        """Tell of parameters that have become NaN or infinite, or are finite again."""
+        found = self.arenas.watch.nonfinite
+        if found is not self.nonfinite:
+            self.nonfinite = found
+            kind = "parameters_nonfinite" if found else "parameters_finite"
+            self.record(kind, "server", parameters=list(found[:NAMES_SHOWN]), count=len(found))
+            if found:
+                log.warning(
+                    "model %s: %d parameters are NaN or infinite: %s", self.name, len(found), found[0]
+                )
 
     # Edits. Each returns the version from which it holds.
+
+    async def try_group(self, index: int, values: Mapping[str, Any]) -> None:
+        """InvalidHyperparameter for values with which a step would make NaN or infinity of what the group holds."""
+        changed = self.groups.changed(index, values, self.name)
+        if not await self.stepper.submit(lambda: self.arenas.stays_finite(index, changed)):
+            raise InvalidHyperparameter(
+                problem=f"{dict(values)}: the next step would make NaN or infinity of parameters of group {index}"
+            )
 
     def patch_group(self, index: int, values: Mapping[str, Any], hold: bool, by: str) -> tuple[Group, int]:
         """Change a group's hyperparameters from the next version on."""
@@ -153,7 +204,7 @@ class Model:
 
     def set_policy(self, settings: policies.Settings, by: str) -> int:
         """Decide by another policy, or by other settings of this one, from the next version on."""
-        self._require_round_fits(settings, len(self.sessions.live()))
+        self._require_round_fits(settings, self.sessions.live_count())
         decisions = self.judge.switch(settings, time.monotonic())
         version = self._edited("policy_changed", by, **settings.model_dump(mode="json"))
         self.executor.carry_out(decisions)
@@ -180,7 +231,6 @@ class Model:
 
     def _edited(self, kind: str, by: str, **facts: Any) -> int:
         self.edit += 1
-        self.stepped.clear()
         self.record(kind, by, **facts)
         return self.version + 1
 
@@ -202,27 +252,29 @@ class Model:
 
     # Replacing what the model is.
 
-    def restore(self, copy: ArenasCopy, saved: Mapping[str, Any] | None, timeline: int, by: str) -> None:
+    def restore(
+        self, copy: ArenasCopy, saved: Mapping[str, Any] | None, timeline: int, by: str
+    ) -> asyncio.Future[None]:
         """Become `copy` on a new, already durable timeline; `saved` is the snapshot's groups and hooks.
 
-        All epochs close: a push of the old timeline, one that waits too, is told `superseded`.
+        All epochs close: a push of the old timeline, one that waits too, is told `superseded`. What is saved is read
+        before anything changes; it holds from the next ticket on, and the future tells when the arenas are there.
         """
-        self.failed = None
-        self.stepped.clear()
-        self.replaced_by = None  # what it replaced is undone
-        self.extras = copy.extras
-        if saved is not None:
-            revisions = [group.revision for group in self.groups.list]
-            for hook in list(self.hooks.list):
-                self.hooks.remove(hook.hook_id, self.groups, self.name)
-            self.groups.list[:] = ParamGroups.parse(saved["groups"]).list
-            for group, revision in zip(self.groups.list, revisions, strict=False):
-                group.revision = revision + 1
-            self.hooks.parse(saved["hooks"], self.groups, self.name)
-            self.edit = int(saved["edit"])
-            self.judge.quality.parse(saved["gate"])
         held = self.judge.policy.settings.model_dump() if saved is None else saved["policy"]
         settings = policies.read(held)
+        if saved is not None:
+            groups = ParamGroups.parse(saved["groups"])
+            hooks = self.hooks.parsed(saved["hooks"], groups, self.name)
+            gate = Quality.parsed(saved["gate"])
+            for group, before in zip(groups.list, self.groups.list, strict=False):
+                group.revision = before.revision + 1
+            self.groups.become(groups)
+            self.hooks.list[:] = hooks
+            self.judge.quality = gate
+            self.edit = int(saved["edit"])
+        self.failed = None
+        self.replaced_by = None  # what it replaced is undone
+        self.extras = copy.extras
         decisions = self.judge.restored(copy.lineage_here, timeline, settings, time.monotonic())
         self.record("restored", by)
         self.executor.carry_out(decisions)
@@ -232,15 +284,20 @@ class Model:
             arenas.load(copy, timeline)
             publisher.forget()
 
-        self.stepper.submit(load)
+        loading = self.stepper.write(load, mends=True)
+        loading.add_done_callback(lambda _: self.note_nonfinite())
+        return loading
 
-    def add_groups(self, layout: Layout, added: list[Group]) -> None:
-        """Take on further groups at the end; `layout` has them. Values are written by the caller's job."""
-        self.layout = layout
-        self.stepped.clear()
+    def add_groups(self, extension: ArenasCopy, added: list[Group]) -> asyncio.Future[None]:
+        """Take on further groups at the end: their arenas are in `extension`, values and all."""
+        self.layout = extension.layout
         self.groups.list.extend(added)
-        names = [group.rule.name for group in self.groups.list]
-        self.stepper.submit(lambda: self.arenas.grow(layout, names))
+
+        def adopt() -> None:
+            self.arenas.adopt(extension)
+            self.publisher.forget()  # the version stays, its frames lack the groups
+
+        return self.stepper.write(adopt)
 
     # What snapshots hold.
 
@@ -284,3 +341,8 @@ class Model:
         await self.stepper.close()
         await self.executor.give_back()
         self.hooks.close()
+
+
+def in_short(problem: BaseException) -> str:
+    """A defect in one line, for those who are told of it; the log has all of it."""
+    return f"{type(problem).__name__}: {problem}"[:200]

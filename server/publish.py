@@ -146,7 +146,17 @@ class Publisher:
                 return
             self._scheduled = True
         small = sum(flat.nbytes for flat in self._arenas.parameters) <= INLINE_BYTES
-        self._stepper.submit(lambda: self._publish(loop), small=small)
+        self._stepper.submit(lambda: self._publish(loop), small=small).add_done_callback(self._published)
+
+    def _published(self, job: asyncio.Future[None]) -> None:
+        """Tell the readers of a job that the writer refused, or that broke off: nobody else would."""
+        error = None if job.cancelled() else job.exception()
+        if error is not None:
+            with self._lock:
+                requests, self._waiting = self._waiting, []
+                self._scheduled = False
+            for request in requests:
+                _settle(request, copy.copy(error))
 
     def _publish(self, loop: asyncio.AbstractEventLoop) -> None:
         with self._lock:
@@ -241,7 +251,7 @@ class Publisher:
         self._current.clear()
 
 
-def _settle(request: _Request, result: Published | Exception) -> None:
+def _settle(request: _Request, result: Published | BaseException) -> None:
     if request.answer.done():
         return
     if isinstance(result, Published):

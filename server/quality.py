@@ -11,13 +11,14 @@ import math
 from collections.abc import Mapping
 from typing import Any, Final
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
-from pushstep.proto.errors import InvalidSettings, NormOutlier
+from pushstep.proto.errors import NormOutlier
 
 from . import gate
 from .gate import Nonfinite
-from .groups import ParamGroups
+from .settings import Positive, Settings
+from .settings import read as read_settings
 from .staging import StagedPush
 
 # A push in twenty: the estimate follows a training whose norms fall, and forgets within a hundred pushes.
@@ -26,10 +27,8 @@ WEIGHT: Final = 0.05
 LEAST_DEVIATION: Final = 0.1
 
 
-class QualitySettings(BaseModel):
-    """A model's gate, as REST bodies and snapshots hold it."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+class QualitySettings(Settings):
+    """A model's gate."""
 
     nonfinite: Nonfinite = Field(
         default=Nonfinite.REJECT,
@@ -41,23 +40,18 @@ class QualitySettings(BaseModel):
         gt=0,
         description="reject a gradient whose log-norm is this many deviations above the running mean; null: never",
     )
-    norm_warmup: int = Field(
-        default=50, ge=1, description="accepted pushes before anything is called an outlier"
+    norm_warmup: Positive = Field(
+        default=50, description="accepted pushes before anything is called an outlier"
     )
-    quarantine_after: int | None = Field(
+    quarantine_after: Positive | None = Field(
         default=20,
-        ge=1,
         description="refused pushes of one worker in a row before it is quarantined; null: never",
     )
 
 
 def read(changes: Mapping[str, Any], current: QualitySettings) -> QualitySettings:
     """`current` with changes. InvalidSettings if they cannot be."""
-    try:
-        return QualitySettings.model_validate({**current.model_dump(), **changes})
-    except ValidationError as error:
-        problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-        raise InvalidSettings(problem=f"gate: {'; '.join(problems)}") from error
+    return read_settings(QualitySettings, {**current.model_dump(mode="json"), **changes}, "gate")
 
 
 class Quality:
@@ -69,9 +63,9 @@ class Quality:
         self._mean = 0.0
         self._deviation = 0.0
 
-    def decide(self, push: StagedPush, groups: ParamGroups, wish: Nonfinite | None) -> bool:
+    def decide(self, push: StagedPush, wish: Nonfinite | None) -> bool:
         """True to go on, False to skip; a named error to reject. `wish`: a hook's, before the setting."""
-        if not gate.decide(push, self.nonfinite(wish), groups):
+        if not gate.decide(push, self.nonfinite(wish)):
             return False
         norm = push.norm
         limit = self.limit()
@@ -106,9 +100,11 @@ class Quality:
         estimate = {"seen": self.seen, "mean": self._mean, "deviation": self._deviation}
         return {**self.settings.model_dump(mode="json"), "norms": estimate}
 
-    def parse(self, dumped: Mapping[str, Any]) -> None:
-        """Become what `dump` wrote."""
+    @classmethod
+    def parsed(cls, dumped: Mapping[str, Any]) -> Quality:
+        """The gate that `dump` wrote."""
         settings = dict(dumped)
         norms = settings.pop("norms")
-        self.settings = QualitySettings.model_validate(settings)
-        self.seen, self._mean, self._deviation = norms["seen"], norms["mean"], norms["deviation"]
+        gate = cls(read(settings, QualitySettings()))
+        gate.seen, gate._mean, gate._deviation = norms["seen"], norms["mean"], norms["deviation"]
+        return gate

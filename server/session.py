@@ -8,6 +8,7 @@ An epoch is never given out twice: whoever comes after a worker that was forgott
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
@@ -18,6 +19,7 @@ from pushstep.proto.errors import (
     Fenced,
     LeaseExpired,
     OutOfOrder,
+    OverCapacity,
     TooManyInFlight,
     TooOld,
     UnknownWorker,
@@ -43,9 +45,13 @@ class Sessions:
         self.forgotten_epoch = 0
         self._joins = 0
         self._lead: Worker | None = None
+        # (when, whose) of each live worker: not before then can its lease have run out
+        self._leases: list[tuple[float, str]] = []
+        # whose leases ran out since `take_expired`
+        self._expired: list[Worker] = []
 
     def join(self, name: str, now_s: float, takeover: bool, attempt: int = 0, old_epoch: int = 0) -> Worker:
-        """Open the next epoch under a name. AlreadyJoined while another holds it, unless taken over.
+        """Open the next epoch under a name. AlreadyJoined while another holds it, unless taken over; OverCapacity.
 
         An `attempt` that has come before opens none: it has its epoch, or is Fenced if that is over. `old_epoch`: the
         caller's, if it joins again; Fenced if it was evicted, or another session has joined under the name since.
@@ -53,6 +59,7 @@ class Sessions:
         self.expire(now_s)
         worker = self.workers.get(name)
         if worker is None:
+            self._require_room()
             self._forget(now_s)
             worker = self.workers[name] = Worker(name, epoch=self.forgotten_epoch)
             if self.forgotten_epoch:
@@ -63,6 +70,8 @@ class Sessions:
         if worker.state is WorkerState.LIVE and not (takeover or itself):
             left_s = round(worker.lease_until_s - now_s, 3)
             raise AlreadyJoined(worker=name, retry_after_s=max(left_s, 0.001))
+        if worker.state is not WorkerState.LIVE:
+            self._require_room()
         worker.epoch += 1
         worker.since = worker.since if itself else worker.epoch
         worker.attempts.append(attempt)
@@ -74,7 +83,17 @@ class Sessions:
         if self._lead is worker:
             self._lead = None  # it joined anew, behind the others
         self._touch(worker, now_s)
+        self._watch(worker)
         return worker
+
+    def _require_room(self) -> None:
+        """OverCapacity if as many workers are live as may be."""
+        live = self.live_count()
+        if live >= self.max_workers:
+            raise OverCapacity(
+                problem=f"{live} workers of model {self.model!r} are live, no more are taken",
+                setting="max-workers",
+            )
 
     def _is_itself(self, worker: Worker, old_epoch: int) -> bool:
         """Whether the caller, who had `old_epoch`, has the name still. A restore does not lift a fence."""
@@ -97,9 +116,8 @@ class Sessions:
 
     def require(self, identity: Identity, now_s: float) -> Worker:
         """The live worker that `identity` is; its lease starts anew. UnknownWorker, Fenced or LeaseExpired."""
+        self.expire(now_s)
         worker = self.workers.get(identity.worker)
-        if worker is not None:
-            self._expire_one(worker, now_s)
         if worker is None or identity.epoch > worker.epoch:
             raise UnknownWorker(model=self.model, worker=identity.worker)
         if worker.state is WorkerState.EVICTED:
@@ -191,12 +209,38 @@ class Sessions:
 
     def expire(self, now_s: float) -> None:
         """Let go of leases that ran out."""
-        for worker in self.workers.values():
-            self._expire_one(worker, now_s)
+        while (first := self._first()) is not None and first.lease_until_s < now_s:
+            first.state = WorkerState.EXPIRED
+            self._expired.append(first)
 
-    def _expire_one(self, worker: Worker, now_s: float) -> None:
-        if worker.state is WorkerState.LIVE and now_s > worker.lease_until_s:
-            worker.state = WorkerState.EXPIRED
+    def take_expired(self) -> list[Worker]:
+        """The workers whose leases ran out since this was last asked."""
+        expired, self._expired = self._expired, []
+        return expired
+
+    def _first(self) -> Worker | None:
+        """The live worker whose lease ends first. Each is looked at about once a lease, however many there are."""
+        leases = self._leases
+        while leases:
+            due_s, name = leases[0]
+            worker = self.workers.get(name)
+            if worker is None or worker.state is not WorkerState.LIVE or worker.watched_s != due_s:
+                heapq.heappop(leases)
+            elif worker.lease_until_s > due_s:
+                worker.watched_s = worker.lease_until_s
+                heapq.heapreplace(leases, (worker.watched_s, name))
+            else:
+                return worker
+        return None
+
+    def _watch(self, worker: Worker) -> None:
+        """See to it that a live worker's lease ends."""
+        worker.watched_s = worker.lease_until_s
+        heapq.heappush(self._leases, (worker.watched_s, worker.name))
+
+    def live_count(self) -> int:
+        """How many are live."""
+        return sum(worker.state is WorkerState.LIVE for worker in self.workers.values())
 
     def live(self) -> list[Worker]:
         """The live workers, longest joined first."""
@@ -277,12 +321,13 @@ class Sessions:
             self._touch(worker, now_s)
             self._joins = max(self._joins, worker.joined)
             self.workers[worker.name] = worker
+            if worker.state is WorkerState.LIVE:
+                self._watch(worker)
 
     def first_lease_s(self) -> float | None:
         """When the first live worker's lease runs out, unless it is heard of."""
-        return min(
-            (w.lease_until_s for w in self.workers.values() if w.state is WorkerState.LIVE), default=None
-        )
+        first = self._first()
+        return None if first is None else first.lease_until_s
 
     def _touch(self, worker: Worker, now_s: float) -> None:
         worker.last_seen_s = now_s

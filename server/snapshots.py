@@ -116,6 +116,13 @@ class Snapshots:
 
     def read(self, snapshot: str) -> tuple[dict[str, Any], ArenasCopy]:
         """A snapshot's manifest and arenas, every byte verified. UnknownSnapshot or SnapshotDamaged."""
+        try:
+            return self._read(snapshot)
+        except SnapshotDamaged:
+            self._require_there(snapshot)  # or it was deleted while it was read
+            raise
+
+    def _read(self, snapshot: str) -> tuple[dict[str, Any], ArenasCopy]:
         manifest = self._verified(snapshot)
         layout = layout_of(manifest)
         parameters, states = [], []
@@ -197,8 +204,7 @@ class Snapshots:
         return [match.group() for match in ordered]
 
     def _verified(self, snapshot: str) -> dict[str, Any]:
-        if not _ID.fullmatch(snapshot) or not (self.folder / snapshot).is_dir():
-            raise UnknownSnapshot(model=self.folder.parent.name, snapshot=snapshot)
+        self._require_there(snapshot)
         try:
             text = (self.folder / snapshot / MANIFEST).read_text()
             manifest: dict[str, Any] = json.loads(text)
@@ -216,6 +222,10 @@ class Snapshots:
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise SnapshotDamaged(snapshot=snapshot, problem=f"manifest: {error}") from error
         return manifest
+
+    def _require_there(self, snapshot: str) -> None:
+        if not _ID.fullmatch(snapshot) or not (self.folder / snapshot).is_dir():
+            raise UnknownSnapshot(model=self.folder.parent.name, snapshot=snapshot)
 
     def _verify_file(self, snapshot: str, entry: Mapping[str, Any]) -> None:
         try:

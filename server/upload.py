@@ -31,6 +31,7 @@ from pushstep.proto.training_pb2 import (
     UPLOAD_KIND_PARAMETERS,
     UPLOAD_KIND_STATE,
     UploadHeader,
+    UploadKind,
     UploadResponse,
 )
 from pushstep.proto.types_pb2 import Segment
@@ -44,6 +45,7 @@ from .intake import place
 from .membership import membership
 from .model import Model
 from .staging import Budget
+from .threads import INLINE_PARTS, PUSHES, REQUESTS
 
 _OF_A_MODEL = (UPLOAD_KIND_PARAMETERS, UPLOAD_KIND_STATE, UPLOAD_KIND_GROUP, UPLOAD_KIND_EXTRAS)
 
@@ -59,7 +61,8 @@ class Upload:
         self._creation: Creation | None = None
         self._again = False
         self._reserved = 0
-        self.committed = False
+        self._committing = False
+        self._created = False
 
     async def admit(self) -> None:
         """Check the header and set its bytes aside, or raise; nothing of the body is read before."""
@@ -77,21 +80,29 @@ class Upload:
                 self._model.sessions.require(header.identity, now_s)
             self._layout = self._base = self._model.layout
             if header.kind == UPLOAD_KIND_GROUP:
-                self._layout = with_group(self._layout, header.manifest)
+                few = len(self._layout.slots) + len(header.manifest.parameters) <= INLINE_PARTS
+                self._layout = await REQUESTS.run_unless(few, with_group, self._layout, header.manifest)
             elif header.kind != UPLOAD_KIND_EXTRAS and header.manifest_hash != self._layout.manifest_hash:
                 raise ManifestChanged(model=header.model)
         else:
             raise MalformedFrame(problem=f"upload kind {header.kind} does not exist")
+        few = len(self._layout.slots) + len(header.segments) <= INLINE_PARTS
+        lengths = await REQUESTS.run_unless(few, self._check_header)
+        self._reserved = await self._budget.claim(f"{header.model}/{header.identity.worker}", sum(lengths))
+        made = partial(Assembly, lengths, self._digest, self._budget.buffer)
+        self._body = await self._catalog.device.prepared(made, small=few)
+
+    def _check_header(self) -> list[int]:
+        """The byte length of each segment, if the header is one that its layout allows."""
+        header = self._header
         for segment in header.segments:
             _check_exact(self._layout, segment)
-        lengths = check_body(self._layout, header.segments, catalog.config.max_bytes)
+        lengths = check_body(self._layout, header.segments, self._catalog.config.max_bytes)
         if header.kind in (UPLOAD_KIND_EXTRAS, UPLOAD_KIND_CREATE) and header.extras_bytes:
             lengths.append(header.extras_bytes)
         self._check_complete()
         self._digest = BodyDigest(header.segments)
-        self._reserved = await self._budget.claim(f"{header.model}/{header.identity.worker}", sum(lengths))
-        made = partial(Assembly, lengths, self._digest, self._budget.buffer)
-        self._body = await self._catalog.device.prepared(made)
+        return lengths
 
     def _check_complete(self) -> None:
         kind, header = self._header.kind, self._header
@@ -122,14 +133,22 @@ class Upload:
         return place(self._body.place, chunk)
 
     def release(self) -> None:
-        """Give everything back. Called once, however the upload ended."""
+        """Give everything back, once, however the upload ended: with the commit, if there is one."""
+        if not self._committing:
+            self._let_go()
+
+    def _let_go(self) -> None:
         self._budget.release(self._reserved)
-        if self._creation is not None and not self.committed:
+        if self._creation is not None and not self._created:
             self._catalog.give_up_creation(self._header.model, self._creation.ticket)
 
     async def commit(self) -> UploadResponse:
-        """Do what the upload is for."""
+        """Do what the upload is for, all of it, also when its sender goes away meanwhile."""
         self._body.finish()
+        self._committing = True
+        return await self._catalog.whole(self._commit(), self._let_go)
+
+    async def _commit(self) -> UploadResponse:
         kind = self._header.kind
         if kind == UPLOAD_KIND_CREATE:
             return await self._create()
@@ -138,25 +157,30 @@ class Upload:
         if self._again:  # done already: its answer was lost
             return self._joined(self._model)
         self._model.require_current(self._header.identity)
-        if kind == UPLOAD_KIND_PARAMETERS:
-            return await self._replace_parameters(self._model)
-        if kind == UPLOAD_KIND_STATE:
-            return await self._replace_state(self._model)
-        if kind == UPLOAD_KIND_EXTRAS:
-            return await self._replace_extras(self._model)
-        return await self._add_group(self._model)
+        return await self._replace(self._model)
+
+    async def _replace(self, model: Model) -> UploadResponse:
+        match self._header.kind:
+            case UploadKind.UPLOAD_KIND_PARAMETERS:
+                return await self._replace_parameters(model)
+            case UploadKind.UPLOAD_KIND_STATE:
+                return await self._replace_state(model)
+            case UploadKind.UPLOAD_KIND_EXTRAS:
+                return await self._replace_extras(model)
+            case _:
+                return await self._add_group(model)
 
     async def _create(self) -> UploadResponse:
         if self._creation is None:
             raise MalformedFrame(problem="no creation ticket")
         header, worker, attempt = self._header, self._creation.worker, self._creation.attempt
         extras = await self._extras(Extras())
-        model = await asyncio.to_thread(self._catalog.new_model, header.model, self._layout)
+        model = await PUSHES.run(self._catalog.new_model, header.model, self._layout)
         model.extras = extras
         await model.stepper.submit(lambda: self._fill(model.arenas, header.steps))
         model.begin_under(self._policy)
         await self._catalog.finish_creation(header.model, self._creation, model)
-        self.committed = True
+        self._created = True
         self._join(model, worker, attempt)
         return UploadResponse(
             member=membership(model, model.sessions.workers[worker]), version=0, timeline=model.timeline
@@ -186,14 +210,16 @@ class Upload:
         values = [group.values for group in model.groups.list]
 
         def write() -> None:
-            self._fill(model.arenas, [])
-            model.arenas.begin_anew(fresh, values)
-            for segment in self._header.segments:
-                for slot in model.layout.slots_of(segment):
-                    model.arenas.mark_changed(slot, version)
-            model.arenas.version = version
+            with model.arenas.writing():
+                model.arenas.version = version
+                self._fill(model.arenas, [])
+                model.arenas.begin_anew(fresh, values)
+                for segment in self._header.segments:
+                    for slot in model.layout.slots_of(segment):
+                        model.arenas.mark_changed(slot, version)
+            model.arenas.watch.look(model.arenas.layout, model.arenas.parameters)
 
-        writing = model.stepper.submit(write)
+        writing = model.executor.write(write, verdict)
         model.executor.carry_out(decisions)  # what was let in by it steps on top of it
         await writing
         return UploadResponse(version=version, timeline=model.timeline)
@@ -204,11 +230,11 @@ class Upload:
         if others and not header.force:
             raise OtherWorkersLive(count=len(others), workers=", ".join(others[:5]))
         planned = {
-            entry.group: model.groups.at(entry.group, model.name).changed(plain_values(entry.values))
+            entry.group: model.groups.changed(entry.group, plain_values(entry.values), model.name)
             for entry in header.groups
         }
         _, copy = await model.copy()
-        await asyncio.to_thread(self._fill, copy, header.steps)
+        await PUSHES.run(self._fill, copy, header.steps)
         await self._catalog.replace(model, copy, None, header.identity.worker)
         model.groups.write(planned)
         model.replaced_by = header.identity
@@ -231,12 +257,12 @@ class Upload:
         if not self._header.extras_bytes:
             return held
         part = self._body.part(len(self._header.segments), torch.uint8)
-        sent = await asyncio.to_thread(lambda: Extras.read(part.numpy().tobytes()))
+        sent = await PUSHES.run(lambda: Extras.read(part.numpy().tobytes()))
         known = {name for slot in self._layout.slots for name in (slot.name, *slot.aliases)}
         if not known.isdisjoint(sent):
             raise MalformedFrame(problem=f"extras name a parameter: {sorted(known & set(sent))[0]!r}")
         all_of_them = sent if self._header.extras_all else {**held, **sent}
-        return await asyncio.to_thread(Extras, all_of_them, held)
+        return await PUSHES.run(Extras, all_of_them, held)
 
     async def _replace_extras(self, model: Model) -> UploadResponse:
         held: Extras | None = None
@@ -253,27 +279,25 @@ class Upload:
     async def _add_group(self, model: Model) -> UploadResponse:
         identity = self._header.identity
         if self._layout.manifest_hash != model.layout.manifest_hash:
+            added = [Group.make(group) for group in self._header.manifest.groups]
+            self._catalog.require_room(Arenas.bytes_needed(self._layout) - Arenas.bytes_needed(model.layout))
+            extension = await PUSHES.run(self._extended, model, added)
+            model.require_current(identity)
             if model.layout is not self._base:  # another group came first: this one's places are taken
                 raise ManifestChanged(model=model.name)
-            added = [Group.make(group) for group in self._header.manifest.groups]
-            layout = self._layout
-            names = [group.rule.name for group in (*model.groups.list, *added)]
-            grown = Arenas.bytes_needed(layout, names) - Arenas.bytes_needed(model.layout, names)
-            self._catalog.require_room(grown)
-            model.add_groups(layout, added)
+            adopting = model.add_groups(extension, added)
             model.record("param_group_added", identity.worker, group=len(model.groups.list) - 1)
-
-            def write() -> None:
-                values = [group.values for group in model.groups.list]
-                model.arenas.fill_initial_state(values, first_group=len(values) - len(added))
-                self._fill(model.arenas, [])
-                model.publisher.forget()  # the version stays, its frames lack the group
-
-            await model.stepper.submit(write)
+            await adopting
         worker = model.sessions.require(identity, time.monotonic())
         return UploadResponse(
             member=membership(model, worker), version=model.version + 1, timeline=model.timeline
         )
+
+    def _extended(self, model: Model, added: Sequence[Group]) -> ArenasCopy:
+        values = [group.values for group in (*model.groups.list, *added)]
+        extension = model.arenas.extended(self._layout, values)
+        self._fill(extension, [])
+        return extension
 
 
 def _check_exact(layout: Layout, segment: Segment) -> None:

@@ -44,6 +44,8 @@ class Worker:
     sequence: int = 0
     state: WorkerState = WorkerState.LEFT
     lease_until_s: float = 0.0
+    # when it is next looked at whether the lease has run out (see Sessions)
+    watched_s: float = 0.0
     last_seen_s: float = 0.0
     # position in the order of joins: the lowest live one leads
     joined: int = 0

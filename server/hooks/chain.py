@@ -8,18 +8,19 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
-from pydantic import ValidationError
-
 from pushstep.proto.errors import InvalidHook, RejectedByHook, UnknownHook
 
 from ..gate import Nonfinite
 from ..groups import ParamGroups
+from ..settings import read
 from . import CATALOGUE
 from .hook import Hook, Point, StepContext
 
 log = logging.getLogger("pushstep.hooks")
 OBSERVER_QUEUE: Final = 1000
 MAX_HOOKS: Final = 100
+# As JSON: they are kept, shown, and written into every snapshot's manifest.
+MAX_SETTINGS_BYTES: Final = 16 << 10
 
 
 class HookChain:
@@ -42,26 +43,11 @@ class HookChain:
         groups: ParamGroups,
         model: str,
         prepend: bool = False,
-        hook_id: str | None = None,
     ) -> Hook:
         """Install a hook of the catalogue. InvalidHook if name, point or settings are not in it."""
-        kind = CATALOGUE.get(name)
-        if kind is None:
-            raise InvalidHook(
-                problem=f"no hook {name!r} in the catalogue; it has {', '.join(sorted(CATALOGUE))}"
-            )
-        if point not in kind.points:
-            raise InvalidHook(
-                problem=f"{name} can be installed at {', '.join(sorted(kind.points))}; not at {point!r}"
-            )
         if len(self.list) >= MAX_HOOKS:
             raise InvalidHook(problem=f"a model has at most {MAX_HOOKS} hooks")
-        try:
-            validated = kind.settings_type.model_validate(settings)
-        except ValidationError as error:
-            problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-            raise InvalidHook(problem=f"{name} settings: {'; '.join(problems)}") from error
-        hook = kind(hook_id or f"{name}-{self._next}", Point(point), validated)
+        hook = made(f"{name}-{self._next}", name, point, settings)
         hook.install(groups, model)
         self._next += 1
         self.list.insert(0 if prepend else len(self.list), hook)
@@ -95,8 +81,11 @@ class HookChain:
         for hook in self._at(Point.STEP_PRE):
             try:
                 hook.step_pre(context)
-            except (ArithmeticError, TypeError, ValueError) as error:
-                raise RejectedByHook(hook=hook.hook_id, problem=str(error)) from error
+            except RejectedByHook:
+                raise
+            except Exception as error:
+                hook.failures += 1
+                raise RejectedByHook(hook=hook.hook_id, problem=repr(error)) from error
 
     def step_post(self, context: StepContext, groups: ParamGroups) -> None:
         """Run transforms after a step's ticket was written."""
@@ -162,15 +151,28 @@ class HookChain:
             for hook in self.list
         ]
 
-    def parse(self, dumped: Iterable[Mapping[str, Any]], groups: ParamGroups, model: str) -> None:
-        """Become what `dump` wrote; whatever was installed is removed first."""
-        for hook in list(self.list):
-            self.remove(hook.hook_id, groups, model)
+    def parsed(self, dumped: Iterable[Mapping[str, Any]], groups: ParamGroups, model: str) -> list[Hook]:
+        """The hooks that `dump` wrote, installed on `groups`; those of now are left alone. InvalidHook."""
+        hooks = []
         for entry in dumped:
-            hook = self.add(
-                entry["name"], entry["point"], entry["settings"], groups, model, hook_id=entry["id"]
-            )
+            hook = made(entry["id"], entry["name"], entry["point"], entry["settings"])
+            hook.install(groups, model)
             hook.load_state(entry["state"], groups)
+            hooks.append(hook)
             number = entry["id"].rpartition("-")[2]
             if number.isdigit():
                 self._next = max(self._next, int(number) + 1)
+        return hooks
+
+
+def made(hook_id: str, name: str, point: str, settings: Mapping[str, Any]) -> Hook:
+    """A hook of the catalogue, not yet installed. InvalidHook if name, point or settings are not in it."""
+    kind = CATALOGUE.get(name)
+    if kind is None:
+        raise InvalidHook(problem=f"no hook {name!r} in the catalogue; it has {', '.join(sorted(CATALOGUE))}")
+    if point not in kind.points:
+        raise InvalidHook(
+            problem=f"{name} can be installed at {', '.join(sorted(kind.points))}; not at {point!r}"
+        )
+    validated = read(kind.settings_type, settings, f"{name} settings", InvalidHook, MAX_SETTINGS_BYTES)
+    return kind(hook_id, Point(point), validated)

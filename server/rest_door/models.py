@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 from fastapi import APIRouter, Response
 
 from ..arena import Arenas
-from ..model import Model
+from ..model import NAMES_SHOWN, Model
 from .depends import OPERATOR, CatalogHere, ModelHere
 from .numbers import finite
 
@@ -17,7 +16,6 @@ router = APIRouter(tags=["models"])
 
 def describe(model: Model) -> dict[str, Any]:
     """A model in numbers."""
-    model.sessions.expire(time.monotonic())
     receipt = model.last_receipt
     return {
         "name": model.name,
@@ -27,12 +25,13 @@ def describe(model: Model) -> dict[str, Any]:
         "edit": model.edit,
         "parameters": len(model.layout.slots),
         "elements": sum(arena.elements for arena in model.layout.arenas),
-        "bytes": Arenas.bytes_needed(model.layout, model.arenas.rule_names),
+        "bytes": Arenas.bytes_needed(model.layout),
         "groups": len(model.groups.list),
         "hooks": len(model.hooks.list),
         "policy": model.judge.policy.settings.model_dump(mode="json"),
         "nonfinite": model.judge.quality.nonfinite(model.hooks.nonfinite()),
-        "workers_live": len(model.sessions.live()),
+        "workers_live": model.sessions.live_count(),
+        "parameters_nonfinite": list(model.nonfinite[:NAMES_SHOWN]),
         "failed": None if model.failed is None else model.failed.message,
         "last_step": None
         if receipt is None
@@ -68,7 +67,7 @@ async def delete_model(m: str, catalog: CatalogHere) -> Response:
 @router.get("/capacity", summary="Show how full the server is")
 async def show_capacity(catalog: CatalogHere) -> dict[str, Any]:
     """Bounds and what is taken of them."""
-    held = sum(Arenas.bytes_needed(m.layout, m.arenas.rule_names) for m in catalog.models.values())
+    held = sum(Arenas.bytes_needed(m.layout) for m in catalog.models.values())
     return {
         "models": {"held": len(catalog.models), "limit": catalog.config.max_models},
         "bytes": {"held": held, "limit": catalog.config.max_bytes},

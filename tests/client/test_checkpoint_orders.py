@@ -173,7 +173,9 @@ def test_going_back_to_a_checkpoint(
         assert show_model(server, model_name)["timeline"] == before["timeline"] + 1
     elif where == "at the checkpoint":
         assert show_model(server, model_name)["timeline"] == before["timeline"], "nothing was replaced"
-        assert ("its own values" in words) == (order == (ATTACH, STATE, MODULE)), "the module was not loaded yet"
+        assert ("its own values" in words) == (order == (ATTACH, STATE, MODULE)), (
+            "the module was not loaded yet"
+        )
     _train(model, remote, range(10, 12))
     theirs = local_model.state_dict()
     for name, value in model.state_dict().items():
@@ -201,7 +203,7 @@ def test_a_server_that_has_the_state_but_other_values(server: RunningServer, mod
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             with server.connect(model_name, "again") as session:
-                model, remote = _remotely(session, order, adagrad, saved, "sample")
+                model, _ = _remotely(session, order, adagrad, saved, "sample")
         words = " ".join(str(warning.message) for warning in said)
         assert ("'out.weight'" in words) == (order[0] == MODULE), words
         assert torch.equal(model.get_parameter("out.weight"), expected)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from pushstep.optim import kernel_cache
+from pushstep.optim import Adagrad, kernel_cache
 
 
 def _run(code, **environment):
@@ -236,3 +236,50 @@ MEMORY = """
 @pytest.mark.parametrize("kind", ["plain", "transposed", "gaps"])
 def test_a_step_needs_no_temporaries(kind):
     _run(f"import sys; sys.argv = ['-', {kind!r}]\n" + textwrap.dedent(MEMORY))
+
+
+def test_without_further_threads_a_step_takes_longer_and_is_the_same(monkeypatch):
+    """A process at its limit of threads steps alone, and keeps nothing for helpers that never come."""
+    from pushstep.optim import pool
+
+    def step():
+        torch.manual_seed(0)
+        param = torch.nn.Parameter(torch.randn(1 << 20))
+        param.grad = torch.randn(1 << 20)
+        Adagrad([param], lr=0.1).step()
+        return param.detach()
+
+    expected = step()
+
+    def refuse(_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(pool, "_helpers", pool.Helpers())
+    monkeypatch.setattr(pool.threading.Thread, "start", refuse)
+    assert torch.equal(step(), expected)
+    assert pool._helpers.queue.empty()
+
+
+def test_numbas_own_settings_are_left_alone(tmp_path, monkeypatch):
+    """They are the whole process's: what a user's thread compiles meanwhile belongs into the user's cache."""
+    import numba
+
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    kernel_cache.folder.cache_clear()
+    before, seen = numba.config.CACHE_DIR, []
+
+    def make(spec):
+        seen.append(numba.config.CACHE_DIR)
+
+        def twice(x):
+            return 2 * x
+
+        return twice
+
+    try:
+        assert kernel_cache.compiled(make, "int64(int64)", "a test's")(21) == 42
+        assert seen == [before]
+        assert list(tmp_path.rglob("*.nbi"))
+    finally:
+        kernel_cache._compiled.pop((make, "a test's"))
+        kernel_cache.folder.cache_clear()

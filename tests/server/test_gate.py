@@ -28,7 +28,7 @@ from pushstep.proto.training_pb2 import PushCommit, PushHeader, PushRequest
 from pushstep.proto.types_pb2 import DType, Identity, Manifest, Parameter, ParamGroup, Segment
 from pushstep.server.catalog import Catalog
 from pushstep.server.config import Config
-from pushstep.server.gate import Nonfinite, check_header, decide, inspect
+from pushstep.server.gate import Nonfinite, check_header, decide, inspect, require_steppable
 from pushstep.server.groups import Group, ParamGroups
 from pushstep.server.hooks.chain import HookChain
 from pushstep.server.intake import Intake
@@ -136,7 +136,7 @@ NONFINITE = [
 
 @pytest.mark.parametrize("piece", FINITE)
 def test_large_numbers_are_finite(piece: tuple[str, Tensor]) -> None:
-    assert decide(inspected(piece), Nonfinite.REJECT, groups())
+    assert decide(inspected(piece), Nonfinite.REJECT)
 
 
 @pytest.mark.parametrize("piece", NONFINITE)
@@ -147,18 +147,37 @@ def test_nonfinite_is_decided_by_the_setting(piece: tuple[str, Tensor]) -> None:
     assert not push.staged.finite
     assert push.nonfinite_parameter == piece[0]
     with pytest.raises(NonfiniteGradient) as caught:
-        decide(push, Nonfinite.REJECT, groups())
+        decide(push, Nonfinite.REJECT)
     assert caught.value.fields["parameter"] == piece[0]
-    assert decide(push, Nonfinite.SKIP, groups()) is False
-    assert decide(push, Nonfinite.APPLY, groups()) is True
+    assert decide(push, Nonfinite.SKIP) is False
+    assert decide(push, Nonfinite.APPLY) is True
 
 
-def test_sparse_with_weight_decay_is_refused_whatever_the_setting() -> None:
-    push = inspected(("table", ids(2), torch.full((1, 2), NAN)))
-    for setting in Nonfinite:
+@pytest.mark.parametrize(
+    ("rule", "held", "planned", "allowed"),
+    [
+        ("adagrad", 0.0, {}, True),
+        ("adagrad", 0.1, {}, False),
+        ("adagrad", 0.0, {"weight_decay": 0.1}, False),
+        ("adagrad", 0.1, {"weight_decay": 0.0}, True),
+        ("adadelta", 0.1, {}, True),  # its rows decay when they are stepped
+        ("adadelta", 0.0, {"weight_decay": 0.1}, True),
+    ],
+)
+def test_the_values_that_a_step_is_planned_with_decide(
+    rule: str, held: float, planned: dict[str, float], allowed: bool
+) -> None:
+    """Not those that the group has: a push brings its worker's edits along."""
+    group = Group.make(ParamGroup(rule=rule))
+    group.values["weight_decay"] = held
+    edits = {0: group.changed(planned)} if planned else {}
+    rows = inspected(("table", ids(2), torch.full((1, 2), NAN)))
+    if allowed:
+        require_steppable(rows, ParamGroups([group]), edits)
+    else:
         with pytest.raises(SparseNotSupported, match="weight_decay"):
-            decide(push, setting, groups(weight_decay=0.1))
-    assert decide(inspected(("table", torch.ones(6, 2))), Nonfinite.REJECT, groups(weight_decay=0.1))
+            require_steppable(rows, ParamGroups([group]), edits)
+    require_steppable(inspected(("table", torch.ones(6, 2))), ParamGroups([group]), edits)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +204,6 @@ def test_a_header_is_refused_before_its_body() -> None:
         {"segments": []},
         {"skip": True},
         {"segments": [Segment(stop=15, dtype=1, state="sum")]},
-        {"worker_state": bytes(65537)},
     ):
         header = PushHeader(**{"manifest_hash": LAYOUT.manifest_hash, "segments": [segment], **change})
         with pytest.raises(MalformedFrame):

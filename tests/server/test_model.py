@@ -5,32 +5,20 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from judged import LAYOUT
+from driven import Pusher, made
 
+from pushstep.optim import kernel_cache
 from pushstep.proto.errors import NonfiniteGradient
-from pushstep.proto.frames import Piece, pack, unpack
-from pushstep.proto.training_pb2 import PushCommit, PushHeader, PushRequest
+from pushstep.proto.hyperparameters import wire_values
+from pushstep.proto.training_pb2 import GroupEdit
 from pushstep.proto.types_pb2 import Identity, Outcome, Receipt
 from pushstep.server import gate
-from pushstep.server.device import Device
-from pushstep.server.groups import Group, ParamGroups
 from pushstep.server.hooks.hook import StepContext
-from pushstep.server.intake import Intake
-from pushstep.server.model import Model
-from pushstep.server.session import Sessions
-from pushstep.server.staging import Budget
 from pushstep.server.worker import Verdict
-
-
-def made() -> Model:
-    groups = ParamGroups(Group.make(group) for group in LAYOUT.manifest.groups)
-    return Model("m", b"uid", 1, LAYOUT, groups, Sessions(30, 100, "m"), Device(), 1 << 20)
 
 
 def test_what_a_snapshot_will_hold_stays_while_training_goes_on() -> None:
@@ -70,6 +58,7 @@ def test_what_a_snapshot_will_hold_stays_while_training_goes_on() -> None:
 def test_the_first_push_of_a_kind_is_not_taken_on_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its kernels may have to be compiled, for seconds in which no heartbeat would be heard."""
     where: dict[str, int] = {}
+    monkeypatch.setattr(kernel_cache, "_compiled", {})  # as in a process that has just begun
 
     def noted(name: str, call: Any) -> Any:
         def run(*arguments: Any, **options: Any) -> Any:
@@ -81,39 +70,27 @@ def test_the_first_push_of_a_kind_is_not_taken_on_the_event_loop(monkeypatch: py
     monkeypatch.setattr(gate, "inspect", noted("inspected", gate.inspect))
 
     async def scenario() -> None:
-        model, budget = made(), Budget(1 << 20)
+        model = made()
         monkeypatch.setattr(model.arenas, "step", noted("stepped", model.arenas.step))
-        model.judge.join("w", time.monotonic(), takeover=False)
-        numbers: Iterator[int] = iter(range(1, 100))
+        worker = Pusher(model)
 
-        async def on_the_loop(wire: torch.dtype) -> tuple[bool, bool]:
+        async def on_the_loop(wire: torch.dtype, **edit: float) -> tuple[bool, bool]:
             """One push; whether it was inspected and stepped on the event loop."""
-            segments = LAYOUT.whole(wire)
-            identity = Identity(model_uid=b"uid", timeline=1, worker="w", epoch=1, sequence=next(numbers))
-            header = PushHeader(
-                model="m",
-                identity=identity,
-                manifest_hash=LAYOUT.manifest_hash,
-                segments=[segment for segment, _ in segments],
-            )
-            intake = Intake(model, header, budget)
-            await intake.admit()
-            for frame in pack([[Piece(torch.ones(s.stop - s.start), wire)] for s, _ in segments]):
-                _, chunk = unpack(frame, PushRequest)
-                assert chunk is not None
-                intake.place(chunk)
-            receipt = await intake.commit(PushCommit())
+            edits = [GroupEdit(group=0, values=wire_values(edit))]
+            receipt = await worker.push({"a": torch.ones(2), "b": torch.ones(1)}, wire, edits)
             assert receipt.outcome == Outcome.OUTCOME_APPLIED
-            intake.release()
             here = threading.get_ident()
             return where["inspected"] == here, where["stepped"] == here
 
         for wire in (torch.float32, torch.bfloat16):
             assert await on_the_loop(wire) == (False, False)
             assert await on_the_loop(wire) == (True, True)
+        # whoever changes a hyperparameter, the kernels are others only if it was off or is now
         model.patch_group(0, {"weight_decay": 0.5}, False, "test")
         assert await on_the_loop(torch.float32) == (True, False)
-        assert await on_the_loop(torch.float32) == (True, True)
+        assert await on_the_loop(torch.float32, weight_decay=0.25) == (True, True)
+        assert await on_the_loop(torch.float32, weight_decay=0.0) == (True, True)  # as at first
+        assert await on_the_loop(torch.float32, maximize=True) == (True, False)
         await model.close()
 
     asyncio.run(scenario())

@@ -17,9 +17,8 @@ NAN = float("nan")
 def fed(*values: float, **settings: object) -> Quality:
     """A gate that has let pushes of these values in."""
     gate = Quality(QualitySettings.model_validate({"norm_outlier": 4.0, "norm_warmup": 10, **settings}))
-    groups = Court().ledger.groups
     for value in values:
-        assert gate.decide(dense(value), groups, None)
+        assert gate.decide(dense(value), None)
     return gate
 
 
@@ -39,35 +38,33 @@ def fed(*values: float, **settings: object) -> Quality:
 )
 def test_a_norm_far_above_the_usual_is_refused(values: list[float], then: float, refused: bool) -> None:
     gate = fed(*values)
-    groups = Court().ledger.groups
     if refused:
         with pytest.raises(NormOutlier) as caught:
-            gate.decide(dense(then), groups, None)
+            gate.decide(dense(then), None)
         assert float(caught.value.fields["limit"]) == pytest.approx(gate.limit(), rel=1e-5)
     else:
-        assert gate.decide(dense(then), groups, None)
+        assert gate.decide(dense(then), None)
 
 
 def test_only_what_is_let_in_feeds_the_estimate() -> None:
-    gate, groups = fed(*[1.0] * 20), Court().ledger.groups
+    gate = fed(*[1.0] * 20)
     before = gate.dump()
     for _ in range(100):
         with pytest.raises(NormOutlier):
-            gate.decide(dense(1e6), groups, None)
+            gate.decide(dense(1e6), None)
         with pytest.raises(NonfiniteGradient):
-            gate.decide(dense(NAN), groups, None)
+            gate.decide(dense(NAN), None)
     assert gate.dump() == before
 
 
 def test_the_estimate_follows_a_training_whose_norms_fall() -> None:
-    gate, groups = fed(*[1.0] * 20), Court().ledger.groups
+    gate = fed(*[1.0] * 20)
     for step in range(400):
-        assert gate.decide(dense(math.exp(-step / 100)), groups, None)
+        assert gate.decide(dense(math.exp(-step / 100)), None)
     limit = gate.limit()
     assert limit is not None
     assert math.exp(-4) * 2**0.5 < limit < 0.1
-    same = Quality()
-    same.parse(gate.dump())
+    same = Quality.parsed(gate.dump())
     assert (same.dump(), same.limit()) == (gate.dump(), limit)
 
 

@@ -123,7 +123,7 @@ class Executor:
     def _set_clock(self) -> None:
         house = self._house
         due_s = house.judge.next_s()
-        if due_s is None or due_s == self._clock:
+        if due_s is None or (self._clock is not None and self._clock <= due_s):
             return
         self._clock = due_s
         house.agenda.after(due_s - house.agenda.now_s + MOMENT_S, lambda: self._tick(due_s))

@@ -18,6 +18,7 @@ from pushstep.server.groups import Group, ParamGroups
 from pushstep.server.hooks.chain import HookChain
 from pushstep.server.judge import Judge
 from pushstep.server.ledger import Ledger
+from pushstep.server.quality import Quality
 from pushstep.server.quality import read as read_quality
 from pushstep.server.session import Sessions
 from pushstep.server.staging import Budget
@@ -78,7 +79,7 @@ class House:
         self.ledger = Ledger("m", self.timeline, groups, HookChain())
         self.judge = Judge(UID, self.ledger, Sessions(LEASE_S, self.max_workers, "m"))
         self.judge.quality.settings = read_quality(self.quality, self.judge.quality.settings)
-        self.arenas = Arenas(LAYOUT, [group.rule.name for group in groups.list], Device())
+        self.arenas = Arenas(LAYOUT, Device())
         self.budget = Budget(STAGING_BYTES)
         self.intake = Intake(self)
         self.executor = Executor(self)
@@ -115,7 +116,7 @@ class House:
         self.ledger.groups.list[:] = ParamGroups.parse(kept.facts["groups"]).list
         self.ledger.version, self.ledger.lineage = kept.copy.version, list(kept.copy.lineage)
         self.judge.sessions.parse(kept.facts["workers"], self.agenda.now_s, kept.facts["forgotten_epoch"])
-        self.judge.quality.parse(kept.facts["gate"])
+        self.judge.quality = Quality.parsed(kept.facts["gate"])
         if not orderly:
             self.ledger.go_back(kept.copy.lineage_here, self.timeline)
             self.judge.sessions.close_epochs()
@@ -141,7 +142,7 @@ class House:
             return
         self.timeline += 1
         self.ledger.groups.list[:] = ParamGroups.parse(kept.facts["groups"]).list
-        self.judge.quality.parse(kept.facts["gate"])
+        self.judge.quality = Quality.parsed(kept.facts["gate"])
         self.witness.goes_back(kept.books, self.timeline)
         settings = policies.read(kept.facts["policy"])
         timeline = self.timeline
