@@ -7,13 +7,13 @@ that the script has loaded, before attach or after, with the state that it loads
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from . import caller, remote_state
 from .attached import Attached
+from .digests import digest_of
 from .receipt import Receipt
 
 
@@ -22,7 +22,7 @@ class Checkpoints:
 
     def __init__(self, attached: Attached) -> None:
         self._attached = attached
-        # what was returned last, and the server's groups then: None once a step was taken
+        # the digest of what was returned last, and the server's groups then: None once a step was taken
         self._returned: Any = None
         self._groups: list[Any] = []
 
@@ -44,14 +44,14 @@ class Checkpoints:
 
     def returned(self, value: Any) -> None:
         """What the user was given of it."""
-        self._returned = copy.deepcopy(value)
+        self._returned = digest_of(value)
 
     def load(self, dicts: Sequence[Mapping[str, Any]], *, whole: Any, force: bool) -> None:
         """Have the server hold what each optimizer's state_dict does; `whole`: as the user gave them."""
         attached = self._attached
         if len(dicts) != len(attached.optimizers):
             raise ValueError(f"{len(dicts)} state dicts for {len(attached.optimizers)} optimizers")
-        if self._returned is not None and remote_state.equal(self._returned, whole):
+        if self._returned is not None and self._returned == digest_of(whole):
             # in every worker, Accelerate does so at its start: nobody's state is touched
             attached.hyperparameters.write(attached.groups, self._groups)
             remote_state.write_groups(dicts, attached.groups)

@@ -161,10 +161,11 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     """Whether two strided tensors are of the same dtype, shape and bits; wherever they lie."""
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
-    return torch.equal(_bits(one), _bits(other.to(one.device)))
+    return torch.equal(bits_of(one), bits_of(other.to(one.device)))
 
 
-def _bits(tensor: Tensor) -> Tensor:
+def bits_of(tensor: Tensor) -> Tensor:
+    """A strided tensor's elements in one row, as integers of their size: so that NaN is equal to itself, and -0 not to 0."""
     flat = tensor.detach().resolve_conj().resolve_neg().reshape(-1)
     real = torch.view_as_real(flat).reshape(-1) if flat.is_complex() else flat
     return real.contiguous().view(_INTEGERS[real.itemsize]) if real.is_floating_point() else real

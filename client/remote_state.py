@@ -105,8 +105,8 @@ class Loading:
             fresh = torch.full(slot.shape, rule.initial_value(name, {**rule.defaults, **group}))
             found[slot, name] = _shaped(state.tensors.get(name, fresh), slot, name)
         if slot.index in self._slots:  # one memory under several names
-            known = {place: self.values[place] for place in found}
-            if self._steps[slot.index] != state.steps or not equal(known, found):
+            same = all(same_bits(self.values[place], value) for place, value in found.items())
+            if self._steps[slot.index] != state.steps or not same:
                 raise ValueError(
                     f"loaded state dict has different states of {slot.name!r}, which is one parameter"
                 )
@@ -153,21 +153,6 @@ def _write_group(group: Group, saved: Mapping[str, Any], hyperparameters: bool) 
 
 def _groups_of(number: int, groups: Sequence[Group]) -> list[int]:
     return [index for index, group in enumerate(groups) if group.optimizer == number]
-
-
-def equal(one: Any, other: Any) -> bool:
-    """Whether two state_dicts, or lists of them, hold the same; wherever their tensors lie."""
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return (
-            one.dtype == other.dtype
-            and one.shape == other.shape
-            and bool(torch.equal(one.cpu(), other.cpu()))
-        )
-    if isinstance(one, Mapping) and isinstance(other, Mapping):
-        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
-    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
-        return len(one) == len(other) and all(equal(a, b) for a, b in zip(one, other, strict=True))
-    return bool(one == other)
 
 
 def _shaped(value: Tensor, slot: Slot, name: str) -> Tensor:
