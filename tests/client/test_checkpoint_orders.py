@@ -191,7 +191,7 @@ def test_a_server_that_has_the_state_but_other_values(server: RunningServer, mod
     saved = _checkpoint(server, model_name, adagrad, "at the checkpoint")
     with server.connect(model_name, "editor") as session:
         edited: Any = Normed()
-        remote = session.attach(_made(adagrad, edited), module=edited)
+        session.attach(_made(adagrad, edited), module=edited)
         with torch.no_grad():
             edited.out.weight.clamp_(-0.1, 0.1)
         session.upload()
@@ -262,6 +262,21 @@ def test_part_of_a_module_that_is_loaded_after_attach(server: RunningServer, mod
     for name, parameter in model.named_parameters():
         expected = part.get(name, own[name])
         assert torch.equal(parameter, expected), name
+
+
+def test_a_loaded_group_holds_what_was_saved(server: RunningServer, model_name: str) -> None:
+    """As torch has it: a number where a number was saved, whatever stands there by now."""
+    for stepped in (False, True):
+        model = Network()
+        remote = server.connect(f"{model_name}-{stepped}").attach(adagrad(model), module=model)
+        saved = copy.deepcopy(remote.state_dict())
+        remote.param_groups[0]["lr"] = torch.tensor(0.4)
+        if stepped:
+            _train(model, remote, range(1))
+        remote.load_state_dict(saved)
+        lr = remote.param_groups[0]["lr"]
+        assert (type(lr), lr) == (float, 0.1), "0.1 of float32 is another number"
+        assert remote.state_dict()["param_groups"][0]["lr"] == 0.1
 
 
 def test_groups_that_were_edited_since_are_as_saved(server: RunningServer, model_name: str) -> None:

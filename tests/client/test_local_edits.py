@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,13 @@ from torch import Tensor, nn
 from twin import Make, Network, Twins, adadelta, adagrad, backward, both
 
 from pushstep.optim import Adagrad
-from pushstep.proto.errors import InvalidSettings, LocalParameterEdit, WrongDtype, WrongShape
+from pushstep.proto.errors import (
+    InvalidSettings,
+    LocalParameterEdit,
+    UnsupportedModule,
+    WrongDtype,
+    WrongShape,
+)
 
 TRANSPORTS = pytest.mark.parametrize("shared_memory", [False, True], ids=["tcp", "shared memory"])
 
@@ -315,6 +322,36 @@ def test_a_write_after_the_last_step_is_said_at_the_end(server: RunningServer, m
     _through_data(network)
     with pytest.warns(RuntimeWarning, match="changed here after the last step"):
         session.close()
+
+
+@pytest.mark.parametrize("edits", ["sample", "upload"])
+def test_a_step_that_was_refused_for_something_else_loses_none(
+    server: RunningServer, model_name: str, edits: Any
+) -> None:
+    """At the end they are sent, or said, whatever was refused before; what was said already is not said again."""
+    for told in (False, True):
+        session, network = server.connect(f"{model_name}-{told}"), Network()
+        remote = session.attach(adagrad(network), module=network, edits=edits)
+        backward(network, [remote], 0)
+        remote.step()
+        _through_data(network)
+        backward(network, [remote], 1)
+        if told and edits == "sample":
+            with pytest.raises(LocalParameterEdit):
+                remote.step()
+        else:
+            group = remote.param_groups[0]
+            group["params"], known = group["params"][::-1], group["params"]
+            with pytest.raises(UnsupportedModule):
+                remote.step()
+            group["params"] = known
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            session.close()
+        assert len(said) == (edits == "sample" and not told)
+        held = server.connect(session.model, "reader").pull()
+        sent = [torch.equal(torch.from_numpy(held[n]), p.detach()) for n, p in network.named_parameters()]
+        assert all(sent) == (edits == "upload")
 
 
 def test_another_worker_s_steps_come_in_between(server: RunningServer, model_name: str) -> None:

@@ -56,6 +56,17 @@ def test_one_of_the_same_values_is_followed(
     assert twins.remote.last_receipt is not None
 
 
+def test_its_fresh_state_goes_with_the_leave(server: RunningServer, model_name: str) -> None:
+    network = Network()
+    with server.connect(model_name) as session:
+        remote = session.attach(adagrad(network), module=network)
+        backward(network, [remote], 0)
+        remote.step()
+        _replace(network, remote, "out.weight")
+    remote = server.connect(model_name).attach(adagrad(network), module=network)
+    assert [int(state["step"]) for state in remote.state_dict()["state"].values()] == [1, 1, 1, 0, 1]
+
+
 @pytest.mark.parametrize("edits", ["sample", "upload"])
 def test_one_of_other_values_is_an_edit(server: RunningServer, model_name: str, edits: str) -> None:
     twins = Twins(server.connect(model_name), Network(), adagrad, edits=edits)
