@@ -6,12 +6,12 @@ after the answer), and the step around them; of each the least and the median ti
 
 from __future__ import annotations
 
+import re
 import statistics
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from .table import table
 
 MODES = ("sample", "check", "upload")
 ASKED = 0.01  # of a step, when sampling
+WARM_UP = 3
 
 
 def _dense(count: int, elements: int) -> tuple[list[nn.Parameter], Callable[[], list[Tensor]]]:
@@ -78,29 +79,47 @@ class Watch:
         return taken_s
 
 
-def _measure(
-    server: RunningServer, case: str, mode: Any, number: int, steps: int
-) -> tuple[list[float], list[float]]:
-    """Seconds of each step, and of the looks in it."""
-    parameters, gradients = CASES[case]()
-    watch, looks, whole = Watch(), [], []
-    with closing(connect(server.grpc, model=f"m{number}", worker="w0")) as session:
-        remote = session.attach(Adagrad(parameters, lr=0.01), edits=mode)
-        edits: LocalEdits = remote._parameters._edits
-        edits.look = watch.around(edits.look)  # type: ignore[method-assign]
-        edits.settle = watch.around(edits.settle)  # type: ignore[method-assign]
-        for _ in range(steps):
-            for parameter, gradient in zip(parameters, gradients(), strict=True):
-                parameter.grad = gradient
-            begin_s = time.perf_counter()
-            remote.step()
-            whole.append(time.perf_counter() - begin_s)
-            looks.append(watch.take_s())
-    return whole[3:], looks[3:]
+class Mode:
+    """One worker with an attached optimizer; its steps, and what its looks took of each."""
+
+    def __init__(self, server: RunningServer, case: str, mode: Any) -> None:
+        self.name = f"{case}, {mode}"
+        self.whole: list[float] = []
+        self.looks: list[float] = []
+        self._parameters, self._gradients = CASES[case]()
+        self._watch = Watch()
+        self.session = connect(server.grpc, model=re.sub(r"\W", "-", self.name), worker="w0")
+        self._remote = self.session.attach(Adagrad(self._parameters, lr=0.01), edits=mode)
+        edits: LocalEdits = self._remote._parameters._edits
+        edits.look = self._watch.around(edits.look)  # type: ignore[method-assign]
+        edits.settle = self._watch.around(edits.settle)  # type: ignore[method-assign]
+
+    def step(self) -> None:
+        """One more."""
+        for parameter, gradient in zip(self._parameters, self._gradients(), strict=True):
+            parameter.grad = gradient
+        begin_s = time.perf_counter()
+        self._remote.step()
+        self.whole.append(time.perf_counter() - begin_s)
+        self.looks.append(self._watch.take_s())
+
+    def row(self, mode: str) -> tuple[str, ...]:
+        """What the table says of it."""
+        whole, looks = self.whole[WARM_UP:], self.looks[WARM_UP:]
+        share = statistics.median(looks) / statistics.median(whole)
+        return (
+            self.name,
+            f"{min(whole) * 1e3:.2f}",
+            f"{statistics.median(whole) * 1e3:.2f}",
+            f"{min(looks) * 1e6:.1f}",
+            f"{statistics.median(looks) * 1e6:.1f}",
+            f"{share:.2%}",
+            "" if mode != "sample" else "yes" if share < ASKED else "**no**",
+        )
 
 
 def main(quick: bool = False) -> None:
-    """Print the table."""
+    """Print the table: the modes of a case take turns, step by step."""
     warnings.simplefilter("ignore")
     print(f"\n## edits: torch {torch.__version__}, {torch.get_num_threads()} threads")
     others, rows = Others(), []
@@ -108,23 +127,16 @@ def main(quick: bool = False) -> None:
         tempfile.TemporaryDirectory() as folder,
         running_server(Path(folder), "--log-level", "error") as server,
     ):
-        cases = QUICK if quick else CASES
-        for number, (case, mode) in enumerate((case, mode) for case in cases for mode in MODES):
+        for case in QUICK if quick else CASES:
             steps = 10 if quick else 300 if case in QUICK else 60
-            whole, looks = _measure(server, case, mode, number, steps)
-            share = statistics.median(looks) / statistics.median(whole)
-            verdict = "" if mode != "sample" else "yes" if share < ASKED else "**no**"
-            rows.append(
-                (
-                    f"{case}, {mode}",
-                    f"{min(whole) * 1e3:.2f}",
-                    f"{statistics.median(whole) * 1e3:.2f}",
-                    f"{min(looks) * 1e6:.1f}",
-                    f"{statistics.median(looks) * 1e6:.1f}",
-                    f"{share:.2%}",
-                    verdict,
-                )
-            )
+            modes = {mode: Mode(server, case, mode) for mode in MODES}
+            for _ in range(WARM_UP + steps):
+                for mode in modes.values():
+                    mode.step()
+            for name, mode in modes.items():
+                rows.append(mode.row(name))
+                mode.session.close()
+                server.rest("DELETE", f"/v1/models/{mode.session.model}")
     columns = ("parameters, edits=", "step min ms", "median", "looks min us", "median", "share", "below 1 %")
     table("What looking for local edits costs", columns, rows, others.share())
 
