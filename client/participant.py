@@ -23,13 +23,13 @@ from pushstep.proto.errors import (
     FateUnknown,
     Fenced,
     LeaseExpired,
-    MalformedFrame,
     ManifestChanged,
     ModelLost,
     NoAnswer,
     PushstepError,
     Quarantined,
     Superseded,
+    TooLong,
     UnknownModel,
     UnknownWorker,
 )
@@ -135,7 +135,7 @@ class Participant(Attendance):
         )
         try:
             answer = answered(partial(self._transport.leave, request))
-        except MalformedFrame as error:  # more bytes than a worker may keep: it goes all the same
+        except TooLong as error:  # more bytes than a worker may keep: it goes all the same
             caller.warn(f"the last worker_state is lost: {error.message}")
             request.ClearField("worker_state")
             answer = answered(partial(self._transport.leave, request))

@@ -109,6 +109,25 @@ def test_what_no_rule_takes_is_lost_with_a_word_and_the_worker_goes(
     assert show_worker(server, model_name, "w0")["state"] == "left"
 
 
+def test_what_later_steps_could_not_be_taken_with_is_not_taken(
+    server: RunningServer, model_name: str
+) -> None:
+    """weight_decay goes with dense gradients only: the other workers' rows are stepped on as before."""
+    session, network = server.connect(model_name, "w0"), Network(sparse=True)
+    remote = session.attach(Adagrad(network.parameters(), lr=0.1), module=network)
+    others_session, others = server.connect(model_name, "w1"), Network(sparse=True)
+    other = others_session.attach(Adagrad(others.parameters(), lr=0.1), module=others)
+    for model, optimizer in ((network, remote), (others, other)):
+        backward(model, [optimizer], 0)
+        optimizer.step()
+    remote.param_groups[0]["weight_decay"] = 0.1
+    with pytest.warns(RuntimeWarning, match=r"ignored \(0\.weight_decay\)"):
+        session.close()
+    assert _groups(server, model_name)[0]["weight_decay"] == 0
+    backward(others, [other], 1)
+    other.step()
+
+
 def test_of_an_epoch_that_is_over_nothing_is_taken(server: RunningServer, model_name: str) -> None:
     """A restore has brought the groups back as they were, and this worker does not know it yet."""
     session, remote = _attached(server, model_name, "w0")

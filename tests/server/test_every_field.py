@@ -51,9 +51,11 @@ NAMES = [
     "Pull",
     "PullRows",
     "PullState",
+    "PullExtras",
     "Push",
     "Exchange",
     "Upload of a group",
+    "Upload of fresh states",
     "Upload of a state",
     "Upload of extras",
 ]
