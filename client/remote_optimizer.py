@@ -86,8 +86,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self._copies = Copies() if prefetch else None
         self._flight: tuple[Flight[Step], list[dict[str, float | bool]]] | None = None
         self.last_receipt: Receipt | None = None
-        # the last step was refused for what was changed here
-        self._told_of_edits = False
+        # what the last step was refused with for what is here: a code of the catalogue, or nothing
+        self._told = ""
         # how many samples the next step's gradients are over: their weight in a round; 0 counts as 1
         self.samples: float = 0
         self._attached.begin(self, policy, undo)
@@ -120,11 +120,15 @@ class RemoteOptimizer(torch.optim.Optimizer):
         return loss
 
     def _exchange(self, loss: Any) -> None:
-        self._attached.follow()
-        edited = self._attached.edited()
-        self._told_of_edits = bool(edited) and not self._may_send_edits()
-        if self._told_of_edits:
-            raise LocalParameterEdit(parameter=edited[0])
+        try:
+            self._attached.follow()
+            edited = self._attached.edited()
+            if edited and not self._may_send_edits():
+                raise LocalParameterEdit(parameter=edited[0])
+        except PushstepError as error:
+            self._told = error.code
+            raise
+        self._told = ""
         computed_on = self._parameters.at
         self.synchronize()
         if edited or self._parameters.fresh:
@@ -227,13 +231,14 @@ class RemoteOptimizer(torch.optim.Optimizer):
             if not edited or self._may_send_edits():
                 if edited or self._parameters.fresh:
                     self._attached.send_edits(edited)
-            elif not self._told_of_edits:
+            elif self._told != LocalParameterEdit.code:
                 caller.warn(
                     f"parameter {edited[0]!r} was changed here after the last step, and the server has not seen it; "
                     'attach(..., edits="upload") or session.upload() before close() sends it'
                 )
         except PushstepError as error:
-            caller.warn(f"what was changed here after the last step is lost: {error.message}")
+            if self._told != error.code:
+                caller.warn(f"what was changed here after the last step is lost: {error.message}")
 
     def unsent_edits(self) -> dict[int, dict[str, float | bool]]:
         """What was changed in the groups since the last push, if this worker leads: a scheduler's last step."""
@@ -258,7 +263,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         """Send the parameters as they are here, as a version of their own; the version."""
         self._attached.follow()
         self.synchronize()
-        self._told_of_edits = False
+        self._told = ""
         return self._attached.upload()
 
     # State.
