@@ -355,6 +355,16 @@ class ModelLost(Refused):
     template = "model {model!r} as this session knew it is gone (deleted, or the server lost its data); it is never made anew by itself"
 
 
+class ModelNotLoaded(ModelLost):
+    """The model's files are there, and could not be loaded when the server started. Nothing of them was changed."""
+
+    code = "model_not_loaded"
+    template = (
+        "model {model!r} was not loaded when the server started ({problem}); its files are kept as they were. Repair them "
+        "and start the server again, or free the name: DELETE /v1/models/{model} puts the files aside"
+    )
+
+
 class ModelExists(Refused):
     """A model of this name exists."""
 
@@ -450,6 +460,14 @@ class OverBudget(Unavailable):
     template = "the push needs {need} bytes of staging and {free} of {budget} are free; try again"
 
 
+class MemoryShort(Unavailable):
+    """The budget has room for a push, and the machine has no memory for it now."""
+
+    code = "memory_short"
+    grpc_status = Status.RESOURCE_EXHAUSTED
+    template = "the server has no memory for the {need} bytes of the push now; try again"
+
+
 class TooManyInFlight(Unavailable):
     """A worker that sends further pushes before the earlier ones were decided."""
 
@@ -510,11 +528,34 @@ class SnapshotDamaged(Broken):
     template = "snapshot {snapshot!r} is damaged: {problem}"
 
 
+class SnapshotUnsupported(Broken):
+    """A snapshot that is whole, and that this build cannot load. It is kept; an older one is not taken for it."""
+
+    code = "snapshot_unsupported"
+    template = "snapshot {snapshot!r} is whole, but this build cannot load it: {problem}"
+
+
 class StorageFailed(Broken):
     """The disk refused."""
 
     code = "storage_failed"
     template = "cannot write {path}: {problem}"
+
+
+class DiskFull(StorageFailed):
+    """The disk has no room, or files may not be that large. What was written of it is gone again."""
+
+    code = "disk_full"
+    grpc_status = Status.RESOURCE_EXHAUSTED
+    template = "cannot write {path}: it takes {need} bytes, the disk has {free} free ({problem})"
+
+
+class OutOfMemory(Broken):
+    """The machine, or the device, has no memory for it. What was taken of it is given back."""
+
+    code = "out_of_memory"
+    grpc_status = Status.RESOURCE_EXHAUSTED
+    template = "no memory for {what}: {need} bytes could not be had"
 
 
 class ModelFailed(Broken):

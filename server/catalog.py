@@ -8,12 +8,14 @@ snapshot holds every acknowledged push. A start that cannot prove that begins a 
 from __future__ import annotations
 
 import asyncio
+import copy
 import logging
 import re
 import secrets
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, TypeVar
 
 import torch
@@ -25,6 +27,7 @@ from pushstep.proto.errors import (
     ManifestChanged,
     ModelExists,
     ModelLost,
+    ModelNotLoaded,
     NoCreationTicket,
     OverCapacity,
     PushstepError,
@@ -35,19 +38,21 @@ from pushstep.proto.errors import (
     UnknownSnapshot,
 )
 from pushstep.proto.layout import Layout
+from pushstep.proto.status import named
 from pushstep.proto.types_pb2 import Manifest
 
-from . import policies
+from . import files, policies
 from .arena import Arenas, ArenasCopy
 from .config import Config
 from .device import device
 from .groups import Group, ParamGroups
 from .hooks.hook import Point
 from .model import Model
-from .model_folder import IdentityFile, ModelFolder
+from .model_folder import IdentityFile, ModelFolder, Recovered, model_folders
 from .quality import Quality
 from .session import Sessions
-from .snapshots import EXPORT_PREFIX, Snapshots, rules_known
+from .snapshot_manifest import require_understood
+from .snapshots import EXPORT_PREFIX, Snapshots
 from .staging import charge
 
 log = logging.getLogger("pushstep.catalog")
@@ -86,6 +91,8 @@ class Catalog:
         self.config = config
         self.device = device(config.device)
         self.models: dict[str, Model] = {}
+        # those whose files could not be loaded at the start, and why: their names are not free
+        self.not_loaded: dict[str, ModelNotLoaded] = {}
         self.ready = False
         self.loaded = False
         self._creations: dict[str, Creation] = {}
@@ -94,10 +101,11 @@ class Catalog:
         self._tasks: set[asyncio.Task[Any]] = set()
 
     def get(self, name: str, uid: bytes = b"") -> Model:
-        """A model by name; UnknownModel otherwise, or ModelLost for a caller that knew it by its uid."""
+        """A model by name; UnknownModel otherwise, or ModelLost for a caller that knew it by its uid. ModelNotLoaded."""
         model = self.models.get(name)
         if model is None:
             self.require_loaded()
+            self.require_free(name)
             if uid:
                 raise ModelLost(model=name[:200])
             raise UnknownModel(model=name[:200])
@@ -107,6 +115,11 @@ class Catalog:
         """Starting while models are still being brought back: until then a missing one is not known to be missing."""
         if not self.loaded:
             raise Starting()
+
+    def require_free(self, name: str) -> None:
+        """ModelNotLoaded if the name is that of a model whose files could not be loaded."""
+        if name in self.not_loaded:
+            raise copy.copy(self.not_loaded[name])
 
     def snapshots(self, name: str) -> Snapshots:
         """Where a model's snapshots are."""
@@ -125,6 +138,7 @@ class Catalog:
     ) -> Creation:
         """Give the first caller leave to create a model; BeingCreated for the others while it lasts."""
         check_name(name, "model name")
+        self.require_free(name)
         layout = Layout(manifest)
         names = [Group.make(group).rule.name for group in manifest.groups]
         if len(layout.manifest.groups) == 0 or {slot.group for slot in layout.slots} != set(
@@ -221,7 +235,12 @@ class Catalog:
         return model
 
     async def delete(self, name: str, by: str) -> None:
-        """Forget a model and its snapshots for good."""
+        """Forget a model and its snapshots for good. The files of one that was not loaded are only put aside."""
+        if name in self.not_loaded:
+            async with self._alone(name):
+                await asyncio.to_thread(self._folder(name).set_aside)
+                self.not_loaded.pop(name, None)
+            return
         model = self.get(name)
         model.record("deleted", by)
         model.deleted = True
@@ -252,6 +271,7 @@ class Catalog:
         except (SnapshotDamaged, UnknownSnapshot):
             model.require_here()  # or what is said of a snapshot that just went would be true of none
             raise
+        await asyncio.to_thread(require_understood, manifest, name)
         if copy.layout.manifest_hash != model.layout.manifest_hash:
             raise InvalidManifest(
                 problem=f"snapshot {snapshot} holds other parameters or groups than the model has now"
@@ -306,6 +326,7 @@ class Catalog:
                 log.error("model %s failed and has no snapshot that verifies", model.name)
                 return
             manifest, copy = found
+            await asyncio.to_thread(require_understood, manifest, model.name)
             await self.replace(model, copy, manifest, "server")
             log.warning("model %s failed and goes on from snapshot %s", model.name, manifest["id"])
         except PushstepError as error:
@@ -326,59 +347,65 @@ class Catalog:
     # Start and stop.
 
     async def load(self) -> None:
-        """Bring every model back from its newest verified snapshot."""
-        for left in self.config.data.glob(f"{EXPORT_PREFIX}*"):
-            left.unlink(missing_ok=True)  # exports that were under way when the last process died
-        root = self.config.data / "models"
-        folders = sorted(path for path in root.iterdir() if path.is_dir()) if root.exists() else []
-        for folder in folders:
-            if _NAME.fullmatch(folder.name) and self._folder(folder.name).has_identity():
-                await self._load_model(folder.name)
+        """Bring every model back from its newest verified snapshot; whatever is wrong with one, the others come."""
+        # exports that were under way when the last process died
+        await asyncio.to_thread(files.sweep, self.config.data, f"{EXPORT_PREFIX}*")
+        for name in await asyncio.to_thread(model_folders, self.config.data / "models"):
+            if _NAME.fullmatch(name):
+                try:
+                    await self._load_model(name)
+                except Exception as error:  # noqa: BLE001 - whatever a folder holds, the other models are served
+                    self._note_not_loaded(name, error)
         self.loaded = self.ready = True
 
+    def _note_not_loaded(self, name: str, error: Exception) -> None:
+        if isinstance(error, ModelNotLoaded):
+            found = error
+        elif isinstance(error, OSError):
+            found = ModelNotLoaded(model=name, problem=files.reason(error))
+        else:
+            found = ModelNotLoaded(model=name, problem=named(error, log).message)
+        self.not_loaded[name] = copy.copy(found)  # without its traceback, which holds what was loaded
+        log.error("model %s was not loaded: %s", name, found.fields["problem"])
+
     async def _load_model(self, name: str) -> None:
-        snapshots = self.snapshots(name)
-        await asyncio.to_thread(snapshots.sweep)
-        identity = self._folder(name).identity()
-        if identity is None:
-            return
-        found = await asyncio.to_thread(snapshots.newest, identity.made_of)
+        found = await asyncio.to_thread(self._folder(name).recover)
         if found is None:
-            found = await asyncio.to_thread(snapshots.newest)
-            if found is not None:
-                log.error("model %s: only a snapshot that a restore had undone verifies: loading it", name)
-        if found is None:
-            # its workers will be told model_lost, which is true; the folder stays as it is
-            log.warning("model %s has no snapshot that verifies: not loaded", name)
             return
-        manifest, copy = found
-        if not rules_known(manifest):
-            log.error("model %s needs an update rule that this build does not have: not loaded", name)
-            return
-        proven = (identity.timeline, identity.clean_version) == (copy.timeline, copy.version)
+        model = await asyncio.to_thread(self._recovered, name, found)
+        try:
+            await model.stepper.submit(partial(model.arenas.load, found.copy, model.timeline))
+            await self._write_identity(model, clean_version=None)
+        except BaseException:
+            await model.close()
+            raise
+        snapshot = found.manifest["id"]
+        model.record("loaded", "server", snapshot=snapshot)
+        self.models[name] = model
+        log.info(
+            "model %s at version %d, timeline %d, from %s", name, model.version, model.timeline, snapshot
+        )
+
+    def _recovered(self, name: str, found: Recovered) -> Model:
+        """The model that was found, but for its arenas."""
+        identity, manifest, copied = found.identity, found.manifest, found.copy
+        proven = (identity.timeline, identity.clean_version) == (copied.timeline, copied.version)
         timeline = identity.timeline + (not proven)
         groups = ParamGroups.parse(manifest["groups"])
-        model = self._model(name, identity.uid, timeline, copy.layout, groups)
-        model.ledger.version, model.ledger.lineage = copy.version, list(copy.lineage)
+        model = self._model(name, identity.uid, timeline, copied.layout, groups)
+        model.ledger.version, model.ledger.lineage = copied.version, list(copied.lineage)
         if not proven:
-            model.ledger.go_back(copy.lineage_here, timeline)
+            model.ledger.go_back(copied.lineage_here, timeline)
         model.edit = int(manifest["edit"])
-        model.extras = copy.extras
+        model.extras = copied.extras
         model.hooks.list[:] = model.hooks.parsed(manifest["hooks"], groups, name)
         model.sessions.parse(manifest["workers"], time.monotonic(), manifest.get("forgotten_epoch", 0))
         model.judge.quality = Quality.parsed(manifest["gate"])
-        model.judge.switch(
-            policies.read(manifest["policy"]), time.monotonic()
-        )  # whatever staging holds today
+        # whatever staging holds today
+        model.judge.switch(policies.read(manifest["policy"]), time.monotonic())
         if not proven:
             model.sessions.close_epochs()
-        await model.stepper.submit(lambda: model.arenas.load(copy, timeline))
-        await self._write_identity(model, clean_version=None)
-        model.record("loaded", "server", snapshot=manifest["id"])
-        self.models[name] = model
-        log.info(
-            "model %s at version %d, timeline %d, from %s", name, model.version, timeline, manifest["id"]
-        )
+        return model
 
     async def stop(self) -> None:
         """Snapshot every model and say on the disk that nothing is missing."""

@@ -25,9 +25,10 @@ from pushstep.optim.state_dict import GroupState, ParameterState, torch_state_di
 from pushstep.proto.errors import ExportsBusy, StorageFailed, UnsupportedFormat
 
 from .arena import ArenasCopy
+from .files import reason
 from .hooks.hook import Point
 from .model import Model
-from .snapshots import EXPORT_PREFIX, reason
+from .snapshots import EXPORT_PREFIX
 
 FORMATS: Final = ("safetensors", "torch")
 COPIES_AT_ONCE: Final = 2

@@ -22,6 +22,7 @@ def join(catalog: Catalog, request: JoinRequest) -> JoinResponse:
     now_s = time.monotonic()
     model = catalog.models.get(request.model)
     if model is None:
+        catalog.require_free(request.model)
         if request.model_uid:
             raise ModelLost(model=request.model[:200])
         if not request.HasField("manifest"):

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,13 +89,30 @@ class RunningServer:
             self.close_pipe()
 
 
-def start_server(data: Path, *options: str, environment: dict[str, str] | None = None) -> RunningServer:
-    """Start a server on free ports with `data` as its folder, and wait until it is ready. On the test's device."""
+def start_server(
+    data: Path,
+    *options: str,
+    environment: dict[str, str] | None = None,
+    command: Sequence[str | Path] = (),
+) -> RunningServer:
+    """Start a server on free ports with `data` as its folder, and wait until it is ready. On the test's device.
+
+    `command`: what is started in place of the server's own command.
+    """
     data.mkdir(parents=True, exist_ok=True)
     log = data / f"server-{next(_numbers)}.log"
     with log.open("w") as stderr:
         process = subprocess.Popen(
-            [*COMMANDS[DEVICE], "--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0", "--data", data, *options],
+            [
+                *(command or COMMANDS[DEVICE]),
+                "--grpc",
+                "127.0.0.1:0",
+                "--http",
+                "127.0.0.1:0",
+                "--data",
+                data,
+                *options,
+            ],
             stdout=subprocess.PIPE,
             stderr=stderr,
             text=True,
@@ -114,10 +131,13 @@ def start_server(data: Path, *options: str, environment: dict[str, str] | None =
 
 @contextlib.contextmanager
 def running_server(
-    data: Path, *options: str, environment: dict[str, str] | None = None
+    data: Path,
+    *options: str,
+    environment: dict[str, str] | None = None,
+    command: Sequence[str | Path] = (),
 ) -> Iterator[RunningServer]:
     """A server for the length of a block. Its end must be orderly unless the test ended it itself."""
-    server = start_server(data, *options, environment=environment)
+    server = start_server(data, *options, environment=environment, command=command)
     try:
         yield server
     finally:

@@ -14,7 +14,18 @@ from .depends import OPERATOR, CatalogHere, ModelHere
 from .export import file_response
 
 router = APIRouter(tags=["snapshots"])
-SHOWN = ("id", "timeline", "version", "edit", "created", "automatic", "digest", "files", "damaged")
+SHOWN = (
+    "id",
+    "timeline",
+    "version",
+    "edit",
+    "created",
+    "automatic",
+    "digest",
+    "files",
+    "damaged",
+    "unsupported",
+)
 
 
 def _show(manifest: Mapping[str, Any]) -> dict[str, Any]:
