@@ -346,11 +346,13 @@ class Catalog:
 
     # Start and stop.
 
-    async def load(self) -> None:
+    async def load(self, stopping: Callable[[], bool] = lambda: False) -> None:
         """Bring every model back from its newest verified snapshot; whatever is wrong with one, the others come."""
         # exports that were under way when the last process died
         await asyncio.to_thread(files.sweep, self.config.data, f"{EXPORT_PREFIX}*")
         for name in await asyncio.to_thread(model_folders, self.config.data / "models"):
+            if stopping():
+                return
             if _NAME.fullmatch(name):
                 try:
                     await self._load_model(name)
@@ -407,13 +409,46 @@ class Catalog:
             model.sessions.close_epochs()
         return model
 
-    async def stop(self) -> None:
-        """Snapshot every model and say on the disk that nothing is missing."""
+    async def stop(self) -> bool:
+        """Snapshot every model and say on the disk that nothing is missing. False if one could not be; the log names it."""
+        saved = True
+        if self._tasks:  # edits whose senders have gone are done whole
+            await asyncio.wait(set(self._tasks), timeout=self.config.drain_s)
         for name, model in self.models.items():
             try:
-                manifest = await self.snapshot(name, "server", automatic=True)
-                await self._write_identity(model, clean_version=int(manifest["version"]))
-                await asyncio.to_thread(self.snapshots(name).prune)
+                async with self._alone(name):
+                    await self._save_last(name, model)
+            except Exception as error:  # noqa: BLE001 - whatever it was, the other models are saved
+                saved = False
+                log.error(
+                    "model %s was NOT saved at version %d: %s; %s",
+                    name,
+                    model.version,
+                    named(error, log).message,
+                    await asyncio.to_thread(self._what_is_left, name),
+                )
+            try:
+                await model.close()
             except Exception:
-                log.exception("model %s could not be snapshotted at stop", name)
-            await model.close()
+                log.exception("model %s could not be closed", name)
+        return saved
+
+    async def _save_last(self, name: str, model: Model) -> None:
+        """Write the last snapshot, straight from the arenas, which nobody writes to any more: no memory is needed."""
+        model.end()
+        facts, copied = await model.copy(last=True)
+        snapshots = self.snapshots(name)
+        manifest = await asyncio.to_thread(snapshots.write, facts, copied, automatic=True)
+        log.info("model %s saved at version %d: %s", name, copied.version, manifest["id"])
+        try:
+            await self._write_identity(model, clean_version=copied.version)
+            await asyncio.to_thread(snapshots.prune)
+        except PushstepError as error:
+            log.warning("model %s: after its last snapshot: %s", name, error.message)
+
+    def _what_is_left(self, name: str) -> str:
+        try:
+            ids = self.snapshots(name).ids()
+        except PushstepError as error:
+            return error.message
+        return f"the next start has {ids[0]}" if ids else "it has no snapshot: it is lost"

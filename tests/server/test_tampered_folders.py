@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import stat
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from harness import RunningServer, running_server, start_server
+from harness import SERVER, RunningServer, running_server, start_server
 from wire import created, state_of
 
 from pushstep.proto.errors import ModelLost, ModelNotLoaded
@@ -339,6 +340,36 @@ def test_what_lies_beside_the_models_stops_nobody(tampered: Path) -> None:
             assert not list(tampered.glob("tmp-export-*"))
             assert not list(models.glob(".trash-*"))
     assert (models / "notes.txt").read_text() == "mine"
+
+
+def a_fifo_as_the_lock(data: Path) -> None:
+    (data / "lock").unlink()
+    os.mkfifo(data / "lock")
+
+
+def a_link_as_the_lock(data: Path) -> None:
+    (data / "lock").unlink()
+    (data / "lock").symlink_to("elsewhere")
+
+
+def a_file_as_the_models(data: Path) -> None:
+    shutil.rmtree(data / "models")
+    (data / "models").touch()
+
+
+@pytest.mark.parametrize(
+    "tamper",
+    [a_fifo_as_the_lock, a_link_as_the_lock, a_file_as_the_models],
+    ids=lambda tamper: tamper.__name__,
+)
+def test_what_a_server_cannot_do_without_is_named(tamper: Tamper, tampered: Path) -> None:
+    tamper(tampered)
+    ports = ["--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0"]
+    ended = subprocess.run([SERVER, *ports, "--data", tampered], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1
+    assert ended.stdout == ""
+    assert ended.stderr.splitlines()[-1].startswith("pushstep-server: ")
+    assert "Traceback" not in ended.stderr
 
 
 def test_a_file_that_the_disk_cannot_read(tampered: Path) -> None:
