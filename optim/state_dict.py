@@ -6,7 +6,7 @@ Nothing here aliases memory that a step will write to.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -39,8 +39,10 @@ class GroupState:
     parameters: list[ParameterState] = field(default_factory=list)
 
 
-def torch_state_dict(groups: Sequence[GroupState]) -> dict[str, Any]:
-    """What torch.optim's `state_dict()` returns for an optimizer of these groups.
+def torch_state_dict(
+    groups: Sequence[GroupState], take: Callable[[Tensor], Tensor] = torch.clone
+) -> dict[str, Any]:
+    """What torch.optim's `state_dict()` returns for an optimizer of these groups; `take` makes its tensors of theirs.
 
     A parameter that Adadelta has not stepped yet has no entry, as in torch; Adagrad's always have. `step` is
     a float32 scalar, as torch has it.
@@ -53,7 +55,7 @@ def torch_state_dict(groups: Sequence[GroupState]) -> dict[str, Any]:
         for parameter_id, parameter in zip(ids, group.parameters, strict=True):
             if parameter.steps or group.rule == "adagrad":
                 step = torch.tensor(float(parameter.steps), dtype=torch.float32)
-                state[parameter_id] = {"step": step, **{n: t.clone() for n, t in parameter.tensors.items()}}
+                state[parameter_id] = {"step": step, **{n: take(t) for n, t in parameter.tensors.items()}}
         values = {name: group.values[name] for name in RULES[group.rule].defaults if name in group.values}
         param_groups.append({**values, **EXECUTION_KEYS.get(group.rule, {}), "params": ids})
         number += len(ids)

@@ -131,6 +131,15 @@ class UnsupportedFormat(InvalidRequest):
     template = "unknown format {got!r}; use one of: {known}"
 
 
+class RangeNotSatisfiable(InvalidRequest):
+    """A Range header that names nothing of what there is."""
+
+    code = "range_not_satisfiable"
+    grpc_status = Status.OUT_OF_RANGE
+    http_status = 416
+    template = "of {range!r} there is nothing: the content has {size} bytes"
+
+
 class MessageTooLarge(InvalidRequest):
     """A message over the limit. Nothing of it was kept."""
 
@@ -387,6 +396,16 @@ class StaleEtag(Refused):
     grpc_status = Status.ABORTED
     http_status = 412
     template = "{what} changed since it was read: current ETag {etag}; read it again"
+
+
+class VersionMoved(Refused):
+    """A request for one version of a model that is at another by now."""
+
+    code = "version_moved"
+    template = (
+        "model {model!r} is at version {version} of timeline {timeline}, and {asked} is not kept; take a snapshot to "
+        "download a version that stays"
+    )
 
 
 class HeldByHook(Refused):

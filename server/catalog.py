@@ -29,6 +29,7 @@ from pushstep.proto.errors import (
     ModelLost,
     ModelNotLoaded,
     NoCreationTicket,
+    OutOfMemory,
     OverCapacity,
     PushstepError,
     SnapshotDamaged,
@@ -221,11 +222,11 @@ class Catalog:
         try:
             model = self._model(name, secrets.token_bytes(16), 1, layout, groups)
             model.arenas.fill_initial_state([group.values for group in groups.list])
-        except torch.OutOfMemoryError as error:
-            raise OverCapacity(
-                problem=f"{self.device.where} has no memory left for it", setting="device"
-            ) from error
-        return model
+            return model
+        except (OutOfMemory, torch.OutOfMemoryError):
+            need = Arenas.bytes_needed(layout)
+        # here, or this error would hold on to what there was memory for
+        raise OutOfMemory(what=f"model {name} on {self.device.where}", need=need)
 
     def _model(self, name: str, uid: bytes, timeline: int, layout: Layout, groups: ParamGroups) -> Model:
         sessions = Sessions(self.config.lease_s, self.config.max_workers, name)
@@ -398,6 +399,7 @@ class Catalog:
         model.ledger.version, model.ledger.lineage = copied.version, list(copied.lineage)
         if not proven:
             model.ledger.go_back(copied.lineage_here, timeline)
+        model.begun_at = timeline, copied.version
         model.edit = int(manifest["edit"])
         model.extras = copied.extras
         model.hooks.list[:] = model.hooks.parsed(manifest["hooks"], groups, name)

@@ -108,7 +108,7 @@ class Intake:
         try:
             body = self.model.device.body(lengths, self._digest, take, stepped=stepped)
         except torch.OutOfMemoryError as error:  # the device's
-            raise self._budget.over(needed) from error
+            raise self._budget.short(needed) from error
         return body, self._arriving(body)
 
     def _arriving(self, body: Assembly | SharedBody) -> Arrived | None:
@@ -221,7 +221,7 @@ class Intake:
                     digest = self._body.digest(None if self._arrived is None else self._arrived.advance)
                 return digest, *self._inspected()
         except torch.OutOfMemoryError as error:  # the device's
-            raise self._budget.over(self._reserved) from error
+            raise self._budget.short(self._reserved) from error
 
     def _inspected(self) -> tuple[StagedPush | None, InvalidRequest | None]:
         try:

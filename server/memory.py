@@ -6,8 +6,10 @@ apart by the place and not by its words.
 
 from __future__ import annotations
 
+import gc
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -26,12 +28,22 @@ def take(
     zeros: bool = False,
 ) -> Tensor:
     """A tensor, whose elements are whatever they were or zeros. OutOfMemory, naming `what` it was for."""
-    make = torch.zeros if zeros else torch.empty
-    try:
-        return make(shape, dtype=dtype, device=device)
-    except (RuntimeError, MemoryError) as error:
+    make = partial(torch.zeros if zeros else torch.empty, shape, dtype=dtype, device=device)
+    found = _had(make)
+    if found is None:
+        gc.collect()  # what was refused before may lie in cycles, with all that it had brought
+        found = _had(make)
+    if found is None:
         elements = shape if isinstance(shape, int) else math.prod(shape)
-        raise OutOfMemory(what=what, need=elements * dtype.itemsize) from error
+        raise OutOfMemory(what=what, need=elements * dtype.itemsize)
+    return found
+
+
+def _had(make: Callable[[], Tensor]) -> Tensor | None:
+    try:
+        return make()
+    except (RuntimeError, MemoryError):
+        return None
 
 
 def copy_of(source: Tensor, what: str) -> Tensor:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
-import torch
+from torch import Tensor
 
 from pushstep.proto.errors import (
     Draining,
@@ -73,6 +73,8 @@ class Model:
         self.hooks = HookChain()
         self.ledger = Ledger(name, timeline, groups, self.hooks)
         self.judge = Judge(uid, self.ledger, sessions)
+        # the (timeline, version) at which this process took it over from another; None if it was made here
+        self.begun_at: tuple[int, int] | None = None
         # edits (hyperparameters, hooks, policy) add no version: each is (after this version, this number)
         self.edit = 0
         self.failed: ModelFailed | None = None
@@ -82,7 +84,7 @@ class Model:
         # nothing is decided or stepped any more: what it is now is what the next start has
         self.ended = False
         # a module's buffers and frozen values; replaced as a whole, never written to
-        self.extras: Mapping[str, torch.Tensor] = {}
+        self.extras: Mapping[str, Tensor] = {}
         self.events: deque[dict[str, Any]] = deque(maxlen=EVENTS_KEPT)
         self._events_seen = 0
         self.last_receipt: Receipt | None = None

@@ -20,6 +20,7 @@ from pushstep.proto.errors import (
     MalformedFrame,
     ManifestChanged,
     OtherWorkersLive,
+    Unavailable,
     WrongDtype,
     WrongLength,
 )
@@ -60,6 +61,8 @@ class Upload:
         self._model: Model | None = None
         self._creation: Creation | None = None
         self._again = False
+        # it was told to: with the same ticket
+        self._comes_again = False
         self._reserved = 0
         self._committing = False
         self._created = False
@@ -92,9 +95,15 @@ class Upload:
             lengths = [header.extras_bytes]
         self._check_complete()
         self._digest = BodyDigest(header.segments)
-        self._reserved = await self._budget.claim(f"{header.model}/{header.identity.worker}", sum(lengths))
-        made = partial(Assembly, lengths, self._digest, self._budget.buffer)
-        self._body = await self._catalog.device.prepared(made)
+        try:
+            self._reserved = await self._budget.claim(
+                f"{header.model}/{header.identity.worker}", sum(lengths)
+            )
+            made = partial(Assembly, lengths, self._digest, self._budget.buffer)
+            self._body = await self._catalog.device.prepared(made)
+        except Unavailable:
+            self._comes_again = True
+            raise
 
     def _check_complete(self) -> None:
         kind, header = self._header.kind, self._header
@@ -127,7 +136,7 @@ class Upload:
 
     def _let_go(self) -> None:
         self._budget.release(self._reserved)
-        if self._creation is not None and not self._created:
+        if self._creation is not None and not self._created and not self._comes_again:
             self._catalog.give_up_creation(self._header.model, self._creation.ticket)
 
     async def commit(self) -> UploadResponse:
