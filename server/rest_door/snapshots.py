@@ -6,12 +6,13 @@ import asyncio
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Response
-from fastapi.responses import FileResponse
+from fastapi import APIRouter, Query, Request, Response
+from fastapi.responses import StreamingResponse
 
-from ..export import check_format
-from .depends import OPERATOR, CatalogHere, ModelHere
-from .export import file_response
+from ..export import check_format, write
+from .depends import OPERATOR, CatalogHere, ExportsHere, ModelHere
+from .download import Download
+from .export import download
 
 router = APIRouter(tags=["snapshots"])
 SHOWN = (
@@ -68,14 +69,26 @@ async def restore_snapshot(m: str, snapshot: str, catalog: CatalogHere) -> dict[
     return {"id": snapshot, "timeline": model.timeline, "effective_version": version}
 
 
-@router.get("/models/{m}/snapshots/{snapshot}/content", summary="Download a snapshot as a checkpoint")
+@router.get(
+    "/models/{m}/snapshots/{snapshot}/content",
+    summary="Download a snapshot as a checkpoint",
+    response_class=StreamingResponse,
+)
 async def snapshot_content(
+    request: Request,
     model: ModelHere,
     snapshot: str,
     catalog: CatalogHere,
+    exports: ExportsHere,
     format: Annotated[str, Query(description="safetensors or torch")] = "safetensors",
-) -> FileResponse:
-    """The same files as an export, of the snapshot's version."""
+) -> Download:
+    """The same files as an export, of the snapshot's version. Ranges are answered with a part."""
     check_format(format)
     facts, copy = await asyncio.to_thread(catalog.snapshots(model.name).read, snapshot)
-    return await file_response(facts, copy, format, catalog, f"{model.name}-{snapshot}")
+    checkpoint = await asyncio.to_thread(write, facts, copy, format, catalog.config.data)
+    name = f"{model.name}-{snapshot}"
+    # it cannot change; but one that was deleted may have had its name
+    fixed = exports.pins.note((name, format), checkpoint.etag) in (None, checkpoint.etag)
+    answer = download(request, checkpoint, copy, format, catalog, name, is_fixed=fixed)
+    answer.headers["Accept-Ranges"] = "bytes"
+    return answer
