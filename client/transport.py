@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, cast
+from urllib.parse import quote
 
 import grpc
 import torch
@@ -105,7 +106,7 @@ class Transport:
         # the body of the last answer serves for the next one
         self._buffers = BufferPool(KEPT_BYTES)
         keep_freed_blocks()
-        self._channel = grpc.insecure_channel(address, options=OPTIONS)
+        self._channel = grpc.insecure_channel(_target(address), options=OPTIONS)
 
     def wait_for_server(self) -> pb.DescribeResponse:
         """The server's description; ServerUnavailable if none answers in time, however often connections break."""
@@ -316,6 +317,12 @@ def _received(messages: Any, layout: Layout | None, buffers: BufferPool) -> Pull
             body.place(chunk)
     body.finish()
     return Pulled(header, layout, body)
+
+
+def _target(address: str) -> str:
+    """An address as gRPC has it: it takes a Unix socket's path for part of a URI, with "%41" for a letter."""
+    scheme, colon, path = address.partition(":")
+    return f"unix:{quote(path)}" if colon and scheme == "unix" else address
 
 
 def _serialize(message: Any) -> bytes:

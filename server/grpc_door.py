@@ -52,6 +52,8 @@ from .upload import Upload
 
 log = logging.getLogger("pushstep.grpc")
 SERVICE: Final = "pushstep.v1.TrainingService"
+# read once: each connect asks, and the package's files may be gone by then, or the process's descriptors
+VERSION: Final = installed_version("pushstep")
 
 
 class GrpcDoor:
@@ -102,7 +104,7 @@ class GrpcDoor:
     async def describe(self, request: pb.DescribeRequest) -> pb.DescribeResponse:
         """Describe."""
         return pb.DescribeResponse(
-            server_version=installed_version("pushstep"),
+            server_version=VERSION,
             max_chunk_bytes=MAX_CHUNK_BYTES,
             models=sorted(self.catalog.models),
             unix_path=self.unix_path,

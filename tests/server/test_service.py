@@ -146,6 +146,19 @@ def test_a_socket_left_by_a_dead_server_is_replaced(data: Path) -> None:
     assert not Path(server.unix).exists()
 
 
+@pytest.mark.parametrize("name", ["a%41%zz", "what?#é%2F"])
+def test_a_folder_whose_name_is_no_uri(name: str, tmp_path: Path) -> None:
+    """gRPC takes a Unix socket's path for part of a URI; both ends take it as it is."""
+    data = tmp_path / name
+    with running_server(data, "--unix", str(data / "s")) as server:
+        assert server.unix == str(data / "s")
+        with server.connect("m", address=f"unix:{server.unix}", shared_memory=True) as session:
+            session.create({"w": np.zeros(1, np.float32)})
+            session.push({"w": np.ones(1, np.float32)})
+        assert {path.name for path in data.glob("s*") if path.is_socket()} == {"s", "s.memory"}
+    assert list(tmp_path.iterdir()) == [data]
+
+
 def test_no_unix_socket_when_it_is_turned_off(data: Path) -> None:
     with running_server(data, "--unix", "") as server:
         assert server.unix == ""
