@@ -65,7 +65,7 @@ class Attendance:
         self.compression = compression
         self.last_receipt: Receipt | None = None
         self._transport = transport
-        self._retry = Retry(transport.address, retry_for_s)
+        self._retry = Retry(transport.address, retry_for_s, lambda: transport.watchdog.moved_s)
         self._takeover = takeover
         self._pid = os.getpid()
         self._closed = False

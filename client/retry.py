@@ -51,23 +51,27 @@ def answered(call: Callable[[], T]) -> T:
 
 
 class Retry:
-    """How long one session goes on asking."""
+    """How long one session goes on asking. Time in which its transfers move does not count."""
 
-    def __init__(self, address: str, for_s: float) -> None:
+    def __init__(self, address: str, for_s: float, moved_s: Callable[[], float] = lambda: 0.0) -> None:
+        """`moved_s`: when something last moved, by the monotonic clock."""
         self.address = address
         self.for_s = for_s
+        self._moved_s = moved_s
 
     def run(self, attempt: Callable[[], T]) -> T:
         """The first answer. NoAnswer when the time is up; other errors of the catalogue go through at once."""
         begun_s = time.monotonic()
         wait_s = FIRST_WAIT_S
         while True:
+            attempt_s = time.monotonic()
             try:
                 return answered(attempt)
             except (PushPending, NotHeld) as error:
                 if time.monotonic() > begun_s + self.for_s:
                     raise NoAnswer(address=self.address, seconds=self.for_s, problem=error) from error
             except (Unavailable, TransportFailure) as error:
+                begun_s += max(0.0, min(self._moved_s(), time.monotonic()) - attempt_s)
                 asked_s = error.retry_after_s if isinstance(error, PushstepError) else None
                 # jitter, so that workers cut off together do not come back together
                 pause_s = max(asked_s or 0.0, wait_s * random.uniform(0.5, 1.0))

@@ -51,8 +51,9 @@ def connect(
 
     `wire`: the dtype of what travels (None: each parameter's own), or its name, or a pair (pushes, pulls); "int8" is for
     pushes, pulls are then bfloat16. `top_k`: the fraction of each dense gradient's elements to push, the largest ones;
-    what a push leaves out, in int8 or by top_k, is added to the next gradient. `timeout_s` bounds
-    each attempt, and how long to wait for a server to answer at all; `retry_for_s` bounds a whole step.
+    what a push leaves out, in int8 or by top_k, is added to the next gradient. `timeout_s` is how
+    long an attempt may stand still, and how long to wait for a server to answer at all; `retry_for_s` bounds a whole
+    step but for the time in which its bytes move.
     Gradients and parameters of a server on this host go through shared memory, unless `shared_memory` is False; those
     of an attached optimizer on the server's GPU through memory of that GPU.
     `on_reject="skip"` warns where a rejected push would raise. Raises ServerUnavailable when no server answers.

@@ -16,12 +16,21 @@ from torch import Tensor
 from pushstep.proto import dtypes
 from pushstep.proto import training_pb2 as pb
 from pushstep.proto.errors import MalformedFrame, NoAnswer, ServerUnavailable
-from pushstep.proto.frames import TRANSPORT_LIMIT_BYTES, Assembly, BodyDigest, Source, pack, unpack
+from pushstep.proto.frames import (
+    CHUNK_BYTES,
+    TRANSPORT_LIMIT_BYTES,
+    Assembly,
+    BodyDigest,
+    Source,
+    pack,
+    unpack,
+)
 from pushstep.proto.layout import ID_BYTES, Layout, Slot, check_body
 from pushstep.proto.memory import BufferPool, MessageRing, keep_freed_blocks
 from pushstep.proto.region import SharedBody
 from pushstep.proto.types_pb2 import Segment
 
+from .progress import Progress, Watchdog
 from .retry import Retry
 
 SERVICE: Final = "/pushstep.v1.TrainingService/"
@@ -98,11 +107,14 @@ class Pulled:
 
 
 class Transport:
-    """One channel to one server. `timeout_s` bounds each attempt of each call."""
+    """One channel to one server. `timeout_s` bounds each attempt: as a whole if it is one small message each way, and
+    otherwise the time in which nothing of it moves.
+    """
 
     def __init__(self, address: str, timeout_s: float) -> None:
         self.address = address
         self.timeout_s = timeout_s
+        self.watchdog = Watchdog(timeout_s)
         # the body of the last answer serves for the next one
         self._buffers = BufferPool(KEPT_BYTES)
         keep_freed_blocks()
@@ -157,14 +169,21 @@ class Transport:
         """Push."""
         messages = _Messages(pb.PushRequest(header=header), body.segments, body.pieces, lambda _: commit)
         single = body.single(messages)
-        make: Any = self._channel.stream_unary if single is None else self._channel.unary_unary
-        call = make(
+        if single is None:
+            sent: pb.PushResponse = self._stream_in("Push", messages, pb.PushResponse)
+            return sent
+        call: Any = self._channel.unary_unary(
             SERVICE + "Push", request_serializer=None, response_deserializer=pb.PushResponse.FromString
         )
-        answer: pb.PushResponse = messages.sent(
-            lambda: call(iter(messages) if single is None else single, timeout=self.timeout_s)
-        )
+        answer: pb.PushResponse = messages.sent(lambda: call(single, timeout=self.timeout_s))
         return answer
+
+    def _stream_in(self, method: str, messages: _Messages, answer: Any) -> Any:
+        call: Any = self._channel.stream_unary(
+            SERVICE + method, request_serializer=None, response_deserializer=answer.FromString
+        )
+        with self.watchdog.over(self.watchdog.begin()) as progress:
+            return messages.sent(lambda: progress.of(call.future(messages.watched(progress))).result())
 
     def exchange(self, header: pb.PushHeader, body: Body, commit: pb.PushCommit, layout: Layout) -> Pulled:
         """Exchange."""
@@ -186,16 +205,14 @@ class Transport:
     def _exchange(self, messages: _Messages, single: bytes | None, layout: Layout) -> Exchange:
         make: Any = self._channel.stream_stream if single is None else self._channel.unary_stream
         call = make(SERVICE + "Exchange", request_serializer=None, response_deserializer=None)
-        begun = call(iter(messages) if single is None else single, timeout=self.timeout_s)
-        return Exchange(begun, messages, layout, self._buffers)
+        progress = self.watchdog.begin()
+        begun = progress.of(call(messages.watched(progress) if single is None else single))
+        return Exchange(begun, messages, layout, self._buffers, self.watchdog, progress)
 
     def upload(self, header: pb.UploadHeader, body: Body) -> pb.UploadResponse:
         """Upload."""
         messages = _Messages(pb.UploadRequest(header=header), body.segments, body.pieces, None)
-        call: Any = self._channel.stream_unary(
-            SERVICE + "Upload", request_serializer=None, response_deserializer=pb.UploadResponse.FromString
-        )
-        answer: pb.UploadResponse = messages.sent(lambda: call(iter(messages), timeout=self.timeout_s))
+        answer: pb.UploadResponse = self._stream_in("Upload", messages, pb.UploadResponse)
         return answer
 
     def pull(self, request: pb.PullRequest, layout: Layout | None) -> Pulled:
@@ -214,26 +231,41 @@ class Transport:
         call: Any = self._channel.unary_stream(
             SERVICE + method, request_serializer=_serialize, response_deserializer=None
         )
-        return _received(call(request, timeout=self.timeout_s), layout, self._buffers)
+        with self.watchdog.over(self.watchdog.begin()) as progress:
+            return _received(progress.of(call(request)), layout, self._buffers, progress)
 
     def close(self) -> None:
         """Close the channel."""
+        self.watchdog.close()
         self._channel.close()
 
 
 class Exchange:
     """An exchange under way, whose messages leave as they become ready."""
 
-    def __init__(self, call: Any, messages: _Messages, layout: Layout, buffers: BufferPool) -> None:
+    def __init__(
+        self,
+        call: Any,
+        messages: _Messages,
+        layout: Layout,
+        buffers: BufferPool,
+        watchdog: Watchdog,
+        progress: Progress,
+    ) -> None:
         self._call = call
         self._messages = messages
         self._layout = layout
         self._buffers = buffers
+        self._watchdog = watchdog
+        self._progress = progress
 
     def result(self) -> Pulled:
         """Wait for the answer."""
-        answer: Pulled = self._messages.sent(lambda: _received(self._call, self._layout, self._buffers))
-        return answer
+        with self._watchdog.over(self._progress) as progress:
+            answer: Pulled = self._messages.sent(
+                lambda: _received(self._call, self._layout, self._buffers, progress)
+            )
+            return answer
 
     def when_over(self, then: Callable[[], None]) -> None:
         """Have `then` called when the call has ended, however it did; at once if it has."""
@@ -242,6 +274,7 @@ class Exchange:
 
     def cancel(self) -> None:
         """End the call; nothing if it has ended."""
+        self._watchdog.end(self._progress)
         self._call.cancel()
 
 
@@ -265,10 +298,24 @@ class _Messages:
         self._fault: Exception | None = None
 
     def __iter__(self) -> Iterator[bytes]:
+        return self._made(lambda: CHUNK_BYTES)
+
+    def watched(self, progress: Progress) -> Iterator[bytes]:
+        """The messages, in sizes that the link carries; each says when it is asked for and when it is there."""
+        messages = self._made(lambda: progress.chunk_bytes)
+        while True:
+            progress.asked()
+            message = next(messages, None)
+            progress.handed()
+            if message is None:
+                return
+            yield message
+
+    def _made(self, chunk_bytes: Callable[[], int]) -> Iterator[bytes]:
         try:
             yield self._first.SerializeToString()
             digest = BodyDigest(self._segments)
-            yield from pack(self._pieces, digest, take=MessageRing().take)
+            yield from pack(self._pieces, digest, take=MessageRing().take, chunk_bytes=chunk_bytes)
             commit = self._commit(digest.value) if self._commit is not None else None
             if commit is not None:
                 commit.digest = digest.value
@@ -298,8 +345,9 @@ class _Messages:
             raise
 
 
-def _received(messages: Any, layout: Layout | None, buffers: BufferPool) -> Pulled:
+def _received(messages: Any, layout: Layout | None, buffers: BufferPool, progress: Progress) -> Pulled:
     fields, chunk = unpack(next(messages, b""), pb.PullResponse)
+    progress.moved()
     if fields is None or not fields.HasField("header"):
         raise MalformedFrame(problem="the server's answer does not begin with a header")
     header = fields.header
@@ -312,6 +360,7 @@ def _received(messages: Any, layout: Layout | None, buffers: BufferPool) -> Pull
     if chunk is not None:
         body.place(chunk)
     for message in messages:
+        progress.moved()
         _, chunk = unpack(message, pb.PullResponse)
         if chunk is not None:
             body.place(chunk)

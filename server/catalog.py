@@ -188,8 +188,12 @@ class Catalog:
             raise ModelExists(model=name)
         if current is None or current.ticket != ticket or current.expires_at_s < now_s:
             raise NoCreationTicket(model=name)
-        current.expires_at_s = now_s + CREATION_S
+        self.renew_creation(current, now_s)
         return current
+
+    def renew_creation(self, creation: Creation, now_s: float) -> None:
+        """Its values are on their way: nobody else may create the model meanwhile."""
+        creation.expires_at_s = now_s + CREATION_S
 
     def give_up_creation(self, name: str, ticket: int) -> None:
         """Let the next caller create: this one broke off."""

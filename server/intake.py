@@ -119,6 +119,7 @@ class Intake:
     def place(self, chunk: Chunk) -> asyncio.Future[None] | None:
         """Copy a chunk into staging. Quarantined, if its worker was meanwhile."""
         self.model.judge.require_open(self.header.identity)
+        self.model.judge.moved(self.header.identity, time.monotonic())
         if isinstance(self._body, SharedBody):
             raise MalformedFrame(problem="a push whose gradients lie in shared memory carries no chunks")
         body, arrived = self._body, self._arrived

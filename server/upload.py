@@ -126,7 +126,11 @@ class Upload:
             raise MalformedFrame(problem="an extras upload carries one safetensors file and no segments")
 
     def place(self, chunk: Chunk) -> asyncio.Future[None] | None:
-        """Copy a chunk into staging."""
+        """Copy a chunk into staging. What moves is alive: neither its lease nor its ticket runs out meanwhile."""
+        if self._model is not None:
+            self._model.judge.moved(self._header.identity, time.monotonic())
+        elif self._creation is not None:
+            self._catalog.renew_creation(self._creation, time.monotonic())
         return place(self._body.place, chunk)
 
     def release(self) -> None:

@@ -122,6 +122,7 @@ class _Hurried:
 
     def __init__(self, transport: Transport, timeout_s: float) -> None:
         self._channel = transport._channel
+        self._stream_in = transport._stream_in
         self.timeout_s = timeout_s
 
 

@@ -137,15 +137,18 @@ def check(
     for phase, codes in phases.items():
         for _ in range(3):
             # measured anew: what lay in cycles may have been given back meanwhile
+            it.client.get(
+                "/healthz"
+            )  # so that its connection stands: an idle one is closed after some seconds
             resource.prlimit(it.server.process.pid, limit, (value(it.server), whole[1]))
             refused = outcome(phase, it)
             found[phase.__name__] = "" if refused is None else refused.code
+            resource.prlimit(it.server.process.pid, limit, whole)
             if found[phase.__name__] in codes:
                 break
         if refused is not None and refused.code in ("out_of_memory", "memory_short", "disk_full"):
             assert int(refused.fields["need"]) >= ARENA_BYTES
         assert refused is None or str(it.server.data) not in refused.message
-    resource.prlimit(it.server.process.pid, limit, whole)
     wrong = {
         phase.__name__: found[phase.__name__]
         for phase, codes in phases.items()
