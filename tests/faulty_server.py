@@ -1,10 +1,11 @@
 """A server whose calls to the operating system fail, or end it, as a test says.
 
-    python faulty_server.py CALL PATH DEED [SERVER OPTIONS]
+    python faulty_server.py CALLS DEED [SERVER OPTIONS]
 
-`CALL` is a function of `os`, `PATH` the end of a path: the one that the call is given, or that its descriptor is of. `DEED`
-is the name of an errno, with which such calls fail, or `kill`. They do so once the file `armed` lies in the data folder,
-or at once if PATH begins with "!".
+`CALLS` are joined by "+", each "name:path": a function of `os`, and the end of a path: of one that the call is given, or
+that its descriptor is of. `DEED` is the name of an errno, with which such calls fail, or `kill`, or `stop`, which has the
+server told to stop in the middle of the call. They do so once the file `armed` lies in the data folder, or at once if the
+path begins with "!".
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from typing import Any
 
 from pushstep.server.__main__ import main
 
+SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGTERM}
+
 
 def _path_of(argument: Any) -> str:
     if isinstance(argument, int):
@@ -32,26 +35,27 @@ def _path_of(argument: Any) -> str:
 def faulty(
     real: Callable[..., Any], path: str, deed: str, is_armed: Callable[[], bool]
 ) -> Callable[..., Any]:
-    """`real`, but for calls that are to fail."""
+    """`real`, but for calls of which the path is one of them."""
 
     def call(*arguments: Any, **keywords: Any) -> Any:
         if any(_path_of(argument).endswith(path) for argument in arguments) and is_armed():
-            if deed == "kill":
-                os.kill(os.getpid(), signal.SIGKILL)
-            raise OSError(getattr(errno, deed), os.strerror(getattr(errno, deed)))
+            if deed not in SIGNALS:
+                number = getattr(errno, deed)
+                raise OSError(number, os.strerror(number))
+            os.kill(os.getpid(), SIGNALS[deed])
         return real(*arguments, **keywords)
 
     return call
 
 
 if __name__ == "__main__":
-    name, where, what, *options = sys.argv[1:]
+    calls, what, *options = sys.argv[1:]
     armed = Path(options[options.index("--data") + 1]) / "armed"
     exists = os.path.exists
-    setattr(
-        os,
-        name,
-        faulty(getattr(os, name), where.lstrip("!"), what, lambda: where.startswith("!") or exists(armed)),
-    )
+    for each in calls.split("+"):
+        name, _, where = each.partition(":")
+        at_once = where.startswith("!")
+        now = (lambda: True) if at_once else (lambda: exists(armed))
+        setattr(os, name, faulty(getattr(os, name), where.lstrip("!"), what, now))
     sys.argv = ["pushstep-server", *options]
     main()

@@ -374,7 +374,7 @@ def test_what_a_server_cannot_do_without_is_named(tamper: Tamper, tampered: Path
 
 def test_a_file_that_the_disk_cannot_read(tampered: Path) -> None:
     """The model is not loaded, and is there again when the disk is well."""
-    command = (sys.executable, FAULTY, "read", "!bad/identity.json", "EIO")
+    command = (sys.executable, FAULTY, "read:!bad/identity.json", "EIO")
     with running_server(tampered, command=command) as server:
         assert serves_good(server)
         listed = server.rest("GET", "/v1/models").json()["not_loaded"]
@@ -390,7 +390,7 @@ def test_a_lack_of_descriptors_is_no_damage(tampered: Path) -> None:
         created(server, "bad").push({"bias": np.ones(4, np.float32)})
     assert len(list((tampered / "models" / "bad" / "snapshots").iterdir())) == 2
     newest = "t1-v3-e0-1/arena-0000.safetensors"
-    with running_server(tampered, command=(sys.executable, FAULTY, "open", f"!{newest}", "EMFILE")) as server:
+    with running_server(tampered, command=(sys.executable, FAULTY, f"open:!{newest}", "EMFILE")) as server:
         assert serves_good(server)
         (entry,) = server.rest("GET", "/v1/models").json()["not_loaded"]
         assert "Too many open files" in entry["problem"]
@@ -420,7 +420,7 @@ def test_a_worker_that_comes_back_is_told(tampered: Path, tmp_path: Path) -> Non
 
 
 def test_killed_while_it_removes_a_model_the_next_start_goes_on(tampered: Path) -> None:
-    killed = start_server(tampered, command=(sys.executable, FAULTY, "rmdir", "snapshots", "kill"))
+    killed = start_server(tampered, command=(sys.executable, FAULTY, "rmdir:snapshots", "kill"))
     (tampered / "armed").touch()
     with pytest.raises(Exception, match="disconnected"):
         killed.rest("DELETE", "/v1/models/bad")
