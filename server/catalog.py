@@ -55,6 +55,7 @@ from .session import Sessions
 from .snapshot_manifest import require_understood
 from .snapshots import EXPORT_PREFIX, Snapshots
 from .staging import charge
+from .threads import DISK
 
 log = logging.getLogger("pushstep.catalog")
 T = TypeVar("T")
@@ -76,6 +77,30 @@ class Creation:
     attempt: int = 0
     # its values have arrived and its name is being written to the disk
     finishing: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """A model that somebody wants to create: laid out, and good in itself."""
+
+    layout: Layout
+    bytes_needed: int
+    # of one push of all of it
+    push_bytes: int
+
+
+def propose(manifest: Manifest) -> Proposal:
+    """The model that a manifest describes; InvalidManifest or InvalidHyperparameter if there can be none.
+
+    It depends on nothing else, so that a large one is looked at in a thread.
+    """
+    layout = Layout(manifest)
+    for group in manifest.groups:
+        Group.make(group)
+    if len(layout.first_of_group) != len(manifest.groups):
+        raise InvalidManifest(problem="every param group must have parameters")
+    push_bytes = sum(arena.elements * arena.dtype.itemsize for arena in layout.arenas)
+    return Proposal(layout, Arenas.bytes_needed(layout), push_bytes)
 
 
 def check_name(name: str, what: str) -> str:
@@ -135,17 +160,10 @@ class Catalog:
     # Creation: a ticket, then the values, then the model.
 
     def begin_creation(
-        self, name: str, worker: str, manifest: Manifest, now_s: float, attempt: int = 0
+        self, name: str, worker: str, proposal: Proposal, now_s: float, attempt: int = 0
     ) -> Creation:
         """Give the first caller leave to create a model; BeingCreated for the others while it lasts."""
-        check_name(name, "model name")
         self.require_free(name)
-        layout = Layout(manifest)
-        names = [Group.make(group).rule.name for group in manifest.groups]
-        if len(layout.manifest.groups) == 0 or {slot.group for slot in layout.slots} != set(
-            range(len(names))
-        ):
-            raise InvalidManifest(problem="every param group must have parameters")
         self._creations = {
             known: creation
             for known, creation in self._creations.items()
@@ -157,18 +175,18 @@ class Catalog:
             raise OverCapacity(
                 problem=f"this server holds at most {self.config.max_models} models", setting="max-models"
             )
-        need = Arenas.bytes_needed(layout)
-        self.require_room(need, sum(creation.bytes_needed for creation in others))
-        largest = sum(arena.elements * arena.dtype.itemsize for arena in layout.arenas)
-        if charge(largest) > self.config.staging_bytes:
+        self.require_room(proposal.bytes_needed, sum(creation.bytes_needed for creation in others))
+        push_bytes = charge(proposal.push_bytes)
+        if push_bytes > self.config.staging_bytes:
             raise OverCapacity(
-                problem=f"one push of this model takes {charge(largest)} bytes, staging has {self.config.staging_bytes}",
+                problem=f"one push of this model takes {push_bytes} bytes, staging has {self.config.staging_bytes}",
                 setting="staging-bytes",
             )
         current = self._creations.get(name)
         if current is not None and (current.finishing or current.worker != worker):
             raise BeingCreated(model=name, worker=current.worker, retry_after_s=CREATION_RETRY_S)
-        creation = Creation(secrets.randbits(63) or 1, worker, layout, need, now_s + CREATION_S, attempt)
+        ticket, until_s = secrets.randbits(63) or 1, now_s + CREATION_S
+        creation = Creation(ticket, worker, proposal.layout, proposal.bytes_needed, until_s, attempt)
         self._creations[name] = creation
         return creation
 
@@ -210,7 +228,7 @@ class Catalog:
         creation.finishing = True
         try:
             async with self._alone(name):  # the folder of an earlier one of this name may just be going
-                await asyncio.to_thread(self._folder(name).set_aside)
+                await DISK.run(self._folder(name).set_aside)
                 await self._write_identity(model, clean_version=None)
         except BaseException:
             creation.finishing = False
@@ -243,7 +261,7 @@ class Catalog:
         """Forget a model and its snapshots for good. The files of one that was not loaded are only put aside."""
         if name in self.not_loaded:
             async with self._alone(name):
-                await asyncio.to_thread(self._folder(name).set_aside)
+                await DISK.run(self._folder(name).set_aside)
                 self.not_loaded.pop(name, None)
             return
         model = self.get(name)
@@ -252,7 +270,7 @@ class Catalog:
         del self.models[name]
         async with self._alone(name):  # a snapshot that is being written would make the folder again
             await model.close()
-            await asyncio.to_thread(self._folder(name).remove)
+            await DISK.run(self._folder(name).remove)
         log.info("model %s deleted by %s", name, by)
 
     # Snapshots and restores.
@@ -263,7 +281,7 @@ class Catalog:
         async with self._alone(name):
             model.tell(Point.STATE_DICT_PRE)
             facts, copy = await model.copy()
-            manifest = await asyncio.to_thread(self.snapshots(name).write, facts, copy, automatic=automatic)
+            manifest = await DISK.run(self.snapshots(name).write, facts, copy, automatic=automatic)
             model.tell(Point.STATE_DICT_POST, snapshot=manifest["id"])
             model.record("snapshot_taken", by, snapshot=manifest["id"])
             return manifest
@@ -272,11 +290,11 @@ class Catalog:
         """Bring a snapshot back on a new timeline; the version from which it holds."""
         model = self.get(name)
         try:
-            manifest, copy = await asyncio.to_thread(self.snapshots(name).read, snapshot)
+            manifest, copy = await DISK.run(self.snapshots(name).read, snapshot)
         except (SnapshotDamaged, UnknownSnapshot):
             model.require_here()  # or what is said of a snapshot that just went would be true of none
             raise
-        await asyncio.to_thread(require_understood, manifest, name)
+        await DISK.run(require_understood, manifest, name)
         if copy.layout.manifest_hash != model.layout.manifest_hash:
             raise InvalidManifest(
                 problem=f"snapshot {snapshot} holds other parameters or groups than the model has now"
@@ -326,12 +344,12 @@ class Catalog:
 
     async def _bring_back(self, model: Model) -> None:
         try:
-            found = await asyncio.to_thread(self.snapshots(model.name).newest, model.ledger.holds)
+            found = await DISK.run(self.snapshots(model.name).newest, model.ledger.holds)
             if found is None:
                 log.error("model %s failed and has no snapshot that verifies", model.name)
                 return
             manifest, copy = found
-            await asyncio.to_thread(require_understood, manifest, model.name)
+            await DISK.run(require_understood, manifest, model.name)
             await self.replace(model, copy, manifest, "server")
             log.warning("model %s failed and goes on from snapshot %s", model.name, manifest["id"])
         except PushstepError as error:
@@ -347,15 +365,15 @@ class Catalog:
         """`timeline` and `lineage`: those that it is about to have."""
         stands_on = list(model.ledger.lineage if lineage is None else lineage)
         identity = IdentityFile(model.uid, timeline or model.timeline, clean_version, stands_on)
-        await asyncio.to_thread(self._folder(model.name).write_identity, identity)
+        await DISK.run(self._folder(model.name).write_identity, identity)
 
     # Start and stop.
 
     async def load(self, stopping: Callable[[], bool] = lambda: False) -> None:
         """Bring every model back from its newest verified snapshot; whatever is wrong with one, the others come."""
         # exports that were under way when the last process died
-        await asyncio.to_thread(files.sweep, self.config.data, f"{EXPORT_PREFIX}*")
-        for name in await asyncio.to_thread(model_folders, self.config.data / "models"):
+        await DISK.run(files.sweep, self.config.data, f"{EXPORT_PREFIX}*")
+        for name in await DISK.run(model_folders, self.config.data / "models"):
             if stopping():
                 return
             if _NAME.fullmatch(name):
@@ -376,10 +394,10 @@ class Catalog:
         log.error("model %s was not loaded: %s", name, found.fields["problem"])
 
     async def _load_model(self, name: str) -> None:
-        found = await asyncio.to_thread(self._folder(name).recover)
+        found = await DISK.run(self._folder(name).recover)
         if found is None:
             return
-        model = await asyncio.to_thread(self._recovered, name, found)
+        model = await DISK.run(self._recovered, name, found)
         try:
             await model.stepper.submit(partial(model.arenas.load, found.copy, model.timeline))
             await self._write_identity(model, clean_version=None)
@@ -431,7 +449,7 @@ class Catalog:
                     name,
                     model.version,
                     named(error, log).message,
-                    await asyncio.to_thread(self._what_is_left, name),
+                    await DISK.run(self._what_is_left, name),
                 )
             try:
                 await model.close()
@@ -444,11 +462,11 @@ class Catalog:
         model.end()
         facts, copied = await model.copy(last=True)
         snapshots = self.snapshots(name)
-        manifest = await asyncio.to_thread(snapshots.write, facts, copied, automatic=True)
+        manifest = await DISK.run(snapshots.write, facts, copied, automatic=True)
         log.info("model %s saved at version %d: %s", name, copied.version, manifest["id"])
         try:
             await self._write_identity(model, clean_version=copied.version)
-            await asyncio.to_thread(snapshots.prune)
+            await DISK.run(snapshots.prune)
         except PushstepError as error:
             log.warning("model %s: after its last snapshot: %s", name, error.message)
 

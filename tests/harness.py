@@ -25,6 +25,8 @@ COMMANDS: dict[str, tuple[str | Path, ...]] = {
     "cuda": (SERVER, "--device", "cuda"),
     "modelled": (sys.executable, Path(__file__).with_name("modelled_server.py"), "--device", "cuda"),
 }
+# On a loop that is watched, whatever the device.
+WATCHED = (sys.executable, Path(__file__).with_name("watched_server.py"))
 DEVICE = "cpu"
 START_S = 60.0
 # the server that all tests share snapshots some hundred models, beside whatever else the machine does
@@ -105,12 +107,8 @@ def start_server(
         process = subprocess.Popen(
             [
                 *(command or COMMANDS[DEVICE]),
-                "--grpc",
-                "127.0.0.1:0",
-                "--http",
-                "127.0.0.1:0",
-                "--data",
-                data,
+                *("--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0"),
+                *("--data", data),
                 *options,
             ],
             stdout=subprocess.PIPE,
@@ -130,14 +128,9 @@ def start_server(
 
 
 @contextlib.contextmanager
-def running_server(
-    data: Path,
-    *options: str,
-    environment: dict[str, str] | None = None,
-    command: Sequence[str | Path] = (),
-) -> Iterator[RunningServer]:
+def running_server(data: Path, *options: str, **how: Any) -> Iterator[RunningServer]:
     """A server for the length of a block. Its end must be orderly unless the test ended it itself."""
-    server = start_server(data, *options, environment=environment, command=command)
+    server = start_server(data, *options, **how)
     try:
         yield server
     finally:

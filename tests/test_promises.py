@@ -202,6 +202,22 @@ def test_input_is_never_asserted_on() -> None:
     assert wrong == []
 
 
+def test_the_server_uses_no_thread_that_kinds_of_work_would_share() -> None:
+    """asyncio's own: who fills them keeps everything else waiting."""
+    wrong = [
+        f"{name_of(path)}:{node.lineno}: {ast.unparse(node)}"
+        for path in modules("server")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and (
+            node.func.attr in ("to_thread", "getaddrinfo")
+            or (node.func.attr == "run_in_executor" and ast.unparse(node.args[0]) == "None")
+        )
+    ]
+    assert wrong == []
+
+
 def test_modules_are_not_long() -> None:
     """About 300 lines is the aim; this is where it stops."""
     lengths = {name_of(path): len(path.read_text().splitlines()) for path in modules(*ARROWS, "tests")}

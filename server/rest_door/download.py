@@ -22,6 +22,7 @@ from starlette.types import Message, Receive, Scope, Send
 from pushstep.proto.errors import RangeNotSatisfiable
 
 from ..export import Checkpoint
+from ..threads import DOWNLOADS
 
 log = logging.getLogger("pushstep.rest")
 READ_BYTES: Final = 1 << 20
@@ -66,7 +67,7 @@ class Download(StreamingResponse):
     async def _read(self, start: int, stop: int) -> AsyncIterator[bytes]:
         descriptor = self._checkpoint.file.fileno()
         while start < stop:
-            chunk = await asyncio.to_thread(os.pread, descriptor, min(READ_BYTES, stop - start), start)
+            chunk = await DOWNLOADS.run(os.pread, descriptor, min(READ_BYTES, stop - start), start)
             if not chunk:
                 raise OSError("a checkpoint is shorter than it was")
             start += len(chunk)

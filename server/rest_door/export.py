@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
@@ -14,6 +13,7 @@ from ..arena import ArenasCopy
 from ..catalog import Catalog
 from ..export import Checkpoint, check_format, describe_state, write
 from ..model import Model
+from ..threads import READS
 from .depends import CatalogHere, ExportsHere, ModelHere
 from .download import Download
 
@@ -50,7 +50,7 @@ async def export(
     asked.require(model.timeline, model.version)
     async with exports.copy_of(model) as (facts, copy):
         asked.require(copy.timeline, copy.version)
-        checkpoint = await asyncio.to_thread(write, facts, copy, format, catalog.config.data)
+        checkpoint = await READS.run(write, facts, copy, format, catalog.config.data)
         fixed = asked.is_one(copy) and exports.pins.note(asked.name, checkpoint.etag) == checkpoint.etag
         name = f"{model.name}-v{copy.version}"
         answer = download(request, checkpoint, copy, format, catalog, name, is_fixed=fixed)
@@ -91,7 +91,7 @@ class _Asked:
 async def show_state_dict(model: ModelHere, exports: ExportsHere) -> dict[str, Any]:
     """torch's shape, with each state's shape and norm in place of its elements."""
     async with exports.copy_of(model) as (facts, copy):
-        optimizers = await asyncio.to_thread(describe_state, facts, copy)
+        optimizers = await READS.run(describe_state, facts, copy)
         return {"version": copy.version, "timeline": copy.timeline, "optimizers": optimizers}
 
 

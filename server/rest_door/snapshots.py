@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -10,6 +9,7 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import StreamingResponse
 
 from ..export import check_format, write
+from ..threads import DISK, READS
 from .depends import OPERATOR, CatalogHere, ExportsHere, ModelHere
 from .download import Download
 from .export import download
@@ -36,7 +36,7 @@ def _show(manifest: Mapping[str, Any]) -> dict[str, Any]:
 @router.get("/models/{m}/snapshots", summary="List the snapshots")
 async def list_snapshots(model: ModelHere, catalog: CatalogHere) -> dict[str, Any]:
     """Newest first; a damaged one says what is wrong with it."""
-    found = await asyncio.to_thread(catalog.snapshots(model.name).manifests)
+    found = await READS.run(catalog.snapshots(model.name).manifests)
     return {"snapshots": [_show(manifest) for manifest in found]}
 
 
@@ -49,14 +49,14 @@ async def take_snapshot(m: str, catalog: CatalogHere) -> dict[str, Any]:
 @router.get("/models/{m}/snapshots/{snapshot}", summary="Show a snapshot")
 async def show_snapshot(model: ModelHere, snapshot: str, catalog: CatalogHere) -> dict[str, Any]:
     """Its manifest, after every byte of it was verified."""
-    manifest, _ = await asyncio.to_thread(catalog.snapshots(model.name).read, snapshot)
+    manifest, _ = await READS.run(catalog.snapshots(model.name).read, snapshot)
     return {**_show(manifest), "verified": True}
 
 
 @router.delete("/models/{m}/snapshots/{snapshot}", status_code=204, summary="Delete a snapshot")
 async def delete_snapshot(model: ModelHere, snapshot: str, catalog: CatalogHere) -> Response:
     """For good."""
-    await asyncio.to_thread(catalog.snapshots(model.name).delete, snapshot)
+    await DISK.run(catalog.snapshots(model.name).delete, snapshot)
     model.record("snapshot_deleted", OPERATOR, snapshot=snapshot)
     return Response(status_code=204)
 
@@ -84,8 +84,8 @@ async def snapshot_content(
 ) -> Download:
     """The same files as an export, of the snapshot's version. Ranges are answered with a part."""
     check_format(format)
-    facts, copy = await asyncio.to_thread(catalog.snapshots(model.name).read, snapshot)
-    checkpoint = await asyncio.to_thread(write, facts, copy, format, catalog.config.data)
+    facts, copy = await READS.run(catalog.snapshots(model.name).read, snapshot)
+    checkpoint = await READS.run(write, facts, copy, format, catalog.config.data)
     name = f"{model.name}-{snapshot}"
     # it cannot change; but one that was deleted may have had its name
     fixed = exports.pins.note((name, format), checkpoint.etag) in (None, checkpoint.etag)
