@@ -65,7 +65,8 @@ class Attendance:
         self.compression = compression
         self.last_receipt: Receipt | None = None
         self._transport = transport
-        self._retry = Retry(transport.address, retry_for_s)
+        self._retry = Retry(transport.wait, retry_for_s)
+        transport.wait.who = f"worker {worker!r} of model {model!r}"
         self._takeover = takeover
         self._pid = os.getpid()
         self._closed = False
@@ -149,9 +150,7 @@ class Attendance:
         if self._member is None:
             self.join_or_create(None, None)
         if self._in_doubt is not None:
-            settled = self.find_out(self._in_doubt)
-            if settled is not None:
-                self.note(settled)
+            self.settle()
         elif self._joining:  # it may have been taken, which ended the epoch that this session knows of
             self.rejoin()
         return self._joined()
@@ -186,6 +185,12 @@ class Attendance:
         return told
 
     # What became of a push.
+
+    def settle(self) -> Receipt | None:
+        """The receipt of a push that was broken off; None if there is none in doubt, or it never will be applied."""
+        self._check_usable()
+        settled = self.find_out(self._in_doubt) if self._in_doubt is not None else None
+        return None if settled is None else self.note(settled)
 
     def find_out(self, push: Identity, *, in_doubt: bool = True) -> Receipt | None:
         """Join again; the receipt of a push that was sent before, or None: it was not applied and never will be.

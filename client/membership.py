@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Final
 
 from pushstep.proto import training_pb2 as pb
 from pushstep.proto.errors import AlreadyJoined, BeingCreated, ModelExists, NoCreationTicket
@@ -12,7 +13,10 @@ from pushstep.proto.types_pb2 import Identity, Manifest
 
 from .receipt import Receipt
 from .retry import Retry
+from .shield import shield
 from .transport import Transport
+
+LOOK_AGAIN_S: Final = 0.5
 
 
 class Member:
@@ -83,15 +87,27 @@ def join(
     if old is not None:
         request.model_uid = old.uid
         request.epoch = old.epoch
+    with retry.wait:
+        return _join(transport, retry, request, create)
+
+
+def _join(
+    transport: Transport,
+    retry: Retry,
+    request: pb.JoinRequest,
+    create: Callable[[pb.CreationTicket], pb.Membership] | None,
+) -> tuple[Member, bool]:
+    model = request.model
     until_s = time.monotonic() + retry.for_s
     while True:
         try:
             answer = retry.run(lambda: transport.join(request))
         except AlreadyJoined as error:
-            wait_s = error.retry_after_s or 1.0
-            if time.monotonic() + wait_s > until_s:
+            if time.monotonic() > until_s:
                 raise
-            time.sleep(wait_s)
+            retry.wait.told(error)
+            # sooner than the lease ends: who holds the name may leave, or be gone
+            shield.pause(min(error.retry_after_s or LOOK_AGAIN_S, LOOK_AGAIN_S))
             continue
         if answer.WhichOneof("result") == "member":
             return Member(answer.member), False

@@ -47,6 +47,7 @@ from .prefetch import Flight
 from .receipt import Outcome, Receipt
 from .sending import Sending
 from .shared_memory import SharedMemory
+from .shield import shield
 from .transport import Body, Pulled, Transport
 
 Step = tuple[Receipt, Pulled | None]
@@ -329,6 +330,7 @@ class Participant(Attendance):
             request.ClearField("identity")
             return self._read(pull)
 
+    @shield
     def pull_state(self) -> Pulled:
         """Parameters, optimizer state and step counts at one version."""
         self._check_usable()

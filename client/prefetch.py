@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from typing import Generic, TypeVar
+from typing import Final, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,7 +19,10 @@ from pushstep.proto.layout import Slot
 
 from . import caller
 from .gradients import Rows
+from .shield import shield
 
+# how often a wait looks whether the user has interrupted it
+_LOOK_S: Final = 0.1
 T = TypeVar("T")
 
 
@@ -53,8 +56,10 @@ class Flight(Generic[T]):
         self._warnings.append(message)
 
     def wait(self) -> None:
-        """Wait until it is over."""
-        self._thread.join()
+        """Wait until it is over; a signal may end the wait, and not the flight."""
+        while self._thread.is_alive():
+            self._thread.join(_LOOK_S)
+            shield.check(patient=True)
 
     def land(self) -> T:
         """Wait for it; give its warnings, and its result or its error."""

@@ -38,6 +38,7 @@ from .policy import Policy
 from .prefetch import Copies, Flight
 from .receipt import Outcome, Receipt
 from .scaling import Scaling
+from .shield import shield
 
 if TYPE_CHECKING:
     from .session import Session
@@ -145,7 +146,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
                 loss = closure()
         for optimizer in self._originals:
             optimizer._opt_called = True  # type: ignore[attr-defined]  # for schedulers made before attach
-        with self._scaling:
+        with shield, self._scaling:
             self._exchange(loss)
         return loss
 
@@ -186,6 +187,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
             since = [group.values() for group in self._groups()]
             self._flight = self._session.fly(partial(send, copies)), since
 
+    @shield
     def synchronize(self) -> None:
         """With `prefetch`: wait for the push in flight, and take what came of it, as the next `step()` would.
 
@@ -268,15 +270,26 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self._hyperparameters.leads = member.lead
         self._hyperparameters.write(self._groups(), member.groups, since)
 
+    @shield
     def upload(self) -> int:
         """Send the parameters as they are here, as a version of their own; the version."""
         self.synchronize()
+        self._settle()
         version = self._session.upload_values(self._parameters.values(self._session.member().layout))
         self._parameters.note(self._session.member().timeline, version)
         return version
 
+    def _settle(self) -> None:
+        """Take what a step that was broken off has made, if it was applied: nothing here may set it back."""
+        settled = self._session.settle()
+        if settled is not None and self._parameters.written() is None:
+            self._start_over()
+            self._parameters.take(self._session.pull_message(self._parameters.at))
+            self.last_receipt = settled
+
     # State.
 
+    @shield
     def state_dict(self) -> Any:
         """torch's state_dict, fetched from the server; a list of them if a list was attached.
 
@@ -297,6 +310,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self._last_state_dict = copy.deepcopy(result)
         return result
 
+    @shield
     def load_state_dict(self, state_dict: Any, *, force: bool = False) -> None:
         """Replace the optimizer state on the server, for every worker.
 
@@ -334,6 +348,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
     # A group more.
 
+    @shield
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """torch's, for the model: every worker has to add the same group. On a list of optimizers it must say `rule`."""
         if not hasattr(self, "_session"):

@@ -30,6 +30,7 @@ from .policy import Policy
 from .receipt import Receipt
 from .remote_optimizer import RemoteOptimizer
 from .shared_memory import is_same_host
+from .shield import shield
 from .transport import Transport
 
 
@@ -113,6 +114,7 @@ class Session(Participant):
 
     # Joining.
 
+    @shield
     def attach(
         self,
         optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
@@ -145,6 +147,7 @@ class Session(Participant):
         )
         return self._attached
 
+    @shield
     def create(
         self,
         parameters: Mapping[str, Array | Tensor],
@@ -168,6 +171,7 @@ class Session(Participant):
 
     # Pushing.
 
+    @shield
     def push(
         self, grads: Mapping[str, Any], metrics: Mapping[str, float] | None = None, samples: float = 0
     ) -> Receipt:
@@ -179,6 +183,7 @@ class Session(Participant):
         receipt, _ = self.step(self._named(grads), self._mirror.at, commit, pull=False)
         return receipt
 
+    @shield
     def exchange(
         self, grads: Mapping[str, Any], metrics: Mapping[str, float] | None = None, samples: float = 0
     ) -> tuple[Receipt, dict[str, Array]]:
@@ -197,6 +202,7 @@ class Session(Participant):
 
     # Pulling.
 
+    @shield
     def pull(self) -> dict[str, Array]:
         """Every parameter by name at the newest version. A session that only pulls is a reader and never joins."""
         self._check_usable()
@@ -210,6 +216,7 @@ class Session(Participant):
         self._mirror.take(self._read(lambda: self._transport.pull(request, self._mirror.layout)))
         return self._arrays()
 
+    @shield
     def pull_rows(self, name: str, ids: Any) -> Array:
         """Some rows of one parameter, in the order of `ids`, at one version."""
         self._check_usable()
@@ -248,6 +255,7 @@ class Session(Participant):
 
     # Uploading.
 
+    @shield
     def upload(self, values: Mapping[str, Any] | None = None) -> int:
         """Send parameter values as a version of their own; the version. None sends what an attached optimizer holds."""
         if values is None:
@@ -266,12 +274,13 @@ class Session(Participant):
         """Have `task` run when the session is closed, while it can still talk."""
         self._before_close.append(task)
 
+    @shield
     def close(self) -> None:
         """Leave the model and close the connection. Closing twice, or in a forked child, does nothing."""
         if self._closed or os.getpid() != self._pid:
             return
         self._heartbeat.stop()
-        self._retry.for_s = 0.0  # a server that is away is not waited for
+        self._retry.give_up()
         try:
             if self._member is not None:
                 for task in self._before_close:

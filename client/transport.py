@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from io import BytesIO
 from typing import Any, Final, cast
 
 import grpc
@@ -22,6 +24,8 @@ from pushstep.proto.region import SharedBody
 from pushstep.proto.types_pb2 import Segment
 
 from .retry import Retry
+from .shield import shield
+from .waiting import Wait
 
 SERVICE: Final = "/pushstep.v1.TrainingService/"
 OPTIONS: Final = (
@@ -102,6 +106,7 @@ class Transport:
     def __init__(self, address: str, timeout_s: float) -> None:
         self.address = address
         self.timeout_s = timeout_s
+        self.wait = Wait(address)
         # the body of the last answer serves for the next one
         self._buffers = BufferPool(KEPT_BYTES)
         keep_freed_blocks()
@@ -109,65 +114,69 @@ class Transport:
 
     def wait_for_server(self) -> pb.DescribeResponse:
         """The server's description; ServerUnavailable if none answers in time, however often connections break."""
-        call = self._unary("Describe", pb.DescribeResponse)
         until_s = time.monotonic() + self.timeout_s
 
         def describe() -> pb.DescribeResponse:
             left_s = max(until_s - time.monotonic(), 0.0)
-            found: pb.DescribeResponse = call(pb.DescribeRequest(), timeout=left_s, wait_for_ready=True)
+            found: pb.DescribeResponse = self._ask(
+                "Describe", pb.DescribeRequest(), pb.DescribeResponse, left_s, wait_for_ready=True
+            )
             return found
 
         try:
-            return Retry(self.address, self.timeout_s).run(describe)
+            return Retry(self.wait, self.timeout_s).run(describe)
         except (NoAnswer, grpc.RpcError) as error:
             # what answers there may be no server of ours at all
             problem = error.__cause__ if isinstance(error, NoAnswer) else cast(grpc.Call, error).details()
             raise ServerUnavailable(address=self.address, seconds=self.timeout_s, problem=problem) from error
 
-    def _unary(self, method: str, answer: Any) -> Callable[..., Any]:
-        return self._channel.unary_unary(
-            SERVICE + method, request_serializer=_serialize, response_deserializer=answer.FromString
-        )
+    def _call(self, method: str, request: bytes | Iterator[bytes], timeout_s: float, **options: Any) -> Any:
+        """A call under way, with its answers to iterate over. One that streams nothing needs no thread of gRPC's."""
+        make: Any = self._channel.unary_stream if isinstance(request, bytes) else self._channel.stream_stream
+        call = make(SERVICE + method, request_serializer=None, response_deserializer=None)
+        return call(request, timeout=timeout_s, **options)
+
+    def _ask(self, method: str, request: Any, answer: Any, timeout_s: float, **options: Any) -> Any:
+        """The one answer to one message."""
+        call = self._call(method, request.SerializeToString(), timeout_s, **options)
+        return _only(breakable(call), answer)
 
     def join(self, request: pb.JoinRequest) -> pb.JoinResponse:
         """Join."""
-        answer: pb.JoinResponse = self._unary("Join", pb.JoinResponse)(request, timeout=self.timeout_s)
+        answer: pb.JoinResponse = self._ask("Join", request, pb.JoinResponse, self.timeout_s)
         return answer
 
     def heartbeat(self, request: pb.HeartbeatRequest) -> pb.HeartbeatResponse:
         """Heartbeat."""
-        answer: pb.HeartbeatResponse = self._unary("Heartbeat", pb.HeartbeatResponse)(
-            request, timeout=self.timeout_s
-        )
+        answer: pb.HeartbeatResponse = self._ask("Heartbeat", request, pb.HeartbeatResponse, self.timeout_s)
         return answer
 
     def leave(self, request: pb.LeaveRequest) -> None:
         """Leave."""
-        self._unary("Leave", pb.LeaveResponse)(request, timeout=min(5.0, self.timeout_s))
+        self._ask("Leave", request, pb.LeaveResponse, min(5.0, self.timeout_s))
 
     def open_region(self, request: pb.OpenRegionRequest) -> pb.OpenRegionResponse:
         """OpenRegion."""
-        answer: pb.OpenRegionResponse = self._unary("OpenRegion", pb.OpenRegionResponse)(
-            request, timeout=self.timeout_s
+        answer: pb.OpenRegionResponse = self._ask(
+            "OpenRegion", request, pb.OpenRegionResponse, self.timeout_s
         )
         return answer
 
     def push(self, header: pb.PushHeader, body: Body, commit: pb.PushCommit) -> pb.PushResponse:
         """Push."""
-        messages = _Messages(pb.PushRequest(header=header), body.segments, body.pieces, lambda _: commit)
+        messages = _Messages(
+            pb.PushRequest(header=header), body.segments, body.pieces, lambda _: commit, self.wait.moved
+        )
         single = body.single(messages)
-        make: Any = self._channel.stream_unary if single is None else self._channel.unary_unary
-        call = make(
-            SERVICE + "Push", request_serializer=None, response_deserializer=pb.PushResponse.FromString
-        )
-        answer: pb.PushResponse = messages.sent(
-            lambda: call(iter(messages) if single is None else single, timeout=self.timeout_s)
-        )
+        call = self._call("Push", iter(messages) if single is None else single, self.timeout_s)
+        answer: pb.PushResponse = messages.sent(lambda: _only(breakable(call), pb.PushResponse))
         return answer
 
     def exchange(self, header: pb.PushHeader, body: Body, commit: pb.PushCommit, layout: Layout) -> Pulled:
         """Exchange."""
-        messages = _Messages(pb.PushRequest(header=header), body.segments, body.pieces, lambda _: commit)
+        messages = _Messages(
+            pb.PushRequest(header=header), body.segments, body.pieces, lambda _: commit, self.wait.moved
+        )
         return self._exchange(messages, body.single(messages), layout).result()
 
     def begin_exchange(
@@ -179,22 +188,20 @@ class Transport:
         layout: Layout,
     ) -> Exchange:
         """An Exchange under way. `pieces` and `commit` are asked for in another thread, and may wait there."""
-        messages = _Messages(pb.PushRequest(header=header), segments, pieces, commit)
+        messages = _Messages(pb.PushRequest(header=header), segments, pieces, commit, self.wait.moved)
         return self._exchange(messages, None, layout)
 
     def _exchange(self, messages: _Messages, single: bytes | None, layout: Layout) -> Exchange:
-        make: Any = self._channel.stream_stream if single is None else self._channel.unary_stream
-        call = make(SERVICE + "Exchange", request_serializer=None, response_deserializer=None)
-        begun = call(iter(messages) if single is None else single, timeout=self.timeout_s)
-        return Exchange(begun, messages, layout, self._buffers)
+        call = self._call("Exchange", iter(messages) if single is None else single, self.timeout_s)
+        return Exchange(call, messages, partial(self._received, layout=layout))
 
     def upload(self, header: pb.UploadHeader, body: Body) -> pb.UploadResponse:
         """Upload."""
-        messages = _Messages(pb.UploadRequest(header=header), body.segments, body.pieces, None)
-        call: Any = self._channel.stream_unary(
-            SERVICE + "Upload", request_serializer=None, response_deserializer=pb.UploadResponse.FromString
+        messages = _Messages(
+            pb.UploadRequest(header=header), body.segments, body.pieces, None, self.wait.moved
         )
-        answer: pb.UploadResponse = messages.sent(lambda: call(iter(messages), timeout=self.timeout_s))
+        call = self._call("Upload", iter(messages), self.timeout_s)
+        answer: pb.UploadResponse = messages.sent(lambda: _only(breakable(call), pb.UploadResponse))
         return answer
 
     def pull(self, request: pb.PullRequest, layout: Layout | None) -> Pulled:
@@ -210,28 +217,45 @@ class Transport:
         return self._pulled("PullState", request, None)
 
     def _pulled(self, method: str, request: Any, layout: Layout | None) -> Pulled:
-        call: Any = self._channel.unary_stream(
-            SERVICE + method, request_serializer=_serialize, response_deserializer=None
-        )
-        return _received(call(request, timeout=self.timeout_s), layout, self._buffers)
+        call = self._call(method, request.SerializeToString(), self.timeout_s)
+        return self._received(call, layout)
+
+    def _received(self, call: Any, layout: Layout | None) -> Pulled:
+        return _assembled(breakable(call), layout, self._buffers, self.wait.moved)
 
     def close(self) -> None:
         """Close the channel."""
         self._channel.close()
 
 
+def breakable(call: Any) -> Iterator[bytes]:
+    """A call's answers; while they are waited for, a signal may break the call."""
+    shield.breaks(call.cancel)
+    try:
+        yield from call
+    finally:
+        shield.breaks(None)
+
+
+def _only(messages: Iterator[bytes], kind: Any) -> Any:
+    """The one message of an answer."""
+    found = list(messages)
+    if len(found) != 1:
+        raise MalformedFrame(problem=f"the server's answer is {len(found)} messages, not one")
+    return kind.FromString(found[0])
+
+
 class Exchange:
     """An exchange under way, whose messages leave as they become ready."""
 
-    def __init__(self, call: Any, messages: _Messages, layout: Layout, buffers: BufferPool) -> None:
+    def __init__(self, call: Any, messages: _Messages, received: Callable[[Any], Pulled]) -> None:
         self._call = call
         self._messages = messages
-        self._layout = layout
-        self._buffers = buffers
+        self._received = received
 
     def result(self) -> Pulled:
         """Wait for the answer."""
-        answer: Pulled = self._messages.sent(lambda: _received(self._call, self._layout, self._buffers))
+        answer: Pulled = self._messages.sent(lambda: self._received(self._call))
         return answer
 
     def when_over(self, then: Callable[[], None]) -> None:
@@ -256,18 +280,21 @@ class _Messages:
         segments: Sequence[Segment],
         pieces: Iterable[Sequence[Source]],
         commit: Callable[[int], pb.PushCommit | None] | None,
+        sent: Callable[[], None],
     ) -> None:
+        """`sent` is called when gRPC takes a message."""
         self._first = first
         self._segments = segments
         self._pieces = pieces
         self._commit = commit
+        self._sent = sent
         self._fault: Exception | None = None
 
     def __iter__(self) -> Iterator[bytes]:
         try:
             yield self._first.SerializeToString()
-            digest = BodyDigest(self._segments)
-            yield from pack(self._pieces, digest, take=MessageRing().take)
+            digest, self._ring = BodyDigest(self._segments), MessageRing()
+            yield from pack(self._pieces, digest, take=self._taken)
             commit = self._commit(digest.value) if self._commit is not None else None
             if commit is not None:
                 commit.digest = digest.value
@@ -275,6 +302,11 @@ class _Messages:
         except Exception as error:
             self._fault = error
             raise
+
+    def _taken(self, size_bytes: int) -> BytesIO:
+        """Memory for the next message; gRPC has taken the one before."""
+        self._sent()
+        return self._ring.take(size_bytes)
 
     def joined(self) -> bytes | None:
         """The whole stream as one message, if it holds one chunk; None otherwise.
@@ -297,7 +329,9 @@ class _Messages:
             raise
 
 
-def _received(messages: Any, layout: Layout | None, buffers: BufferPool) -> Pulled:
+def _assembled(
+    messages: Iterator[bytes], layout: Layout | None, buffers: BufferPool, moved: Callable[[], None]
+) -> Pulled:
     fields, chunk = unpack(next(messages, b""), pb.PullResponse)
     if fields is None or not fields.HasField("header"):
         raise MalformedFrame(problem="the server's answer does not begin with a header")
@@ -311,12 +345,9 @@ def _received(messages: Any, layout: Layout | None, buffers: BufferPool) -> Pull
     if chunk is not None:
         body.place(chunk)
     for message in messages:
+        moved()
         _, chunk = unpack(message, pb.PullResponse)
         if chunk is not None:
             body.place(chunk)
     body.finish()
     return Pulled(header, layout, body)
-
-
-def _serialize(message: Any) -> bytes:
-    return bytes(message.SerializeToString())
