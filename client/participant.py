@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -50,6 +50,8 @@ from .shared_memory import SharedMemory
 from .shield import shield
 from .transport import Body, Pulled, Transport
 
+# How long the server may keep a push that waits for others before it says so: the log has that after two seconds.
+HOLD_S: Final = 1.5
 Step = tuple[Receipt, Pulled | None]
 
 
@@ -220,7 +222,7 @@ class Participant(Attendance):
             base_version=held[1] if held is not None else member.version,
             manifest_hash=member.layout.manifest_hash,
             skip=skip,
-            hold_s=self._transport.timeout_s / 3,
+            hold_s=min(self._transport.timeout_s / 3, HOLD_S),
         )
 
     def _sending(

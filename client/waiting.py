@@ -36,7 +36,8 @@ class Wait:
         self._reason = ""
         self._say_at_s = SAY_AFTER_S
         self._said = False
-        self._last_said = ("", -_SAME_AGAIN_S)
+        # by reason
+        self._said_at_s: dict[str, float] = {}
         _watch.add(self)
 
     def __enter__(self) -> None:
@@ -68,12 +69,11 @@ class Wait:
         if not self._reason and now_s - self._moved_s < SAY_AFTER_S:
             return
         self._say_at_s = _LONGER * waited_s
-        kind, said_s = self._last_said
-        first = not self._said
-        if first and kind == self._reason and now_s - said_s < _SAME_AGAIN_S:
-            return
-        self._said, self._last_said = True, (self._reason, now_s)
         reason = self._reason or "it does not answer"
+        self._said_at_s = {why: at_s for why, at_s in self._said_at_s.items() if now_s < at_s + _SAME_AGAIN_S}
+        if not self._said and reason in self._said_at_s:
+            return
+        self._said, self._said_at_s[reason] = True, now_s
         log.warning("%s has waited for %s for %.0f s: %s", self.who, self.address, waited_s, reason)
 
 

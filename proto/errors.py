@@ -462,7 +462,7 @@ class PushPending(Unavailable):
     """The push waits for other workers, as the policy says. Asking again is how to wait on."""
 
     code = "push_pending"
-    template = "the push of worker {worker!r} waits for other workers under policy {policy}; ask again"
+    template = "the push of worker {worker!r} waits under policy {policy}: {why}; ask again"
 
 
 class NotHeld(Unavailable):
