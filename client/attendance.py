@@ -70,7 +70,6 @@ class Attendance:
         self._takeover = takeover
         self._pid = os.getpid()
         self._closed = False
-        self._member: Member | None = None
         self._heard = 0
         # of the model that this session has joined, or read first: one of the same name is another
         self._uid = b""
@@ -80,7 +79,16 @@ class Attendance:
         self._in_doubt: Identity | None = None
         self._worker_state: bytes | None = None
         self._worker_state_due = False
-        self._heartbeat = Heartbeat(transport, model, lambda: self._member)
+        self._heartbeat = Heartbeat(transport, model)
+
+    @property
+    def _member(self) -> Member | None:
+        """The membership: the heartbeat's, which outlives a session that is dropped."""
+        return self._heartbeat.member
+
+    @_member.setter
+    def _member(self, member: Member) -> None:
+        self._heartbeat.member = member
 
     def _check_usable(self) -> None:
         if os.getpid() != self._pid:
@@ -174,9 +182,9 @@ class Attendance:
 
     def adopt(self, message: pb.Membership) -> Member:
         """Become who an upload's answer says: who sent it knows the timeline that it made."""
-        self._member = Member(message)
-        self._heard = self._member.timeline
-        return self._member
+        member = self._member = Member(message)
+        self._heard = member.timeline
+        return member
 
     def tell_restore(self) -> bool:
         """Whether the caller is to be told that the model was restored; asked again, it was."""

@@ -8,6 +8,7 @@ adds what a user holds: names, arrays, an optimizer, and an end.
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Final
@@ -88,6 +89,8 @@ class Participant(Attendance):
             # what is pushed smaller is sent: there is no place for it in a region
             wanted=shared_memory and not self.compression.owes,
         )
+        # a session that nobody holds any more ends, too
+        weakref.finalize(self, self._heartbeat.abandon, self.memory.abandon).atexit = False
         self._on_reject = on_reject
         self._on_restore = on_restore
         self._flight: Flight[Step] | None = None
@@ -102,6 +105,10 @@ class Participant(Attendance):
     def wait_for_flight(self) -> None:
         """Wait until no push is in flight."""
         self._check_usable()
+
+    def _lands_within(self, seconds: float) -> bool:
+        """Whether no push is in flight when that time is up."""
+        return self._flight is None or self._flight.wait(seconds)
 
     def fly(self, call: Callable[[], Step]) -> Flight[Step]:
         """Have `call`, which makes a step, run in a thread of its own; nothing else is asked meanwhile."""

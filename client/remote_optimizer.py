@@ -8,6 +8,7 @@ attach go on steering them.
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -101,6 +102,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         if self._overlap is not None:
             self._overlap.watch(parameter for group in groups for parameter in group["params"])
         session.before_close(self._lent.remove)
+        weakref.finalize(self, self._lent.remove).atexit = False
         self._extras = Extras(session, module)
         self._extras.send()
         session.before_close(self._finish)

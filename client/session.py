@@ -6,8 +6,10 @@ was attached; and an end, after which the model goes on without this worker.
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -21,6 +23,7 @@ from pushstep.proto.errors import InvalidSettings, NotAttached, PushstepError, R
 from pushstep.proto.layout import Layout, Slot
 
 from . import caller
+from .at_exit import close_at_exit
 from .compression import Wire
 from .gradients import Rows, as_array, as_gradient
 from .manifest import of_arrays
@@ -32,6 +35,8 @@ from .remote_optimizer import RemoteOptimizer
 from .shared_memory import is_same_host
 from .shield import shield
 from .transport import Transport
+
+log = logging.getLogger("pushstep.client")
 
 
 def connect(
@@ -109,6 +114,8 @@ class Session(Participant):
             on_restore,
             shared_memory=shared_memory,
         )
+        self._exiting = False
+        close_at_exit(self)
         self._before_close: list[Callable[[], None]] = []
         self._attached: RemoteOptimizer | None = None
 
@@ -285,14 +292,35 @@ class Session(Participant):
             if self._member is not None:
                 for task in self._before_close:
                     task()
-                self._transport.leave(pb.LeaveRequest(model=self.model, identity=self._member.identity()))
+                with self._transport.wait:
+                    self._heartbeat.leave()
         except Exception as error:  # noqa: BLE001 - the lease ends by itself; a close must not fail
-            caller.warn(f"could not leave: {type(error).__name__}")
+            say = log.debug if self._exiting else caller.warn
+            say(f"could not leave: {error or type(error).__name__}")
         finally:
-            self._closed = True
-            self.memory.drop()
-            self._transport.close()
-            self._heartbeat.wait(timeout_s=1)
+            self._end()
+
+    def _end(self) -> None:
+        self._closed = True
+        self.memory.drop()
+        self._transport.close()
+        self._heartbeat.wait(timeout_s=1)
+
+    def close_within(self, seconds: float) -> None:
+        """Close it at the end of the process, which a server that is away must not hold up."""
+        if self._closed or os.getpid() != self._pid:
+            return
+        self._exiting = True
+        self._retry.give_up()
+        self._transport.timeout_s = min(self._transport.timeout_s, seconds)
+        if self._lands_within(seconds):
+            with warnings.catch_warnings():
+                warnings.simplefilter("always")  # an error would have nobody to go to
+                self.close()
+        else:
+            self._heartbeat.stop()
+            self._end()
+            self._lands_within(seconds)
 
     def __enter__(self) -> Self:
         return self

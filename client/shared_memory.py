@@ -144,6 +144,13 @@ class SharedMemory:
             self.drop()  # whether the server did anything is not known, nor whether it has finished reading
             raise
 
+    def abandon(self) -> None:
+        """Let go of the region, in whatever thread: gradients that lie there are the user's, and so is their memory."""
+        self._wanted = False
+        region, self.region = self.region, None
+        if region is not None:
+            region.close()
+
     def drop(self) -> None:
         """Give the region up: the server may still read it, or has let go of it."""
         region, self.region = self.region, None
