@@ -10,6 +10,7 @@ the next step or upload: `_heard` is the timeline that the caller knows of.
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 from collections.abc import Callable, Mapping, Sequence
@@ -46,6 +47,8 @@ from .receipt import Outcome, Receipt
 from .retry import Retry
 from .sending import Attempts
 from .transport import Transport
+
+log = logging.getLogger("pushstep.client")
 
 
 class Attendance:
@@ -119,6 +122,10 @@ class Attendance:
         member = self._joined()
         self._heard = self._heard or member.timeline
         self._heartbeat.start()
+        if not created and member.version:
+            log.warning(
+                "worker %r continues model %r from version %d", self.worker, self.model, member.version
+            )
         other = difference(wanted, member.policy)
         if other:
             caller.warn(f"model {self.model!r} has a policy of its own ({other}); the server's holds")

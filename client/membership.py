@@ -9,6 +9,7 @@ from typing import Final
 from pushstep.proto import training_pb2 as pb
 from pushstep.proto.errors import AlreadyJoined, BeingCreated, ModelExists, NoCreationTicket
 from pushstep.proto.layout import Layout
+from pushstep.proto.process import this_process
 from pushstep.proto.types_pb2 import Identity, Manifest
 
 from .receipt import Receipt
@@ -81,7 +82,9 @@ def join(
     came of the others. `old` is the session's own earlier membership: it may join over itself, and is told if the model
     is no longer the one it was.
     """
-    request = pb.JoinRequest(model=model, worker=worker, takeover=takeover, attempt=attempt)
+    request = pb.JoinRequest(
+        model=model, worker=worker, takeover=takeover, attempt=attempt, process=this_process()
+    )
     if manifest is not None:
         request.manifest.CopyFrom(manifest)
     if old is not None:

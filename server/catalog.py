@@ -35,6 +35,8 @@ from pushstep.proto.errors import (
     UnknownSnapshot,
 )
 from pushstep.proto.layout import Layout
+from pushstep.proto.process import is_gone
+from pushstep.proto.training_pb2 import Process
 from pushstep.proto.types_pb2 import Manifest
 
 from . import policies
@@ -66,6 +68,8 @@ class Creation:
     layout: Layout
     bytes_needed: int
     expires_at_s: float
+    # where that worker runs
+    process: Process
     # of the join that asked for it
     attempt: int = 0
     # its values have arrived and its name is being written to the disk
@@ -121,9 +125,15 @@ class Catalog:
     # Creation: a ticket, then the values, then the model.
 
     def begin_creation(
-        self, name: str, worker: str, manifest: Manifest, now_s: float, attempt: int = 0
+        self,
+        name: str,
+        worker: str,
+        manifest: Manifest,
+        now_s: float,
+        attempt: int,
+        process: Process,
     ) -> Creation:
-        """Give the first caller leave to create a model; BeingCreated for the others while it lasts."""
+        """Give the first caller leave to create a model; BeingCreated for the others while it lasts, or its process."""
         check_name(name, "model name")
         layout = Layout(manifest)
         names = [Group.make(group).rule.name for group in manifest.groups]
@@ -151,9 +161,12 @@ class Catalog:
                 setting="staging-bytes",
             )
         current = self._creations.get(name)
-        if current is not None and (current.finishing or current.worker != worker):
+        if current is not None and (
+            current.finishing or (current.worker != worker and not is_gone(current.process))
+        ):
             raise BeingCreated(model=name, worker=current.worker, retry_after_s=CREATION_RETRY_S)
-        creation = Creation(secrets.randbits(63) or 1, worker, layout, need, now_s + CREATION_S, attempt)
+        ticket = secrets.randbits(63) or 1
+        creation = Creation(ticket, worker, layout, need, now_s + CREATION_S, process, attempt)
         self._creations[name] = creation
         return creation
 

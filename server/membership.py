@@ -6,7 +6,8 @@ import time
 
 from pushstep.proto.errors import ManifestMismatch, ModelLost, UnknownModel
 from pushstep.proto.layout import Layout
-from pushstep.proto.training_pb2 import CreationTicket, JoinRequest, JoinResponse, Membership
+from pushstep.proto.process import is_gone
+from pushstep.proto.training_pb2 import CreationTicket, JoinRequest, JoinResponse, Membership, Process
 from pushstep.proto.types_pb2 import Identity, Manifest
 
 from .catalog import CREATION_S, Catalog, check_name
@@ -27,7 +28,7 @@ def join(catalog: Catalog, request: JoinRequest) -> JoinResponse:
         if not request.HasField("manifest"):
             raise UnknownModel(model=request.model[:200])
         creation = catalog.begin_creation(
-            request.model, request.worker, request.manifest, now_s, request.attempt
+            request.model, request.worker, request.manifest, now_s, request.attempt, request.process
         )
         return JoinResponse(
             create=CreationTicket(
@@ -46,11 +47,18 @@ def join(catalog: Catalog, request: JoinRequest) -> JoinResponse:
     model.require_room_for(request.worker)
     epoch = known.epoch if known is not None else 0
     old_epoch = request.epoch if request.model_uid == model.uid else 0
-    worker, decisions = model.judge.join(request.worker, now_s, request.takeover, request.attempt, old_epoch)
+    takeover = request.takeover or (known is not None and _has_ended(known, request.process))
+    worker, decisions = model.judge.join(request.worker, now_s, takeover, request.attempt, old_epoch)
     if worker.epoch != epoch:
+        worker.process = request.process
         model.record("joined", worker.name, epoch=worker.epoch)
     model.executor.carry_out(decisions)
     return JoinResponse(member=membership(model, worker))
+
+
+def _has_ended(holder: Worker, caller: Process) -> bool:
+    """Whether nobody but the caller can mean the name: its holder's process is gone, or is the caller's."""
+    return bool(holder.process.pid) and (holder.process == caller or is_gone(holder.process))
 
 
 def membership(model: Model, worker: Worker) -> Membership:
