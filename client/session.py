@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
@@ -19,15 +18,17 @@ import torch
 from torch import Tensor, nn
 
 from pushstep.proto import training_pb2 as pb
-from pushstep.proto.errors import InvalidSettings, NotAttached, PushstepError, RowOutOfRange, WrongDtype
+from pushstep.proto.errors import InvalidSettings, NotAttached, RowOutOfRange, WrongDtype
 from pushstep.proto.layout import Layout, Slot
 
 from . import caller
 from .at_exit import close_at_exit
 from .compression import Wire
+from .dial import dial
 from .gradients import Rows, as_array, as_gradient
 from .manifest import of_arrays
 from .mirror import Array
+from .options import MIN_TIMEOUT_S, check_options, default_worker
 from .participant import Participant, wire_enum
 from .policy import Policy
 from .receipt import Receipt
@@ -39,6 +40,7 @@ from .transport import Transport
 log = logging.getLogger("pushstep.client")
 
 
+@shield
 def connect(
     address: str,
     *,
@@ -48,6 +50,7 @@ def connect(
     top_k: float | None = None,
     timeout_s: float = 30.0,
     retry_for_s: float = 300.0,
+    wait_s: float = 0.0,
     shared_memory: bool = True,
     takeover: bool = False,
     on_reject: Literal["raise", "skip"] = "raise",
@@ -58,31 +61,46 @@ def connect(
     `wire`: the dtype of what travels (None: each parameter's own), or its name, or a pair (pushes, pulls); "int8" is for
     pushes, pulls are then bfloat16. `top_k`: the fraction of each dense gradient's elements to push, the largest ones;
     what a push leaves out, in int8 or by top_k, is added to the next gradient. `timeout_s` bounds
-    each attempt, and how long to wait for a server to answer at all; `retry_for_s` bounds a whole step.
+    each attempt; `retry_for_s` is how long a silent server is asked again; `wait_s` how long to wait here for a server
+    that is not there yet.
     Gradients and parameters of a server on this host go through shared memory, unless `shared_memory` is False; those
     of an attached optimizer on the server's GPU through memory of that GPU.
     `on_reject="skip"` warns where a rejected push would raise. Raises ServerUnavailable when no server answers.
     """
-    transport = Transport(address, timeout_s)
-    try:
-        found = transport.wait_for_server()
-    except PushstepError:
-        transport.close()
-        raise
-    name = worker if worker is not None else f"{socket.gethostname()}-{os.getpid()}"
-    sharing = shared_memory and bool(found.memory_path) and is_same_host(address)
-    return Session(
-        transport,
+    name = worker if worker is not None else default_worker()
+    check_options(
         model,
         name,
         wire,
         top_k,
-        retry_for_s,
-        takeover,
-        on_reject,
-        on_restore,
-        shared_memory=sharing,
+        choices={
+            "on_reject": (on_reject, ("raise", "skip")),
+            "on_restore": (on_restore, ("continue", "raise")),
+        },
+        seconds={
+            "timeout_s": (timeout_s, MIN_TIMEOUT_S),
+            "retry_for_s": (retry_for_s, 0.0),
+            "wait_s": (wait_s, 0.0),
+        },
     )
+    transport, found = dial(address, timeout_s, wait_s)
+    try:
+        sharing = shared_memory and bool(found.memory_path) and is_same_host(address)
+        return Session(
+            transport,
+            model,
+            name,
+            wire,
+            top_k,
+            retry_for_s,
+            takeover,
+            on_reject,
+            on_restore,
+            shared_memory=sharing,
+        )
+    except BaseException:
+        transport.close()
+        raise
 
 
 class Session(Participant):

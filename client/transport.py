@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import grpc
 import torch
@@ -16,14 +15,13 @@ from torch import Tensor
 
 from pushstep.proto import dtypes
 from pushstep.proto import training_pb2 as pb
-from pushstep.proto.errors import MalformedFrame, NoAnswer, ServerUnavailable
+from pushstep.proto.errors import MalformedFrame
 from pushstep.proto.frames import TRANSPORT_LIMIT_BYTES, Assembly, BodyDigest, Source, pack, unpack
 from pushstep.proto.layout import ID_BYTES, Layout, Slot, check_body
 from pushstep.proto.memory import BufferPool, MessageRing, keep_freed_blocks
 from pushstep.proto.region import SharedBody
 from pushstep.proto.types_pb2 import Segment
 
-from .retry import Retry
 from .shield import shield
 from .waiting import Wait
 
@@ -104,6 +102,7 @@ class Transport:
     """One channel to one server. `timeout_s` bounds each attempt of each call."""
 
     def __init__(self, address: str, timeout_s: float) -> None:
+        """Nothing is asked there yet."""
         self.address = address
         self.timeout_s = timeout_s
         self.wait = Wait(address)
@@ -112,23 +111,12 @@ class Transport:
         keep_freed_blocks()
         self._channel = grpc.insecure_channel(address, options=OPTIONS)
 
-    def wait_for_server(self) -> pb.DescribeResponse:
-        """The server's description; ServerUnavailable if none answers in time, however often connections break."""
-        until_s = time.monotonic() + self.timeout_s
-
-        def describe() -> pb.DescribeResponse:
-            left_s = max(until_s - time.monotonic(), 0.0)
-            found: pb.DescribeResponse = self._ask(
-                "Describe", pb.DescribeRequest(), pb.DescribeResponse, left_s, wait_for_ready=True
-            )
-            return found
-
-        try:
-            return Retry(self.wait, self.timeout_s).run(describe)
-        except (NoAnswer, grpc.RpcError) as error:
-            # what answers there may be no server of ours at all
-            problem = error.__cause__ if isinstance(error, NoAnswer) else cast(grpc.Call, error).details()
-            raise ServerUnavailable(address=self.address, seconds=self.timeout_s, problem=problem) from error
+    def describe(self, timeout_s: float, *, wait_for_ready: bool) -> pb.DescribeResponse:
+        """Describe."""
+        answer: pb.DescribeResponse = self._ask(
+            "Describe", pb.DescribeRequest(), pb.DescribeResponse, timeout_s, wait_for_ready=wait_for_ready
+        )
+        return answer
 
     def _call(self, method: str, request: bytes | Iterator[bytes], timeout_s: float, **options: Any) -> Any:
         """A call under way, with its answers to iterate over. One that streams nothing needs no thread of gRPC's."""

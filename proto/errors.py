@@ -165,10 +165,7 @@ class NormOutlier(InvalidRequest):
     """A gradient whose norm is far above what the model's accepted pushes have had."""
 
     code = "norm_outlier"
-    template = (
-        "the gradient's norm is {norm}, accepted pushes had about {usual} and at most {limit} is let in; the push was "
-        "not applied (PATCH the model's gate to change that)"
-    )
+    template = "the gradient's norm is {norm}, accepted pushes had about {usual} and at most {limit} is let in; the push was not applied (PATCH the model's gate to change that)"
 
 
 class RejectedByHook(InvalidRequest):
@@ -544,7 +541,14 @@ class ServerUnavailable(Misuse):
     """No server answers."""
 
     code = "server_unavailable"
-    template = "no pushstep server answers at {address} within {seconds} s ({problem}); start one with: pushstep-server"
+    template = "no pushstep server answers at {address} after {seconds} s ({problem}); start one with: pushstep-server, or wait for one by connect(..., wait_s=60)"
+
+
+class InvalidAddress(Misuse):
+    """Where no server takes workers, and none will."""
+
+    code = "invalid_address"
+    template = "{address!r} is not where workers connect: {problem}"
 
 
 class NoAnswer(Misuse):

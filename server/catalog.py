@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import secrets
 import time
 from collections.abc import Callable, Coroutine, Sequence
@@ -21,7 +20,6 @@ import torch
 from pushstep.proto.errors import (
     BeingCreated,
     InvalidManifest,
-    InvalidName,
     ManifestChanged,
     ModelExists,
     ModelLost,
@@ -34,6 +32,7 @@ from pushstep.proto.errors import (
     UnknownModel,
     UnknownSnapshot,
 )
+from pushstep.proto.identifiers import check_name, is_name
 from pushstep.proto.layout import Layout
 from pushstep.proto.process import is_gone
 from pushstep.proto.training_pb2 import Process
@@ -56,7 +55,6 @@ log = logging.getLogger("pushstep.catalog")
 T = TypeVar("T")
 CREATION_S: Final = 120.0
 CREATION_RETRY_S: Final = 0.2
-_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 @dataclass(slots=True)
@@ -74,13 +72,6 @@ class Creation:
     attempt: int = 0
     # its values have arrived and its name is being written to the disk
     finishing: bool = False
-
-
-def check_name(name: str, what: str) -> str:
-    """`name`, or InvalidName."""
-    if not _NAME.fullmatch(name):
-        raise InvalidName(name=name[:200], what=what)
-    return name
 
 
 class Catalog:
@@ -345,7 +336,7 @@ class Catalog:
         root = self.config.data / "models"
         folders = sorted(path for path in root.iterdir() if path.is_dir()) if root.exists() else []
         for folder in folders:
-            if _NAME.fullmatch(folder.name) and self._folder(folder.name).has_identity():
+            if is_name(folder.name) and self._folder(folder.name).has_identity():
                 await self._load_model(folder.name)
         self.loaded = self.ready = True
 

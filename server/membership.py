@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 
 from pushstep.proto.errors import ManifestMismatch, ModelLost, UnknownModel
+from pushstep.proto.identifiers import check_name
 from pushstep.proto.layout import Layout
 from pushstep.proto.process import is_gone
 from pushstep.proto.training_pb2 import CreationTicket, JoinRequest, JoinResponse, Membership, Process
 from pushstep.proto.types_pb2 import Identity, Manifest
 
-from .catalog import CREATION_S, Catalog, check_name
+from .catalog import CREATION_S, Catalog
 from .model import Model
 from .worker import Worker
 

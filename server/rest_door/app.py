@@ -34,6 +34,7 @@ from . import (
     param_groups,
     parameters,
     policy,
+    root,
     snapshots,
     workers,
 )
@@ -43,7 +44,7 @@ MAX_BODY_BYTES: Final = 1 << 20
 PROBLEM: Final = "application/problem+json"
 
 
-def create_app(catalog: Catalog, allowed_hosts: Collection[str] | None) -> FastAPI:
+def create_app(catalog: Catalog, allowed_hosts: Collection[str] | None, grpc_address: str = "") -> FastAPI:
     """The REST interface over `catalog`. `allowed_hosts` None answers whatever Host is sent."""
     app = FastAPI(
         title="pushstep",
@@ -55,9 +56,10 @@ def create_app(catalog: Catalog, allowed_hosts: Collection[str] | None) -> FastA
         redirect_slashes=False,  # or a wrong path would be answered in another shape
     )
     app.state.catalog = catalog
+    app.state.grpc_address = grpc_address
     app.state.exports = Exports()
     app.include_router(health.router)
-    resources = (models, param_groups, parameters, hooks, policy, workers, snapshots, export, events)
+    resources = (root, models, param_groups, parameters, hooks, policy, workers, snapshots, export, events)
     for resource in resources:
         app.include_router(resource.router, prefix="/v1")
     app.add_exception_handler(PushstepError, _answer_error)

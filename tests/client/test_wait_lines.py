@@ -22,6 +22,7 @@ from pushstep.client.manifest import of_arrays
 from pushstep.client.membership import Member
 from pushstep.client.transport import Transport
 from pushstep.proto import training_pb2 as pb
+from pushstep.proto.errors import ServerUnavailable
 from pushstep.proto.layout import Layout
 
 VALUES = {"a": np.zeros(4, np.float32)}
@@ -248,8 +249,8 @@ def test_a_wait_for_a_server_that_starts_says_so(lines: list[str]) -> None:
     """Nothing listens yet."""
     with Proxy("127.0.0.1:1") as proxy:
         address = proxy.address
-    with pytest.raises(Exception, match="no pushstep server"):
-        connect(address, model="m", timeout_s=1.0)
+    with pytest.raises(ServerUnavailable, match="no pushstep server"):
+        connect(address, model="m", wait_s=1.0)
     assert any("has waited for" in line for line in lines)
 
 
