@@ -42,7 +42,7 @@ from . import caller, uploads
 from .compression import Compression
 from .heartbeat import Heartbeat
 from .membership import Member, join
-from .policy import Policy, difference, to_wire
+from .policy import Policy, depends_on_who_is_first, difference, to_wire
 from .receipt import Outcome, Receipt
 from .retry import Retry
 from .sending import Attempts
@@ -129,6 +129,11 @@ class Attendance:
         other = difference(wanted, member.policy)
         if other:
             caller.warn(f"model {self.model!r} has a policy of its own ({other}); the server's holds")
+        if depends_on_who_is_first(wanted, member.policy):
+            caller.warn(
+                "policy='sync' waits for whoever is there when a round begins, so who starts first steps alone: say how many "
+                "there are, as policy='sync', workers=N"
+            )
         return created
 
     def _join(

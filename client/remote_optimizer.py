@@ -153,8 +153,11 @@ class RemoteOptimizer(torch.optim.Optimizer):
         return loss
 
     def _exchange(self, loss: Any) -> None:
+        if not self._session.ranks.looked:
+            self._session.ranks.look(self._session.member().policy)
         edited = self._edited()
         if edited is not None:
+            self._session.ranks.refuse_wrapper()  # whose broadcast it then was
             raise LocalParameterEdit(parameter=edited)
         computed_on = self._parameters.at
         self.synchronize()

@@ -30,7 +30,8 @@ from .manifest import of_arrays
 from .mirror import Array
 from .options import MIN_TIMEOUT_S, check_options, default_worker
 from .participant import Participant, wire_enum
-from .policy import Policy
+from .policy import Policy, for_workers
+from .ranks import Ranks
 from .receipt import Receipt
 from .remote_optimizer import RemoteOptimizer
 from .shared_memory import is_same_host
@@ -136,6 +137,7 @@ class Session(Participant):
         close_at_exit(self)
         self._before_close: list[Callable[[], None]] = []
         self._attached: RemoteOptimizer | None = None
+        self.ranks = Ranks(())
 
     # Joining.
 
@@ -147,6 +149,7 @@ class Session(Participant):
         names: Sequence[str] | Mapping[Tensor, str] | None = None,
         policy: Policy | None = None,
         *,
+        workers: int | None = None,
         overlap: bool = False,
         prefetch: bool = False,
     ) -> RemoteOptimizer:
@@ -155,6 +158,7 @@ class Session(Participant):
         The first worker to attach creates the model from its parameters' values and its optimizers' states; later
         ones take the server's values and hyperparameters. Names come from `module`, else `names`, else the
         optimizer's own. A list of optimizers makes one model. `policy`: of the model, if this creates it; see `create`.
+        What DistributedDataParallel does with N ranks is policy="sync", workers=N, without the wrapper.
 
         `overlap`: gradients leave while backward still runs; `step()` sends them again if they were changed since.
         `prefetch`: `step()` does not wait for its answer, the next `step()` takes it; so each gradient is computed
@@ -167,9 +171,13 @@ class Session(Participant):
             raise InvalidSettings(problem="overlap=True goes with exact wires, not with int8 or top_k")
         optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
         single = isinstance(optimizer, torch.optim.Optimizer)
+        asked = for_workers(policy, workers)
+        self.ranks = Ranks([p for each in optimizers for group in each.param_groups for p in group["params"]])
+        self.ranks.refuse_wrapper()
         self._attached = RemoteOptimizer(
-            self, optimizers, module, names, policy, single=single, overlap=overlap, prefetch=prefetch
+            self, optimizers, module, names, asked, single=single, overlap=overlap, prefetch=prefetch
         )
+        self.ranks.say(self.member().policy, chosen=asked is not None)
         return self._attached
 
     @shield
@@ -178,17 +186,19 @@ class Session(Participant):
         parameters: Mapping[str, Array | Tensor],
         groups: Sequence[Mapping[str, Any]] | None = None,
         policy: Policy | None = None,
+        workers: int | None = None,
     ) -> None:
         """Create the model from arrays by name, or join it if it exists (its values stand).
 
         Each group is {"rule": "adadelta" or "adagrad", "params": [names], and hyperparameters}; None puts all
         parameters into one Adadelta group. `policy` says when pushes are applied: "async", "bounded", "sync", or a
-        mapping with the settings that PATCH /v1/models/{m}/policy takes.
+        mapping with the settings that PATCH /v1/models/{m}/policy takes. `workers`: how many a round of "sync" waits for.
         """
         self._check_usable()
+        asked = for_workers(policy, workers)
         manifest, values = of_arrays(parameters, groups)
         self.join_or_create(
-            manifest, lambda layout: {(slot, ""): values[slot.name] for slot in layout.slots}, policy=policy
+            manifest, lambda layout: {(slot, ""): values[slot.name] for slot in layout.slots}, policy=asked
         )
         self._manifest = (
             None  # arrays go by name: joining again, the session takes the model as it has become

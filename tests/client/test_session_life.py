@@ -68,7 +68,7 @@ def test_a_dropped_session_ends(
 
 
 def test_nobody_waits_for_a_dropped_session(server: RunningServer, model_name: str) -> None:
-    sync = {"policy": "sync", "timeout_s": None}
+    sync = {"policy": "sync", "min_workers": 1, "timeout_s": None}
     one, other = server.connect(model_name, "w0"), server.connect(model_name, "w1")
     server.sessions.remove(other)
     for session in (one, other):

@@ -27,7 +27,7 @@ from pushstep.proto.layout import Layout
 
 VALUES = {"a": np.zeros(4, np.float32)}
 ONES = {"a": np.ones(4, np.float32)}
-SYNC = {"policy": "sync", "timeout_s": None}
+SYNC = {"policy": "sync", "min_workers": 1, "timeout_s": None}
 
 
 @pytest.fixture
