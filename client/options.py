@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import socket
+from functools import cache
 from typing import Any, Final
 
+from pushstep.proto.environment import unknown_variables
 from pushstep.proto.errors import InvalidSettings
 from pushstep.proto.identifiers import check_name
 
 from .compression import Compression, Wire, push_and_pull
+
+log = logging.getLogger("pushstep.client")
 
 # What gRPC and the system's clocks take for sure.
 MIN_TIMEOUT_S: Final = 1e-3
@@ -42,3 +47,10 @@ def default_worker() -> str:
     """A name that no other process has: the host's, as far as it makes one, and the pid."""
     host = re.sub(r"[^A-Za-z0-9._-]+", "-", socket.gethostname()).strip("._-")[:80]
     return f"{host or 'worker'}-{os.getpid()}"
+
+
+@cache
+def warn_of_environment() -> None:
+    """Say, once in a process, which variables look like settings and are none."""
+    for problem in unknown_variables(os.environ):
+        log.warning("%s", problem)

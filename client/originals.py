@@ -44,6 +44,24 @@ def rule_of(optimizer: torch.optim.Optimizer) -> str:
     )
 
 
+def as_optimizers(given: Any) -> list[torch.optim.Optimizer]:
+    """One optimizer, or several, as a list. UnsupportedModule for what is none, with what to attach in its place."""
+    several = isinstance(given, Iterable) and not isinstance(given, (str, torch.optim.Optimizer))
+    optimizers = list(given) if several else [given]
+    for optimizer in optimizers:
+        if isinstance(optimizer, torch.optim.Optimizer):
+            continue
+        kind = type(optimizer)
+        problem = f"{kind.__module__}.{kind.__qualname__} is no torch optimizer: attach torch.optim's or pushstep.optim's"
+        if kind.__module__.partition(".")[0] == "keras":
+            problem = (
+                f"keras.optimizers.{kind.__name__} steps Keras's own variables: pushstep.optim.keras has it, for torch "
+                "parameters, with the same arguments"
+            )
+        raise UnsupportedModule(problem=problem)
+    return optimizers
+
+
 def check_distinct(parameters: Iterable[Tensor]) -> None:
     """UnsupportedModule when a parameter would be stepped twice."""
     seen: set[int] = set()

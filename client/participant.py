@@ -94,6 +94,7 @@ class Participant(Attendance):
         self._on_reject = on_reject
         self._on_restore = on_restore
         self._flight: Flight[Step] | None = None
+        self._told_of_metrics = False
         # here and not in Session, since it is the step that finds a restore, which makes the copy worthless
         self._mirror = Mirror()
 
@@ -203,6 +204,7 @@ class Participant(Attendance):
             member.lead = receipt.lead
             if commit.worker_state == (self._worker_state or b""):
                 self._worker_state_due = False
+            self._warn_of_metrics(receipt)
             return self.note(receipt), pulled
 
     def begin_push(
@@ -308,6 +310,16 @@ class Participant(Attendance):
             message = f"push {receipt.sequence} of epoch {receipt.epoch} was rejected: {receipt.reason}"
             return self._rejected(CATALOGUE[receipt.reason](message, consumed=True), receipt)
         return receipt
+
+    def _warn_of_metrics(self, receipt: Receipt) -> None:
+        """Say once that a hook waits for what nobody reports."""
+        if receipt.missing_metrics and not self._told_of_metrics:
+            self._told_of_metrics = True
+            names = ", ".join(receipt.missing_metrics)
+            self._warn(
+                f"a hook of model {self.model!r} waits for {names}, which no push has reported, and does nothing until then: "
+                f"call optimizer.report({receipt.missing_metrics[0]}=...) before step(), or push(..., metrics=)"
+            )
 
     def _warn(self, message: str) -> None:
         """Tell the caller of what called `step`; of one in flight, whoever lands it."""

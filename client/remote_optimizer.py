@@ -30,6 +30,7 @@ from .extras import Extras
 from .hyperparameters import Group, Hyperparameters
 from .lent_gradients import LentGradients
 from .manifest import of_added_group, of_groups
+from .metrics import Metrics
 from .names import added_names, parameter_names
 from .originals import brought_along, check_distinct, rule_of, take_over
 from .overlap import Overlap
@@ -39,6 +40,7 @@ from .policy import Policy
 from .prefetch import Copies, Flight
 from .receipt import Outcome, Receipt
 from .scaling import Scaling
+from .server_state import ServerState
 from .shield import shield
 
 if TYPE_CHECKING:
@@ -74,6 +76,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         check_distinct(p for group in groups for p in group["params"])
         # no defaults: they would add one rule's keys to another rule's groups
         super().__init__(groups, {})
+        self.state = ServerState()
         self.defaults = dict(optimizers[0].defaults)
         self._session = session
         self._single = single
@@ -88,6 +91,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self.last_receipt: Receipt | None = None
         # how many samples the next step's gradients are over: their weight in a round; 0 counts as 1
         self.samples: float = 0
+        self._metrics = Metrics()
         self._join(of_groups(self._groups(), found, aliases), policy)
         take_over(optimizers, self)
         if prefetch:
@@ -176,7 +180,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
             held=computed_on,
             onto=self._parameters.at,
             commit=self._session.commit(
-                _metrics(loss), self._hyperparameters.edits(self._groups()), self.samples
+                self._metrics.take(loss), self._hyperparameters.edits(self._groups()), self.samples
             ),
             skip=skip,
             pull=True,
@@ -191,6 +195,13 @@ class RemoteOptimizer(torch.optim.Optimizer):
             copies = self._copies.of(gradients, self._session.compression.rounds_to)
             since = [group.values() for group in self._groups()]
             self._flight = self._session.fly(partial(send, copies)), since
+
+    def report(self, **metrics: Any) -> None:
+        """Have the next step tell the server these numbers, such as loss=..., for hooks (ReduceLROnPlateau) and operators.
+
+        A closure's loss is told by itself.
+        """
+        self._metrics.report(metrics)
 
     @shield
     def synchronize(self) -> None:
@@ -406,9 +417,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         return f"RemoteOptimizer of {self._session!r}\n{super().__repr__()}"
 
 
-def _metrics(loss: Any) -> dict[str, float]:
-    if isinstance(loss, Tensor) and loss.numel() == 1:
-        return {"loss": float(loss.detach())}
-    if isinstance(loss, (int, float)):
-        return {"loss": float(loss)}
-    return {}
+def named_after(optimizers: Sequence[torch.optim.Optimizer]) -> type[RemoteOptimizer]:
+    """The class under the name of what was attached, if that is one: loggers make a column's name of it."""
+    names = {type(optimizer).__name__ for optimizer in optimizers}
+    return type(names.pop(), (RemoteOptimizer,), {}) if len(names) == 1 else RemoteOptimizer

@@ -11,14 +11,14 @@ import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, NoReturn, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pushstep.proto import training_pb2 as pb
-from pushstep.proto.errors import InvalidSettings, NotAttached, RowOutOfRange, WrongDtype
+from pushstep.proto.errors import InvalidSettings, NotAttached, RowOutOfRange, UnsupportedModule, WrongDtype
 from pushstep.proto.layout import Layout, Slot
 
 from . import caller
@@ -28,12 +28,13 @@ from .dial import dial
 from .gradients import Rows, as_array, as_gradient
 from .manifest import of_arrays
 from .mirror import Array
-from .options import MIN_TIMEOUT_S, check_options, default_worker
+from .options import MIN_TIMEOUT_S, check_options, default_worker, warn_of_environment
+from .originals import as_optimizers
 from .participant import Participant, wire_enum
 from .policy import Policy, for_workers
 from .ranks import Ranks
 from .receipt import Receipt
-from .remote_optimizer import RemoteOptimizer
+from .remote_optimizer import RemoteOptimizer, named_after
 from .shared_memory import is_same_host
 from .shield import shield
 from .transport import Transport
@@ -84,6 +85,7 @@ def connect(
             "wait_s": (wait_s, 0.0),
         },
     )
+    warn_of_environment()
     transport, found = dial(address, timeout_s, wait_s)
     try:
         sharing = shared_memory and bool(found.memory_path) and is_same_host(address)
@@ -169,12 +171,16 @@ class Session(Participant):
         if overlap and self.compression.owes:
             # what is owed is settled push by push; an early one may yet be withdrawn
             raise InvalidSettings(problem="overlap=True goes with exact wires, not with int8 or top_k")
-        optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
+        optimizers = as_optimizers(optimizer)
+        if any(isinstance(each, RemoteOptimizer) for each in optimizers):
+            raise UnsupportedModule(
+                problem="RemoteOptimizer is not a rule that the server steps: this one is attached already"
+            )
         single = isinstance(optimizer, torch.optim.Optimizer)
         asked = for_workers(policy, workers)
         self.ranks = Ranks([p for each in optimizers for group in each.param_groups for p in group["params"]])
         self.ranks.refuse_wrapper()
-        self._attached = RemoteOptimizer(
+        self._attached = named_after(optimizers)(
             self, optimizers, module, names, asked, single=single, overlap=overlap, prefetch=prefetch
         )
         self.ranks.say(self.member().policy, chosen=asked is not None)
@@ -357,6 +363,17 @@ class Session(Participant):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def __getstate__(self) -> NoReturn:
+        raise TypeError(
+            "a Session is a live connection and cannot be pickled or copied: connect() again, with another worker="
+        )
+
+    def __deepcopy__(self, memo: object) -> NoReturn:
+        self.__getstate__()
+
+    def __copy__(self) -> NoReturn:
+        self.__getstate__()
 
     def __repr__(self) -> str:
         where = "reader" if self._member is None else f"epoch {self._member.epoch}"

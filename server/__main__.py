@@ -5,11 +5,17 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import os
 import sys
+from importlib.metadata import version as installed_version
 from pathlib import Path
+
+from pushstep.proto.environment import unknown_variables
 
 from .config import Config
 from .service import DataFolderLocked, Service
+
+log = logging.getLogger("pushstep.server")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -20,6 +26,7 @@ def parser() -> argparse.ArgumentParser:
         "as PUSHSTEP_NAME in the environment or as a key of the --config file (TOML), in that order of precedence.",
         argument_default=argparse.SUPPRESS,
     )
+    made.add_argument("--version", action="version", version=f"pushstep {installed_version('pushstep')}")
     made.add_argument("--config", metavar="FILE", type=Path, help="TOML file with settings")
     for name, setting in Config.model_fields.items():
         option = f"--{name.replace('_', '-')}"
@@ -47,6 +54,8 @@ def main() -> None:
     logging.basicConfig(
         level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
+    for problem in unknown_variables(os.environ):
+        log.warning("%s", problem)
     try:
         asyncio.run(_run(config))
     except KeyboardInterrupt:
