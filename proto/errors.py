@@ -285,10 +285,7 @@ class Quarantined(Refused):
 
     code = "quarantined"
     grpc_status = Status.PERMISSION_DENIED
-    template = (
-        "worker {worker!r} is quarantined after {count} refused pushes in a row; an operator can release it: "
-        "POST /v1/models/{model}/workers/{worker}/release"
-    )
+    template = "worker {worker!r} is quarantined after {count} refused pushes in a row; an operator can release it: POST /v1/models/{model}/workers/{worker}/release"
 
 
 class OutOfOrder(Refused):
@@ -310,9 +307,7 @@ class Conflict(Refused):
 
     code = "conflict"
     grpc_status = Status.ALREADY_EXISTS
-    template = (
-        "sequence {sequence} of worker {worker!r} was pushed before with another body; the first one stands"
-    )
+    template = "sequence {sequence} of worker {worker!r} was pushed before with another body, which stands"
 
 
 class Superseded(Refused):
@@ -380,9 +375,7 @@ class HeldByHook(Refused):
     """A hook decides this value."""
 
     code = "held_by_hook"
-    template = (
-        "{field!r} of group {group} is set by hook {hook!r} at every version; change or remove the hook"
-    )
+    template = "{field!r} of group {group} is set by hook {hook!r} at every version; change or remove it"
 
 
 class OtherWorkersLive(Refused):
