@@ -12,13 +12,14 @@ which is said once in the log: numba itself would raise.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
@@ -36,10 +37,26 @@ _SOURCES: Final = (
     "row_kernels.py",
     "select_kernels.py",
     "sum_kernels.py",
+    "varint_kernels.py",
 )
 _kept_in: list[Path] = []
 _compiled: dict[Hashable, Any] = {}
 _lock = threading.RLock()
+_here = threading.local()
+
+
+class NotCompiled(Exception):
+    """A kernel that this thread would have had to wait for."""
+
+
+@contextlib.contextmanager
+def only_compiled() -> Iterator[None]:
+    """A block that takes no longer than its kernels: NotCompiled at the first one that is not there yet."""
+    _here.only_compiled = True
+    try:
+        yield
+    finally:
+        _here.only_compiled = False
 
 
 def _fresh_lock() -> None:
@@ -106,6 +123,8 @@ def compiled(make: Callable[..., Callable[..., Any]], signature: str, spec: Any)
     key = (make, spec)
     kernel = _compiled.get(key)
     if kernel is None:
+        if getattr(_here, "only_compiled", False):
+            raise NotCompiled(make.__name__)
         with _lock:
             kernel = _compiled.get(key)
             if kernel is None:

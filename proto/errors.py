@@ -68,6 +68,35 @@ class MalformedFrame(InvalidRequest):
     template = "malformed frame: {problem}"
 
 
+class MalformedRequest(InvalidRequest):
+    """Bytes on an HTTP connection that are no request."""
+
+    code = "malformed_request"
+    http_status = 400
+    template = "malformed HTTP request: {problem}"
+
+
+class NumberOutOfRange(InvalidRequest):
+    """A number of a request that is NaN or outside of what its field may hold."""
+
+    code = "number_out_of_range"
+    template = "{what} is {got}; it must be from {least} to {most}"
+
+
+class TooLong(InvalidRequest):
+    """A text, bytes or a list of a request that is longer than its field may be."""
+
+    code = "too_long"
+    template = "{what} has {got} {unit}; it may have at most {most}"
+
+
+class InvalidText(InvalidRequest):
+    """A text with a character that cannot be shown: a control character, or half of one."""
+
+    code = "invalid_text"
+    template = "{what} holds the character {character}, which cannot be shown; leave it out"
+
+
 class WrongLength(InvalidRequest):
     """A stream that carries more or fewer bytes than its header declares."""
 
@@ -469,6 +498,23 @@ class StreamStalled(Unavailable):
     grpc_status = Status.ABORTED
     http_status = 408
     template = "nothing arrived on the stream for {seconds} s; send the push again"
+
+
+class RequestTimeout(Unavailable):
+    """A request that took too long to arrive."""
+
+    code = "request_timeout"
+    grpc_status = Status.ABORTED
+    http_status = 408
+    template = "the {what} of the request did not arrive within {seconds} s; send it again"
+
+
+class Busy(Unavailable):
+    """Too many calls of one kind are under way already."""
+
+    code = "busy"
+    grpc_status = Status.RESOURCE_EXHAUSTED
+    template = "{waiting} {what} are under way already; try again"
 
 
 class ExportsBusy(Unavailable):

@@ -49,6 +49,7 @@ _PREFIX: Final = struct.Struct("<BQBQB5s")
 _SEGMENT_TAG: Final = 2 << 3 | 1
 _OFFSET_TAG: Final = 3 << 3 | 1
 _PAYLOAD_TAG: Final = 15 << 3 | 2
+_CHUNK_BEGINS: Final = frozenset(bytes([tag]) for tag in (_SEGMENT_TAG, _OFFSET_TAG, _PAYLOAD_TAG))
 _TABLE_ROW: Final = struct.Struct("<IBBHQQQ")
 
 
@@ -209,22 +210,37 @@ def _prefix(segment: int, offset: int, size: int) -> bytes:
 
 def unpack(message: bytes, kind: type[M]) -> tuple[M | None, Chunk | None]:
     """A received message as (fields, chunk), either of them None. MalformedFrame or MessageTooLarge otherwise."""
-    if len(message) > MAX_MESSAGE_BYTES:
-        raise MessageTooLarge(got=len(message), limit=MAX_MESSAGE_BYTES)
-    chunk = _unpack_fast(message)
+    chunk = chunk_of(message)
     if chunk is not None:
         return None, chunk
     try:
         fields = kind.FromString(message)
     except DecodeError as error:
         raise MalformedFrame(problem=f"not a {kind.__name__}") from error
+    return fields, chunk_in(fields)
+
+
+def chunk_of(message: bytes) -> Chunk | None:
+    """The chunk, if a message is one and nothing else, in this codec's form or protobuf's own. MessageTooLarge."""
+    if len(message) > MAX_MESSAGE_BYTES:
+        raise MessageTooLarge(got=len(message), limit=MAX_MESSAGE_BYTES)
+    chunk = _in_constant_form(message) or _in_shortest_form(message)
+    return None if chunk is None else _checked(chunk)
+
+
+def chunk_in(fields: BulkMessage) -> Chunk | None:
+    """The chunk among a parsed message's fields."""
     payload = fields.payload
-    if payload:
-        chunk = Chunk(fields.segment, fields.offset, memoryview(payload))
-    return fields, chunk
+    return _checked(Chunk(fields.segment, fields.offset, memoryview(payload))) if payload else None
 
 
-def _unpack_fast(message: bytes) -> Chunk | None:
+def _checked(chunk: Chunk) -> Chunk:
+    if len(chunk.payload) > MAX_CHUNK_BYTES:
+        raise MessageTooLarge(got=len(chunk.payload), limit=MAX_CHUNK_BYTES)
+    return chunk
+
+
+def _in_constant_form(message: bytes) -> Chunk | None:
     if len(message) < _PREFIX.size or message[0] != _SEGMENT_TAG:
         return None
     _, segment, offset_tag, offset, payload_tag, varint = _PREFIX.unpack_from(message)
@@ -233,6 +249,28 @@ def _unpack_fast(message: bytes) -> Chunk | None:
     if not constant_form or payload_tag != _PAYLOAD_TAG or size != len(message) - _PREFIX.size:
         return None
     return Chunk(segment, offset, memoryview(message)[_PREFIX.size :])
+
+
+def _in_shortest_form(message: bytes) -> Chunk | None:
+    """As protobuf libraries write it: a field that is zero is left out, and the length takes as few bytes as it can."""
+    if message[:1] not in _CHUNK_BEGINS:
+        return None
+    at, places = 0, [0, 0]
+    for index, tag in enumerate((_SEGMENT_TAG, _OFFSET_TAG)):
+        if at < len(message) and message[at] == tag:
+            places[index] = int.from_bytes(message[at + 1 : at + 9], "little")
+            at += 9
+    if at >= len(message) or message[at] != _PAYLOAD_TAG:
+        return None
+    size, start = 0, at + 1
+    for shift, byte in zip(range(0, 28, 7), message[start : start + 4], strict=False):
+        size |= (byte & 0x7F) << shift
+        start += 1
+        if byte < 0x80:
+            break
+    else:
+        return None
+    return Chunk(places[0], places[1], memoryview(message)[start:]) if size == len(message) - start else None
 
 
 class Assembly:

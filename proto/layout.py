@@ -9,27 +9,34 @@ from __future__ import annotations
 
 import json
 import math
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from itertools import pairwise
+from typing import Final, cast
 
 import torch
 import xxhash
 
 from . import dtypes
 from .errors import InvalidManifest, MalformedFrame, UnknownParameter, WrongDtype, WrongLength
-from .types_pb2 import Arena, Manifest, Segment
+from .limits import limit_of
+from .types_pb2 import Arena, DType, Manifest, Parameter, ParamGroup, Segment
 
 ID_BYTES: Final = 8
 INDEX_BYTES: Final = 4
-MAX_PARAMETERS: Final = 1_000_000
-MAX_DIMENSIONS: Final = 16
+# As the .proto has them, for who makes a manifest.
+MAX_PARAMETERS: Final = limit_of(Manifest, "parameters").count
+MAX_GROUPS: Final = limit_of(Manifest, "groups").count
+MAX_DIMENSIONS: Final = limit_of(Parameter, "shape").count
+MAX_NAME_BYTES: Final = limit_of(Parameter, "name").bytes
+# Of all parameters together.
 MAX_ELEMENTS: Final = 1 << 48
 # The most elements of a segment whose indices are uint32.
 MAX_INDEXED: Final = 1 << 32
 INT8_UNPACKED: Final = torch.float32
-# Which parameters a segment covers is remembered of so many different ones; the others are looked up each time.
-PLACES_KEPT: Final = 4096
+# Which parameters a segment covers is remembered, until so many times all of them are; then it is looked up each time.
+COVERED_KEPT: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,32 +82,27 @@ class Layout:
         """Arrange `manifest` (a copy is kept, with arenas and offsets set). InvalidManifest if it contradicts itself."""
         self.manifest = Manifest()
         self.manifest.CopyFrom(manifest)
-        _check(self.manifest)
-        _arrange(self.manifest)
-        self.slots = tuple(_slot(index, self.manifest) for index in range(len(self.manifest.parameters)))
-        self.arenas = tuple(
-            ArenaSpec(
-                index,
-                arena.group,
-                dtypes.to_torch(arena.dtype, f"arena {index}"),
-                arena.elements,
-                tuple(slot for slot in self.slots if slot.arena == index),
-            )
-            for index, arena in enumerate(self.manifest.arenas)
-        )
+        self.slots, self.arenas = _arranged(self.manifest)
         self.by_name = {slot.name: slot for slot in self.slots}
-        self.manifest_hash = _hash(self.manifest)
+        self._by_alias = {alias: slot for slot in self.slots if slot.aliases for alias in slot.aliases}
+        self.manifest_hash = _hash(self.slots, self.manifest.groups)
         self.first_of_group = {slot.group: slot for slot in reversed(self.slots)}
+        self.arenas_of_group: dict[int, list[ArenaSpec]] = {}
+        for arena in self.arenas:
+            self.arenas_of_group.setdefault(arena.group, []).append(arena)
         self._whole: dict[torch.dtype | None, list[tuple[Segment, list[Slot]]]] = {}
         # by arena, start and stop: every push of a worker has the same segments
         self._covered: dict[tuple[int, int, int], list[Slot]] = {}
+        self._may_cover = COVERED_KEPT * len(self.slots)
+        # by arena: the slots that have elements, and where each begins and the last one ends
+        self._held = [[slot for slot in arena.slots if slot.stop > slot.start] for arena in self.arenas]
         self._borders = [
-            {slot.start: slot for slot in arena.slots if slot.stop > slot.start} for arena in self.arenas
+            [*(slot.start for slot in held), held[-1].stop if held else 0] for held in self._held
         ]
 
     def slot(self, name: str, model: str) -> Slot:
         """The slot of a parameter by name or alias; UnknownParameter otherwise."""
-        found = self.by_name.get(name) or next((s for s in self.slots if name in s.aliases), None)
+        found = self.by_name.get(name) or self._by_alias.get(name)
         if found is None:
             raise UnknownParameter(model=model, parameter=name)
         return found
@@ -116,7 +118,8 @@ class Layout:
         covered = self._covered.get(place)
         if covered is None:
             covered = self._cover(segment)
-            if len(self._covered) < PLACES_KEPT:
+            if len(covered) <= self._may_cover:
+                self._may_cover -= len(covered)
                 self._covered[place] = covered
         if segment.HasField("rows") and (len(covered) != 1 or not covered[0].shape):
             raise MalformedFrame(problem="a row-sparse segment must be exactly one parameter that has rows")
@@ -128,12 +131,13 @@ class Layout:
         if segment.arena >= len(self.arenas):
             raise MalformedFrame(problem=f"segment names arena {segment.arena} of {len(self.arenas)}")
         borders = self._borders[segment.arena]
-        covered = []
-        at = segment.start
-        while at < segment.stop and at in borders:
-            covered.append(borders[at])
-            at = borders[at].stop
-        if at != segment.stop or not covered:
+        places = [bisect_left(borders, border) for border in (segment.start, segment.stop)]
+        are_borders = max(places) < len(borders) and [borders[at] for at in places] == [
+            segment.start,
+            segment.stop,
+        ]
+        covered = self._held[segment.arena][places[0] : places[1]] if are_borders else []
+        if not covered:
             raise MalformedFrame(
                 problem=f"segment [{segment.start}, {segment.stop}) of arena {segment.arena} does not lie on "
                 "parameter borders"
@@ -242,20 +246,29 @@ def check_body(
 
     The limit is for what a push is unpacked to, too. int8 and element-sparse segments are pushes' alone.
     """
-    seen: set[tuple[str, int]] = set()
+    spans = []
     lengths = []
     for segment in segments:
         if not of_push:
             _check_plain(segment)
-        for slot in layout.slots_of(segment):
-            if (segment.state, slot.index) in seen:
-                raise MalformedFrame(problem=f"parameter {slot.name!r} appears in two segments")
-            seen.add((segment.state, slot.index))
+        covered = layout.slots_of(segment)
+        # those without elements lie nowhere: two of them are one if they are the same parameter
+        which = covered[0].index if segment.start == segment.stop else -1
+        spans.append((segment.state, segment.arena, which, segment.start, segment.stop, covered[0].name))
         lengths.append(layout.segment_bytes(segment))
+    _check_apart(spans)
     total = sum(lengths) + (sum(map(layout.unpacked_bytes, segments)) if of_push else 0)
     if total > limit_bytes:
         raise WrongLength(what="the declared body", got=total, expected=f"at most {limit_bytes}")
     return lengths
+
+
+def _check_apart(spans: list[tuple[str, int, int, int, int, str]]) -> None:
+    """MalformedFrame if two segments hold the same parameter: borders are parameters', so it is the later one's first."""
+    spans.sort()
+    for before, span in pairwise(spans):
+        if before[:3] == span[:3] and (span[2] >= 0 or span[3] < before[4]):
+            raise MalformedFrame(problem=f"parameter {span[5]!r} appears in two segments")
 
 
 def _check_plain(segment: Segment) -> None:
@@ -284,65 +297,71 @@ def with_group(layout: Layout, added: Manifest) -> Layout:
     return Layout(manifest)
 
 
-def _check(manifest: Manifest) -> None:
-    names: set[str] = set()
-    total = 0
-    if not manifest.parameters:
-        raise InvalidManifest(problem="no parameters")
-    if len(manifest.parameters) > MAX_PARAMETERS:
-        raise InvalidManifest(problem=f"more than {MAX_PARAMETERS} parameters")
-    for parameter in manifest.parameters:
-        for name in (parameter.name, *parameter.aliases):
-            if not name or len(name) > 1000 or name in names:
-                raise InvalidManifest(
-                    problem=f"parameter name {name[:100]!r} is empty, over-long or used twice"
-                )
-            names.add(name)
-        if parameter.group >= len(manifest.groups):
-            raise InvalidManifest(
-                problem=f"{parameter.name!r} is in group {parameter.group}, which does not exist"
-            )
-        # a length of 0 does not make the others harmless: they are somebody's strides
-        total += math.prod(max(1, length) for length in parameter.shape)
-        if len(parameter.shape) > MAX_DIMENSIONS or total >= MAX_ELEMENTS:
-            raise InvalidManifest(problem=f"{parameter.name!r} has an impossible shape")
-        dtypes.to_torch(parameter.dtype, f"parameter {parameter.name!r}")
-
-
-def _arrange(manifest: Manifest) -> None:
+def _arranged(manifest: Manifest) -> tuple[tuple[Slot, ...], tuple[ArenaSpec, ...]]:
+    """Every parameter's slot and the arenas, entered into the manifest too. One look at each parameter: there may be a
+    million. InvalidManifest if it contradicts itself.
+    """
     del manifest.arenas[:]
-    index_of: dict[tuple[int, int], int] = {}
-    for parameter in manifest.parameters:
-        key = (parameter.group, parameter.dtype)
-        if key not in index_of:
-            index_of[key] = len(manifest.arenas)
-            manifest.arenas.append(Arena(group=parameter.group, dtype=parameter.dtype, elements=0))
-        parameter.arena = index_of[key]
-        arena = manifest.arenas[parameter.arena]
-        parameter.offset = arena.elements
-        arena.elements += math.prod(parameter.shape)
+    names: set[str] = set()
+    slots: list[Slot] = []
+    # by group and dtype: the arena's index, and the slots in it
+    places: dict[tuple[int, int], tuple[int, list[Slot]]] = {}
+    ends: list[int] = []
+    total = 0
+    groups = len(manifest.groups)
+    _require_count(len(manifest.parameters), MAX_PARAMETERS, "parameters")
+    _require_count(groups, MAX_GROUPS, "param groups")
+    for index, parameter in enumerate(manifest.parameters):
+        name, group, dtype = parameter.name, parameter.group, parameter.dtype
+        aliases, shape = tuple(parameter.aliases), tuple(parameter.shape)
+        _take_names(names, name, aliases)
+        if group >= groups:
+            raise InvalidManifest(problem=f"{name!r} is in group {group}, which does not exist")
+        total += _room(shape, name)
+        if total >= MAX_ELEMENTS:
+            raise InvalidManifest(problem=f"{name!r} has an impossible shape")
+        arena, inside = places.setdefault((group, dtype), (len(places), []))
+        if not inside:
+            dtypes.to_torch(dtype, f"parameter {name!r}")
+            ends.append(0)
+        start = ends[arena]
+        ends[arena] = start + math.prod(shape)
+        parameter.arena, parameter.offset = arena, start
+        slot = Slot(index, name, shape, dtypes.TORCH[dtype], group, arena, start, ends[arena], aliases)
+        inside.append(slot)
+        slots.append(slot)
+    arenas = []
+    for (group, wire), (index, inside) in places.items():
+        manifest.arenas.append(Arena(group=group, dtype=cast("DType", wire), elements=ends[index]))
+        arenas.append(ArenaSpec(index, group, dtypes.TORCH[wire], ends[index], tuple(inside)))
+    return tuple(slots), tuple(arenas)
 
 
-def _slot(index: int, manifest: Manifest) -> Slot:
-    parameter = manifest.parameters[index]
-    shape = tuple(int(length) for length in parameter.shape)
-    start = int(parameter.offset)
-    return Slot(
-        index,
-        parameter.name,
-        shape,
-        dtypes.to_torch(parameter.dtype, f"parameter {parameter.name!r}"),
-        int(parameter.group),
-        int(parameter.arena),
-        start,
-        start + math.prod(shape),
-        tuple(parameter.aliases),
-    )
+def _require_count(got: int, most: int, what: str) -> None:
+    if not got:
+        raise InvalidManifest(problem=f"no {what}")
+    if got > most:
+        raise InvalidManifest(problem=f"more than {most} {what}")
 
 
-def _hash(manifest: Manifest) -> int:
+def _take_names(names: set[str], name: str, aliases: tuple[str, ...]) -> None:
+    for each in (name, *aliases):
+        if not each or len(each) > MAX_NAME_BYTES or each in names:
+            raise InvalidManifest(problem=f"parameter name {each[:100]!r} is empty, over-long or used twice")
+        names.add(each)
+
+
+def _room(shape: tuple[int, ...], name: str) -> int:
+    """The elements of a parameter; a length of 0 does not make the others harmless: they are somebody's strides."""
+    if len(shape) > MAX_DIMENSIONS:
+        raise InvalidManifest(problem=f"{name!r} has more than {MAX_DIMENSIONS} dimensions")
+    return math.prod(shape) or math.prod(max(1, length) for length in shape)
+
+
+def _hash(slots: Sequence[Slot], groups: Iterable[ParamGroup]) -> int:
+    wire = {dtype: int(number) for dtype, number in dtypes.WIRE.items()}
     agreed = [
-        [[p.name, list(p.shape), int(p.dtype), p.group, list(p.aliases)] for p in manifest.parameters],
-        [[group.rule, group.optimizer] for group in manifest.groups],
+        [[s.name, s.shape, wire[s.dtype], s.group, s.aliases] for s in slots],
+        [[group.rule, group.optimizer] for group in groups],
     ]
     return xxhash.xxh3_64_intdigest(json.dumps(agreed, separators=(",", ":")).encode())

@@ -23,6 +23,7 @@ DOMAIN: Final = "pushstep"
 # A message goes three times into gRPC's trailers, of which a client takes 8 KiB for sure.
 LONGEST_TEXT: Final = 1500
 TRAILER: Final = "grpc-status-details-bin"
+PROBLEM_TYPE: Final = "application/problem+json"
 
 # What a plain gRPC status means when no catalogue error came with it: gRPC's own limits, or no server at all.
 _BARE: Final[dict[grpc.StatusCode, type[errors.PushstepError]]] = {

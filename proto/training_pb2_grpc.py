@@ -32,6 +32,14 @@ class TrainingServiceStub(object):
     the header, which declares every segment; each later one carries a chunk of a segment. Chunks come in order and
     without gaps. A push's stream ends with a PushCommit, an upload's with its end: one that breaks before changes
     nothing. Parts of a stream may share a message.
+
+    A server takes 64 calls at a time on one connection, and a message of 4 MiB and 64 KiB. Generated clients make all calls
+    of a channel over one connection and begin more all the same: what is beyond is refused with UNAVAILABLE (RST_STREAM,
+    REFUSED_STREAM) before anything of it was read, or left to its deadline. Keep to 64, or use further channels, each with
+    a connection of its own (`grpc.use_local_subchannel_pool`). A call that was refused so may be made again at once.
+
+    What a field may hold stands behind its number (limits.proto). A request that holds something else is refused with
+    INVALID_ARGUMENT, by the field's name.
     """
 
     def __init__(self, channel):
@@ -104,6 +112,14 @@ class TrainingServiceServicer(object):
     the header, which declares every segment; each later one carries a chunk of a segment. Chunks come in order and
     without gaps. A push's stream ends with a PushCommit, an upload's with its end: one that breaks before changes
     nothing. Parts of a stream may share a message.
+
+    A server takes 64 calls at a time on one connection, and a message of 4 MiB and 64 KiB. Generated clients make all calls
+    of a channel over one connection and begin more all the same: what is beyond is refused with UNAVAILABLE (RST_STREAM,
+    REFUSED_STREAM) before anything of it was read, or left to its deadline. Keep to 64, or use further channels, each with
+    a connection of its own (`grpc.use_local_subchannel_pool`). A call that was refused so may be made again at once.
+
+    What a field may hold stands behind its number (limits.proto). A request that holds something else is refused with
+    INVALID_ARGUMENT, by the field's name.
     """
 
     def Describe(self, request, context):
@@ -261,6 +277,14 @@ class TrainingService(object):
     the header, which declares every segment; each later one carries a chunk of a segment. Chunks come in order and
     without gaps. A push's stream ends with a PushCommit, an upload's with its end: one that breaks before changes
     nothing. Parts of a stream may share a message.
+
+    A server takes 64 calls at a time on one connection, and a message of 4 MiB and 64 KiB. Generated clients make all calls
+    of a channel over one connection and begin more all the same: what is beyond is refused with UNAVAILABLE (RST_STREAM,
+    REFUSED_STREAM) before anything of it was read, or left to its deadline. Keep to 64, or use further channels, each with
+    a connection of its own (`grpc.use_local_subchannel_pool`). A call that was refused so may be made again at once.
+
+    What a field may hold stands behind its number (limits.proto). A request that holds something else is refused with
+    INVALID_ARGUMENT, by the field's name.
     """
 
     @staticmethod

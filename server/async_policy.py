@@ -8,15 +8,17 @@ too stale for one of the groups that it touches is refused whole.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, NonNegativeInt
+from pydantic import Field
 
+from pushstep.proto.layout import MAX_GROUPS
 from pushstep.proto.types_pb2 import Outcome
 
 from .candidate import Candidate
 from .policy import Alone, Move, PolicySettings, TurnAway, View
-from .staging import RowsPart
+from .settings import Whole
 from .worker import Worker
 
 
@@ -25,11 +27,13 @@ class AsyncSettings(PolicySettings):
 
     policy: Literal["async"] = "async"
     scale: bool = Field(default=False, description="multiply the lr of a push of staleness s by 1/(1+s)")
-    max_staleness: NonNegativeInt | None = Field(
+    max_staleness: Whole | None = Field(
         default=None, description="a push of a larger staleness is not applied (too_stale); null: any is"
     )
-    max_staleness_by_group: dict[NonNegativeInt, NonNegativeInt] = Field(
-        default_factory=dict, description="bounds of single param groups, in place of max_staleness"
+    max_staleness_by_group: dict[Whole, Whole] = Field(
+        default_factory=dict,
+        max_length=MAX_GROUPS,
+        description="bounds of single param groups, in place of max_staleness",
     )
 
 
@@ -67,7 +71,7 @@ class AsyncPolicy:
 
     def _judge(self, candidate: Candidate, version: int) -> Move:
         stale = version - candidate.header.base_version
-        for group in touched_groups(candidate):
+        for group in candidate.push.groups if candidate.push is not None else ():
             bound = self.settings.max_staleness_by_group.get(group, self.settings.max_staleness)
             if bound is not None and stale > bound:
                 note = f"staleness {stale} is above the bound {bound} of group {group}"
@@ -92,16 +96,6 @@ class AsyncPolicy:
         """Only a push of the same worker's may come before."""
         return "an earlier push of this worker comes first"
 
-    def show(self, worker: Worker, view: View) -> dict[str, Any]:
+    def shown(self, view: View) -> Callable[[Worker], dict[str, Any]]:
         """Nothing of its own."""
-        return {}
-
-
-def touched_groups(candidate: Candidate) -> list[int]:
-    """The param groups that a push has a gradient for."""
-    slots = [
-        slot
-        for part in (candidate.push.parts if candidate.push is not None else ())
-        for slot in ((part.slot,) if isinstance(part, RowsPart) else part.slots)
-    ]
-    return sorted({slot.group for slot in slots})
+        return lambda _: {}

@@ -9,12 +9,14 @@ falls while anyone is ahead of it, what was let in stays within the bound.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from .candidate import Candidate
 from .policy import Alone, Move, PolicySettings, View, listed
+from .settings import Whole
 from .worker import Worker
 
 
@@ -22,9 +24,7 @@ class BoundedSettings(PolicySettings):
     """How far a worker may run ahead."""
 
     policy: Literal["bounded"] = "bounded"
-    bound: int = Field(
-        default=3, ge=0, description="clocks that a worker may be ahead of the slowest live one"
-    )
+    bound: Whole = Field(default=3, description="clocks that a worker may be ahead of the slowest live one")
 
 
 class BoundedPolicy:
@@ -99,10 +99,13 @@ class BoundedPolicy:
         behind = [name for name, (_, clock) in self._clocks.items() if clock == slowest]
         return f"it is {self.settings.bound} clocks ahead of {listed(behind)}"
 
-    def show(self, worker: Worker, view: View) -> dict[str, Any]:
+    def shown(self, view: View) -> Callable[[Worker], dict[str, Any]]:
         """Its clock, and how far it is ahead of the slowest."""
         slowest = self._slowest(view)
-        if worker.name not in self._clocks:
-            return {}
-        clock = self._clocks[worker.name][1]
-        return {"clock": clock, "clocks_ahead": clock - slowest}
+        clocks = {name: clock for name, (_, clock) in self._clocks.items()}
+
+        def show(worker: Worker) -> dict[str, Any]:
+            clock = clocks.get(worker.name)
+            return {} if clock is None else {"clock": clock, "clocks_ahead": clock - slowest}
+
+        return show

@@ -12,10 +12,12 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Final, Generic, TypeVar
 
 from pushstep.proto.errors import MalformedFrame, StreamStalled
-from pushstep.proto.frames import BulkMessage, Chunk, unpack
-from pushstep.proto.training_pb2 import PushCommit, PushRequest
+from pushstep.proto.frames import Chunk, chunk_in, chunk_of
+from pushstep.proto.training_pb2 import PushCommit, PushRequest, UploadRequest
 
-M = TypeVar("M", bound=BulkMessage)
+from .received import INLINE_MESSAGE_BYTES, received
+
+M = TypeVar("M", bound=PushRequest | UploadRequest)
 # Copies a chunk: at once (None), or in a thread, and then the next message is read meanwhile.
 Place = Callable[[Chunk], "asyncio.Future[None] | None"]
 # 6.5 KB/s at the default of 10 s: below any link that one would train over.
@@ -38,8 +40,10 @@ class BulkStream(Generic[M]):
 
     async def header(self) -> M:
         """The first message, which must carry the header. It may carry a chunk and the commit too."""
+        if self._first is not None:
+            return self._first[0]
         self._begin_window()
-        fields, chunk = unpack(await self._next() or b"", self._kind)
+        fields, chunk = await self._fields(await self._next() or b"")
         if fields is None or not fields.HasField("header"):
             raise MalformedFrame(problem="the first message of a stream must carry the header")
         self._first = fields, chunk
@@ -54,7 +58,7 @@ class BulkStream(Generic[M]):
             await self._take(*self._first, place)
             # what comes after the commit is not read, not even the end: that would cost one more way through gRPC
             while self._commit is None and (message := await self._next()) is not None:
-                fields, chunk = unpack(message, self._kind)
+                fields, chunk = await self._fields(message)
                 if fields is not None and fields.HasField("header"):
                     raise MalformedFrame(problem="a second header")
                 if not await self._take(fields, chunk, place):
@@ -75,6 +79,16 @@ class BulkStream(Generic[M]):
             self._commit = fields.commit
             return True
         return chunk is not None and len(chunk.payload) > 0
+
+    async def _fields(self, message: bytes) -> tuple[M | None, Chunk | None]:
+        """A message as (fields, chunk), either of them None."""
+        chunk = chunk_of(message)
+        if chunk is not None:
+            return None, chunk
+        fields = await received(self._kind, message)
+        if len(message) > INLINE_MESSAGE_BYTES:
+            self._begin_window()  # it may have waited for its turn, which was not the stream's doing
+        return fields, chunk_in(fields)
 
     async def _moved(self) -> None:
         if self._moving is not None:

@@ -32,7 +32,7 @@ from pushstep.proto.errors import (
     UnknownModel,
     UnknownSnapshot,
 )
-from pushstep.proto.identifiers import check_name, is_name
+from pushstep.proto.identifiers import is_name
 from pushstep.proto.layout import Layout
 from pushstep.proto.process import is_gone
 from pushstep.proto.training_pb2 import Process
@@ -50,6 +50,7 @@ from .quality import Quality
 from .session import Sessions
 from .snapshots import EXPORT_PREFIX, Snapshots, rules_known
 from .staging import charge
+from .threads import DISK
 
 log = logging.getLogger("pushstep.catalog")
 T = TypeVar("T")
@@ -72,6 +73,30 @@ class Creation:
     attempt: int = 0
     # its values have arrived and its name is being written to the disk
     finishing: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """A model that somebody wants to create: laid out, and good in itself."""
+
+    layout: Layout
+    bytes_needed: int
+    # of one push of all of it
+    push_bytes: int
+
+
+def propose(manifest: Manifest) -> Proposal:
+    """The model that a manifest describes; InvalidManifest or InvalidHyperparameter if there can be none.
+
+    It depends on nothing else, so that a large one is looked at in a thread.
+    """
+    layout = Layout(manifest)
+    for group in manifest.groups:
+        Group.make(group)
+    if len(layout.first_of_group) != len(manifest.groups):
+        raise InvalidManifest(problem="every param group must have parameters")
+    push_bytes = sum(arena.elements * arena.dtype.itemsize for arena in layout.arenas)
+    return Proposal(layout, Arenas.bytes_needed(layout), push_bytes)
 
 
 class Catalog:
@@ -116,22 +141,9 @@ class Catalog:
     # Creation: a ticket, then the values, then the model.
 
     def begin_creation(
-        self,
-        name: str,
-        worker: str,
-        manifest: Manifest,
-        now_s: float,
-        attempt: int,
-        process: Process,
+        self, name: str, worker: str, proposal: Proposal, now_s: float, attempt: int, process: Process
     ) -> Creation:
         """Give the first caller leave to create a model; BeingCreated for the others while it lasts, or its process."""
-        check_name(name, "model name")
-        layout = Layout(manifest)
-        names = [Group.make(group).rule.name for group in manifest.groups]
-        if len(layout.manifest.groups) == 0 or {slot.group for slot in layout.slots} != set(
-            range(len(names))
-        ):
-            raise InvalidManifest(problem="every param group must have parameters")
         self._creations = {
             known: creation
             for known, creation in self._creations.items()
@@ -143,12 +155,11 @@ class Catalog:
             raise OverCapacity(
                 problem=f"this server holds at most {self.config.max_models} models", setting="max-models"
             )
-        need = Arenas.bytes_needed(layout)
-        self.require_room(need, sum(creation.bytes_needed for creation in others))
-        largest = sum(arena.elements * arena.dtype.itemsize for arena in layout.arenas)
-        if charge(largest) > self.config.staging_bytes:
+        self.require_room(proposal.bytes_needed, sum(creation.bytes_needed for creation in others))
+        push_bytes = charge(proposal.push_bytes)
+        if push_bytes > self.config.staging_bytes:
             raise OverCapacity(
-                problem=f"one push of this model takes {charge(largest)} bytes, staging has {self.config.staging_bytes}",
+                problem=f"one push of this model takes {push_bytes} bytes, staging has {self.config.staging_bytes}",
                 setting="staging-bytes",
             )
         current = self._creations.get(name)
@@ -156,8 +167,8 @@ class Catalog:
             current.finishing or (current.worker != worker and not is_gone(current.process))
         ):
             raise BeingCreated(model=name, worker=current.worker, retry_after_s=CREATION_RETRY_S)
-        ticket = secrets.randbits(63) or 1
-        creation = Creation(ticket, worker, layout, need, now_s + CREATION_S, process, attempt)
+        ticket, until_s, need = secrets.randbits(63) or 1, now_s + CREATION_S, proposal.bytes_needed
+        creation = Creation(ticket, worker, proposal.layout, need, until_s, process, attempt)
         self._creations[name] = creation
         return creation
 
@@ -195,7 +206,7 @@ class Catalog:
         creation.finishing = True
         try:
             async with self._alone(name):  # the folder of an earlier one of this name may just be going
-                await asyncio.to_thread(self._folder(name).set_aside)
+                await DISK.run(self._folder(name).set_aside)
                 await self._write_identity(model, clean_version=None)
         except BaseException:
             creation.finishing = False
@@ -232,7 +243,7 @@ class Catalog:
         del self.models[name]
         async with self._alone(name):  # a snapshot that is being written would make the folder again
             await model.close()
-            await asyncio.to_thread(self._folder(name).remove)
+            await DISK.run(self._folder(name).remove)
         log.info("model %s deleted by %s", name, by)
 
     # Snapshots and restores.
@@ -243,7 +254,7 @@ class Catalog:
         async with self._alone(name):
             model.tell(Point.STATE_DICT_PRE)
             facts, copy = await model.copy()
-            manifest = await asyncio.to_thread(self.snapshots(name).write, facts, copy, automatic=automatic)
+            manifest = await DISK.run(self.snapshots(name).write, facts, copy, automatic=automatic)
             model.tell(Point.STATE_DICT_POST, snapshot=manifest["id"])
             model.record("snapshot_taken", by, snapshot=manifest["id"])
             return manifest
@@ -252,7 +263,7 @@ class Catalog:
         """Bring a snapshot back on a new timeline; the version from which it holds."""
         model = self.get(name)
         try:
-            manifest, copy = await asyncio.to_thread(self.snapshots(name).read, snapshot)
+            manifest, copy = await DISK.run(self.snapshots(name).read, snapshot)
         except (SnapshotDamaged, UnknownSnapshot):
             model.require_here()  # or what is said of a snapshot that just went would be true of none
             raise
@@ -305,7 +316,7 @@ class Catalog:
 
     async def _bring_back(self, model: Model) -> None:
         try:
-            found = await asyncio.to_thread(self.snapshots(model.name).newest, model.ledger.holds)
+            found = await DISK.run(self.snapshots(model.name).newest, model.ledger.holds)
             if found is None:
                 log.error("model %s failed and has no snapshot that verifies", model.name)
                 return
@@ -325,7 +336,7 @@ class Catalog:
         """`timeline` and `lineage`: those that it is about to have."""
         stands_on = list(model.ledger.lineage if lineage is None else lineage)
         identity = IdentityFile(model.uid, timeline or model.timeline, clean_version, stands_on)
-        await asyncio.to_thread(self._folder(model.name).write_identity, identity)
+        await DISK.run(self._folder(model.name).write_identity, identity)
 
     # Start and stop.
 
@@ -342,13 +353,13 @@ class Catalog:
 
     async def _load_model(self, name: str) -> None:
         snapshots = self.snapshots(name)
-        await asyncio.to_thread(snapshots.sweep)
+        await DISK.run(snapshots.sweep)
         identity = self._folder(name).identity()
         if identity is None:
             return
-        found = await asyncio.to_thread(snapshots.newest, identity.made_of)
+        found = await DISK.run(snapshots.newest, identity.made_of)
         if found is None:
-            found = await asyncio.to_thread(snapshots.newest)
+            found = await DISK.run(snapshots.newest)
             if found is not None:
                 log.error("model %s: only a snapshot that a restore had undone verifies: loading it", name)
         if found is None:
@@ -390,7 +401,7 @@ class Catalog:
             try:
                 manifest = await self.snapshot(name, "server", automatic=True)
                 await self._write_identity(model, clean_version=int(manifest["version"]))
-                await asyncio.to_thread(self.snapshots(name).prune)
+                await DISK.run(self.snapshots(name).prune)
             except Exception:
                 log.exception("model %s could not be snapshotted at stop", name)
             await model.close()

@@ -40,7 +40,10 @@ class Config(BaseSettings):
     insecure: bool = Field(False, description="listen beyond loopback without TLS and a token")
     lease_s: float = Field(30.0, gt=0, allow_inf_nan=False, description="a worker silent for longer is gone")
     stall_s: float = Field(
-        10.0, gt=0, allow_inf_nan=False, description="a stream without progress for longer is dropped"
+        10.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="a caller that sends nothing, or reads nothing, for longer is dropped",
     )
     drain_s: float = Field(
         20.0, gt=0, allow_inf_nan=False, description="how long a stop waits for pushes in flight"
@@ -48,7 +51,12 @@ class Config(BaseSettings):
     max_models: int = Field(100, ge=1, description="models held at once")
     max_bytes: int = Field(1 << 40, ge=1, description="bytes of parameters and optimizer state held at once")
     staging_bytes: int = Field(8 << 30, ge=1, description="bytes of pushes in flight at once")
-    max_workers: int = Field(10_000, ge=1, description="workers remembered per model")
+    max_workers: int = Field(10_000, ge=1, description="workers live at once, and remembered, per model")
+    max_connections: int = Field(
+        20_000,
+        ge=1,
+        description="workers' connections held at once; fewer if this process may not open as many files",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what is logged")
 
     @classmethod

@@ -20,7 +20,6 @@ Written from CUDA's and torch's documentation and not run on a device yet: tests
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import queue
@@ -44,6 +43,7 @@ from pushstep.proto.memory import SMALLEST_POOLED_BYTES, BufferPool, copy_elemen
 from .device import Device, Lane, T
 from .exported_memory import ExportedBody
 from .staging import DensePart, RowsPart, StagedPush
+from .threads import PUSHES
 
 log = logging.getLogger("pushstep.device")
 
@@ -134,9 +134,9 @@ class CudaDevice(Device):
 
     # Pushes.
 
-    async def prepared(self, make: Callable[[], T]) -> T:
+    async def prepared(self, make: Callable[[], T], *, small: bool) -> T:
         """In a thread: pinning takes a while."""
-        return await asyncio.to_thread(make)
+        return await PUSHES.run(make)
 
     def body(
         self, lengths: Sequence[int], digest: BodyDigest, take: Callable[[int], Tensor], *, stepped: bool

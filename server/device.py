@@ -22,6 +22,7 @@ from pushstep.proto.frames import Assembly, BodyDigest, Piece, Source
 from pushstep.proto.memory import fresh_memory
 
 from .staging import StagedPush
+from .threads import PUSHES
 
 _NOTHING: Final = nullcontext()
 T = TypeVar("T")
@@ -87,9 +88,9 @@ class Device:
         """Memory that another process writes to and reads, made ready for copies to and from the device."""
         return memory
 
-    async def prepared(self, make: Callable[[], T]) -> T:
-        """What `make` makes, out of fresh memory for the most part."""
-        return make()
+    async def prepared(self, make: Callable[[], T], *, small: bool) -> T:
+        """What `make` makes, out of fresh memory for the most part. `small`: of few parameters."""
+        return await PUSHES.run_unless(small, make)
 
     def body(
         self, lengths: Sequence[int], digest: BodyDigest, take: Callable[[int], Tensor], *, stepped: bool

@@ -13,7 +13,7 @@ import copy
 import logging
 import time
 from asyncio import FIRST_COMPLETED
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from pushstep.proto.errors import NotHeld, PushPending, PushstepError
@@ -27,14 +27,18 @@ from .decision import Combine, Decision, Note, Settle, Step
 from .docket import refuse_consumed
 from .hooks.hook import Point
 from .staging import INLINE_STEP_BYTES, KEPT_BYTES, StagedPush
+from .threads import PUSHES
 from .worker import Verdict
 
 if TYPE_CHECKING:
     from .model import Model
+    from .shared_answer import SharedAnswer
 
 log = logging.getLogger("pushstep.executor")
 # A wait for other workers is answered with `push_pending` after this long at the latest, and asked for again.
 HOLD_S: Final = 10.0
+# A model of many arenas can be pushed in more ways than this, each of which is then new again at times.
+KINDS_KEPT: Final = 1000
 # A lease has run out when its last moment is past.
 MOMENT_S: Final = 0.001
 
@@ -60,6 +64,9 @@ class Executor:
         # for when the timer is set
         self._due_s = 0.0
         self._tasks: set[asyncio.Task[None]] = set()
+        # by what their kernels are chosen by, the steps that were taken before: the first of a kind may have to compile
+        # them, for seconds, which the event loop does not do however small it is
+        self._stepped: set[Hashable] = set()
         self._let_go = self._closed = False
 
     def keep(self, candidate: Candidate, release: Callable[[], None]) -> None:
@@ -160,7 +167,7 @@ class Executor:
         pushes = [candidate.push for candidate in combine.candidates if candidate.push is not None]
         result: StagedPush | PushstepError
         try:
-            result = await asyncio.to_thread(self._add_up, pushes, combine)
+            result = await PUSHES.run(self._add_up, pushes, combine)
         except Exception as error:  # noqa: BLE001 - whatever it was, its pushes must not wait for ever
             result = named(error, log)
         del pushes
@@ -193,13 +200,23 @@ class Executor:
             model.tell(point, **step.facts)
         # taken even if the callers go away meanwhile: their retries will ask for the receipts
         nbytes = step.push.bytes() + sum(answer.nbytes for answer in shared)
-        kind = (step.push.kind, bool(shared), step.ticket.factor == 1)
-        job = model.stepper.submit(execute, small=nbytes <= INLINE_STEP_BYTES and kind in model.stepped)
-        model.stepped.add(kind)  # whatever is handed in from now on comes behind it
+        kernels = self._kernels_of(step, shared)
+        small = nbytes <= INLINE_STEP_BYTES and kernels in self._stepped and step.push.is_of_few
+        job = model.stepper.submit(execute, small=small)
+        if len(self._stepped) >= KINDS_KEPT:
+            self._stepped.clear()
+        self._stepped.add(kernels)  # whatever is handed in from now on comes behind it
         if job.done():
             self._finish(job, step, times)
         else:
             job.add_done_callback(lambda done: self._finish(done, step, times))
+
+    def _kernels_of(self, step: Step, shared: Sequence[SharedAnswer]) -> Hashable:
+        """What the kernels of a step are chosen by: dtypes, and which hyperparameters are off."""
+        groups = self._model.groups.list
+        switches = {group: tuple(map(bool, groups[group].values.values())) for group in step.push.groups}
+        copied = shared[0].region.answer.wire if shared else False
+        return step.push.kind, tuple(switches.items()), copied, step.ticket.factor == 1
 
     def _finish(self, job: asyncio.Future[dict[int, float]], step: Step, times: ServerTimes) -> None:
         model = self._model

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final
 
 import torch
 from torch import Tensor
 
 from pushstep.optim.norms import square_sums
-from pushstep.proto import dtypes
+from pushstep.proto import dtypes, limits
 from pushstep.proto.errors import (
     MalformedFrame,
     ManifestChanged,
@@ -35,13 +35,6 @@ from .groups import ParamGroups
 from .staging import DensePart, RowsPart, StagedPush
 from .unpack import Take, dense_part, rows_part
 
-MAX_WORKER_STATE_BYTES: Final = 64 << 10
-MAX_METRICS: Final = 64
-MAX_METRIC_NAME: Final = 200
-# Weights of a round's sum, in float32: beyond, one push's weight alone would make everybody's zero or infinite.
-LEAST_SAMPLES: Final = 1e-6
-MOST_SAMPLES: Final = 1e12
-
 
 class Nonfinite(StrEnum):
     """What becomes of a gradient with NaN or infinity."""
@@ -49,6 +42,31 @@ class Nonfinite(StrEnum):
     REJECT = "reject"
     SKIP = "skip"
     APPLY = "apply"
+
+
+@dataclass(frozen=True, slots=True)
+class Declared:
+    """What a push's header says of its body: each segment's bytes, and what the whole of it comes to."""
+
+    lengths: list[int]
+    # with what it is unpacked to
+    bytes_needed: int
+    parameters: int
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is stepped as it lies there, with nothing to unpack."""
+        return self.bytes_needed == sum(self.lengths)
+
+
+def declared(layout: Layout, header: PushHeader, model: str, limit_bytes: int) -> Declared:
+    """What a header declares; a named error if the push cannot be one of this model's."""
+    lengths = check_header(layout, header, model, limit_bytes)
+    return Declared(
+        lengths,
+        sum(lengths) + sum(map(layout.unpacked_bytes, header.segments)),
+        sum(len(layout.slots_of(segment)) for segment in header.segments),
+    )
 
 
 def check_header(layout: Layout, header: PushHeader, model: str, limit_bytes: int) -> list[int]:
@@ -59,31 +77,18 @@ def check_header(layout: Layout, header: PushHeader, model: str, limit_bytes: in
         raise MalformedFrame(problem="a push must hold at least one gradient, a skip push none")
     if any(segment.state for segment in header.segments):
         raise MalformedFrame(problem="a push carries gradients, not optimizer state")
-    _check_notes(header)
     return check_body(layout, header.segments, limit_bytes, of_push=True)
 
 
 def close_header(header: PushHeader, commit: PushCommit) -> None:
-    """Enter into the header what its sender knew only at the end of the stream."""
+    """Enter into the header what its sender knew only at the end of the stream. TooLong if it is too much together."""
     header.edits.extend(commit.edits)  # of two edits of one group the later counts
     header.metrics.update(commit.metrics)
     if commit.HasField("worker_state"):
         header.worker_state = commit.worker_state
     header.samples = commit.samples or header.samples
-    _check_notes(header)
-
-
-def _check_notes(header: PushHeader) -> None:
-    if header.samples != 0 and not LEAST_SAMPLES <= header.samples <= MOST_SAMPLES:
-        raise MalformedFrame(
-            problem=f"samples must be 0 or from {LEAST_SAMPLES:g} to {MOST_SAMPLES:g}, not {header.samples}"
-        )
-    if len(header.worker_state) > MAX_WORKER_STATE_BYTES or len(header.metrics) > MAX_METRICS:
-        raise MalformedFrame(
-            problem=f"a push may carry {MAX_WORKER_STATE_BYTES} bytes of worker_state and {MAX_METRICS} metrics"
-        )
-    if any(len(name) > MAX_METRIC_NAME for name in header.metrics):
-        raise MalformedFrame(problem=f"a metric's name has at most {MAX_METRIC_NAME} characters")
+    if commit.edits or commit.metrics:
+        limits.check(header)
 
 
 def inspect(

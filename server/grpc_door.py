@@ -6,11 +6,10 @@ protobuf object. Any protobuf client can talk to them all the same.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from importlib.metadata import version as installed_version
 from typing import Any, Final
 
@@ -29,13 +28,12 @@ from pushstep.proto.types_pb2 import Identity, Receipt
 
 from .bulk import BulkStream
 from .catalog import Catalog
-from .grpc_methods import Context, answering, parsed, serialize, streaming
+from .grpc_methods import Context, answered, answering, serialize, streamed, streaming
 from .intake import Intake
 from .membership import join
 from .model import Model
 from .publish import Published
 from .pull_answers import (
-    RowsAsked,
     have_version,
     header_of,
     newest,
@@ -44,10 +42,12 @@ from .pull_answers import (
     state_bodies,
     wire_of,
 )
+from .rows_asked import pulled_rows
 from .shared_answer import SharedAnswer
 from .shared_memory import SharedMemory
 from .staging import Budget
 from .tarpit import Tarpit
+from .threads import PULLS
 from .upload import Upload
 
 log = logging.getLogger("pushstep.grpc")
@@ -80,22 +80,22 @@ class GrpcDoor:
             return answering(method, self._refuse)
 
         def many(
-            method: Callable[[Any], AsyncIterator[bytes]],
-        ) -> Callable[[Any, Context], AsyncIterator[bytes]]:
+            method: Callable[[Any], AsyncGenerator[bytes, None]],
+        ) -> Callable[[Any, Context], Awaitable[None]]:
             return streaming(method, self._refuse)
 
         methods: dict[str, Any] = {
-            "Describe": unary(one(parsed(self.describe, pb.DescribeRequest)), None, serialize),
-            "Join": unary(one(parsed(self.join, pb.JoinRequest)), None, serialize),
-            "Heartbeat": unary(one(parsed(self.heartbeat, pb.HeartbeatRequest)), None, serialize),
-            "Leave": unary(one(parsed(self.leave, pb.LeaveRequest)), None, serialize),
-            "OpenRegion": unary(one(parsed(self.open_region, pb.OpenRegionRequest)), None, serialize),
+            "Describe": unary(one(answered(self.describe, pb.DescribeRequest)), None, serialize),
+            "Join": unary(one(answered(self.join, pb.JoinRequest)), None, serialize),
+            "Heartbeat": unary(one(answered(self.heartbeat, pb.HeartbeatRequest)), None, serialize),
+            "Leave": unary(one(answered(self.leave, pb.LeaveRequest)), None, serialize),
+            "OpenRegion": unary(one(answered(self.open_region, pb.OpenRegionRequest)), None, serialize),
             "Upload": bulk_in(one(self.upload), None, serialize),
             "Push": bulk_in(one(self.push), None, serialize),
             "Exchange": bulk(many(self.exchange), None, None),
-            "Pull": bulk_out(many(parsed(self.pull, pb.PullRequest)), None, None),
-            "PullRows": bulk_out(many(parsed(self.pull_rows, pb.PullRowsRequest)), None, None),
-            "PullState": bulk_out(many(parsed(self.pull_state, pb.PullStateRequest)), None, None),
+            "Pull": bulk_out(many(streamed(self.pull, pb.PullRequest)), None, None),
+            "PullRows": bulk_out(many(self.pull_rows), None, None),
+            "PullState": bulk_out(many(streamed(self.pull_state, pb.PullStateRequest)), None, None),
         }
         return grpc.method_handlers_generic_handler(SERVICE, methods)
 
@@ -113,7 +113,7 @@ class GrpcDoor:
     async def join(self, request: pb.JoinRequest) -> pb.JoinResponse:
         """Join."""
         self._take_new_work()
-        return join(self.catalog, request)
+        return await join(self.catalog, request)
 
     async def heartbeat(self, request: pb.HeartbeatRequest) -> pb.HeartbeatResponse:
         """Heartbeat."""
@@ -162,7 +162,7 @@ class GrpcDoor:
         _, _, receipt, _ = await self._take_push(stream)
         return pb.PushResponse(receipt=receipt)
 
-    async def exchange(self, messages: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    async def exchange(self, messages: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
         """Exchange."""
         published, answer = await self.exchanged(BulkStream(messages, pb.PushRequest, self.stall_s))
         async for message in published_messages(published, answer):
@@ -179,7 +179,7 @@ class GrpcDoor:
         answer.receipt.times.publish_s = time.monotonic() - begun_s
         return published, answer
 
-    async def pull(self, request: pb.PullRequest) -> AsyncIterator[bytes]:
+    async def pull(self, request: pb.PullRequest) -> AsyncGenerator[bytes, None]:
         """Pull."""
         model = self.catalog.get(request.model, request.identity.model_uid)
         groups = model.group_values()
@@ -195,20 +195,11 @@ class GrpcDoor:
         async for message in published_messages(published, answer):
             yield message
 
-    async def pull_rows(self, request: pb.PullRowsRequest) -> AsyncIterator[bytes]:
-        """PullRows."""
-        model = self.catalog.get(request.model)
-        model.require_whole()
-        asked = RowsAsked(model, request)
-        # ids may repeat: a small request can ask for far more than the parameter holds
-        reserved = await self.budget.claim(request.model, asked.nbytes)
-        try:
-            for message in await model.stepper.submit(asked.read):
-                yield message
-        finally:
-            self.budget.release(reserved)
+    def pull_rows(self, message: bytes) -> AsyncGenerator[bytes, None]:
+        """PullRows, of a message that has not been parsed."""
+        return pulled_rows(self.catalog, self.budget, message)
 
-    async def pull_state(self, request: pb.PullStateRequest) -> AsyncIterator[bytes]:
+    async def pull_state(self, request: pb.PullStateRequest) -> AsyncGenerator[bytes, None]:
         """PullState."""
         model = self.catalog.get(request.model)
         values = model.group_values()
@@ -220,7 +211,7 @@ class GrpcDoor:
         header.manifest.CopyFrom(copy.layout.manifest)
         yield pb.PullResponse(header=header).SerializeToString()
         frames = pack(bodies)
-        while (frame := await asyncio.to_thread(next, frames, None)) is not None:
+        while (frame := await PULLS.run(next, frames, None)) is not None:
             yield frame
 
     async def _take_push(

@@ -8,6 +8,7 @@ is carried out by the model's executor. A stream that breaks leaves nothing behi
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +17,8 @@ from functools import partial
 
 import torch
 
+from pushstep.optim.kernel_cache import NotCompiled, only_compiled
+from pushstep.proto.dtypes import INT8
 from pushstep.proto.errors import DigestMismatch, InvalidRequest, MalformedFrame
 from pushstep.proto.frames import Assembly, BodyDigest, Chunk
 from pushstep.proto.region import SharedBody
@@ -32,6 +35,7 @@ from .model import Model
 from .region import Region
 from .shared_answer import SharedAnswer
 from .staging import INLINE_BYTES, Budget, StagedPush
+from .threads import INLINE_PARTS, PUSHES
 from .worker import Verdict
 
 
@@ -40,7 +44,7 @@ def place(take_in: Callable[[Chunk], None], chunk: Chunk) -> asyncio.Future[None
     if len(chunk.payload) <= INLINE_BYTES:
         take_in(chunk)
         return None
-    return asyncio.get_running_loop().run_in_executor(None, take_in, chunk)
+    return PUSHES.start(take_in, chunk)
 
 
 class Intake:
@@ -86,29 +90,42 @@ class Intake:
             await model.executor.change(until_s, header.identity.worker)
         self._offered = True
         with self._faulting():
-            lengths = gate.check_header(self._layout, header, model.name, self._budget.total_bytes)
-        needed = sum(lengths) + sum(map(self._layout.unpacked_bytes, header.segments))
-        self._kind = frozenset((s.dtype, bool(s.rows), bool(s.elements)) for s in header.segments)
-        self._is_small = (
-            needed <= INLINE_BYTES and model.arenas.lane.takes_small and self._kind in model.inspected
-        )
+            declared = await self._declared()
+        few = declared.parameters <= INLINE_PARTS
+        self._is_small = few and declared.bytes_needed <= INLINE_BYTES and model.arenas.lane.takes_small
         self._hold(self._region, None if self._answer is None else self._answer.region)
         if self._region is not None:
+            self._body: Assembly | SharedBody
             with self._faulting():
-                self._body: Assembly | SharedBody = self._region.body(header)
-            self._arrived = self._arriving(self._body)
+                self._body, self._arrived = await PUSHES.run_unless(few, self._lying, self._region)
         else:
-            self._digest = BodyDigest(header.segments)
-            self._reserved = await self._budget.claim(f"{model.name}/{header.identity.worker}", needed)
-            self._body, self._arrived = await model.device.prepared(partial(self._receiving, lengths, needed))
+            owner = f"{model.name}/{header.identity.worker}"
+            self._reserved = await self._budget.claim(owner, declared.bytes_needed)
+            receiving = partial(self._receiving, declared)
+            self._body, self._arrived = await model.device.prepared(receiving, small=few)
         self._waited_s = time.monotonic() - self._started_s
 
-    def _receiving(self, lengths: list[int], needed: int) -> tuple[Assembly, Arrived | None]:
-        take, stepped = self._budget.buffer, needed == sum(lengths)
+    async def _declared(self) -> gate.Declared:
+        """What the header declares, found out in a thread if that takes a look at many parameters."""
+        header, layout = self.header, self._layout
+        quantised = any(segment.dtype == INT8 for segment in header.segments[:INLINE_PARTS])
+        parts = len(header.segments) + (len(layout.slots) if quantised else 0)
+        limit_bytes = self._budget.total_bytes
+        return await PUSHES.run_unless(
+            parts <= INLINE_PARTS, gate.declared, layout, header, self.model.name, limit_bytes
+        )
+
+    def _lying(self, region: Region) -> tuple[SharedBody, Arrived | None]:
+        body = region.body(self.header)
+        return body, self._arriving(body)
+
+    def _receiving(self, declared: gate.Declared) -> tuple[Assembly, Arrived | None]:
+        self._digest = BodyDigest(self.header.segments)
+        take, stepped = self._budget.buffer, declared.is_plain
         try:
-            body = self.model.device.body(lengths, self._digest, take, stepped=stepped)
+            body = self.model.device.body(declared.lengths, self._digest, take, stepped=stepped)
         except torch.OutOfMemoryError as error:  # the device's
-            raise self._budget.over(needed) from error
+            raise self._budget.over(declared.bytes_needed) from error
         return body, self._arriving(body)
 
     def _arriving(self, body: Assembly | SharedBody) -> Arrived | None:
@@ -184,7 +201,6 @@ class Intake:
         gate.close_header(self.header, commit)
         received_s = time.monotonic()
         digest, push, fault = await self._look()
-        self.model.inspected.add(self._kind)
         if commit.digest not in (0, digest):
             raise DigestMismatch(got=digest, expected=commit.digest)
         candidate = Candidate(self.header, digest, receive_s=received_s - self._started_s - self._waited_s)
@@ -203,8 +219,10 @@ class Intake:
     async def _look(self) -> tuple[int, StagedPush | None, InvalidRequest | None]:
         """The complete body's digest, and what the gate finds in it or refuses it with."""
         if self._is_small:
-            return self._read()
-        reading = asyncio.get_running_loop().run_in_executor(None, self._read)
+            # of a kind that is new here the kernels may have to be compiled, for seconds
+            with contextlib.suppress(NotCompiled), only_compiled():
+                return self._read()
+        reading = PUSHES.start(self._read)
         if self._region is None:
             return await reading
         # the thread reads on when the call has ended, and the memory has to be there

@@ -116,7 +116,6 @@ class Ledger:
             version=self.version + 1,
             staleness=max(0, self.version - min(bases)),
             gradient_norm=order.push.norm,
-            square_sums={norm.parameter: norm.square_sum for norm in order.push.staged.norms},
             metrics=_mean_metrics(order.candidates),
         )
 

@@ -42,11 +42,15 @@ class LineDoor:
     async def _answer(self, method: Method, message: bytes) -> bytes:
         try:
             stream = OneMessage(message, pb.PushRequest)
+            asked = (await stream.header()).header
+            # what is sent, or answered, as frames waits in ways that only a task can; and it would be stepped first
+            if not asked.region or (method is Method.EXCHANGE and not asked.pull.region):
+                raise MalformedFrame(
+                    problem="a call over the local socket names its region; send frames by gRPC"
+                )
             if method is Method.PUSH:
                 return framed(Status.ANSWERED, (await self._door.pushed(stream)).SerializeToString())
-            published, header = await self._door.exchanged(stream)
-            if not published.shared:
-                raise MalformedFrame(problem="only a push that names its region is answered in one message")
+            _, header = await self._door.exchanged(stream)
             return framed(Status.ANSWERED, pb.PullResponse(header=header).SerializeToString())
         except Exception as error:  # noqa: BLE001 - the one place where errors become statuses
             known = named(error, log)

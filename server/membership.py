@@ -3,47 +3,72 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import islice, zip_longest
+from typing import Final, TypeVar
 
 from pushstep.proto.errors import ManifestMismatch, ModelLost, UnknownModel
 from pushstep.proto.identifiers import check_name
-from pushstep.proto.layout import Layout
+from pushstep.proto.layout import Layout, Slot
 from pushstep.proto.process import is_gone
 from pushstep.proto.training_pb2 import CreationTicket, JoinRequest, JoinResponse, Membership, Process
 from pushstep.proto.types_pb2 import Identity, Manifest
 
-from .catalog import CREATION_S, Catalog
+from .catalog import CREATION_S, Catalog, propose
 from .model import Model
+from .threads import INLINE_PARTS, REQUESTS
 from .worker import Worker
 
-DIFFERENCES_SHOWN = 10
+DIFFERENCES_SHOWN: Final = 10
+T = TypeVar("T")
 
 
-def join(catalog: Catalog, request: JoinRequest) -> JoinResponse:
-    """Make the caller a worker, or give it leave to create the model."""
+async def join(catalog: Catalog, request: JoinRequest) -> JoinResponse:
+    """Make the caller a worker, or give it leave to create the model.
+
+    What takes long with a large manifest is done first, in a thread. The model may change meanwhile, or begin to be.
+    """
     check_name(request.worker, "worker name")
+    same_as: Layout | None = None
+    while (model := catalog.models.get(request.model)) is not None:
+        if request.model_uid and request.model_uid != model.uid:
+            raise ModelLost(model=model.name)
+        if not request.HasField("manifest") or model.layout is same_as:
+            return _joined(model, request)
+        same_as = model.layout
+        await _looked_at(request.manifest, partial(_check_same, model.name, same_as))
+    if request.model_uid:
+        raise ModelLost(model=request.model[:200])
+    if not request.HasField("manifest"):
+        raise UnknownModel(model=request.model[:200])
+    check_name(request.model, "model name")
+    proposal = await _looked_at(request.manifest, propose)
+    if request.model in catalog.models:
+        return await join(catalog, request)
     now_s = time.monotonic()
-    model = catalog.models.get(request.model)
-    if model is None:
-        if request.model_uid:
-            raise ModelLost(model=request.model[:200])
-        if not request.HasField("manifest"):
-            raise UnknownModel(model=request.model[:200])
-        creation = catalog.begin_creation(
-            request.model, request.worker, request.manifest, now_s, request.attempt, request.process
+    creation = catalog.begin_creation(
+        request.model, request.worker, proposal, now_s, request.attempt, request.process
+    )
+    return JoinResponse(
+        create=CreationTicket(
+            model=request.model,
+            worker=request.worker,
+            ticket=creation.ticket,
+            expires_s=CREATION_S,
+            manifest=creation.layout.manifest,
         )
-        return JoinResponse(
-            create=CreationTicket(
-                model=request.model,
-                worker=request.worker,
-                ticket=creation.ticket,
-                expires_s=CREATION_S,
-                manifest=creation.layout.manifest,
-            )
-        )
-    if request.model_uid and request.model_uid != model.uid:
-        raise ModelLost(model=model.name)
-    if request.HasField("manifest"):
-        _check_same(model, request.manifest)
+    )
+
+
+async def _looked_at(manifest: Manifest, look: Callable[[Manifest], T]) -> T:
+    few = len(manifest.parameters) + len(manifest.groups) <= INLINE_PARTS
+    return await REQUESTS.run_unless(few, look, manifest)
+
+
+def _joined(model: Model, request: JoinRequest) -> JoinResponse:
+    """The next epoch of a worker of a model that is there."""
+    now_s = time.monotonic()
     known = model.sessions.workers.get(request.worker)
     model.require_room_for(request.worker)
     epoch = known.epoch if known is not None else 0
@@ -86,34 +111,35 @@ def membership(model: Model, worker: Worker) -> Membership:
     )
 
 
-def _check_same(model: Model, manifest: Manifest) -> None:
-    """ManifestMismatch, listing the differences, unless the worker's manifest is the model's."""
+def _check_same(model: str, ours: Layout, manifest: Manifest) -> None:
+    """ManifestMismatch, listing the first differences, unless the worker's manifest is the model's."""
     theirs = Layout(manifest)
-    if theirs.manifest_hash == model.layout.manifest_hash:
+    if theirs.manifest_hash == ours.manifest_hash:
         return
-    differences = []
-    for index in range(max(len(theirs.slots), len(model.layout.slots))):
-        here = model.layout.slots[index] if index < len(model.layout.slots) else None
-        there = theirs.slots[index] if index < len(theirs.slots) else None
-        if here is None or there is None:
-            what = here or there
-            where = "only the server has" if there is None else "only this worker has"
-            differences.append(f"{where} {what.name if what else ''!r}")
-        elif (here.name, here.shape, here.dtype, here.group) != (
-            there.name,
-            there.shape,
-            there.dtype,
-            there.group,
-        ):
-            differences.append(
-                f"parameter {index}: the server has {here.name!r} {here.shape} {here.dtype} in group {here.group}, "
-                f"this worker {there.name!r} {there.shape} {there.dtype} in group {there.group}"
-            )
-    rules = [[group.rule for group in side.manifest.groups] for side in (model.layout, theirs)]
-    if rules[0] != rules[1]:
-        differences.append(f"the server's groups are {rules[0]}, this worker's {rules[1]}")
-    if not differences:
-        differences.append("aliases or optimizers are not the same")
-    more = len(differences) - DIFFERENCES_SHOWN
-    shown = "; ".join(differences[:DIFFERENCES_SHOWN]) + (f"; and {more} more" if more > 0 else "")
-    raise ManifestMismatch(model=model.name, differences=shown)
+    differences = _differences(ours, theirs)
+    shown = "; ".join(islice(differences, DIFFERENCES_SHOWN)) or "aliases or optimizers are not the same"
+    more = sum(1 for _ in differences)
+    raise ManifestMismatch(model=model, differences=shown + (f"; and {more} more" if more else ""))
+
+
+def _differences(ours: Layout, theirs: Layout) -> Iterator[str]:
+    for index, (here, there) in enumerate(zip_longest(ours.slots, theirs.slots)):
+        if here is None:
+            yield f"only this worker has {there.name!r}"
+        elif there is None:
+            yield f"only the server has {here.name!r}"
+        elif _agreed(here) != _agreed(there):
+            yield f"parameter {index}: the server has {_shown(here)}, this worker {_shown(there)}"
+    groups = zip_longest(ours.manifest.groups, theirs.manifest.groups)
+    for index, (known, sent) in enumerate(groups):
+        rules = [None if group is None else group.rule for group in (known, sent)]
+        if rules[0] != rules[1]:
+            yield f"group {index}: the server has {rules[0]}, this worker {rules[1]}"
+
+
+def _agreed(slot: Slot) -> tuple[object, ...]:
+    return slot.name, slot.shape, slot.dtype, slot.group
+
+
+def _shown(slot: Slot) -> str:
+    return f"{slot.name!r} {slot.shape} {slot.dtype} in group {slot.group}"

@@ -43,6 +43,7 @@ from .quality import Quality
 from .session import Sessions
 from .stepper import Stepper
 from .sync_round import SyncSettings
+from .worker import WorkerState
 
 log = logging.getLogger("pushstep.model")
 EVENTS_KEPT: Final = 1000
@@ -85,16 +86,14 @@ class Model:
         self.last_receipt: Receipt | None = None
         # whose upload replaced the optimizer state last, so that its retry is answered and not refused
         self.replaced_by: Identity | None = None
-        # kinds of pushes that were inspected, and stepped, before: the first of a kind may have to compile its kernels,
-        # for seconds, which the event loop does not do however small it is
-        self.inspected: set[object] = set()
-        self.stepped: set[object] = set()
         # names of parameters with NaN or infinity, as the writer has found them
         self.nonfinite: Sequence[str] = ()
         self.device = device
         self.arenas = Arenas(layout, device)
         self.arenas.timeline = timeline
         self.stepper = Stepper(name, self.arenas)
+        # held while rows are gathered for a reader: a step waits for one reader at most
+        self.gathering = asyncio.Lock()
         self.publisher = Publisher(self.arenas, self.stepper)
         self.executor = Executor(self)
 
@@ -126,10 +125,10 @@ class Model:
 
     def require_room_for(self, worker: str) -> None:
         """OverCapacity if a round with one worker more could not be held."""
-        now_s = time.monotonic()
-        self.sessions.expire(now_s)
-        names = {live.name for live in self.sessions.live()} | {worker}
-        self._require_round_fits(self.judge.policy.settings, len(names))
+        self.sessions.expire(time.monotonic())
+        known = self.sessions.workers.get(worker)
+        is_live = known is not None and known.state is WorkerState.LIVE
+        self._require_round_fits(self.judge.policy.settings, self.sessions.live_count() + (not is_live))
 
     def _require_round_fits(self, settings: PolicySettings, workers: int) -> None:
         """A round holds every push until the last one is there, and then their sum."""
@@ -207,7 +206,7 @@ class Model:
 
     def set_policy(self, settings: policies.Settings, by: str) -> int:
         """Decide by another policy, or by other settings of this one, from the next version on."""
-        self._require_round_fits(settings, len(self.sessions.live()))
+        self._require_round_fits(settings, self.sessions.live_count())
         decisions = self.judge.switch(settings, time.monotonic())
         version = self._edited("policy_changed", by, **settings.model_dump(mode="json"))
         self.executor.carry_out(decisions)
@@ -234,7 +233,6 @@ class Model:
 
     def _edited(self, kind: str, by: str, **facts: Any) -> int:
         self.edit += 1
-        self.stepped.clear()
         self.record(kind, by, **facts)
         return self.version + 1
 
@@ -277,7 +275,6 @@ class Model:
             self.judge.quality = gate
             self.edit = int(saved["edit"])
         self.failed = None
-        self.stepped.clear()
         self.replaced_by = None  # what it replaced is undone
         self.extras = copy.extras
         decisions = self.judge.restored(copy.lineage_here, timeline, settings, time.monotonic())
@@ -296,7 +293,6 @@ class Model:
     def add_groups(self, extension: ArenasCopy, added: list[Group]) -> asyncio.Future[None]:
         """Take on further groups at the end: their arenas are in `extension`, values and all."""
         self.layout = extension.layout
-        self.stepped.clear()
         self.groups.list.extend(added)
 
         def adopt() -> None:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any, Final
-
-from pydantic import ValidationError
 
 from pushstep.proto.errors import InvalidSettings
 
 from .async_policy import AsyncPolicy, AsyncSettings
 from .bounded import BoundedPolicy, BoundedSettings
 from .policy import Policy, PolicySettings
+from .read_json import read_json
+from .settings import read as read_settings
 from .sync_round import SyncPolicy, SyncSettings
 
 Settings = AsyncSettings | BoundedSettings | SyncSettings
@@ -32,20 +31,13 @@ def read(settings: Mapping[str, Any], current: PolicySettings | None = None) -> 
     kind = _SETTINGS.get(name) if isinstance(name, str) else None
     if kind is None:
         raise InvalidSettings(problem=f"no policy {str(name)[:50]!r}; there are {', '.join(_SETTINGS)}")
-    kept = current.model_dump() if current is not None and current.policy == name else {}
-    try:
-        return kind.model_validate({**kept, **settings, "policy": name})
-    except ValidationError as error:
-        problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-        raise InvalidSettings(problem=f"policy {name}: {'; '.join(problems)}") from error
+    kept = current.model_dump(mode="json") if current is not None and current.policy == name else {}
+    return read_settings(kind, {**kept, **settings, "policy": name}, f"policy {name}")
 
 
 def from_wire(text: str) -> Settings:
     """Settings as a worker sends them at creation: JSON, or nothing. InvalidSettings if they cannot be."""
-    try:
-        found = json.loads(text or "{}")
-    except (ValueError, RecursionError) as error:  # the latter is how deep nesting ends
-        raise InvalidSettings(problem="the policy is not JSON") from error
+    found = read_json(text or "{}")
     if not isinstance(found, dict):
         raise InvalidSettings(problem="the policy is not a JSON object")
     return read(found)

@@ -7,22 +7,19 @@ together, and which are turned away. It never sees a gradient.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, Protocol
-
-from pydantic import BaseModel, ConfigDict
 
 from pushstep.proto.types_pb2 import Outcome
 
 from .candidate import Candidate
+from .settings import Settings
 from .worker import Worker
 
 
-class PolicySettings(BaseModel):
-    """Base of every policy's settings, as they stand in REST bodies and snapshots."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+class PolicySettings(Settings):
+    """Base of every policy's settings."""
 
     policy: str
 
@@ -121,5 +118,5 @@ class Policy(Protocol):
     def missing(self, view: View) -> str:
         """What pushes wait for, in words."""
 
-    def show(self, worker: Worker, view: View) -> dict[str, Any]:
-        """What an operator may want to know of one worker under this policy."""
+    def shown(self, view: View) -> Callable[[Worker], dict[str, Any]]:
+        """What an operator may want to know of each worker under this policy: looked up once for all of them."""

@@ -8,14 +8,12 @@ import torch
 
 from pushstep.proto import dtypes
 from pushstep.proto import training_pb2 as pb
-from pushstep.proto.errors import RowOutOfRange, WrongShape
-from pushstep.proto.frames import Piece, pack
-from pushstep.proto.layout import ID_BYTES
+from pushstep.proto.frames import Piece
 from pushstep.proto.types_pb2 import DType, Segment
 
 from .arena import Arenas, ArenasCopy
 from .model import Model
-from .publish import Published, fetched, rows_body
+from .publish import Published
 from .shared_answer import SharedAnswer
 from .staging import INLINE_BYTES
 
@@ -88,36 +86,3 @@ def state_bodies(copy: ArenasCopy) -> tuple[list[Segment], list[list[Piece]]]:
                 )
                 bodies.append([Piece(flat, flat.dtype)])
     return segments, bodies
-
-
-class RowsAsked:
-    """Some rows of one parameter, in the order in which they were asked for. UnknownParameter, WrongShape, RowOutOfRange."""
-
-    def __init__(self, model: Model, request: pb.PullRowsRequest) -> None:
-        self._model = model
-        self._slot = model.layout.slot(request.parameter, model.name)
-        if not self._slot.shape:
-            raise WrongShape(what=f"parameter {self._slot.name!r}", got="()", expected="one with rows")
-        wrong = [row for row in request.ids if row >= self._slot.rows]
-        if wrong:
-            raise RowOutOfRange(parameter=self._slot.name, row=wrong[0], rows=self._slot.rows)
-        self._ids = torch.tensor(list(request.ids), dtype=torch.int64)
-        self._wire = wire_of(request.dtype)
-
-    @property
-    def nbytes(self) -> int:
-        """What the answer takes."""
-        itemsize = (self._wire or self._slot.dtype).itemsize
-        return self._ids.numel() * (ID_BYTES + self._slot.row_elements * itemsize)
-
-    def read(self) -> list[bytes]:
-        """The answer's messages, at one version: to be called in the writer's thread."""
-        arenas, slot = self._model.arenas, self._slot
-        wanted = self._ids.to(arenas.device)
-        segment, body = rows_body(arenas, slot, wanted, self._wire)
-        if not segment.HasField("rows"):  # asked for rows: rows it is, however many
-            segment.rows = wanted.numel()
-            dtype = dtypes.to_torch(segment.dtype, "segment")
-            body = [Piece(wanted, torch.int64), Piece(arenas.view(slot).index_select(0, wanted), dtype)]
-        header = header_of(self._model, arenas, [segment])
-        return [pb.PullResponse(header=header).SerializeToString(), *pack([fetched(arenas, body)])]

@@ -11,12 +11,14 @@ import math
 from collections.abc import Mapping
 from typing import Any, Final
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
-from pushstep.proto.errors import InvalidSettings, NormOutlier
+from pushstep.proto.errors import NormOutlier
 
 from . import gate
 from .gate import Nonfinite
+from .settings import Positive, Settings
+from .settings import read as read_settings
 from .staging import StagedPush
 
 # A push in twenty: the estimate follows a training whose norms fall, and forgets within a hundred pushes.
@@ -25,10 +27,8 @@ WEIGHT: Final = 0.05
 LEAST_DEVIATION: Final = 0.1
 
 
-class QualitySettings(BaseModel):
-    """A model's gate, as REST bodies and snapshots hold it."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+class QualitySettings(Settings):
+    """A model's gate."""
 
     nonfinite: Nonfinite = Field(
         default=Nonfinite.REJECT,
@@ -40,23 +40,18 @@ class QualitySettings(BaseModel):
         gt=0,
         description="reject a gradient whose log-norm is this many deviations above the running mean; null: never",
     )
-    norm_warmup: int = Field(
-        default=50, ge=1, description="accepted pushes before anything is called an outlier"
+    norm_warmup: Positive = Field(
+        default=50, description="accepted pushes before anything is called an outlier"
     )
-    quarantine_after: int | None = Field(
+    quarantine_after: Positive | None = Field(
         default=20,
-        ge=1,
         description="refused pushes of one worker in a row before it is quarantined; null: never",
     )
 
 
 def read(changes: Mapping[str, Any], current: QualitySettings) -> QualitySettings:
     """`current` with changes. InvalidSettings if they cannot be."""
-    try:
-        return QualitySettings.model_validate({**current.model_dump(), **changes})
-    except ValidationError as error:
-        problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-        raise InvalidSettings(problem=f"gate: {'; '.join(problems)}") from error
+    return read_settings(QualitySettings, {**current.model_dump(mode="json"), **changes}, "gate")
 
 
 class Quality:
@@ -110,6 +105,6 @@ class Quality:
         """The gate that `dump` wrote."""
         settings = dict(dumped)
         norms = settings.pop("norms")
-        gate = cls(QualitySettings.model_validate(settings))
+        gate = cls(read(settings, QualitySettings()))
         gate.seen, gate._mean, gate._deviation = norms["seen"], norms["mean"], norms["deviation"]
         return gate

@@ -13,7 +13,7 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Iterator
+import sys
 from pathlib import Path
 from typing import IO, Final
 
@@ -22,22 +22,27 @@ import uvicorn
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from pushstep.proto.frames import TRANSPORT_LIMIT_BYTES
+from pushstep.proto.frames import MAX_MESSAGE_BYTES, TRANSPORT_LIMIT_BYTES
 from pushstep.proto.memory import keep_freed_blocks
 
 from .catalog import Catalog
 from .config import Config, is_loopback, split_address
+from .descriptors import Spare, shared_out
 from .grpc_door import SERVICE, GrpcDoor
+from .http_server import HttpServer
 from .line_door import LineDoor
 from .rest_door import create_app
 from .shared_memory import SharedMemory
 from .staging import WINDOW_BYTES, Budget
+from .threads import PUSHES, REQUESTS
 from .warmup import warm_kernels
 
 log = logging.getLogger("pushstep.service")
 
 GRPC_OPTIONS: Final = (
-    ("grpc.max_receive_message_length", TRANSPORT_LIMIT_BYTES),
+    # A little above our own limit, so that a somewhat too large message gets a named error. Of what is larger, gRPC
+    # reads the length and no more.
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES + (1 << 20)),
     ("grpc.max_send_message_length", TRANSPORT_LIMIT_BYTES),
     # Big HTTP/2 frames halve the receive cost of a chunk: 16 KiB frames are 64 Python objects per MiB.
     ("grpc.http2.max_frame_size", 4 << 20),
@@ -49,22 +54,31 @@ GRPC_OPTIONS: Final = (
     ("grpc.max_concurrent_streams", 64),
     # Two servers on one port would each see half of the workers.
     ("grpc.so_reuseport", 0),
-    ("grpc.http2.min_ping_interval_without_data_ms", 30_000),
+    # Who connects has to speak HTTP/2 within this time; gRPC's own is two minutes.
+    ("grpc.server_handshake_timeout_ms", 10_000),
+    # A connection without calls ends, and a client of gRPC's opens another with its next call. There is none for its age: a
+    # push may be under way.
+    ("grpc.max_connection_idle_ms", 600_000),
+    # One whose other end has gone without a word: workers and their servers ask each other.
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.keepalive_permit_without_calls", 1),
+    # Who asks more often than this three times is sent away.
+    ("grpc.http2.min_ping_interval_without_data_ms", 30_000),
+    ("grpc.http2.max_ping_strikes", 2),
+    # Of the headers of a call. Ours take some hundred bytes.
+    ("grpc.max_metadata_size", 4 << 10),
+    ("grpc.absolute_max_metadata_size", 8 << 10),
 )
+
+
+# How long the event loop waits for a thread that computes in Python; at each of its turns, so at 5 ms, Python's own, a push
+# takes ten times as long beside one. Pushes per second beside somebody's large manifests: 100 of 1000 at 5 ms, 390 at this.
+SWITCH_S: Final = 200e-6
 
 
 class DataFolderLocked(RuntimeError):
     """Another server uses the data folder."""
-
-
-class _HttpServer(uvicorn.Server):
-    """uvicorn without its signal handlers, which would end the process before gRPC has drained."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Leave the signals to the service."""
-        yield
 
 
 class Service:
@@ -76,10 +90,12 @@ class Service:
         self.catalog = Catalog(config)
         device = self.catalog.device
         budget = Budget(config.staging_bytes, config.stall_s / 4, device.fresh_memory)
-        self.memory = SharedMemory(budget, config.memory_path())
+        self._shares = shared_out(config.max_connections)
+        self.memory = SharedMemory(budget, config.memory_path(), self._shares.local)
         self.door = GrpcDoor(self.catalog, budget, self.memory, config.stall_s)
         self._stop = asyncio.Event()
-        self._grpc = grpc.aio.server(options=GRPC_OPTIONS)
+        connections = ("grpc.max_allowed_incoming_connections", self._shares.grpc)
+        self._grpc = grpc.aio.server(options=(*GRPC_OPTIONS, connections))
         self._health = health.aio.HealthServicer()
         self._lock: IO[str] | None = None
         self.grpc_address = ""
@@ -88,14 +104,15 @@ class Service:
 
     async def run(self) -> None:
         """Serve until SIGTERM or SIGINT, then stop in order."""
+        sys.setswitchinterval(SWITCH_S)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
         http = await self._start()
-        serving = asyncio.create_task(http.serve(sockets=[self._http_socket]))
+        serving = asyncio.create_task(http.serve())
         while not http.started and not serving.done():
             await asyncio.sleep(0.005)
-        await asyncio.to_thread(warm_kernels, self.catalog.device.where, self.config.data / "kernels")
+        await PUSHES.run(warm_kernels, self.catalog.device.where, self.config.data / "kernels")
         await self.catalog.load()
         await self._say(health_pb2.HealthCheckResponse.SERVING)
         unix = f" unix={self.unix_path}" if self.unix_path else ""
@@ -108,7 +125,7 @@ class Service:
         self.catalog.device.open()
         self._lock = lock_folder(self.config.data)
         self.unix_path = self._bind_grpc()
-        self._http_socket, self.http_address = bind_http(self.config.http)
+        listener, self.http_address = bind_http(self.config.http)
         self.door.http_url = f"http://{self.http_address}"
         self.door.unix_path = self.unix_path
         if self.memory.path:
@@ -127,17 +144,15 @@ class Service:
             os.umask(old_mask)
         host, _ = split_address(self.config.http)
         allowed = {"localhost", "127.0.0.1", "::1", host} if is_loopback(host) else None
-        return _HttpServer(
-            uvicorn.Config(
-                create_app(self.catalog, allowed, self.grpc_address),
-                log_config=None,
-                lifespan="off",
-                access_log=False,
-                server_header=False,
-                timeout_graceful_shutdown=int(self.config.drain_s) or 1,
-                limit_concurrency=1000,
-            )
+        config = uvicorn.Config(
+            create_app(self.catalog, allowed, self.grpc_address),
+            log_config=None,
+            lifespan="off",
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=int(self.config.drain_s) or 1,
         )
+        return HttpServer(config, listener, self._shares.http, self.config.stall_s, Spare())
 
     def _bind_grpc(self) -> str:
         host, _ = split_address(self.config.grpc)
@@ -176,6 +191,7 @@ class Service:
         await self.memory.stop()
         http.should_exit = True
         await serving
+        REQUESTS.let_go()
         await self.catalog.stop()
         if self.unix_path:
             with contextlib.suppress(FileNotFoundError):

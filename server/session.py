@@ -19,6 +19,7 @@ from pushstep.proto.errors import (
     Fenced,
     LeaseExpired,
     OutOfOrder,
+    OverCapacity,
     TooManyInFlight,
     TooOld,
     UnknownWorker,
@@ -51,7 +52,7 @@ class Sessions:
         self._expired: list[Worker] = []
 
     def join(self, name: str, now_s: float, takeover: bool, attempt: int = 0, old_epoch: int = 0) -> Worker:
-        """Open the next epoch under a name. AlreadyJoined while another holds it, unless taken over.
+        """Open the next epoch under a name. AlreadyJoined while another holds it, unless taken over; OverCapacity.
 
         An `attempt` that has come before opens none: it has its epoch, or is Fenced if that is over. `old_epoch`: the
         caller's, if it joins again; Fenced if it was evicted, or another session has joined under the name since.
@@ -59,6 +60,7 @@ class Sessions:
         self.expire(now_s)
         worker = self.workers.get(name)
         if worker is None:
+            self._require_room()
             self._forget(now_s)
             worker = self.workers[name] = Worker(name, epoch=self.forgotten_epoch)
             if self.forgotten_epoch:
@@ -69,6 +71,8 @@ class Sessions:
         if worker.state is WorkerState.LIVE and not (takeover or itself):
             left_s = round(worker.lease_until_s - now_s, 3)
             raise AlreadyJoined(worker=name, retry_after_s=max(left_s, 0.001))
+        if worker.state is not WorkerState.LIVE:
+            self._require_room()
         worker.epoch += 1
         worker.since = worker.since if itself else worker.epoch
         worker.attempts.append(attempt)
@@ -82,6 +86,15 @@ class Sessions:
         self._touch(worker, now_s)
         self._watch(worker)
         return worker
+
+    def _require_room(self) -> None:
+        """OverCapacity if as many workers are live as may be."""
+        live = self.live_count()
+        if live >= self.max_workers:
+            raise OverCapacity(
+                problem=f"{live} workers of model {self.model!r} are live, no more are taken",
+                setting="max-workers",
+            )
 
     def _is_itself(self, worker: Worker, old_epoch: int) -> bool:
         """Whether the caller, who had `old_epoch`, has the name still. A restore does not lift a fence."""
@@ -219,6 +232,10 @@ class Sessions:
         """See to it that a live worker's lease ends."""
         worker.watched_s = worker.lease_until_s
         heapq.heappush(self._leases, (worker.watched_s, worker.name))
+
+    def live_count(self) -> int:
+        """How many are live."""
+        return sum(worker.state is WorkerState.LIVE for worker in self.workers.values())
 
     def live(self) -> list[Worker]:
         """The live workers, longest joined first."""

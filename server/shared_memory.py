@@ -54,8 +54,10 @@ _CREDENTIALS: Final = struct.Struct("3i")
 class SharedMemory:
     """The regions of all sessions, and the socket that hands them over. Used on the event loop only."""
 
-    def __init__(self, budget: Budget, path: str) -> None:
+    def __init__(self, budget: Budget, path: str, most: int) -> None:
+        """`most`: regions at once, each of which has a connection."""
         self.path = path
+        self._most = most
         self._budget = budget
         self._regions: dict[int, Region] = {}
         # closed, and not free as long as a worker still has the device's memory open
@@ -163,6 +165,8 @@ class SharedMemory:
 
     def _reserve(self, region: Region) -> None:
         self._leaving = {known for known in self._leaving if not known.gone.is_set()}
+        if len(self._regions) >= self._most:
+            raise NoSharedMemory(problem=f"this process has connections for {self._most} regions")
         taken = sum(known.bytes_reserved for known in {*self._regions.values(), *self._leaving})
         if taken + region.bytes_reserved > BUDGET_SHARE * self._budget.total_bytes:
             raise NoSharedMemory(problem=f"{region.bytes_reserved} bytes more are over this server's budget")

@@ -19,6 +19,8 @@ from pushstep.proto.layout import Slot
 from pushstep.proto.memory import BufferPool
 from pushstep.proto.types_pb2 import Staged
 
+from .threads import INLINE_PARTS
+
 # Asked of who is turned away, for each that waits: the longer the queue, the later.
 RETRY_AFTER_S: Final = 0.1
 LONGEST_RETRY_AFTER_S: Final = 10.0
@@ -74,13 +76,24 @@ class StagedPush:
 
     @property
     def kind(self) -> frozenset[tuple[int, bool, torch.dtype]]:
-        """What the kernels that step it are chosen by."""
+        """What the kernels that step it are chosen by. What is of no elements takes none."""
         return frozenset(
             (part.slot.arena, True, part.rows.dtype)
             if isinstance(part, RowsPart)
             else (part.arena, False, part.gradient.dtype)
             for part in self.parts
+            if (part.rows if isinstance(part, RowsPart) else part.gradient).numel()
         )
+
+    @property
+    def groups(self) -> list[int]:
+        """The param groups that it touches. An arena is one group's, so any slot of a part tells."""
+        return sorted({(p.slot if isinstance(p, RowsPart) else p.slots[0]).group for p in self.parts})
+
+    @property
+    def is_of_few(self) -> bool:
+        """Whether it is of so few parameters that the event loop may look at each."""
+        return len(self.staged.norms) <= INLINE_PARTS
 
     def bytes(self) -> int:
         """What its gradients take."""

@@ -15,6 +15,7 @@ from typing import TypeVar
 from pushstep.proto.errors import ModelFailed
 
 from .arena import Arenas
+from .threads import DISK
 
 T = TypeVar("T")
 
@@ -66,4 +67,4 @@ class Stepper:
 
     async def close(self) -> None:
         """Let the queue run empty and end the thread."""
-        await asyncio.to_thread(self._thread.shutdown)
+        await DISK.run(self._thread.shutdown)

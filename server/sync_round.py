@@ -12,6 +12,7 @@ Between the end of a round and the version that it makes nothing is decided: wha
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -21,6 +22,7 @@ from pushstep.proto.types_pb2 import Outcome
 
 from .candidate import Candidate
 from .policy import Move, PolicySettings, Together, TurnAway, View, listed
+from .settings import Positive, Seconds
 from .worker import Worker
 
 
@@ -31,13 +33,12 @@ class SyncSettings(PolicySettings):
     reduce: Literal["mean", "sum"] = Field(
         default="mean", description="divide the sum by the contributors' weight, or leave it a sum"
     )
-    min_workers: int = Field(default=1, ge=1, description="live workers before a round opens")
-    quorum: int | None = Field(
-        default=None, ge=1, description="close once this many have pushed; null: all expected"
+    min_workers: Positive = Field(default=1, description="live workers before a round opens")
+    quorum: Positive | None = Field(
+        default=None, description="close once this many have pushed; null: all expected"
     )
-    timeout_s: float | None = Field(
+    timeout_s: Seconds | None = Field(
         default=60.0,
-        gt=0,
         description="close this long after the round's first push; null: wait for the last lease",
     )
     late: Literal["drop", "carry"] = Field(
@@ -181,10 +182,15 @@ class SyncPolicy:
         awaited = (self.round.expected & present) - self.round.pushes.keys()
         return f"{listed(awaited)} {'have' if len(awaited) > 1 else 'has'} not pushed yet"
 
-    def show(self, worker: Worker, view: View) -> dict[str, Any]:
+    def shown(self, view: View) -> Callable[[Worker], dict[str, Any]]:
         """Whether the open round waits for it or has its push."""
-        if self.round is None:
-            return {"round": "none"}
-        if worker.name in self.round.pushes:
-            return {"round": "present"}
-        return {"round": "awaited" if worker.name in self.round.expected else "not expected"}
+        open_round = self.round
+
+        def show(worker: Worker) -> dict[str, Any]:
+            if open_round is None:
+                return {"round": "none"}
+            if worker.name in open_round.pushes:
+                return {"round": "present"}
+            return {"round": "awaited" if worker.name in open_round.expected else "not expected"}
+
+        return show

@@ -46,6 +46,7 @@ from .intake import place
 from .membership import membership
 from .model import Model
 from .staging import Budget
+from .threads import INLINE_PARTS, PUSHES, REQUESTS
 
 _OF_A_MODEL = (UPLOAD_KIND_PARAMETERS, UPLOAD_KIND_STATE, UPLOAD_KIND_GROUP, UPLOAD_KIND_EXTRAS)
 
@@ -80,21 +81,29 @@ class Upload:
                 self._model.sessions.require(header.identity, now_s)
             self._layout = self._base = self._model.layout
             if header.kind == UPLOAD_KIND_GROUP:
-                self._layout = with_group(self._layout, header.manifest)
+                few = len(self._layout.slots) + len(header.manifest.parameters) <= INLINE_PARTS
+                self._layout = await REQUESTS.run_unless(few, with_group, self._layout, header.manifest)
             elif header.kind != UPLOAD_KIND_EXTRAS and header.manifest_hash != self._layout.manifest_hash:
                 raise ManifestChanged(model=header.model)
         else:
             raise MalformedFrame(problem=f"upload kind {header.kind} does not exist")
+        few = len(self._layout.slots) + len(header.segments) <= INLINE_PARTS
+        lengths = await REQUESTS.run_unless(few, self._check_header)
+        self._reserved = await self._budget.claim(f"{header.model}/{header.identity.worker}", sum(lengths))
+        made = partial(Assembly, lengths, self._digest, self._budget.buffer)
+        self._body = await self._catalog.device.prepared(made, small=few)
+
+    def _check_header(self) -> list[int]:
+        """The byte length of each segment, if the header is one that its layout allows."""
+        header = self._header
         for segment in header.segments:
             _check_exact(self._layout, segment)
-        lengths = check_body(self._layout, header.segments, catalog.config.max_bytes)
+        lengths = check_body(self._layout, header.segments, self._catalog.config.max_bytes)
         if header.kind == UPLOAD_KIND_EXTRAS:
             lengths = [header.extras_bytes]
         self._check_complete()
         self._digest = BodyDigest(header.segments)
-        self._reserved = await self._budget.claim(f"{header.model}/{header.identity.worker}", sum(lengths))
-        made = partial(Assembly, lengths, self._digest, self._budget.buffer)
-        self._body = await self._catalog.device.prepared(made)
+        return lengths
 
     def _check_complete(self) -> None:
         kind, header = self._header.kind, self._header
@@ -162,7 +171,7 @@ class Upload:
         if self._creation is None:
             raise MalformedFrame(problem="no creation ticket")
         header, worker, attempt = self._header, self._creation.worker, self._creation.attempt
-        model = await asyncio.to_thread(self._catalog.new_model, header.model, self._layout)
+        model = await PUSHES.run(self._catalog.new_model, header.model, self._layout)
         await model.stepper.submit(lambda: self._fill(model.arenas, header.steps))
         model.begin_under(self._policy)
         await self._catalog.finish_creation(header.model, self._creation, model)
@@ -217,7 +226,7 @@ class Upload:
             for entry in header.groups
         }
         _, copy = await model.copy()
-        await asyncio.to_thread(self._fill, copy, header.steps)
+        await PUSHES.run(self._fill, copy, header.steps)
         await self._catalog.replace(model, copy, None, header.identity.worker)
         model.groups.write(planned)
         model.replaced_by = header.identity
@@ -237,7 +246,7 @@ class Upload:
 
     async def _replace_extras(self, model: Model) -> UploadResponse:
         try:
-            extras = await asyncio.to_thread(load, self._body.part(0, torch.uint8).numpy().tobytes())
+            extras = await PUSHES.run(load, self._body.part(0, torch.uint8).numpy().tobytes())
         except SafetensorError as error:
             raise MalformedFrame(problem=f"the extras are no safetensors file: {error}") from error
         known = {name for slot in model.layout.slots for name in (slot.name, *slot.aliases)}
@@ -252,7 +261,7 @@ class Upload:
         if self._layout.manifest_hash != model.layout.manifest_hash:
             added = [Group.make(group) for group in self._header.manifest.groups]
             self._catalog.require_room(Arenas.bytes_needed(self._layout) - Arenas.bytes_needed(model.layout))
-            extension = await asyncio.to_thread(self._extended, model, added)
+            extension = await PUSHES.run(self._extended, model, added)
             model.require_current(identity)
             if model.layout is not self._base:  # another group came first: this one's places are taken
                 raise ManifestChanged(model=model.name)

@@ -15,14 +15,17 @@ from pushstep.optim.copies import TORCH_ELEMENTS, copy
 from pushstep.optim.kernel_cache import keep_in
 from pushstep.optim.norms import square_sums
 from pushstep.optim.rows import coalesce
+from pushstep.optim.varints import Varints
 
 
 def warm_kernels(device: torch.device, cache: Path) -> None:
     """Step every rule once, dense (for a worker on this host, too) and by rows, with and without a factor."""
     keep_in(cache)
-    copy(torch.empty(TORCH_ELEMENTS + 1), torch.zeros(TORCH_ELEMENTS + 1))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        copy(torch.empty(TORCH_ELEMENTS + 1), torch.zeros(TORCH_ELEMENTS + 1, dtype=dtype))
     gradient = torch.ones(2, 2, device=device)
     square_sums([gradient])
+    Varints(b"", 1)
     ids, rows = coalesce(torch.tensor([1, 0, 1]), torch.ones(3, 2))
     for rule in RULES.values():
         if rule.kernel:

@@ -25,6 +25,8 @@ COMMANDS: dict[str, tuple[str | Path, ...]] = {
     "cuda": (SERVER, "--device", "cuda"),
     "modelled": (sys.executable, Path(__file__).with_name("modelled_server.py"), "--device", "cuda"),
 }
+# On a loop that is watched, whatever the device.
+WATCHED = (sys.executable, Path(__file__).with_name("watched_server.py"))
 DEVICE = "cpu"
 START_S = 60.0
 # the server that all tests share snapshots some hundred models, beside whatever else the machine does
@@ -89,13 +91,25 @@ class RunningServer:
             self.close_pipe()
 
 
-def start_server(data: Path, *options: str, environment: dict[str, str] | None = None) -> RunningServer:
-    """Start a server on free ports with `data` as its folder, and wait until it is ready. On the test's device."""
+def start_server(
+    data: Path,
+    *options: str,
+    environment: dict[str, str] | None = None,
+    command: tuple[str | Path, ...] | None = None,
+) -> RunningServer:
+    """Start a server on free ports with `data` as its folder, and wait until it is ready. On the test's device, unless
+    told a command.
+    """
     data.mkdir(parents=True, exist_ok=True)
     log = data / f"server-{next(_numbers)}.log"
     with log.open("w") as stderr:
         process = subprocess.Popen(
-            [*COMMANDS[DEVICE], "--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0", "--data", data, *options],
+            [
+                *(command or COMMANDS[DEVICE]),
+                *("--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0"),
+                *("--data", data),
+                *options,
+            ],
             stdout=subprocess.PIPE,
             stderr=stderr,
             text=True,
@@ -113,11 +127,9 @@ def start_server(data: Path, *options: str, environment: dict[str, str] | None =
 
 
 @contextlib.contextmanager
-def running_server(
-    data: Path, *options: str, environment: dict[str, str] | None = None
-) -> Iterator[RunningServer]:
+def running_server(data: Path, *options: str, **how: Any) -> Iterator[RunningServer]:
     """A server for the length of a block. Its end must be orderly unless the test ended it itself."""
-    server = start_server(data, *options, environment=environment)
+    server = start_server(data, *options, **how)
     try:
         yield server
     finally:

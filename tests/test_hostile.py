@@ -35,7 +35,7 @@ REFUSED = {
     "beyond the arena": ("malformed_frame", True),
     "endless rows": ("wrong_length", True),
     "another manifest": ("manifest_changed", False),  # an honest worker's, when a group was added
-    "wild samples": ("malformed_frame", True),
+    "wild samples": ("number_out_of_range", False),  # nobody's, as what is no message
     "a version to come": ("malformed_frame", True),
     "NaN": ("nonfinite_gradient", True),
     "infinity": ("nonfinite_gradient", True),

@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import os
+import socket
+import struct
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
@@ -20,7 +23,8 @@ from pushstep.proto import training_pb2 as pb
 from pushstep.proto.errors import PushstepError
 from pushstep.proto.frames import BodyDigest, Piece, pack
 from pushstep.proto.layout import ID_BYTES, Layout, Slot
-from pushstep.proto.status import from_rpc_error
+from pushstep.proto.line import HEAD_BYTES, Status, status_of
+from pushstep.proto.status import from_rpc_error, from_status
 from pushstep.proto.types_pb2 import Identity, Segment
 
 SERVICE = "/pushstep.v1.TrainingService/"
@@ -155,6 +159,62 @@ class RawWorker:
     def advance(self, consumed: int = 1) -> None:
         """Note that pushes were consumed."""
         self.member.identity.sequence += consumed
+
+
+class RawLine:
+    """A raw worker's region, and the connection over which it is called."""
+
+    def __init__(self, raw: RawWorker) -> None:
+        request = pb.OpenRegionRequest(
+            model=raw.model, identity=raw.member.identity, manifest_hash=raw.member.manifest_hash
+        )
+        (answer,) = raw.wire.answers("OpenRegion", [request.SerializeToString()])
+        opened = pb.OpenRegionResponse.FromString(answer)
+        self.region = opened.region
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.settimeout(20)
+        self._socket.connect(opened.path)
+        self._socket.sendall(opened.token)
+        _, descriptors, _, _ = socket.recv_fds(self._socket, 1, 2)
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+    def call(self, method: int, message: bytes) -> tuple[Status, bytes]:
+        """How a call ended, and what it was answered with."""
+        self._socket.sendall(struct.pack("<BI", method, len(message)) + message)
+        return self._answer()
+
+    def send_head(self, method: int, length: int) -> tuple[Status, bytes]:
+        """What a head by itself is answered with."""
+        self._socket.sendall(struct.pack("<BI", method, length))
+        return self._answer()
+
+    def is_closed(self) -> bool:
+        """Whether the server has nothing more to say."""
+        return self._socket.recv(1) == b""
+
+    def _answer(self) -> tuple[Status, bytes]:
+        status, length = status_of(self._read(HEAD_BYTES))
+        return status, self._read(length)
+
+    def refused(self, method: int, message: bytes) -> PushstepError:
+        """The catalogue's error with which a call is refused."""
+        status, answer = self.call(method, message)
+        if status is not Status.REFUSED:
+            raise NotRefused(f"method {method} was not refused: {answer!r}")
+        return from_status(answer)
+
+    def _read(self, size: int) -> bytes:
+        parts = b""
+        while len(parts) < size:
+            part = self._socket.recv(size - len(parts))
+            if not part:
+                raise ConnectionResetError("the server closed the line")
+            parts += part
+        return parts
+
+    def close(self) -> None:
+        self._socket.close()
 
 
 def row_bytes(ids: Sequence[int], slot: Slot) -> int:

@@ -8,18 +8,19 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
-from pydantic import ValidationError
-
 from pushstep.proto.errors import InvalidHook, RejectedByHook, UnknownHook
 
 from ..gate import Nonfinite
 from ..groups import ParamGroups
+from ..settings import read
 from . import CATALOGUE
 from .hook import Hook, Point, StepContext
 
 log = logging.getLogger("pushstep.hooks")
 OBSERVER_QUEUE: Final = 1000
 MAX_HOOKS: Final = 100
+# As JSON: they are kept, shown, and written into every snapshot's manifest.
+MAX_SETTINGS_BYTES: Final = 16 << 10
 
 
 class HookChain:
@@ -178,9 +179,5 @@ def made(hook_id: str, name: str, point: str, settings: Mapping[str, Any]) -> Ho
         raise InvalidHook(
             problem=f"{name} can be installed at {', '.join(sorted(kind.points))}; not at {point!r}"
         )
-    try:
-        validated = kind.settings_type.model_validate(settings)
-    except ValidationError as error:
-        problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-        raise InvalidHook(problem=f"{name} settings: {'; '.join(problems)}") from error
+    validated = read(kind.settings_type, settings, f"{name} settings", InvalidHook, MAX_SETTINGS_BYTES)
     return kind(hook_id, Point(point), validated)

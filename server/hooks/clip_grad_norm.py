@@ -7,7 +7,8 @@ from typing import ClassVar, Final
 
 from pydantic import Field
 
-from .hook import Hook, Point, Settings, StepContext
+from ..settings import Settings
+from .hook import Hook, Point, StepContext
 
 EPSILON: Final = 1e-6  # torch's, in the denominator
 

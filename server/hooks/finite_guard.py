@@ -7,7 +7,8 @@ from typing import ClassVar
 from pydantic import Field
 
 from ..gate import Nonfinite
-from .hook import Hook, Point, Settings
+from ..settings import Settings
+from .hook import Hook, Point
 
 
 class FiniteGuardSettings(Settings):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict
+from ..settings import Settings
 
 if TYPE_CHECKING:
     from ..gate import Nonfinite
@@ -25,12 +25,6 @@ class Point(StrEnum):
     LOAD_STATE_DICT_POST = "load_state_dict_post"
 
 
-class Settings(BaseModel):
-    """Base of every hook's settings."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
 @dataclass(slots=True)
 class StepContext:
     """One step as its hooks see it. Only transforms before the step write here, and only `factor`."""
@@ -40,9 +34,8 @@ class StepContext:
     # the version that the step makes
     version: int
     staleness: int
-    # L2 norm over all parameters of the gradient as it came, and each parameter's sum of squares
+    # L2 norm over all parameters of the gradient as it came
     gradient_norm: float
-    square_sums: Mapping[int, float]
     metrics: Mapping[str, float]
     # multiplies every gradient before anything else
     factor: float = 1.0

@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from .hook import Hook, Point, Settings
+from ..settings import Positive, Settings
+from .hook import Hook, Point
 
 log = logging.getLogger("pushstep.hooks.json_log")
 
@@ -17,7 +18,7 @@ log = logging.getLogger("pushstep.hooks.json_log")
 class JsonLogSettings(Settings):
     """How often to write."""
 
-    every: int = Field(1, ge=1, description="write each n-th event only")
+    every: Positive = Field(1, description="write each n-th event only")
 
 
 class JsonLog(Hook):

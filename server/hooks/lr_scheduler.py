@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import collections
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Final
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch.optim import lr_scheduler
 
 from pushstep.proto.errors import HeldByHook, InvalidHook, InvalidHyperparameter
+from pushstep.proto.layout import MAX_GROUPS
 
 from ..groups import ParamGroups
-from .hook import Hook, Point, Settings, StepContext
+from ..settings import Settings, Text, Whole
+from .hook import Hook, Point, StepContext
 
 SCHEDULERS: Final = (
     "ChainedScheduler",
@@ -38,19 +40,68 @@ SCHEDULERS: Final = (
 )
 CALLABLE_ARGUMENTS: Final = frozenset({"optimizer", "scale_fn", "lr_lambda"})
 MAX_NESTING: Final = 4
+# Each takes its part of every step. And whole numbers without end are powers without end: torch computes them exactly.
+MAX_SCHEDULERS: Final = 32
+MAX_LIST: Final = 1000
+LARGEST_NUMBER: Final = 1e12
 
 
 class LRSchedulerSettings(Settings):
     """Which scheduler, with which of its arguments, over which groups."""
 
-    scheduler: str = Field(description=f"one of torch.optim.lr_scheduler: {', '.join(SCHEDULERS)}")
-    arguments: dict[str, Any] = Field(
+    scheduler: Text = Field(description=f"one of torch.optim.lr_scheduler: {', '.join(SCHEDULERS)}")
+    arguments: dict[Text, Any] = Field(
         default_factory=dict,
-        description="torch's keyword arguments; `schedulers` of SequentialLR and ChainedScheduler is a list of "
-        '{"scheduler": name, "arguments": {...}}',
+        description="torch's keyword arguments, numbers up to 1e12; `schedulers` of SequentialLR and ChainedScheduler is a "
+        'list of {"scheduler": name, "arguments": {...}}',
     )
-    groups: list[int] | None = Field(None, description="indices of param groups; all of them if left out")
-    metric: str = Field("loss", description="of ReduceLROnPlateau: the metric, as pushes report it")
+    groups: list[Whole] | None = Field(
+        None, max_length=MAX_GROUPS, description="indices of param groups; all of them if left out"
+    )
+    metric: Text = Field("loss", description="of ReduceLROnPlateau: the metric, as pushes report it")
+
+    @field_validator("arguments")
+    @classmethod
+    def _arguments(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        _check_arguments(arguments)
+        return arguments
+
+
+def _check_arguments(arguments: Any) -> None:
+    """ValueError if any number, list or the number of schedulers is beyond its limit."""
+    schedulers, level = 0, [arguments]
+    for _ in range(2 * MAX_NESTING + 3):  # a list, and a scheduler in it, for each
+        below: list[Any] = []
+        for value in level:
+            if isinstance(value, (int, float)) and not abs(value) <= LARGEST_NUMBER:
+                raise ValueError(f"numbers are from -{LARGEST_NUMBER:g} to {LARGEST_NUMBER:g}")
+            if isinstance(value, list):
+                schedulers += sum(isinstance(entry, dict) for entry in value)
+                if len(value) > MAX_LIST or schedulers > MAX_SCHEDULERS:
+                    raise ValueError(
+                        f"a list has at most {MAX_LIST} entries, and {MAX_SCHEDULERS} schedulers"
+                    )
+                below += value
+            if isinstance(value, dict):
+                below += value.values()
+        level = below
+    if level:
+        raise ValueError(f"schedulers are nested more than {MAX_NESTING} deep")
+
+
+class _StandIn(torch.optim.Optimizer):
+    """An optimizer as far as schedulers look at one: groups with an lr, and nothing to step.
+
+    torch's own constructor imports its compiler, for seconds, and a real optimizer has that constructor.
+    """
+
+    def __init__(self, lrs: Iterable[float]) -> None:
+        self.defaults: dict[str, Any] = {}
+        self.state: Any = {}
+        self.param_groups = [{"params": [], "lr": lr} for lr in lrs]
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Nothing."""
 
 
 class LRScheduler(Hook):
@@ -106,9 +157,7 @@ class LRScheduler(Hook):
         return self._settings.metric if waits else None
 
     def _built(self, groups: ParamGroups) -> tuple[torch.optim.Optimizer, Any]:
-        stand_in = torch.optim.SGD(
-            [{"params": [torch.zeros(())], "lr": groups.list[i].values["lr"]} for i in self._indices], lr=0.0
-        )
+        stand_in = _StandIn(float(groups.list[index].values["lr"]) for index in self._indices)
         return stand_in, build(self._settings.scheduler, self._settings.arguments, stand_in)
 
     def _advance(self, metric: float | None) -> bool:
@@ -159,13 +208,18 @@ def build(name: str, arguments: Mapping[str, Any], optimizer: torch.optim.Optimi
     if name not in SCHEDULERS or depth > MAX_NESTING:
         raise InvalidHook(problem=f"no scheduler {name!r} here; known are {', '.join(SCHEDULERS)}")
     kind = getattr(lr_scheduler, name)
-    known = set(inspect.signature(kind.__init__).parameters) - {"self"} - CALLABLE_ARGUMENTS
+    parameters = inspect.signature(kind.__init__).parameters
+    known = parameters.keys() - {"self"} - CALLABLE_ARGUMENTS
     unknown = set(arguments) - known
     if unknown:
         raise InvalidHook(
             problem=f"{name} takes {', '.join(sorted(known))}; not {', '.join(sorted(unknown))}"
         )
-    keywords = dict(arguments)
+    # a factor of 7 would be multiplied with itself in whole numbers, to any length
+    keywords = {
+        key: _as_floats(value) if "float" in str(parameters[key].annotation) else value
+        for key, value in arguments.items()
+    }
     if name in ("CyclicLR", "OneCycleLR"):
         keywords.setdefault("cycle_momentum", False)  # neither rule has a momentum to cycle
     try:
@@ -179,6 +233,12 @@ def build(name: str, arguments: Mapping[str, Any], optimizer: torch.optim.Optimi
         return kind(optimizer, **keywords)
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
         raise InvalidHook(problem=f"{name}: {error}") from error
+
+
+def _as_floats(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_as_floats(entry) for entry in value]
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def _to_json(value: Any) -> Any:

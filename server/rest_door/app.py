@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Collection
+from functools import cache
 from importlib.metadata import version as installed_version
+from re import Pattern
 from typing import Any, Final
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
+from starlette.routing import compile_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pushstep.proto.errors import (
+    Busy,
     HostNotAllowed,
     InvalidSettings,
     MessageTooLarge,
@@ -21,16 +26,20 @@ from pushstep.proto.errors import (
     PushstepError,
     UnknownRoute,
 )
-from pushstep.proto.status import named, to_problem
+from pushstep.proto.status import PROBLEM_TYPE, named, to_problem
 
 from ..catalog import Catalog
 from ..export import Exports
+from ..read_json import read_json
+from ..received import INLINE_MESSAGE_BYTES
+from ..threads import REQUESTS, RETRY_AFTER_S
 from . import (
     events,
     export,
     health,
     hooks,
     models,
+    openapi,
     param_groups,
     parameters,
     policy,
@@ -40,8 +49,28 @@ from . import (
 )
 
 log = logging.getLogger("pushstep.rest")
-MAX_BODY_BYTES: Final = 1 << 20
-PROBLEM: Final = "application/problem+json"
+# A policy that names every group there may be has half of it. Twice as much takes 90 ms of the loop to validate, if it is
+# made of as many parts as it can be.
+MAX_BODY_BYTES: Final = 128 << 10
+OPENAPI_PATH: Final = "/openapi.json"
+# Requests under way at once, downloads included.
+MOST_REQUESTS: Final = 200
+# Whoever asks whether the server lives is answered whatever else it has to do.
+ALWAYS_ANSWERED: Final = frozenset({"/healthz", "/readyz"})
+
+
+RESOURCES: Final = (
+    root,
+    models,
+    param_groups,
+    parameters,
+    hooks,
+    policy,
+    workers,
+    snapshots,
+    export,
+    events,
+)
 
 
 def create_app(catalog: Catalog, allowed_hosts: Collection[str] | None, grpc_address: str = "") -> FastAPI:
@@ -53,14 +82,15 @@ def create_app(catalog: Catalog, allowed_hosts: Collection[str] | None, grpc_add
         # FastAPI's pages load their scripts from elsewhere, onto the origin of what steers the models
         docs_url=None,
         redoc_url=None,
+        openapi_url=OPENAPI_PATH,
         redirect_slashes=False,  # or a wrong path would be answered in another shape
     )
+    openapi.describe(app)
     app.state.catalog = catalog
     app.state.grpc_address = grpc_address
     app.state.exports = Exports()
     app.include_router(health.router)
-    resources = (root, models, param_groups, parameters, hooks, policy, workers, snapshots, export, events)
-    for resource in resources:
+    for resource in RESOURCES:
         app.include_router(resource.router, prefix="/v1")
     app.add_exception_handler(PushstepError, _answer_error)
     app.add_exception_handler(RequestValidationError, _answer_error)
@@ -70,7 +100,31 @@ def create_app(catalog: Catalog, allowed_hosts: Collection[str] | None, grpc_add
 
 
 async def _answer_error(request: Request, error: Exception) -> JSONResponse:
-    return problem_response(_translated(request, error))
+    answer = problem_response(_translated(request, error))
+    if answer.status_code == MethodNotAllowed.http_status:
+        answer.headers["Allow"] = ", ".join(_methods(request))
+    return answer
+
+
+def _methods(request: Request) -> list[str]:
+    """What the resource at a request's path can do, whichever of its routes was asked."""
+    path = request.scope["path"]
+    return sorted(
+        {method for pattern, methods in _methods_by_path() if pattern.match(path) for method in methods}
+    )
+
+
+@cache
+def _methods_by_path() -> list[tuple[Pattern[str], Collection[str]]]:
+    routers = [("", health.router), *(("/v1", resource.router) for resource in RESOURCES)]
+    routes: list[tuple[str, Collection[str]]] = [
+        (prefix + route.path, route.methods or ())
+        for prefix, router in routers
+        for route in router.routes
+        if isinstance(route, APIRoute)
+    ]
+    routes.append((OPENAPI_PATH, ("GET", "HEAD")))
+    return [(compile_path(path)[0], methods) for path, methods in routes]
 
 
 def _translated(request: Request, error: Exception) -> PushstepError:
@@ -91,11 +145,12 @@ def problem_response(error: PushstepError) -> JSONResponse:
     """An error in the one shape that this door has."""
     wait_s = error.retry_after_s
     headers = {} if wait_s is None else {"Retry-After": str(max(1, round(wait_s)))}
-    return JSONResponse(to_problem(error), error.http_status, headers, media_type=PROBLEM)
+    return JSONResponse(to_problem(error), error.http_status, headers, media_type=PROBLEM_TYPE)
 
 
 class Entrance:
-    """Turns away bodies over the limit and foreign Host headers, and names errors that nobody else has.
+    """Turns away requests beyond those that may be under way, bodies over the limit and foreign Host headers, and names
+    errors that nobody else has.
 
     A page in an operator's browser can be made to send requests to this address, under another host name or its own;
     without the checks of Host and Origin it could steer the server.
@@ -104,6 +159,7 @@ class Entrance:
     def __init__(self, app: ASGIApp, allowed_hosts: Collection[str] | None) -> None:
         self._app = app
         self._allowed_hosts = allowed_hosts
+        self._under_way = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request through, or answer it here."""
@@ -111,6 +167,7 @@ class Entrance:
             await self._app(scope, receive, send)
             return
         started = False
+        self._under_way += 1
 
         async def watched_send(message: Message) -> None:
             nonlocal started
@@ -121,17 +178,21 @@ class Entrance:
             headers = dict(scope["headers"])
             host = headers.get(b"host", b"").decode("latin-1")
             self._check_host(host)
+            if self._under_way > MOST_REQUESTS and scope["path"] not in ALWAYS_ANSWERED:
+                raise Busy(what="requests", waiting=self._under_way - 1, retry_after_s=RETRY_AFTER_S)
             origin = headers.get(b"origin")
             if origin is not None and scope["method"] not in ("GET", "HEAD", "OPTIONS"):
                 self._check_origin(origin.decode("latin-1"), host)
             declared = headers.get(b"content-length", b"0")
             if declared.isdigit() and int(declared) > MAX_BODY_BYTES:
                 raise MessageTooLarge(got=int(declared), limit=MAX_BODY_BYTES)
-            await self._app(scope, _limited(receive), watched_send)
+            await self._app(scope, await _read(scope, _limited(receive)), watched_send)
         except Exception as error:
             if started:
                 raise
             await problem_response(named(error, log))(scope, receive, send)
+        finally:
+            self._under_way -= 1
 
     def _check_host(self, host: str) -> None:
         name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
@@ -143,6 +204,28 @@ class Entrance:
         came_from = origin.partition("://")[2]
         if came_from.lower() != host.lower():
             raise HostNotAllowed(host=origin[:200])
+
+
+async def _read(scope: Scope, receive: Receive) -> Receive:
+    """The body, all of it and looked at: what is no JSON, or has two meanings, is nobody's edit."""
+    if scope["method"] in ("GET", "HEAD", "OPTIONS"):
+        return receive
+    message = await receive()
+    parts = [message.get("body", b"")]
+    while message.get("more_body"):
+        message = await receive()
+        parts.append(message.get("body", b""))
+    body = b"".join(parts)
+    if body.strip():
+        await REQUESTS.run_unless(len(body) <= INLINE_MESSAGE_BYTES, read_json, body)
+    whole: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+    if message["type"] == "http.disconnect":
+        whole = [message]
+
+    async def replay() -> Message:
+        return whole.pop() if whole else await receive()
+
+    return replay
 
 
 def _limited(receive: Callable[[], Awaitable[Any]]) -> Receive:

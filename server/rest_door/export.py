@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -13,6 +12,7 @@ from starlette.background import BackgroundTask
 from ..arena import ArenasCopy
 from ..catalog import Catalog
 from ..export import check_format, describe_state, write
+from ..threads import READS
 from .depends import CatalogHere, ExportsHere, ModelHere
 
 router = APIRouter(tags=["export"])
@@ -36,7 +36,7 @@ async def export(
 async def show_state_dict(model: ModelHere, exports: ExportsHere) -> dict[str, Any]:
     """torch's shape, with each state's shape and norm in place of its elements."""
     async with exports.copy_of(model) as (facts, copy):
-        optimizers = await asyncio.to_thread(describe_state, facts, copy)
+        optimizers = await READS.run(describe_state, facts, copy)
         return {"version": copy.version, "timeline": copy.timeline, "optimizers": optimizers}
 
 
@@ -44,7 +44,7 @@ async def file_response(
     facts: Mapping[str, Any], copy: ArenasCopy, form: str, catalog: Catalog, name: str
 ) -> FileResponse:
     """A checkpoint as a download; its temporary file goes when the last byte is sent."""
-    path = await asyncio.to_thread(write, facts, copy, form, catalog.config.data)
+    path = await READS.run(write, facts, copy, form, catalog.config.data)
     return FileResponse(
         path,
         media_type="application/octet-stream",

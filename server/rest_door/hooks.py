@@ -8,6 +8,7 @@ from fastapi import APIRouter, Body
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..hooks import CATALOGUE, Hook
+from ..settings import Text
 from .depends import OPERATOR, ModelHere
 
 router = APIRouter(tags=["hooks"])
@@ -16,10 +17,10 @@ router = APIRouter(tags=["hooks"])
 class NewHook(BaseModel):
     """A hook to install."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
-    name: str = Field(description="a name of the catalogue")
-    point: str = Field(description="one of torch's six points, where the hook may be installed")
+    name: Text = Field(description="a name of the catalogue")
+    point: Text = Field(description="one of torch's six points, where the hook may be installed")
     settings: dict[str, Any] = Field(default_factory=dict)
     prepend: bool = Field(False, description="before the hooks that are there, as torch's `prepend`")
 

@@ -30,7 +30,7 @@ def describe(model: Model) -> dict[str, Any]:
         "hooks": len(model.hooks.list),
         "policy": model.judge.policy.settings.model_dump(mode="json"),
         "nonfinite": model.judge.quality.nonfinite(model.hooks.nonfinite()),
-        "workers_live": len(model.sessions.live()),
+        "workers_live": model.sessions.live_count(),
         "parameters_nonfinite": list(model.nonfinite[:NAMES_SHOWN]),
         "failed": None if model.failed is None else model.failed.message,
         "last_step": None

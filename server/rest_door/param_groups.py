@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Iterator
+from heapq import merge
+from itertools import islice
+from operator import attrgetter
+from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Body, Header, Query, Response
+from pydantic import StrictBool
 
-from pushstep.proto.errors import StaleEtag
+from pushstep.proto.layout import Layout, Slot
 
 from ..groups import Group
 from ..model import Model
+from ..settings import Number, Text
 from .depends import OPERATOR, ModelHere
+from .etags import require_match
+from .queries import Flag, Index
 
 router = APIRouter(tags=["param groups"])
+# Of each group; GET .../parameters has the others.
+PARAMS_SHOWN: Final = 1000
 
 
 def _etag(model: Model, group: Group) -> str:
     return f'"{model.timeline}-{group.revision}"'
+
+
+def _slots(layout: Layout, group: int) -> Iterator[Slot]:
+    """A group's parameters, in the manifest's order; they lie in an arena for each dtype."""
+    arenas = layout.arenas_of_group[group]
+    return merge(*(arena.slots for arena in arenas), key=attrgetter("index"))
 
 
 def _show(model: Model, index: int, group: Group) -> dict[str, Any]:
@@ -25,7 +41,8 @@ def _show(model: Model, index: int, group: Group) -> dict[str, Any]:
         "rule": group.rule.name,
         "optimizer": group.optimizer,
         **group.values,
-        "params": [slot.name for slot in model.layout.slots if slot.group == index],
+        "params": [slot.name for slot in islice(_slots(model.layout, index), PARAMS_SHOWN)],
+        "params_total": sum(len(arena.slots) for arena in model.layout.arenas_of_group[index]),
         "held": sorted(group.pinned),
         "scheduled_by": group.scheduled_by,
         "etag": _etag(model, group),
@@ -40,7 +57,7 @@ async def list_groups(model: ModelHere) -> dict[str, Any]:
 
 
 @router.get("/models/{m}/param-groups/{index}", summary="Show a param group")
-async def show_group(model: ModelHere, index: int, response: Response) -> dict[str, Any]:
+async def show_group(model: ModelHere, index: Index, response: Response) -> dict[str, Any]:
     """One group; its ETag also as a header."""
     group = model.groups.at(index, model.name)
     response.headers["ETag"] = _etag(model, group)
@@ -50,21 +67,21 @@ async def show_group(model: ModelHere, index: int, response: Response) -> dict[s
 @router.patch("/models/{m}/param-groups/{index}", summary="Change hyperparameters")
 async def patch_group(
     model: ModelHere,
-    index: int,
+    index: Index,
     response: Response,
     values: Annotated[
-        dict[str, float | bool], Body(examples=[{"lr": 0.5}, {"weight_decay": 0.01, "maximize": False}])
+        dict[Text, Number | StrictBool],
+        Body(examples=[{"lr": 0.5}, {"weight_decay": 0.01, "maximize": False}]),
     ],
     hold: Annotated[
-        bool, Query(description="hold these fields against workers' edits; false lets them go again")
+        Flag, Query(description="hold these fields against workers' edits; false lets them go again")
     ] = True,
-    if_match: Annotated[str | None, Header()] = None,
+    if_match: Annotated[list[str] | None, Header()] = None,
 ) -> dict[str, Any]:
     """All of it or nothing. The reply's `effective_version` is the first version stepped with the new values."""
     await model.try_group(index, values)
     group = model.groups.at(index, model.name)
-    if if_match is not None and if_match not in ("*", _etag(model, group)):
-        raise StaleEtag(what=f"param group {index}", etag=_etag(model, group))
+    require_match(if_match, _etag(model, group), f"param group {index}")
     group, version = model.patch_group(index, values, hold, OPERATOR)
     response.headers["ETag"] = _etag(model, group)
     return {**_show(model, index, group), "effective_version": version}

@@ -13,6 +13,7 @@ from pushstep.proto.layout import Slot
 from ..model import Model
 from .depends import ModelHere
 from .numbers import finite_values
+from .queries import Index, Offset
 
 router = APIRouter(tags=["parameters"])
 
@@ -32,8 +33,8 @@ def _show(slot: Slot, model: Model) -> dict[str, Any]:
 @router.get("/models/{m}/parameters", summary="List the parameters")
 async def list_parameters(
     model: ModelHere,
-    offset: Annotated[int, Query(ge=0)] = 0,
-    limit: Annotated[int, Query(ge=1, le=10_000)] = 1000,
+    offset: Offset = 0,
+    limit: Annotated[Index, Query(ge=1, le=10_000)] = 1000,
 ) -> dict[str, Any]:
     """In manifest order, a page at a time."""
     slots = model.layout.slots

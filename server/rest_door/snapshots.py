@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -10,6 +9,7 @@ from fastapi import APIRouter, Query, Response
 from fastapi.responses import FileResponse
 
 from ..export import check_format
+from ..threads import DISK, READS
 from .depends import OPERATOR, CatalogHere, ModelHere
 from .export import file_response
 
@@ -24,7 +24,7 @@ def _show(manifest: Mapping[str, Any]) -> dict[str, Any]:
 @router.get("/models/{m}/snapshots", summary="List the snapshots")
 async def list_snapshots(model: ModelHere, catalog: CatalogHere) -> dict[str, Any]:
     """Newest first; a damaged one says what is wrong with it."""
-    found = await asyncio.to_thread(catalog.snapshots(model.name).manifests)
+    found = await READS.run(catalog.snapshots(model.name).manifests)
     return {"snapshots": [_show(manifest) for manifest in found]}
 
 
@@ -37,14 +37,14 @@ async def take_snapshot(m: str, catalog: CatalogHere) -> dict[str, Any]:
 @router.get("/models/{m}/snapshots/{snapshot}", summary="Show a snapshot")
 async def show_snapshot(model: ModelHere, snapshot: str, catalog: CatalogHere) -> dict[str, Any]:
     """Its manifest, after every byte of it was verified."""
-    manifest, _ = await asyncio.to_thread(catalog.snapshots(model.name).read, snapshot)
+    manifest, _ = await READS.run(catalog.snapshots(model.name).read, snapshot)
     return {**_show(manifest), "verified": True}
 
 
 @router.delete("/models/{m}/snapshots/{snapshot}", status_code=204, summary="Delete a snapshot")
 async def delete_snapshot(model: ModelHere, snapshot: str, catalog: CatalogHere) -> Response:
     """For good."""
-    await asyncio.to_thread(catalog.snapshots(model.name).delete, snapshot)
+    await DISK.run(catalog.snapshots(model.name).delete, snapshot)
     model.record("snapshot_deleted", OPERATOR, snapshot=snapshot)
     return Response(status_code=204)
 
@@ -66,5 +66,5 @@ async def snapshot_content(
 ) -> FileResponse:
     """The same files as an export, of the snapshot's version."""
     check_format(format)
-    facts, copy = await asyncio.to_thread(catalog.snapshots(model.name).read, snapshot)
+    facts, copy = await READS.run(catalog.snapshots(model.name).read, snapshot)
     return await file_response(facts, copy, format, catalog, f"{model.name}-{snapshot}")

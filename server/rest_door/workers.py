@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from collections.abc import Callable
+from itertools import islice
+from typing import Annotated, Any, Final
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Query
 
 from ..model import Model
 from ..worker import Worker
 from .depends import OPERATOR, ModelHere
 from .numbers import finite_values
+from .queries import Index, Offset
 
 router = APIRouter(tags=["workers"])
+# At 10 us each, on the event loop.
+MOST_SHOWN: Final = 2000
 
 
-def _show(worker: Worker, model: Model, now_s: float) -> dict[str, Any]:
+def _show(
+    worker: Worker, model: Model, now_s: float, under_policy: Callable[[Worker], dict[str, Any]]
+) -> dict[str, Any]:
     return {
         "name": worker.name,
         "state": worker.state,
@@ -31,16 +38,26 @@ def _show(worker: Worker, model: Model, now_s: float) -> dict[str, Any]:
         "in_flight": len(worker.held),
         "refused_in_row": worker.refused_in_row,
         "quarantined": worker.quarantined,
-        **model.judge.policy.show(worker, model.judge.docket.view(now_s)),
+        **under_policy(worker),
         "metrics": finite_values(worker.metrics),
     }
 
 
 @router.get("/models/{m}/workers", summary="List the workers")
-async def list_workers(model: ModelHere) -> dict[str, Any]:
-    """Every worker remembered, those that left included."""
+async def list_workers(
+    model: ModelHere,
+    offset: Offset = 0,
+    limit: Annotated[Index, Query(ge=1, le=MOST_SHOWN)] = MOST_SHOWN,
+) -> dict[str, Any]:
+    """Every worker remembered, those that left included, a page at a time."""
     now_s = time.monotonic()
-    return {"workers": [_show(worker, model, now_s) for worker in model.sessions.workers.values()]}
+    under_policy = model.judge.policy.shown(model.judge.docket.view(now_s))
+    workers = model.sessions.workers
+    page = islice(workers.values(), offset, offset + limit)
+    return {
+        "workers": [_show(worker, model, now_s, under_policy) for worker in page],
+        "total": len(workers),
+    }
 
 
 @router.post("/models/{m}/workers/{worker}/release", summary="Let a worker out of quarantine")

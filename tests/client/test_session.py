@@ -15,10 +15,10 @@ from pushstep.client import Outcome, Session
 from pushstep.optim import Adadelta, Adagrad
 from pushstep.proto.errors import (
     InvalidManifest,
-    MalformedFrame,
     NonfiniteGradient,
     NotAttached,
     RowOutOfRange,
+    TooLong,
     UnknownModel,
     UnknownParameter,
     WrongDtype,
@@ -368,7 +368,7 @@ def test_worker_state_comes_back_to_whoever_joins_under_the_name(
     with pytest.raises(TypeError, match="bytes"):
         again.worker_state = "text"  # type: ignore[assignment]
     again.worker_state = bytes(64 * 1024 + 1)
-    with pytest.raises(MalformedFrame, match="65536"):
+    with pytest.raises(TooLong, match="65536"):
         again.push({"w": np.ones(2, np.float32)})
     again.worker_state = bytes(64 * 1024)
     assert again.push({"w": np.ones(2, np.float32)}).outcome == "applied"

@@ -38,7 +38,7 @@ def test_check_names_what_is_stale_and_writing_mends_it(tmp_path: Path) -> None:
     copied = tmp_path / "proto"
     shutil.copytree(PROTO, copied, ignore=shutil.ignore_patterns("__pycache__"))
     types = copied / "types.proto"
-    types.write_text(types.read_text().replace("uint32 arena = 1;", "uint32 arena = 14;"))
+    types.write_text(types.read_text().replace("uint32 arena = 1 ", "uint32 arena = 14 "))
     (copied / "training_pb2.pyi").unlink()
     stale = generate(copied, "--check")
     assert stale.returncode == 1

@@ -110,8 +110,8 @@ EDITS: dict[str, tuple[int, dict[str, Hyperparameter], str]] = {
     "of an unknown group": (2, {"lr": Hyperparameter(number=1)}, "unknown_group"),
     "of an unknown name": (1, {"momentum": Hyperparameter(number=1)}, "invalid_hyperparameter"),
     "negative": (1, {"lr": Hyperparameter(number=-1)}, "invalid_hyperparameter"),
-    "NaN": (1, {"lr": Hyperparameter(number=float("nan"))}, "invalid_hyperparameter"),
-    "beyond float32": (1, {"lr": Hyperparameter(number=1e300)}, "invalid_hyperparameter"),
+    "NaN": (1, {"lr": Hyperparameter(number=float("nan"))}, "number_out_of_range"),
+    "beyond float32": (1, {"lr": Hyperparameter(number=1e300)}, "number_out_of_range"),
     "a flag for a number": (1, {"lr": Hyperparameter(flag=True)}, "invalid_hyperparameter"),
     "a number for a flag": (1, {"maximize": Hyperparameter(number=1)}, "invalid_hyperparameter"),
     "one good, one bad": (
@@ -131,8 +131,10 @@ def test_bad_edit_of_the_lead(case: str, server: RunningServer, wire: Wire, mode
     edits = [pb.GroupEdit(group=group, values=values)]
     with untouched(server, model_name):
         error = wire.refused("Push", lead.good(edits=edits))
-        assert (error.code, error.consumed) == (code, True)
-    lead.advance()
+        # what no model could take is refused before the push is anybody's
+        consumed = code != "number_out_of_range"
+        assert (error.code, error.consumed) == (code, consumed)
+    lead.advance(consumed)
     assert lead.push(lead.good()).receipt.groups[1].values["lr"].number == 1.0
 
 

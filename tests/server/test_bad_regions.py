@@ -9,12 +9,15 @@ from pathlib import Path
 
 import grpc
 import numpy as np
-from harness import running_server, wait_until
+import pytest
+from harness import RunningServer, running_server, wait_until
 from test_shared_memory import files_of, regions_of
+from wire import RawLine, RawWorker, Wire, created, untouched
 
 from pushstep.client import Outcome
 from pushstep.proto import training_pb2 as pb
 from pushstep.proto.errors import NoSharedMemory
+from pushstep.proto.line import Method
 from pushstep.proto.status import from_rpc_error
 
 ELEMENTS = 4_000_000  # long enough to make that a caller can go away meanwhile
@@ -66,3 +69,40 @@ def test_connections_that_say_nothing_are_few_and_end(data: Path) -> None:
         session.create({"w": np.zeros(3, np.float32)})
         assert session.push({"w": np.ones(3, np.float32)}).outcome is Outcome.APPLIED
         wait_until(lambda: len(files_of(server.process.pid)) <= before + 10)
+
+
+UNNAMED = {
+    "frames": {"region": False},
+    "frames whose answer is shared": {"region": False, "pull": True},
+    "shared, with an answer in frames": {"region": True, "pull": False},
+    "a skip push": {"region": False, "skip": True},
+}
+
+
+@pytest.mark.parametrize("method", list(Method))
+@pytest.mark.parametrize("case", UNNAMED)
+def test_a_call_over_the_local_socket_names_its_region(
+    server: RunningServer, model_name: str, case: str, method: Method
+) -> None:
+    """One that does not, for its gradients or its answer, is refused before anything is stepped."""
+    wanted = UNNAMED[case]
+    created(server, model_name)
+    with contextlib.closing(Wire(server.grpc)) as wire:
+        raw = RawWorker(wire, model_name)
+        with contextlib.closing(RawLine(raw)) as line:
+            header = raw.header(
+                [] if wanted.get("skip") else [raw.dense("bias")], skip=bool(wanted.get("skip"))
+            )
+            header.region = line.region if wanted["region"] else 0
+            if wanted.get("pull"):
+                header.pull.region = line.region
+            shared = pb.PushRequest(header=header, commit=pb.PushCommit())
+            if not wanted["region"]:
+                shared.payload = bytes(16)
+            if method is Method.PUSH and wanted["region"]:
+                line.call(method, shared.SerializeToString())  # whose answer is no matter of frames
+                return
+            with untouched(server, model_name):
+                assert line.refused(method, shared.SerializeToString()).code == "malformed_frame"
+            raw.push(raw.good())  # and gRPC takes the same worker's frames
+    assert "internal error" not in server.log.read_text()

@@ -17,6 +17,7 @@ from wire import created, untouched
 from pushstep.client import Session
 from pushstep.proto.errors import CATALOGUE
 from pushstep.proto.status import from_problem
+from pushstep.server.rest_door.app import MAX_BODY_BYTES
 
 MODEL = "bad-requests"
 ROOT = f"/v1/models/{MODEL}"
@@ -69,10 +70,16 @@ PATCHES: dict[str, tuple[bytes | str, str]] = {
     "one good, one bad": ('{"lr": 0.5, "rho": 2}', "invalid_hyperparameter"),
     "negative": ('{"lr": -0.1}', "invalid_hyperparameter"),
     "above its range": ('{"rho": 1.5}', "invalid_hyperparameter"),
-    "NaN": ('{"lr": NaN}', "invalid_hyperparameter"),
-    "infinity": ('{"eps": Infinity}', "invalid_hyperparameter"),
-    "infinity by its exponent": ('{"weight_decay": 1e999}', "invalid_hyperparameter"),
-    "infinity as words": ('{"lr": "inf"}', "invalid_hyperparameter"),
+    "NaN": ('{"lr": NaN}', "invalid_settings"),
+    "infinity": ('{"eps": Infinity}', "invalid_settings"),
+    "infinity by its exponent": ('{"weight_decay": 1e999}', "invalid_settings"),
+    "infinity as words": ('{"lr": "inf"}', "invalid_settings"),
+    "a number as words": ('{"lr": "1e3"}', "invalid_settings"),
+    "a flag as words": ('{"maximize": "yes"}', "invalid_settings"),
+    "a name twice": ('{"lr": 0.5, "lr": 0.25}', "invalid_settings"),
+    "half a character": ('{"\\ud800": 1}', "invalid_text"),
+    "a control character": ('{"l\\u0000r": 1}', "invalid_text"),
+    "an over-long name": ('{"' + "x" * 300 + '": 1}', "invalid_settings"),
     "more than float32 can hold": ('{"lr": 1e39}', "invalid_hyperparameter"),
     "a flag for a number": ('{"lr": true}', "invalid_hyperparameter"),
     "a number for a flag": ('{"maximize": 1}', "invalid_hyperparameter"),
@@ -116,9 +123,9 @@ BODIES = [("PATCH", GROUP), ("POST", f"{ROOT}/hooks")]
 @pytest.mark.parametrize(("method", "path"), BODIES)
 def test_bodies_over_the_limit(method: str, path: str, server: RunningServer, owner: Session) -> None:
     """Declared, so that nothing is read; and in chunks that say nothing of their sum."""
-    huge = b" " * (1 << 20) + b"{}"
+    huge = b" " * MAX_BODY_BYTES + b"{}"
     problem = assert_refused(server, 413, "message_too_large", method, path, huge, JSON)
-    assert problem["fields"]["limit"] == str(1 << 20)
+    assert problem["fields"]["limit"] == str(MAX_BODY_BYTES)
 
     def chunks() -> Iterator[bytes]:
         for _ in range(40):
@@ -186,6 +193,7 @@ def test_wrong_methods(server: RunningServer, owner: Session) -> None:
             for method in set(METHODS) - known:
                 answer = client.request(method, path.format(**fill).replace(":path", ""))
                 assert answer.status_code == 405, (method, path, answer.text)
+                assert answer.headers["allow"].split(", ") == sorted(known)
                 if method != "HEAD":
                     assert answer.json()["code"] == "method_not_allowed"
 
@@ -267,6 +275,40 @@ HOOKS: dict[str, tuple[Any, str]] = {
         "invalid_settings",
     ),
     "never": ({"name": "json_log", "point": "step_post", "settings": {"every": 0}}, "invalid_hook"),
+    "prepend as a number": ({"name": "json_log", "point": "step_pre", "prepend": 0}, "invalid_settings"),
+    "prepend as words": ({"name": "json_log", "point": "step_pre", "prepend": "yes"}, "invalid_settings"),
+    "a number as words": (
+        {"name": "clip_grad_norm", "point": "step_pre", "settings": {"max_norm": "1e3"}},
+        "invalid_hook",
+    ),
+    "half a character for a metric": (
+        {
+            "name": "lr_scheduler",
+            "point": "step_post",
+            "settings": {"scheduler": "ReduceLROnPlateau", "metric": "\ud800"},
+        },
+        "invalid_text",
+    ),
+    "half a character for an argument": (
+        {
+            "name": "lr_scheduler",
+            "point": "step_post",
+            "settings": {"scheduler": "StepLR", "arguments": {"\udfff": 1}},
+        },
+        "invalid_text",
+    ),
+    "a control character for a mode": (
+        {
+            "name": "lr_scheduler",
+            "point": "step_post",
+            "settings": {"scheduler": "ReduceLROnPlateau", "arguments": {"mode": "mi\u0000n"}},
+        },
+        "invalid_text",
+    ),
+    "settings without end": (
+        {"name": "json_log", "point": "step_pre", "settings": {"every": [1] * 10_000}},
+        "invalid_hook",
+    ),
     "no object": ([], "invalid_settings"),
 }
 
@@ -280,7 +322,61 @@ def test_bad_hook(case: str, server: RunningServer, owner: Session) -> None:
 def test_a_hook_without_a_finite_norm(server: RunningServer, owner: Session) -> None:
     for norm in ("NaN", "Infinity", "1e999"):
         body = f'{{"name": "clip_grad_norm", "point": "step_pre", "settings": {{"max_norm": {norm}}}}}'
-        assert_refused(server, 422, "invalid_hook", "POST", f"{ROOT}/hooks", body.encode(), JSON)
+        assert_refused(server, 422, "invalid_settings", "POST", f"{ROOT}/hooks", body.encode(), JSON)
+
+
+QUERIES = ["hold=yes", "hold=1", "hold=", "hold=True", "hold=true%00", "hold=false&hold=maybe"]
+
+
+@pytest.mark.parametrize("query", QUERIES)
+def test_a_flag_is_true_or_false(query: str, server: RunningServer, owner: Session) -> None:
+    assert_refused(server, 422, "invalid_settings", "PATCH", f"{GROUP}?{query}", b'{"lr": 0.5}', JSON)
+
+
+NUMBERS = ["1.0", "%201", "1_0", "%2B1", "-1", "1e1", "", "99999999999999999999", "%D9%A1"]
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+@pytest.mark.parametrize(
+    "path", ["/parameters?offset=", "/workers?limit=", "/events?after=", "/param-groups/"]
+)
+def test_a_whole_number_is_digits(path: str, number: str, server: RunningServer, owner: Session) -> None:
+    got, problem = raw_request(server, "GET", f"{ROOT}{path}{number}")
+    assert (got, problem["code"]) in [
+        (422, "invalid_settings"),
+        (404, "unknown_group"),
+        (404, "unknown_route"),
+    ]
+
+
+CONDITIONS = {
+    "the tag": ("{}", 200),
+    "one of a list": ('"1-9999", {} , "x,y"', 200),
+    "any": ("*", 200),
+    "another": ('"1-9999"', 412),
+    "a list of others": ('"1-9999", "1-9998"', 412),
+    "a weak one": ("W/{}", 412),
+    "without its quotes": ("1-1", 412),
+    "inside another": ('"a{}"', 412),
+    "nothing": ("", 412),
+}
+
+
+@pytest.mark.parametrize("case", CONDITIONS)
+def test_an_edit_under_a_condition(case: str, server: RunningServer, owner: Session) -> None:
+    condition, status = CONDITIONS[case]
+    etag = server.rest("GET", GROUP).headers["etag"]
+    headers = {"If-Match": condition.format(etag)}
+    assert server.rest("PATCH", GROUP, json={"lr": 1.0}, headers=headers).status_code == status
+
+
+def test_several_conditions_are_one_list(server: RunningServer, owner: Session) -> None:
+    etag = server.rest("GET", GROUP).headers["etag"]
+    for headers, status in (
+        ([("If-Match", '"1-9999"'), ("If-Match", etag)], 200),
+        ([("If-Match", '"1-9999"'), ("If-Match", '"1-9998"')], 412),
+    ):
+        assert server.rest("PATCH", GROUP, json={"lr": 1.0}, headers=headers).status_code == status
 
 
 @pytest.mark.parametrize("origin", ["http://elsewhere.example", "null", "http://127.0.0.1:1"])

@@ -12,7 +12,7 @@ from harness import RunningServer
 from wire import GROUPS, PARAMETERS, created, untouched
 
 from pushstep.client import Outcome
-from pushstep.proto.errors import InvalidSettings
+from pushstep.proto.errors import InvalidSettings, InvalidText, TooLong
 
 DEEP = "[" * 100_000
 NONSENSE = {
@@ -35,6 +35,15 @@ NONSENSE = {
     "groups": '{"max_staleness_by_group": {"x": 1}}',
     "group -1": '{"max_staleness_by_group": {"-1": 1}}',
     "zero": '{"policy": "sync", "timeout_s": 0, "norm_outlier": 0}',
+    "huge": '{"policy": "bounded", "bound": 9007199254740993, "norm_warmup": 9007199254740993}',
+    "huge by far": '{"policy": "bounded", "bound": ' + "9" * 4000 + ', "norm_warmup": ' + "9" * 4000 + "}",
+    "words for a number": '{"policy": "bounded", "bound": "3", "norm_outlier": "1e3"}',
+    "a number for a flag": '{"policy": "async", "scale": 1, "nonfinite": 1}',
+    "words for a flag": '{"policy": "async", "scale": "yes", "nonfinite": "yes"}',
+    "a whole number that is none": '{"policy": "bounded", "bound": 3.0, "norm_warmup": 3.0}',
+    "a name twice": '{"policy": "bounded", "bound": 3, "bound": 4, "norm_warmup": 3, "norm_warmup": 4}',
+    "a control character": '{"policy": "as\\u0000ync", "nonfinite": "sk\\u0000ip"}',
+    "nested": '{"a": ' + "[" * 40 + "]" * 40 + "}",
 }
 
 
@@ -66,18 +75,19 @@ def test_a_worker_is_told_by_name(
 ) -> None:
     """As the policy of a model that it creates; the name stays free."""
     session = server.connect(model_name)
-    with monkeypatch.context() as patch, pytest.raises(InvalidSettings):
+    with monkeypatch.context() as patch, pytest.raises((InvalidSettings, InvalidText, TooLong)):
         patch.setattr("pushstep.client.attendance.to_wire", lambda _: body)
         session.create(PARAMETERS, GROUPS)
     session.create(PARAMETERS, GROUPS)
 
 
+LARGEST = 2**53
 HUGE = [
-    ("policy", {"policy": "bounded", "bound": 10**4000}),
-    ("policy", {"policy": "sync", "timeout_s": 1e308, "quorum": 10**4000}),
-    ("policy", {"policy": "async", "max_staleness": 10**4000, "max_staleness_by_group": {10**9: 0}}),
+    ("policy", {"policy": "bounded", "bound": LARGEST}),
+    ("policy", {"policy": "sync", "timeout_s": 1e9, "quorum": LARGEST}),
+    ("policy", {"policy": "async", "max_staleness": LARGEST, "max_staleness_by_group": {10**9: 0}}),
     ("gate", {"norm_outlier": 1e308, "norm_warmup": 1}),
-    ("gate", {"norm_outlier": 5e-324, "norm_warmup": 10**4000, "quarantine_after": 10**4000}),
+    ("gate", {"norm_outlier": 5e-324, "norm_warmup": LARGEST, "quarantine_after": LARGEST}),
 ]
 
 
@@ -98,5 +108,5 @@ def test_a_round_for_more_workers_than_there_is_staging_is_refused(
     server: RunningServer, model_name: str
 ) -> None:
     created(server, model_name)
-    answer = patched(server, model_name, "policy", json.dumps({"policy": "sync", "min_workers": 10**400}))
+    answer = patched(server, model_name, "policy", json.dumps({"policy": "sync", "min_workers": LARGEST}))
     assert answer.json()["code"] == "over_capacity"

@@ -267,6 +267,37 @@ def test_workers_of_one_name_in_two_models_do_not_meet(server: RunningServer) ->
     assert outcomes == [Outcome.APPLIED] * 12
 
 
+def test_a_reader_that_goes_away_leaves_nothing_in_the_log(data: Path) -> None:
+    """Whatever it was being sent: a worker that is stopped does that to each of its calls."""
+    values = {"w": np.zeros((500_000, 4), np.float32)}
+    with running_server(data) as server:
+        server.connect("m").create(values)
+        pull = pb.PullRequest(model="m")
+        rows = pb.PullRowsRequest(model="m", parameter="w", ids=range(400_000))
+        for method, request in (
+            ("Pull", pull),
+            ("PullRows", rows),
+            ("PullState", pb.PullStateRequest(model="m")),
+        ):
+            for _ in range(5):
+                wire = Wire(server.grpc)
+                call = wire.start(method, [request.SerializeToString()])
+                next(call)
+                call.cancel()
+                wire.close()
+        with contextlib.closing(Wire(server.grpc)) as wire:
+            raw = RawWorker(wire, "m", "raw")
+            for _ in range(5):
+                header = raw.header([raw.rows("w", 1)])
+                call = wire.start("Exchange", raw.whole(header, [[torch.tensor([1]), torch.ones(1, 4)]]))
+                raw.advance()
+                next(call)
+                call.cancel()
+            raw.push(raw.whole(raw.header([raw.rows("w", 1)]), [[torch.tensor([1]), torch.ones(1, 4)]]))
+        assert server.stop() == 0
+        assert "Traceback" not in server.log.read_text()
+
+
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 NOISE = {
     "nothing": [b""],

@@ -107,8 +107,8 @@ def test_hostile_names(name: str, server: RunningServer, wire: Wire) -> None:
         refused_join(wire, name, manifest=small()),
         refused_join(wire, "good", worker=name, manifest=small()),
     ):
-        assert error.code == "invalid_name"
-        assert "letters" in error.message
+        assert error.code in ("invalid_name", "invalid_text", "too_long")
+        assert error.code != "invalid_name" or "letters" in error.message
     assert name not in models(server)
     assert "good" not in models(server)
     assert sorted(path.name for path in server.data.rglob("*")) == before
@@ -125,15 +125,17 @@ MANIFESTS: dict[str, tuple[Manifest, str]] = {
     "an unknown rule": (small(rule="sgd"), "invalid_manifest"),
     "no dtype": (Manifest(parameters=[Parameter(name="w")], groups=small().groups), "wrong_dtype"),
     "a negative lr": (small(lr=-1.0), "invalid_hyperparameter"),
-    "an infinite lr": (small(lr=float("inf")), "invalid_hyperparameter"),
-    "an lr that float32 cannot hold": (small(lr=1e300), "invalid_hyperparameter"),
-    "a NaN rho": (small(rho=float("nan")), "invalid_hyperparameter"),
+    "an infinite lr": (small(lr=float("inf")), "number_out_of_range"),
+    "an lr that float32 cannot hold": (small(lr=1e300), "number_out_of_range"),
+    "a NaN rho": (small(rho=float("nan")), "number_out_of_range"),
     "a flag for a number": (small(lr=True), "invalid_hyperparameter"),
     "a number for a flag": (small(maximize=1.0), "invalid_hyperparameter"),
     "an unknown hyperparameter": (small(momentum=0.9), "invalid_hyperparameter"),
     "petabytes": (small([2**47]), "over_capacity"),
-    "a shape that overflows": (small([2**63, 2]), "invalid_manifest"),
-    "a shape that hides behind a zero": (small([0, 2**63]), "invalid_manifest"),
+    "a shape that overflows": (small([2**63, 2]), "number_out_of_range"),
+    "a shape whose product overflows": (small([2**40, 2**40]), "invalid_manifest"),
+    "a shape that hides behind a zero": (small([0, 2**40, 2**40]), "invalid_manifest"),
+    "a shape of many lengths": (small([1] * 17), "too_long"),
 }
 
 
@@ -166,7 +168,7 @@ DIFFERENT: dict[str, tuple[Callable[[dict[str, Any], list[dict[str, Any]]], Any]
     "one more": (lambda p, g: (p.update(new=np.zeros(1, np.float32)), g[1]["params"].append("new")), "'new'"),
     "one fewer": (lambda p, g: p.pop(g[1]["params"].pop()), "'scale'"),
     "order": (lambda p, g: g[1]["params"].reverse(), "parameter 1"),
-    "rule": (lambda p, g: g[0].update(rule="adadelta"), "['adagrad', 'adadelta']"),
+    "rule": (lambda p, g: g[0].update(rule="adadelta"), "group 0: the server has adagrad"),
 }
 
 
@@ -295,7 +297,7 @@ UPLOADS: dict[str, tuple[dict[str, Any], list[Tensor], str]] = {
     ),
     "extras that are no file": ({"kind": X, "extras_bytes": 16}, [torch.zeros(4)], "malformed_frame"),
     "extras of no length": ({"kind": X}, [], "malformed_frame"),
-    "extras without end": ({"kind": X, "extras_bytes": 2**63}, [], "over_capacity"),
+    "extras without end": ({"kind": X, "extras_bytes": 2**47}, [], "over_capacity"),
     "extras with segments": (
         {"kind": X, "extras_bytes": 16, "segments": [segment(8, 12)]},
         [torch.zeros(4)],

@@ -36,6 +36,7 @@ VALUES: dict[str, tuple[Any, Any, Any, Any]] = {
     "max_bytes": (1, 2, 3, 1 << 40),
     "staging_bytes": (1, 2, 3, 8 << 30),
     "max_workers": (1, 2, 3, 10_000),
+    "max_connections": (1, 2, 3, 20_000),
     "log_level": ("debug", "warning", "error", "info"),
 }
 

@@ -204,7 +204,6 @@ def test_a_header_is_refused_before_its_body() -> None:
         {"segments": []},
         {"skip": True},
         {"segments": [Segment(stop=15, dtype=1, state="sum")]},
-        {"worker_state": bytes(65537)},
     ):
         header = PushHeader(**{"manifest_hash": LAYOUT.manifest_hash, "segments": [segment], **change})
         with pytest.raises(MalformedFrame):

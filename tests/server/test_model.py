@@ -11,7 +11,10 @@ import pytest
 import torch
 from driven import Pusher, made
 
+from pushstep.optim import kernel_cache
 from pushstep.proto.errors import NonfiniteGradient
+from pushstep.proto.hyperparameters import wire_values
+from pushstep.proto.training_pb2 import GroupEdit
 from pushstep.proto.types_pb2 import Identity, Outcome, Receipt
 from pushstep.server import gate
 from pushstep.server.hooks.hook import StepContext
@@ -55,6 +58,7 @@ def test_what_a_snapshot_will_hold_stays_while_training_goes_on() -> None:
 def test_the_first_push_of_a_kind_is_not_taken_on_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its kernels may have to be compiled, for seconds in which no heartbeat would be heard."""
     where: dict[str, int] = {}
+    monkeypatch.setattr(kernel_cache, "_compiled", {})  # as in a process that has just begun
 
     def noted(name: str, call: Any) -> Any:
         def run(*arguments: Any, **options: Any) -> Any:
@@ -70,9 +74,10 @@ def test_the_first_push_of_a_kind_is_not_taken_on_the_event_loop(monkeypatch: py
         monkeypatch.setattr(model.arenas, "step", noted("stepped", model.arenas.step))
         worker = Pusher(model)
 
-        async def on_the_loop(wire: torch.dtype) -> tuple[bool, bool]:
+        async def on_the_loop(wire: torch.dtype, **edit: float) -> tuple[bool, bool]:
             """One push; whether it was inspected and stepped on the event loop."""
-            receipt = await worker.push({"a": torch.ones(2), "b": torch.ones(1)}, wire)
+            edits = [GroupEdit(group=0, values=wire_values(edit))]
+            receipt = await worker.push({"a": torch.ones(2), "b": torch.ones(1)}, wire, edits)
             assert receipt.outcome == Outcome.OUTCOME_APPLIED
             here = threading.get_ident()
             return where["inspected"] == here, where["stepped"] == here
@@ -80,9 +85,12 @@ def test_the_first_push_of_a_kind_is_not_taken_on_the_event_loop(monkeypatch: py
         for wire in (torch.float32, torch.bfloat16):
             assert await on_the_loop(wire) == (False, False)
             assert await on_the_loop(wire) == (True, True)
+        # whoever changes a hyperparameter, the kernels are others only if it was off or is now
         model.patch_group(0, {"weight_decay": 0.5}, False, "test")
         assert await on_the_loop(torch.float32) == (True, False)
-        assert await on_the_loop(torch.float32) == (True, True)
+        assert await on_the_loop(torch.float32, weight_decay=0.25) == (True, True)
+        assert await on_the_loop(torch.float32, weight_decay=0.0) == (True, True)  # as at first
+        assert await on_the_loop(torch.float32, maximize=True) == (True, False)
         await model.close()
 
     asyncio.run(scenario())

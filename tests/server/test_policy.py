@@ -101,11 +101,14 @@ def test_joiners_and_returners_start_at_the_slowest_clock() -> None:
     court.push("a")  # 6 and 5
     court.join("c")
     view = court.judge.docket.view(0)
-    clocks = {w.name: court.judge.policy.show(w, view)["clock"] for w in view.members}
+    clocks = {w.name: court.judge.policy.shown(view)(w)["clock"] for w in view.members}
     assert clocks == {"a": 6, "b": 5, "c": 5}
     court.join("a", takeover=True)
     view = court.judge.docket.view(0)
-    assert court.judge.policy.show(court.judge.sessions.workers["a"], view) == {"clock": 5, "clocks_ahead": 0}
+    assert court.judge.policy.shown(view)(court.judge.sessions.workers["a"]) == {
+        "clock": 5,
+        "clocks_ahead": 0,
+    }
 
 
 def test_retries_never_tick() -> None:

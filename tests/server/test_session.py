@@ -18,6 +18,7 @@ from pushstep.proto.errors import (
     LeaseExpired,
     NonfiniteGradient,
     OutOfOrder,
+    OverCapacity,
     PushstepError,
     TooOld,
     UnknownWorker,
@@ -239,16 +240,28 @@ def test_the_absent_are_forgotten_after_a_day(sessions: Sessions) -> None:
         sessions.require(identity("old"), FORGET_AFTER_S + 15)
 
 
-def test_beyond_the_limit_the_longest_absent_go_and_never_the_live() -> None:
+def test_beyond_the_limit_the_longest_absent_go_and_of_the_live_no_more_come() -> None:
     sessions = Sessions(LEASE_S, max_workers=3)
     for at_s, name in enumerate("abc"):
         sessions.leave(identity(sessions.join(name, at_s, takeover=False)), at_s)
     sessions.join("d", 5, takeover=False)
     assert list(sessions.workers) == ["b", "c", "d"]
-    sessions.join("b", 6, takeover=False)
-    for at_s, name in enumerate("efg", start=7):
-        sessions.join(name, at_s, takeover=False)
-    assert list(sessions.workers) == ["b", "d", "e", "f", "g"]
+    b = sessions.join("b", 6, takeover=False)
+    sessions.join("e", 7, takeover=False)
+    assert list(sessions.workers) == ["b", "d", "e"]
+    before = sessions.dump()
+    for name in ("f", "a"):
+        with pytest.raises(OverCapacity, match="max-workers"):
+            sessions.join(name, 8, takeover=True)
+    assert sessions.dump() == before
+    assert sessions.join("b", 8, takeover=True).epoch == b.epoch  # who is live already takes nobody's place
+    sessions.leave(identity(b), 9)
+    sessions.join("f", 9, takeover=False)
+    with pytest.raises(OverCapacity):
+        sessions.join("b", 10, takeover=False)
+    assert (
+        sessions.join("b", 9 + 2 * LEASE_S, takeover=False).epoch == 4
+    )  # the others are silent for too long
 
 
 def test_no_epoch_is_given_out_twice() -> None:
@@ -357,6 +370,9 @@ class Model(RuleBasedStateMachine):
         except AlreadyJoined:
             assert live
             assert not takeover
+        except OverCapacity:
+            assert not live
+            assert self.sessions.live_count() == 3
         else:
             assert takeover or not live
             assert worker.epoch > self.epochs.get(name, 0)
@@ -403,6 +419,7 @@ class Model(RuleBasedStateMachine):
 
     @invariant()
     def holds(self) -> None:
+        assert self.sessions.live_count() <= 3
         assert len(set(self.applied)) == len(self.applied)
         assert sum(self.sessions.leads(worker) for worker in self.sessions.workers.values()) <= 1
         for worker in self.sessions.workers.values():

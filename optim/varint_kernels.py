@@ -1,0 +1,86 @@
+"""The kernel behind `varints`: one field's numbers out of a protobuf message, without an object for each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+
+# message, ids, rest, found
+SIGNATURE: Final = "void(Array(uint8, 1, 'C', True, aligned=True), uint64[::1], uint8[::1], int64[::1])"
+NUMBERS, REST_BYTES, IS_MESSAGE = 0, 1, 2
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+
+
+def read(field: int) -> Callable[..., None]:
+    """`kernel(message, numbers, rest, found)`: the varints of a repeated field, packed or not.
+
+    `found` is how many there are, the bytes of the other fields, and whether the message is one at all. The numbers,
+    and the other fields as they stand there, are written where there is room for them: none is no room.
+    """
+
+    def kernel(message: Any, numbers: Any, rest: Any, found: Any) -> None:
+        size = message.size
+        at, count, kept = 0, 0, 0
+        found[IS_MESSAGE] = 0
+        while at < size:
+            begin = at
+            # a tag, and the number behind it if the field has one: a varint's value, or a length
+            tag, number = 0, 0
+            for part in range(2):
+                value, shift = 0, 0
+                while True:
+                    if at >= size or shift > 63:
+                        return
+                    byte = message[at]
+                    at += 1
+                    value |= (byte & 0x7F) << shift
+                    shift += 7
+                    if byte < 0x80:
+                        break
+                if part == 0:
+                    tag = value
+                    if tag & 7 != _VARINT and tag & 7 != _BYTES:
+                        break
+                else:
+                    number = value
+            kind = tag & 7
+            if kind == _FIXED64:
+                at += 8
+            elif kind == _FIXED32:
+                at += 4
+            elif kind == _BYTES:
+                if number < 0 or number > size - at:
+                    return
+            elif kind != _VARINT:
+                return
+            if tag >> 3 == field and kind == _VARINT:
+                if count < numbers.size:
+                    numbers[count] = number
+                count += 1
+            elif tag >> 3 == field and kind == _BYTES:
+                end = at + number
+                while at < end:
+                    value, shift = 0, 0
+                    while True:
+                        if at >= end or shift > 63:
+                            return
+                        byte = message[at]
+                        at += 1
+                        value |= (byte & 0x7F) << shift
+                        shift += 7
+                        if byte < 0x80:
+                            break
+                    if count < numbers.size:
+                        numbers[count] = value
+                    count += 1
+            else:
+                if kind == _BYTES:
+                    at += number
+                if at > size:
+                    return
+                if kept < rest.size:
+                    rest[kept : kept + at - begin] = message[begin:at]
+                kept += at - begin
+        found[NUMBERS], found[REST_BYTES], found[IS_MESSAGE] = count, kept, 1
+
+    return kernel

@@ -1,0 +1,117 @@
+"""Threads for what the event loop must not do itself, apart by what they are for.
+
+Each kind of work has threads of its own, so however much there is of one kind, the others find theirs free: who reads
+snapshots over REST does not keep pushes waiting, and who sends huge manifests delays only manifests. Nothing uses
+asyncio's own threads, which all kinds would share.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, Final, ParamSpec, TypeVar
+
+from pushstep.proto.errors import Busy
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+RETRY_AFTER_S: Final = 1.0
+# So many parameters, groups or segments are looked at on the event loop, at up to 5 us each; of more, a thread is worth
+# its 0.15 ms.
+INLINE_PARTS: Final = 1000
+_CORES: Final = os.cpu_count() or 1
+
+
+class Share:
+    """How much of the time a thread may work: `share` of it in the long run, and `burst_s` at a stretch.
+
+    Python runs one thread at a time, so a thread that is always at work makes the event loop wait at every turn.
+    """
+
+    def __init__(self, share: float, burst_s: float) -> None:
+        self._share = share
+        self._burst_s = burst_s
+        self._credit_s = burst_s
+        self._seen_s = time.monotonic()
+        self.ended = threading.Event()
+
+    def run(self, work: Callable[[], T]) -> T:
+        """Do the work, after a rest if too much was done lately."""
+        self._earn()
+        if self._credit_s < 0:
+            self.ended.wait(-self._credit_s / self._share)
+            self._earn()
+        begun_s = time.monotonic()
+        try:
+            return work()
+        finally:
+            self._credit_s -= time.monotonic() - begun_s
+
+    def _earn(self) -> None:
+        now_s = time.monotonic()
+        self._credit_s = min(self._burst_s, self._credit_s + (now_s - self._seen_s) * self._share)
+        self._seen_s = now_s
+
+
+class Threads:
+    """So many threads, and at most so many calls that wait for one of them."""
+
+    def __init__(
+        self, name: str, count: int, most_waiting: int | None = None, share: Share | None = None
+    ) -> None:
+        """`most_waiting` None: whoever calls is counted elsewhere. `share`: of the time that the threads may work."""
+        self.name = name
+        self.count = count
+        self._pool = ThreadPoolExecutor(count, name)
+        self._most = None if most_waiting is None else count + most_waiting
+        self._share = share
+        self._unfinished = 0
+
+    def start(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[T]:
+        """Have a thread do the work. Busy if too many wait already; nothing is kept of the call then."""
+        if self._most is not None and self._unfinished >= self._most:
+            raise Busy(what=f"calls for {self.name}", waiting=self._unfinished, retry_after_s=RETRY_AFTER_S)
+        self._unfinished += 1
+        work_of_it = partial(work, *args, **kwargs)
+        if self._share is not None:
+            work_of_it = partial(self._share.run, work_of_it)
+        begun = asyncio.get_running_loop().run_in_executor(self._pool, work_of_it)
+        begun.add_done_callback(self._finished)
+        return begun
+
+    async def run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """The work's result, or what it raises."""
+        return await self.start(work, *args, **kwargs)
+
+    async def run_unless(self, small: bool, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """The same, here and now if it is small."""
+        return work(*args, **kwargs) if small else await self.run(work, *args, **kwargs)
+
+    def let_go(self) -> None:
+        """Rest no more: the server stops, and its process waits for its threads."""
+        if self._share is not None:
+            self._share.ended.set()
+
+    def _finished(self, _: asyncio.Future[Any]) -> None:
+        self._unfinished -= 1
+
+
+# Bodies of pushes and uploads: placed, inspected, added up. The budget bounds how many there are.
+PUSHES: Final = Threads("pushes", min(32, _CORES + 4))
+# Requests that are large by themselves: parsed, checked, laid out. One at a time, since most of it is Python, and a
+# second thread of that kind would only take turns with the event loop. A manifest of a million parameters takes some
+# 10 s of it; who sends one after the other leaves others 0.8 of their pushes.
+REQUESTS: Final = Threads("requests", 1, most_waiting=32, share=Share(0.25, burst_s=30.0))
+# What makes a model outlive the process. Each model's writes wait for one another.
+DISK: Final = Threads("disk", 4)
+# Frames of whole states, made for workers as they are sent.
+PULLS: Final = Threads("pulls", 2)
+# What readers ask for over REST: snapshots that are verified, checkpoints, whole states, each of which computes all the
+# time. They have a quarter of the cores; a reader beyond those that wait comes again.
+READS: Final = Threads("reads", max(1, _CORES // 4), most_waiting=16)

@@ -1,0 +1,57 @@
+"""One good request of every kind, of a raw worker's: what tests of bad ones begin with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from google.protobuf.message import Message
+from wire import RawWorker
+
+from pushstep.proto import training_pb2 as pb
+from pushstep.proto.types_pb2 import GroupValues, Manifest, Parameter, ParamGroup, Segment
+
+
+def push(raw: RawWorker) -> pb.PushRequest:
+    """A whole push in one message."""
+    commit = pb.PushCommit(samples=2.0, metrics={"loss": 1.0})
+    header = raw.header([raw.dense("bias")], samples=2.0, pull=pb.PullOptions())
+    return pb.PushRequest(header=header, payload=bytes(16), commit=commit)
+
+
+def upload(raw: RawWorker, kind: pb.UploadKind, **fields: Any) -> pb.UploadRequest:
+    whole = {"model": raw.model, "kind": kind, "identity": raw.identity()}
+    return pb.UploadRequest(
+        header=pb.UploadHeader(**{**whole, "manifest_hash": raw.member.manifest_hash, **fields})
+    )
+
+
+def added() -> Manifest:
+    return Manifest(
+        parameters=[Parameter(name="added", shape=[2], dtype=1)],  # type: ignore[arg-type]
+        groups=[ParamGroup(rule="adagrad")],
+    )
+
+
+def requests(raw: RawWorker) -> dict[str, tuple[str, Message]]:
+    """A good request of each kind, by the method that takes it."""
+    model, identity = raw.model, raw.member.identity
+    of_model = {"model": model, "identity": identity}
+    hashed = {**of_model, "manifest_hash": raw.member.manifest_hash}
+    new = upload(raw, pb.UPLOAD_KIND_GROUP, manifest=added(), segments=[Segment(arena=2, stop=2, dtype=1)])  # type: ignore[arg-type]
+    state = upload(raw, pb.UPLOAD_KIND_STATE, groups=[GroupValues()], force=True)
+    return {
+        "Describe": ("Describe", pb.DescribeRequest()),
+        "Join": ("Join", pb.JoinRequest(model=model, worker="joined", manifest=raw.member.manifest)),
+        "Join of a new one": ("Join", pb.JoinRequest(model="new", worker="joined", manifest=added())),
+        "Heartbeat": ("Heartbeat", pb.HeartbeatRequest(**of_model)),
+        "Leave": ("Leave", pb.LeaveRequest(**of_model)),
+        "OpenRegion": ("OpenRegion", pb.OpenRegionRequest(**hashed)),
+        "Pull": ("Pull", pb.PullRequest(**hashed, options=pb.PullOptions())),
+        "PullRows": ("PullRows", pb.PullRowsRequest(model=model, parameter="table", ids=[1])),
+        "PullState": ("PullState", pb.PullStateRequest(model=model)),
+        "Push": ("Push", push(raw)),
+        "Exchange": ("Exchange", push(raw)),
+        "Upload of a group": ("Upload", new),
+        "Upload of a state": ("Upload", state),
+        "Upload of extras": ("Upload", upload(raw, pb.UPLOAD_KIND_EXTRAS, extras_bytes=16)),
+    }
