@@ -10,6 +10,7 @@ the next step or upload: `_heard` is the timeline that the caller knows of.
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 from collections.abc import Callable, Mapping, Sequence
@@ -41,11 +42,13 @@ from . import caller, uploads
 from .compression import Compression
 from .heartbeat import Heartbeat
 from .membership import Member, join
-from .policy import Policy, difference, to_wire
+from .policy import Policy, depends_on_who_is_first, difference, to_wire
 from .receipt import Outcome, Receipt
 from .retry import Retry
 from .sending import Attempts
 from .transport import Transport
+
+log = logging.getLogger("pushstep.client")
 
 
 class Attendance:
@@ -65,11 +68,11 @@ class Attendance:
         self.compression = compression
         self.last_receipt: Receipt | None = None
         self._transport = transport
-        self._retry = Retry(transport.address, retry_for_s, lambda: transport.watchdog.moved_s)
+        self._retry = Retry(transport.wait, retry_for_s)
+        transport.wait.who = f"worker {worker!r} of model {model!r}"
         self._takeover = takeover
         self._pid = os.getpid()
         self._closed = False
-        self._member: Member | None = None
         self._heard = 0
         # of the model that this session has joined, or read first: one of the same name is another
         self._uid = b""
@@ -79,7 +82,16 @@ class Attendance:
         self._in_doubt: Identity | None = None
         self._worker_state: bytes | None = None
         self._worker_state_due = False
-        self._heartbeat = Heartbeat(transport, model, lambda: self._member)
+        self._heartbeat = Heartbeat(transport, model)
+
+    @property
+    def _member(self) -> Member | None:
+        """The membership: the heartbeat's, which outlives a session that is dropped."""
+        return self._heartbeat.member
+
+    @_member.setter
+    def _member(self, member: Member) -> None:
+        self._heartbeat.member = member
 
     def _check_usable(self) -> None:
         if os.getpid() != self._pid:
@@ -110,9 +122,18 @@ class Attendance:
         member = self._joined()
         self._heard = self._heard or member.timeline
         self._heartbeat.start()
+        if not created and member.version:
+            log.warning(
+                "worker %r continues model %r from version %d", self.worker, self.model, member.version
+            )
         other = difference(wanted, member.policy)
         if other:
             caller.warn(f"model {self.model!r} has a policy of its own ({other}); the server's holds")
+        if depends_on_who_is_first(wanted, member.policy):
+            caller.warn(
+                "policy='sync' waits for whoever is there when a round begins, so who starts first steps alone: say how many "
+                "there are, as policy='sync', workers=N"
+            )
         return created
 
     def _join(
@@ -149,9 +170,7 @@ class Attendance:
         if self._member is None:
             self.join_or_create(None, None)
         if self._in_doubt is not None:
-            settled = self.find_out(self._in_doubt)
-            if settled is not None:
-                self.note(settled)
+            self.settle()
         elif self._joining:  # it may have been taken, which ended the epoch that this session knows of
             self.rejoin()
         return self._joined()
@@ -175,9 +194,9 @@ class Attendance:
 
     def adopt(self, message: pb.Membership) -> Member:
         """Become who an upload's answer says: who sent it knows the timeline that it made."""
-        self._member = Member(message)
-        self._heard = self._member.timeline
-        return self._member
+        member = self._member = Member(message)
+        self._heard = member.timeline
+        return member
 
     def tell_restore(self) -> bool:
         """Whether the caller is to be told that the model was restored; asked again, it was."""
@@ -186,6 +205,12 @@ class Attendance:
         return told
 
     # What became of a push.
+
+    def settle(self) -> Receipt | None:
+        """The receipt of a push that was broken off; None if there is none in doubt, or it never will be applied."""
+        self._check_usable()
+        settled = self.find_out(self._in_doubt) if self._in_doubt is not None else None
+        return None if settled is None else self.note(settled)
 
     def find_out(self, push: Identity, *, in_doubt: bool = True) -> Receipt | None:
         """Join again; the receipt of a push that was sent before, or None: it was not applied and never will be.

@@ -19,6 +19,7 @@ from pushstep.proto.layout import Slot
 
 from .region import Region
 from .shared_memory import SharedMemory
+from .shield import shield
 
 
 class LentGradients:
@@ -45,6 +46,7 @@ class LentGradients:
             handle.remove()
         self._handles.clear()
 
+    @shield  # or threads would still write into a place that is lent again
     @torch.no_grad()
     def _lend(self, parameter: Tensor) -> None:
         region, gradient = self._memory.region, parameter.grad

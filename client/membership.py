@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Final
 
 from pushstep.proto import training_pb2 as pb
 from pushstep.proto.errors import AlreadyJoined, BeingCreated, ModelExists, NoCreationTicket
 from pushstep.proto.layout import Layout
+from pushstep.proto.process import this_process
 from pushstep.proto.types_pb2 import Identity, Manifest
 
 from .receipt import Receipt
 from .retry import Retry
+from .shield import shield
 from .transport import Transport
+
+LOOK_AGAIN_S: Final = 0.5
 
 
 class Member:
@@ -77,21 +82,35 @@ def join(
     came of the others. `old` is the session's own earlier membership: it may join over itself, and is told if the model
     is no longer the one it was.
     """
-    request = pb.JoinRequest(model=model, worker=worker, takeover=takeover, attempt=attempt)
+    request = pb.JoinRequest(
+        model=model, worker=worker, takeover=takeover, attempt=attempt, process=this_process()
+    )
     if manifest is not None:
         request.manifest.CopyFrom(manifest)
     if old is not None:
         request.model_uid = old.uid
         request.epoch = old.epoch
+    with retry.wait:
+        return _join(transport, retry, request, create)
+
+
+def _join(
+    transport: Transport,
+    retry: Retry,
+    request: pb.JoinRequest,
+    create: Callable[[pb.CreationTicket], pb.Membership] | None,
+) -> tuple[Member, bool]:
+    model = request.model
     until_s = time.monotonic() + retry.for_s
     while True:
         try:
             answer = retry.run(lambda: transport.join(request))
         except AlreadyJoined as error:
-            wait_s = error.retry_after_s or 1.0
-            if time.monotonic() + wait_s > until_s:
+            if time.monotonic() > until_s:
                 raise
-            time.sleep(wait_s)
+            retry.wait.told(error)
+            # sooner than the lease ends: who holds the name may leave, or be gone
+            shield.pause(min(error.retry_after_s or LOOK_AGAIN_S, LOOK_AGAIN_S))
             continue
         if answer.WhichOneof("result") == "member":
             return Member(answer.member), False

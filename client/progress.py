@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -34,9 +34,11 @@ LEAST_CHUNK_BYTES: Final = 64 << 10
 class Progress:
     """One call: when something of it moved last, and whether it was given up since."""
 
-    __slots__ = ("_asked_s", "_call", "_pace", "moved_s", "stalled")
+    __slots__ = ("_asked_s", "_call", "_pace", "_tell", "moved_s", "stalled")
 
-    def __init__(self, pace: Pace) -> None:
+    def __init__(self, pace: Pace, tell: Callable[[], None]) -> None:
+        """`tell` is called when something has moved."""
+        self._tell = tell
         self.moved_s = time.monotonic()
         self.stalled = False
         self._pace = pace
@@ -56,10 +58,12 @@ class Progress:
     def moved(self) -> None:
         """Something has arrived, or is away."""
         self.moved_s = time.monotonic()
+        self._tell()
 
     def asked(self) -> None:
         """gRPC asks for the next message, so the last one is away. Until it is handed over, nobody waits for the network."""
         self._pace.took(time.monotonic() - self._asked_s)
+        self._tell()
         self.moved_s = math.inf
 
     def handed(self) -> None:
@@ -94,10 +98,10 @@ class Pace:
 class Watchdog:
     """Looks after the bulk calls of one transport; its thread starts with the first of them."""
 
-    def __init__(self, timeout_s: float) -> None:
+    def __init__(self, timeout_s: float, tell: Callable[[], None] = lambda: None) -> None:
+        """`tell` is called when something of a call has moved."""
         self.pace = Pace()
-        # when a call last moved, of those that have ended
-        self.moved_s = 0.0
+        self._tell = tell
         self._timeout_s = timeout_s
         self._calls: dict[int, Progress] = {}
         self._begun = 0
@@ -124,7 +128,7 @@ class Watchdog:
 
     def begin(self) -> Progress:
         """Look after a call that is about to be made, until `end`."""
-        progress = Progress(self.pace)
+        progress = Progress(self.pace, self._tell)
         self._calls[id(progress)] = progress
         self._begun += 1
         if not self._awake:
@@ -134,8 +138,7 @@ class Watchdog:
     def end(self, progress: Progress) -> None:
         """Look after it no more."""
         progress.of(None)
-        if self._calls.pop(id(progress), None) is not None and progress.moved_s < math.inf:
-            self.moved_s = max(self.moved_s, progress.moved_s)
+        self._calls.pop(id(progress), None)
 
     def close(self) -> None:
         """End the thread."""

@@ -8,6 +8,7 @@ attach go on steering them.
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -29,6 +30,7 @@ from .extras import Extras
 from .hyperparameters import Group, Hyperparameters
 from .lent_gradients import LentGradients
 from .manifest import of_added_group, of_groups
+from .metrics import Metrics
 from .names import added_names, parameter_names
 from .originals import brought_along, check_distinct, rule_of, take_over
 from .overlap import Overlap
@@ -38,6 +40,8 @@ from .policy import Policy
 from .prefetch import Copies, Flight
 from .receipt import Outcome, Receipt
 from .scaling import Scaling
+from .server_state import ServerState
+from .shield import shield
 
 if TYPE_CHECKING:
     from .session import Session
@@ -72,6 +76,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         check_distinct(p for group in groups for p in group["params"])
         # no defaults: they would add one rule's keys to another rule's groups
         super().__init__(groups, {})
+        self.state = ServerState()
         self.defaults = dict(optimizers[0].defaults)
         self._session = session
         self._single = single
@@ -86,6 +91,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self.last_receipt: Receipt | None = None
         # how many samples the next step's gradients are over: their weight in a round; 0 counts as 1
         self.samples: float = 0
+        self._metrics = Metrics()
         self._join(of_groups(self._groups(), found, aliases), policy)
         take_over(optimizers, self)
         if prefetch:
@@ -100,6 +106,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         if self._overlap is not None:
             self._overlap.watch(parameter for group in groups for parameter in group["params"])
         session.before_close(self._lent.remove)
+        weakref.finalize(self, self._lent.remove).atexit = False
         self._extras = Extras(session, module)
         self._extras.send()
         session.before_close(self._finish)
@@ -145,13 +152,16 @@ class RemoteOptimizer(torch.optim.Optimizer):
                 loss = closure()
         for optimizer in self._originals:
             optimizer._opt_called = True  # type: ignore[attr-defined]  # for schedulers made before attach
-        with self._scaling:
+        with shield, self._scaling:
             self._exchange(loss)
         return loss
 
     def _exchange(self, loss: Any) -> None:
+        if not self._session.ranks.looked:
+            self._session.ranks.look(self._session.member().policy)
         edited = self._edited()
         if edited is not None:
+            self._session.ranks.refuse_wrapper()  # whose broadcast it then was
             raise LocalParameterEdit(parameter=edited)
         computed_on = self._parameters.at
         self.synchronize()
@@ -170,7 +180,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
             held=computed_on,
             onto=self._parameters.at,
             commit=self._session.commit(
-                _metrics(loss), self._hyperparameters.edits(self._groups()), self.samples
+                self._metrics.take(loss), self._hyperparameters.edits(self._groups()), self.samples
             ),
             skip=skip,
             pull=True,
@@ -186,6 +196,14 @@ class RemoteOptimizer(torch.optim.Optimizer):
             since = [group.values() for group in self._groups()]
             self._flight = self._session.fly(partial(send, copies)), since
 
+    def report(self, **metrics: Any) -> None:
+        """Have the next step tell the server these numbers, such as loss=..., for hooks (ReduceLROnPlateau) and operators.
+
+        A closure's loss is told by itself.
+        """
+        self._metrics.report(metrics)
+
+    @shield
     def synchronize(self) -> None:
         """With `prefetch`: wait for the push in flight, and take what came of it, as the next `step()` would.
 
@@ -268,15 +286,26 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self._hyperparameters.leads = member.lead
         self._hyperparameters.write(self._groups(), member.groups, since)
 
+    @shield
     def upload(self) -> int:
         """Send the parameters as they are here, as a version of their own; the version."""
         self.synchronize()
+        self._settle()
         version = self._session.upload_values(self._parameters.values(self._session.member().layout))
         self._parameters.note(self._session.member().timeline, version)
         return version
 
+    def _settle(self) -> None:
+        """Take what a step that was broken off has made, if it was applied: nothing here may set it back."""
+        settled = self._session.settle()
+        if settled is not None and self._parameters.written() is None:
+            self._start_over()
+            self._parameters.take(self._session.pull_message(self._parameters.at))
+            self.last_receipt = settled
+
     # State.
 
+    @shield
     def state_dict(self) -> Any:
         """torch's state_dict, fetched from the server; a list of them if a list was attached.
 
@@ -297,6 +326,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self._last_state_dict = copy.deepcopy(result)
         return result
 
+    @shield
     def load_state_dict(self, state_dict: Any, *, force: bool = False) -> None:
         """Replace the optimizer state on the server, for every worker.
 
@@ -334,6 +364,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
     # A group more.
 
+    @shield
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """torch's, for the model: every worker has to add the same group. On a list of optimizers it must say `rule`."""
         if not hasattr(self, "_session"):
@@ -386,9 +417,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         return f"RemoteOptimizer of {self._session!r}\n{super().__repr__()}"
 
 
-def _metrics(loss: Any) -> dict[str, float]:
-    if isinstance(loss, Tensor) and loss.numel() == 1:
-        return {"loss": float(loss.detach())}
-    if isinstance(loss, (int, float)):
-        return {"loss": float(loss)}
-    return {}
+def named_after(optimizers: Sequence[torch.optim.Optimizer]) -> type[RemoteOptimizer]:
+    """The class under the name of what was attached, if that is one: loggers make a column's name of it."""
+    names = {type(optimizer).__name__ for optimizer in optimizers}
+    return type(names.pop(), (RemoteOptimizer,), {}) if len(names) == 1 else RemoteOptimizer

@@ -60,7 +60,7 @@ def _add_own_keys(entry: dict[str, Any], group: Group) -> None:
     for key, value in group.settings.items():
         if key in entry and key != "params" and isinstance(value, Tensor):
             entry[key] = torch.full_like(value, entry[key])
-        elif key not in RULES[group.rule].defaults and key != "params":
+        elif key not in (*RULES[group.rule].defaults, RULES[group.rule].counter, "params"):
             entry[key] = value
 
 
@@ -101,7 +101,8 @@ def keep_own_keys(dicts: Sequence[Mapping[str, Any]], groups: Sequence[Group]) -
     for number, entry in enumerate(dicts):
         for index, saved in zip(_groups_of(number, groups), entry["param_groups"], strict=True):
             for key, value in saved.items():
-                if key not in RULES[groups[index].rule].defaults and key not in ("params", "param_names"):
+                rule = RULES[groups[index].rule]
+                if key not in (*rule.defaults, rule.counter, "params", "param_names"):
                     groups[index].settings[key] = value
 
 

@@ -32,6 +32,7 @@ from .line import Line
 from .membership import Member
 from .region import Key, Region
 from .retry import TransportFailure, answered
+from .shield import shield
 from .transport import Body, Transport
 
 log = logging.getLogger("pushstep.client")
@@ -69,6 +70,7 @@ class SharedMemory:
         try:
             self.region = self._opened(member, key, where)
         except (NoSharedMemory, OSError, TransportFailure) as error:
+            shield.check()  # it may be a signal that broke the call
             if where is not None:
                 why = error.fields.get("problem", error) if isinstance(error, NoSharedMemory) else error
                 log.warning(
@@ -100,7 +102,8 @@ class SharedMemory:
             pull_dtype=_wire(self._wires[1]),
             device_uuid=b"" if where is None else device_memory.driver.uuid(where),
         )
-        opened = answered(partial(self._transport.open_region, request))
+        with self._transport.wait:
+            opened = answered(partial(self._transport.open_region, request))
         return Region(opened, member.layout, self._wires, key, self._transport.timeout_s, where)
 
     def decline(self) -> None:
@@ -140,6 +143,13 @@ class SharedMemory:
         except BaseException:
             self.drop()  # whether the server did anything is not known, nor whether it has finished reading
             raise
+
+    def abandon(self) -> None:
+        """Let go of the region, in whatever thread: gradients that lie there are the user's, and so is their memory."""
+        self._wanted = False
+        region, self.region = self.region, None
+        if region is not None:
+            region.close()
 
     def drop(self) -> None:
         """Give the region up: the server may still read it, or has let go of it."""

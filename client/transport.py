@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, cast
+from functools import partial
+from typing import Any, Final
 from urllib.parse import quote
 
 import grpc
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pushstep.proto import dtypes
 from pushstep.proto import training_pb2 as pb
-from pushstep.proto.errors import MalformedFrame, NoAnswer, ServerUnavailable
+from pushstep.proto.errors import MalformedFrame
 from pushstep.proto.frames import (
     CHUNK_BYTES,
     TRANSPORT_LIMIT_BYTES,
@@ -31,7 +31,8 @@ from pushstep.proto.region import SharedBody
 from pushstep.proto.types_pb2 import Segment
 
 from .progress import Progress, Watchdog
-from .retry import Retry
+from .shield import shield
+from .waiting import Wait
 
 SERVICE: Final = "/pushstep.v1.TrainingService/"
 OPTIONS: Final = (
@@ -112,56 +113,54 @@ class Transport:
     """
 
     def __init__(self, address: str, timeout_s: float) -> None:
+        """Nothing is asked there yet."""
         self.address = address
         self.timeout_s = timeout_s
-        self.watchdog = Watchdog(timeout_s)
+        self.wait = Wait(address)
+        self.watchdog = Watchdog(timeout_s, self.wait.moved)
         # the body of the last answer serves for the next one
         self._buffers = BufferPool(KEPT_BYTES)
         keep_freed_blocks()
         self._channel = grpc.insecure_channel(_target(address), options=OPTIONS)
 
-    def wait_for_server(self) -> pb.DescribeResponse:
-        """The server's description; ServerUnavailable if none answers in time, however often connections break."""
-        call = self._unary("Describe", pb.DescribeResponse)
-        until_s = time.monotonic() + self.timeout_s
-
-        def describe() -> pb.DescribeResponse:
-            left_s = max(until_s - time.monotonic(), 0.0)
-            found: pb.DescribeResponse = call(pb.DescribeRequest(), timeout=left_s, wait_for_ready=True)
-            return found
-
-        try:
-            return Retry(self.address, self.timeout_s).run(describe)
-        except (NoAnswer, grpc.RpcError) as error:
-            # what answers there may be no server of ours at all
-            problem = error.__cause__ if isinstance(error, NoAnswer) else cast(grpc.Call, error).details()
-            raise ServerUnavailable(address=self.address, seconds=self.timeout_s, problem=problem) from error
-
-    def _unary(self, method: str, answer: Any) -> Callable[..., Any]:
-        return self._channel.unary_unary(
-            SERVICE + method, request_serializer=_serialize, response_deserializer=answer.FromString
+    def describe(self, timeout_s: float, *, wait_for_ready: bool) -> pb.DescribeResponse:
+        """Describe."""
+        answer: pb.DescribeResponse = self._ask(
+            "Describe", pb.DescribeRequest(), pb.DescribeResponse, timeout_s, wait_for_ready=wait_for_ready
         )
+        return answer
+
+    def _call(
+        self, method: str, request: bytes | Iterator[bytes], timeout_s: float | None = None, **options: Any
+    ) -> Any:
+        """A call under way, with its answers to iterate over. One that streams nothing needs no thread of gRPC's."""
+        make: Any = self._channel.unary_stream if isinstance(request, bytes) else self._channel.stream_stream
+        call = make(SERVICE + method, request_serializer=None, response_deserializer=None)
+        return call(request, timeout=timeout_s, **options)
+
+    def _ask(self, method: str, request: Any, answer: Any, timeout_s: float, **options: Any) -> Any:
+        """The one answer to one message."""
+        call = self._call(method, request.SerializeToString(), timeout_s, **options)
+        return _only(breakable(call), answer)
 
     def join(self, request: pb.JoinRequest) -> pb.JoinResponse:
         """Join."""
-        answer: pb.JoinResponse = self._unary("Join", pb.JoinResponse)(request, timeout=self.timeout_s)
+        answer: pb.JoinResponse = self._ask("Join", request, pb.JoinResponse, self.timeout_s)
         return answer
 
     def heartbeat(self, request: pb.HeartbeatRequest) -> pb.HeartbeatResponse:
         """Heartbeat."""
-        answer: pb.HeartbeatResponse = self._unary("Heartbeat", pb.HeartbeatResponse)(
-            request, timeout=self.timeout_s
-        )
+        answer: pb.HeartbeatResponse = self._ask("Heartbeat", request, pb.HeartbeatResponse, self.timeout_s)
         return answer
 
     def leave(self, request: pb.LeaveRequest) -> None:
         """Leave."""
-        self._unary("Leave", pb.LeaveResponse)(request, timeout=min(5.0, self.timeout_s))
+        self._ask("Leave", request, pb.LeaveResponse, min(5.0, self.timeout_s))
 
     def open_region(self, request: pb.OpenRegionRequest) -> pb.OpenRegionResponse:
         """OpenRegion."""
-        answer: pb.OpenRegionResponse = self._unary("OpenRegion", pb.OpenRegionResponse)(
-            request, timeout=self.timeout_s
+        answer: pb.OpenRegionResponse = self._ask(
+            "OpenRegion", request, pb.OpenRegionResponse, self.timeout_s
         )
         return answer
 
@@ -172,18 +171,14 @@ class Transport:
         if single is None:
             sent: pb.PushResponse = self._stream_in("Push", messages, pb.PushResponse)
             return sent
-        call: Any = self._channel.unary_unary(
-            SERVICE + "Push", request_serializer=None, response_deserializer=pb.PushResponse.FromString
-        )
-        answer: pb.PushResponse = messages.sent(lambda: call(single, timeout=self.timeout_s))
+        call = self._call("Push", single, self.timeout_s)
+        answer: pb.PushResponse = messages.sent(lambda: _only(breakable(call), pb.PushResponse))
         return answer
 
     def _stream_in(self, method: str, messages: _Messages, answer: Any) -> Any:
-        call: Any = self._channel.stream_unary(
-            SERVICE + method, request_serializer=None, response_deserializer=answer.FromString
-        )
         with self.watchdog.over(self.watchdog.begin()) as progress:
-            return messages.sent(lambda: progress.of(call.future(messages.watched(progress))).result())
+            call = progress.of(self._call(method, messages.watched(progress)))
+            return messages.sent(lambda: _only(breakable(call), answer))
 
     def exchange(self, header: pb.PushHeader, body: Body, commit: pb.PushCommit, layout: Layout) -> Pulled:
         """Exchange."""
@@ -203,11 +198,10 @@ class Transport:
         return self._exchange(messages, None, layout)
 
     def _exchange(self, messages: _Messages, single: bytes | None, layout: Layout) -> Exchange:
-        make: Any = self._channel.stream_stream if single is None else self._channel.unary_stream
-        call = make(SERVICE + "Exchange", request_serializer=None, response_deserializer=None)
         progress = self.watchdog.begin()
-        begun = progress.of(call(messages.watched(progress) if single is None else single))
-        return Exchange(begun, messages, layout, self._buffers, self.watchdog, progress)
+        request = messages.watched(progress) if single is None else single
+        call = progress.of(self._call("Exchange", request))
+        return Exchange(call, messages, partial(self._received, layout=layout), self.watchdog, progress)
 
     def upload(self, header: pb.UploadHeader, body: Body) -> pb.UploadResponse:
         """Upload."""
@@ -228,16 +222,34 @@ class Transport:
         return self._pulled("PullState", request, None)
 
     def _pulled(self, method: str, request: Any, layout: Layout | None) -> Pulled:
-        call: Any = self._channel.unary_stream(
-            SERVICE + method, request_serializer=_serialize, response_deserializer=None
-        )
         with self.watchdog.over(self.watchdog.begin()) as progress:
-            return _received(progress.of(call(request)), layout, self._buffers, progress)
+            call = progress.of(self._call(method, request.SerializeToString()))
+            return self._received(call, progress, layout)
+
+    def _received(self, call: Any, progress: Progress, layout: Layout | None) -> Pulled:
+        return _assembled(breakable(call), layout, self._buffers, progress.moved)
 
     def close(self) -> None:
         """Close the channel."""
         self.watchdog.close()
         self._channel.close()
+
+
+def breakable(call: Any) -> Iterator[bytes]:
+    """A call's answers; while they are waited for, a signal may break the call."""
+    shield.breaks(call.cancel)
+    try:
+        yield from call
+    finally:
+        shield.breaks(None)
+
+
+def _only(messages: Iterator[bytes], kind: Any) -> Any:
+    """The one message of an answer."""
+    found = list(messages)
+    if len(found) != 1:
+        raise MalformedFrame(problem=f"the server's answer is {len(found)} messages, not one")
+    return kind.FromString(found[0])
 
 
 class Exchange:
@@ -247,24 +259,20 @@ class Exchange:
         self,
         call: Any,
         messages: _Messages,
-        layout: Layout,
-        buffers: BufferPool,
+        received: Callable[[Any, Progress], Pulled],
         watchdog: Watchdog,
         progress: Progress,
     ) -> None:
         self._call = call
         self._messages = messages
-        self._layout = layout
-        self._buffers = buffers
+        self._received = received
         self._watchdog = watchdog
         self._progress = progress
 
     def result(self) -> Pulled:
         """Wait for the answer."""
         with self._watchdog.over(self._progress) as progress:
-            answer: Pulled = self._messages.sent(
-                lambda: _received(self._call, self._layout, self._buffers, progress)
-            )
+            answer: Pulled = self._messages.sent(lambda: self._received(self._call, progress))
             return answer
 
     def when_over(self, then: Callable[[], None]) -> None:
@@ -345,9 +353,11 @@ class _Messages:
             raise
 
 
-def _received(messages: Any, layout: Layout | None, buffers: BufferPool, progress: Progress) -> Pulled:
+def _assembled(
+    messages: Iterator[bytes], layout: Layout | None, buffers: BufferPool, moved: Callable[[], None]
+) -> Pulled:
     fields, chunk = unpack(next(messages, b""), pb.PullResponse)
-    progress.moved()
+    moved()
     if fields is None or not fields.HasField("header"):
         raise MalformedFrame(problem="the server's answer does not begin with a header")
     header = fields.header
@@ -360,7 +370,7 @@ def _received(messages: Any, layout: Layout | None, buffers: BufferPool, progres
     if chunk is not None:
         body.place(chunk)
     for message in messages:
-        progress.moved()
+        moved()
         _, chunk = unpack(message, pb.PullResponse)
         if chunk is not None:
             body.place(chunk)
@@ -372,7 +382,3 @@ def _target(address: str) -> str:
     """An address as gRPC has it: it takes a Unix socket's path for part of a URI, with "%41" for a letter."""
     scheme, colon, path = address.partition(":")
     return f"unix:{quote(path)}" if colon and scheme == "unix" else address
-
-
-def _serialize(message: Any) -> bytes:
-    return bytes(message.SerializeToString())

@@ -203,10 +203,7 @@ class NormOutlier(InvalidRequest):
     """A gradient whose norm is far above what the model's accepted pushes have had."""
 
     code = "norm_outlier"
-    template = (
-        "the gradient's norm is {norm}, accepted pushes had about {usual} and at most {limit} is let in; the push was "
-        "not applied (PATCH the model's gate to change that)"
-    )
+    template = "the gradient's norm is {norm}, accepted pushes had about {usual} and at most {limit} is let in; the push was not applied (PATCH the model's gate to change that)"
 
 
 class RejectedByHook(InvalidRequest):
@@ -326,10 +323,7 @@ class Quarantined(Refused):
 
     code = "quarantined"
     grpc_status = Status.PERMISSION_DENIED
-    template = (
-        "worker {worker!r} is quarantined after {count} refused pushes in a row; an operator can release it: "
-        "POST /v1/models/{model}/workers/{worker}/release"
-    )
+    template = "worker {worker!r} is quarantined after {count} refused pushes in a row; an operator can release it: POST /v1/models/{model}/workers/{worker}/release"
 
 
 class OutOfOrder(Refused):
@@ -351,9 +345,7 @@ class Conflict(Refused):
 
     code = "conflict"
     grpc_status = Status.ALREADY_EXISTS
-    template = (
-        "sequence {sequence} of worker {worker!r} was pushed before with another body; the first one stands"
-    )
+    template = "sequence {sequence} of worker {worker!r} was pushed before with another body, which stands"
 
 
 class Superseded(Refused):
@@ -441,9 +433,7 @@ class HeldByHook(Refused):
     """A hook decides this value."""
 
     code = "held_by_hook"
-    template = (
-        "{field!r} of group {group} is set by hook {hook!r} at every version; change or remove the hook"
-    )
+    template = "{field!r} of group {group} is set by hook {hook!r} at every version; change or remove it"
 
 
 class OtherWorkersLive(Refused):
@@ -528,7 +518,7 @@ class PushPending(Unavailable):
     """The push waits for other workers, as the policy says. Asking again is how to wait on."""
 
     code = "push_pending"
-    template = "the push of worker {worker!r} waits for other workers under policy {policy}; ask again"
+    template = "the push of worker {worker!r} waits under policy {policy}: {why}; ask again"
 
 
 class NotHeld(Unavailable):
@@ -650,7 +640,14 @@ class ServerUnavailable(Misuse):
     """No server answers."""
 
     code = "server_unavailable"
-    template = "no pushstep server answers at {address} within {seconds} s ({problem}); start one with: pushstep-server"
+    template = "no pushstep server answers at {address} after {seconds} s ({problem}); start one with: pushstep-server, or wait for one by connect(..., wait_s=60)"
+
+
+class InvalidAddress(Misuse):
+    """Where no server takes workers, and none will."""
+
+    code = "invalid_address"
+    template = "{address!r} is not where workers connect: {problem}"
 
 
 class NoAnswer(Misuse):

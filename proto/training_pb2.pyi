@@ -45,7 +45,7 @@ class DescribeResponse(_message.Message):
     def __init__(self, server_version: _Optional[str] = ..., max_chunk_bytes: _Optional[int] = ..., models: _Optional[_Iterable[str]] = ..., unix_path: _Optional[str] = ..., http_url: _Optional[str] = ..., memory_path: _Optional[str] = ...) -> None: ...
 
 class JoinRequest(_message.Message):
-    __slots__ = ("model", "worker", "takeover", "manifest", "model_uid", "epoch", "attempt")
+    __slots__ = ("model", "worker", "takeover", "manifest", "model_uid", "epoch", "attempt", "process")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     WORKER_FIELD_NUMBER: _ClassVar[int]
     TAKEOVER_FIELD_NUMBER: _ClassVar[int]
@@ -53,6 +53,7 @@ class JoinRequest(_message.Message):
     MODEL_UID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    PROCESS_FIELD_NUMBER: _ClassVar[int]
     model: str
     worker: str
     takeover: bool
@@ -60,7 +61,18 @@ class JoinRequest(_message.Message):
     model_uid: bytes
     epoch: int
     attempt: int
-    def __init__(self, model: _Optional[str] = ..., worker: _Optional[str] = ..., takeover: bool = ..., manifest: _Optional[_Union[_types_pb2.Manifest, _Mapping]] = ..., model_uid: _Optional[bytes] = ..., epoch: _Optional[int] = ..., attempt: _Optional[int] = ...) -> None: ...
+    process: Process
+    def __init__(self, model: _Optional[str] = ..., worker: _Optional[str] = ..., takeover: bool = ..., manifest: _Optional[_Union[_types_pb2.Manifest, _Mapping]] = ..., model_uid: _Optional[bytes] = ..., epoch: _Optional[int] = ..., attempt: _Optional[int] = ..., process: _Optional[_Union[Process, _Mapping]] = ...) -> None: ...
+
+class Process(_message.Message):
+    __slots__ = ("host", "pid", "started")
+    HOST_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    STARTED_FIELD_NUMBER: _ClassVar[int]
+    host: bytes
+    pid: int
+    started: int
+    def __init__(self, host: _Optional[bytes] = ..., pid: _Optional[int] = ..., started: _Optional[int] = ...) -> None: ...
 
 class JoinResponse(_message.Message):
     __slots__ = ("member", "create")

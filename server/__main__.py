@@ -8,14 +8,18 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import NoReturn
 
+from pushstep.proto.environment import unknown_variables
 from pushstep.proto.errors import PushstepError
 
 from . import logs
 from .config import Config
 from .service import DataFolderLocked, ExitStatus, Service
+
+log = logging.getLogger("pushstep.server")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -26,6 +30,7 @@ def parser() -> argparse.ArgumentParser:
         "as PUSHSTEP_NAME in the environment or as a key of the --config file (TOML), in that order of precedence.",
         argument_default=argparse.SUPPRESS,
     )
+    made.add_argument("--version", action="version", version=f"pushstep {installed_version('pushstep')}")
     made.add_argument("--config", metavar="FILE", type=Path, help="TOML file with settings")
     for name, setting in Config.model_fields.items():
         option = f"--{name.replace('_', '-')}"
@@ -52,6 +57,8 @@ def serve(arguments: Sequence[str] | None = None) -> int:
         print(f"pushstep-server: {error}", file=sys.stderr)
         return ExitStatus.BAD_SETTINGS
     writer = logs.start(config.log_level)
+    for problem in unknown_variables(os.environ):
+        log.warning("%s", problem)
     try:
         status = asyncio.run(_run(config))
     except KeyboardInterrupt:

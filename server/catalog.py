@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import copy
 import logging
-import re
 import secrets
 import time
 from collections.abc import Callable, Coroutine, Sequence
@@ -23,7 +22,6 @@ import torch
 from pushstep.proto.errors import (
     BeingCreated,
     InvalidManifest,
-    InvalidName,
     ManifestChanged,
     ModelExists,
     ModelLost,
@@ -38,8 +36,11 @@ from pushstep.proto.errors import (
     UnknownModel,
     UnknownSnapshot,
 )
+from pushstep.proto.identifiers import is_name
 from pushstep.proto.layout import Layout
+from pushstep.proto.process import is_gone
 from pushstep.proto.status import named
+from pushstep.proto.training_pb2 import Process
 from pushstep.proto.types_pb2 import Manifest
 
 from . import files, policies
@@ -61,7 +62,6 @@ log = logging.getLogger("pushstep.catalog")
 T = TypeVar("T")
 CREATION_S: Final = 120.0
 CREATION_RETRY_S: Final = 0.2
-_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 @dataclass(slots=True)
@@ -73,6 +73,8 @@ class Creation:
     layout: Layout
     bytes_needed: int
     expires_at_s: float
+    # where that worker runs
+    process: Process
     # of the join that asked for it
     attempt: int = 0
     # its values have arrived and its name is being written to the disk
@@ -101,13 +103,6 @@ def propose(manifest: Manifest) -> Proposal:
         raise InvalidManifest(problem="every param group must have parameters")
     push_bytes = sum(arena.elements * arena.dtype.itemsize for arena in layout.arenas)
     return Proposal(layout, Arenas.bytes_needed(layout), push_bytes)
-
-
-def check_name(name: str, what: str) -> str:
-    """`name`, or InvalidName."""
-    if not _NAME.fullmatch(name):
-        raise InvalidName(name=name[:200], what=what)
-    return name
 
 
 class Catalog:
@@ -160,9 +155,9 @@ class Catalog:
     # Creation: a ticket, then the values, then the model.
 
     def begin_creation(
-        self, name: str, worker: str, proposal: Proposal, now_s: float, attempt: int = 0
+        self, name: str, worker: str, proposal: Proposal, now_s: float, attempt: int, process: Process
     ) -> Creation:
-        """Give the first caller leave to create a model; BeingCreated for the others while it lasts."""
+        """Give the first caller leave to create a model; BeingCreated for the others while it lasts, or its process."""
         self.require_free(name)
         self._creations = {
             known: creation
@@ -183,10 +178,12 @@ class Catalog:
                 setting="staging-bytes",
             )
         current = self._creations.get(name)
-        if current is not None and (current.finishing or current.worker != worker):
+        if current is not None and (
+            current.finishing or (current.worker != worker and not is_gone(current.process))
+        ):
             raise BeingCreated(model=name, worker=current.worker, retry_after_s=CREATION_RETRY_S)
-        ticket, until_s = secrets.randbits(63) or 1, now_s + CREATION_S
-        creation = Creation(ticket, worker, proposal.layout, proposal.bytes_needed, until_s, attempt)
+        ticket, until_s, need = secrets.randbits(63) or 1, now_s + CREATION_S, proposal.bytes_needed
+        creation = Creation(ticket, worker, proposal.layout, need, until_s, process, attempt)
         self._creations[name] = creation
         return creation
 
@@ -376,7 +373,7 @@ class Catalog:
         for name in await DISK.run(model_folders, self.config.data / "models"):
             if stopping():
                 return
-            if _NAME.fullmatch(name):
+            if is_name(name):
                 try:
                     await self._load_model(name)
                 except Exception as error:  # noqa: BLE001 - whatever a folder holds, the other models are served

@@ -9,11 +9,13 @@ from itertools import islice, zip_longest
 from typing import Final, TypeVar
 
 from pushstep.proto.errors import ManifestMismatch, ModelLost, UnknownModel
+from pushstep.proto.identifiers import check_name
 from pushstep.proto.layout import Layout, Slot
-from pushstep.proto.training_pb2 import CreationTicket, JoinRequest, JoinResponse, Membership
+from pushstep.proto.process import is_gone
+from pushstep.proto.training_pb2 import CreationTicket, JoinRequest, JoinResponse, Membership, Process
 from pushstep.proto.types_pb2 import Identity, Manifest
 
-from .catalog import CREATION_S, Catalog, check_name, propose
+from .catalog import CREATION_S, Catalog, propose
 from .model import Model
 from .threads import INLINE_PARTS, REQUESTS
 from .worker import Worker
@@ -46,7 +48,9 @@ async def join(catalog: Catalog, request: JoinRequest) -> JoinResponse:
     if request.model in catalog.models:
         return await join(catalog, request)
     now_s = time.monotonic()
-    creation = catalog.begin_creation(request.model, request.worker, proposal, now_s, request.attempt)
+    creation = catalog.begin_creation(
+        request.model, request.worker, proposal, now_s, request.attempt, request.process
+    )
     return JoinResponse(
         create=CreationTicket(
             model=request.model,
@@ -70,11 +74,18 @@ def _joined(model: Model, request: JoinRequest) -> JoinResponse:
     model.require_room_for(request.worker)
     epoch = known.epoch if known is not None else 0
     old_epoch = request.epoch if request.model_uid == model.uid else 0
-    worker, decisions = model.judge.join(request.worker, now_s, request.takeover, request.attempt, old_epoch)
+    takeover = request.takeover or (known is not None and _has_ended(known, request.process))
+    worker, decisions = model.judge.join(request.worker, now_s, takeover, request.attempt, old_epoch)
     if worker.epoch != epoch:
+        worker.process = request.process
         model.record("joined", worker.name, epoch=worker.epoch)
     model.executor.carry_out(decisions)
     return JoinResponse(member=membership(model, worker))
+
+
+def _has_ended(holder: Worker, caller: Process) -> bool:
+    """Whether nobody but the caller can mean the name: its holder's process is gone, or is the caller's."""
+    return bool(holder.process.pid) and (holder.process == caller or is_gone(holder.process))
 
 
 def membership(model: Model, worker: Worker) -> Membership:

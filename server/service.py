@@ -181,7 +181,7 @@ class Service:
         host, _ = split_address(self.config.http)
         allowed = {"localhost", "127.0.0.1", "::1", host} if is_loopback(host) else None
         config = uvicorn.Config(
-            create_app(self.catalog, allowed),
+            create_app(self.catalog, allowed, self.grpc_address),
             log_config=None,
             lifespan="off",
             access_log=False,

@@ -24,6 +24,7 @@ from pushstep.proto.errors import (
     TooOld,
     UnknownWorker,
 )
+from pushstep.proto.training_pb2 import Process
 from pushstep.proto.types_pb2 import Identity, Outcome, Receipt
 
 from .worker import RECEIPTS_KEPT, Verdict, Worker, WorkerState
@@ -278,6 +279,7 @@ class Sessions:
                 "forgotten": list(worker.forgotten),
                 "since": worker.since,
                 "worker_state": worker.worker_state.hex(),
+                "process": worker.process.SerializeToString().hex(),
                 "verdicts": [
                     {
                         "digest": verdict.digest,
@@ -308,6 +310,7 @@ class Sessions:
                 refused_in_row=entry["refused_in_row"],
                 quarantined=entry["quarantined"],
                 since=entry.get("since", 0),
+                process=Process.FromString(bytes.fromhex(entry.get("process", ""))),
             )
             # snapshots of before these were kept have none of them
             worker.attempts.extend(entry.get("attempts", ()))

@@ -189,6 +189,7 @@ class Upload:
         await self._catalog.finish_creation(header.model, self._creation, model)
         self._created = True
         self._join(model, worker, attempt)
+        model.sessions.workers[worker].process = self._creation.process
         return UploadResponse(
             member=membership(model, model.sessions.workers[worker]), version=0, timeline=model.timeline
         )

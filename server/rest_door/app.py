@@ -44,6 +44,7 @@ from . import (
     param_groups,
     parameters,
     policy,
+    root,
     snapshots,
     workers,
 )
@@ -60,6 +61,7 @@ ALWAYS_ANSWERED: Final = frozenset({"/healthz", "/readyz"})
 
 
 RESOURCES: Final = (
+    root,
     models,
     param_groups,
     parameters,
@@ -72,7 +74,7 @@ RESOURCES: Final = (
 )
 
 
-def create_app(catalog: Catalog, allowed_hosts: Collection[str] | None) -> FastAPI:
+def create_app(catalog: Catalog, allowed_hosts: Collection[str] | None, grpc_address: str = "") -> FastAPI:
     """The REST interface over `catalog`. `allowed_hosts` None answers whatever Host is sent."""
     app = FastAPI(
         title="pushstep",
@@ -86,6 +88,7 @@ def create_app(catalog: Catalog, allowed_hosts: Collection[str] | None) -> FastA
     )
     openapi.describe(app)
     app.state.catalog = catalog
+    app.state.grpc_address = grpc_address
     app.state.exports = Exports()
     app.include_router(health.router)
     for resource in RESOURCES:

@@ -18,11 +18,13 @@ from pushstep.client import Outcome, Session, connect
 from pushstep.client import retry as retry_module
 from pushstep.client.progress import LEAST_CHUNK_BYTES, SLOW_S, Pace, Watchdog
 from pushstep.client.retry import Retry, TransportFailure
+from pushstep.client.waiting import Wait
 from pushstep.proto import training_pb2 as pb
 from pushstep.proto.errors import BeingCreated, NoAnswer
 from pushstep.proto.frames import CHUNK_BYTES, Chunk
+from pushstep.proto.training_pb2 import Process
 from pushstep.proto.types_pb2 import Identity
-from pushstep.server.catalog import CREATION_S, Catalog
+from pushstep.server.catalog import CREATION_S, Catalog, propose
 from pushstep.server.config import Config
 from pushstep.server.session import Sessions
 from pushstep.server.staging import Budget
@@ -116,13 +118,18 @@ class Call:
 
 
 @pytest.fixture
-def watchdog() -> Iterator[Watchdog]:
-    made = Watchdog(0.2)
+def told() -> list[float]:
+    return []
+
+
+@pytest.fixture
+def watchdog(told: list[float]) -> Iterator[Watchdog]:
+    made = Watchdog(0.2, lambda: told.append(time.monotonic()))
     yield made
     made.close()
 
 
-def test_a_watchdog_ends_what_stands_still_and_nothing_else(watchdog: Watchdog) -> None:
+def test_a_watchdog_ends_what_stands_still_and_nothing_else(watchdog: Watchdog, told: list[float]) -> None:
     calls = [Call() for _ in range(3)]
     still, moving, ours = (watchdog.begin() for _ in calls)
     for progress, call in zip((still, moving, ours), calls, strict=True):
@@ -137,7 +144,7 @@ def test_a_watchdog_ends_what_stands_still_and_nothing_else(watchdog: Watchdog) 
     assert [call.cancelled for call in calls] == [True, False, False]
     for progress in (still, moving, ours):
         watchdog.end(progress)
-    assert watchdog.moved_s >= moving.moved_s
+    assert told[-1] >= moving.moved_s
     # it sleeps while there is nothing to look after, and is there again
     wait_until(lambda: not watchdog._awake)
     late = watchdog.begin()
@@ -148,7 +155,7 @@ def test_a_watchdog_ends_what_stands_still_and_nothing_else(watchdog: Watchdog) 
 def test_time_in_which_bytes_move_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """A transfer of ten minutes that breaks off at its end is begun again, though five are all that silence is given."""
     now_s = [0.0]
-    moved_s = [0.0]
+    wait = Wait("nowhere")
     attempts: list[float] = []
 
     class Clock:
@@ -156,22 +163,21 @@ def test_time_in_which_bytes_move_does_not_count(monkeypatch: pytest.MonkeyPatch
         def monotonic() -> float:
             return now_s[0]
 
-        @staticmethod
-        def sleep(seconds: float) -> None:
-            now_s[0] += seconds
+    def pause(seconds: float) -> None:
+        now_s[0] += seconds
 
     monkeypatch.setattr(retry_module, "time", Clock)
+    monkeypatch.setattr(retry_module.shield, "pause", pause)
 
     def attempt() -> None:
         attempts.append(now_s[0])
         moves = len(attempts) <= 3
         now_s[0] += 600.0 if moves else 30.0
-        if moves:
-            moved_s[0] = now_s[0]
+        wait.moved_s = now_s[0] if moves else 0.0
         raise TransportFailure
 
     with pytest.raises(NoAnswer):
-        Retry("nowhere", 300.0, lambda: moved_s[0]).run(attempt)
+        Retry(wait, 300.0).run(attempt)
     assert 3 + 300 / 31 <= len(attempts) <= 3 + 300 / 30 + 1
 
 
@@ -179,7 +185,7 @@ def test_a_ticket_lasts_while_its_values_come(data: Path) -> None:
     async def scenario() -> None:
         catalog = Catalog(Config(data=data))
         now_s = time.monotonic()
-        creation = catalog.begin_creation("m", "w0", LAYOUT.manifest, now_s)
+        creation = catalog.begin_creation("m", "w0", propose(LAYOUT.manifest), now_s, 0, Process())
         segments = [segment for segment, _ in LAYOUT.whole(None)]
         header = pb.UploadHeader(
             model="m", kind=pb.UPLOAD_KIND_CREATE, ticket=creation.ticket, segments=segments

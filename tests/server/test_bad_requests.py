@@ -200,7 +200,7 @@ def test_wrong_methods(server: RunningServer, owner: Session) -> None:
 
 PATHS = [
     "/",
-    "/v1",
+    "/v1/",
     "/v2/models",
     f"{ROOT}/nothing",
     f"{ROOT}x/..",

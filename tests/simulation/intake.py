@@ -207,6 +207,7 @@ class Intake:
         error = PushPending(
             worker=identity.worker,
             policy=self._house.judge.policy.name,
+            why="simulated",
             digest=0 if candidate is None else candidate.digest,
             retry_after_s=0.0,
         )
