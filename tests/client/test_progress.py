@@ -196,7 +196,7 @@ def test_a_ticket_lasts_while_its_values_come(data: Path) -> None:
         upload.place(Chunk(0, 0, memoryview(bytes(4))))
         assert creation.expires_at_s >= now_s + CREATION_S
         with pytest.raises(BeingCreated):
-            catalog.begin_creation("m", "w1", LAYOUT.manifest, now_s + CREATION_S - 1)
+            catalog.begin_creation("m", "w1", propose(LAYOUT.manifest), now_s + CREATION_S - 1, 0, Process())
         upload.release()
 
     asyncio.run(scenario())

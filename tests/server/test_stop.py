@@ -16,7 +16,8 @@ from harness import RunningServer, running_server, start_server, wait_until
 from judged import LAYOUT
 from wire import created, state_of
 
-from pushstep.server.catalog import Catalog
+from pushstep.proto.training_pb2 import Process
+from pushstep.server.catalog import Catalog, propose
 from pushstep.server.config import Config
 from pushstep.server.service import ExitStatus
 
@@ -143,7 +144,9 @@ def test_told_to_stop_while_it_starts_what_was_loaded_keeps_its_clean_stop(data:
         first = Catalog(Config(data=data))
         for name in ("a", "b", "c"):
             model = first.new_model(name, LAYOUT)
-            await first.finish_creation(name, first.begin_creation(name, "w0", LAYOUT.manifest, 0.0), model)
+            await first.finish_creation(
+                name, first.begin_creation(name, "w0", propose(LAYOUT.manifest), 0.0, 0, Process()), model
+            )
         assert await first.stop()
         asked = iter([False, False, True])
         second = Catalog(Config(data=data))
@@ -165,7 +168,9 @@ def test_the_last_snapshot_takes_no_memory(data: Path) -> None:
     async def scenario() -> None:
         catalog = Catalog(Config(data=data))
         model = catalog.new_model("m", LAYOUT)
-        await catalog.finish_creation("m", catalog.begin_creation("m", "w0", LAYOUT.manifest, 0.0), model)
+        await catalog.finish_creation(
+            "m", catalog.begin_creation("m", "w0", propose(LAYOUT.manifest), 0.0, 0, Process()), model
+        )
         model.arenas.copy = failing  # type: ignore[method-assign]
         assert await catalog.stop()
 
