@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pushstep.proto import dtypes
 from pushstep.proto import training_pb2 as pb
-from pushstep.proto.errors import MalformedFrame
+from pushstep.proto.errors import MalformedFrame, MessageTooLarge
 from pushstep.proto.frames import (
     CHUNK_BYTES,
     TRANSPORT_LIMIT_BYTES,
@@ -27,7 +27,9 @@ from pushstep.proto.frames import (
 )
 from pushstep.proto.layout import ID_BYTES, Layout, Slot, check_body
 from pushstep.proto.memory import BufferPool, MessageRing, keep_freed_blocks
+from pushstep.proto.parts import WHOLE_BYTES, Parts, header_messages, parts_of
 from pushstep.proto.region import SharedBody
+from pushstep.proto.status import from_rpc_error
 from pushstep.proto.types_pb2 import Segment
 
 from .progress import Progress, Watchdog
@@ -144,9 +146,24 @@ class Transport:
         return _only(breakable(call), answer)
 
     def join(self, request: pb.JoinRequest) -> pb.JoinResponse:
-        """Join."""
-        answer: pb.JoinResponse = self._ask("Join", request, pb.JoinResponse, self.timeout_s)
-        return answer
+        """Join, in parts where either side's manifest is long."""
+        if request.ByteSize() <= WHOLE_BYTES:
+            try:
+                answer: pb.JoinResponse = self._ask("Join", request, pb.JoinResponse, self.timeout_s)
+                return answer
+            except grpc.RpcError as error:
+                if not isinstance(from_rpc_error(error), MessageTooLarge):
+                    raise
+        return self._join_in_parts(request)
+
+    def _join_in_parts(self, request: pb.JoinRequest) -> pb.JoinResponse:
+        parts = Parts("a join's answer")
+        with self.watchdog.over(self.watchdog.begin()) as progress:
+            asked = (pb.JoinPart(part=p).SerializeToString() for p in parts_of(request.SerializeToString()))
+            for message in breakable(progress.of(self._call("JoinInParts", asked))):
+                progress.moved()
+                parts.add(pb.JoinPart.FromString(message).part)
+        return pb.JoinResponse.FromString(parts.take())
 
     def heartbeat(self, request: pb.HeartbeatRequest) -> pb.HeartbeatResponse:
         """Heartbeat."""
@@ -321,7 +338,7 @@ class _Messages:
 
     def _made(self, chunk_bytes: Callable[[], int]) -> Iterator[bytes]:
         try:
-            yield self._first.SerializeToString()
+            yield from header_messages(self._first)
             digest = BodyDigest(self._segments)
             yield from pack(self._pieces, digest, take=MessageRing().take, chunk_bytes=chunk_bytes)
             commit = self._commit(digest.value) if self._commit is not None else None
@@ -356,11 +373,16 @@ class _Messages:
 def _assembled(
     messages: Iterator[bytes], layout: Layout | None, buffers: BufferPool, moved: Callable[[], None]
 ) -> Pulled:
+    parts = Parts("the header of an answer")
     fields, chunk = unpack(next(messages, b""), pb.PullResponse)
     moved()
+    while fields is not None and fields.header_part and not fields.HasField("header"):
+        parts.add(fields.header_part)
+        fields, chunk = unpack(next(messages, b""), pb.PullResponse)
+        moved()
     if fields is None or not fields.HasField("header"):
         raise MalformedFrame(problem="the server's answer does not begin with a header")
-    header = fields.header
+    header = pb.PullHeader.FromString(parts.take()) if parts.size_bytes else fields.header
     if layout is None or (header.manifest.parameters and layout.manifest_hash != header.manifest_hash):
         layout = Layout(header.manifest)
     elif layout.manifest_hash != header.manifest_hash:

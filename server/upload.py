@@ -27,6 +27,7 @@ from pushstep.proto.errors import (
 from pushstep.proto.frames import Assembly, BodyDigest, Chunk
 from pushstep.proto.hyperparameters import plain_values
 from pushstep.proto.layout import Layout, check_body, with_group
+from pushstep.proto.parts import WHOLE_BYTES
 from pushstep.proto.training_pb2 import (
     UPLOAD_KIND_CREATE,
     UPLOAD_KIND_EXTRAS,
@@ -44,10 +45,11 @@ from .arena import Arenas, ArenasCopy
 from .catalog import Catalog, Creation
 from .groups import Group
 from .intake import place
-from .membership import membership
+from .membership import fill_in, membership
 from .model import Model
 from .staging import Budget
 from .threads import INLINE_PARTS, PUSHES, REQUESTS
+from .worker import Worker
 
 _OF_A_MODEL = (UPLOAD_KIND_PARAMETERS, UPLOAD_KIND_STATE, UPLOAD_KIND_GROUP, UPLOAD_KIND_EXTRAS)
 
@@ -164,7 +166,7 @@ class Upload:
         if self._model is None:
             raise MalformedFrame(problem="no model")
         if self._again:  # done already: its answer was lost
-            return self._joined(self._model)
+            return await self._joined(self._model)
         self._model.require_current(self._header.identity)
         return await self._replace(self._model)
 
@@ -190,9 +192,7 @@ class Upload:
         self._created = True
         self._join(model, worker, attempt)
         model.sessions.workers[worker].process = self._creation.process
-        return UploadResponse(
-            member=membership(model, model.sessions.workers[worker]), version=0, timeline=model.timeline
-        )
+        return await self._answer(model, model.sessions.workers[worker], 0)
 
     def _fill(self, arenas: Arenas | ArenasCopy, steps: Sequence[int]) -> None:
         """Write the body into arenas (in the writer's thread) or into a copy of them."""
@@ -243,18 +243,25 @@ class Upload:
         model.groups.write(planned)
         model.replaced_by = header.identity
         self._join(model, header.identity.worker, old_epoch=header.identity.epoch)
-        return self._joined(model)
+        return await self._joined(model)
 
     def _join(self, model: Model, worker: str, attempt: int = 0, old_epoch: int = 0) -> None:
         now_s = time.monotonic()
         _, decisions = model.judge.join(worker, now_s, takeover=True, attempt=attempt, old_epoch=old_epoch)
         model.executor.carry_out(decisions)
 
-    def _joined(self, model: Model) -> UploadResponse:
+    async def _joined(self, model: Model) -> UploadResponse:
         worker = model.sessions.workers[self._header.identity.worker]
-        return UploadResponse(
-            member=membership(model, worker), version=model.version, timeline=model.timeline
-        )
+        return await self._answer(model, worker, model.version)
+
+    async def _answer(self, model: Model, worker: Worker, version: int) -> UploadResponse:
+        """The answer with a membership; with the manifest where it fits: the caller has uploaded it, or knew it before."""
+        layout = model.layout
+        member = membership(model, worker)
+        response = UploadResponse(member=member, version=version, timeline=model.timeline)
+        if layout.manifest_bytes <= WHOLE_BYTES:
+            await fill_in(response.member, layout)
+        return response
 
     async def _replace_extras(self, model: Model) -> UploadResponse:
         try:
@@ -281,9 +288,7 @@ class Upload:
             model.record("param_group_added", identity.worker, group=len(model.groups.list) - 1)
             await adopting
         worker = model.sessions.require(identity, time.monotonic())
-        return UploadResponse(
-            member=membership(model, worker), version=model.version + 1, timeline=model.timeline
-        )
+        return await self._answer(model, worker, model.version + 1)
 
     def _extended(self, model: Model, added: Sequence[Group]) -> ArenasCopy:
         values = [group.values for group in (*model.groups.list, *added)]
