@@ -2,8 +2,8 @@
 
     python faulty_server.py CALLS DEED [SERVER OPTIONS]
 
-`CALLS` are joined by "+", each "name:path": a function of `os`, and the end of a path: of one that the call is given, or
-that its descriptor is of. `DEED` is the name of an errno, with which such calls fail, or `kill`, or `stop`, which has the
+`CALLS` are joined by "+", each "name:path": a function of `os`, and the end of a path, as a pattern of fnmatch: of one that
+the call is given, or that its descriptor is of. `DEED` is the name of an errno, with which such calls fail, or `kill`, or `stop`, which has the
 server told to stop in the middle of the call. They do so once the file `armed` lies in the data folder, or at once if the
 path begins with "!".
 """
@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def faulty(
     """`real`, but for calls of which the path is one of them."""
 
     def call(*arguments: Any, **keywords: Any) -> Any:
-        if any(_path_of(argument).endswith(path) for argument in arguments) and is_armed():
+        if any(fnmatchcase(_path_of(argument), f"*{path}") for argument in arguments) and is_armed():
             if deed not in SIGNALS:
                 number = getattr(errno, deed)
                 raise OSError(number, os.strerror(number))

@@ -71,7 +71,7 @@ Phase = Callable[[RunningServer, str], None]
 STRIKES: dict[str, tuple[Phase, str]] = {
     "create, before the name is on the disk": (create, "replace:new/identity.json"),
     "snapshot, before its manifest is on the disk": (take, "fsync:manifest.json"),
-    "snapshot, before it has its name": (take, "replace:-e0-1+replace:-e0-2+replace:-e0-3"),
+    "snapshot, before it has its name": (take, "replace:-e0-*"),
     "restore, before its timeline is on the disk": (restore, "replace:m/identity.json"),
     "restore, when its timeline is": (restore, "fsync:models/m"),
     "delete a snapshot, of which a half is gone": (delete_snapshot, "unlink:arena-0001.safetensors"),
