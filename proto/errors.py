@@ -175,7 +175,7 @@ class MessageTooLarge(InvalidRequest):
     code = "message_too_large"
     grpc_status = Status.RESOURCE_EXHAUSTED
     http_status = 413
-    template = "{got} bytes are over the limit of {limit} for one message; send smaller chunks, and a long manifest by JoinInParts"
+    template = "a message of {got} bytes is over the limit of {limit}; send it in smaller parts"
 
 
 class NonfiniteGradient(InvalidRequest):
