@@ -31,6 +31,7 @@ lint: setup $(VENV)/typing
 $(VENV)/typing: setup
 	@mkdir -p $@/pushstep
 	@for name in $(PACKAGES); do ln -sfn $(CURDIR)/$$name $@/pushstep/$$name; done
+	@ln -sfn $(CURDIR)/package/__init__.py $@/pushstep/__init__.py
 
 bench: setup
 	$(BIN)/python -m tests.benchmarks

@@ -11,6 +11,7 @@ the next step or upload: `_heard` is the timeline that the caller knows of.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import secrets
 from collections.abc import Callable, Mapping, Sequence
@@ -42,11 +43,13 @@ from . import caller, uploads
 from .compression import Compression
 from .heartbeat import Heartbeat
 from .membership import Member, join
-from .policy import Policy, difference, to_wire
+from .policy import Policy, depends_on_who_is_first, difference, to_wire
 from .receipt import Outcome, Receipt
 from .retry import Retry, TransportFailure, answered
 from .sending import Attempts
 from .transport import Transport
+
+log = logging.getLogger("pushstep.client")
 
 
 class Attendance:
@@ -66,11 +69,11 @@ class Attendance:
         self.compression = compression
         self.last_receipt: Receipt | None = None
         self._transport = transport
-        self._retry = Retry(transport.address, retry_for_s)
+        self._retry = Retry(transport.wait, retry_for_s)
+        transport.wait.who = f"worker {worker!r} of model {model!r}"
         self._takeover = takeover
         self._pid = os.getpid()
         self._closed = False
-        self._member: Member | None = None
         self._heard = 0
         # of the model that this session has joined, or read first: one of the same name is another
         self._uid = b""
@@ -82,7 +85,16 @@ class Attendance:
         self._in_doubt: Identity | None = None
         self._worker_state: bytes | None = None
         self._worker_state_due = False
-        self._heartbeat = Heartbeat(transport, model, lambda: self._member)
+        self._heartbeat = Heartbeat(transport, model)
+
+    @property
+    def _member(self) -> Member | None:
+        """The membership: the heartbeat's, which outlives a session that is dropped."""
+        return self._heartbeat.member
+
+    @_member.setter
+    def _member(self, member: Member | None) -> None:
+        self._heartbeat.member = member
 
     def _check_usable(self) -> None:
         if os.getpid() != self._pid:
@@ -105,25 +117,34 @@ class Attendance:
         self._before = self._member, self._uid, self._heard
         self._manifest = manifest
 
-        def create(ticket: pb.CreationTicket) -> pb.Membership:
+        def create(ticket: pb.CreationTicket) -> Member:
             layout = Layout(ticket.manifest)
             header, body = uploads.creation(self.model, ticket, layout, values(layout), steps, extras or {})
             header.policy = wanted
-            return self._transport.upload(header, body).member
+            return Member(self._transport.upload(header, body).member, layout)
 
         created = self._join(manifest, create, takeover=self._takeover)
         member = self._joined()
         self._heard = self._heard or member.timeline
         self._heartbeat.start()
+        if not created and member.version:
+            log.warning(
+                "worker %r continues model %r from version %d", self.worker, self.model, member.version
+            )
         other = difference(wanted, member.policy)
         if other:
             caller.warn(f"model {self.model!r} has a policy of its own ({other}); the server's holds")
+        if depends_on_who_is_first(wanted, member.policy):
+            caller.warn(
+                "policy='sync' waits for whoever is there when a round begins, so who starts first steps alone: say how many "
+                "there are, as policy='sync', workers=N"
+            )
         return created
 
     def _join(
         self,
         manifest: Manifest | None,
-        create: Callable[[pb.CreationTicket], pb.Membership] | None = None,
+        create: Callable[[pb.CreationTicket], Member] | None = None,
         *,
         takeover: bool = False,
     ) -> bool:
@@ -157,9 +178,8 @@ class Attendance:
         before, uid, heard = self._before
         if member is before and not attempt:
             return  # it was refused
-        self._heartbeat.stop()
-        self._heartbeat = Heartbeat(self._transport, self.model, lambda: self._member)
-        self._member, self._manifest, self._joining = None, None, 0
+        self._heartbeat.rest()
+        self._manifest, self._joining = None, 0
         self._uid, self._heard, self._in_doubt = uid, heard, None
         request = pb.LeaveRequest(model=self.model, undo=True, attempt=attempt)
         request.identity.CopyFrom(Identity(worker=self.worker) if member is None else member.identity())
@@ -172,9 +192,7 @@ class Attendance:
         if self._member is None:
             self.join_or_create(None, None)
         if self._in_doubt is not None:
-            settled = self.find_out(self._in_doubt)
-            if settled is not None:
-                self.note(settled)
+            self.settle()
         elif self._joining:  # it may have been taken, which ended the epoch that this session knows of
             self.rejoin()
         return self._joined()
@@ -196,11 +214,11 @@ class Attendance:
             raise NotAttached(problem="the session has not joined")
         return self._member
 
-    def adopt(self, message: pb.Membership) -> Member:
-        """Become who an upload's answer says: who sent it knows the timeline that it made."""
-        self._member = Member(message)
-        self._heard = self._member.timeline
-        return self._member
+    def adopt(self, message: pb.Membership, layout: Layout) -> Member:
+        """Become who an upload's answer says: who sent it knows the timeline that it made, and the layout."""
+        member = self._member = Member(message, layout)
+        self._heard = member.timeline
+        return member
 
     def tell_restore(self) -> bool:
         """Whether the caller is to be told that the model was restored; asked again, it was."""
@@ -213,6 +231,12 @@ class Attendance:
         self._heard = timeline
 
     # What became of a push.
+
+    def settle(self) -> Receipt | None:
+        """The receipt of a push that was broken off; None if there is none in doubt, or it never will be applied."""
+        self._check_usable()
+        settled = self.find_out(self._in_doubt) if self._in_doubt is not None else None
+        return None if settled is None else self.note(settled)
 
     def find_out(self, push: Identity, *, in_doubt: bool = True) -> Receipt | None:
         """Join again; the receipt of a push that was sent before, or None: it was not applied and never will be.
@@ -280,12 +304,12 @@ class Attendance:
         layout = with_group(self._member_now().layout, added)
         answer = self._send(lambda member: uploads.group(self.model, member, added, layout, values))
         self._manifest = layout.manifest
-        return self.adopt(answer.member)
+        return self.adopt(answer.member, layout)
 
     def replace_state(self, header: pb.UploadHeader, values: Mapping[tuple[Slot, str], Tensor]) -> Member:
         """Replace the optimizer state; `header` lacks only who sends it and what it carries."""
         answer = self._send(lambda member: uploads.state(self.model, member, header, values))
-        return self.adopt(answer.member)
+        return self.adopt(answer.member, self._joined().layout)
 
     def upload_extras(self, tensors: Mapping[str, Tensor], *, are_all: bool) -> int:
         """Send buffers and frozen values of a module; the version of what is held then. Only the lead's are taken."""

@@ -34,6 +34,8 @@ def push_and_pull(wire: Wire) -> tuple[torch.dtype | None, torch.dtype | None]:
 
     int8 alone means int8 pushes and bfloat16 pulls. WrongDtype for what cannot travel, and for pulls in int8.
     """
+    if isinstance(wire, tuple) and len(wire) != 2:
+        raise WrongDtype(what="wire", got=f"{len(wire)} dtypes", expected="one, or a pair (pushes, pulls)")
     push, pull = wire if isinstance(wire, tuple) else (wire, wire)
     pushed, pulled = dtypes.named(push, "wire"), dtypes.named(pull, "wire")
     if pulled == torch.int8:
@@ -107,9 +109,10 @@ class Compression:
 
     def __init__(self, wire: torch.dtype | None, top_k: float | None) -> None:
         """`top_k`: the fraction of each dense gradient's elements to send; None: all."""
-        if top_k is not None and not 0 < top_k <= 1:
+        is_number = isinstance(top_k, (int, float)) and not isinstance(top_k, bool)
+        if top_k is not None and not (is_number and 0 < top_k <= 1):
             raise InvalidSettings(
-                problem=f"top_k={top_k}: the fraction of elements to send lies above 0, up to 1"
+                problem=f"top_k={top_k!r}: the fraction of elements to send lies above 0, up to 1"
             )
         if top_k is not None and wire == torch.int8:
             raise WrongDtype(what="wire with top_k", got="int8", expected=", ".join(dtypes.NAMES.values()))

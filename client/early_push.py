@@ -11,13 +11,17 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from queue import SimpleQueue
+from typing import Final
 
 from pushstep.proto import training_pb2 as pb
 from pushstep.proto.frames import Piece
 from pushstep.proto.layout import Layout
 
+from .shield import shield
 from .transport import Body, Pulled, Transport
 
+# how often a wait looks whether the user has interrupted it
+_LOOK_S: Final = 0.1
 Pieces = Sequence[Sequence[Piece]]
 
 
@@ -50,7 +54,8 @@ class EarlyPush:
 
     def seal(self) -> int | None:
         """The digest of what was sent, once all of it was. None when the stream has ended before."""
-        self._sealed.wait()
+        while not self._sealed.wait(_LOOK_S):
+            shield.check(patient=True)
         return self._digest
 
     def finish(self, commit: pb.PushCommit) -> Pulled:

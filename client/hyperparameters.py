@@ -32,10 +32,13 @@ class Group:
 
     def values(self) -> dict[str, float | bool]:
         """Its hyperparameters as numbers; keys that its rule does not have are this side's own."""
+        defaults = RULES[self.rule].defaults
+        values = {name: self.settings[name] for name in defaults if name in self.settings}
+        if values.get("weight_decay", 0.0) is None:  # Keras's word for a decay of 0
+            values["weight_decay"] = 0.0
         return {
-            name: bool(self.settings[name]) if isinstance(default, bool) else float(self.settings[name])
-            for name, default in RULES[self.rule].defaults.items()
-            if name in self.settings
+            name: bool(value) if isinstance(defaults[name], bool) else float(value)
+            for name, value in values.items()
         }
 
 

@@ -21,6 +21,7 @@ from pushstep.proto.layout import Slot
 from .parameters import Parameters
 from .region import Region
 from .shared_memory import SharedMemory
+from .shield import shield
 
 
 class LentGradients:
@@ -60,6 +61,7 @@ class LentGradients:
         self._handles.clear()
         self._frozen = []
 
+    @shield  # or threads would still write into a place that is lent again
     @torch.no_grad()
     def _lend(self, parameter: Tensor) -> None:
         region, gradient = self._memory.region, parameter.grad

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import socket
@@ -13,6 +14,7 @@ from pushstep.proto.line import HEAD_BYTES, READ_BYTES, WATCHES, Method, Status,
 from pushstep.proto.status import from_status
 
 from .retry import TransportFailure
+from .shield import shield
 
 # An answer that came this soon is watched for the next time: to fall asleep and be woken takes 0.05 ms, and more when
 # others use the core and its caches meanwhile.
@@ -50,6 +52,7 @@ class Line:
         request = pb.PushRequest(header=header, commit=commit).SerializeToString()
         begun_s = time.monotonic()
         until_s = begun_s + self._timeout_s
+        shield.breaks(self._cut)
         try:
             self._send(framed(method, request), until_s)
             status, message = self._answer(begun_s, until_s)
@@ -57,6 +60,8 @@ class Line:
             raise TransportFailure(
                 f"the line to the server broke: {error or type(error).__name__}"
             ) from error
+        finally:
+            shield.breaks(None)
         self._comes_soon = time.monotonic() - begun_s < WATCH_S
         if status is Status.REFUSED:
             raise from_status(message)
@@ -97,6 +102,11 @@ class Line:
         poll.register(self._connection, event)
         if left_s <= 0 or not poll.poll(left_s * 1e3):
             raise TimeoutError("no answer in time")
+
+    def _cut(self) -> None:
+        """Have whoever waits for the other end wait no more; in any thread."""
+        with contextlib.suppress(OSError):
+            self._connection.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Cut it."""

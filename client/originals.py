@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, Final, NoReturn
 
 import torch
 from torch import Tensor
 
+from pushstep.optim import keras
+from pushstep.optim.keras_order import KerasOptimizer
 from pushstep.proto.errors import NotAttached, UnsupportedModule
 
 _HOOK_TABLES = (
@@ -31,12 +34,65 @@ def rule_of(optimizer: torch.optim.Optimizer) -> str:
         raise UnsupportedModule(
             problem="row_wise=True keeps one accumulator per row, the server one per element: attach without it"
         )
+    if getattr(optimizer, "state_dtype", None) == "param":
+        raise UnsupportedModule(
+            problem="state_dtype='param' keeps half parameters' state in halves, the server in float32: "
+            "attach without it"
+        )
     for kind, name in ((torch.optim.Adadelta, "adadelta"), (torch.optim.Adagrad, "adagrad")):
         if isinstance(optimizer, kind):
+            return name
+    for terms, name in ((keras.Adadelta, "keras_adadelta"), (keras.Adagrad, "keras_adagrad")):
+        if isinstance(optimizer, terms):
+            _check_keras(optimizer)
             return name
     raise UnsupportedModule(
         problem=f"{type(optimizer).__name__} is not a rule that the server steps; use Adadelta or Adagrad"
     )
+
+
+def _check_keras(optimizer: KerasOptimizer) -> None:
+    """UnsupportedModule for what Keras's optimizers do beside the update, with what does it here."""
+    for asked, what, instead in (
+        (
+            any((optimizer.clipnorm, optimizer.clipvalue, optimizer.global_clipnorm)),
+            "clipping",
+            "a clip_grad_norm hook",
+        ),
+        (optimizer.use_ema, "use_ema", "an average of what is pulled"),
+        (optimizer.loss_scale_factor, "loss_scale_factor", "a torch.amp.GradScaler"),
+        (
+            optimizer.gradient_accumulation_steps,
+            "gradient_accumulation_steps",
+            "backward() several times before step()",
+        ),
+        (
+            optimizer.has_schedule,
+            "a schedule as learning_rate",
+            "a number, and a torch scheduler or an lr_scheduler hook",
+        ),
+        (optimizer.has_exclusions, "exclude_from_weight_decay", "a param group with weight_decay=None"),
+    ):
+        if asked:
+            raise UnsupportedModule(problem=f"the server does not do Keras's {what}: use {instead}")
+
+
+def as_optimizers(given: Any) -> list[torch.optim.Optimizer]:
+    """One optimizer, or several, as a list. UnsupportedModule for what is none, with what to attach in its place."""
+    several = isinstance(given, Iterable) and not isinstance(given, (str, torch.optim.Optimizer))
+    optimizers = list(given) if several else [given]
+    for optimizer in optimizers:
+        if isinstance(optimizer, torch.optim.Optimizer):
+            continue
+        kind = type(optimizer)
+        problem = f"{kind.__module__}.{kind.__qualname__} is no torch optimizer: attach torch.optim's or pushstep.optim's"
+        if kind.__module__.partition(".")[0] == "keras":
+            problem = (
+                f"keras.optimizers.{kind.__name__} steps Keras's own variables: pushstep.optim.keras has it, for torch "
+                "parameters, with the same arguments"
+            )
+        raise UnsupportedModule(problem=problem)
+    return optimizers
 
 
 def check_distinct(parameters: Iterable[Tensor]) -> None:
@@ -53,9 +109,19 @@ def stepped_states(optimizers: Sequence[torch.optim.Optimizer]) -> dict[Tensor, 
     return {
         parameter: state
         for optimizer in optimizers
-        for parameter, state in optimizer.state.items()
+        for parameter, state in map(partial(_counted, optimizer), optimizer.state.items())
         if state and float(state.get("step", 0)) > 0
     }
+
+
+def _counted(
+    optimizer: torch.optim.Optimizer, entry: tuple[Tensor, dict[str, Any]]
+) -> tuple[Tensor, dict[str, Any]]:
+    """A parameter's state with its `step`, where the optimizer counts for all of them."""
+    parameter, state = entry
+    if state and isinstance(optimizer, KerasOptimizer):
+        return parameter, {**state, "step": optimizer.iterations}
+    return parameter, state
 
 
 class _HookTable(OrderedDict[int, Callable[..., Any]]):

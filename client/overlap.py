@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -28,6 +29,7 @@ from .early_push import EarlyPush
 from .gradients import Rows
 from .parameters import Parameters
 from .participant import Participant
+from .shield import shield
 from .transport import Body
 
 # A whole step of a 16 M MLP over TCP, worker and server on one core each: 301 ms plain; 268, 285, 276 and 279 ms with
@@ -107,6 +109,7 @@ class Overlap:
         self._pid = os.getpid()
         self._lock = threading.Lock()  # hooks run in whatever thread runs backward
         self._handles: dict[Tensor, torch.utils.hooks.RemovableHandle] = {}
+        weakref.finalize(self, _remove, self._handles).atexit = False
         self._plan: Plan | None = None
         self._useless = 0
         self.steps = 0  # that only had to commit what had left
@@ -134,30 +137,29 @@ class Overlap:
         for parameter in wanted:
             if parameter.requires_grad and parameter not in self._handles:
                 register: Any = parameter.register_post_accumulate_grad_hook  # torch gives it no types
-                self._handles[parameter] = register(self._on_gradient)
+                self._handles[parameter] = register(_weakly(self))
 
     def supersede(self) -> None:
         """The gradients so far will not be stepped: `zero_grad()`."""
-        with self._lock:
+        with shield, self._lock:
             self._withdraw()
             self._begin_anew()
 
     def stop(self) -> None:
         """Watch no longer."""
-        with self._lock:
+        with shield, self._lock:
             self._withdraw()
             self._plan = None
             self._begin_anew()
-            for handle in self._handles.values():
-                handle.remove()
-            self._handles.clear()
+            _remove(self._handles)
 
     # While backward runs.
 
-    def _on_gradient(self, parameter: Tensor) -> None:
+    def on_gradient(self, parameter: Tensor) -> None:
+        """A gradient is ready, once more."""
         if os.getpid() != self._pid:
             return
-        with self._lock:
+        with shield, self._lock:
             fired = self._fired.pop(parameter, 0) + 1
             self._fired[parameter] = fired
             plan = self._plan
@@ -216,7 +218,7 @@ class Overlap:
         if early is not None:
             if body is None or not complete:
                 spoilt = "other gradients than in the step before were there"
-            elif digest_of(body) != early.seal():
+            elif digest_of(body) != _sealed(early):
                 spoilt = "a gradient was changed after backward, or the stream ended early"
             else:
                 early.body = body
@@ -245,6 +247,32 @@ class Overlap:
                 f"overlap is off: in {self._useless} steps in a row the gradients that left during backward could not "
                 f"be used ({why}); clip_grad_norm_, a GradScaler and edits of .grad change them afterwards"
             )
+
+
+def _weakly(overlap: Overlap) -> Callable[[Tensor], None]:
+    """A hook that does not keep a session alive which only the parameters still know of."""
+    reference = weakref.ref(overlap)
+
+    def hook(parameter: Tensor) -> None:
+        known = reference()
+        if known is not None:
+            known.on_gradient(parameter)
+
+    return hook
+
+
+def _remove(handles: dict[Tensor, torch.utils.hooks.RemovableHandle]) -> None:
+    for handle in handles.values():
+        handle.remove()
+    handles.clear()
+
+
+def _sealed(early: EarlyPush) -> int | None:
+    try:
+        return early.seal()
+    except BaseException:  # interrupted
+        early.withdraw()
+        raise
 
 
 def _sendable(gradient: Tensor) -> bool:

@@ -8,9 +8,10 @@ adds what a user holds: names, arrays, an optimizer, and an end.
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -49,8 +50,11 @@ from .receipt import Outcome, Receipt
 from .retry import answered
 from .sending import Sending
 from .shared_memory import SharedMemory
+from .shield import shield
 from .transport import Body, Pulled, Transport
 
+# How long the server may keep a push that waits for others before it says so: the log has that after two seconds.
+HOLD_S: Final = 1.5
 Step = tuple[Receipt, Pulled | None]
 
 
@@ -87,9 +91,12 @@ class Participant(Attendance):
             # what is pushed smaller is sent: there is no place for it in a region
             wanted=shared_memory and not self.compression.owes,
         )
+        # a session that nobody holds any more ends, too
+        weakref.finalize(self, self._heartbeat.abandon, self.memory.abandon).atexit = False
         self._on_reject = on_reject
         self._on_restore = on_restore
         self._flight: Flight[Step] | None = None
+        self._told_of_metrics = False
         # here and not in Session, since it is the step that finds a restore, which makes the copy worthless
         self._mirror = Mirror()
 
@@ -101,6 +108,10 @@ class Participant(Attendance):
     def wait_for_flight(self) -> None:
         """Wait until no push is in flight."""
         self._check_usable()
+
+    def _lands_within(self, seconds: float) -> bool:
+        """Whether no push is in flight when that time is up."""
+        return self._flight is None or self._flight.wait(seconds)
 
     def fly(self, call: Callable[[], Step]) -> Flight[Step]:
         """Have `call`, which makes a step, run in a thread of its own; nothing else is asked meanwhile."""
@@ -208,6 +219,7 @@ class Participant(Attendance):
             member.lead = receipt.lead
             if commit.worker_state == (self._worker_state or b""):
                 self._worker_state_due = False
+            self._warn_of_metrics(receipt)
             return self.note(receipt), pulled
 
     def begin_push(
@@ -234,7 +246,7 @@ class Participant(Attendance):
             base_version=held[1] if held is not None else member.version,
             manifest_hash=member.layout.manifest_hash,
             skip=skip,
-            hold_s=self._transport.timeout_s / 3,
+            hold_s=min(self._transport.timeout_s / 3, HOLD_S),
         )
 
     def _sending(
@@ -314,6 +326,16 @@ class Participant(Attendance):
             return self._rejected(CATALOGUE[receipt.reason](message, consumed=True), receipt)
         return receipt
 
+    def _warn_of_metrics(self, receipt: Receipt) -> None:
+        """Say once that a hook waits for what nobody reports."""
+        if receipt.missing_metrics and not self._told_of_metrics:
+            self._told_of_metrics = True
+            names = ", ".join(receipt.missing_metrics)
+            self._warn(
+                f"a hook of model {self.model!r} waits for {names}, which no push has reported, and does nothing until then: "
+                f"call optimizer.report({receipt.missing_metrics[0]}=...) before step(), or push(..., metrics=)"
+            )
+
     def _warn(self, message: str) -> None:
         """Tell the caller of what called `step`; of one in flight, whoever lands it."""
         if self._flight is not None and self._flight.is_mine():
@@ -344,6 +366,7 @@ class Participant(Attendance):
             request.ClearField("identity")
             return self._read(pull)
 
+    @shield
     def pull_state(self) -> Pulled:
         """Parameters, optimizer state and step counts at one version."""
         self._check_usable()

@@ -7,9 +7,11 @@ soon as `step()` has returned.
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from collections.abc import Callable, Mapping
-from typing import Generic, TypeVar
+from typing import Final, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,7 +21,10 @@ from pushstep.proto.layout import Slot
 
 from . import caller
 from .gradients import Rows
+from .shield import shield
 
+# how often a wait looks whether the user has interrupted it
+_LOOK_S: Final = 0.1
 T = TypeVar("T")
 
 
@@ -52,9 +57,13 @@ class Flight(Generic[T]):
         """Have a warning given when it lands."""
         self._warnings.append(message)
 
-    def wait(self) -> None:
-        """Wait until it is over."""
-        self._thread.join()
+    def wait(self, timeout_s: float = math.inf) -> bool:
+        """Wait until it is over, or for that long; whether it is. A signal may end the wait, and not the flight."""
+        until_s = time.monotonic() + timeout_s
+        while self._thread.is_alive() and time.monotonic() < until_s:
+            self._thread.join(_LOOK_S)
+            shield.check(patient=True)
+        return not self._thread.is_alive()
 
     def land(self) -> T:
         """Wait for it; give its warnings, and its result or its error."""

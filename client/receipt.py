@@ -53,7 +53,28 @@ class Receipt:
     step_norm: float = 0.0
     notes: Sequence[str] = ()
     policy: str = ""
+    # what hooks of the model wait for, and no push has reported: see RemoteOptimizer.report
+    missing_metrics: Sequence[str] = ()
     times: Mapping[str, float] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """What became of which push, and what was out of the ordinary about it."""
+        said = [
+            f"outcome={str(self.outcome)!r}",
+            f"version={self.version}",
+            f"staleness={self.staleness}",
+            f"gradient_norm={self.gradient_norm:.6g}",
+            f"worker={self.worker!r}",
+            f"epoch={self.epoch}",
+            f"sequence={self.sequence}",
+        ]
+        for name in ("reason", "clip_factor", "lr_scale", "ignored_edits", "duplicates", "notes"):
+            value = getattr(self, name)
+            if value and value != 1.0:
+                said.append(f"{name}={value!r}")
+        if len(self.contributors) > 1:
+            said.append(f"contributors={len(self.contributors)}")
+        return f"Receipt({', '.join(said)})"
 
     @classmethod
     def of(cls, message: pb.Receipt) -> Receipt:
@@ -81,6 +102,7 @@ class Receipt:
             step_norm=message.step_norm,
             notes=list(message.notes),
             policy=message.policy,
+            missing_metrics=list(message.missing_metrics),
             times={
                 "receive_s": times.receive_s,
                 "queue_s": times.queue_s,

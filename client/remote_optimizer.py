@@ -8,12 +8,13 @@ attach go on steering them.
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pushstep.proto.errors import (
     Fenced,
@@ -28,11 +29,14 @@ from . import caller
 from .attached import Attached
 from .attachment import Attachment, Names
 from .checkpoints import Checkpoints
+from .metrics import Metrics
 from .participant import Step
 from .policy import Policy
 from .prefetch import Copies, Flight
 from .receipt import Outcome, Receipt
 from .scaling import Scaling
+from .server_state import ServerState
+from .shield import shield
 
 if TYPE_CHECKING:
     from .session import Session
@@ -65,6 +69,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         attachment = Attachment(optimizers, module, names)
         # no defaults: they would add one rule's keys to another rule's groups
         super().__init__(attachment.settings, {})
+        self.state = ServerState()
         self.defaults = dict(optimizers[0].defaults)
         self._session = session
         self._single = single
@@ -83,6 +88,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self._overlap = self._attached.overlap
         self._checkpoints = Checkpoints(self._attached)
         self._scaling = Scaling(self)
+        self._metrics = Metrics()
         self._copies = Copies() if prefetch else None
         self._flight: tuple[Flight[Step], list[dict[str, float | bool]]] | None = None
         self.last_receipt: Receipt | None = None
@@ -91,6 +97,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         # how many samples the next step's gradients are over: their weight in a round; 0 counts as 1
         self.samples: float = 0
         self._attached.begin(self, policy, undo)
+        weakref.finalize(self, self._attached.lent.remove).atexit = False
         for task in (self._attached.lent.remove, self._finish):
             session.before_close(task)
             undo.callback(session.not_before_close, task)
@@ -115,15 +122,19 @@ class RemoteOptimizer(torch.optim.Optimizer):
                 loss = closure()
         for optimizer in self._attached.optimizers:
             optimizer._opt_called = True  # type: ignore[attr-defined]  # for schedulers made before attach
-        with self._scaling:
+        with shield, self._scaling:
             self._exchange(loss)
         return loss
 
     def _exchange(self, loss: Any) -> None:
+        ranks = self._session.ranks
+        if not ranks.looked:
+            ranks.look(self._session.member().policy)
         try:
             self._attached.follow()
             edited = self._attached.edited()
             if edited and not self._may_send_edits():
+                ranks.refuse_wrapper()  # whose broadcast it then was
                 raise LocalParameterEdit(parameter=edited[0])
         except PushstepError as error:
             self._told = error.code
@@ -149,7 +160,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
             held=computed_on,
             onto=self._parameters.at,
             commit=self._session.commit(
-                _metrics(loss), self._hyperparameters.edits(self._attached.groups), self.samples
+                self._metrics.take(loss), self._hyperparameters.edits(self._attached.groups), self.samples
             ),
             skip=skip,
             pull=True,
@@ -165,6 +176,14 @@ class RemoteOptimizer(torch.optim.Optimizer):
             since = [group.values() for group in self._attached.groups]
             self._flight = self._session.fly(partial(send, copies)), since
 
+    def report(self, **metrics: Any) -> None:
+        """Have the next step tell the server these numbers, such as loss=..., for hooks (ReduceLROnPlateau) and operators.
+
+        A closure's loss is told by itself.
+        """
+        self._metrics.report(metrics)
+
+    @shield
     def synchronize(self) -> None:
         """With `prefetch`: wait for the push in flight, and take what came of it, as the next `step()` would.
 
@@ -259,15 +278,26 @@ class RemoteOptimizer(torch.optim.Optimizer):
             self._overlap.supersede()
         super().zero_grad(set_to_none)
 
+    @shield
     def upload(self) -> int:
         """Send the parameters as they are here, as a version of their own; the version."""
         self._attached.follow()
         self.synchronize()
+        self._settle()
         self._told = ""
         return self._attached.upload()
 
+    def _settle(self) -> None:
+        """Take what a step that was broken off has made, if it was applied: nothing here may set it back."""
+        settled = self._session.settle()
+        if settled is not None and not self._parameters.seem_written():
+            self._attached.start_over()
+            self._parameters.take(self._session.pull_message(self._parameters.at))
+            self.last_receipt = settled
+
     # State.
 
+    @shield
     def state_dict(self) -> Any:
         """torch's state_dict, fetched from the server; a list of them if a list was attached.
 
@@ -286,6 +316,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self._checkpoints.returned(result)
         return result
 
+    @shield
     def load_state_dict(self, state_dict: Any, *, force: bool = False) -> None:
         """Replace the optimizer state on the server, for every worker.
 
@@ -306,6 +337,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
     # A group more.
 
+    @shield
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """torch's, for the model: every worker has to add the same group. On a list of optimizers it must say `rule`."""
         if not hasattr(self, "_session"):
@@ -329,6 +361,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
                 self.defaults = own_defaults
             undo.callback(self.param_groups.pop)
             self._attached.add_group(rule, number, undo)
+            shield.check()  # while it can be undone
             undo.pop_all()
 
     def __getstate__(self) -> NoReturn:
@@ -358,9 +391,7 @@ def check_options(edits: str, *, overlap: bool, prefetch: bool) -> None:
         )
 
 
-def _metrics(loss: Any) -> dict[str, float]:
-    if isinstance(loss, Tensor) and loss.numel() == 1:
-        return {"loss": float(loss.detach())}
-    if isinstance(loss, (int, float)):
-        return {"loss": float(loss)}
-    return {}
+def named_after(optimizers: Sequence[torch.optim.Optimizer]) -> type[RemoteOptimizer]:
+    """The class under the name of what was attached, if that is one: loggers make a column's name of it."""
+    names = {type(optimizer).__name__ for optimizer in optimizers}
+    return type(names.pop(), (RemoteOptimizer,), {}) if len(names) == 1 else RemoteOptimizer

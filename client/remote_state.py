@@ -68,7 +68,7 @@ def _add_own_keys(entry: dict[str, Any], group: Group) -> None:
     for key, value in group.settings.items():
         if key in entry and key != "params" and isinstance(value, Tensor):
             entry[key] = torch.full_like(value, entry[key])
-        elif key not in RULES[group.rule].defaults and key != "params":
+        elif key not in (*RULES[group.rule].defaults, RULES[group.rule].counter, "params"):
             entry[key] = value
 
 
@@ -140,14 +140,14 @@ def write_groups(
 
 
 def _write_group(group: Group, saved: Mapping[str, Any], hyperparameters: bool) -> None:
-    rule, settings = RULES[group.rule].defaults, group.settings
-    kept = {"params", "param_names", *rule, *EXECUTION_KEYS[group.rule]}
+    rule, settings = RULES[group.rule], group.settings
+    kept = {"params", "param_names", rule.counter, *rule.defaults, *EXECUTION_KEYS[group.rule]}
     for key in settings.keys() - saved.keys() - kept:
         del settings[key]  # a scheduler has written it since
     for key, value in saved.items():
-        if key in ("params", "param_names"):
+        if key in ("params", "param_names", rule.counter):
             continue
-        if hyperparameters or key not in rule:
+        if hyperparameters or key not in rule.defaults:
             settings[key] = copy.deepcopy(value)
 
 

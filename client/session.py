@@ -7,40 +7,43 @@ was attached; and an end, after which the model goes on without this worker.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
-import socket
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, NoReturn, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pushstep.proto import training_pb2 as pb
-from pushstep.proto.errors import (
-    InvalidSettings,
-    NotAttached,
-    PushstepError,
-    RowOutOfRange,
-    UnsupportedModule,
-    WrongDtype,
-)
+from pushstep.proto.errors import InvalidSettings, NotAttached, RowOutOfRange, UnsupportedModule, WrongDtype
 from pushstep.proto.layout import Layout, Slot
 
 from . import caller
+from .at_exit import close_at_exit
 from .compression import Wire
+from .dial import dial
 from .gradients import Rows, as_array, as_gradient
 from .manifest import of_arrays
 from .mirror import Array
+from .options import MIN_TIMEOUT_S, check_options, default_worker, warn_of_environment
+from .originals import as_optimizers
 from .participant import Participant, wire_enum
-from .policy import Policy
+from .policy import Policy, for_workers
+from .ranks import Ranks
 from .receipt import Receipt
-from .remote_optimizer import Edits, RemoteOptimizer
+from .remote_optimizer import Edits, RemoteOptimizer, named_after
 from .shared_memory import is_same_host
+from .shield import shield
 from .transport import Transport
 
+log = logging.getLogger("pushstep.client")
 
+
+@shield
 def connect(
     address: str,
     *,
@@ -50,6 +53,7 @@ def connect(
     top_k: float | None = None,
     timeout_s: float = 30.0,
     retry_for_s: float = 300.0,
+    wait_s: float = 0.0,
     shared_memory: bool = True,
     takeover: bool = False,
     on_reject: Literal["raise", "skip"] = "raise",
@@ -59,32 +63,48 @@ def connect(
 
     `wire`: the dtype of what travels (None: each parameter's own), or its name, or a pair (pushes, pulls); "int8" is for
     pushes, pulls are then bfloat16. `top_k`: the fraction of each dense gradient's elements to push, the largest ones;
-    what a push leaves out, in int8 or by top_k, is added to the next gradient. `timeout_s` bounds
-    each attempt, and how long to wait for a server to answer at all; `retry_for_s` bounds a whole step.
+    what a push leaves out, in int8 or by top_k, is added to the next gradient. `timeout_s` is how
+    long an attempt may stand still; `retry_for_s` is how long a silent server is asked again, but for the time in which
+    bytes move; `wait_s` how long to wait here for a server that is not there yet.
     Gradients and parameters of a server on this host go through shared memory, unless `shared_memory` is False; those
     of an attached optimizer on the server's GPU through memory of that GPU.
     `on_reject="skip"` warns where a rejected push would raise. Raises ServerUnavailable when no server answers.
     """
-    transport = Transport(address, timeout_s)
-    try:
-        found = transport.wait_for_server()
-    except PushstepError:
-        transport.close()
-        raise
-    name = worker if worker is not None else f"{socket.gethostname()}-{os.getpid()}"
-    sharing = shared_memory and bool(found.memory_path) and is_same_host(address)
-    return Session(
-        transport,
+    name = worker if worker is not None else default_worker()
+    check_options(
         model,
         name,
         wire,
         top_k,
-        retry_for_s,
-        takeover,
-        on_reject,
-        on_restore,
-        shared_memory=sharing,
+        choices={
+            "on_reject": (on_reject, ("raise", "skip")),
+            "on_restore": (on_restore, ("continue", "raise")),
+        },
+        seconds={
+            "timeout_s": (timeout_s, MIN_TIMEOUT_S),
+            "retry_for_s": (retry_for_s, 0.0),
+            "wait_s": (wait_s, 0.0),
+        },
     )
+    warn_of_environment()
+    transport, found = dial(address, timeout_s, wait_s)
+    try:
+        sharing = shared_memory and bool(found.memory_path) and is_same_host(address)
+        return Session(
+            transport,
+            model,
+            name,
+            wire,
+            top_k,
+            retry_for_s,
+            takeover,
+            on_reject,
+            on_restore,
+            shared_memory=sharing,
+        )
+    except BaseException:
+        transport.close()
+        raise
 
 
 class Session(Participant):
@@ -116,11 +136,15 @@ class Session(Participant):
             on_restore,
             shared_memory=shared_memory,
         )
+        self._exiting = False
+        close_at_exit(self)
         self._before_close: list[Callable[[], None]] = []
         self._attached: RemoteOptimizer | None = None
+        self.ranks = Ranks(())
 
     # Joining.
 
+    @shield
     def attach(
         self,
         optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
@@ -128,6 +152,7 @@ class Session(Participant):
         names: Sequence[str] | Mapping[Tensor, str] | None = None,
         policy: Policy | None = None,
         *,
+        workers: int | None = None,
         overlap: bool = False,
         prefetch: bool = False,
         edits: Edits = "sample",
@@ -137,6 +162,7 @@ class Session(Participant):
         The first worker to attach creates the model from its parameters' values and its optimizers' states; later
         ones take the server's values and hyperparameters. Names come from `module`, else `names`, else the
         optimizer's own. A list of optimizers makes one model. `policy`: of the model, if this creates it; see `create`.
+        What DistributedDataParallel does with N ranks is policy="sync", workers=N, without the wrapper.
 
         `overlap`: gradients leave while backward still runs; `step()` sends them again if they were changed since.
         `prefetch`: `step()` does not wait for its answer, the next `step()` takes it; so each gradient is computed
@@ -155,23 +181,32 @@ class Session(Participant):
         if overlap and self.compression.owes:
             # what is owed is settled push by push; an early one may yet be withdrawn
             raise InvalidSettings(problem="overlap=True goes with exact wires, not with int8 or top_k")
-        optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
+        optimizers = as_optimizers(optimizer)
+        if any(isinstance(each, RemoteOptimizer) for each in optimizers):
+            raise UnsupportedModule(
+                problem="RemoteOptimizer is not a rule that the server steps: this one is attached already"
+            )
         single = isinstance(optimizer, torch.optim.Optimizer)
+        asked = for_workers(policy, workers)
+        ranks = Ranks([p for each in optimizers for group in each.param_groups for p in group["params"]])
+        ranks.refuse_wrapper()
         with contextlib.ExitStack() as undo:
             undo.callback(setattr, self, "_attached", None)
-            made = RemoteOptimizer(
+            self.ranks = ranks
+            made = self._attached = named_after(optimizers)(
                 self,
                 optimizers,
                 module,
                 names,
-                policy,
+                asked,
                 single=single,
                 overlap=overlap,
                 prefetch=prefetch,
                 edits=edits,
                 undo=undo,
             )
-            self._attached = made
+            ranks.say(self.member().policy, chosen=asked is not None)
+            shield.check()  # while it can be undone: who is interrupted gets no optimizer to hold
             undo.pop_all()
         return made
 
@@ -182,23 +217,26 @@ class Session(Participant):
                 "another model= for another network; close() this one first if it is to be the same worker of the same model"
             )
 
+    @shield
     def create(
         self,
         parameters: Mapping[str, Array | Tensor],
         groups: Sequence[Mapping[str, Any]] | None = None,
         policy: Policy | None = None,
+        workers: int | None = None,
     ) -> None:
         """Create the model from arrays by name, or join it if it exists (its values stand).
 
         Each group is {"rule": "adadelta" or "adagrad", "params": [names], and hyperparameters}; None puts all
         parameters into one Adadelta group. `policy` says when pushes are applied: "async", "bounded", "sync", or a
-        mapping with the settings that PATCH /v1/models/{m}/policy takes.
+        mapping with the settings that PATCH /v1/models/{m}/policy takes. `workers`: how many a round of "sync" waits for.
         """
         self._check_usable()
         self._check_free()
+        asked = for_workers(policy, workers)
         manifest, values = of_arrays(parameters, groups)
         self.join_or_create(
-            manifest, lambda layout: {(slot, ""): values[slot.name] for slot in layout.slots}, policy=policy
+            manifest, lambda layout: {(slot, ""): values[slot.name] for slot in layout.slots}, policy=asked
         )
         self._manifest = (
             None  # arrays go by name: joining again, the session takes the model as it has become
@@ -206,6 +244,7 @@ class Session(Participant):
 
     # Pushing.
 
+    @shield
     def push(
         self, grads: Mapping[str, Any], metrics: Mapping[str, float] | None = None, samples: float = 0
     ) -> Receipt:
@@ -217,6 +256,7 @@ class Session(Participant):
         receipt, _ = self.step(self._named(grads), self._mirror.at, commit, pull=False)
         return receipt
 
+    @shield
     def exchange(
         self, grads: Mapping[str, Any], metrics: Mapping[str, float] | None = None, samples: float = 0
     ) -> tuple[Receipt, dict[str, Array]]:
@@ -242,6 +282,7 @@ class Session(Participant):
 
     # Pulling.
 
+    @shield
     def pull(self) -> dict[str, Array]:
         """Every parameter by name at the newest version. A session that only pulls is a reader and never joins."""
         self._check_usable()
@@ -255,6 +296,7 @@ class Session(Participant):
         self._mirror.take(self._read(lambda: self._transport.pull(request, self._mirror.layout)))
         return self._arrays()
 
+    @shield
     def pull_rows(self, name: str, ids: Any) -> Array:
         """Some rows of one parameter, in the order of `ids`, at one version."""
         self._check_usable()
@@ -293,6 +335,7 @@ class Session(Participant):
 
     # Uploading.
 
+    @shield
     def upload(self, values: Mapping[str, Any] | None = None) -> int:
         """Send parameter values as a version of their own; the version. None sends what an attached optimizer holds."""
         if values is None:
@@ -315,27 +358,49 @@ class Session(Participant):
         """Not, after all."""
         self._before_close.remove(task)
 
+    @shield
     def close(self) -> None:
         """Leave the model and close the connection. Closing twice, or in a forked child, does nothing."""
         if self._closed or os.getpid() != self._pid:
             return
         self._heartbeat.stop()
-        self._retry.for_s = 0.0  # a server that is away is not waited for
+        self._retry.give_up()
         try:
             if self._member is not None:
                 for task in self._before_close:
                     task()
                 edits = {} if self._attached is None else self._attached.unsent_edits()
-                ignored = self.leave(edits)
+                with self._transport.wait:
+                    ignored = self.leave(edits)
                 if self._attached is not None:
                     self._attached.warn_ignored(ignored)
         except Exception as error:  # noqa: BLE001 - the lease ends by itself; a close must not fail
-            caller.warn(f"could not leave: {type(error).__name__}")
+            say = log.debug if self._exiting else caller.warn
+            say(f"could not leave: {error or type(error).__name__}")
         finally:
-            self._closed = True
-            self.memory.drop()
-            self._transport.close()
-            self._heartbeat.wait(timeout_s=1)
+            self._end()
+
+    def _end(self) -> None:
+        self._closed = True
+        self.memory.drop()
+        self._transport.close()
+        self._heartbeat.wait(timeout_s=1)
+
+    def close_within(self, seconds: float) -> None:
+        """Close it at the end of the process, which a server that is away must not hold up."""
+        if self._closed or os.getpid() != self._pid:
+            return
+        self._exiting = True
+        self._retry.give_up()
+        self._transport.timeout_s = min(self._transport.timeout_s, seconds)
+        if self._lands_within(seconds):
+            with warnings.catch_warnings():
+                warnings.simplefilter("always")  # an error would have nobody to go to
+                self.close()
+        else:
+            self._heartbeat.stop()
+            self._end()
+            self._lands_within(seconds)
 
     def __enter__(self) -> Self:
         return self
@@ -344,6 +409,17 @@ class Session(Participant):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def __getstate__(self) -> NoReturn:
+        raise TypeError(
+            "a Session is a live connection and cannot be pickled or copied: connect() again, with another worker="
+        )
+
+    def __deepcopy__(self, memo: object) -> NoReturn:
+        self.__getstate__()
+
+    def __copy__(self) -> NoReturn:
+        self.__getstate__()
 
     def __repr__(self) -> str:
         where = "reader" if self._member is None else f"epoch {self._member.epoch}"

@@ -26,12 +26,14 @@ from pushstep.proto import device_memory, dtypes
 from pushstep.proto import training_pb2 as pb
 from pushstep.proto.errors import NoSharedMemory, PushstepError
 from pushstep.proto.layout import Slot
+from pushstep.proto.parts import WHOLE_BYTES
 
 from .gradients import Rows
 from .line import Line
 from .membership import Member
 from .region import Key, Region
 from .retry import TransportFailure, answered
+from .shield import shield
 from .transport import Body, Transport
 
 log = logging.getLogger("pushstep.client")
@@ -70,6 +72,7 @@ class SharedMemory:
         try:
             self.region = self._opened(member, key, where)
         except (NoSharedMemory, OSError, TransportFailure) as error:
+            shield.check()  # it may be a signal that broke the call
             if where is not None:
                 why = error.fields.get("problem", error) if isinstance(error, NoSharedMemory) else error
                 log.warning(
@@ -101,7 +104,8 @@ class SharedMemory:
             pull_dtype=_wire(self._wires[1]),
             device_uuid=b"" if where is None else device_memory.driver.uuid(where),
         )
-        opened = answered(partial(self._transport.open_region, request))
+        with self._transport.wait:
+            opened = answered(partial(self._transport.open_region, request))
         return Region(opened, member.layout, self._wires, key, self._transport.timeout_s, where)
 
     def decline(self) -> None:
@@ -121,6 +125,8 @@ class SharedMemory:
         header.ClearField("region")
         if header.HasField("pull"):
             header.pull.ClearField("region")
+        if header.ByteSize() > WHOLE_BYTES:
+            return  # the line takes one message
         region = self.open(member)
         slot = None if region is None else region.put(body, gradients)
         if region is not None and slot is not None:
@@ -146,6 +152,13 @@ class SharedMemory:
         except BaseException:
             self.drop()  # whether the server did anything is not known, nor whether it has finished reading
             raise
+
+    def abandon(self) -> None:
+        """Let go of the region, in whatever thread: gradients that lie there are the user's, and so is their memory."""
+        self._wanted = False
+        region, self.region = self.region, None
+        if region is not None:
+            region.close()
 
     def drop(self) -> None:
         """Give the region up: the server may still read it, or has let go of it."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, cast
+from functools import partial
+from typing import Any, Final
+from urllib.parse import quote
 
 import grpc
 import torch
@@ -15,14 +16,27 @@ from torch import Tensor
 
 from pushstep.proto import dtypes
 from pushstep.proto import training_pb2 as pb
-from pushstep.proto.errors import MalformedFrame, NoAnswer, ServerUnavailable
-from pushstep.proto.frames import TRANSPORT_LIMIT_BYTES, Assembly, BodyDigest, Chunk, Source, pack, unpack
+from pushstep.proto.errors import MalformedFrame, MessageTooLarge
+from pushstep.proto.frames import (
+    CHUNK_BYTES,
+    TRANSPORT_LIMIT_BYTES,
+    Assembly,
+    BodyDigest,
+    Chunk,
+    Source,
+    pack,
+    unpack,
+)
 from pushstep.proto.layout import ID_BYTES, Layout, Slot, check_body
 from pushstep.proto.memory import BufferPool, MessageRing, keep_freed_blocks
+from pushstep.proto.parts import WHOLE_BYTES, Parts, header_messages, parts_of
 from pushstep.proto.region import SharedBody
+from pushstep.proto.status import from_rpc_error
 from pushstep.proto.types_pb2 import Segment
 
-from .retry import Retry
+from .progress import Progress, Watchdog
+from .shield import shield
+from .waiting import Wait
 
 SERVICE: Final = "/pushstep.v1.TrainingService/"
 OPTIONS: Final = (
@@ -98,60 +112,75 @@ class Pulled:
 
 
 class Transport:
-    """One channel to one server. `timeout_s` bounds each attempt of each call."""
+    """One channel to one server. `timeout_s` bounds each attempt: as a whole if it is one small message each way, and
+    otherwise the time in which nothing of it moves.
+    """
 
     def __init__(self, address: str, timeout_s: float) -> None:
+        """Nothing is asked there yet."""
         self.address = address
         self.timeout_s = timeout_s
+        self.wait = Wait(address)
+        self.watchdog = Watchdog(timeout_s, self.wait.moved)
         # the body of the last answer serves for the next one
         self._buffers = BufferPool(KEPT_BYTES)
         keep_freed_blocks()
-        self._channel = grpc.insecure_channel(address, options=OPTIONS)
+        self._channel = grpc.insecure_channel(_target(address), options=OPTIONS)
 
-    def wait_for_server(self) -> pb.DescribeResponse:
-        """The server's description; ServerUnavailable if none answers in time, however often connections break."""
-        call = self._unary("Describe", pb.DescribeResponse)
-        until_s = time.monotonic() + self.timeout_s
-
-        def describe() -> pb.DescribeResponse:
-            left_s = max(until_s - time.monotonic(), 0.0)
-            found: pb.DescribeResponse = call(pb.DescribeRequest(), timeout=left_s, wait_for_ready=True)
-            return found
-
-        try:
-            return Retry(self.address, self.timeout_s).run(describe)
-        except (NoAnswer, grpc.RpcError) as error:
-            # what answers there may be no server of ours at all
-            problem = error.__cause__ if isinstance(error, NoAnswer) else cast(grpc.Call, error).details()
-            raise ServerUnavailable(address=self.address, seconds=self.timeout_s, problem=problem) from error
-
-    def _unary(self, method: str, answer: Any) -> Callable[..., Any]:
-        return self._channel.unary_unary(
-            SERVICE + method, request_serializer=_serialize, response_deserializer=answer.FromString
+    def describe(self, timeout_s: float, *, wait_for_ready: bool) -> pb.DescribeResponse:
+        """Describe."""
+        answer: pb.DescribeResponse = self._ask(
+            "Describe", pb.DescribeRequest(), pb.DescribeResponse, timeout_s, wait_for_ready=wait_for_ready
         )
+        return answer
+
+    def _call(
+        self, method: str, request: bytes | Iterator[bytes], timeout_s: float | None = None, **options: Any
+    ) -> Any:
+        """A call under way, with its answers to iterate over. One that streams nothing needs no thread of gRPC's."""
+        make: Any = self._channel.unary_stream if isinstance(request, bytes) else self._channel.stream_stream
+        call = make(SERVICE + method, request_serializer=None, response_deserializer=None)
+        return call(request, timeout=timeout_s, **options)
+
+    def _ask(self, method: str, request: Any, answer: Any, timeout_s: float, **options: Any) -> Any:
+        """The one answer to one message."""
+        call = self._call(method, request.SerializeToString(), timeout_s, **options)
+        return _only(breakable(call), answer)
 
     def join(self, request: pb.JoinRequest) -> pb.JoinResponse:
-        """Join."""
-        answer: pb.JoinResponse = self._unary("Join", pb.JoinResponse)(request, timeout=self.timeout_s)
-        return answer
+        """Join, in parts where either side's manifest is long."""
+        if request.ByteSize() <= WHOLE_BYTES:
+            try:
+                answer: pb.JoinResponse = self._ask("Join", request, pb.JoinResponse, self.timeout_s)
+                return answer
+            except grpc.RpcError as error:
+                if not isinstance(from_rpc_error(error), MessageTooLarge):
+                    raise
+        return self._join_in_parts(request)
+
+    def _join_in_parts(self, request: pb.JoinRequest) -> pb.JoinResponse:
+        parts = Parts("a join's answer")
+        with self.watchdog.over(self.watchdog.begin()) as progress:
+            asked = (pb.JoinPart(part=p).SerializeToString() for p in parts_of(request.SerializeToString()))
+            for message in breakable(progress.of(self._call("JoinInParts", asked))):
+                progress.moved()
+                parts.add(pb.JoinPart.FromString(message).part)
+        return pb.JoinResponse.FromString(parts.take())
 
     def heartbeat(self, request: pb.HeartbeatRequest) -> pb.HeartbeatResponse:
         """Heartbeat."""
-        answer: pb.HeartbeatResponse = self._unary("Heartbeat", pb.HeartbeatResponse)(
-            request, timeout=self.timeout_s
-        )
+        answer: pb.HeartbeatResponse = self._ask("Heartbeat", request, pb.HeartbeatResponse, self.timeout_s)
         return answer
 
     def leave(self, request: pb.LeaveRequest) -> pb.LeaveResponse:
         """Leave."""
-        call = self._unary("Leave", pb.LeaveResponse)
-        answer: pb.LeaveResponse = call(request, timeout=min(5.0, self.timeout_s))
+        answer: pb.LeaveResponse = self._ask("Leave", request, pb.LeaveResponse, min(5.0, self.timeout_s))
         return answer
 
     def open_region(self, request: pb.OpenRegionRequest) -> pb.OpenRegionResponse:
         """OpenRegion."""
-        answer: pb.OpenRegionResponse = self._unary("OpenRegion", pb.OpenRegionResponse)(
-            request, timeout=self.timeout_s
+        answer: pb.OpenRegionResponse = self._ask(
+            "OpenRegion", request, pb.OpenRegionResponse, self.timeout_s
         )
         return answer
 
@@ -159,14 +188,17 @@ class Transport:
         """Push."""
         messages = _Messages(pb.PushRequest(header=header), body.segments, body.pieces, lambda _: commit)
         single = body.single(messages)
-        make: Any = self._channel.stream_unary if single is None else self._channel.unary_unary
-        call = make(
-            SERVICE + "Push", request_serializer=None, response_deserializer=pb.PushResponse.FromString
-        )
-        answer: pb.PushResponse = messages.sent(
-            lambda: call(iter(messages) if single is None else single, timeout=self.timeout_s)
-        )
+        if single is None:
+            sent: pb.PushResponse = self._stream_in("Push", messages, pb.PushResponse)
+            return sent
+        call = self._call("Push", single, self.timeout_s)
+        answer: pb.PushResponse = messages.sent(lambda: _only(breakable(call), pb.PushResponse))
         return answer
+
+    def _stream_in(self, method: str, messages: _Messages, answer: Any) -> Any:
+        with self.watchdog.over(self.watchdog.begin()) as progress:
+            call = progress.of(self._call(method, messages.watched(progress)))
+            return messages.sent(lambda: _only(breakable(call), answer))
 
     def exchange(self, header: pb.PushHeader, body: Body, commit: pb.PushCommit, layout: Layout) -> Pulled:
         """Exchange."""
@@ -186,18 +218,15 @@ class Transport:
         return self._exchange(messages, None, layout)
 
     def _exchange(self, messages: _Messages, single: bytes | None, layout: Layout) -> Exchange:
-        make: Any = self._channel.stream_stream if single is None else self._channel.unary_stream
-        call = make(SERVICE + "Exchange", request_serializer=None, response_deserializer=None)
-        begun = call(iter(messages) if single is None else single, timeout=self.timeout_s)
-        return Exchange(begun, messages, layout, self._buffers)
+        progress = self.watchdog.begin()
+        request = messages.watched(progress) if single is None else single
+        call = progress.of(self._call("Exchange", request))
+        return Exchange(call, messages, partial(self._received, layout=layout), self.watchdog, progress)
 
     def upload(self, header: pb.UploadHeader, body: Body) -> pb.UploadResponse:
         """Upload."""
         messages = _Messages(pb.UploadRequest(header=header), body.segments, body.pieces, None)
-        call: Any = self._channel.stream_unary(
-            SERVICE + "Upload", request_serializer=None, response_deserializer=pb.UploadResponse.FromString
-        )
-        answer: pb.UploadResponse = messages.sent(lambda: call(iter(messages), timeout=self.timeout_s))
+        answer: pb.UploadResponse = self._stream_in("Upload", messages, pb.UploadResponse)
         return answer
 
     def pull(self, request: pb.PullRequest, layout: Layout | None) -> Pulled:
@@ -214,40 +243,67 @@ class Transport:
 
     def pull_extras(self, request: pb.PullExtrasRequest) -> tuple[int, dict[str, Tensor]]:
         """PullExtras: the version, and the tensors by name."""
-        call: Any = self._channel.unary_stream(
-            SERVICE + "PullExtras", request_serializer=_serialize, response_deserializer=None
-        )
-        messages = call(request, timeout=self.timeout_s)
-        header, chunk = _first(messages)
-        body = Assembly([header.extras_bytes])
-        _fill(body, chunk, messages)
+        with self.watchdog.over(self.watchdog.begin()) as progress:
+            messages = breakable(progress.of(self._call("PullExtras", request.SerializeToString())))
+            header, chunk = _first(messages, progress.moved)
+            body = Assembly([header.extras_bytes])
+            _fill(body, chunk, messages, progress.moved)
         content = body.part(0, torch.uint8).numpy().tobytes()
         return int(header.extras_version), load(content) if content else {}
 
     def _pulled(self, method: str, request: Any, layout: Layout | None) -> Pulled:
-        call: Any = self._channel.unary_stream(
-            SERVICE + method, request_serializer=_serialize, response_deserializer=None
-        )
-        return _received(call(request, timeout=self.timeout_s), layout, self._buffers)
+        with self.watchdog.over(self.watchdog.begin()) as progress:
+            call = progress.of(self._call(method, request.SerializeToString()))
+            return self._received(call, progress, layout)
+
+    def _received(self, call: Any, progress: Progress, layout: Layout | None) -> Pulled:
+        return _assembled(breakable(call), layout, self._buffers, progress.moved)
 
     def close(self) -> None:
         """Close the channel."""
+        self.watchdog.close()
         self._channel.close()
+
+
+def breakable(call: Any) -> Iterator[bytes]:
+    """A call's answers; while they are waited for, a signal may break the call."""
+    shield.breaks(call.cancel)
+    try:
+        yield from call
+    finally:
+        shield.breaks(None)
+
+
+def _only(messages: Iterator[bytes], kind: Any) -> Any:
+    """The one message of an answer."""
+    found = list(messages)
+    if len(found) != 1:
+        raise MalformedFrame(problem=f"the server's answer is {len(found)} messages, not one")
+    return kind.FromString(found[0])
 
 
 class Exchange:
     """An exchange under way, whose messages leave as they become ready."""
 
-    def __init__(self, call: Any, messages: _Messages, layout: Layout, buffers: BufferPool) -> None:
+    def __init__(
+        self,
+        call: Any,
+        messages: _Messages,
+        received: Callable[[Any, Progress], Pulled],
+        watchdog: Watchdog,
+        progress: Progress,
+    ) -> None:
         self._call = call
         self._messages = messages
-        self._layout = layout
-        self._buffers = buffers
+        self._received = received
+        self._watchdog = watchdog
+        self._progress = progress
 
     def result(self) -> Pulled:
         """Wait for the answer."""
-        answer: Pulled = self._messages.sent(lambda: _received(self._call, self._layout, self._buffers))
-        return answer
+        with self._watchdog.over(self._progress) as progress:
+            answer: Pulled = self._messages.sent(lambda: self._received(self._call, progress))
+            return answer
 
     def when_over(self, then: Callable[[], None]) -> None:
         """Have `then` called when the call has ended, however it did; at once if it has."""
@@ -256,6 +312,7 @@ class Exchange:
 
     def cancel(self) -> None:
         """End the call; nothing if it has ended."""
+        self._watchdog.end(self._progress)
         self._call.cancel()
 
 
@@ -279,10 +336,24 @@ class _Messages:
         self._fault: Exception | None = None
 
     def __iter__(self) -> Iterator[bytes]:
+        return self._made(lambda: CHUNK_BYTES)
+
+    def watched(self, progress: Progress) -> Iterator[bytes]:
+        """The messages, in sizes that the link carries; each says when it is asked for and when it is there."""
+        messages = self._made(lambda: progress.chunk_bytes)
+        while True:
+            progress.asked()
+            message = next(messages, None)
+            progress.handed()
+            if message is None:
+                return
+            yield message
+
+    def _made(self, chunk_bytes: Callable[[], int]) -> Iterator[bytes]:
         try:
-            yield self._first.SerializeToString()
+            yield from header_messages(self._first)
             digest = BodyDigest(self._segments)
-            yield from pack(self._pieces, digest, take=MessageRing().take)
+            yield from pack(self._pieces, digest, take=MessageRing().take, chunk_bytes=chunk_bytes)
             commit = self._commit(digest.value) if self._commit is not None else None
             if commit is not None:
                 commit.digest = digest.value
@@ -312,35 +383,46 @@ class _Messages:
             raise
 
 
-def _received(messages: Any, layout: Layout | None, buffers: BufferPool) -> Pulled:
-    header, chunk = _first(messages)
+def _assembled(
+    messages: Iterator[bytes], layout: Layout | None, buffers: BufferPool, moved: Callable[[], None]
+) -> Pulled:
+    header, chunk = _first(messages, moved)
     if layout is None or (header.manifest.parameters and layout.manifest_hash != header.manifest_hash):
         layout = Layout(header.manifest)
     elif layout.manifest_hash != header.manifest_hash:
         raise MalformedFrame(problem="the server's answer is of another manifest")
     # the body's size is the server's to say; what it says has to fit this model
     body = Assembly(check_body(layout, header.segments, 1 << 62), take=buffers.take)
-    _fill(body, chunk, messages)
+    _fill(body, chunk, messages, moved)
     return Pulled(header, layout, body)
 
 
-def _first(messages: Any) -> tuple[pb.PullHeader, Chunk | None]:
-    """The header with which an answer begins, and the chunk that may come with it."""
+def _first(messages: Iterator[bytes], moved: Callable[[], None]) -> tuple[pb.PullHeader, Chunk | None]:
+    """The header with which an answer begins, in parts if it is long, and the chunk that may come with it."""
+    parts = Parts("the header of an answer")
     fields, chunk = unpack(next(messages, b""), pb.PullResponse)
+    moved()
+    while fields is not None and fields.header_part and not fields.HasField("header"):
+        parts.add(fields.header_part)
+        fields, chunk = unpack(next(messages, b""), pb.PullResponse)
+        moved()
     if fields is None or not fields.HasField("header"):
         raise MalformedFrame(problem="the server's answer does not begin with a header")
-    return fields.header, chunk
+    return pb.PullHeader.FromString(parts.take()) if parts.size_bytes else fields.header, chunk
 
 
-def _fill(body: Assembly, chunk: Chunk | None, messages: Any) -> None:
+def _fill(body: Assembly, chunk: Chunk | None, messages: Iterator[bytes], moved: Callable[[], None]) -> None:
     if chunk is not None:
         body.place(chunk)
     for message in messages:
+        moved()
         _, chunk = unpack(message, pb.PullResponse)
         if chunk is not None:
             body.place(chunk)
     body.finish()
 
 
-def _serialize(message: Any) -> bytes:
-    return bytes(message.SerializeToString())
+def _target(address: str) -> str:
+    """An address as gRPC has it: it takes a Unix socket's path for part of a URI, with "%41" for a letter."""
+    scheme, colon, path = address.partition(":")
+    return f"unix:{quote(path)}" if colon and scheme == "unix" else address

@@ -24,26 +24,17 @@ micro-steps, beside `lr`, `rho`, `epsilon`, `weight_decay` and the like. Source:
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 from torch.optim.optimizer import ParamsT
 
-from .adadelta import AdadeltaRule
-from .adagrad import AdagradRule
 from .keras_clipping import Clipping
 from .keras_order import KerasOptimizer
+from .keras_rules import KerasAdadeltaRule, KerasAdagradRule
 from .learning_rate import LearningRate
 from .optimizer import StateDtype
 
 __all__ = ["Adadelta", "Adagrad"]
-
-
-class _AdadeltaTerms(AdadeltaRule):
-    state_names: ClassVar = ("accumulated_grad", "accumulated_delta_var")
-
-
-class _AdagradTerms(AdagradRule):
-    state_names: ClassVar = ("accumulator",)
 
 
 class Adadelta(KerasOptimizer):
@@ -64,7 +55,7 @@ class Adadelta(KerasOptimizer):
     state_dtype: None keeps float32 states for half parameters; "param" keeps them in the parameter's dtype, as Keras.
     """
 
-    rule = _AdadeltaTerms()
+    rule = KerasAdadeltaRule()
 
     def __init__(
         self,
@@ -117,7 +108,7 @@ class Adagrad(KerasOptimizer):
     argument is Adadelta's.
     """
 
-    rule = _AdagradTerms()
+    rule = KerasAdagradRule()
 
     def __init__(
         self,

@@ -134,6 +134,16 @@ class KerasTerms(OneCountOptimizer):
         return self.clipping.global_clipnorm
 
     @property
+    def has_schedule(self) -> bool:
+        """Whether the learning rate is a schedule or a callable, and no number."""
+        return self._schedule is not None
+
+    @property
+    def has_exclusions(self) -> bool:
+        """Whether weight decay leaves any parameter alone."""
+        return bool(self._excluded or self._excluded_names)
+
+    @property
     def iterations(self) -> int:
         """Updates so far; with accumulation, micro-steps // gradient_accumulation_steps."""
         return self._count // (self.gradient_accumulation_steps or 1)

@@ -188,7 +188,7 @@ class OneCountOptimizer(FusedOptimizer):
             some = [params[k] for k in members]
             states = [self.state[param] for param in some]
             step = Step(
-                rule=self.rule.name,
+                rule=self.rule.kernel or self.rule.name,
                 params=some,
                 grads=[grads[k] for k in members],
                 states=[[state[name] for state in states] for name in self.rule.state_names],

@@ -26,6 +26,10 @@ class Rule(ABC):
 
     name: ClassVar[str]
     """The rule's name on the wire and over REST."""
+    kernel: ClassVar[str] = ""
+    """What `dispatch` calls the arithmetic; empty: as the rule."""
+    counter: ClassVar[str] = ""
+    """The key under which a param group counts the steps of all its parameters; empty: each has its own `step`."""
     state_names: ClassVar[tuple[str, ...]]
     """torch's names of the per-element states, in the order in which `step_dense` takes them."""
     defaults: ClassVar[Mapping[str, float | bool]]
@@ -85,20 +89,20 @@ class Rule(ABC):
         most (None: torch.get_num_threads()); their number changes no bit. Safe to call from several Python threads.
         """
         described = Step(
-            rule=self.name,
+            rule=self.kernel or self.name,
             params=[param],
             grads=[grad],
             states=[[tensor] for tensor in state],
             step=step,
             factor=factor,
-            decoupled=decoupled,
             clip_value=clip_value,
             zero_grad=zero_grad,
             ema=None if ema is None else [ema],
             ema_momentum=ema_momentum,
             copy_out=None if copy_out is None else [copy_out],
             threads=threads,
-            **self.arguments(hyperparameters),
+            # a rule may say for itself how it decays
+            **{"decoupled": decoupled, **self.arguments(hyperparameters)},
         )
         return self._counted(backend_of(param).plan(described), described)
 
@@ -123,7 +127,7 @@ class Rule(ABC):
         """
         self.check_rows(hyperparameters)
         described = RowStep(
-            rule=self.name,
+            rule=self.kernel or self.name,
             param=param,
             ids=ids,
             rows=rows,

@@ -7,6 +7,9 @@ from typing import Final
 
 from .adadelta import AdadeltaRule
 from .adagrad import AdagradRule
+from .keras_rules import KerasAdadeltaRule, KerasAdagradRule
 from .rule import Rule
 
-RULES: Final[Mapping[str, Rule]] = {rule.name: rule for rule in (AdadeltaRule(), AdagradRule())}
+RULES: Final[Mapping[str, Rule]] = {
+    rule.name: rule for rule in (AdadeltaRule(), AdagradRule(), KerasAdadeltaRule(), KerasAdagradRule())
+}

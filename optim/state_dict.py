@@ -6,7 +6,7 @@ Nothing here aliases memory that a step will write to.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -19,6 +19,8 @@ from .rules import RULES
 EXECUTION_KEYS: Final[Mapping[str, Mapping[str, Any]]] = {
     "adadelta": {"foreach": None, "capturable": False, "differentiable": False, "fused": None},
     "adagrad": {"foreach": None, "differentiable": False, "fused": None},
+    "keras_adadelta": {"gradient_accumulation_steps": None, "fused": None},
+    "keras_adagrad": {"gradient_accumulation_steps": None, "fused": None},
 }
 
 
@@ -39,23 +41,30 @@ class GroupState:
     parameters: list[ParameterState] = field(default_factory=list)
 
 
-def torch_state_dict(groups: Sequence[GroupState]) -> dict[str, Any]:
-    """What torch.optim's `state_dict()` returns for an optimizer of these groups.
+def torch_state_dict(
+    groups: Sequence[GroupState], take: Callable[[Tensor], Tensor] = torch.clone
+) -> dict[str, Any]:
+    """What torch.optim's `state_dict()` returns for an optimizer of these groups; `take` makes its tensors of theirs.
 
     A parameter that Adadelta has not stepped yet has no entry, as in torch; Adagrad's always have. `step` is
-    a float32 scalar, as torch has it.
+    a float32 scalar, as torch has it. In Keras's terms a group counts, and its parameters have state from the first step on.
     """
     state: dict[int, dict[str, Tensor]] = {}
     param_groups: list[dict[str, Any]] = []
     number = 0
     for group in groups:
         ids = list(range(number, number + len(group.parameters)))
+        rule, count = RULES[group.rule], max((p.steps for p in group.parameters), default=0)
         for parameter_id, parameter in zip(ids, group.parameters, strict=True):
-            if parameter.steps or group.rule == "adagrad":
+            tensors = {n: take(t) for n, t in parameter.tensors.items()}
+            if rule.counter:
+                state.update({parameter_id: tensors} if count else {})
+            elif parameter.steps or group.rule == "adagrad":
                 step = torch.tensor(float(parameter.steps), dtype=torch.float32)
-                state[parameter_id] = {"step": step, **{n: t.clone() for n, t in parameter.tensors.items()}}
-        values = {name: group.values[name] for name in RULES[group.rule].defaults if name in group.values}
-        param_groups.append({**values, **EXECUTION_KEYS.get(group.rule, {}), "params": ids})
+                state[parameter_id] = {"step": step, **tensors}
+        values = {name: group.values[name] for name in rule.defaults if name in group.values}
+        counted = {rule.counter: count} if rule.counter else {}
+        param_groups.append({**values, **EXECUTION_KEYS.get(group.rule, {}), **counted, "params": ids})
         number += len(ids)
     return {"state": state, "param_groups": param_groups}
 
@@ -72,6 +81,8 @@ def parts_of(state_dict: Mapping[str, Any], rules: Sequence[str]) -> list[GroupS
     for entry, rule_name in zip(saved, rules, strict=True):
         rule = RULES[rule_name]
         values = {name: _plain(entry[name]) for name in rule.defaults if name in entry}
+        if values.get("weight_decay", 0.0) is None:  # Keras's word for a decay of 0
+            values["weight_decay"] = 0.0
         group = GroupState(rule_name, values)
         for parameter_id in entry["params"]:
             state = state_dict["state"].get(parameter_id, {})
@@ -80,7 +91,8 @@ def parts_of(state_dict: Mapping[str, Any], rules: Sequence[str]) -> list[GroupS
                 raise ValueError(
                     f"state of parameter {parameter_id} lacks {set(rule.state_names) - set(tensors)}"
                 )
-            group.parameters.append(ParameterState(int(_plain(state.get("step", 0))), tensors))
+            steps = entry.get(rule.counter, 0) if rule.counter else state.get("step", 0)
+            group.parameters.append(ParameterState(int(_plain(steps)), tensors))
         groups.append(group)
     return groups
 

@@ -45,7 +45,7 @@ class DescribeResponse(_message.Message):
     def __init__(self, server_version: _Optional[str] = ..., max_chunk_bytes: _Optional[int] = ..., models: _Optional[_Iterable[str]] = ..., unix_path: _Optional[str] = ..., http_url: _Optional[str] = ..., memory_path: _Optional[str] = ...) -> None: ...
 
 class JoinRequest(_message.Message):
-    __slots__ = ("model", "worker", "takeover", "manifest", "model_uid", "epoch", "attempt")
+    __slots__ = ("model", "worker", "takeover", "manifest", "model_uid", "epoch", "attempt", "process")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     WORKER_FIELD_NUMBER: _ClassVar[int]
     TAKEOVER_FIELD_NUMBER: _ClassVar[int]
@@ -53,6 +53,7 @@ class JoinRequest(_message.Message):
     MODEL_UID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    PROCESS_FIELD_NUMBER: _ClassVar[int]
     model: str
     worker: str
     takeover: bool
@@ -60,7 +61,24 @@ class JoinRequest(_message.Message):
     model_uid: bytes
     epoch: int
     attempt: int
-    def __init__(self, model: _Optional[str] = ..., worker: _Optional[str] = ..., takeover: bool = ..., manifest: _Optional[_Union[_types_pb2.Manifest, _Mapping]] = ..., model_uid: _Optional[bytes] = ..., epoch: _Optional[int] = ..., attempt: _Optional[int] = ...) -> None: ...
+    process: Process
+    def __init__(self, model: _Optional[str] = ..., worker: _Optional[str] = ..., takeover: bool = ..., manifest: _Optional[_Union[_types_pb2.Manifest, _Mapping]] = ..., model_uid: _Optional[bytes] = ..., epoch: _Optional[int] = ..., attempt: _Optional[int] = ..., process: _Optional[_Union[Process, _Mapping]] = ...) -> None: ...
+
+class Process(_message.Message):
+    __slots__ = ("host", "pid", "started")
+    HOST_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    STARTED_FIELD_NUMBER: _ClassVar[int]
+    host: bytes
+    pid: int
+    started: int
+    def __init__(self, host: _Optional[bytes] = ..., pid: _Optional[int] = ..., started: _Optional[int] = ...) -> None: ...
+
+class JoinPart(_message.Message):
+    __slots__ = ("part",)
+    PART_FIELD_NUMBER: _ClassVar[int]
+    part: bytes
+    def __init__(self, part: _Optional[bytes] = ...) -> None: ...
 
 class JoinResponse(_message.Message):
     __slots__ = ("member", "create")
@@ -246,18 +264,20 @@ class PushCommit(_message.Message):
     def __init__(self, digest: _Optional[int] = ..., edits: _Optional[_Iterable[_Union[GroupEdit, _Mapping]]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., worker_state: _Optional[bytes] = ..., samples: _Optional[float] = ...) -> None: ...
 
 class PushRequest(_message.Message):
-    __slots__ = ("header", "segment", "offset", "commit", "payload")
+    __slots__ = ("header", "segment", "offset", "commit", "header_part", "payload")
     HEADER_FIELD_NUMBER: _ClassVar[int]
     SEGMENT_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     COMMIT_FIELD_NUMBER: _ClassVar[int]
+    HEADER_PART_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     header: PushHeader
     segment: int
     offset: int
     commit: PushCommit
+    header_part: bytes
     payload: bytes
-    def __init__(self, header: _Optional[_Union[PushHeader, _Mapping]] = ..., segment: _Optional[int] = ..., offset: _Optional[int] = ..., commit: _Optional[_Union[PushCommit, _Mapping]] = ..., payload: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, header: _Optional[_Union[PushHeader, _Mapping]] = ..., segment: _Optional[int] = ..., offset: _Optional[int] = ..., commit: _Optional[_Union[PushCommit, _Mapping]] = ..., header_part: _Optional[bytes] = ..., payload: _Optional[bytes] = ...) -> None: ...
 
 class PushResponse(_message.Message):
     __slots__ = ("receipt",)
@@ -362,16 +382,18 @@ class PullHeader(_message.Message):
     def __init__(self, model_uid: _Optional[bytes] = ..., timeline: _Optional[int] = ..., version: _Optional[int] = ..., unchanged: bool = ..., segments: _Optional[_Iterable[_Union[_types_pb2.Segment, _Mapping]]] = ..., manifest_hash: _Optional[int] = ..., receipt: _Optional[_Union[_types_pb2.Receipt, _Mapping]] = ..., groups: _Optional[_Iterable[_Union[_types_pb2.GroupValues, _Mapping]]] = ..., steps: _Optional[_Iterable[int]] = ..., manifest: _Optional[_Union[_types_pb2.Manifest, _Mapping]] = ..., shared: bool = ..., extras_version: _Optional[int] = ..., extras_bytes: _Optional[int] = ...) -> None: ...
 
 class PullResponse(_message.Message):
-    __slots__ = ("header", "segment", "offset", "payload")
+    __slots__ = ("header", "segment", "offset", "header_part", "payload")
     HEADER_FIELD_NUMBER: _ClassVar[int]
     SEGMENT_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
+    HEADER_PART_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     header: PullHeader
     segment: int
     offset: int
+    header_part: bytes
     payload: bytes
-    def __init__(self, header: _Optional[_Union[PullHeader, _Mapping]] = ..., segment: _Optional[int] = ..., offset: _Optional[int] = ..., payload: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, header: _Optional[_Union[PullHeader, _Mapping]] = ..., segment: _Optional[int] = ..., offset: _Optional[int] = ..., header_part: _Optional[bytes] = ..., payload: _Optional[bytes] = ...) -> None: ...
 
 class UploadHeader(_message.Message):
     __slots__ = ("model", "kind", "ticket", "identity", "manifest", "segments", "steps", "groups", "force", "manifest_hash", "extras_bytes", "policy", "fresh", "extras_all")
@@ -406,16 +428,18 @@ class UploadHeader(_message.Message):
     def __init__(self, model: _Optional[str] = ..., kind: _Optional[_Union[UploadKind, str]] = ..., ticket: _Optional[int] = ..., identity: _Optional[_Union[_types_pb2.Identity, _Mapping]] = ..., manifest: _Optional[_Union[_types_pb2.Manifest, _Mapping]] = ..., segments: _Optional[_Iterable[_Union[_types_pb2.Segment, _Mapping]]] = ..., steps: _Optional[_Iterable[int]] = ..., groups: _Optional[_Iterable[_Union[_types_pb2.GroupValues, _Mapping]]] = ..., force: bool = ..., manifest_hash: _Optional[int] = ..., extras_bytes: _Optional[int] = ..., policy: _Optional[str] = ..., fresh: _Optional[_Iterable[int]] = ..., extras_all: bool = ...) -> None: ...
 
 class UploadRequest(_message.Message):
-    __slots__ = ("header", "segment", "offset", "payload")
+    __slots__ = ("header", "segment", "offset", "header_part", "payload")
     HEADER_FIELD_NUMBER: _ClassVar[int]
     SEGMENT_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
+    HEADER_PART_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     header: UploadHeader
     segment: int
     offset: int
+    header_part: bytes
     payload: bytes
-    def __init__(self, header: _Optional[_Union[UploadHeader, _Mapping]] = ..., segment: _Optional[int] = ..., offset: _Optional[int] = ..., payload: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, header: _Optional[_Union[UploadHeader, _Mapping]] = ..., segment: _Optional[int] = ..., offset: _Optional[int] = ..., header_part: _Optional[bytes] = ..., payload: _Optional[bytes] = ...) -> None: ...
 
 class UploadResponse(_message.Message):
     __slots__ = ("member", "version", "timeline", "extras_version")

@@ -92,6 +92,10 @@ class AsyncPolicy:
         left, self._arrived = self._arrived, []
         return [], left
 
+    def missing(self, view: View) -> str:
+        """Only a push of the same worker's may come before."""
+        return "an earlier push of this worker comes first"
+
     def shown(self, view: View) -> Callable[[Worker], dict[str, Any]]:
         """Nothing of its own."""
         return lambda _: {}

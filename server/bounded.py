@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from .candidate import Candidate
-from .policy import Alone, Move, PolicySettings, View
+from .policy import Alone, Move, PolicySettings, View, listed
 from .settings import Whole
 from .worker import Worker
 
@@ -92,6 +92,12 @@ class BoundedPolicy:
         """Hand over what no review has seen; who waits before its body asks again."""
         left, self._arrived = self._arrived, []
         return [], left
+
+    def missing(self, view: View) -> str:
+        """Who is behind."""
+        slowest = self._slowest(view)
+        behind = [name for name, (_, clock) in self._clocks.items() if clock == slowest]
+        return f"it is {self.settings.bound} clocks ahead of {listed(behind)}"
 
     def shown(self, view: View) -> Callable[[Worker], dict[str, Any]]:
         """Its clock, and how far it is ahead of the slowest."""

@@ -111,7 +111,8 @@ class Executor:
             await asyncio.wait(waits, timeout=left_s, return_when=FIRST_COMPLETED)
         if not future.done():
             self._model.require_whole()
-            raise self.pending(identity.worker, candidate.digest)
+            stepped = self._model.judge.verdict_of(identity) is not None
+            raise self.pending(identity.worker, candidate.digest, stepped=stepped)
         settled = future.result()
         if settled.verdict is None:
             raise copy.copy(settled.error or NotHeld(worker=identity.worker, sequence=identity.sequence))
@@ -126,11 +127,12 @@ class Executor:
             self._model.require_whole()
             raise self.pending(worker, 0)
 
-    def pending(self, worker: str, digest: int) -> PushPending:
+    def pending(self, worker: str, digest: int, *, stepped: bool = False) -> PushPending:
         """What a push is told that waits for others; with its digest once its body is held here."""
-        return PushPending(
-            worker=worker, policy=self._model.judge.policy.name, digest=digest, retry_after_s=0.0
-        )
+        policy = self._model.judge.policy
+        missing = policy.missing(self._model.judge.docket.view(time.monotonic()))
+        why = "its step is being taken" if stepped else missing
+        return PushPending(worker=worker, policy=policy.name, why=why, digest=digest, retry_after_s=0.0)
 
     def let_go(self) -> None:
         """Have nobody wait any more: the server stops."""

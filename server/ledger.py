@@ -161,6 +161,7 @@ class Ledger:
         if context.factor != 1:
             receipt.notes.append(f"gradient scaled by {context.factor:.6g} ({self.hooks.transforms()})")
         receipt.groups.extend(self.groups.messages())
+        receipt.missing_metrics.extend(self.hooks.missing_metrics())
 
 
 def _mean_metrics(candidates: Sequence[Candidate]) -> Mapping[str, float]:

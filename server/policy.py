@@ -7,9 +7,9 @@ together, and which are turned away. It never sees a gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Final, Protocol
 
 from pushstep.proto.types_pb2 import Outcome
 
@@ -67,6 +67,16 @@ class TurnAway:
     notes: tuple[str, ...] = ()
 
 
+NAMES_SHOWN: Final = 5
+
+
+def listed(names: Iterable[str]) -> str:
+    """Some workers' names, in words."""
+    found = sorted(names)
+    more = len(found) - NAMES_SHOWN
+    return ", ".join(found[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
 Move = Alone | Together | TurnAway
 
 
@@ -104,6 +114,9 @@ class Policy(Protocol):
 
     def close(self, view: View) -> tuple[list[Move], list[Candidate]]:
         """The end of this policy: the moves that it can still make, and the candidates for the next one to judge."""
+
+    def missing(self, view: View) -> str:
+        """What pushes wait for, in words."""
 
     def shown(self, view: View) -> Callable[[Worker], dict[str, Any]]:
         """What an operator may want to know of each worker under this policy: looked up once for all of them."""

@@ -24,6 +24,7 @@ from pushstep.proto.errors import (
     TooOld,
     UnknownWorker,
 )
+from pushstep.proto.training_pb2 import Process
 from pushstep.proto.types_pb2 import Identity, Outcome, Receipt
 
 from .worker import RECEIPTS_KEPT, Verdict, Worker, WorkerState
@@ -130,6 +131,14 @@ class Sessions:
             raise LeaseExpired(worker=worker.name, seconds=self.lease_s)
         self._touch(worker, now_s)
         return worker
+
+    def renew(self, identity: Identity, now_s: float) -> None:
+        """Begin a lease anew that has not run out; nothing for who has none."""
+        worker = self.workers.get(identity.worker)
+        if worker is None or worker.epoch != identity.epoch or worker.state is not WorkerState.LIVE:
+            return
+        if now_s <= worker.lease_until_s:
+            self._touch(worker, now_s)
 
     def judged(self, worker: Worker, identity: Identity, digest: int | None = None) -> Verdict | None:
         """The stored verdict of a sequence seen before, or None if it is the next one.
@@ -276,6 +285,7 @@ class Sessions:
                 "forgotten": list(worker.forgotten),
                 "since": worker.since,
                 "worker_state": worker.worker_state.hex(),
+                "process": worker.process.SerializeToString().hex(),
                 "verdicts": [
                     {
                         "digest": verdict.digest,
@@ -306,6 +316,7 @@ class Sessions:
                 refused_in_row=entry["refused_in_row"],
                 quarantined=entry["quarantined"],
                 since=entry.get("since", 0),
+                process=Process.FromString(bytes.fromhex(entry.get("process", ""))),
             )
             # snapshots of before these were kept have none of them
             worker.attempts.extend(entry.get("attempts", ()))

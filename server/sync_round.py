@@ -21,7 +21,7 @@ from pydantic import Field
 from pushstep.proto.types_pb2 import Outcome
 
 from .candidate import Candidate
-from .policy import Move, PolicySettings, Together, TurnAway, View
+from .policy import Move, PolicySettings, Together, TurnAway, View, listed
 from .settings import Positive, Seconds
 from .worker import Worker
 
@@ -170,6 +170,17 @@ class SyncPolicy:
         if open_round is not None and self.settings.quorum is not None and len(held) >= self.settings.quorum:
             return self._end(open_round, "the policy was changed at quorum"), queue
         return [], held + queue
+
+    def missing(self, view: View) -> str:
+        """Who has not pushed, or is not there."""
+        if self.round is None:
+            there = len(view.members)
+            if view.busy or there >= self.settings.min_workers:
+                return "the round before is being added up"
+            return f"{there} of {self.settings.min_workers} workers are there"
+        present = {worker.name for worker in view.members}
+        awaited = (self.round.expected & present) - self.round.pushes.keys()
+        return f"{listed(awaited)} {'have' if len(awaited) > 1 else 'has'} not pushed yet"
 
     def shown(self, view: View) -> Callable[[Worker], dict[str, Any]]:
         """Whether the open round waits for it or has its push."""

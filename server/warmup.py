@@ -28,6 +28,8 @@ def warm_kernels(device: torch.device, cache: Path) -> None:
     Varints(b"", 1)
     ids, rows = coalesce(torch.tensor([1, 0, 1]), torch.ones(3, 2))
     for rule in RULES.values():
+        if rule.kernel:
+            continue  # less usual, and compiled when it is first stepped
         hyperparameters = dict(rule.defaults)
         for factor in (1.0, 0.5):
             param, *state = (torch.zeros(2, 2, device=device) for _ in range(1 + len(rule.state_names)))

@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import Final
 
 from pushstep.proto.errors import PushstepError
+from pushstep.proto.training_pb2 import Process
 from pushstep.proto.types_pb2 import Receipt
 
 from .candidate import Candidate
@@ -68,6 +69,8 @@ class Worker:
     attempts: deque[int] = field(default_factory=lambda: deque(maxlen=JOINS_KEPT))
     # (epoch, sequence) of the last push whose receipt is not kept any more
     forgotten: tuple[int, int] = (0, 0)
+    # where the session that has the name runs, if it has said so
+    process: Process = field(default_factory=Process)
     # the first epoch of the session that has the name: it may join over itself, who had the name before may not
     since: int = 0
 

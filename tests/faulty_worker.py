@@ -99,7 +99,7 @@ class Faults:
     ) -> PushResponse:
         """The client gives up at some moment of the call; whether the server had taken it, it does not know."""
         hurried = _Hurried(transport, self._chance.uniform(0.0002, 0.003))
-        return self._push(hurried, header, body, commit)  # type: ignore[arg-type]
+        return self._push(hurried, header, body, commit)
 
     def _again(self, delay_s: float, transport: Transport, *sent: Any) -> None:
         *request, first = sent
@@ -117,11 +117,11 @@ class Faults:
             )
 
 
-class _Hurried:
+class _Hurried(Transport):
     """A transport that waits for less time."""
 
     def __init__(self, transport: Transport, timeout_s: float) -> None:
-        self._channel = transport._channel
+        self.__dict__.update(vars(transport))
         self.timeout_s = timeout_s
 
 

@@ -298,7 +298,10 @@ def test_a_scheduler_in_each_of_four_workers_counts_once(
         module = torch.nn.Linear(2, 1)
         with connect(server.grpc, model=model_name, worker=name, timeout_s=20, retry_for_s=30) as session:
             optimizer = session.attach(
-                torch.optim.Adadelta(module.parameters(), lr=1.0), module=module, policy=policy
+                torch.optim.Adadelta(module.parameters(), lr=1.0),
+                module=module,
+                policy=policy,
+                workers=4 if policy == "sync" else None,
             )
             scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 10, 0.5)
             there.wait(30)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
+from typing import Annotated
+
 import typer
 
 from .demo import demo
@@ -10,6 +13,24 @@ from .status import status
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Use a pushstep server from the command line."
 )
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"pushstep {version('pushstep')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    asked: Annotated[
+        bool,
+        typer.Option("--version", help="Say which version this is.", callback=_show_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Use a pushstep server from the command line."""
+
+
 app.command()(demo)
 app.command()(status)
 

@@ -16,16 +16,14 @@ def status(
     # not needed for --help
     from pushstep.proto.errors import PushstepError
 
-    from ..transport import Transport
+    from ..dial import dial
 
-    transport = Transport(server, timeout_s=3.0)
     try:
-        found = transport.wait_for_server()
+        transport, found = dial(server, timeout_s=3.0)
     except PushstepError as error:
         typer.echo(error.message, err=True)
         raise typer.Exit(1) from error
-    finally:
-        transport.close()
+    transport.close()
     facts = {
         "server": server,
         "version": found.server_version,

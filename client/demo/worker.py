@@ -12,12 +12,15 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from .. import connect
 from .data import load_flights
 from .model import flight_model, optimizers
 from .training import train
+
+# for a server that is started with the workers
+START_S: Final = 60.0
 
 
 def work(
@@ -36,7 +39,7 @@ def work(
     network = flight_model(flights)
     outcomes: Counter[str] = Counter()
     staleness: list[int] = []
-    with closing(connect(server, model=model, worker=worker, wire=wire)) as session:
+    with closing(connect(server, model=model, worker=worker, wire=wire, wait_s=START_S)) as session:
         optimizer = session.attach(optimizers(network), module=network, policy=policy)
 
         def report(step: int, loss: float) -> None:

@@ -96,6 +96,11 @@ class HookChain:
                 hook.failures += 1
                 log.warning("hook %s failed at version %d: %s", hook.hook_id, context.version, error)
 
+    def missing_metrics(self) -> list[str]:
+        """Metrics that hooks wait for, and that no push has reported yet."""
+        found = [hook.missing_metric() for hook in self._at(Point.STEP_POST)]
+        return sorted({metric for metric in found if metric is not None})
+
     def tell(self, point: Point, event: Callable[[], Mapping[str, Any]]) -> None:
         """Hand an event to the observers at a point. Never waits: when they are behind, it is dropped and counted."""
         observers = [hook for hook in self._at(point) if hook.kind == "observer"]

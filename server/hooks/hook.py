@@ -75,6 +75,10 @@ class Hook:
         """What the hook wants done with non-finite gradients, if that is its business."""
         return None
 
+    def missing_metric(self) -> str | None:
+        """A metric that it has waited for since it was installed, and no push has reported."""
+        return None
+
     def state(self) -> dict[str, Any]:
         """What a snapshot must hold for the hook to go on where it was, as JSON."""
         return {}

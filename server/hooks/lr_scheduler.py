@@ -131,6 +131,7 @@ class LRScheduler(Hook):
         except ValueError:
             pass  # it is past its last step already
         self._stand_in, self._scheduler = self._built(groups)
+        self._heard = False
         try:
             self._write(groups)
         except (TypeError, ValueError) as error:
@@ -145,8 +146,15 @@ class LRScheduler(Hook):
 
     def step_post(self, context: StepContext, groups: ParamGroups) -> None:
         """One scheduler step."""
-        if self._advance(context.metrics.get(self._settings.metric)):
+        metric = context.metrics.get(self._settings.metric)
+        self._heard = self._heard or metric is not None
+        if self._advance(metric):
             self._write(groups)
+
+    def missing_metric(self) -> str | None:
+        """Of ReduceLROnPlateau, which does nothing without it."""
+        waits = isinstance(self._scheduler, lr_scheduler.ReduceLROnPlateau) and not self._heard
+        return self._settings.metric if waits else None
 
     def _built(self, groups: ParamGroups) -> tuple[torch.optim.Optimizer, Any]:
         stand_in = _StandIn(float(groups.list[index].values["lr"]) for index in self._indices)

@@ -24,6 +24,7 @@ from pushstep.proto.errors import (
     MessageTooLarge,
     MethodNotAllowed,
     PushstepError,
+    RangeNotSatisfiable,
     UnknownRoute,
 )
 from pushstep.proto.status import PROBLEM_TYPE, named, to_problem
@@ -43,6 +44,7 @@ from . import (
     param_groups,
     parameters,
     policy,
+    root,
     snapshots,
     workers,
 )
@@ -59,6 +61,7 @@ ALWAYS_ANSWERED: Final = frozenset({"/healthz", "/readyz"})
 
 
 RESOURCES: Final = (
+    root,
     models,
     param_groups,
     parameters,
@@ -71,7 +74,7 @@ RESOURCES: Final = (
 )
 
 
-def create_app(catalog: Catalog, allowed_hosts: Collection[str] | None) -> FastAPI:
+def create_app(catalog: Catalog, allowed_hosts: Collection[str] | None, grpc_address: str = "") -> FastAPI:
     """The REST interface over `catalog`. `allowed_hosts` None answers whatever Host is sent."""
     app = FastAPI(
         title="pushstep",
@@ -85,6 +88,7 @@ def create_app(catalog: Catalog, allowed_hosts: Collection[str] | None) -> FastA
     )
     openapi.describe(app)
     app.state.catalog = catalog
+    app.state.grpc_address = grpc_address
     app.state.exports = Exports()
     app.include_router(health.router)
     for resource in RESOURCES:
@@ -142,6 +146,8 @@ def problem_response(error: PushstepError) -> JSONResponse:
     """An error in the one shape that this door has."""
     wait_s = error.retry_after_s
     headers = {} if wait_s is None else {"Retry-After": str(max(1, round(wait_s)))}
+    if isinstance(error, RangeNotSatisfiable):
+        headers["Content-Range"] = f"bytes */{error.fields['size']}"
     return JSONResponse(to_problem(error), error.http_status, headers, media_type=PROBLEM_TYPE)
 
 

@@ -6,6 +6,8 @@ import contextlib
 import copy
 import inspect
 import itertools
+import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from harness import RunningServer, wait_until
+from interrupts import python_s_handler
 from operators import show_worker
 from proxy import Proxy
 from torch import nn
@@ -25,6 +28,7 @@ from twin import Network, backward, both
 
 import pushstep.client
 from pushstep.client import Session
+from pushstep.client import shield as shield_file
 from pushstep.optim import Adadelta, Adagrad
 from pushstep.proto import training_pb2, training_pb2_grpc
 from pushstep.proto.errors import (
@@ -40,20 +44,32 @@ from pushstep.proto.errors import (
 from pushstep.proto.status import from_rpc_error
 from pushstep.proto.types_pb2 import Manifest, Parameter, ParamGroup
 
+__all__ = ["python_s_handler"]
 # a socket that was just being opened is closed by the collector
 COLLECTED = pytest.mark.filterwarnings("ignore:.*unclosed <socket:pytest.PytestUnraisableExceptionWarning")
 CLIENT = str(Path(pushstep.client.__file__).parent)
+# what begins and ends with it lies outside of what is undone, and signals are held off in it
+SHIELD = shield_file.__file__
 
 
 class Interrupted(BaseException):
     """As Ctrl-C, or anything else that comes from anywhere."""
 
 
-class FaultAt:
-    """Raises in the n-th call of a function of the client's; `calls` counts them."""
+def _raise() -> None:
+    raise Interrupted
 
-    def __init__(self, number: int) -> None:
+
+def _signal() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+class FaultAt:
+    """Does something in the n-th call of a function of the client's, at first raise; `calls` counts them."""
+
+    def __init__(self, number: int, fault: Callable[[], None] = _raise) -> None:
         self.number = number
+        self.fault = fault
         self.calls = 0
         self.where = ""
 
@@ -66,15 +82,15 @@ class FaultAt:
 
     def _trace(self, frame: FrameType, event: str, _: Any) -> None:
         # of a generator this would be at its end, too, where nobody hears of it
-        ours = (
-            frame.f_code.co_filename.startswith(CLIENT) and not frame.f_code.co_flags & inspect.CO_GENERATOR
-        )
+        file = frame.f_code.co_filename
+        ours = file.startswith(CLIENT) and not frame.f_code.co_flags & inspect.CO_GENERATOR
+        ours = ours and file != SHIELD
         if event == "call" and ours:
             self.calls += 1
             if self.calls == self.number:
                 sys.settrace(None)
                 self.where = f"{frame.f_code.co_qualname}, call {self.number}"
-                raise Interrupted
+                self.fault()
 
 
 class Trained(Network):
@@ -160,6 +176,32 @@ def test_whatever_call_fails(
     backward(script.model, [remote], 9)
     remote.step()
     assert show_worker(server, model_name, "w1")["state"] == "live"
+
+
+@COLLECTED
+@pytest.mark.usefixtures("python_s_handler")
+@pytest.mark.parametrize("there", [False, True], ids=["creates", "joins"])
+def test_whenever_ctrl_c_comes(server: RunningServer, model_name: str, there: bool) -> None:
+    """The attach is undone: what it would have returned is held by nobody."""
+    if there:
+        first = Script(4)
+        server.connect(model_name, "w0").attach(first.optimizers, module=first.model)
+    session = server.connect(model_name, "w1")
+    for number in itertools.count(1, 29):
+        script = Script(1)
+        fault = FaultAt(number, _signal)
+        try:
+            with warnings.catch_warnings(), fault:
+                warnings.simplefilter("ignore")  # that the server's values hold
+                remote = session.attach(script.optimizers, module=script.model)
+        except KeyboardInterrupt:
+            script.check()
+            assert _undone(server, model_name, "w1"), fault.where
+        else:
+            break
+    assert fault.calls < number and number > 60
+    backward(script.model, [remote], 9)
+    remote.step()
 
 
 def _numbers(stride: int = 1) -> Iterator[int]:

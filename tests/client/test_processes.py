@@ -112,3 +112,13 @@ def test_a_remote_optimizer_is_not_copied(server: RunningServer, model_name: str
             act(remote)
     loss_of(model, 0).backward()
     remote.step()
+
+
+def test_a_session_is_not_copied(server: RunningServer, model_name: str) -> None:
+    """Nor is what holds one: a module, a trainer."""
+    session = server.connect(model_name)
+    for act in (copy.copy, copy.deepcopy, pickle.dumps, lambda s: copy.deepcopy({"session": s})):
+        with pytest.raises(TypeError, match=r"live connection.*connect\(\) again"):
+            act(session)
+    twins = Twins(session, Network(), adagrad)
+    twins.step(0)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
-import socket
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +11,13 @@ import torch
 from harness import RunningServer
 from twin import Network, adagrad, backward
 
-from pushstep.client import Outcome, Session, connect
+from pushstep.client import Outcome, Session
 from pushstep.optim import Adadelta, Adagrad
 from pushstep.proto.errors import (
     InvalidManifest,
     NonfiniteGradient,
     NotAttached,
     RowOutOfRange,
-    ServerUnavailable,
     TooLong,
     UnknownModel,
     UnknownParameter,
@@ -302,20 +297,7 @@ def test_an_optimizer_over_bfloat16_frames(server: RunningServer, model_name: st
         assert torch.equal(parameter, torch.from_numpy(truth[name]).bfloat16().float()), name
 
 
-def test_a_wire_dtype_that_does_not_exist(server: RunningServer, model_name: str) -> None:
-    with pytest.raises(WrongDtype, match=r"torch\.int32"):
-        server.connect(model_name, wire=torch.int32)
-
-
 # --- where the server is
-
-
-def test_the_default_worker_name(server: RunningServer, model_name: str) -> None:
-    with connect(server.grpc, model=model_name) as made:
-        made.create(values())
-        assert made.worker == f"{socket.gethostname()}-{os.getpid()}"
-        listed = server.rest("GET", f"/v1/models/{model_name}/workers").json()["workers"]
-        assert [worker["name"] for worker in listed] == [made.worker]
 
 
 def test_over_the_unix_socket(server: RunningServer, model_name: str) -> None:
@@ -324,27 +306,6 @@ def test_over_the_unix_socket(server: RunningServer, model_name: str) -> None:
     made.create(values(), GROUPS)
     _, got = made.exchange(grads())
     check(got, local([grads()]))
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
-
-
-@pytest.mark.parametrize("what", ["nobody", "a web server", "a missing socket"])
-def test_no_server_there(server: RunningServer, what: str, tmp_path: Path) -> None:
-    address = {
-        "nobody": f"127.0.0.1:{_free_port()}",
-        "a web server": server.http,
-        "a missing socket": f"unix:{tmp_path}/none",
-    }[what]
-    started_s = time.monotonic()
-    with pytest.raises(ServerUnavailable) as caught:
-        connect(address, model="m", timeout_s=0.5)
-    assert time.monotonic() - started_s < 5.0
-    assert re.search(
-        f"{re.escape(address)} within 0.5 s .*start one with: pushstep-server", caught.value.message
-    )
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from harness import RunningServer, running_server, wait_until
 from proxy import Proxy
 from twin import Network, adagrad, backward
 
-from pushstep.client import Session, connect
+from pushstep.client import Session, connect, membership
 from pushstep.optim import Adadelta, Adagrad
 from pushstep.proto.errors import AlreadyJoined, Fenced, ModelLost, SessionClosed
 
@@ -56,7 +56,12 @@ def test_nothing_works_after_close(session: Session) -> None:
             call()
 
 
-def test_a_live_name_is_waited_out_or_taken_over(session: Session, server: RunningServer) -> None:
+def test_a_live_name_is_waited_out_or_taken_over(
+    server: RunningServer, model_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(membership, "this_process", lambda: None)  # or nobody else could mean it
+    session = server.connect(model_name)
+    create(session)
     impatient = server.connect(session.model, "w0", retry_for_s=0.2)
     with pytest.raises(AlreadyJoined, match=r"'w0' is live for another .* takeover=True"):
         impatient.push(grads(0))

@@ -12,6 +12,7 @@ from proxy import Proxy
 
 from pushstep.client import connect
 from pushstep.client.retry import Retry
+from pushstep.client.waiting import Wait
 from pushstep.proto.errors import Draining, NoAnswer
 
 
@@ -59,7 +60,7 @@ def test_waits_grow_and_a_named_error_keeps_its_name() -> None:
         raise Unanswered
 
     with pytest.raises(NoAnswer, match="UNAVAILABLE: gone"):
-        Retry("here", 1.0).run(attempt)
+        Retry(Wait("here"), 1.0).run(attempt)
     assert 3 <= len(times_s) <= 9
     assert times_s[-1] - times_s[0] >= 0.99, "the time that there is, is used"
 
@@ -67,6 +68,6 @@ def test_waits_grow_and_a_named_error_keeps_its_name() -> None:
         raise Draining
 
     with pytest.raises(Draining):
-        Retry("here", 0.1).run(draining)
+        Retry(Wait("here"), 0.1).run(draining)
     with pytest.raises(ZeroDivisionError):
-        Retry("here", 10.0).run(lambda: 1 // 0)
+        Retry(Wait("here"), 10.0).run(lambda: 1 // 0)

@@ -94,6 +94,7 @@ def test_bulk_fields_are_where_the_codec_writes_them(kind: Any) -> None:
     fields = {f.name: (f.number, TYPES[f.type]) for f in kind.DESCRIPTOR.fields}
     assert fields.pop("header") == (1, "message")
     assert {name: fields.pop(name) for name in BULK} == BULK
+    assert fields.pop("header_part") == (5, "bytes")
     assert fields in ({}, {"commit": (4, "message")})
     assert max(f.number for f in kind.DESCRIPTOR.fields) == 15
 
@@ -103,7 +104,7 @@ def test_what_outlives_a_process_keeps_its_numbers() -> None:
     pinned = {
         "Receipt": "outcome=1 reason=2 identity=3 version=4 staleness=5 gradient_norm=6 clip_factor=7 groups=8 "
         "ignored_edits=9 lead=10 durability=11 times=12 duplicates=13 contributors=14 lr_scale=15 step_norm=16 notes=17 "
-        "policy=18",
+        "policy=18 missing_metrics=19",
         "Identity": "model_uid=1 timeline=2 worker=3 epoch=4 sequence=5",
         "Segment": "arena=1 start=2 stop=3 dtype=4 rows=5 state=6 elements=7 parameter=8",
         "GroupValues": "group=1 values=2 effective_lr=3",

@@ -200,7 +200,7 @@ def test_wrong_methods(server: RunningServer, owner: Session) -> None:
 
 PATHS = [
     "/",
-    "/v1",
+    "/v1/",
     "/v2/models",
     f"{ROOT}/nothing",
     f"{ROOT}x/..",
@@ -307,7 +307,7 @@ HOOKS: dict[str, tuple[Any, str]] = {
     ),
     "settings without end": (
         {"name": "json_log", "point": "step_pre", "settings": {"every": [1] * 10_000}},
-        "invalid_hook",
+        "invalid_settings",
     ),
     "no object": ([], "invalid_settings"),
 }
