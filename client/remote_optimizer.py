@@ -134,6 +134,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
             self._attached.follow()
             edited = self._attached.edited()
             if edited and not self._may_send_edits():
+                self._check_current()
                 ranks.refuse_wrapper()  # whose broadcast it then was
                 raise LocalParameterEdit(parameter=edited[0])
         except PushstepError as error:
@@ -231,6 +232,10 @@ class RemoteOptimizer(torch.optim.Optimizer):
         """What is written before the first step may be the other half of a checkpoint, whose state attach did not take."""
         return self._sends_edits and not self._attached.state_discarded
 
+    def _check_current(self) -> None:
+        """Fenced or ModelLost where what is here is nobody's edit: another session may have written it."""
+        self._session.pull_message(self._parameters.at)
+
     def _finish(self) -> None:
         """The session is being closed."""
         if self._overlap is not None:
@@ -251,10 +256,13 @@ class RemoteOptimizer(torch.optim.Optimizer):
                 if edited or self._parameters.fresh:
                     self._attached.send_edits(edited)
             elif self._told != LocalParameterEdit.code:
+                self._check_current()
                 caller.warn(
                     f"parameter {edited[0]!r} was changed here after the last step, and the server has not seen it; "
                     'attach(..., edits="upload") or session.upload() before close() sends it'
                 )
+        except Fenced:
+            return  # its name is another's, and so may be what was written
         except PushstepError as error:
             if self._told != error.code:
                 caller.warn(f"what was changed here after the last step is lost: {error.message}")
