@@ -104,6 +104,7 @@ class LocalEdits:
 
     def look(self) -> Seen:
         """What has happened to them since."""
+        self._lies_as_known = False
         if self._samples is None:
             return NOTHING
         versions = list(map(_version, self._tensors))

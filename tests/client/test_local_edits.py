@@ -16,6 +16,7 @@ from twin import Make, Network, Twins, adadelta, adagrad, backward, both
 
 from pushstep.optim import Adagrad
 from pushstep.proto.errors import (
+    InvalidHyperparameter,
     InvalidSettings,
     LocalParameterEdit,
     UnsupportedModule,
@@ -322,6 +323,26 @@ def test_a_write_after_the_last_step_is_said_at_the_end(server: RunningServer, m
     _through_data(network)
     with pytest.warns(RuntimeWarning, match="changed here after the last step"):
         session.close()
+
+
+@TRANSPORTS
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
+def test_what_was_uploaded_is_known_though_a_step_was_refused_before(
+    server: RunningServer, model_name: str, edit: Callable[[nn.Module], None], shared_memory: bool
+) -> None:
+    """The look before that step was the last one that found nothing."""
+    session, network = server.connect(model_name, shared_memory=shared_memory), Square()
+    remote = session.attach(adagrad(network), module=network)
+    backward(network, [remote], 0)
+    remote.param_groups[0]["lr"] = -1.0
+    with pytest.raises(InvalidHyperparameter):
+        remote.step()
+    remote.param_groups[0]["lr"] = 0.1
+    edit(network)
+    with pytest.raises(LocalParameterEdit):
+        remote.step()
+    session.upload()
+    remote.step()
 
 
 @pytest.mark.parametrize("edits", ["sample", "upload"])
