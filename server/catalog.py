@@ -251,7 +251,7 @@ class Catalog:
         raise OutOfMemory(what=f"model {name} on {self.device.where}", need=need)
 
     def _model(self, name: str, uid: bytes, timeline: int, layout: Layout, groups: ParamGroups) -> Model:
-        sessions = Sessions(self.config.lease_s, self.config.max_workers, name)
+        sessions = Sessions(self.config.lease_s, self.config.max_workers, name, self.config.worker_bytes)
         staging_bytes = self.config.staging_bytes
         model = Model(name, uid, timeline, layout, groups, sessions, self.device, staging_bytes)
         model.on_failed = self._failed

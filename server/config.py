@@ -52,6 +52,9 @@ class Config(BaseSettings):
     max_bytes: int = Field(1 << 40, ge=1, description="bytes of parameters and optimizer state held at once")
     staging_bytes: int = Field(8 << 30, ge=1, description="bytes of pushes in flight at once")
     max_workers: int = Field(10_000, ge=1, description="workers live at once, and remembered, per model")
+    worker_bytes: int = Field(
+        512 << 20, ge=1 << 20, description="bytes of remembered workers, their receipts and states, per model"
+    )
     max_connections: int = Field(
         20_000,
         ge=1,

@@ -86,6 +86,7 @@ class Intake:
         if not self.has_body:
             model.judge.reattached(header, self._started_s)
             return
+        gate.require_plausible(self._layout, header.segments, header.edits)
         while model.judge.offered(header, time.monotonic()) is Offer.WAIT:
             await model.executor.change(until_s, header.identity.worker)
         self._offered = True
@@ -199,7 +200,7 @@ class Intake:
             self._body.finish()
         if commit is None:
             raise MalformedFrame(problem="the stream ended without a commit")
-        gate.close_header(self.header, commit)
+        gate.close_header(self._layout, self.header, commit)
         received_s = time.monotonic()
         digest, push, fault = await self._look()
         if commit.digest not in (0, digest):
@@ -249,7 +250,7 @@ class Intake:
             push = gate.inspect(self._layout, self.header, self._body, self._budget.buffer, self._arrived)
             return self.model.device.bring(push, self._body), None
         except InvalidRequest as error:
-            return None, error
+            return None, copy.copy(error)  # the one that was raised holds, in its traceback, the whole body
 
 
 def _receipt_or_raise(verdict: Verdict) -> Receipt:

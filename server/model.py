@@ -8,9 +8,9 @@ when the stepper has worked through its queue.
 from __future__ import annotations
 
 import asyncio
+import copy
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
@@ -27,11 +27,13 @@ from pushstep.proto.errors import (
     StepFailed,
 )
 from pushstep.proto.layout import Layout
+from pushstep.proto.status import untrace
 from pushstep.proto.types_pb2 import GroupValues, Identity, Receipt
 
 from . import policies, quality
 from .arena import Arenas, ArenasCopy
 from .device import Device
+from .events import Events
 from .executor import Executor
 from .groups import Group, ParamGroups
 from .hooks.chain import HookChain
@@ -47,7 +49,6 @@ from .sync_round import SyncSettings
 from .worker import WorkerState
 
 log = logging.getLogger("pushstep.model")
-EVENTS_KEPT: Final = 1000
 NAMES_SHOWN: Final = 10
 
 
@@ -86,8 +87,7 @@ class Model:
         self.ended = False
         # a module's buffers and frozen values; replaced as a whole, never written to
         self.extras: Mapping[str, Tensor] = {}
-        self.events: deque[dict[str, Any]] = deque(maxlen=EVENTS_KEPT)
-        self._events_seen = 0
+        self.events = Events()
         self.last_receipt: Receipt | None = None
         # whose upload replaced the optimizer state last, so that its retry is answered and not refused
         self.replaced_by: Identity | None = None
@@ -121,7 +121,7 @@ class Model:
         """What `require_here` raises; ModelFailed while a broken-off write has left it between two versions."""
         self.require_here()
         if self.failed is not None:
-            raise self.failed.with_traceback(None)  # or it grows with every request that it refuses
+            raise copy.copy(self.failed)  # its traceback would keep what was refused with it
 
     def require_here(self) -> None:
         """ModelLost once it is deleted; Draining once the server saves it for the last time."""
@@ -150,17 +150,19 @@ class Model:
                 setting="staging-bytes",
             )
 
-    def broke_off(self, problem: Exception, version: int) -> PushstepError:
+    def broke_off(self, problem: BaseException, version: int) -> PushstepError:
         """A step could not be taken: what its pushes are told. If it had begun to write, the model is failed as well."""
         if isinstance(problem, PushstepError):
-            return problem
+            untrace(problem)
+            return copy.copy(problem)
         log.error("model %s: the step to version %d failed", self.name, version, exc_info=problem)
         failure = StepFailed(model=self.name, version=version, problem=in_short(problem))
         self.record(failure.code, "server", step=version, problem=in_short(problem))
         self.fail_if_torn(problem)
+        untrace(problem)
         return failure
 
-    def fail_if_torn(self, problem: Exception) -> None:
+    def fail_if_torn(self, problem: BaseException) -> None:
         """Take nothing more until a restore replaces the arenas, if a write has left them between two versions."""
         if self.arenas.torn and self.failed is None:
             self.failed = ModelFailed(model=self.name, version=self.version, problem=in_short(problem))
@@ -245,10 +247,8 @@ class Model:
 
     def record(self, kind: str, by: str, **facts: Any) -> None:
         """Note an event: who did what, after which version."""
-        self._events_seen += 1
-        self.events.append(
+        self.events.note(
             {
-                "id": self._events_seen,
                 "time": time.time(),
                 "kind": kind,
                 "by": by,

@@ -32,6 +32,8 @@ class Verdict:
     digest: int
     receipt: Receipt
     error: PushstepError | None = None
+    # what it takes, once it is stored
+    kept_bytes: int = 0
 
 
 @dataclass(slots=True)
@@ -70,6 +72,8 @@ class Worker:
     forgotten: tuple[int, int] = (0, 0)
     # the first epoch of the session that has the name: it may join over itself, who had the name before may not
     since: int = 0
+    # what all of this takes (session.py counts it)
+    kept_bytes: int = 0
 
     @property
     def told_version(self) -> int:
