@@ -178,6 +178,16 @@ class MessageTooLarge(InvalidRequest):
     template = "a message of {got} bytes is over the limit of {limit}; send smaller chunks"
 
 
+class InvalidState(InvalidRequest):
+    """Optimizer state that no step can have left, and that would break the next ones."""
+
+    code = "invalid_state"
+    template = (
+        "{state!r} of {parameter!r} holds {got}: it is a sum or mean of squares, finite and not negative; nothing was "
+        "changed"
+    )
+
+
 class NonfiniteGradient(InvalidRequest):
     """A gradient with NaN or infinity under `nonfinite = reject`."""
 
@@ -505,7 +515,7 @@ class OverBudget(Unavailable):
     code = "over_budget"
     grpc_status = Status.RESOURCE_EXHAUSTED
     http_status = 503
-    template = "the push needs {need} bytes of staging and {free} of {budget} are free; try again"
+    template = "{need} bytes are needed and {free} of the {budget} of --{setting} are free; try again"
 
 
 class MemoryShort(Unavailable):
@@ -564,11 +574,20 @@ class Busy(Unavailable):
     template = "{waiting} {what} are under way already; try again"
 
 
+class ReaderStalled(Unavailable):
+    """A reader that takes nothing of its answer. What was kept for it is let go of."""
+
+    code = "reader_stalled"
+    grpc_status = Status.ABORTED
+    http_status = 408
+    template = "nothing of the answer was taken for {seconds} s; ask again"
+
+
 class ExportsBusy(Unavailable):
-    """Exports of other versions hold the memory set aside for them."""
+    """Copies of other models or versions, for exports or states, hold the memory or disk set aside for them."""
 
     code = "exports_busy"
-    template = "{count} exports are being written; try again"
+    template = "{count} copies of other models or versions are being written or sent; try again"
 
 
 class Broken(PushstepError):

@@ -82,6 +82,11 @@ class Arenas:
             )
         return total
 
+    @staticmethod
+    def bytes_charged(layout: Layout) -> int:
+        """What such a model counts for: its buffers, and what its tied weights add to a checkpoint of it."""
+        return Arenas.bytes_needed(layout) + layout.alias_bytes
+
     def flat(self, arena: int, state: str = "") -> Tensor:
         """A whole arena: the parameters, or one of their states."""
         return self.states[arena][state] if state else self.parameters[arena]

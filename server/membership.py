@@ -13,7 +13,7 @@ from pushstep.proto.layout import Layout, Slot
 from pushstep.proto.training_pb2 import CreationTicket, JoinRequest, JoinResponse, Membership
 from pushstep.proto.types_pb2 import Identity, Manifest
 
-from .catalog import CREATION_S, Catalog, check_name, propose
+from .catalog import Catalog, check_name, propose
 from .model import Model
 from .threads import INLINE_PARTS, REQUESTS
 from .worker import Worker
@@ -22,7 +22,7 @@ DIFFERENCES_SHOWN: Final = 10
 T = TypeVar("T")
 
 
-async def join(catalog: Catalog, request: JoinRequest) -> JoinResponse:
+async def join(catalog: Catalog, request: JoinRequest, peer: str = "") -> JoinResponse:
     """Make the caller a worker, or give it leave to create the model.
 
     What takes long with a large manifest is done first, in a thread. The model may change meanwhile, or begin to be.
@@ -44,16 +44,16 @@ async def join(catalog: Catalog, request: JoinRequest) -> JoinResponse:
     check_name(request.model, "model name")
     proposal = await _looked_at(request.manifest, propose)
     if request.model in catalog.models:
-        return await join(catalog, request)
+        return await join(catalog, request, peer)
     now_s = time.monotonic()
-    creation = catalog.begin_creation(request.model, request.worker, proposal, now_s, request.attempt)
+    creation = catalog.begin_creation(request.model, request.worker, proposal, now_s, request.attempt, peer)
     return JoinResponse(
         create=CreationTicket(
             model=request.model,
             worker=request.worker,
             ticket=creation.ticket,
-            expires_s=CREATION_S,
-            manifest=creation.layout.manifest,
+            expires_s=max(0.0, creation.expires_at_s - now_s),
+            manifest=proposal.layout.manifest,
         )
     )
 

@@ -11,7 +11,7 @@ import asyncio
 import copy
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -87,6 +87,7 @@ class Model:
         self.ended = False
         # a module's buffers and frozen values; replaced as a whole, never written to
         self.extras: Mapping[str, Tensor] = {}
+        self._extras_seen = 0
         self.events = Events()
         self.last_receipt: Receipt | None = None
         # whose upload replaced the optimizer state last, so that its retry is answered and not refused
@@ -111,6 +112,17 @@ class Model:
     def timeline(self) -> int:
         """Grows with each restore."""
         return self.ledger.timeline
+
+    @property
+    def held_bytes(self) -> int:
+        """What it counts for, of --max-bytes."""
+        extras = sum(tensor.nbytes for tensor in self.extras.values())
+        return Arenas.bytes_charged(self.layout) + extras
+
+    @property
+    def content(self) -> Hashable:
+        """What a copy of it now would be of: equal for equal copies only."""
+        return self.uid, self.timeline, self.version, self.edit, self._extras_seen
 
     def require_current(self, identity: Identity) -> None:
         """ModelLost, Superseded or ModelFailed unless `identity` is of this model on this timeline."""
@@ -260,6 +272,11 @@ class Model:
         )
 
     # Replacing what the model is.
+
+    def replace_extras(self, extras: Mapping[str, Tensor]) -> None:
+        """Hold other buffers and frozen values. They are of no version."""
+        self.extras = extras
+        self._extras_seen += 1
 
     def restore(
         self, copy: ArenasCopy, saved: Mapping[str, Any] | None, timeline: int, by: str
