@@ -53,6 +53,7 @@ from .hooks.hook import Point
 from .model import Model
 from .model_folder import IdentityFile, ModelFolder, Recovered, model_folders
 from .quality import Quality
+from .read_budget import ReadBudget
 from .session import Sessions
 from .snapshot_manifest import require_understood
 from .snapshots import EXPORT_PREFIX, Snapshots
@@ -101,6 +102,8 @@ class Catalog:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.device = device(config.device)
+        # of which readers of all models are kept what they are sent
+        self.reading = ReadBudget(config.reading_bytes(), config.stall_s / 4)
         self.models: dict[str, Model] = {}
         # those whose files could not be loaded at the start, and why: their names are not free
         self.not_loaded: dict[str, ModelNotLoaded] = {}
@@ -243,7 +246,7 @@ class Catalog:
     def _model(self, name: str, uid: bytes, timeline: int, layout: Layout, groups: ParamGroups) -> Model:
         sessions = Sessions(self.config.lease_s, self.config.max_workers, name, self.config.worker_bytes)
         staging_bytes = self.config.staging_bytes
-        model = Model(name, uid, timeline, layout, groups, sessions, self.device, staging_bytes)
+        model = Model(name, uid, timeline, layout, groups, sessions, self.device, staging_bytes, self.reading)
         model.on_failed = self._failed
         return model
 

@@ -43,6 +43,7 @@ from .ledger import Ledger
 from .policy import PolicySettings
 from .publish import Publisher
 from .quality import Quality
+from .read_budget import ReadBudget
 from .session import Sessions
 from .stepper import Stepper
 from .sync_round import SyncSettings
@@ -65,6 +66,7 @@ class Model:
         sessions: Sessions,
         device: Device,
         staging_bytes: int,
+        reading: ReadBudget,
     ) -> None:
         self.name = name
         self._staging_bytes = staging_bytes
@@ -100,7 +102,7 @@ class Model:
         self.stepper = Stepper(name, self.arenas)
         # held while rows are gathered for a reader: a step waits for one reader at most
         self.gathering = asyncio.Lock()
-        self.publisher = Publisher(self.arenas, self.stepper)
+        self.publisher = Publisher(self.arenas, self.stepper, reading)
         self.executor = Executor(self)
 
     @property

@@ -82,5 +82,6 @@ async def show_capacity(catalog: CatalogHere) -> dict[str, Any]:
         },
         "bytes": {"held": catalog.held_bytes, "limit": catalog.config.max_bytes},
         "staging_bytes": {"limit": catalog.config.staging_bytes},
+        "read_bytes": {"held": catalog.reading.used_bytes, "limit": catalog.reading.total_bytes},
         "device": str(catalog.device.where),
     }
