@@ -13,7 +13,7 @@ import copy
 import logging
 import time
 from asyncio import FIRST_COMPLETED
-from collections.abc import Awaitable, Callable, Coroutine, Hashable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from pushstep.proto.errors import NotHeld, PushPending, PushstepError
@@ -66,7 +66,7 @@ class Executor:
         self._tasks: set[asyncio.Task[None]] = set()
         # by what their kernels are chosen by, the steps that were taken before: the first of a kind may have to compile
         # them, for seconds, which the event loop does not do however small it is
-        self._stepped: set[Hashable] = set()
+        self._stepped: set[int] = set()
         self._let_go = self._closed = False
 
     def keep(self, candidate: Candidate, release: Callable[[], None]) -> None:
@@ -211,22 +211,22 @@ class Executor:
         else:
             job.add_done_callback(lambda done: self._finish(done, step, times))
 
-    def _kernels_of(self, step: Step, shared: Sequence[SharedAnswer]) -> Hashable:
-        """What the kernels of a step are chosen by: dtypes, and which hyperparameters are off."""
+    def _kernels_of(self, step: Step, shared: Sequence[SharedAnswer]) -> int:
+        """A hash of what the kernels of a step are chosen by: dtypes, and which hyperparameters are off."""
         groups = self._model.groups.list
         switches = {group: tuple(map(bool, groups[group].values.values())) for group in step.push.groups}
         copied = shared[0].region.answer.wire if shared else False
-        return step.push.kind, tuple(switches.items()), copied, step.ticket.factor == 1
+        return hash((step.push.kind, tuple(switches.items()), copied, step.ticket.factor == 1))
 
     def _finish(self, job: asyncio.Future[dict[int, float]], step: Step, times: ServerTimes) -> None:
         model = self._model
         model.note_nonfinite()
         failure: PushstepError | None = None
-        lrs: dict[int, float] = {}
-        try:
-            lrs = job.result()
-        except Exception as error:  # noqa: BLE001 - whatever it was, its pushes are told and the model goes on
-            failure = model.broke_off(error, step.ticket.version)
+        # not raised: this frame holds the push, and must not be in a traceback that is kept with it
+        broken = job.exception()
+        lrs = job.result() if broken is None else {}
+        if broken is not None:
+            failure = model.broke_off(broken, step.ticket.version)
         for settle in step.settles:
             if settle.verdict is not None:
                 _complete(settle.verdict, lrs, times, failure)

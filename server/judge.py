@@ -136,6 +136,7 @@ class Judge:
             worker.duplicates += 1
             return []
         self._require_free(worker)
+        self.sessions.require_room_for_state(worker, candidate.header.worker_state, now_s)
         candidate.staged_s, candidate.taken = now_s, True
         worker.held[sequence] = candidate
         if sequence == worker.sequence + 1:

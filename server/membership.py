@@ -23,7 +23,7 @@ from pushstep.proto.training_pb2 import (
 )
 from pushstep.proto.types_pb2 import Identity, Manifest
 
-from .catalog import CREATION_S, Catalog, propose
+from .catalog import Catalog, propose
 from .model import Model
 from .threads import INLINE_PARTS, REQUESTS
 from .worker import Worker
@@ -32,14 +32,16 @@ DIFFERENCES_SHOWN: Final = 10
 T = TypeVar("T")
 
 
-async def join(catalog: Catalog, request: JoinRequest, most_bytes: int = MAX_WHOLE_BYTES) -> JoinResponse:
+async def join(
+    catalog: Catalog, request: JoinRequest, peer: str = "", most_bytes: int = MAX_WHOLE_BYTES
+) -> JoinResponse:
     """Make the caller a worker, or give it leave to create the model.
 
     What takes long with a large manifest is done first, in a thread. The model may change meanwhile, or begin to be.
     MessageTooLarge if the answer's manifest takes more than `most_bytes`; the join has been made, and is answered again
     by its attempt.
     """
-    response, layout = await _join(catalog, request)
+    response, layout = await _join(catalog, request, peer)
     if layout.manifest_bytes > most_bytes:
         raise MessageTooLarge(got=layout.manifest_bytes, limit=most_bytes)
     await fill_in(response.member if response.HasField("member") else response.create, layout)
@@ -52,7 +54,7 @@ async def fill_in(answer: Membership | CreationTicket | PullHeader, layout: Layo
     await REQUESTS.run_unless(few, answer.manifest.CopyFrom, layout.manifest)
 
 
-async def _join(catalog: Catalog, request: JoinRequest) -> tuple[JoinResponse, Layout]:
+async def _join(catalog: Catalog, request: JoinRequest, peer: str) -> tuple[JoinResponse, Layout]:
     """The answer without its manifest, and the layout that has it."""
     check_name(request.worker, "worker name")
     same_as: Layout | None = None
@@ -71,15 +73,18 @@ async def _join(catalog: Catalog, request: JoinRequest) -> tuple[JoinResponse, L
     check_name(request.model, "model name")
     proposal = await _looked_at(request.manifest, propose)
     if request.model in catalog.models:
-        return await _join(catalog, request)
+        return await _join(catalog, request, peer)
     now_s = time.monotonic()
     creation = catalog.begin_creation(
-        request.model, request.worker, proposal, now_s, request.attempt, request.process
+        request.model, request.worker, proposal, now_s, request.attempt, request.process, peer
     )
     ticket = CreationTicket(
-        model=request.model, worker=request.worker, ticket=creation.ticket, expires_s=CREATION_S
+        model=request.model,
+        worker=request.worker,
+        ticket=creation.ticket,
+        expires_s=max(0.0, creation.expires_at_s - now_s),
     )
-    return JoinResponse(create=ticket), creation.layout
+    return JoinResponse(create=ticket), proposal.layout
 
 
 async def _looked_at(manifest: Manifest, look: Callable[[Manifest], T]) -> T:

@@ -260,5 +260,6 @@ class Budget:
             need=need_bytes,
             free=max(0, self.total_bytes - self.used_bytes),
             budget=self.total_bytes,
+            setting="staging-bytes",
             retry_after_s=min(RETRY_AFTER_S * (1 + len(self._waiting)), LONGEST_RETRY_AFTER_S),
         )

@@ -19,6 +19,7 @@ from pushstep.server.device import Device
 from pushstep.server.groups import Group, ParamGroups
 from pushstep.server.intake import Intake
 from pushstep.server.model import Model
+from pushstep.server.read_budget import ReadBudget
 from pushstep.server.session import Sessions
 from pushstep.server.staging import Budget
 
@@ -28,7 +29,7 @@ Gradients = Mapping[str, Tensor | tuple[Tensor, Tensor]]
 def made() -> Model:
     """A model of `judged.LAYOUT`."""
     groups = ParamGroups(Group.make(group) for group in LAYOUT.manifest.groups)
-    return Model("m", UID, 1, LAYOUT, groups, Sessions(30, 100, "m"), Device(), 1 << 20)
+    return Model("m", UID, 1, LAYOUT, groups, Sessions(30, 100, "m"), Device(), 1 << 20, ReadBudget(1 << 20))
 
 
 class Pusher:
