@@ -13,6 +13,7 @@ from wire import Wire
 from pushstep.proto import training_pb2 as pb
 from pushstep.proto.errors import BeingCreated, NoCreationTicket
 from pushstep.proto.layout import Layout
+from pushstep.proto.training_pb2 import Process
 from pushstep.proto.types_pb2 import DType, Manifest, Parameter, ParamGroup
 from pushstep.server.creations import (
     CREATION_S,
@@ -26,14 +27,15 @@ from pushstep.server.creations import (
 MANIFEST = Manifest(
     parameters=[Parameter(name="w", shape=[4], dtype=DType.DTYPE_FLOAT32)],
     groups=[ParamGroup(rule="adagrad")],
-)
+).SerializeToString()
 _attempts = itertools.count(1)
 
 
 def begin(
     creations: Creations, name: str, now_s: float, worker: str = "w", attempt: int = 0, peer: str = "p"
 ) -> Creation:
-    return creations.begin(name, worker, MANIFEST, 16, now_s, attempt or next(_attempts), peer)
+    attempt = attempt or next(_attempts)
+    return creations.begin(name, worker, MANIFEST, 16, now_s, attempt, peer, Process())
 
 
 def test_a_ticket_holds_its_name_for_a_while_that_asking_again_does_not_extend() -> None:
@@ -104,10 +106,10 @@ def test_a_connection_has_so_many_tickets_and_keeps_those_of_others() -> None:
 
 def test_all_tickets_together_have_a_bound_in_bytes() -> None:
     creations = Creations()
-    large = Manifest(parameters=[Parameter(name="x" * 1000)] * 4000)
-    count = 2 * TICKETS_BYTES // large.ByteSize()
+    large = Manifest(parameters=[Parameter(name="x" * 1000)] * 4000).SerializeToString()
+    count = 2 * TICKETS_BYTES // len(large)
     for number in range(count):
-        creations.begin(f"m{number}", "w", large, 16, 0, 0, f"p{number}")
+        creations.begin(f"m{number}", "w", large, 16, 0, 0, f"p{number}", Process())
     kept = [found for number in range(count) if (found := creations.get(f"m{number}"))]
     assert TICKETS_BYTES // 2 < sum(len(creation.manifest) for creation in kept) <= TICKETS_BYTES
     assert creations.get(f"m{count - 1}")
@@ -127,7 +129,7 @@ def test_tickets_keep_nobody_from_creating(data: Path) -> None:
         wire = Wire(server.grpc)
         open_ended = []
         for number in range(6):
-            request = pb.JoinRequest(model=f"x{number}", worker="w", manifest=MANIFEST)
+            request = pb.JoinRequest(model=f"x{number}", worker="w", manifest=Manifest.FromString(MANIFEST))
             (answer,) = wire.answers("Join", [request.SerializeToString()])
             ticket = pb.JoinResponse.FromString(answer).create
             segments = [segment for segment, _ in Layout(ticket.manifest).whole(None)]
