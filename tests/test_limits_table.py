@@ -8,7 +8,7 @@ from pathlib import Path
 
 import uvicorn
 
-from pushstep.proto import layout
+from pushstep.proto import layout, parts
 from pushstep.proto import training_pb2 as pb
 from pushstep.proto.frames import MAX_CHUNK_BYTES, MAX_MESSAGE_BYTES
 from pushstep.proto.limits import limit_of
@@ -33,7 +33,7 @@ from pushstep.server import (
 )
 from pushstep.server.config import Config
 from pushstep.server.grpc_methods import REQUEST_S
-from pushstep.server.hooks import chain, lr_scheduler
+from pushstep.server.hooks import chain, schedulers
 from pushstep.server.rest_door import app
 from pushstep.server.service import GRPC_OPTIONS
 from pushstep.server.worker import RECEIPTS_KEPT
@@ -114,6 +114,7 @@ EXPECTED = {
     "how long a creation ticket holds": duration(creations.CREATION_S),
     "tickets of one connection": f"{creations.TICKETS_PER_CONNECTION}; {size(creations.TICKETS_BYTES)}",
     "a message of gRPC's": f"{size(MAX_MESSAGE_BYTES)}; {size(MAX_CHUNK_BYTES)}",
+    "a manifest or header, in parts": size(parts.MAX_WHOLE_BYTES),
     "parameters; param groups; names": (
         f"{count('parameters')}; {count('groups')}; {limit_of(Parameter, 'aliases').count + 1:,}; "
         f"{layout.MAX_DIMENSIONS}; {power(layout.MAX_ELEMENTS)}"
@@ -141,9 +142,9 @@ EXPECTED = {
         f"or object; {TIMES[http_protocol.BODY_STALLS]} times `--stall-s`"
     ),
     "an HTTP connection between two requests": duration(uvicorn.Config("any").timeout_keep_alive),
-    "whole numbers of a policy": f"{power(settings.LARGEST_WHOLE)}; 10^{round(math.log10(lr_scheduler.LARGEST_NUMBER))}",
+    "whole numbers of a policy": f"{power(settings.LARGEST_WHOLE)}; 10^{round(math.log10(schedulers.LARGEST))}",
     "hooks of a model": (
-        f"{chain.MAX_HOOKS}; {size(chain.MAX_SETTINGS_BYTES)}; {lr_scheduler.MAX_SCHEDULERS}; {lr_scheduler.MAX_LIST:,}"
+        f"{chain.MAX_HOOKS}; {size(chain.MAX_SETTINGS_BYTES)}; {schedulers.MAX_SCHEDULERS}; {schedulers.MAX_LIST:,}"
     ),
     "events kept of a model": f"{events.EVENTS_KEPT:,}; {size(events.EVENT_BYTES)}; {size(events.EVENTS_BYTES)}",
     "events that observers": f"{chain.OBSERVER_QUEUE:,}",
