@@ -86,8 +86,16 @@ class Arenas:
 
     @staticmethod
     def bytes_charged(layout: Layout) -> int:
-        """What such a model counts for: its buffers, what its tied weights add to a checkpoint of it, and its layout."""
-        return Arenas.bytes_needed(layout) + layout.alias_bytes + PARAMETER_BYTES * len(layout.slots)
+        """What such a model counts for: its buffers, what its tied weights add to a checkpoint of it, its layout, and by
+        which version each row was changed last.
+        """
+        rows = sum(slot.rows for slot in layout.slots)
+        return (
+            Arenas.bytes_needed(layout)
+            + layout.alias_bytes
+            + PARAMETER_BYTES * len(layout.slots)
+            + torch.int64.itemsize * rows
+        )
 
     def flat(self, arena: int, state: str = "") -> Tensor:
         """A whole arena: the parameters, or one of their states."""

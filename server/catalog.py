@@ -57,7 +57,7 @@ from .read_budget import ReadBudget
 from .session import Sessions
 from .snapshot_manifest import require_understood
 from .snapshots import EXPORT_PREFIX, Snapshots
-from .staging import charge
+from .staging import Budget, charge
 from .threads import DISK
 
 log = logging.getLogger("pushstep.catalog")
@@ -97,6 +97,8 @@ class Catalog:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.device = device(config.device)
+        # of which pushes and uploads of all models are kept until they are stepped
+        self.staging = Budget(config.staging_bytes, config.stall_s / 4, self.device.fresh_memory)
         # of which readers of all models are kept what they are sent
         self.reading = ReadBudget(config.reading_bytes(), config.stall_s / 4)
         self.models: dict[str, Model] = {}
@@ -247,8 +249,7 @@ class Catalog:
 
     def _model(self, name: str, uid: bytes, timeline: int, layout: Layout, groups: ParamGroups) -> Model:
         sessions = Sessions(self.config.lease_s, self.config.max_workers, name, self.config.worker_bytes)
-        staging_bytes = self.config.staging_bytes
-        model = Model(name, uid, timeline, layout, groups, sessions, self.device, staging_bytes, self.reading)
+        model = Model(name, uid, timeline, layout, groups, sessions, self.device, self.staging, self.reading)
         model.on_failed = self._failed
         return model
 

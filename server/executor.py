@@ -17,7 +17,6 @@ from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from pushstep.proto.errors import NotHeld, PushPending, PushstepError
-from pushstep.proto.memory import BufferPool
 from pushstep.proto.status import named
 from pushstep.proto.types_pb2 import Identity, Outcome, ServerTimes
 
@@ -26,7 +25,7 @@ from .candidate import Candidate
 from .decision import Combine, Decision, Note, Settle, Step
 from .docket import refuse_consumed
 from .hooks.hook import Point
-from .staging import INLINE_STEP_BYTES, KEPT_BYTES, StagedPush
+from .staging import INLINE_STEP_BYTES, StagedPush
 from .threads import PUSHES
 from .worker import Verdict
 
@@ -55,8 +54,9 @@ class Executor:
     def __init__(self, model: Model) -> None:
         self._model = model
         self._adding = model.device.lane()
-        # a sum in fresh pages would cost more than adding it up: 64 MB of them 20 ms and more
-        self._sums = BufferPool(KEPT_BYTES)
+        # the last round's sum, and what it was counted for
+        self._sum: StagedPush | None = None
+        self._sum_bytes = 0
         self._answers: dict[Key, tuple[asyncio.Future[Settle], Candidate]] = {}
         self._releases: dict[Candidate, Callable[[], None]] = {}
         self._moved: asyncio.Future[None] | None = None
@@ -166,16 +166,25 @@ class Executor:
     async def _combine(self, combine: Combine) -> None:
         pushes = [candidate.push for candidate in combine.candidates if candidate.push is not None]
         result: StagedPush | PushstepError
+        self._forget_sum()
+        self._sum_bytes = reduction.largest_sum(pushes)
+        self._model.staging.count(self._sum_bytes)
         try:
             result = await PUSHES.run(self._add_up, pushes, combine)
         except Exception as error:  # noqa: BLE001 - whatever it was, its pushes must not wait for ever
             result = named(error, log)
         del pushes
+        self._sum = result if isinstance(result, StagedPush) else None
         self.carry_out(self._model.judge.combined(combine, result, time.monotonic()))
 
     def _add_up(self, pushes: Sequence[StagedPush], combine: Combine) -> StagedPush:
         with self._adding.over(pushes):
-            return reduction.add_up(pushes, combine.weights, combine.divisor, self._sums.take)
+            # a sum in fresh pages would cost more than adding it up: 64 MB of them 20 ms and more
+            return reduction.add_up(pushes, combine.weights, combine.divisor, self._model.staging.buffer)
+
+    def _forget_sum(self) -> None:
+        self._model.staging.release(self._sum_bytes)
+        self._sum, self._sum_bytes = None, 0
 
     def _step(self, step: Step) -> None:
         """Queue a ticket with the model's stepper, behind all that were written before it."""
@@ -221,6 +230,8 @@ class Executor:
     def _finish(self, job: asyncio.Future[dict[int, float]], step: Step, times: ServerTimes) -> None:
         model = self._model
         model.note_nonfinite()
+        if step.push is self._sum:
+            self._forget_sum()
         failure: PushstepError | None = None
         # not raised: this frame holds the push, and must not be in a traceback that is kept with it
         broken = job.exception()
@@ -277,6 +288,7 @@ class Executor:
             await asyncio.wait(self._tasks)
         while self._releases:
             self._releases.popitem()[1]()
+        self._forget_sum()
 
 
 def _complete(

@@ -45,6 +45,7 @@ from .publish import Publisher
 from .quality import Quality
 from .read_budget import ReadBudget
 from .session import Sessions
+from .staging import Budget
 from .stepper import Stepper
 from .sync_round import SyncSettings
 from .worker import WorkerState
@@ -65,11 +66,11 @@ class Model:
         groups: ParamGroups,
         sessions: Sessions,
         device: Device,
-        staging_bytes: int,
+        staging: Budget,
         reading: ReadBudget,
     ) -> None:
         self.name = name
-        self._staging_bytes = staging_bytes
+        self.staging = staging
         self.uid = uid
         self.layout = layout
         self.groups = groups
@@ -157,10 +158,10 @@ class Model:
             return
         gradient_bytes = sum(arena.elements * arena.dtype.itemsize for arena in self.layout.arenas)
         buffers = max(workers, settings.min_workers) + 1
-        if buffers * gradient_bytes > self._staging_bytes:
+        if buffers * gradient_bytes > self.staging.total_bytes:
             raise OverCapacity(
                 problem=f"a round of {buffers - 1} workers holds {buffers} buffers of {gradient_bytes} bytes, staging "
-                f"has {self._staging_bytes}",
+                f"has {self.staging.total_bytes}",
                 setting="staging-bytes",
             )
 
