@@ -112,11 +112,11 @@ class Attendance:
         self._manifest = manifest
         wanted = to_wire(policy)
 
-        def create(ticket: pb.CreationTicket) -> pb.Membership:
+        def create(ticket: pb.CreationTicket) -> Member:
             layout = Layout(ticket.manifest)
             header, body = uploads.creation(self.model, ticket, layout, values(layout), steps)
             header.policy = wanted
-            return self._transport.upload(header, body).member
+            return Member(self._transport.upload(header, body).member, layout)
 
         created = self._join(manifest, create, takeover=self._takeover)
         member = self._joined()
@@ -139,7 +139,7 @@ class Attendance:
     def _join(
         self,
         manifest: Manifest | None,
-        create: Callable[[pb.CreationTicket], pb.Membership] | None = None,
+        create: Callable[[pb.CreationTicket], Member] | None = None,
         *,
         takeover: bool = False,
     ) -> bool:
@@ -192,9 +192,9 @@ class Attendance:
             raise NotAttached(problem="the session has not joined")
         return self._member
 
-    def adopt(self, message: pb.Membership) -> Member:
-        """Become who an upload's answer says: who sent it knows the timeline that it made."""
-        member = self._member = Member(message)
+    def adopt(self, message: pb.Membership, layout: Layout) -> Member:
+        """Become who an upload's answer says: who sent it knows the timeline that it made, and the layout."""
+        member = self._member = Member(message, layout)
         self._heard = member.timeline
         return member
 
@@ -275,12 +275,12 @@ class Attendance:
         layout = with_group(self._member_now().layout, added)
         answer = self._send(lambda member: uploads.group(self.model, member, added, layout, values))
         self._manifest = layout.manifest
-        return self.adopt(answer.member)
+        return self.adopt(answer.member, layout)
 
     def replace_state(self, header: pb.UploadHeader, values: Mapping[tuple[Slot, str], Tensor]) -> Member:
         """Replace the optimizer state; `header` lacks only who sends it and what it carries."""
         answer = self._send(lambda member: uploads.state(self.model, member, header, values))
-        return self.adopt(answer.member)
+        return self.adopt(answer.member, self._joined().layout)
 
     def upload_extras(self, tensors: Mapping[str, Tensor]) -> None:
         """Send a module's buffers and frozen values, for exports and snapshots. Only the lead's are kept."""

@@ -23,14 +23,16 @@ LOOK_AGAIN_S: Final = 0.5
 class Member:
     """A membership, and the sequence that it has reached."""
 
-    def __init__(self, message: pb.Membership) -> None:
+    def __init__(self, message: pb.Membership, known: Layout | None = None) -> None:
+        """`known` serves where it is the model's: laying out a million parameters takes seconds."""
         self.uid = message.identity.model_uid
         self.timeline = message.identity.timeline
         self.worker = message.identity.worker
         self.epoch = message.identity.epoch
         self.sequence = message.identity.sequence
         self.version = message.version
-        self.layout = Layout(message.manifest)
+        is_known = known is not None and known.manifest_hash == message.manifest_hash
+        self.layout = known if known is not None and is_known else Layout(message.manifest)
         self.groups = list(message.groups)
         self.lease_s = message.lease_s
         self.lead = message.lead
@@ -73,7 +75,7 @@ def join(
     takeover: bool,
     attempt: int,
     old: Member | None,
-    create: Callable[[pb.CreationTicket], pb.Membership] | None,
+    create: Callable[[pb.CreationTicket], Member] | None,
 ) -> tuple[Member, bool]:
     """Become a member, and whether that created the model.
 
@@ -91,14 +93,15 @@ def join(
         request.model_uid = old.uid
         request.epoch = old.epoch
     with retry.wait:
-        return _join(transport, retry, request, create)
+        return _join(transport, retry, request, create, None if old is None else old.layout)
 
 
 def _join(
     transport: Transport,
     retry: Retry,
     request: pb.JoinRequest,
-    create: Callable[[pb.CreationTicket], pb.Membership] | None,
+    create: Callable[[pb.CreationTicket], Member] | None,
+    known: Layout | None,
 ) -> tuple[Member, bool]:
     model = request.model
     until_s = time.monotonic() + retry.for_s
@@ -113,12 +116,12 @@ def _join(
             shield.pause(min(error.retry_after_s or LOOK_AGAIN_S, LOOK_AGAIN_S))
             continue
         if answer.WhichOneof("result") == "member":
-            return Member(answer.member), False
+            return Member(answer.member, known), False
         if create is None:
             raise NoCreationTicket(model=model)
         ticket = answer.create
         try:
-            return Member(retry.run(lambda: create(ticket))), True  # noqa: B023
+            return retry.run(lambda: create(ticket)), True  # noqa: B023
         except (NoCreationTicket, ModelExists, BeingCreated):
             # this ticket ran out, or an upload whose answer was lost has made the model: join what is there
             if time.monotonic() > until_s:

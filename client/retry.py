@@ -55,7 +55,7 @@ def answered(call: Callable[[], T]) -> T:
 
 
 class Retry:
-    """How long one session goes on asking."""
+    """How long one session goes on asking. Time in which its transfers move does not count."""
 
     def __init__(self, wait: Wait, for_s: float) -> None:
         self.wait = wait
@@ -75,6 +75,7 @@ class Retry:
         silent_since_s = time.monotonic()
         wait_s = FIRST_WAIT_S
         while True:
+            attempt_s = time.monotonic()
             try:
                 return answered(attempt)
             except (PushPending, NotHeld) as error:
@@ -83,6 +84,7 @@ class Retry:
                 self._go_on(error)
                 silent_since_s, wait_s = time.monotonic(), FIRST_WAIT_S
             except (Unavailable, TransportFailure) as error:
+                silent_since_s += max(0.0, min(self.wait.moved_s, time.monotonic()) - attempt_s)
                 self._go_on(error)
                 asked_s = error.retry_after_s if isinstance(error, PushstepError) else None
                 # jitter, so that workers cut off together do not come back together

@@ -62,9 +62,9 @@ def connect(
 
     `wire`: the dtype of what travels (None: each parameter's own), or its name, or a pair (pushes, pulls); "int8" is for
     pushes, pulls are then bfloat16. `top_k`: the fraction of each dense gradient's elements to push, the largest ones;
-    what a push leaves out, in int8 or by top_k, is added to the next gradient. `timeout_s` bounds
-    each attempt; `retry_for_s` is how long a silent server is asked again; `wait_s` how long to wait here for a server
-    that is not there yet.
+    what a push leaves out, in int8 or by top_k, is added to the next gradient. `timeout_s` is how
+    long an attempt may stand still; `retry_for_s` is how long a silent server is asked again, but for the time in which
+    bytes move; `wait_s` how long to wait here for a server that is not there yet.
     Gradients and parameters of a server on this host go through shared memory, unless `shared_memory` is False; those
     of an attached optimizer on the server's GPU through memory of that GPU.
     `on_reject="skip"` warns where a rejected push would raise. Raises ServerUnavailable when no server answers.

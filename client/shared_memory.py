@@ -26,6 +26,7 @@ from pushstep.proto import device_memory, dtypes
 from pushstep.proto import training_pb2 as pb
 from pushstep.proto.errors import NoSharedMemory, PushstepError
 from pushstep.proto.layout import Slot
+from pushstep.proto.parts import WHOLE_BYTES
 
 from .gradients import Rows
 from .line import Line
@@ -118,6 +119,8 @@ class SharedMemory:
         header.ClearField("region")
         if header.HasField("pull"):
             header.pull.ClearField("region")
+        if header.ByteSize() > WHOLE_BYTES:
+            return  # the line takes one message
         region = self.open(member)
         slot = None if region is None else region.put(body, gradients)
         if region is not None and slot is not None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from io import BytesIO
 from typing import Any, Final
+from urllib.parse import quote
 
 import grpc
 import torch
@@ -15,13 +15,24 @@ from torch import Tensor
 
 from pushstep.proto import dtypes
 from pushstep.proto import training_pb2 as pb
-from pushstep.proto.errors import MalformedFrame
-from pushstep.proto.frames import TRANSPORT_LIMIT_BYTES, Assembly, BodyDigest, Source, pack, unpack
+from pushstep.proto.errors import MalformedFrame, MessageTooLarge
+from pushstep.proto.frames import (
+    CHUNK_BYTES,
+    TRANSPORT_LIMIT_BYTES,
+    Assembly,
+    BodyDigest,
+    Source,
+    pack,
+    unpack,
+)
 from pushstep.proto.layout import ID_BYTES, Layout, Slot, check_body
 from pushstep.proto.memory import BufferPool, MessageRing, keep_freed_blocks
+from pushstep.proto.parts import WHOLE_BYTES, Parts, header_messages, parts_of
 from pushstep.proto.region import SharedBody
+from pushstep.proto.status import from_rpc_error
 from pushstep.proto.types_pb2 import Segment
 
+from .progress import Progress, Watchdog
 from .shield import shield
 from .waiting import Wait
 
@@ -99,17 +110,20 @@ class Pulled:
 
 
 class Transport:
-    """One channel to one server. `timeout_s` bounds each attempt of each call."""
+    """One channel to one server. `timeout_s` bounds each attempt: as a whole if it is one small message each way, and
+    otherwise the time in which nothing of it moves.
+    """
 
     def __init__(self, address: str, timeout_s: float) -> None:
         """Nothing is asked there yet."""
         self.address = address
         self.timeout_s = timeout_s
         self.wait = Wait(address)
+        self.watchdog = Watchdog(timeout_s, self.wait.moved)
         # the body of the last answer serves for the next one
         self._buffers = BufferPool(KEPT_BYTES)
         keep_freed_blocks()
-        self._channel = grpc.insecure_channel(address, options=OPTIONS)
+        self._channel = grpc.insecure_channel(_target(address), options=OPTIONS)
 
     def describe(self, timeout_s: float, *, wait_for_ready: bool) -> pb.DescribeResponse:
         """Describe."""
@@ -118,7 +132,9 @@ class Transport:
         )
         return answer
 
-    def _call(self, method: str, request: bytes | Iterator[bytes], timeout_s: float, **options: Any) -> Any:
+    def _call(
+        self, method: str, request: bytes | Iterator[bytes], timeout_s: float | None = None, **options: Any
+    ) -> Any:
         """A call under way, with its answers to iterate over. One that streams nothing needs no thread of gRPC's."""
         make: Any = self._channel.unary_stream if isinstance(request, bytes) else self._channel.stream_stream
         call = make(SERVICE + method, request_serializer=None, response_deserializer=None)
@@ -130,9 +146,24 @@ class Transport:
         return _only(breakable(call), answer)
 
     def join(self, request: pb.JoinRequest) -> pb.JoinResponse:
-        """Join."""
-        answer: pb.JoinResponse = self._ask("Join", request, pb.JoinResponse, self.timeout_s)
-        return answer
+        """Join, in parts where either side's manifest is long."""
+        if request.ByteSize() <= WHOLE_BYTES:
+            try:
+                answer: pb.JoinResponse = self._ask("Join", request, pb.JoinResponse, self.timeout_s)
+                return answer
+            except grpc.RpcError as error:
+                if not isinstance(from_rpc_error(error), MessageTooLarge):
+                    raise
+        return self._join_in_parts(request)
+
+    def _join_in_parts(self, request: pb.JoinRequest) -> pb.JoinResponse:
+        parts = Parts("a join's answer")
+        with self.watchdog.over(self.watchdog.begin()) as progress:
+            asked = (pb.JoinPart(part=p).SerializeToString() for p in parts_of(request.SerializeToString()))
+            for message in breakable(progress.of(self._call("JoinInParts", asked))):
+                progress.moved()
+                parts.add(pb.JoinPart.FromString(message).part)
+        return pb.JoinResponse.FromString(parts.take())
 
     def heartbeat(self, request: pb.HeartbeatRequest) -> pb.HeartbeatResponse:
         """Heartbeat."""
@@ -152,19 +183,23 @@ class Transport:
 
     def push(self, header: pb.PushHeader, body: Body, commit: pb.PushCommit) -> pb.PushResponse:
         """Push."""
-        messages = _Messages(
-            pb.PushRequest(header=header), body.segments, body.pieces, lambda _: commit, self.wait.moved
-        )
+        messages = _Messages(pb.PushRequest(header=header), body.segments, body.pieces, lambda _: commit)
         single = body.single(messages)
-        call = self._call("Push", iter(messages) if single is None else single, self.timeout_s)
+        if single is None:
+            sent: pb.PushResponse = self._stream_in("Push", messages, pb.PushResponse)
+            return sent
+        call = self._call("Push", single, self.timeout_s)
         answer: pb.PushResponse = messages.sent(lambda: _only(breakable(call), pb.PushResponse))
         return answer
 
+    def _stream_in(self, method: str, messages: _Messages, answer: Any) -> Any:
+        with self.watchdog.over(self.watchdog.begin()) as progress:
+            call = progress.of(self._call(method, messages.watched(progress)))
+            return messages.sent(lambda: _only(breakable(call), answer))
+
     def exchange(self, header: pb.PushHeader, body: Body, commit: pb.PushCommit, layout: Layout) -> Pulled:
         """Exchange."""
-        messages = _Messages(
-            pb.PushRequest(header=header), body.segments, body.pieces, lambda _: commit, self.wait.moved
-        )
+        messages = _Messages(pb.PushRequest(header=header), body.segments, body.pieces, lambda _: commit)
         return self._exchange(messages, body.single(messages), layout).result()
 
     def begin_exchange(
@@ -176,20 +211,19 @@ class Transport:
         layout: Layout,
     ) -> Exchange:
         """An Exchange under way. `pieces` and `commit` are asked for in another thread, and may wait there."""
-        messages = _Messages(pb.PushRequest(header=header), segments, pieces, commit, self.wait.moved)
+        messages = _Messages(pb.PushRequest(header=header), segments, pieces, commit)
         return self._exchange(messages, None, layout)
 
     def _exchange(self, messages: _Messages, single: bytes | None, layout: Layout) -> Exchange:
-        call = self._call("Exchange", iter(messages) if single is None else single, self.timeout_s)
-        return Exchange(call, messages, partial(self._received, layout=layout))
+        progress = self.watchdog.begin()
+        request = messages.watched(progress) if single is None else single
+        call = progress.of(self._call("Exchange", request))
+        return Exchange(call, messages, partial(self._received, layout=layout), self.watchdog, progress)
 
     def upload(self, header: pb.UploadHeader, body: Body) -> pb.UploadResponse:
         """Upload."""
-        messages = _Messages(
-            pb.UploadRequest(header=header), body.segments, body.pieces, None, self.wait.moved
-        )
-        call = self._call("Upload", iter(messages), self.timeout_s)
-        answer: pb.UploadResponse = messages.sent(lambda: _only(breakable(call), pb.UploadResponse))
+        messages = _Messages(pb.UploadRequest(header=header), body.segments, body.pieces, None)
+        answer: pb.UploadResponse = self._stream_in("Upload", messages, pb.UploadResponse)
         return answer
 
     def pull(self, request: pb.PullRequest, layout: Layout | None) -> Pulled:
@@ -205,14 +239,16 @@ class Transport:
         return self._pulled("PullState", request, None)
 
     def _pulled(self, method: str, request: Any, layout: Layout | None) -> Pulled:
-        call = self._call(method, request.SerializeToString(), self.timeout_s)
-        return self._received(call, layout)
+        with self.watchdog.over(self.watchdog.begin()) as progress:
+            call = progress.of(self._call(method, request.SerializeToString()))
+            return self._received(call, progress, layout)
 
-    def _received(self, call: Any, layout: Layout | None) -> Pulled:
-        return _assembled(breakable(call), layout, self._buffers, self.wait.moved)
+    def _received(self, call: Any, progress: Progress, layout: Layout | None) -> Pulled:
+        return _assembled(breakable(call), layout, self._buffers, progress.moved)
 
     def close(self) -> None:
         """Close the channel."""
+        self.watchdog.close()
         self._channel.close()
 
 
@@ -236,15 +272,25 @@ def _only(messages: Iterator[bytes], kind: Any) -> Any:
 class Exchange:
     """An exchange under way, whose messages leave as they become ready."""
 
-    def __init__(self, call: Any, messages: _Messages, received: Callable[[Any], Pulled]) -> None:
+    def __init__(
+        self,
+        call: Any,
+        messages: _Messages,
+        received: Callable[[Any, Progress], Pulled],
+        watchdog: Watchdog,
+        progress: Progress,
+    ) -> None:
         self._call = call
         self._messages = messages
         self._received = received
+        self._watchdog = watchdog
+        self._progress = progress
 
     def result(self) -> Pulled:
         """Wait for the answer."""
-        answer: Pulled = self._messages.sent(lambda: self._received(self._call))
-        return answer
+        with self._watchdog.over(self._progress) as progress:
+            answer: Pulled = self._messages.sent(lambda: self._received(self._call, progress))
+            return answer
 
     def when_over(self, then: Callable[[], None]) -> None:
         """Have `then` called when the call has ended, however it did; at once if it has."""
@@ -253,6 +299,7 @@ class Exchange:
 
     def cancel(self) -> None:
         """End the call; nothing if it has ended."""
+        self._watchdog.end(self._progress)
         self._call.cancel()
 
 
@@ -268,21 +315,32 @@ class _Messages:
         segments: Sequence[Segment],
         pieces: Iterable[Sequence[Source]],
         commit: Callable[[int], pb.PushCommit | None] | None,
-        sent: Callable[[], None],
     ) -> None:
-        """`sent` is called when gRPC takes a message."""
         self._first = first
         self._segments = segments
         self._pieces = pieces
         self._commit = commit
-        self._sent = sent
         self._fault: Exception | None = None
 
     def __iter__(self) -> Iterator[bytes]:
+        return self._made(lambda: CHUNK_BYTES)
+
+    def watched(self, progress: Progress) -> Iterator[bytes]:
+        """The messages, in sizes that the link carries; each says when it is asked for and when it is there."""
+        messages = self._made(lambda: progress.chunk_bytes)
+        while True:
+            progress.asked()
+            message = next(messages, None)
+            progress.handed()
+            if message is None:
+                return
+            yield message
+
+    def _made(self, chunk_bytes: Callable[[], int]) -> Iterator[bytes]:
         try:
-            yield self._first.SerializeToString()
-            digest, self._ring = BodyDigest(self._segments), MessageRing()
-            yield from pack(self._pieces, digest, take=self._taken)
+            yield from header_messages(self._first)
+            digest = BodyDigest(self._segments)
+            yield from pack(self._pieces, digest, take=MessageRing().take, chunk_bytes=chunk_bytes)
             commit = self._commit(digest.value) if self._commit is not None else None
             if commit is not None:
                 commit.digest = digest.value
@@ -290,11 +348,6 @@ class _Messages:
         except Exception as error:
             self._fault = error
             raise
-
-    def _taken(self, size_bytes: int) -> BytesIO:
-        """Memory for the next message; gRPC has taken the one before."""
-        self._sent()
-        return self._ring.take(size_bytes)
 
     def joined(self) -> bytes | None:
         """The whole stream as one message, if it holds one chunk; None otherwise.
@@ -320,10 +373,16 @@ class _Messages:
 def _assembled(
     messages: Iterator[bytes], layout: Layout | None, buffers: BufferPool, moved: Callable[[], None]
 ) -> Pulled:
+    parts = Parts("the header of an answer")
     fields, chunk = unpack(next(messages, b""), pb.PullResponse)
+    moved()
+    while fields is not None and fields.header_part and not fields.HasField("header"):
+        parts.add(fields.header_part)
+        fields, chunk = unpack(next(messages, b""), pb.PullResponse)
+        moved()
     if fields is None or not fields.HasField("header"):
         raise MalformedFrame(problem="the server's answer does not begin with a header")
-    header = fields.header
+    header = pb.PullHeader.FromString(parts.take()) if parts.size_bytes else fields.header
     if layout is None or (header.manifest.parameters and layout.manifest_hash != header.manifest_hash):
         layout = Layout(header.manifest)
     elif layout.manifest_hash != header.manifest_hash:
@@ -339,3 +398,9 @@ def _assembled(
             body.place(chunk)
     body.finish()
     return Pulled(header, layout, body)
+
+
+def _target(address: str) -> str:
+    """An address as gRPC has it: it takes a Unix socket's path for part of a URI, with "%41" for a letter."""
+    scheme, colon, path = address.partition(":")
+    return f"unix:{quote(path)}" if colon and scheme == "unix" else address

@@ -32,7 +32,9 @@ class Wait:
         # in the words that begin a line
         self.who = who
         self._depth = 0
-        self._since_s = self._moved_s = 0.0
+        self._since_s = 0.0
+        # by the monotonic clock
+        self.moved_s = 0.0
         self._reason = ""
         self._say_at_s = SAY_AFTER_S
         self._said = False
@@ -42,7 +44,7 @@ class Wait:
 
     def __enter__(self) -> None:
         if self._depth == 0:
-            self._since_s = self._moved_s = time.monotonic()
+            self._since_s = self.moved_s = time.monotonic()
             self._reason, self._say_at_s, self._said = "", SAY_AFTER_S, False
         self._depth += 1
 
@@ -55,7 +57,7 @@ class Wait:
 
     def moved(self) -> None:
         """Bytes come or go: this is no silence."""
-        self._moved_s = time.monotonic()
+        self.moved_s = time.monotonic()
 
     def told(self, reason: object) -> None:
         """What the server, or the network, gave as the reason for going on waiting."""
@@ -66,7 +68,7 @@ class Wait:
         waited_s = now_s - self._since_s
         if self._depth == 0 or waited_s < self._say_at_s:
             return
-        if not self._reason and now_s - self._moved_s < SAY_AFTER_S:
+        if not self._reason and now_s - self.moved_s < SAY_AFTER_S:
             return
         self._say_at_s = _LONGER * waited_s
         reason = self._reason or "it does not answer"

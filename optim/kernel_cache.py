@@ -17,6 +17,7 @@ import hashlib
 import logging
 import os
 import shutil
+import stat
 import tempfile
 import threading
 from collections.abc import Callable, Hashable, Iterator
@@ -86,12 +87,13 @@ def _writable(path: Path) -> bool:
 def folder() -> Path | None:
     """The folder that holds the compiled kernels; None if nothing is writable."""
     named = os.environ.get("NUMBA_CACHE_DIR")
-    user = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
+    home = os.path.expanduser("~")  # itself for a user that has none
+    user = os.environ.get("XDG_CACHE_HOME") or (os.path.join(home, ".cache") if home != "~" else None)
     candidates = [
         *([Path(named)] if named else []),
         _PACKAGE / "__pycache__",
         *_kept_in,
-        user / "pushstep",
+        *([Path(user) / "pushstep"] if user else []),
     ]
     for candidate in candidates:
         if _writable(candidate / "kernels"):
@@ -138,11 +140,27 @@ def hits_and_misses() -> tuple[int, int]:
     return hits, len(_compiled) - hits
 
 
+def _require_plain(own: Path) -> None:
+    """Remove a kernel's folder that holds anything but files: numba would wait for a FIFO without end."""
+    paths = [os.path.join(folder, name) for folder, _, names in os.walk(own) for name in names]
+    if not all(map(_is_plain, paths)):
+        log.warning("%s holds something else than compiled kernels: it is made anew", own)
+        shutil.rmtree(own, ignore_errors=True)
+
+
+def _is_plain(path: str) -> bool:
+    try:
+        return stat.S_ISREG(os.lstat(path).st_mode)
+    except OSError:
+        return True  # another process has just replaced it
+
+
 def _compile(make: Callable[..., Callable[..., Any]], signature: str, spec: Any) -> Any:
     root = folder()
     if root is not None:
         name = hashlib.sha256(f"{make.__name__} {spec!r}".encode()).hexdigest()[:16]
         own = root / _surroundings() / f"{make.__name__}-{name}"
+        _require_plain(own)
         try:
             return _built(make(spec), signature, own)
         except Exception as error:  # noqa: BLE001 - what damaged files raise is numba's affair; a bad kernel raises below

@@ -6,7 +6,7 @@ Nothing here aliases memory that a step will write to.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -41,8 +41,10 @@ class GroupState:
     parameters: list[ParameterState] = field(default_factory=list)
 
 
-def torch_state_dict(groups: Sequence[GroupState]) -> dict[str, Any]:
-    """What torch.optim's `state_dict()` returns for an optimizer of these groups.
+def torch_state_dict(
+    groups: Sequence[GroupState], take: Callable[[Tensor], Tensor] = torch.clone
+) -> dict[str, Any]:
+    """What torch.optim's `state_dict()` returns for an optimizer of these groups; `take` makes its tensors of theirs.
 
     A parameter that Adadelta has not stepped yet has no entry, as in torch; Adagrad's always have. `step` is
     a float32 scalar, as torch has it. In Keras's terms a group counts, and its parameters have state from the first step on.
@@ -54,7 +56,7 @@ def torch_state_dict(groups: Sequence[GroupState]) -> dict[str, Any]:
         ids = list(range(number, number + len(group.parameters)))
         rule, count = RULES[group.rule], max((p.steps for p in group.parameters), default=0)
         for parameter_id, parameter in zip(ids, group.parameters, strict=True):
-            tensors = {n: t.clone() for n, t in parameter.tensors.items()}
+            tensors = {n: take(t) for n, t in parameter.tensors.items()}
             if rule.counter:
                 state.update({parameter_id: tensors} if count else {})
             elif parameter.steps or group.rule == "adagrad":

@@ -24,6 +24,7 @@ SETTINGS: Final = (
     "max_bytes",
     "staging_bytes",
     "max_workers",
+    "max_connections",
     "log_level",
 )
 # What Kubernetes and Docker's links put into every container beside a service that is called pushstep.

@@ -153,20 +153,26 @@ def pack(
     digest: BodyDigest | None = None,
     first: int = 0,
     take: TakeMessage = fresh_message,
+    chunk_bytes: Callable[[], int] = lambda: CHUNK_BYTES,
 ) -> Iterator[bytes]:
     """The frames of a body, one list of pieces per segment, numbered from `first`.
 
-    Each piece is read once, cast straight into the frame. `take` gives the memory for one.
+    Each piece is read once, cast straight into the frame. `take` gives the memory for one. `chunk_bytes` is asked for
+    each how large it may be.
     """
     for segment, pieces in enumerate(bodies, first):
-        yield from _pack_segment(segment, pieces, digest, take)
+        yield from _pack_segment(segment, pieces, digest, take, chunk_bytes)
 
 
 def _pack_segment(
-    segment: int, pieces: Sequence[Source], digest: BodyDigest | None, take: TakeMessage
+    segment: int,
+    pieces: Sequence[Source],
+    digest: BodyDigest | None,
+    take: TakeMessage,
+    chunk_bytes: Callable[[], int],
 ) -> Iterator[bytes]:
     offset = 0
-    for parts in _chunks(pieces):
+    for parts in _chunks(pieces, chunk_bytes):
         size = sum(count for _, _, count in parts)
         frame = take(_PREFIX.size + size)
         with frame.getbuffer() as view:
@@ -184,10 +190,12 @@ def _pack_segment(
         offset += size
 
 
-def _chunks(pieces: Sequence[Source]) -> Iterator[list[tuple[Writer, int, int]]]:
+def _chunks(
+    pieces: Sequence[Source], chunk_bytes: Callable[[], int]
+) -> Iterator[list[tuple[Writer, int, int]]]:
     """What goes into each chunk of a segment: (writer, from which byte, how many bytes)."""
     parts: list[tuple[Writer, int, int]] = []
-    room = CHUNK_BYTES
+    room = chunk_bytes()
     for piece in pieces:
         write, done = piece.writer(), 0
         while done < piece.nbytes:
@@ -198,7 +206,7 @@ def _chunks(pieces: Sequence[Source]) -> Iterator[list[tuple[Writer, int, int]]]
                 room -= count
             if done < piece.nbytes:
                 yield parts
-                parts, room = [], CHUNK_BYTES
+                parts, room = [], chunk_bytes()
     if parts:
         yield parts
 

@@ -86,6 +86,8 @@ class Layout:
         self.by_name = {slot.name: slot for slot in self.slots}
         self._by_alias = {alias: slot for slot in self.slots if slot.aliases for alias in slot.aliases}
         self.manifest_hash = _hash(self.slots, self.manifest.groups)
+        # of the serialized manifest
+        self.manifest_bytes = self.manifest.ByteSize()
         self.first_of_group = {slot.group: slot for slot in reversed(self.slots)}
         self.arenas_of_group: dict[int, list[ArenaSpec]] = {}
         for arena in self.arenas:

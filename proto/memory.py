@@ -9,6 +9,7 @@ made in buffers that stay.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import mmap
 import threading
@@ -144,7 +145,8 @@ def fresh_memory(size_bytes: int) -> NDArray[np.uint8]:
     except OSError as error:
         raise MemoryError(f"no {size_bytes} bytes") from error
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        mapping.madvise(mmap.MADV_HUGEPAGE)
+        with contextlib.suppress(OSError):  # a kernel without transparent huge pages: small ones do
+            mapping.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(mapping, dtype=np.uint8)
 
 

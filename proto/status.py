@@ -12,6 +12,7 @@ from logging import Logger
 from typing import Final, cast
 
 import grpc
+import torch
 from google.protobuf.duration_pb2 import Duration
 from google.rpc.code_pb2 import Code
 from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
@@ -33,9 +34,19 @@ _BARE: Final[dict[grpc.StatusCode, type[errors.PushstepError]]] = {
 
 
 def named(error: Exception, log: Logger) -> errors.PushstepError:
-    """`error` itself if the catalogue has it, else InternalError, with the traceback in the log under its id."""
+    """`error` itself if the catalogue has it, else InternalError, with the traceback in the log under its id.
+
+    Memory may be short anywhere: that is told apart, though nobody knows of how much it was.
+    """
+    if isinstance(error, (errors.OutOfMemory, errors.StorageFailed)):
+        log.warning(
+            "%s", error.message
+        )  # the caller is told, and who runs the server can do something about it
     if isinstance(error, errors.PushstepError) and not isinstance(error, errors.Misuse):
         return error
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        log.error("out of memory", exc_info=error)
+        return errors.OutOfMemory(what="this request", need="an unknown number of")
     log_id = uuid.uuid4().hex[:12]
     log.error("internal error %s", log_id, exc_info=error)
     return errors.InternalError(log_id=log_id)

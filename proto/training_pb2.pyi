@@ -74,6 +74,12 @@ class Process(_message.Message):
     started: int
     def __init__(self, host: _Optional[bytes] = ..., pid: _Optional[int] = ..., started: _Optional[int] = ...) -> None: ...
 
+class JoinPart(_message.Message):
+    __slots__ = ("part",)
+    PART_FIELD_NUMBER: _ClassVar[int]
+    part: bytes
+    def __init__(self, part: _Optional[bytes] = ...) -> None: ...
+
 class JoinResponse(_message.Message):
     __slots__ = ("member", "create")
     MEMBER_FIELD_NUMBER: _ClassVar[int]
@@ -240,18 +246,20 @@ class PushCommit(_message.Message):
     def __init__(self, digest: _Optional[int] = ..., edits: _Optional[_Iterable[_Union[GroupEdit, _Mapping]]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., worker_state: _Optional[bytes] = ..., samples: _Optional[float] = ...) -> None: ...
 
 class PushRequest(_message.Message):
-    __slots__ = ("header", "segment", "offset", "commit", "payload")
+    __slots__ = ("header", "segment", "offset", "commit", "header_part", "payload")
     HEADER_FIELD_NUMBER: _ClassVar[int]
     SEGMENT_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     COMMIT_FIELD_NUMBER: _ClassVar[int]
+    HEADER_PART_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     header: PushHeader
     segment: int
     offset: int
     commit: PushCommit
+    header_part: bytes
     payload: bytes
-    def __init__(self, header: _Optional[_Union[PushHeader, _Mapping]] = ..., segment: _Optional[int] = ..., offset: _Optional[int] = ..., commit: _Optional[_Union[PushCommit, _Mapping]] = ..., payload: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, header: _Optional[_Union[PushHeader, _Mapping]] = ..., segment: _Optional[int] = ..., offset: _Optional[int] = ..., commit: _Optional[_Union[PushCommit, _Mapping]] = ..., header_part: _Optional[bytes] = ..., payload: _Optional[bytes] = ...) -> None: ...
 
 class PushResponse(_message.Message):
     __slots__ = ("receipt",)
@@ -352,16 +360,18 @@ class PullHeader(_message.Message):
     def __init__(self, model_uid: _Optional[bytes] = ..., timeline: _Optional[int] = ..., version: _Optional[int] = ..., unchanged: bool = ..., segments: _Optional[_Iterable[_Union[_types_pb2.Segment, _Mapping]]] = ..., manifest_hash: _Optional[int] = ..., receipt: _Optional[_Union[_types_pb2.Receipt, _Mapping]] = ..., groups: _Optional[_Iterable[_Union[_types_pb2.GroupValues, _Mapping]]] = ..., steps: _Optional[_Iterable[int]] = ..., manifest: _Optional[_Union[_types_pb2.Manifest, _Mapping]] = ..., shared: bool = ...) -> None: ...
 
 class PullResponse(_message.Message):
-    __slots__ = ("header", "segment", "offset", "payload")
+    __slots__ = ("header", "segment", "offset", "header_part", "payload")
     HEADER_FIELD_NUMBER: _ClassVar[int]
     SEGMENT_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
+    HEADER_PART_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     header: PullHeader
     segment: int
     offset: int
+    header_part: bytes
     payload: bytes
-    def __init__(self, header: _Optional[_Union[PullHeader, _Mapping]] = ..., segment: _Optional[int] = ..., offset: _Optional[int] = ..., payload: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, header: _Optional[_Union[PullHeader, _Mapping]] = ..., segment: _Optional[int] = ..., offset: _Optional[int] = ..., header_part: _Optional[bytes] = ..., payload: _Optional[bytes] = ...) -> None: ...
 
 class UploadHeader(_message.Message):
     __slots__ = ("model", "kind", "ticket", "identity", "manifest", "segments", "steps", "groups", "force", "manifest_hash", "extras_bytes", "policy")
@@ -392,16 +402,18 @@ class UploadHeader(_message.Message):
     def __init__(self, model: _Optional[str] = ..., kind: _Optional[_Union[UploadKind, str]] = ..., ticket: _Optional[int] = ..., identity: _Optional[_Union[_types_pb2.Identity, _Mapping]] = ..., manifest: _Optional[_Union[_types_pb2.Manifest, _Mapping]] = ..., segments: _Optional[_Iterable[_Union[_types_pb2.Segment, _Mapping]]] = ..., steps: _Optional[_Iterable[int]] = ..., groups: _Optional[_Iterable[_Union[_types_pb2.GroupValues, _Mapping]]] = ..., force: bool = ..., manifest_hash: _Optional[int] = ..., extras_bytes: _Optional[int] = ..., policy: _Optional[str] = ...) -> None: ...
 
 class UploadRequest(_message.Message):
-    __slots__ = ("header", "segment", "offset", "payload")
+    __slots__ = ("header", "segment", "offset", "header_part", "payload")
     HEADER_FIELD_NUMBER: _ClassVar[int]
     SEGMENT_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
+    HEADER_PART_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     header: UploadHeader
     segment: int
     offset: int
+    header_part: bytes
     payload: bytes
-    def __init__(self, header: _Optional[_Union[UploadHeader, _Mapping]] = ..., segment: _Optional[int] = ..., offset: _Optional[int] = ..., payload: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, header: _Optional[_Union[UploadHeader, _Mapping]] = ..., segment: _Optional[int] = ..., offset: _Optional[int] = ..., header_part: _Optional[bytes] = ..., payload: _Optional[bytes] = ...) -> None: ...
 
 class UploadResponse(_message.Message):
     __slots__ = ("member", "version", "timeline")

@@ -31,7 +31,9 @@ class TrainingServiceStub(object):
     Bulk messages (PushRequest, PullResponse, UploadRequest) share one form: the first message of a stream carries
     the header, which declares every segment; each later one carries a chunk of a segment. Chunks come in order and
     without gaps. A push's stream ends with a PushCommit, an upload's with its end: one that breaks before changes
-    nothing. Parts of a stream may share a message.
+    nothing. Parts of a stream may share a message. A header that is too long for one message comes in several before it,
+    each with a stretch of the serialized header as `header_part` and nothing else; what `header` then holds, which may be
+    nothing, is read behind them.
 
     A server takes 64 calls at a time on one connection, and a message of 4 MiB and 64 KiB. Generated clients make all calls
     of a channel over one connection and begin more all the same: what is beyond is refused with UNAVAILABLE (RST_STREAM,
@@ -57,6 +59,11 @@ class TrainingServiceStub(object):
                 '/pushstep.v1.TrainingService/Join',
                 request_serializer=pushstep_dot_proto_dot_training__pb2.JoinRequest.SerializeToString,
                 response_deserializer=pushstep_dot_proto_dot_training__pb2.JoinResponse.FromString,
+                _registered_method=True)
+        self.JoinInParts = channel.stream_stream(
+                '/pushstep.v1.TrainingService/JoinInParts',
+                request_serializer=pushstep_dot_proto_dot_training__pb2.JoinPart.SerializeToString,
+                response_deserializer=pushstep_dot_proto_dot_training__pb2.JoinPart.FromString,
                 _registered_method=True)
         self.Heartbeat = channel.unary_unary(
                 '/pushstep.v1.TrainingService/Heartbeat',
@@ -111,7 +118,9 @@ class TrainingServiceServicer(object):
     Bulk messages (PushRequest, PullResponse, UploadRequest) share one form: the first message of a stream carries
     the header, which declares every segment; each later one carries a chunk of a segment. Chunks come in order and
     without gaps. A push's stream ends with a PushCommit, an upload's with its end: one that breaks before changes
-    nothing. Parts of a stream may share a message.
+    nothing. Parts of a stream may share a message. A header that is too long for one message comes in several before it,
+    each with a stretch of the serialized header as `header_part` and nothing else; what `header` then holds, which may be
+    nothing, is read behind them.
 
     A server takes 64 calls at a time on one connection, and a message of 4 MiB and 64 KiB. Generated clients make all calls
     of a channel over one connection and begin more all the same: what is beyond is refused with UNAVAILABLE (RST_STREAM,
@@ -133,6 +142,15 @@ class TrainingServiceServicer(object):
         """Join makes the caller a worker of a model, with a new epoch. A join under a name whose lease is live is
         refused with `already_joined`. Of a model that does not exist, the first caller that sends a manifest gets a
         creation ticket instead and must Upload; others are told `being_created` and come back.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def JoinInParts(self, request_iterator, context):
+        """JoinInParts is Join for manifests of any length: the parts of a serialized JoinRequest, one after the other, and then
+        the stream's end; the parts of a serialized JoinResponse come back. Join itself answers what does not fit one message
+        with `message_too_large`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -217,6 +235,11 @@ def add_TrainingServiceServicer_to_server(servicer, server):
                     request_deserializer=pushstep_dot_proto_dot_training__pb2.JoinRequest.FromString,
                     response_serializer=pushstep_dot_proto_dot_training__pb2.JoinResponse.SerializeToString,
             ),
+            'JoinInParts': grpc.stream_stream_rpc_method_handler(
+                    servicer.JoinInParts,
+                    request_deserializer=pushstep_dot_proto_dot_training__pb2.JoinPart.FromString,
+                    response_serializer=pushstep_dot_proto_dot_training__pb2.JoinPart.SerializeToString,
+            ),
             'Heartbeat': grpc.unary_unary_rpc_method_handler(
                     servicer.Heartbeat,
                     request_deserializer=pushstep_dot_proto_dot_training__pb2.HeartbeatRequest.FromString,
@@ -276,7 +299,9 @@ class TrainingService(object):
     Bulk messages (PushRequest, PullResponse, UploadRequest) share one form: the first message of a stream carries
     the header, which declares every segment; each later one carries a chunk of a segment. Chunks come in order and
     without gaps. A push's stream ends with a PushCommit, an upload's with its end: one that breaks before changes
-    nothing. Parts of a stream may share a message.
+    nothing. Parts of a stream may share a message. A header that is too long for one message comes in several before it,
+    each with a stretch of the serialized header as `header_part` and nothing else; what `header` then holds, which may be
+    nothing, is read behind them.
 
     A server takes 64 calls at a time on one connection, and a message of 4 MiB and 64 KiB. Generated clients make all calls
     of a channel over one connection and begin more all the same: what is beyond is refused with UNAVAILABLE (RST_STREAM,
@@ -331,6 +356,33 @@ class TrainingService(object):
             '/pushstep.v1.TrainingService/Join',
             pushstep_dot_proto_dot_training__pb2.JoinRequest.SerializeToString,
             pushstep_dot_proto_dot_training__pb2.JoinResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def JoinInParts(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/pushstep.v1.TrainingService/JoinInParts',
+            pushstep_dot_proto_dot_training__pb2.JoinPart.SerializeToString,
+            pushstep_dot_proto_dot_training__pb2.JoinPart.FromString,
             options,
             channel_credentials,
             insecure,

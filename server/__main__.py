@@ -7,13 +7,17 @@ import asyncio
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from importlib.metadata import version as installed_version
 from pathlib import Path
+from typing import NoReturn
 
 from pushstep.proto.environment import unknown_variables
+from pushstep.proto.errors import PushstepError
 
+from . import logs
 from .config import Config
-from .service import DataFolderLocked, Service
+from .service import DataFolderLocked, ExitStatus, Service
 
 log = logging.getLogger("pushstep.server")
 
@@ -38,31 +42,42 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-async def _run(config: Config) -> None:
-    await Service(config).run()
+async def _run(config: Config) -> ExitStatus:
+    return await Service(config).run()
 
 
-def main() -> None:
-    """Run a server. Exit status 2: the settings are wrong; 1: it could not start."""
-    arguments = vars(parser().parse_args())
-    file = arguments.pop("config", None)
+def serve(arguments: Sequence[str] | None = None) -> int:
+    """Run a server; its exit status, of which ExitStatus says what it means."""
+    os.umask(0o077)  # what it writes is for its own user: parameters, worker names, compiled kernels
+    settings = vars(parser().parse_args(arguments))
+    file = settings.pop("config", None)
     try:
-        config = Config.read(arguments, file)
+        config = Config.read(settings, file)
     except ValueError as error:
         print(f"pushstep-server: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
-    logging.basicConfig(
-        level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+        return ExitStatus.BAD_SETTINGS
+    writer = logs.start(config.log_level)
     for problem in unknown_variables(os.environ):
         log.warning("%s", problem)
     try:
-        asyncio.run(_run(config))
+        status = asyncio.run(_run(config))
     except KeyboardInterrupt:
-        raise SystemExit(130) from None  # before the service listens for it
-    except (OSError, DataFolderLocked) as error:
-        print(f"pushstep-server: {error}", file=sys.stderr)
-        raise SystemExit(1) from error
+        return 130  # before the service listens for it
+    except (OSError, DataFolderLocked, MemoryError, PushstepError) as error:
+        writer.say(f"pushstep-server: {error or 'out of memory'}")
+        status = ExitStatus.NOT_STARTED
+    if status is ExitStatus.NOT_ALL_SAVED:
+        writer.say("pushstep-server: not every model could be saved; the lines above name them")
+    return status
+
+
+def main() -> NoReturn:
+    """Run a server as a process, and end it."""
+    status = serve()
+    logging.shutdown()
+    # All is saved and closed. Taking the interpreter and its libraries apart would take another second, and what
+    # breaks there would be taken for the status.
+    os._exit(status)
 
 
 if __name__ == "__main__":

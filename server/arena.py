@@ -22,6 +22,7 @@ from pushstep.proto.types_pb2 import Ticket
 
 from .device import Device
 from .finite_watch import FiniteWatch
+from .memory import copy_of, take
 from .staging import DensePart, RowsPart
 
 # What a group's new hyperparameters are tried on before they are taken.
@@ -56,19 +57,19 @@ class Arenas:
         self.torn = False
 
     def _made(self, layout: Layout, first: int) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-        """Zeros for the arenas of a layout from `first` on: parameters and states."""
-        parameters, states = [], []
+        """Zeros for the arenas of a layout from `first` on: parameters and states. OutOfMemory."""
+        parameters: list[Tensor] = []
+        states: list[dict[str, Tensor]] = []
         with self.lane.here():
             for arena in layout.arenas[first:]:
                 rule, dtype = rule_of(layout, arena.group), dtypes.state_dtype(arena.dtype)
-                parameters.append(torch.zeros(arena.elements, dtype=arena.dtype, device=self.device))
-                states.append(
-                    {
-                        name: torch.zeros(arena.elements, dtype=dtype, device=self.device)
-                        for name in rule.state_names
-                    }
-                )
+                parameters.append(self._zeros(arena.elements, arena.dtype))
+                states.append({name: self._zeros(arena.elements, dtype) for name in rule.state_names})
         return parameters, states
+
+    def _zeros(self, elements: int, dtype: torch.dtype) -> Tensor:
+        what = "the model's parameters and optimizer state"
+        return take(elements, dtype, what, device=self.device, zeros=True)
 
     @staticmethod
     def bytes_needed(layout: Layout) -> int:
@@ -248,13 +249,21 @@ class Arenas:
         return True
 
     def copy(self) -> ArenasCopy:
-        """The whole of it at this version, in memory of its own on the CPU."""
+        """The whole of it at this version, in memory of its own on the CPU. OutOfMemory."""
+        what = "a copy of the model"
+        return self._copied(lambda flat: copy_of(flat, what))
+
+    def as_copy(self) -> ArenasCopy:
+        """The same without memory of its own, where that is the CPU's: of arenas that nobody writes to any more."""
+        return self._copied(lambda flat: flat if flat.is_cpu else copy_of(flat, "a copy of the model"))
+
+    def _copied(self, make: Callable[[Tensor], Tensor]) -> ArenasCopy:
         return ArenasCopy(
             self.layout,
             self.timeline,
             self.version,
-            [flat.to("cpu", copy=True) for flat in self.parameters],
-            [{name: flat.to("cpu", copy=True) for name, flat in states.items()} for states in self.states],
+            [make(flat) for flat in self.parameters],
+            [{name: make(flat) for name, flat in states.items()} for states in self.states],
             list(self.steps),
         )
 

@@ -1,65 +1,82 @@
-"""Reading a client's bulk stream: a header first, then chunks, then the commit; and never waiting for ever.
+"""Reading a client's bulk stream: a header first, then chunks, then the commit.
 
-A stream that brings less than PROGRESS_BYTES in `stall_s` has stalled: one that crawls holds its staging as surely as one
-that has stopped. The first message may be all three at once. A push is one only with its commit: gRPC reports a cancelled stream as
-one that was closed, so the end of a stream proves nothing.
+The first message may be all three at once, and a long header comes in several. A push is one only with its commit: gRPC
+reports a cancelled stream as one that was closed, so the end of a stream proves nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable
-from typing import Final, Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
-from pushstep.proto.errors import MalformedFrame, StreamStalled
+from pushstep.proto.errors import MalformedFrame
 from pushstep.proto.frames import Chunk, chunk_in, chunk_of
 from pushstep.proto.training_pb2 import PushCommit, PushRequest, UploadRequest
 
+from .counted_parts import CountedParts
 from .received import INLINE_MESSAGE_BYTES, received
+from .staging import Budget
+from .timed_messages import TimedMessages
 
 M = TypeVar("M", bound=PushRequest | UploadRequest)
 # Copies a chunk: at once (None), or in a thread, and then the next message is read meanwhile.
 Place = Callable[[Chunk], "asyncio.Future[None] | None"]
-# 6.5 KB/s at the default of 10 s: below any link that one would train over.
-PROGRESS_BYTES: Final = 64 << 10
 
 
 class BulkStream(Generic[M]):
     """One stream of messages of type `kind`, as raw bytes from gRPC."""
 
-    def __init__(self, messages: AsyncIterator[bytes], kind: type[M], stall_s: float) -> None:
-        self._messages = messages
+    def __init__(self, messages: AsyncIterator[bytes], kind: type[M], stall_s: float, budget: Budget) -> None:
+        """A long header is counted in the budget until the end of a `with` block."""
+        self._messages = TimedMessages(messages, stall_s)
         self._kind = kind
-        self._stall_s = stall_s
+        self._parts = CountedParts("a header", budget)
         self._first: tuple[M, Chunk | None] | None = None
         self._commit: PushCommit | None = None
         self._moving: asyncio.Future[None] | None = None
-        # until when PROGRESS_BYTES must have come, and what has
-        self._due_s = 0.0
-        self._came_bytes = 0
 
     async def header(self) -> M:
-        """The first message, which must carry the header. It may carry a chunk and the commit too."""
+        """The message that carries the header, complete. It may carry a chunk and the commit too."""
         if self._first is not None:
             return self._first[0]
-        self._begin_window()
+        self._messages.begin_window()
         fields, chunk = await self._fields(await self._next() or b"")
+        in_parts = False
+        while fields is not None and fields.header_part and not fields.HasField("header"):
+            in_parts = True
+            self._parts.add(fields.header_part)
+            fields, chunk = await self._fields(await self._next() or b"")
         if fields is None or not fields.HasField("header"):
             raise MalformedFrame(problem="the first message of a stream must carry the header")
+        if in_parts:
+            await self._complete(fields)
         self._first = fields, chunk
         return fields
+
+    async def _complete(self, fields: M) -> None:
+        header: Any = fields.header
+        header.CopyFrom(await self._parts.parsed(type(header), header))
+        self._messages.begin_window()
+
+    def __enter__(self) -> Self:
+        """At the end of the block, what a long header was counted for is given back."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._parts.release()
 
     async def feed(self, place: Place) -> PushCommit | None:
         """Hand every chunk to `place`, one after the other; the commit, without which a push is none."""
         if self._first is None:
             raise MalformedFrame(problem="no header")
-        self._begin_window()  # what was waited for since the header was not the stream's doing
+        self._messages.begin_window()  # what was waited for since the header was not the stream's doing
         try:
             await self._take(*self._first, place)
             # what comes after the commit is not read, not even the end: that would cost one more way through gRPC
             while self._commit is None and (message := await self._next()) is not None:
                 fields, chunk = await self._fields(message)
-                if fields is not None and fields.HasField("header"):
+                if fields is not None and (fields.HasField("header") or fields.header_part):
                     raise MalformedFrame(problem="a second header")
                 if not await self._take(fields, chunk, place):
                     # would be progress without bytes: a stream kept alive, and its staging held, for nothing
@@ -87,7 +104,7 @@ class BulkStream(Generic[M]):
             return None, chunk
         fields = await received(self._kind, message)
         if len(message) > INLINE_MESSAGE_BYTES:
-            self._begin_window()  # it may have waited for its turn, which was not the stream's doing
+            self._messages.begin_window()  # it may have waited for its turn, which was not the stream's doing
         return fields, chunk_in(fields)
 
     async def _moved(self) -> None:
@@ -96,26 +113,14 @@ class BulkStream(Generic[M]):
             self._moving = None
 
     async def _next(self) -> bytes | None:
-        try:
-            async with asyncio.timeout_at(self._due_s):
-                message = await anext(self._messages, None)
-        except TimeoutError as error:
-            raise StreamStalled(seconds=self._stall_s) from error
-        self._came_bytes += len(message or b"")
-        if self._came_bytes >= PROGRESS_BYTES:
-            self._begin_window()
-        return message
-
-    def _begin_window(self) -> None:
-        self._due_s = asyncio.get_running_loop().time() + self._stall_s
-        self._came_bytes = 0
+        return await self._messages.next()
 
 
 class OneMessage(BulkStream[M]):
     """A stream that is all there, in one message: nothing is waited for."""
 
-    def __init__(self, message: bytes, kind: type[M]) -> None:
-        super().__init__(_nothing(), kind, 0.0)
+    def __init__(self, message: bytes, kind: type[M], budget: Budget) -> None:
+        super().__init__(_nothing(), kind, 0.0, budget)
         self._message: bytes | None = message
 
     async def _next(self) -> bytes | None:

@@ -8,11 +8,13 @@ snapshot holds every acknowledged push. A start that cannot prove that begins a 
 from __future__ import annotations
 
 import asyncio
+import copy
 import logging
 import secrets
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, TypeVar
 
 import torch
@@ -23,7 +25,9 @@ from pushstep.proto.errors import (
     ManifestChanged,
     ModelExists,
     ModelLost,
+    ModelNotLoaded,
     NoCreationTicket,
+    OutOfMemory,
     OverCapacity,
     PushstepError,
     SnapshotDamaged,
@@ -35,20 +39,22 @@ from pushstep.proto.errors import (
 from pushstep.proto.identifiers import is_name
 from pushstep.proto.layout import Layout
 from pushstep.proto.process import is_gone
+from pushstep.proto.status import named
 from pushstep.proto.training_pb2 import Process
 from pushstep.proto.types_pb2 import Manifest
 
-from . import policies
+from . import files, policies
 from .arena import Arenas, ArenasCopy
 from .config import Config
 from .device import device
 from .groups import Group, ParamGroups
 from .hooks.hook import Point
 from .model import Model
-from .model_folder import IdentityFile, ModelFolder
+from .model_folder import IdentityFile, ModelFolder, Recovered, model_folders
 from .quality import Quality
 from .session import Sessions
-from .snapshots import EXPORT_PREFIX, Snapshots, rules_known
+from .snapshot_manifest import require_understood
+from .snapshots import EXPORT_PREFIX, Snapshots
 from .staging import charge
 from .threads import DISK
 
@@ -106,6 +112,8 @@ class Catalog:
         self.config = config
         self.device = device(config.device)
         self.models: dict[str, Model] = {}
+        # those whose files could not be loaded at the start, and why: their names are not free
+        self.not_loaded: dict[str, ModelNotLoaded] = {}
         self.ready = False
         self.loaded = False
         self._creations: dict[str, Creation] = {}
@@ -114,10 +122,11 @@ class Catalog:
         self._tasks: set[asyncio.Task[Any]] = set()
 
     def get(self, name: str, uid: bytes = b"") -> Model:
-        """A model by name; UnknownModel otherwise, or ModelLost for a caller that knew it by its uid."""
+        """A model by name; UnknownModel otherwise, or ModelLost for a caller that knew it by its uid. ModelNotLoaded."""
         model = self.models.get(name)
         if model is None:
             self.require_loaded()
+            self.require_free(name)
             if uid:
                 raise ModelLost(model=name[:200])
             raise UnknownModel(model=name[:200])
@@ -127,6 +136,11 @@ class Catalog:
         """Starting while models are still being brought back: until then a missing one is not known to be missing."""
         if not self.loaded:
             raise Starting()
+
+    def require_free(self, name: str) -> None:
+        """ModelNotLoaded if the name is that of a model whose files could not be loaded."""
+        if name in self.not_loaded:
+            raise copy.copy(self.not_loaded[name])
 
     def snapshots(self, name: str) -> Snapshots:
         """Where a model's snapshots are."""
@@ -144,6 +158,7 @@ class Catalog:
         self, name: str, worker: str, proposal: Proposal, now_s: float, attempt: int, process: Process
     ) -> Creation:
         """Give the first caller leave to create a model; BeingCreated for the others while it lasts, or its process."""
+        self.require_free(name)
         self._creations = {
             known: creation
             for known, creation in self._creations.items()
@@ -188,8 +203,12 @@ class Catalog:
             raise ModelExists(model=name)
         if current is None or current.ticket != ticket or current.expires_at_s < now_s:
             raise NoCreationTicket(model=name)
-        current.expires_at_s = now_s + CREATION_S
+        self.renew_creation(current, now_s)
         return current
+
+    def renew_creation(self, creation: Creation, now_s: float) -> None:
+        """Its values are on their way: nobody else may create the model meanwhile."""
+        creation.expires_at_s = now_s + CREATION_S
 
     def give_up_creation(self, name: str, ticket: int) -> None:
         """Let the next caller create: this one broke off."""
@@ -222,11 +241,11 @@ class Catalog:
         try:
             model = self._model(name, secrets.token_bytes(16), 1, layout, groups)
             model.arenas.fill_initial_state([group.values for group in groups.list])
-        except torch.OutOfMemoryError as error:
-            raise OverCapacity(
-                problem=f"{self.device.where} has no memory left for it", setting="device"
-            ) from error
-        return model
+            return model
+        except (OutOfMemory, torch.OutOfMemoryError):
+            need = Arenas.bytes_needed(layout)
+        # here, or this error would hold on to what there was memory for
+        raise OutOfMemory(what=f"model {name} on {self.device.where}", need=need)
 
     def _model(self, name: str, uid: bytes, timeline: int, layout: Layout, groups: ParamGroups) -> Model:
         sessions = Sessions(self.config.lease_s, self.config.max_workers, name)
@@ -236,7 +255,12 @@ class Catalog:
         return model
 
     async def delete(self, name: str, by: str) -> None:
-        """Forget a model and its snapshots for good."""
+        """Forget a model and its snapshots for good. The files of one that was not loaded are only put aside."""
+        if name in self.not_loaded:
+            async with self._alone(name):
+                await DISK.run(self._folder(name).set_aside)
+                self.not_loaded.pop(name, None)
+            return
         model = self.get(name)
         model.record("deleted", by)
         model.deleted = True
@@ -267,6 +291,7 @@ class Catalog:
         except (SnapshotDamaged, UnknownSnapshot):
             model.require_here()  # or what is said of a snapshot that just went would be true of none
             raise
+        await DISK.run(require_understood, manifest, name)
         if copy.layout.manifest_hash != model.layout.manifest_hash:
             raise InvalidManifest(
                 problem=f"snapshot {snapshot} holds other parameters or groups than the model has now"
@@ -321,6 +346,7 @@ class Catalog:
                 log.error("model %s failed and has no snapshot that verifies", model.name)
                 return
             manifest, copy = found
+            await DISK.run(require_understood, manifest, model.name)
             await self.replace(model, copy, manifest, "server")
             log.warning("model %s failed and goes on from snapshot %s", model.name, manifest["id"])
         except PushstepError as error:
@@ -340,68 +366,110 @@ class Catalog:
 
     # Start and stop.
 
-    async def load(self) -> None:
-        """Bring every model back from its newest verified snapshot."""
-        for left in self.config.data.glob(f"{EXPORT_PREFIX}*"):
-            left.unlink(missing_ok=True)  # exports that were under way when the last process died
-        root = self.config.data / "models"
-        folders = sorted(path for path in root.iterdir() if path.is_dir()) if root.exists() else []
-        for folder in folders:
-            if is_name(folder.name) and self._folder(folder.name).has_identity():
-                await self._load_model(folder.name)
+    async def load(self, stopping: Callable[[], bool] = lambda: False) -> None:
+        """Bring every model back from its newest verified snapshot; whatever is wrong with one, the others come."""
+        # exports that were under way when the last process died
+        await DISK.run(files.sweep, self.config.data, f"{EXPORT_PREFIX}*")
+        for name in await DISK.run(model_folders, self.config.data / "models"):
+            if stopping():
+                return
+            if is_name(name):
+                try:
+                    await self._load_model(name)
+                except Exception as error:  # noqa: BLE001 - whatever a folder holds, the other models are served
+                    self._note_not_loaded(name, error)
         self.loaded = self.ready = True
 
+    def _note_not_loaded(self, name: str, error: Exception) -> None:
+        if isinstance(error, ModelNotLoaded):
+            found = error
+        elif isinstance(error, OSError):
+            found = ModelNotLoaded(model=name, problem=files.reason(error))
+        else:
+            found = ModelNotLoaded(model=name, problem=named(error, log).message)
+        self.not_loaded[name] = copy.copy(found)  # without its traceback, which holds what was loaded
+        log.error("model %s was not loaded: %s", name, found.fields["problem"])
+
     async def _load_model(self, name: str) -> None:
-        snapshots = self.snapshots(name)
-        await DISK.run(snapshots.sweep)
-        identity = self._folder(name).identity()
-        if identity is None:
-            return
-        found = await DISK.run(snapshots.newest, identity.made_of)
+        found = await DISK.run(self._folder(name).recover)
         if found is None:
-            found = await DISK.run(snapshots.newest)
-            if found is not None:
-                log.error("model %s: only a snapshot that a restore had undone verifies: loading it", name)
-        if found is None:
-            # its workers will be told model_lost, which is true; the folder stays as it is
-            log.warning("model %s has no snapshot that verifies: not loaded", name)
             return
-        manifest, copy = found
-        if not rules_known(manifest):
-            log.error("model %s needs an update rule that this build does not have: not loaded", name)
-            return
-        proven = (identity.timeline, identity.clean_version) == (copy.timeline, copy.version)
+        model = await DISK.run(self._recovered, name, found)
+        try:
+            await model.stepper.submit(partial(model.arenas.load, found.copy, model.timeline))
+            await self._write_identity(model, clean_version=None)
+        except BaseException:
+            await model.close()
+            raise
+        snapshot = found.manifest["id"]
+        model.record("loaded", "server", snapshot=snapshot)
+        self.models[name] = model
+        log.info(
+            "model %s at version %d, timeline %d, from %s", name, model.version, model.timeline, snapshot
+        )
+
+    def _recovered(self, name: str, found: Recovered) -> Model:
+        """The model that was found, but for its arenas."""
+        identity, manifest, copied = found.identity, found.manifest, found.copy
+        proven = (identity.timeline, identity.clean_version) == (copied.timeline, copied.version)
         timeline = identity.timeline + (not proven)
         groups = ParamGroups.parse(manifest["groups"])
-        model = self._model(name, identity.uid, timeline, copy.layout, groups)
-        model.ledger.version, model.ledger.lineage = copy.version, list(copy.lineage)
+        model = self._model(name, identity.uid, timeline, copied.layout, groups)
+        model.ledger.version, model.ledger.lineage = copied.version, list(copied.lineage)
         if not proven:
-            model.ledger.go_back(copy.lineage_here, timeline)
+            model.ledger.go_back(copied.lineage_here, timeline)
+        model.begun_at = timeline, copied.version
         model.edit = int(manifest["edit"])
-        model.extras = copy.extras
+        model.extras = copied.extras
         model.hooks.list[:] = model.hooks.parsed(manifest["hooks"], groups, name)
         model.sessions.parse(manifest["workers"], time.monotonic(), manifest.get("forgotten_epoch", 0))
         model.judge.quality = Quality.parsed(manifest["gate"])
-        model.judge.switch(
-            policies.read(manifest["policy"]), time.monotonic()
-        )  # whatever staging holds today
+        # whatever staging holds today
+        model.judge.switch(policies.read(manifest["policy"]), time.monotonic())
         if not proven:
             model.sessions.close_epochs()
-        await model.stepper.submit(lambda: model.arenas.load(copy, timeline))
-        await self._write_identity(model, clean_version=None)
-        model.record("loaded", "server", snapshot=manifest["id"])
-        self.models[name] = model
-        log.info(
-            "model %s at version %d, timeline %d, from %s", name, model.version, timeline, manifest["id"]
-        )
+        return model
 
-    async def stop(self) -> None:
-        """Snapshot every model and say on the disk that nothing is missing."""
+    async def stop(self) -> bool:
+        """Snapshot every model and say on the disk that nothing is missing. False if one could not be; the log names it."""
+        saved = True
+        if self._tasks:  # edits whose senders have gone are done whole
+            await asyncio.wait(set(self._tasks), timeout=self.config.drain_s)
         for name, model in self.models.items():
             try:
-                manifest = await self.snapshot(name, "server", automatic=True)
-                await self._write_identity(model, clean_version=int(manifest["version"]))
-                await DISK.run(self.snapshots(name).prune)
+                async with self._alone(name):
+                    await self._save_last(name, model)
+            except Exception as error:  # noqa: BLE001 - whatever it was, the other models are saved
+                saved = False
+                log.error(
+                    "model %s was NOT saved at version %d: %s; %s",
+                    name,
+                    model.version,
+                    named(error, log).message,
+                    await DISK.run(self._what_is_left, name),
+                )
+            try:
+                await model.close()
             except Exception:
-                log.exception("model %s could not be snapshotted at stop", name)
-            await model.close()
+                log.exception("model %s could not be closed", name)
+        return saved
+
+    async def _save_last(self, name: str, model: Model) -> None:
+        """Write the last snapshot, straight from the arenas, which nobody writes to any more: no memory is needed."""
+        model.end()
+        facts, copied = await model.copy(last=True)
+        snapshots = self.snapshots(name)
+        manifest = await DISK.run(snapshots.write, facts, copied, automatic=True)
+        log.info("model %s saved at version %d: %s", name, copied.version, manifest["id"])
+        try:
+            await self._write_identity(model, clean_version=copied.version)
+            await DISK.run(snapshots.prune)
+        except PushstepError as error:
+            log.warning("model %s: after its last snapshot: %s", name, error.message)
+
+    def _what_is_left(self, name: str) -> str:
+        try:
+            ids = self.snapshots(name).ids()
+        except PushstepError as error:
+            return error.message
+        return f"the next start has {ids[0]}" if ids else "it has no snapshot: it is lost"

@@ -23,11 +23,13 @@ from pushstep.proto.errors import (
     Quarantined,
 )
 from pushstep.proto.frames import MAX_CHUNK_BYTES, pack
+from pushstep.proto.parts import WHOLE_BYTES, parts_of
 from pushstep.proto.status import TRAILER, brief, named, to_trailer
 from pushstep.proto.types_pb2 import Identity, Receipt
 
 from .bulk import BulkStream
 from .catalog import Catalog
+from .counted_parts import CountedParts
 from .grpc_methods import Context, answered, answering, serialize, streamed, streaming
 from .intake import Intake
 from .membership import join
@@ -35,11 +37,12 @@ from .model import Model
 from .publish import Published
 from .pull_answers import (
     have_version,
-    header_of,
+    header_frames,
     newest,
     published_header,
     published_messages,
     state_bodies,
+    state_header,
     wire_of,
 )
 from .rows_asked import pulled_rows
@@ -47,11 +50,14 @@ from .shared_answer import SharedAnswer
 from .shared_memory import SharedMemory
 from .staging import Budget
 from .tarpit import Tarpit
-from .threads import PULLS
+from .threads import INLINE_PARTS, PULLS, REQUESTS
+from .timed_messages import TimedMessages
 from .upload import Upload
 
 log = logging.getLogger("pushstep.grpc")
 SERVICE: Final = "pushstep.v1.TrainingService"
+# read once: each connect asks, and the package's files may be gone by then, or the process's descriptors
+VERSION: Final = installed_version("pushstep")
 
 
 class GrpcDoor:
@@ -87,6 +93,7 @@ class GrpcDoor:
         methods: dict[str, Any] = {
             "Describe": unary(one(answered(self.describe, pb.DescribeRequest)), None, serialize),
             "Join": unary(one(answered(self.join, pb.JoinRequest)), None, serialize),
+            "JoinInParts": bulk(many(self.join_in_parts), None, None),
             "Heartbeat": unary(one(answered(self.heartbeat, pb.HeartbeatRequest)), None, serialize),
             "Leave": unary(one(answered(self.leave, pb.LeaveRequest)), None, serialize),
             "OpenRegion": unary(one(answered(self.open_region, pb.OpenRegionRequest)), None, serialize),
@@ -102,7 +109,7 @@ class GrpcDoor:
     async def describe(self, request: pb.DescribeRequest) -> pb.DescribeResponse:
         """Describe."""
         return pb.DescribeResponse(
-            server_version=installed_version("pushstep"),
+            server_version=VERSION,
             max_chunk_bytes=MAX_CHUNK_BYTES,
             models=sorted(self.catalog.models),
             unix_path=self.unix_path,
@@ -113,7 +120,21 @@ class GrpcDoor:
     async def join(self, request: pb.JoinRequest) -> pb.JoinResponse:
         """Join."""
         self._take_new_work()
-        return await join(self.catalog, request)
+        return await join(self.catalog, request, WHOLE_BYTES)
+
+    async def join_in_parts(self, messages: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
+        """JoinInParts."""
+        self._take_new_work()
+        parts = CountedParts("a join", self.budget)
+        try:
+            await parts.read(TimedMessages(messages, self.stall_s))
+            request = await parts.parsed(pb.JoinRequest)
+            response = await join(self.catalog, request)
+            whole = await REQUESTS.run(response.SerializeToString)
+        finally:
+            parts.release()
+        for part in parts_of(whole):
+            yield pb.JoinPart(part=part).SerializeToString()
 
     async def heartbeat(self, request: pb.HeartbeatRequest) -> pb.HeartbeatResponse:
         """Heartbeat."""
@@ -144,36 +165,40 @@ class GrpcDoor:
     async def upload(self, messages: AsyncIterator[bytes]) -> pb.UploadResponse:
         """Upload."""
         self._take_new_work()
-        stream = BulkStream(messages, pb.UploadRequest, self.stall_s)
-        upload = Upload(self.catalog, (await stream.header()).header, self.budget)
-        try:
-            await upload.admit()
-            await stream.feed(upload.place)
-            return await upload.commit()
-        finally:
-            upload.release()
+        with BulkStream(messages, pb.UploadRequest, self.stall_s, self.budget) as stream:
+            upload = Upload(self.catalog, (await stream.header()).header, self.budget)
+            try:
+                await upload.admit()
+                await stream.feed(upload.place)
+                return await upload.commit()
+            finally:
+                upload.release()
 
     async def push(self, messages: AsyncIterator[bytes]) -> pb.PushResponse:
         """Push."""
-        return await self.pushed(BulkStream(messages, pb.PushRequest, self.stall_s))
+        return await self.pushed(BulkStream(messages, pb.PushRequest, self.stall_s, self.budget))
 
     async def pushed(self, stream: BulkStream[pb.PushRequest]) -> pb.PushResponse:
         """Push, however its stream comes."""
-        _, _, receipt, _ = await self._take_push(stream)
+        with stream:
+            _, _, receipt, _ = await self._take_push(stream)
         return pb.PushResponse(receipt=receipt)
 
     async def exchange(self, messages: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
         """Exchange."""
-        published, answer = await self.exchanged(BulkStream(messages, pb.PushRequest, self.stall_s))
+        published, answer = await self.exchanged(
+            BulkStream(messages, pb.PushRequest, self.stall_s, self.budget)
+        )
         async for message in published_messages(published, answer):
             yield message
 
     async def exchanged(self, stream: BulkStream[pb.PushRequest]) -> tuple[Published, pb.PullHeader]:
         """Exchange, however its stream comes: what was published, and the answer's header."""
-        model, header, receipt, shared = await self._take_push(stream, pulls=True)
+        with stream:
+            model, header, receipt, shared = await self._take_push(stream, pulls=True)
         begun_s = time.monotonic()
         published = await newest(model, header.pull, header.identity.timeline, shared)
-        answer = published_header(model, published, header.manifest_hash)
+        answer = await published_header(model, published, header.manifest_hash)
         answer.receipt.CopyFrom(receipt)
         answer.groups.extend(receipt.groups)
         answer.receipt.times.publish_s = time.monotonic() - begun_s
@@ -190,7 +215,7 @@ class GrpcDoor:
             model.require_whole()
         shared = self._shared_answer(model, request.options, request.identity)
         published = await newest(model, request.options, request.timeline, shared)
-        answer = published_header(model, published, request.manifest_hash)
+        answer = await published_header(model, published, request.manifest_hash)
         answer.groups.extend(groups)
         async for message in published_messages(published, answer):
             yield message
@@ -205,11 +230,11 @@ class GrpcDoor:
         values = model.group_values()
         _, copy = await model.copy()
         segments, bodies = state_bodies(copy)
-        header = header_of(model, copy, segments)
-        header.steps.extend(copy.steps)
+        few = len(copy.layout.slots) <= INLINE_PARTS
+        header = await PULLS.run_unless(few, state_header, model, copy, segments)
         header.groups.extend(values)
-        header.manifest.CopyFrom(copy.layout.manifest)
-        yield pb.PullResponse(header=header).SerializeToString()
+        for message in await header_frames(header):
+            yield message
         frames = pack(bodies)
         while (frame := await PULLS.run(next, frames, None)) is not None:
             yield frame

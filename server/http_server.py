@@ -23,7 +23,6 @@ from .http_protocol import HttpProtocol, Idle
 
 log = logging.getLogger("pushstep.http")
 
-BACKLOG: Final = 1024
 RETRY_S: Final = 0.2
 LOGGED_EVERY_S: Final = 60.0
 _NO_ROOM: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
@@ -56,7 +55,6 @@ class HttpServer(uvicorn.Server):
         """Accept connections from now on."""
         await super().startup(sockets=[])
         self._listener.setblocking(False)
-        self._listener.listen(BACKLOG)
         self._accepting = asyncio.create_task(self._accept())
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

@@ -125,7 +125,7 @@ class Intake:
         try:
             body = self.model.device.body(declared.lengths, self._digest, take, stepped=stepped)
         except torch.OutOfMemoryError as error:  # the device's
-            raise self._budget.over(declared.bytes_needed) from error
+            raise self._budget.short(declared.bytes_needed) from error
         return body, self._arriving(body)
 
     def _arriving(self, body: Assembly | SharedBody) -> Arrived | None:
@@ -136,6 +136,7 @@ class Intake:
     def place(self, chunk: Chunk) -> asyncio.Future[None] | None:
         """Copy a chunk into staging. Quarantined, if its worker was meanwhile."""
         self.model.judge.require_open(self.header.identity)
+        self.model.judge.moved(self.header.identity, time.monotonic())
         if isinstance(self._body, SharedBody):
             raise MalformedFrame(problem="a push whose gradients lie in shared memory carries no chunks")
         body, arrived = self._body, self._arrived
@@ -239,7 +240,7 @@ class Intake:
                     digest = self._body.digest(None if self._arrived is None else self._arrived.advance)
                 return digest, *self._inspected()
         except torch.OutOfMemoryError as error:  # the device's
-            raise self._budget.over(self._reserved) from error
+            raise self._budget.short(self._reserved) from error
 
     def _inspected(self) -> tuple[StagedPush | None, InvalidRequest | None]:
         try:

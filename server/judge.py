@@ -95,6 +95,10 @@ class Judge:
         if worker is not None:
             self._require_free(worker)
 
+    def moved(self, identity: Identity, now_s: float) -> None:
+        """A body of this worker moves, however slowly: its lease does not run out meanwhile."""
+        self.sessions.renew(identity, now_s)
+
     def _require_free(self, worker: Worker) -> None:
         if worker.quarantined:
             raise self.docket.quarantined(worker)

@@ -41,7 +41,7 @@ class LineDoor:
 
     async def _answer(self, method: Method, message: bytes) -> bytes:
         try:
-            stream = OneMessage(message, pb.PushRequest)
+            stream = OneMessage(message, pb.PushRequest, self._door.budget)
             asked = (await stream.header()).header
             # what is sent, or answered, as frames waits in ways that only a task can; and it would be stepped first
             if not asked.region or (method is Method.EXCHANGE and not asked.pull.region):

@@ -8,11 +8,19 @@ from functools import partial
 from itertools import islice, zip_longest
 from typing import Final, TypeVar
 
-from pushstep.proto.errors import ManifestMismatch, ModelLost, UnknownModel
+from pushstep.proto.errors import ManifestMismatch, MessageTooLarge, ModelLost, UnknownModel
 from pushstep.proto.identifiers import check_name
 from pushstep.proto.layout import Layout, Slot
+from pushstep.proto.parts import MAX_WHOLE_BYTES
 from pushstep.proto.process import is_gone
-from pushstep.proto.training_pb2 import CreationTicket, JoinRequest, JoinResponse, Membership, Process
+from pushstep.proto.training_pb2 import (
+    CreationTicket,
+    JoinRequest,
+    JoinResponse,
+    Membership,
+    Process,
+    PullHeader,
+)
 from pushstep.proto.types_pb2 import Identity, Manifest
 
 from .catalog import CREATION_S, Catalog, propose
@@ -24,11 +32,28 @@ DIFFERENCES_SHOWN: Final = 10
 T = TypeVar("T")
 
 
-async def join(catalog: Catalog, request: JoinRequest) -> JoinResponse:
+async def join(catalog: Catalog, request: JoinRequest, most_bytes: int = MAX_WHOLE_BYTES) -> JoinResponse:
     """Make the caller a worker, or give it leave to create the model.
 
     What takes long with a large manifest is done first, in a thread. The model may change meanwhile, or begin to be.
+    MessageTooLarge if the answer's manifest takes more than `most_bytes`; the join has been made, and is answered again
+    by its attempt.
     """
+    response, layout = await _join(catalog, request)
+    if layout.manifest_bytes > most_bytes:
+        raise MessageTooLarge(got=layout.manifest_bytes, limit=most_bytes)
+    await fill_in(response.member if response.HasField("member") else response.create, layout)
+    return response
+
+
+async def fill_in(answer: Membership | CreationTicket | PullHeader, layout: Layout) -> None:
+    """Give an answer its manifest; in a thread if it is large."""
+    few = len(layout.slots) <= INLINE_PARTS
+    await REQUESTS.run_unless(few, answer.manifest.CopyFrom, layout.manifest)
+
+
+async def _join(catalog: Catalog, request: JoinRequest) -> tuple[JoinResponse, Layout]:
+    """The answer without its manifest, and the layout that has it."""
     check_name(request.worker, "worker name")
     same_as: Layout | None = None
     while (model := catalog.models.get(request.model)) is not None:
@@ -38,6 +63,7 @@ async def join(catalog: Catalog, request: JoinRequest) -> JoinResponse:
             return _joined(model, request)
         same_as = model.layout
         await _looked_at(request.manifest, partial(_check_same, model.name, same_as))
+    catalog.require_free(request.model)
     if request.model_uid:
         raise ModelLost(model=request.model[:200])
     if not request.HasField("manifest"):
@@ -45,20 +71,15 @@ async def join(catalog: Catalog, request: JoinRequest) -> JoinResponse:
     check_name(request.model, "model name")
     proposal = await _looked_at(request.manifest, propose)
     if request.model in catalog.models:
-        return await join(catalog, request)
+        return await _join(catalog, request)
     now_s = time.monotonic()
     creation = catalog.begin_creation(
         request.model, request.worker, proposal, now_s, request.attempt, request.process
     )
-    return JoinResponse(
-        create=CreationTicket(
-            model=request.model,
-            worker=request.worker,
-            ticket=creation.ticket,
-            expires_s=CREATION_S,
-            manifest=creation.layout.manifest,
-        )
+    ticket = CreationTicket(
+        model=request.model, worker=request.worker, ticket=creation.ticket, expires_s=CREATION_S
     )
+    return JoinResponse(create=ticket), creation.layout
 
 
 async def _looked_at(manifest: Manifest, look: Callable[[Manifest], T]) -> T:
@@ -66,7 +87,7 @@ async def _looked_at(manifest: Manifest, look: Callable[[Manifest], T]) -> T:
     return await REQUESTS.run_unless(few, look, manifest)
 
 
-def _joined(model: Model, request: JoinRequest) -> JoinResponse:
+def _joined(model: Model, request: JoinRequest) -> tuple[JoinResponse, Layout]:
     """The next epoch of a worker of a model that is there."""
     now_s = time.monotonic()
     known = model.sessions.workers.get(request.worker)
@@ -79,7 +100,7 @@ def _joined(model: Model, request: JoinRequest) -> JoinResponse:
         worker.process = request.process
         model.record("joined", worker.name, epoch=worker.epoch)
     model.executor.carry_out(decisions)
-    return JoinResponse(member=membership(model, worker))
+    return JoinResponse(member=membership(model, worker)), model.layout
 
 
 def _has_ended(holder: Worker, caller: Process) -> bool:
@@ -88,7 +109,7 @@ def _has_ended(holder: Worker, caller: Process) -> bool:
 
 
 def membership(model: Model, worker: Worker) -> Membership:
-    """The membership of a joined worker."""
+    """The membership of a joined worker, without the manifest."""
     return Membership(
         identity=Identity(
             model_uid=model.uid,
@@ -99,7 +120,6 @@ def membership(model: Model, worker: Worker) -> Membership:
         ),
         version=model.version,
         manifest_hash=model.layout.manifest_hash,
-        manifest=model.layout.manifest,
         groups=model.group_values(),
         receipts=model.judge.receipts_of(worker),
         lease_s=model.sessions.lease_s,

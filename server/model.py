@@ -15,9 +15,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
-import torch
+from torch import Tensor
 
 from pushstep.proto.errors import (
+    Draining,
     InvalidHyperparameter,
     ModelFailed,
     ModelLost,
@@ -73,14 +74,18 @@ class Model:
         self.hooks = HookChain()
         self.ledger = Ledger(name, timeline, groups, self.hooks)
         self.judge = Judge(uid, self.ledger, sessions)
+        # the (timeline, version) at which this process took it over from another; None if it was made here
+        self.begun_at: tuple[int, int] | None = None
         # edits (hyperparameters, hooks, policy) add no version: each is (after this version, this number)
         self.edit = 0
         self.failed: ModelFailed | None = None
         # told when a write has left the arenas torn
         self.on_failed: Callable[[Model], None] = lambda model: None
         self.deleted = False
+        # nothing is decided or stepped any more: what it is now is what the next start has
+        self.ended = False
         # a module's buffers and frozen values; replaced as a whole, never written to
-        self.extras: Mapping[str, torch.Tensor] = {}
+        self.extras: Mapping[str, Tensor] = {}
         self.events: deque[dict[str, Any]] = deque(maxlen=EVENTS_KEPT)
         self._events_seen = 0
         self.last_receipt: Receipt | None = None
@@ -113,13 +118,15 @@ class Model:
         self.require_whole()
 
     def require_whole(self) -> None:
-        """ModelLost once it is deleted; ModelFailed while a broken-off write has left it between two versions."""
+        """What `require_here` raises; ModelFailed while a broken-off write has left it between two versions."""
         self.require_here()
         if self.failed is not None:
             raise self.failed.with_traceback(None)  # or it grows with every request that it refuses
 
     def require_here(self) -> None:
-        """ModelLost once it is deleted."""
+        """ModelLost once it is deleted; Draining once the server saves it for the last time."""
+        if self.ended:
+            raise Draining()
         if self.deleted:
             raise ModelLost(model=self.name)
 
@@ -319,11 +326,21 @@ class Model:
             "forgotten_epoch": self.sessions.forgotten_epoch,
         }
 
-    async def copy(self) -> tuple[dict[str, Any], ArenasCopy]:
-        """Groups, hooks and workers with the arenas of exactly the same version."""
+    def end(self) -> None:
+        """Decide and step nothing more. ModelFailed if it is not whole."""
         self.require_whole()
+        self.ended = True
+        self.executor.close()
+
+    async def copy(self, *, last: bool = False) -> tuple[dict[str, Any], ArenasCopy]:
+        """Groups, hooks and workers with the arenas of exactly the same version.
+
+        `last`: of a model that has ended, where the arenas themselves do for a copy. OutOfMemory.
+        """
+        if not last:
+            self.require_whole()
         facts, extras, lineage = self.dump(), self.extras, tuple(self.ledger.lineage)
-        copy = await self.stepper.submit(self.arenas.copy)
+        copy = await self.stepper.submit(self.arenas.as_copy if last else self.arenas.copy)
         return facts, replace(copy, extras=extras, lineage=lineage)
 
     def tell(self, point: Point, **facts: Any) -> None:

@@ -9,13 +9,16 @@ import torch
 from pushstep.proto import dtypes
 from pushstep.proto import training_pb2 as pb
 from pushstep.proto.frames import Piece
+from pushstep.proto.parts import header_messages
 from pushstep.proto.types_pb2 import DType, Segment
 
 from .arena import Arenas, ArenasCopy
+from .membership import fill_in
 from .model import Model
 from .publish import Published
 from .shared_answer import SharedAnswer
 from .staging import INLINE_BYTES
+from .threads import INLINE_PARTS, PULLS
 
 
 async def newest(
@@ -37,11 +40,11 @@ def wire_of(dtype: int) -> torch.dtype | None:
     return None if dtype == DType.DTYPE_UNSPECIFIED else dtypes.to_torch(dtype, "the answer asked for")
 
 
-def published_header(model: Model, published: Published, known_manifest: int) -> pb.PullHeader:
+async def published_header(model: Model, published: Published, known_manifest: int) -> pb.PullHeader:
     """The header of an answer; with the manifest, unless the caller knows it."""
     header = header_of(model, published, published.segments)
     if header.manifest_hash != known_manifest:
-        header.manifest.CopyFrom(published.layout.manifest)
+        await fill_in(header, published.layout)
     header.unchanged = published.unchanged
     header.shared = published.shared
     return header
@@ -49,7 +52,9 @@ def published_header(model: Model, published: Published, known_manifest: int) ->
 
 async def published_messages(published: Published, header: pb.PullHeader) -> AsyncIterator[bytes]:
     """An answer's messages: the header, and the frames as they are made."""
-    first = pb.PullResponse(header=header).SerializeToString()
+    *parts, first = await header_frames(header)
+    for part in parts:
+        yield part
     async for frame in published.frames():
         if first and len(frame) <= INLINE_BYTES:
             # one message instead of two: fields that follow each other are one message's
@@ -61,6 +66,20 @@ async def published_messages(published: Published, header: pb.PullHeader) -> Asy
         yield frame
     if first:
         yield first
+
+
+async def header_frames(header: pb.PullHeader) -> list[bytes]:
+    """The messages that an answer's header goes in."""
+    few = len(header.segments) + len(header.manifest.parameters) <= INLINE_PARTS
+    return await PULLS.run_unless(few, lambda: list(header_messages(pb.PullResponse(header=header))))
+
+
+def state_header(model: Model, copy: ArenasCopy, segments: list[Segment]) -> pb.PullHeader:
+    """The header of a PullState's answer, but for the groups."""
+    header = header_of(model, copy, segments)
+    header.steps.extend(copy.steps)
+    header.manifest.CopyFrom(copy.layout.manifest)
+    return header
 
 
 def header_of(model: Model, at: Arenas | ArenasCopy | Published, segments: list[Segment]) -> pb.PullHeader:

@@ -1,21 +1,26 @@
 """The process: start, serve, stop, in that order.
 
 gRPC and HTTP share one event loop. A stop first says that no work is taken, lets what is in flight finish, then
-snapshots every model and exits 0.
+snapshots every model. However the serving ends, and whatever goes wrong on the way, the models are saved; the exit status
+says if one was not.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import errno
 import fcntl
 import logging
 import os
 import signal
 import socket
+import stat
 import sys
+from collections.abc import Awaitable
+from enum import IntEnum
 from pathlib import Path
-from typing import IO, Final
+from typing import Any, Final
+from urllib.parse import quote
 
 import grpc
 import uvicorn
@@ -35,6 +40,7 @@ from .rest_door import create_app
 from .shared_memory import SharedMemory
 from .staging import WINDOW_BYTES, Budget
 from .threads import PUSHES, REQUESTS
+from .unix_socket import UnixSocket
 from .warmup import warm_kernels
 
 log = logging.getLogger("pushstep.service")
@@ -75,6 +81,18 @@ GRPC_OPTIONS: Final = (
 # How long the event loop waits for a thread that computes in Python; at each of its turns, so at 5 ms, Python's own, a push
 # takes ten times as long beside one. Pushes per second beside somebody's large manifests: 100 of 1000 at 5 ms, 390 at this.
 SWITCH_S: Final = 200e-6
+# Pending connections of a door that the loop has not come to.
+BACKLOG: Final = 2048
+
+
+class ExitStatus(IntEnum):
+    """How a server's process ended. The README has the same table."""
+
+    SAVED = 0
+    NOT_STARTED = 1
+    BAD_SETTINGS = 2
+    NOT_ALL_SAVED = 3
+    BROKEN_OFF = 4
 
 
 class DataFolderLocked(RuntimeError):
@@ -97,51 +115,69 @@ class Service:
         connections = ("grpc.max_allowed_incoming_connections", self._shares.grpc)
         self._grpc = grpc.aio.server(options=(*GRPC_OPTIONS, connections))
         self._health = health.aio.HealthServicer()
-        self._lock: IO[str] | None = None
+        self._lock: int | None = None
+        self._unix: UnixSocket | None = None
+        self._http_socket: socket.socket | None = None
+        self._http: uvicorn.Server | None = None
+        self._serving: asyncio.Task[None] | None = None
         self.grpc_address = ""
         self.http_address = ""
         self.unix_path = ""
 
-    async def run(self) -> None:
-        """Serve until SIGTERM or SIGINT, then stop in order."""
+    async def run(self) -> ExitStatus:
+        """Serve until told to stop, then stop in order. What keeps it from starting is raised."""
         sys.setswitchinterval(SWITCH_S)
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in _stop_signals():
             loop.add_signal_handler(number, self._stop.set)
-        http = await self._start()
-        serving = asyncio.create_task(http.serve())
-        while not http.started and not serving.done():
-            await asyncio.sleep(0.005)
-        await PUSHES.run(warm_kernels, self.catalog.device.where, self.config.data / "kernels")
-        await self.catalog.load()
-        await self._say(health_pb2.HealthCheckResponse.SERVING)
-        unix = f" unix={self.unix_path}" if self.unix_path else ""
-        print(f"ready grpc={self.grpc_address} http={self.http_address}{unix}", flush=True)
-        stopped = asyncio.create_task(self._stop.wait())
-        await asyncio.wait({stopped, serving}, return_when=asyncio.FIRST_COMPLETED)
-        await self._drain(http, serving)
+        ready = False
+        status = ExitStatus.SAVED
+        try:
+            await self._start()
+            ready = True
+            if not self._stop.is_set():
+                await self._serve()
+            status = await self._drain()
+        except Exception:
+            if not ready:
+                raise
+            log.exception("stopping: the server has failed")
+            status = ExitStatus.BROKEN_OFF
+        finally:
+            self.door.draining = True
+            REQUESTS.let_go()
+            saved = await self.catalog.stop()
+            await self._let_go()
+        return status if saved else ExitStatus.NOT_ALL_SAVED
 
-    async def _start(self) -> uvicorn.Server:
+    async def _start(self) -> None:
         self.catalog.device.open()
         self._lock = lock_folder(self.config.data)
-        self.unix_path = self._bind_grpc()
-        listener, self.http_address = bind_http(self.config.http)
+        self._http_socket, self.http_address = bind_http(self.config.http)
+        await self._start_grpc()
+        self._http = self._http_server(self._http_socket)
+        self._serving = asyncio.create_task(self._http.serve())
+        while not self._http.started and not self._serving.done():
+            await asyncio.sleep(0.005)
+        if self._serving.done():
+            self._serving.result()
+            raise OSError(f"cannot listen on {self.config.http} for HTTP")
+        await PUSHES.run(warm_kernels, self.catalog.device.where, self.config.data / "kernels")
+        await self.catalog.load(self._stop.is_set)
+
+    async def _start_grpc(self) -> None:
+        self._bind_grpc()
         self.door.http_url = f"http://{self.http_address}"
         self.door.unix_path = self.unix_path
-        if self.memory.path:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self.memory.path)
-            self.memory.start(LineDoor(self.door).serve)
+        self.memory.start(LineDoor(self.door).serve)
         self._grpc.add_generic_rpc_handlers((self.door.handler(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._grpc)
         await self._say(health_pb2.HealthCheckResponse.NOT_SERVING)
-        old_mask = os.umask(0o177)  # the Unix socket is this user's alone from the moment it exists
-        try:
-            await self._grpc.start()
-        finally:
-            os.umask(old_mask)
+        await self._grpc.start()
+
+    def _http_server(self, listener: socket.socket) -> uvicorn.Server:
         host, _ = split_address(self.config.http)
         allowed = {"localhost", "127.0.0.1", "::1", host} if is_loopback(host) else None
         config = uvicorn.Config(
@@ -154,8 +190,9 @@ class Service:
         )
         return HttpServer(config, listener, self._shares.http, self.config.stall_s, Spare())
 
-    def _bind_grpc(self) -> str:
-        host, _ = split_address(self.config.grpc)
+    def _bind_grpc(self) -> None:
+        host, asked = split_address(self.config.grpc)
+        require_free(host, asked)
         try:
             port = self._grpc.add_insecure_port(self.config.grpc)
         except RuntimeError as error:
@@ -164,55 +201,128 @@ class Service:
         path = self.config.unix_path()
         if path is None:
             log.info("no Unix socket: its path would be too long, or it was turned off")
-            return ""
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)  # the folder is locked: whoever made it is dead
-        old_mask = os.umask(0o177)
-        try:
-            self._grpc.add_insecure_port(f"unix:{path}")
-        except RuntimeError as error:
-            raise OSError(f"cannot listen on unix:{path}: {error}") from error
-        finally:
-            os.umask(old_mask)
-        return path
+            return
+        self._unix = UnixSocket(path)
+        with self._unix.taken() as bound:
+            try:
+                self._grpc.add_insecure_port(f"unix:{quote(bound)}")
+            except RuntimeError as error:
+                raise OSError(f"cannot listen on unix:{path}: {error}") from error
+        self.unix_path = path
 
     async def _say(self, status: int) -> None:
         for name in ("", SERVICE):
             await self._health.set(name, status)
 
-    async def _drain(self, http: uvicorn.Server, serving: asyncio.Task[None]) -> None:
+    async def _serve(self) -> None:
+        """Return when told to stop. What ended a door otherwise is raised."""
+        await self._say(health_pb2.HealthCheckResponse.SERVING)
+        unix = f" unix={self.unix_path}" if self.unix_path else ""
+        try:
+            print(f"ready grpc={self.grpc_address} http={self.http_address}{unix}", flush=True)
+        except OSError as error:  # whoever started this has closed its output: the others may still come
+            log.warning("nobody hears that the server is ready: %s", error)
+        stopped = asyncio.create_task(self._stop.wait())
+        doors = {self._serving} if self._serving is not None else set()
+        await asyncio.wait({stopped, *doors}, return_when=asyncio.FIRST_COMPLETED)
+        for door in doors:
+            if door.done() and not self._stop.is_set():
+                door.result()
+                raise RuntimeError("the HTTP door has closed by itself")
+
+    async def _drain(self) -> ExitStatus:
+        """Take no more work and let what is in flight finish. A part that fails keeps none of the others from theirs."""
         log.info("stopping: draining for at most %.0f s", self.config.drain_s)
         self.door.draining = True
+        self.catalog.ready = False
         for model in self.catalog.models.values():
             model.executor.let_go()
-        self.catalog.ready = False
-        await self._health.enter_graceful_shutdown()
-        await self._grpc.stop(self.config.drain_s)
-        await self.memory.stop()
-        http.should_exit = True
-        await serving
-        REQUESTS.let_go()
-        await self.catalog.stop()
-        if self.unix_path:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self.unix_path)
+        whole = await self._part("health", self._health.enter_graceful_shutdown())
+        whole &= await self._part("gRPC", self._grpc.stop(self.config.drain_s))
+        whole &= await self._part("shared memory", self.memory.stop())
+        if self._http is not None and self._serving is not None:
+            self._http.should_exit = True
+            whole &= await self._part("HTTP", self._serving)
+        return ExitStatus.SAVED if whole else ExitStatus.BROKEN_OFF
+
+    async def _part(self, name: str, work: Awaitable[Any]) -> bool:
+        try:
+            await work
+        except Exception:
+            log.exception("stopping: %s", name)
+            return False
+        return True
+
+    async def _let_go(self) -> None:
+        """Give back what the process holds outside of itself."""
+        await self._part("gRPC", self._grpc.stop(None))
+        await self._part("shared memory", self.memory.stop())
+        if self._serving is not None and not self._serving.done():
+            self._serving.cancel()
+            await asyncio.wait({self._serving})
+        if self._http_socket is not None:
+            self._http_socket.close()
+        if self._unix is not None:
+            self._unix.release()
         if self._lock is not None:
-            self._lock.close()
+            os.close(self._lock)
         log.info("stopped")
 
 
-def lock_folder(folder: Path) -> IO[str]:
-    """Take the data folder for this process, as long as the returned file is open. DataFolderLocked if it is taken."""
+def _stop_signals() -> list[signal.Signals]:
+    """SIGHUP too, which a closed terminal sends; unless it is ignored, as nohup has it."""
+    signals = [signal.SIGTERM, signal.SIGINT]
+    return signals if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [*signals, signal.SIGHUP]
+
+
+def lock_folder(folder: Path) -> int:
+    """Take the data folder for this process, as long as the returned descriptor is open. DataFolderLocked if it is taken."""
     folder.mkdir(parents=True, exist_ok=True)
-    lock = (folder / "lock").open("a")
+    path = folder / "lock"
+    # a FIFO would be waited for
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    lock = os.open(path, flags, 0o600)
     try:
+        if not stat.S_ISREG(os.fstat(lock).st_mode):
+            raise OSError(errno.EINVAL, f"{path} is not a regular file")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        lock.close()
+        os.close(lock)
         raise DataFolderLocked(
             f"another server uses {folder}; stop it, or choose another folder with --data"
         ) from error
+    except BaseException:
+        os.close(lock)
+        raise
     return lock
+
+
+def require_free(host: str, port: int) -> None:
+    """OSError if somebody listens at one of a name's addresses.
+
+    gRPC is content with any of them; who asks for the name may then be answered by another server.
+    """
+    if port == 0:
+        return
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise OSError(f"cannot listen on {host}:{port} for gRPC: {error.strerror}") from error
+    for family, _, protocol, _, place in found:
+        if _is_taken(family, protocol, place):
+            raise OSError(f"cannot listen on {host}:{port} for gRPC: {place[0]} is in use")
+
+
+def _is_taken(family: int, protocol: int, place: Any) -> bool:
+    try:
+        with socket.socket(family, socket.SOCK_STREAM, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(place)
+    except OSError as error:
+        return (
+            error.errno == errno.EADDRINUSE
+        )  # an address that this machine does not have is nobody else's either
+    return False
 
 
 def bind_http(address: str) -> tuple[socket.socket, str]:
@@ -224,6 +334,8 @@ def bind_http(address: str) -> tuple[socket.socket, str]:
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         bound.bind((host, port))
+        # at once: until somebody listens, another process may bind the same address
+        bound.listen(BACKLOG)
     except OSError as error:
         bound.close()
         raise OSError(f"cannot listen on {address} for HTTP: {error.strerror}") from error

@@ -132,6 +132,14 @@ class Sessions:
         self._touch(worker, now_s)
         return worker
 
+    def renew(self, identity: Identity, now_s: float) -> None:
+        """Begin a lease anew that has not run out; nothing for who has none."""
+        worker = self.workers.get(identity.worker)
+        if worker is None or worker.epoch != identity.epoch or worker.state is not WorkerState.LIVE:
+            return
+        if now_s <= worker.lease_until_s:
+            self._touch(worker, now_s)
+
     def judged(self, worker: Worker, identity: Identity, digest: int | None = None) -> Verdict | None:
         """The stored verdict of a sequence seen before, or None if it is the next one.
 

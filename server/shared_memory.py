@@ -40,6 +40,7 @@ from .host_memory import HostMemory
 from .model import Model
 from .region import HANDOVER_S, SLOTS, Region
 from .staging import Budget
+from .unix_socket import UnixSocket
 
 log = logging.getLogger("pushstep.memory")
 
@@ -74,19 +75,17 @@ class SharedMemory:
             return
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         listener.setblocking(False)
-        old_mask = os.umask(0o177)
-        try:
-            listener.bind(self.path)
-        finally:
-            os.umask(old_mask)
-        listener.listen(128)
+        self._unix = UnixSocket(self.path)
+        with self._unix.taken() as bound:
+            listener.bind(bound)
+            listener.listen(128)
         self._listener = listener
         self._serve = serve
         self._keep(self._accept(listener))
         self._keep(self._sweep())
 
     async def stop(self) -> None:
-        """Close every region and the socket."""
+        """Close every region and the socket. Nothing if it was done."""
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -94,7 +93,8 @@ class SharedMemory:
             self._close(region)
         if self._listener is not None:
             self._listener.close()
-            os.unlink(self.path)
+            self._listener = None
+            self._unix.release()
         self._allocator.shutdown()
 
     async def open(self, model: Model, request: OpenRegionRequest) -> OpenRegionResponse:

@@ -3,7 +3,8 @@
 A snapshot is a folder: one safetensors file per arena (the parameters and each optimizer state, flat) and a
 manifest that lists every file with its range and SHA-256, and holds the groups, hooks, policy, step counts and
 worker table. It is written under a temporary name, every file and the folder fsynced, then renamed, then the parent
-fsynced. What is damaged is reported and skipped; nothing that cannot be read is ever deleted or loaded.
+fsynced. What is damaged is reported and skipped; nothing that cannot be read is ever deleted or loaded. What is whole
+and not understood here (another build's) is reported too, and no older one is taken for it.
 """
 
 from __future__ import annotations
@@ -21,27 +22,34 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from torch import Tensor
 
 from pushstep.optim import RULES
 from pushstep.proto import dtypes
-from pushstep.proto.errors import SnapshotDamaged, StorageFailed, UnknownSnapshot
+from pushstep.proto.errors import (
+    PushstepError,
+    SnapshotDamaged,
+    SnapshotUnsupported,
+    StorageFailed,
+    UnknownSnapshot,
+)
 from pushstep.proto.layout import Layout
-from pushstep.proto.types_pb2 import Manifest, ParamGroup
 
+from . import files
 from .arena import ArenasCopy
+from .snapshot_manifest import EXTRAS, FORMAT, ID, arena_file, checked, layout_of, parameters_of
+from .tensor_file import OtherBytes, digest_of, read_tensors
 
 log = logging.getLogger("pushstep.snapshots")
-FORMAT: Final = 1
 MANIFEST: Final = "manifest.json"
+# Ten thousand workers with 64 KiB of their own each take 1.3 GB of it.
+LONGEST_MANIFEST_BYTES: Final = 2 << 30
 PARAMETER: Final = "parameter"
-EXTRAS: Final = "extras.safetensors"
 EXPORT_PREFIX: Final = "tmp-export-"
 # Snapshots that the server took by itself: the newest ones are kept, an operator's are kept until deleted.
 KEPT_AUTOMATIC: Final = 2
-_ID: Final = re.compile(r"t(\d+)-v(\d+)-e(\d+)-(\d+)")
 
 
 class Snapshots:
@@ -49,72 +57,89 @@ class Snapshots:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._model = folder.parent.name
 
     def write(self, facts: Mapping[str, Any], copy: ArenasCopy, *, automatic: bool) -> dict[str, Any]:
         """Write a snapshot and return its manifest. StorageFailed when the disk refuses; nothing is left behind then."""
         state = f"t{copy.timeline}-v{copy.version}-e{facts['edit']}"
         # the worker table moves on while the version does not: the same state may be written again
-        numbers = [int(known.rpartition("-")[2]) for known in self._ids() if known.startswith(f"{state}-")]
+        numbers = [int(known.rpartition("-")[2]) for known in self.ids() if known.startswith(f"{state}-")]
         snapshot = f"{state}-{max(numbers, default=0) + 1}"
         temporary = self.folder / f"tmp-{uuid.uuid4().hex}"
         try:
             if not self.folder.exists():
                 self.folder.mkdir(parents=True)
-                fsync(self.folder.parent)
+                files.fsync(self.folder.parent)
             temporary.mkdir()
-            files = [self._write_arena(temporary, copy, index) for index in range(len(copy.parameters))]
-            if copy.extras:
-                files.append(self._write_extras(temporary, copy))
-            manifest = {
-                "format": FORMAT,
-                "id": snapshot,
-                "automatic": automatic,
-                "created": time.time(),
-                **facts,
-                "version": copy.version,
-                "timeline": copy.timeline,
-                "lineage": list(map(list, copy.lineage)),
-                "steps": copy.steps,
-                "parameters": _parameters(copy.layout),
-                "files": files,
-            }
-            manifest["digest"] = _digest(manifest)
-            path = temporary / MANIFEST
-            path.write_text(json.dumps(manifest))
-            fsync(path)
-            fsync(temporary)
+            manifest = self._write_files(temporary, snapshot, facts, copy, automatic)
+            files.fsync(temporary)
             os.replace(temporary, self.folder / snapshot)
-            fsync(self.folder)
-        except (OSError, SafetensorError) as error:
+            files.fsync(self.folder)
+        except BaseException as error:
+            refused = error
+            if isinstance(error, OSError):
+                refused = files.refusal(self._name(snapshot), error, self.folder, _bytes_of(copy))
             with contextlib.suppress(OSError):
                 os.replace(self.folder / snapshot, temporary)  # renamed, but not known to last
             shutil.rmtree(temporary, ignore_errors=True)
-            raise StorageFailed(path=self.folder / snapshot, problem=reason(error)) from error
+            raise refused from error
+        return manifest
+
+    def _write_files(
+        self, folder: Path, snapshot: str, facts: Mapping[str, Any], copy: ArenasCopy, automatic: bool
+    ) -> dict[str, Any]:
+        written = [self._write_arena(folder, copy, index) for index in range(len(copy.parameters))]
+        if copy.extras:
+            written.append(_written(folder / EXTRAS, copy.extras))
+        manifest = {
+            "format": FORMAT,
+            "id": snapshot,
+            "automatic": automatic,
+            "created": time.time(),
+            **facts,
+            "version": copy.version,
+            "timeline": copy.timeline,
+            "lineage": list(map(list, copy.lineage)),
+            "steps": copy.steps,
+            "parameters": parameters_of(copy.layout),
+            "files": written,
+        }
+        manifest["digest"] = _digest(manifest)
+        text = json.dumps(manifest)
+        if len(text) > LONGEST_MANIFEST_BYTES:
+            problem = (
+                f"its manifest would be longer than the {LONGEST_MANIFEST_BYTES} bytes that are read back"
+            )
+            raise StorageFailed(path=self._name(snapshot), problem=problem)
+        path = folder / MANIFEST
+        path.write_text(text)
+        files.fsync(path)
         return manifest
 
     def _write_arena(self, folder: Path, copy: ArenasCopy, index: int) -> dict[str, Any]:
-        path = folder / f"arena-{index:04d}.safetensors"
-        save_file({PARAMETER: copy.parameters[index], **copy.states[index]}, path)
         spec = copy.layout.arenas[index]
         place = {"arena": index, "group": spec.group, "start": 0, "stop": spec.elements}
-        return {**place, **_sealed(path)}
-
-    def _write_extras(self, folder: Path, copy: ArenasCopy) -> dict[str, Any]:
-        save_file(dict(copy.extras), folder / EXTRAS)
-        return _sealed(folder / EXTRAS)
+        tensors = {PARAMETER: copy.parameters[index], **copy.states[index]}
+        return {**place, **_written(folder / arena_file(index), tensors)}
 
     def manifests(self) -> list[dict[str, Any]]:
-        """Every snapshot's manifest, newest first. A damaged one is listed with its problem."""
+        """Every snapshot's manifest, newest first. One that is damaged, or not understood, is listed with its problem."""
         found = []
-        for snapshot in self._ids():
+        for snapshot in self.ids():
             try:
                 found.append(self._verified(snapshot))
             except SnapshotDamaged as error:
                 found.append({"id": snapshot, "damaged": error.message})
+            except SnapshotUnsupported as error:
+                found.append({"id": snapshot, "unsupported": error.message})
         return found
 
     def read(self, snapshot: str) -> tuple[dict[str, Any], ArenasCopy]:
-        """A snapshot's manifest and arenas, every byte verified. UnknownSnapshot or SnapshotDamaged."""
+        """A snapshot's manifest and arenas, every byte verified.
+
+        UnknownSnapshot, SnapshotDamaged, SnapshotUnsupported; OutOfMemory or StorageFailed where this process lacks
+        the means to read it.
+        """
         try:
             return self._read(snapshot)
         except SnapshotDamaged:
@@ -123,19 +148,15 @@ class Snapshots:
 
     def _read(self, snapshot: str) -> tuple[dict[str, Any], ArenasCopy]:
         manifest = self._verified(snapshot)
-        layout = layout_of(manifest)
+        layout = layout_of(snapshot, manifest)
         parameters, states = [], []
-        extras: Mapping[str, torch.Tensor] = {}
+        extras: Mapping[str, Tensor] = {}
         for entry in manifest["files"]:
-            path = self.folder / snapshot / entry["file"]
-            self._verify_file(snapshot, entry)
-            try:
-                tensors = load_file(path)
-            except (OSError, SafetensorError) as error:
-                raise SnapshotDamaged(snapshot=snapshot, problem=f"{entry['file']}: {error}") from error
+            tensors = self._read_file(snapshot, entry)
             if entry["file"] == EXTRAS:
                 extras = tensors
                 continue
+            _require_arena(snapshot, layout, entry["arena"], tensors)
             parameters.append(tensors.pop(PARAMETER))
             states.append(tensors)
         timeline, version = int(manifest["timeline"]), int(manifest["version"])
@@ -144,34 +165,39 @@ class Snapshots:
         return manifest, copy
 
     def newest(
-        self, made_of: Callable[[int, int], bool] = lambda timeline, version: True
+        self,
+        made_of: Callable[[int, int], bool] = lambda timeline, version: True,
+        damaged: list[str] | None = None,
     ) -> tuple[dict[str, Any], ArenasCopy] | None:
-        """The newest snapshot that verifies; damaged ones are named in the log and left alone.
+        """The newest snapshot that verifies; damaged ones are named in the log, and in `damaged`, and left alone.
 
-        `made_of` says of a timeline and a version whether the model was made from it.
+        `made_of` says of a timeline and a version whether the model was made from it. What `read` raises of one that is
+        not damaged goes through: what an older one holds is not what was lost.
         """
-        for snapshot in self._ids():
-            timeline, version, *_ = map(int, re.findall(r"\d+", snapshot))
+        for snapshot in self.ids():
+            timeline, version, *_ = map(int, re.findall("[0-9]+", snapshot))
             if not made_of(timeline, version):
                 continue
             try:
                 return self.read(snapshot)
             except SnapshotDamaged as error:
-                log.error("%s: skipped, %s", self.folder.parent.name, error.message)
+                log.error("%s: skipped, %s", self._model, error.message)
+                if damaged is not None:
+                    damaged.append(error.message)
         return None
 
     def delete(self, snapshot: str) -> None:
         """Delete one snapshot. UnknownSnapshot if there is none."""
-        if snapshot not in self._ids():
-            raise UnknownSnapshot(model=self.folder.parent.name, snapshot=snapshot)
+        if snapshot not in self.ids():
+            raise UnknownSnapshot(model=self._model, snapshot=snapshot)
         trash = self.folder / f"tmp-{uuid.uuid4().hex}"
         try:
             # renamed first, so that a half-deleted snapshot never looks like one
             os.replace(self.folder / snapshot, trash)
-            shutil.rmtree(trash)
-            fsync(self.folder)
+            files.remove(trash)
+            files.fsync(self.folder)
         except OSError as error:
-            raise StorageFailed(path=self.folder / snapshot, problem=reason(error)) from error
+            raise files.refusal(self._name(snapshot), error, self.folder) from error
 
     def prune(self) -> None:
         """Delete all but the newest automatic snapshots, counting, and deleting, only those that verify to the last byte."""
@@ -191,121 +217,110 @@ class Snapshots:
 
     def sweep(self) -> None:
         """Remove what an interrupted write left behind."""
-        for path in self.folder.glob("tmp-*"):
-            shutil.rmtree(path, ignore_errors=True)
+        files.sweep(self.folder, "tmp-*")
 
-    def _ids(self) -> list[str]:
-        """Newest first: by timeline, version, edit, number."""
-        if not self.folder.exists():
+    def ids(self) -> list[str]:
+        """Newest first: by timeline, version, edit, number. StorageFailed if the folder cannot be read."""
+        try:
+            names = os.listdir(self.folder)
+        except FileNotFoundError:
             return []
-        matches = [match for path in self.folder.iterdir() if (match := _ID.fullmatch(path.name))]
+        except OSError as error:
+            raise files.unreadable(f"models/{self._model}/snapshots", error) from error
+        matches = [match for name in names if (match := ID.fullmatch(name))]
         ordered = sorted(matches, key=lambda match: tuple(map(int, match.groups())), reverse=True)
         return [match.group() for match in ordered]
 
+    def _name(self, snapshot: str) -> str:
+        return f"models/{self._model}/snapshots/{snapshot}"
+
     def _verified(self, snapshot: str) -> dict[str, Any]:
         self._require_there(snapshot)
+        folder = self.folder / snapshot
         try:
-            text = (self.folder / snapshot / MANIFEST).read_text()
-            manifest: dict[str, Any] = json.loads(text)
-            if json.dumps(manifest) != text:  # other bytes may stand for the same JSON
-                raise SnapshotDamaged(snapshot=snapshot, problem="its manifest has other bytes")
-            claimed = manifest["digest"]
-            sealed = {key: value for key, value in manifest.items() if key != "digest"}
-            if claimed != _digest(sealed) or manifest["format"] != FORMAT or manifest["id"] != snapshot:
-                raise SnapshotDamaged(
-                    snapshot=snapshot, problem="its manifest has other bytes, another format or another id"
-                )
+            manifest = self._sealed_manifest(snapshot)
+            checked(snapshot, manifest)
             for entry in manifest["files"]:
-                if (self.folder / snapshot / entry["file"]).stat().st_size != entry["bytes"]:
+                if files.size_of(folder / entry["file"]) != entry["bytes"]:
                     raise SnapshotDamaged(snapshot=snapshot, problem=f"{entry['file']} has another length")
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise SnapshotDamaged(snapshot=snapshot, problem=f"manifest: {error}") from error
+        except OSError as error:
+            raise self._cannot_read(snapshot, error) from error
         return manifest
 
     def _require_there(self, snapshot: str) -> None:
-        if not _ID.fullmatch(snapshot) or not (self.folder / snapshot).is_dir():
-            raise UnknownSnapshot(model=self.folder.parent.name, snapshot=snapshot)
+        if not ID.fullmatch(snapshot) or not os.path.lexists(self.folder / snapshot):
+            raise UnknownSnapshot(model=self._model, snapshot=snapshot)
+
+    def _sealed_manifest(self, snapshot: str) -> dict[str, Any]:
+        """A manifest whose digest is right. OSError, SnapshotDamaged."""
+        text = files.read_small(self.folder / snapshot / MANIFEST, LONGEST_MANIFEST_BYTES)
+        try:
+            manifest: dict[str, Any] = json.loads(text)
+            whole = json.dumps(manifest).encode() == text  # other bytes may stand for the same JSON
+            sealed = {key: value for key, value in manifest.items() if key != "digest"}
+            whole = whole and (manifest["digest"], manifest["id"]) == (_digest(sealed), snapshot)
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+            raise SnapshotDamaged(
+                snapshot=snapshot, problem=f"its manifest is none ({type(error).__name__})"
+            ) from error
+        if not whole:
+            raise SnapshotDamaged(snapshot=snapshot, problem="its manifest has other bytes or another id")
+        return manifest
+
+    def _read_file(self, snapshot: str, entry: Mapping[str, Any]) -> dict[str, Tensor]:
+        try:
+            return read_tensors(self.folder / snapshot / entry["file"], entry["bytes"], entry["sha256"])
+        except OSError as error:
+            raise self._cannot_read(snapshot, error) from error
+        except OtherBytes as error:
+            raise SnapshotDamaged(snapshot=snapshot, problem=f"{entry['file']} {error}") from error
+        except ValueError as error:
+            raise SnapshotUnsupported(snapshot=snapshot, problem=f"{entry['file']}: {error}") from error
 
     def _verify_file(self, snapshot: str, entry: Mapping[str, Any]) -> None:
         try:
-            same = _file_digest(self.folder / snapshot / entry["file"]) == entry["sha256"]
+            same = digest_of(self.folder / snapshot / entry["file"]) == entry["sha256"]
         except OSError as error:
-            raise SnapshotDamaged(snapshot=snapshot, problem=f"{entry['file']}: {error}") from error
+            raise self._cannot_read(snapshot, error) from error
         if not same:
             raise SnapshotDamaged(snapshot=snapshot, problem=f"{entry['file']} has other bytes")
 
+    def _cannot_read(self, snapshot: str, error: OSError) -> PushstepError:
+        """That a file is missing or cannot be read is damage; that this process has no descriptor left is none."""
+        if files.is_ours(error):
+            return files.unreadable(self._name(snapshot), error)
+        file = Path(error.filename).name if isinstance(error.filename, str) else MANIFEST
+        return SnapshotDamaged(snapshot=snapshot, problem=f"{file}: {files.reason(error)}")
 
-def layout_of(manifest: Mapping[str, Any]) -> Layout:
-    """The layout that a snapshot's manifest describes."""
-    message = Manifest(
-        groups=[ParamGroup(rule=group["rule"], optimizer=group["optimizer"]) for group in manifest["groups"]]
-    )
-    for entry in manifest["parameters"]:
-        message.parameters.add(
-            name=entry["name"],
-            shape=entry["shape"],
-            dtype=dtypes.to_wire(getattr(torch, entry["dtype"]), entry["name"]),
-            group=entry["group"],
-            aliases=entry["aliases"],
+
+def _require_arena(snapshot: str, layout: Layout, index: int, tensors: Mapping[str, Tensor]) -> None:
+    """SnapshotUnsupported unless these are an arena's parameters and states, whole."""
+    arena = layout.arenas[index]
+    state = dtypes.state_dtype(arena.dtype)
+    rule = RULES[layout.manifest.groups[arena.group].rule]
+    wanted = {PARAMETER: (arena.dtype, (arena.elements,))}
+    wanted |= dict.fromkeys(rule.state_names, (state, (arena.elements,)))
+    if {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()} != wanted:
+        raise SnapshotUnsupported(
+            snapshot=snapshot, problem=f"{arena_file(index)} does not hold what its parameters need"
         )
-    return Layout(message)
 
 
-def _parameters(layout: Layout) -> list[dict[str, Any]]:
-    return [
-        {
-            "name": slot.name,
-            "shape": list(slot.shape),
-            "dtype": dtypes.NAMES[slot.dtype],
-            "group": slot.group,
-            "aliases": list(slot.aliases),
-        }
-        for slot in layout.slots
-    ]
+def _written(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Tensors written into a file, forced to the disk, with what it takes to recognise it. OSError."""
+    try:
+        save_file(dict(tensors), path)
+    except SafetensorError as error:
+        raise files.asked(path, sum(tensor.nbytes for tensor in tensors.values()), error) from error
+    files.fsync(path)
+    return {"file": path.name, "bytes": path.stat().st_size, "sha256": digest_of(path)}
 
 
-def _sealed(path: Path) -> dict[str, Any]:
-    """A written file, forced to the disk, with what it takes to recognise it."""
-    fsync(path)
-    return {"file": path.name, "bytes": path.stat().st_size, "sha256": _file_digest(path)}
+def _bytes_of(copy: ArenasCopy) -> int:
+    """What a copy's files take, about."""
+    states = [tensor for named in copy.states for tensor in named.values()]
+    return sum(tensor.nbytes for tensor in (*copy.parameters, *states, *copy.extras.values()))
 
 
 def _digest(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def reason(error: Exception) -> str:
-    """Why the disk refused, in words; safetensors has an error of its own for it."""
-    return (error.strerror if isinstance(error, OSError) else None) or str(error)
-
-
-def fsync(path: Path) -> None:
-    """Force a file's bytes, or a folder's names, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Replace a small file so that after a crash it holds the old text or the new one."""
-    temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
-    try:
-        temporary.write_text(text)
-        fsync(temporary)
-        os.replace(temporary, path)
-        fsync(path.parent)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise StorageFailed(path=path, problem=reason(error)) from error
-
-
-def rules_known(manifest: Mapping[str, Any]) -> bool:
-    """Whether this build has every rule that a snapshot needs."""
-    return all(group["rule"] in RULES for group in manifest["groups"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pushstep.proto.errors import OverBudget, OverCapacity
+from pushstep.proto.errors import MemoryShort, OverBudget, OverCapacity
 from pushstep.proto.frames import CHUNK_BYTES
 from pushstep.proto.layout import Slot
 from pushstep.proto.memory import BufferPool
@@ -182,14 +183,23 @@ class Budget:
         self._grant()
 
     def buffer(self, size_bytes: int) -> Tensor:
-        """Memory for bytes that were taken; OverBudget if the machine has none."""
+        """Memory for bytes that were taken; MemoryShort if the machine has none."""
         try:
             taken = self._pool.take(size_bytes)
-        except (MemoryError, RuntimeError) as error:  # torch's word for no memory
-            raise self.over(size_bytes) from error
+        except (MemoryError, RuntimeError):  # torch's word for no memory
+            taken = self._taken_at_last(size_bytes)
         # what is kept for later counts too
         self._pool.keep_at_most(self.total_bytes - self.used_bytes)
         return taken
+
+    def _taken_at_last(self, size_bytes: int) -> Tensor:
+        """The same once nothing is kept for later, by the pool or by cycles of what was refused."""
+        self._pool.keep_at_most(0)
+        gc.collect()
+        try:
+            return self._pool.take(size_bytes)
+        except (MemoryError, RuntimeError) as error:
+            raise self.short(size_bytes) from error
 
     def _enter(self, claim: _Claim) -> None:
         self._waiting.append(claim)
@@ -239,6 +249,10 @@ class Budget:
                 problem=f"{need_bytes} bytes at once are more than the {self.total_bytes} set aside for staging",
                 setting="staging-bytes",
             )
+
+    def short(self, need_bytes: int) -> MemoryShort:
+        """What a caller is told for whom there is room, and no memory."""
+        return MemoryShort(need=need_bytes, retry_after_s=RETRY_AFTER_S)
 
     def over(self, need_bytes: int) -> OverBudget:
         """What a caller is told for whom there is no room now."""

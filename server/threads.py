@@ -115,3 +115,5 @@ PULLS: Final = Threads("pulls", 2)
 # What readers ask for over REST: snapshots that are verified, checkpoints, whole states, each of which computes all the
 # time. They have a quarter of the cores; a reader beyond those that wait comes again.
 READS: Final = Threads("reads", max(1, _CORES // 4), most_waiting=16)
+# Chunks of files that are sent over REST. Those who read at once are bounded by HTTP's requests; each takes a read at a time.
+DOWNLOADS: Final = Threads("downloads", 2)

@@ -20,12 +20,14 @@ from pushstep.proto.errors import (
     MalformedFrame,
     ManifestChanged,
     OtherWorkersLive,
+    Unavailable,
     WrongDtype,
     WrongLength,
 )
 from pushstep.proto.frames import Assembly, BodyDigest, Chunk
 from pushstep.proto.hyperparameters import plain_values
 from pushstep.proto.layout import Layout, check_body, with_group
+from pushstep.proto.parts import WHOLE_BYTES
 from pushstep.proto.training_pb2 import (
     UPLOAD_KIND_CREATE,
     UPLOAD_KIND_EXTRAS,
@@ -43,10 +45,11 @@ from .arena import Arenas, ArenasCopy
 from .catalog import Catalog, Creation
 from .groups import Group
 from .intake import place
-from .membership import membership
+from .membership import fill_in, membership
 from .model import Model
 from .staging import Budget
 from .threads import INLINE_PARTS, PUSHES, REQUESTS
+from .worker import Worker
 
 _OF_A_MODEL = (UPLOAD_KIND_PARAMETERS, UPLOAD_KIND_STATE, UPLOAD_KIND_GROUP, UPLOAD_KIND_EXTRAS)
 
@@ -61,6 +64,8 @@ class Upload:
         self._model: Model | None = None
         self._creation: Creation | None = None
         self._again = False
+        # it was told to: with the same ticket
+        self._comes_again = False
         self._reserved = 0
         self._committing = False
         self._created = False
@@ -89,9 +94,14 @@ class Upload:
             raise MalformedFrame(problem=f"upload kind {header.kind} does not exist")
         few = len(self._layout.slots) + len(header.segments) <= INLINE_PARTS
         lengths = await REQUESTS.run_unless(few, self._check_header)
-        self._reserved = await self._budget.claim(f"{header.model}/{header.identity.worker}", sum(lengths))
-        made = partial(Assembly, lengths, self._digest, self._budget.buffer)
-        self._body = await self._catalog.device.prepared(made, small=few)
+        owner = f"{header.model}/{header.identity.worker}"
+        try:
+            self._reserved = await self._budget.claim(owner, sum(lengths))
+            made = partial(Assembly, lengths, self._digest, self._budget.buffer)
+            self._body = await self._catalog.device.prepared(made, small=few)
+        except Unavailable:
+            self._comes_again = True
+            raise
 
     def _check_header(self) -> list[int]:
         """The byte length of each segment, if the header is one that its layout allows."""
@@ -126,7 +136,11 @@ class Upload:
             raise MalformedFrame(problem="an extras upload carries one safetensors file and no segments")
 
     def place(self, chunk: Chunk) -> asyncio.Future[None] | None:
-        """Copy a chunk into staging."""
+        """Copy a chunk into staging. What moves is alive: neither its lease nor its ticket runs out meanwhile."""
+        if self._model is not None:
+            self._model.judge.moved(self._header.identity, time.monotonic())
+        elif self._creation is not None:
+            self._catalog.renew_creation(self._creation, time.monotonic())
         return place(self._body.place, chunk)
 
     def release(self) -> None:
@@ -136,7 +150,7 @@ class Upload:
 
     def _let_go(self) -> None:
         self._budget.release(self._reserved)
-        if self._creation is not None and not self._created:
+        if self._creation is not None and not self._created and not self._comes_again:
             self._catalog.give_up_creation(self._header.model, self._creation.ticket)
 
     async def commit(self) -> UploadResponse:
@@ -152,7 +166,7 @@ class Upload:
         if self._model is None:
             raise MalformedFrame(problem="no model")
         if self._again:  # done already: its answer was lost
-            return self._joined(self._model)
+            return await self._joined(self._model)
         self._model.require_current(self._header.identity)
         return await self._replace(self._model)
 
@@ -178,9 +192,7 @@ class Upload:
         self._created = True
         self._join(model, worker, attempt)
         model.sessions.workers[worker].process = self._creation.process
-        return UploadResponse(
-            member=membership(model, model.sessions.workers[worker]), version=0, timeline=model.timeline
-        )
+        return await self._answer(model, model.sessions.workers[worker], 0)
 
     def _fill(self, arenas: Arenas | ArenasCopy, steps: Sequence[int]) -> None:
         """Write the body into arenas (in the writer's thread) or into a copy of them."""
@@ -231,18 +243,25 @@ class Upload:
         model.groups.write(planned)
         model.replaced_by = header.identity
         self._join(model, header.identity.worker, old_epoch=header.identity.epoch)
-        return self._joined(model)
+        return await self._joined(model)
 
     def _join(self, model: Model, worker: str, attempt: int = 0, old_epoch: int = 0) -> None:
         now_s = time.monotonic()
         _, decisions = model.judge.join(worker, now_s, takeover=True, attempt=attempt, old_epoch=old_epoch)
         model.executor.carry_out(decisions)
 
-    def _joined(self, model: Model) -> UploadResponse:
+    async def _joined(self, model: Model) -> UploadResponse:
         worker = model.sessions.workers[self._header.identity.worker]
-        return UploadResponse(
-            member=membership(model, worker), version=model.version, timeline=model.timeline
-        )
+        return await self._answer(model, worker, model.version)
+
+    async def _answer(self, model: Model, worker: Worker, version: int) -> UploadResponse:
+        """The answer with a membership; with the manifest where it fits: the caller has uploaded it, or knew it before."""
+        layout = model.layout
+        member = membership(model, worker)
+        response = UploadResponse(member=member, version=version, timeline=model.timeline)
+        if layout.manifest_bytes <= WHOLE_BYTES:
+            await fill_in(response.member, layout)
+        return response
 
     async def _replace_extras(self, model: Model) -> UploadResponse:
         try:
@@ -269,9 +288,7 @@ class Upload:
             model.record("param_group_added", identity.worker, group=len(model.groups.list) - 1)
             await adopting
         worker = model.sessions.require(identity, time.monotonic())
-        return UploadResponse(
-            member=membership(model, worker), version=model.version + 1, timeline=model.timeline
-        )
+        return await self._answer(model, worker, model.version + 1)
 
     def _extended(self, model: Model, added: Sequence[Group]) -> ArenasCopy:
         values = [group.values for group in (*model.groups.list, *added)]

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -95,10 +95,11 @@ def start_server(
     data: Path,
     *options: str,
     environment: dict[str, str] | None = None,
-    command: tuple[str | Path, ...] | None = None,
+    command: Sequence[str | Path] = (),
 ) -> RunningServer:
-    """Start a server on free ports with `data` as its folder, and wait until it is ready. On the test's device, unless
-    told a command.
+    """Start a server on free ports with `data` as its folder, and wait until it is ready. On the test's device.
+
+    `command`: what is started in place of the server's own command.
     """
     data.mkdir(parents=True, exist_ok=True)
     log = data / f"server-{next(_numbers)}.log"

@@ -9,12 +9,11 @@ from pathlib import Path
 import modelled_driver
 import streams
 
-from pushstep.server.__main__ import main
+from pushstep.server.__main__ import serve
 
 if __name__ == "__main__":
     faults = streams.install()
     if modelled_driver.FOLDER in os.environ:
         modelled_driver.install(Path(os.environ[modelled_driver.FOLDER]))
-    main()
-    if faults:
-        sys.exit(f"the model of a device found: {faults}")
+    status = serve()
+    sys.exit(f"the model of a device found: {faults}" if faults else status)

@@ -6,6 +6,7 @@ import contextlib
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Literal, Self
@@ -15,11 +16,13 @@ PIECE_BYTES = 64 << 10
 
 
 class Proxy:
-    """Forwards TCP from a free loopback port to `target` ("HOST:PORT"). "up" is from client to server."""
+    """Forwards TCP from a free loopback port to `target` ("HOST:PORT", or the path of a Unix socket). "up" is from client
+    to server. `pause_s`: how long each 64 KiB take on this link.
+    """
 
-    def __init__(self, target: str) -> None:
-        host, _, port = target.rpartition(":")
-        self.target = (host, int(port))
+    def __init__(self, target: str, pause_s: float = 0.0) -> None:
+        self.target = target
+        self._pause_s = pause_s
         self.connections = 0
         self.passed = {"up": 0, "down": 0}
         self._lock = threading.Lock()
@@ -102,7 +105,7 @@ class Proxy:
                 continue
             self.connections += 1
             try:
-                server = socket.create_connection(self.target)
+                server = _connected(self.target)
             except OSError:
                 client.close()
                 continue
@@ -155,4 +158,15 @@ class Proxy:
 
     def _pieces(self, source: socket.socket) -> Iterator[bytes]:
         while piece := source.recv(PIECE_BYTES):
+            if self._pause_s:
+                time.sleep(self._pause_s * len(piece) / PIECE_BYTES)
             yield piece
+
+
+def _connected(target: str) -> socket.socket:
+    if target.startswith("/"):
+        made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        made.connect(target)
+        return made
+    host, _, port = target.rpartition(":")
+    return socket.create_connection((host, int(port)))

@@ -211,7 +211,7 @@ def test_the_server_uses_no_thread_that_kinds_of_work_would_share() -> None:
         if isinstance(node, ast.Call)
         and isinstance(node.func, ast.Attribute)
         and (
-            node.func.attr in ("to_thread", "getaddrinfo")
+            ast.unparse(node.func).endswith((".to_thread", "loop.getaddrinfo"))
             or (node.func.attr == "run_in_executor" and ast.unparse(node.args[0]) == "None")
         )
     ]

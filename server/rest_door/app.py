@@ -24,6 +24,7 @@ from pushstep.proto.errors import (
     MessageTooLarge,
     MethodNotAllowed,
     PushstepError,
+    RangeNotSatisfiable,
     UnknownRoute,
 )
 from pushstep.proto.status import PROBLEM_TYPE, named, to_problem
@@ -145,6 +146,8 @@ def problem_response(error: PushstepError) -> JSONResponse:
     """An error in the one shape that this door has."""
     wait_s = error.retry_after_s
     headers = {} if wait_s is None else {"Retry-After": str(max(1, round(wait_s)))}
+    if isinstance(error, RangeNotSatisfiable):
+        headers["Content-Range"] = f"bytes */{error.fields['size']}"
     return JSONResponse(to_problem(error), error.http_status, headers, media_type=PROBLEM_TYPE)
 
 

@@ -2,34 +2,89 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query
-from fastapi.responses import FileResponse
-from starlette.background import BackgroundTask
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import StreamingResponse
+
+from pushstep.proto.errors import VersionMoved
 
 from ..arena import ArenasCopy
 from ..catalog import Catalog
-from ..export import check_format, describe_state, write
+from ..export import Checkpoint, check_format, describe_state, write
+from ..model import Model
 from ..threads import READS
 from .depends import CatalogHere, ExportsHere, ModelHere
+from .download import Download
 
 router = APIRouter(tags=["export"])
 SUFFIX = {"safetensors": "safetensors", "torch": "pt"}
 
 
-@router.get("/models/{m}/export", summary="Download a checkpoint")
+@router.get("/models/{m}/export", summary="Download a checkpoint", response_class=StreamingResponse)
 async def export(
+    request: Request,
     model: ModelHere,
     catalog: CatalogHere,
     exports: ExportsHere,
     format: Annotated[str, Query(description="safetensors or torch")] = "safetensors",
-) -> FileResponse:
-    """`safetensors`: parameters by name. `torch`: {"model", "optimizer"}, for torch.load(weights_only=True)."""
+    version: Annotated[
+        int | None,
+        Query(ge=0, description="only if the model is at this version; such a download may be gone on with"),
+    ] = None,
+    timeline: Annotated[
+        int | None,
+        Query(
+            ge=1,
+            description="only if the model is on this timeline; needed beside `version` from the second on",
+        ),
+    ] = None,
+) -> Download:
+    """`safetensors`: parameters by name. `torch`: {"model", "optimizer"}, for torch.load(weights_only=True).
+
+    A range is answered with a part if the request names the version and nothing else was ever sent under that name, or
+    names the content that it has a part of (If-Range, with the ETag). Otherwise the answer is the whole.
+    """
     check_format(format)
+    asked = _Asked(model, format, version, timeline)
+    asked.require(model.timeline, model.version)
     async with exports.copy_of(model) as (facts, copy):
-        return await file_response(facts, copy, format, catalog, f"{model.name}-v{copy.version}")
+        asked.require(copy.timeline, copy.version)
+        checkpoint = await READS.run(write, facts, copy, format, catalog.config.data)
+        fixed = asked.is_one(copy) and exports.pins.note(asked.name, checkpoint.etag) == checkpoint.etag
+        name = f"{model.name}-v{copy.version}"
+        answer = download(request, checkpoint, copy, format, catalog, name, is_fixed=fixed)
+        if asked.is_one(copy):
+            answer.headers["Accept-Ranges"] = "bytes"
+        return answer
+
+
+class _Asked:
+    """The version that a request names, if it names one."""
+
+    def __init__(self, model: Model, form: str, version: int | None, timeline: int | None) -> None:
+        self._model = model
+        self._version = version
+        self._timeline = timeline
+        self.name = (model.name, form, version, timeline)
+
+    def require(self, timeline: int, version: int) -> None:
+        """VersionMoved unless the model is there."""
+        if self._version in (None, version) and self._timeline in (None, timeline):
+            return
+        wanted = [
+            f"{what} {number}"
+            for what, number in (("version", self._version), ("timeline", self._timeline))
+            if number is not None
+        ]
+        raise VersionMoved(
+            model=self._model.name, version=version, timeline=timeline, asked=" of ".join(wanted)
+        )
+
+    def is_one(self, copy: ArenasCopy) -> bool:
+        """Whether no other process, and no other timeline, can have sent something else under this name."""
+        pinned = self._version is not None and (self._timeline is not None or copy.timeline == 1)
+        return pinned and (copy.timeline, copy.version) != self._model.begun_at
 
 
 @router.get("/models/{m}/state-dict", summary="Show the state_dict")
@@ -40,15 +95,20 @@ async def show_state_dict(model: ModelHere, exports: ExportsHere) -> dict[str, A
         return {"version": copy.version, "timeline": copy.timeline, "optimizers": optimizers}
 
 
-async def file_response(
-    facts: Mapping[str, Any], copy: ArenasCopy, form: str, catalog: Catalog, name: str
-) -> FileResponse:
-    """A checkpoint as a download; its temporary file goes when the last byte is sent."""
-    path = await READS.run(write, facts, copy, form, catalog.config.data)
-    return FileResponse(
-        path,
-        media_type="application/octet-stream",
-        filename=f"{name}.{SUFFIX[form]}",
-        headers={"X-Pushstep-Version": str(copy.version), "X-Pushstep-Timeline": str(copy.timeline)},
-        background=BackgroundTask(path.unlink, missing_ok=True),
-    )
+def download(
+    request: Request,
+    checkpoint: Checkpoint,
+    copy: ArenasCopy,
+    form: str,
+    catalog: Catalog,
+    name: str,
+    *,
+    is_fixed: bool,
+) -> Download:
+    """A checkpoint as an answer. `is_fixed`: what this request names cannot be anything else, now or later."""
+    headers = {
+        "Content-Disposition": f'attachment; filename="{name}.{SUFFIX[form]}"',
+        "X-Pushstep-Version": str(copy.version),
+        "X-Pushstep-Timeline": str(copy.timeline),
+    }
+    return Download(request, checkpoint, headers, catalog.config.stall_s, is_fixed=is_fixed)

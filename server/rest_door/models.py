@@ -47,8 +47,14 @@ def describe(model: Model) -> dict[str, Any]:
 
 @router.get("/models", summary="List the models")
 async def list_models(catalog: CatalogHere) -> dict[str, Any]:
-    """Every model of this server."""
-    return {"models": [describe(model) for _, model in sorted(catalog.models.items())]}
+    """Every model of this server; and those whose files could not be loaded when it started, with the reason."""
+    return {
+        "models": [describe(model) for _, model in sorted(catalog.models.items())],
+        "not_loaded": [
+            {"name": name, "problem": error.fields["problem"]}
+            for name, error in sorted(catalog.not_loaded.items())
+        ],
+    }
 
 
 @router.get("/models/{m}", summary="Show a model")
@@ -59,7 +65,9 @@ async def show_model(model: ModelHere) -> dict[str, Any]:
 
 @router.delete("/models/{m}", status_code=204, summary="Delete a model and its snapshots")
 async def delete_model(m: str, catalog: CatalogHere) -> Response:
-    """For good. Its workers are told `model_lost`."""
+    """For good. Its workers are told `model_lost`. Of a model that could not be loaded nothing is deleted: its files are
+    put aside in the data folder, under `.lost-` and its name, and the name is free.
+    """
     await catalog.delete(m, OPERATOR)
     return Response(status_code=204)
 
@@ -69,7 +77,11 @@ async def show_capacity(catalog: CatalogHere) -> dict[str, Any]:
     """Bounds and what is taken of them."""
     held = sum(Arenas.bytes_needed(m.layout) for m in catalog.models.values())
     return {
-        "models": {"held": len(catalog.models), "limit": catalog.config.max_models},
+        "models": {
+            "held": len(catalog.models),
+            "limit": catalog.config.max_models,
+            "not_loaded": len(catalog.not_loaded),
+        },
         "bytes": {"held": held, "limit": catalog.config.max_bytes},
         "staging_bytes": {"limit": catalog.config.staging_bytes},
         "device": str(catalog.device.where),

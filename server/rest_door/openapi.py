@@ -80,7 +80,7 @@ def _with_problems(schema: dict[str, Any]) -> dict[str, Any]:
                     schemas[kind.__name__] = made
                 references = [{"$ref": f"#/components/schemas/{kind.__name__}"} for kind in _SETTINGS[path]]
                 body = operation["requestBody"]["content"]["application/json"]
-                body["schema"] = {"anyOf": references}
+                body["schema"] = {"anyOf": references, "examples": body["schema"]["examples"]}
             if path == "/readyz":  # which is no error
                 responses["503"] = {**responses["200"], "description": "It does not yet, or not any more"}
             operation["responses"] = dict(sorted(responses.items()))

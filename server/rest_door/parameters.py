@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import math
+from typing import Annotated, Any, Final
 
 import torch
 from fastapi import APIRouter, Query
 
+from pushstep.optim.norms import square_sum
 from pushstep.proto import dtypes
 from pushstep.proto.layout import Slot
 
@@ -16,6 +18,7 @@ from .numbers import finite_values
 from .queries import Index, Offset
 
 router = APIRouter(tags=["parameters"])
+BLOCK: Final = 1 << 20
 
 
 def _show(slot: Slot, model: Model) -> dict[str, Any]:
@@ -64,12 +67,13 @@ async def show_parameter(model: ModelHere, name: str) -> dict[str, Any]:
 def _statistics(tensor: torch.Tensor) -> dict[str, float | None]:
     if tensor.numel() == 0:
         return {"min": None, "max": None, "mean": None, "norm": None}
-    values = tensor.double()
+    # block by block: a copy in float64 of a large parameter may find no memory
+    total = sum(float(block.sum(dtype=torch.float64)) for block in torch.split(tensor.reshape(-1), BLOCK))
     return finite_values(
         {
-            "min": float(values.min()),
-            "max": float(values.max()),
-            "mean": float(values.mean()),
-            "norm": float(torch.linalg.vector_norm(values)),
+            "min": float(tensor.min()),
+            "max": float(tensor.max()),
+            "mean": total / tensor.numel(),
+            "norm": math.sqrt(square_sum(tensor)),
         }
     )

@@ -5,16 +5,28 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Response
-from fastapi.responses import FileResponse
+from fastapi import APIRouter, Query, Request, Response
+from fastapi.responses import StreamingResponse
 
-from ..export import check_format
+from ..export import check_format, write
 from ..threads import DISK, READS
-from .depends import OPERATOR, CatalogHere, ModelHere
-from .export import file_response
+from .depends import OPERATOR, CatalogHere, ExportsHere, ModelHere
+from .download import Download
+from .export import download
 
 router = APIRouter(tags=["snapshots"])
-SHOWN = ("id", "timeline", "version", "edit", "created", "automatic", "digest", "files", "damaged")
+SHOWN = (
+    "id",
+    "timeline",
+    "version",
+    "edit",
+    "created",
+    "automatic",
+    "digest",
+    "files",
+    "damaged",
+    "unsupported",
+)
 
 
 def _show(manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -57,14 +69,26 @@ async def restore_snapshot(m: str, snapshot: str, catalog: CatalogHere) -> dict[
     return {"id": snapshot, "timeline": model.timeline, "effective_version": version}
 
 
-@router.get("/models/{m}/snapshots/{snapshot}/content", summary="Download a snapshot as a checkpoint")
+@router.get(
+    "/models/{m}/snapshots/{snapshot}/content",
+    summary="Download a snapshot as a checkpoint",
+    response_class=StreamingResponse,
+)
 async def snapshot_content(
+    request: Request,
     model: ModelHere,
     snapshot: str,
     catalog: CatalogHere,
+    exports: ExportsHere,
     format: Annotated[str, Query(description="safetensors or torch")] = "safetensors",
-) -> FileResponse:
-    """The same files as an export, of the snapshot's version."""
+) -> Download:
+    """The same files as an export, of the snapshot's version. Ranges are answered with a part."""
     check_format(format)
     facts, copy = await READS.run(catalog.snapshots(model.name).read, snapshot)
-    return await file_response(facts, copy, format, catalog, f"{model.name}-{snapshot}")
+    checkpoint = await READS.run(write, facts, copy, format, catalog.config.data)
+    name = f"{model.name}-{snapshot}"
+    # it cannot change; but one that was deleted may have had its name
+    fixed = exports.pins.note((name, format), checkpoint.etag) in (None, checkpoint.etag)
+    answer = download(request, checkpoint, copy, format, catalog, name, is_fixed=fixed)
+    answer.headers["Accept-Ranges"] = "bytes"
+    return answer

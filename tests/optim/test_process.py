@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import pwd
 import subprocess
 import sys
 import textwrap
@@ -80,6 +81,15 @@ def test_a_second_process_compiles_nothing_and_a_damaged_cache_heals(tmp_path):
     assert run() == "0 3"
     run()
     assert run() == "3 0"
+    for k, path in enumerate(files):
+        path.unlink()
+        os.mkfifo(path) if k % 2 else path.mkdir()  # opening a FIFO would wait for who writes it
+    assert run() == "0 3"
+    assert run() == "3 0"
+
+
+def unknown_user(uid):
+    raise KeyError(uid)
 
 
 def test_where_the_cache_lies(tmp_path, monkeypatch, caplog):
@@ -107,6 +117,14 @@ def test_where_the_cache_lies(tmp_path, monkeypatch, caplog):
         assert folder() == tmp_path / "user/pushstep/kernels"
         kernel_cache.keep_in(tmp_path / "data")
         assert folder() == tmp_path / "data/kernels"
+        kernel_cache.keep_in(tmp_path / "none")
+        refused.add(tmp_path / "none")
+        # a user of no name, without HOME: there is no folder of its own to look at
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.delenv("HOME", raising=False)
+        monkeypatch.setattr(pwd, "getpwuid", unknown_user)
+        assert folder() is None
+        caplog.clear()
         refused.add(tmp_path)
         with caplog.at_level(logging.WARNING):
             assert folder() is None

@@ -88,6 +88,30 @@ def test_longer_than_a_chunk(elements: int) -> None:
     assert torch.equal(received(frames, [elements * 4]).part(0, torch.float32), source)
 
 
+def test_chunks_are_as_large_as_they_may_be_when_they_are_made() -> None:
+    """A link that turns out slow gets smaller ones; the body, and its digest, are the same."""
+    values = torch.arange(3_000_000, dtype=torch.float32)
+    sizes = itertools.cycle([1 << 20, 64 << 10, 2 << 20])
+    asked: list[int] = []
+
+    def chunk_bytes() -> int:
+        asked.append(next(sizes))
+        return asked[-1]
+
+    segments = [Segment(stop=values.numel(), dtype=DType.DTYPE_FLOAT32)]
+    digest, plain = BodyDigest(segments), BodyDigest(segments)
+    assembly = Assembly([values.nbytes])
+    for frame in pack([[Piece(values, torch.float32)]], digest, chunk_bytes=chunk_bytes):
+        _, chunk = unpack(frame, pb.PushRequest)
+        assert chunk is not None
+        assert len(chunk.payload) <= asked[-1]
+        assembly.place(chunk)
+    assembly.finish()
+    assert torch.equal(assembly.part(0, torch.float32), values)
+    list(pack([[Piece(values, torch.float32)]], plain))
+    assert digest.value == plain.value
+
+
 def test_many_tiny_pieces_fill_chunks_together() -> None:
     sizes = [1, 0, 3, 2, 0, 0, 5] * 3000
     pieces = [Piece(torch.full((size,), float(i)), torch.float32) for i, size in enumerate(sizes)]

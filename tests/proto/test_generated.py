@@ -94,6 +94,7 @@ def test_bulk_fields_are_where_the_codec_writes_them(kind: Any) -> None:
     fields = {f.name: (f.number, TYPES[f.type]) for f in kind.DESCRIPTOR.fields}
     assert fields.pop("header") == (1, "message")
     assert {name: fields.pop(name) for name in BULK} == BULK
+    assert fields.pop("header_part") == (5, "bytes")
     assert fields in ({}, {"commit": (4, "message")})
     assert max(f.number for f in kind.DESCRIPTOR.fields) == 15
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import mmap
 import threading
 
 import pytest
@@ -21,6 +23,15 @@ def test_a_buffer_is_as_long_as_asked_and_writable(size: int) -> None:
     buffer = BufferPool(1 << 30).take(size)
     assert (buffer.dtype, buffer.shape) == (torch.uint8, (size,))
     assert int(buffer.fill_(3).sum()) == 3 * size
+
+
+def test_a_kernel_without_huge_pages_gives_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    class NoHugePages(mmap.mmap):
+        def madvise(self, *_: int) -> None:
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(mmap, "mmap", NoHugePages)
+    assert int(BufferPool(1 << 30).take(3 * SIZE).fill_(1).sum()) == 3 * SIZE
 
 
 def test_memory_is_used_again_when_its_last_view_is_gone() -> None:

@@ -307,7 +307,7 @@ HOOKS: dict[str, tuple[Any, str]] = {
     ),
     "settings without end": (
         {"name": "json_log", "point": "step_pre", "settings": {"every": [1] * 10_000}},
-        "invalid_hook",
+        "invalid_settings",
     ),
     "no object": ([], "invalid_settings"),
 }

@@ -20,12 +20,13 @@ import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from harness import SERVER, RunningServer, running_server, start_server, wait_until
+from operators import take_snapshot
 from wire import Wire, created, state_of
 
 from pushstep.client import Outcome, Session
 from pushstep.proto import training_pb2 as pb
 from pushstep.proto.errors import PushstepError
-from pushstep.server.service import bind_http
+from pushstep.server.service import bind_http, require_free
 
 SERVICE = "pushstep.v1.TrainingService"
 
@@ -105,6 +106,37 @@ def test_answers_over_http_do_not_wait_for_more() -> None:
         assert bound.proto == socket.IPPROTO_TCP
 
 
+def test_an_address_is_one_servers_from_the_moment_that_it_is_bound() -> None:
+    """Of two that start together, the second would otherwise say that it is ready at the first one's port."""
+    first, address = bind_http("127.0.0.1:0")
+    with first, pytest.raises(OSError, match=f"cannot listen on {address}"):
+        bind_http(address)
+
+
+def test_a_name_is_taken_when_one_of_its_addresses_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """gRPC would listen at the others, and who asks for the name might be answered by another server."""
+    with socket.create_server(("127.0.0.2", 0)) as taken:
+        port = taken.getsockname()[1]
+        require_free("127.0.0.1", port)
+        found = [
+            (socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", (host, port))
+            for host in ("127.0.0.1", "127.0.0.2")
+        ]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+        with pytest.raises(OSError, match=r"127\.0\.0\.2 is in use"):
+            require_free("localhost", port)
+
+
+def test_what_a_server_writes_is_its_users_own(data: Path) -> None:
+    with running_server(data, "--data", str(data / "own")) as server:
+        created(server, "m")
+        take_snapshot(server, "m")
+        paths = [data / "own", *(data / "own").rglob("*")]
+        assert {path.name for path in paths} >= {"lock", "identity.json", "manifest.json", "pushstep.sock"}
+        modes = {(path.is_dir(), stat.S_IMODE(path.lstat().st_mode)) for path in paths}
+        assert modes == {(True, 0o700), (False, 0o600)}
+
+
 def test_a_socket_left_by_a_dead_server_is_replaced(data: Path) -> None:
     killed = start_server(data)
     killed.stop(signal.SIGKILL)
@@ -112,6 +144,19 @@ def test_a_socket_left_by_a_dead_server_is_replaced(data: Path) -> None:
     with running_server(data) as server:
         server.connect("m", address=f"unix:{server.unix}").create({"w": np.zeros(1, np.float32)})
     assert not Path(server.unix).exists()
+
+
+@pytest.mark.parametrize("name", ["a%41%zz", "what?#é%2F"])
+def test_a_folder_whose_name_is_no_uri(name: str, tmp_path: Path) -> None:
+    """gRPC takes a Unix socket's path for part of a URI; both ends take it as it is."""
+    data = tmp_path / name
+    with running_server(data, "--unix", str(data / "s")) as server:
+        assert server.unix == str(data / "s")
+        with server.connect("m", address=f"unix:{server.unix}", shared_memory=True) as session:
+            session.create({"w": np.zeros(1, np.float32)})
+            session.push({"w": np.ones(1, np.float32)})
+        assert {path.name for path in data.glob("s*") if path.is_socket()} == {"s", "s.memory"}
+    assert list(tmp_path.iterdir()) == [data]
 
 
 def test_no_unix_socket_when_it_is_turned_off(data: Path) -> None:

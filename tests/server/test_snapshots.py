@@ -19,13 +19,17 @@ import torch
 from harness import running_server, start_server
 from wire import created, state_of
 
+from pushstep.optim import RULES
 from pushstep.proto import types_pb2
-from pushstep.proto.errors import SnapshotDamaged, StorageFailed, UnknownSnapshot
+from pushstep.proto.errors import ModelNotLoaded, SnapshotDamaged, StorageFailed, UnknownSnapshot
 from pushstep.proto.layout import Layout
+from pushstep.server import files as files_module
 from pushstep.server import snapshots as module
 from pushstep.server.arena import ArenasCopy
 from pushstep.server.export import write as write_export
-from pushstep.server.snapshots import KEPT_AUTOMATIC, Snapshots, write_durably
+from pushstep.server.files import write_durably
+from pushstep.server.quality import Quality
+from pushstep.server.snapshots import KEPT_AUTOMATIC, Snapshots
 
 LAYOUT = Layout(
     types_pb2.Manifest(
@@ -40,8 +44,16 @@ FACTS = {
     "uid": "00",
     "edit": 0,
     "policy": {"policy": "async"},
+    "gate": Quality().dump(),
     # numbers that JSON can write in more than one way
-    "groups": [{"rule": "adagrad", "optimizer": 0, "values": {"lr": 1e-06, "eps": 1e22}, "pinned": []}],
+    "groups": [
+        {
+            "rule": "adagrad",
+            "optimizer": 0,
+            "values": {**RULES["adagrad"].defaults, "lr": 1e-06, "eps": 1e22},
+            "pinned": [],
+        }
+    ],
     "hooks": [],
     "workers": [],
 }
@@ -272,14 +284,14 @@ def test_the_names_of_new_folders_are_forced_to_the_disk(
     store: Snapshots, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forced: list[Path] = []
-    real = module.fsync
+    real = files_module.fsync
 
     def fsync(path: Path) -> None:
         forced.append(path)
         real(path)
 
     store.folder.parent.mkdir()
-    monkeypatch.setattr(module, "fsync", fsync)
+    monkeypatch.setattr(files_module, "fsync", fsync)
     snapshot = taken(store, 1)
     names = [path.name for path in forced]
     for name in ("m", "snapshots", "arena-0000.safetensors", "extras.safetensors", "manifest.json"):
@@ -300,16 +312,16 @@ def test_an_interrupted_write_is_not_seen_and_swept(store: Snapshots) -> None:
 
 def test_a_small_file_holds_the_old_text_or_the_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "identity.json"
-    write_durably(path, "old")
+    write_durably(path, "old", "m/identity.json")
     for name, number in (("fsync", 0), ("replace", 0)):
         with monkeypatch.context() as patch, pytest.raises(StorageFailed):
             patch.setattr(os, name, failing(number, getattr(os, name)))
-            write_durably(path, "new")
+            write_durably(path, "new", "m/identity.json")
         assert path.read_text() == "old"
         assert [entry.name for entry in tmp_path.iterdir()] == ["identity.json"]
     with largest_file(1), pytest.raises(StorageFailed):
-        write_durably(path, "newer")
-    write_durably(path, "new")
+        write_durably(path, "newer", "m/identity.json")
+    write_durably(path, "new", "m/identity.json")
     assert path.read_text() == "new"
 
 
@@ -351,7 +363,7 @@ def test_start_falls_back_and_a_restore_of_damage_is_refused(data: Path) -> None
     assert (newest / "arena-0001.safetensors").read_bytes() == bad
 
 
-def test_a_model_that_cannot_be_loaded_is_set_aside_and_stops_nobody(data: Path) -> None:
+def test_a_model_that_cannot_be_loaded_is_put_aside_by_hand_only(data: Path) -> None:
     """Its identity or all of its snapshots are damaged; a new model of its name does not mix with its files."""
     with running_server(data) as server:
         for name in ("good", "no-identity", "no-snapshot"):
@@ -361,11 +373,18 @@ def test_a_model_that_cannot_be_loaded_is_set_aside_and_stops_nobody(data: Path)
     (snapshot,) = (models / "no-snapshot" / "snapshots").iterdir()
     flip_last(snapshot / "manifest.json")
     with running_server(data) as server:
-        assert [m["name"] for m in server.rest("GET", "/v1/models").json()["models"]] == ["good"]
+        listed = server.rest("GET", "/v1/models").json()
+        assert [m["name"] for m in listed["models"]] == ["good"]
+        assert [m["name"] for m in listed["not_loaded"]] == ["no-identity", "no-snapshot"]
         log = server.log.read_text()
-        assert "no-identity" in log
-        assert "no-snapshot" in log
+        for entry in listed["not_loaded"]:
+            assert f"model {entry['name']} was not loaded: {entry['problem']}" in log
+        assert server.rest("GET", "/v1/capacity").json()["models"]["not_loaded"] == 2
         for name in ("no-identity", "no-snapshot"):
+            with pytest.raises(ModelNotLoaded):
+                created(server, name)
+            assert server.rest("GET", f"/v1/models/{name}").json()["code"] == "model_not_loaded"
+            assert server.rest("DELETE", f"/v1/models/{name}").status_code == 204
             created(server, name).push({"bias": np.ones(4, np.float32)})
     aside = sorted(path.name.rpartition("-")[0] for path in models.glob(".lost-*"))
     assert aside == [".lost-no-identity", ".lost-no-snapshot"]

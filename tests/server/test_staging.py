@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import pytest
 
-from pushstep.proto.errors import OverBudget, OverCapacity
+from pushstep.proto.errors import MemoryShort, OverBudget, OverCapacity
 from pushstep.server.staging import (
     INLINE_BYTES,
     MAX_WAITING,
     READING_BYTES,
+    RETRY_AFTER_S,
     WAITING_SHARE,
     WINDOW_BYTES,
     Budget,
@@ -233,3 +235,19 @@ def test_idle_memory_gives_way() -> None:
     third = budget.buffer(3 * MIB)  # from the 6 MiB that lay idle
     assert budget._pool._idle == []
     del second, third
+
+
+def test_room_without_memory_is_told_apart() -> None:
+    """What was kept for later is let go of first; then the push is told to come again, and of how many bytes it was."""
+    asked: list[int] = []
+
+    def make(size_bytes: int) -> Any:
+        asked.append(size_bytes)
+        raise MemoryError
+
+    budget = Budget(100 << 20, make=make)
+    with pytest.raises(MemoryShort) as caught:
+        budget.buffer(10 << 20)
+    assert asked == [10 << 20] * 2
+    assert caught.value.fields["need"] == str(10 << 20)
+    assert caught.value.retry_after_s == RETRY_AFTER_S

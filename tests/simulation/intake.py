@@ -12,7 +12,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pushstep.proto.errors import AlreadyJoined, Fenced, NotHeld, OverBudget, PushPending, PushstepError
+from pushstep.proto.errors import (
+    AlreadyJoined,
+    Fenced,
+    NotHeld,
+    OverBudget,
+    OverCapacity,
+    PushPending,
+    PushstepError,
+)
 from pushstep.proto.training_pb2 import PushHeader
 from pushstep.proto.types_pb2 import GroupValues, Identity, Receipt
 from pushstep.server.candidate import Candidate
@@ -90,7 +98,7 @@ class Intake:
         house = self._house
         try:
             worker, decisions = house.judge.join(name, house.agenda.now_s, takeover, attempt, epoch or 0)
-        except (AlreadyJoined, Fenced) as error:
+        except (AlreadyJoined, Fenced, OverCapacity) as error:
             reply(error)
             return
         house.witness.heard(name)

@@ -345,7 +345,11 @@ BUGS: Final = (
     Bug(old_timeline_is_applied, "is let in on timeline", ("chaos", "stories")),
     Bug(every_scheduler_counts, "the lead's edits make", ("chaos", "stories")),
     Bug(residual_always_advances, "the residual has moved", ("compression",)),
-    Bug(waiting_push_survives_a_restore, "is let in on timeline", ("chaos", "stories")),
+    Bug(
+        waiting_push_survives_a_restore,
+        "is let in on timeline|without a verdict",
+        ("chaos", "stories"),
+    ),
     Bug(left_behind_stays, "is let in, its epoch is over|is let in after its eviction", ("chaos",)),
     Bug(receipts_are_forgotten, "its worker is not told", ("chaos",)),
     Bug(epochs_begin_again, "epoch .* came again|two pushes have one identity", ("chaos",)),

@@ -159,6 +159,7 @@ class Simulation:
         """Nothing goes wrong any more: everybody gets on, all is decided, and the state is what was told."""
         self.network.calm()
         self.poison = 0.0
+        self.house.max_workers = self.house.judge.sessions.max_workers = 100  # there is room for everybody
         for name in self.names:
             self.release(name)
         self._kept = 0

@@ -1,0 +1,68 @@
+"""What is raised on the caller's side, before anything was sent."""
+
+from __future__ import annotations
+
+from .base import Misuse
+
+
+class ServerUnavailable(Misuse):
+    """No server answers."""
+
+    code = "server_unavailable"
+    template = "no pushstep server answers at {address} after {seconds} s ({problem}); start one with: pushstep-server, or wait for one by connect(..., wait_s=60)"
+
+
+class InvalidAddress(Misuse):
+    """Where no server takes workers, and none will."""
+
+    code = "invalid_address"
+    template = "{address!r} is not where workers connect: {problem}"
+
+
+class NoAnswer(Misuse):
+    """A step was retried for as long as allowed."""
+
+    code = "no_answer"
+    template = "no answer from {address} for {seconds} s ({problem}); the step may or may not have been taken: join again under the same name to find out"
+
+
+class FateUnknown(Misuse):
+    """Whether an in-doubt push was applied can no longer be known."""
+
+    code = "fate_unknown"
+    template = "the server no longer knows whether push {sequence} of worker {worker!r} was applied"
+
+
+class LocalParameterEdit(Misuse):
+    """A parameter was written to between steps."""
+
+    code = "local_parameter_edit"
+    template = "parameter {parameter!r} was changed here since the last step; the server has not seen it. Call session.upload() to send it"
+
+
+class ForkedSession(Misuse):
+    """A session that a fork carried into another process."""
+
+    code = "forked_session"
+    template = "this session was connected in process {parent}; a forked child must connect by itself"
+
+
+class SessionClosed(Misuse):
+    """A session that was closed."""
+
+    code = "session_closed"
+    template = "this session is closed; connect again"
+
+
+class NotAttached(Misuse):
+    """A call that needs an optimizer or a model first."""
+
+    code = "not_attached"
+    template = "{problem}"
+
+
+class UnsupportedModule(Misuse):
+    """A module or optimizer that cannot be handed to a server."""
+
+    code = "unsupported_module"
+    template = "{problem}"

@@ -1,0 +1,94 @@
+"""The log: lines on the standard error, written by a thread of its own.
+
+Whoever started the server may never read what it says. A pipe that is full would hold up the event loop at the next line;
+here it holds up the writer. Lines beyond what is kept for it are dropped and counted, and the count is a line.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import threading
+from collections import deque
+from typing import Final
+
+KEPT_BYTES: Final = 4 << 20
+FORMAT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+# How long an end waits for a reader to take the last lines.
+LAST_S: Final = 1.0
+
+
+class LogWriter(logging.Handler):
+    """Takes lines from any thread, without waiting, and writes them to a descriptor in their order."""
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__()
+        self._descriptor = descriptor
+        self._lines: deque[bytes] = deque()
+        self._kept_bytes = 0
+        self._dropped = 0
+        self._changed = threading.Condition()
+        self._writing = False
+        self._thread = threading.Thread(target=self._write, name="log", daemon=True)
+        self._thread.start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Take a record."""
+        try:
+            self.say(self.format(record))
+        except Exception:  # noqa: BLE001 - what cannot be formatted must not end its caller; this is logging's own way
+            self.handleError(record)
+
+    def say(self, text: str) -> None:
+        """Take a line."""
+        line = f"{text}\n".encode(errors="backslashreplace")
+        with self._changed:
+            if self._kept_bytes + len(line) > KEPT_BYTES:
+                self._dropped += 1
+                return
+            self._lines.append(line)
+            self._kept_bytes += len(line)
+            self._changed.notify_all()
+
+    def flush(self) -> None:
+        """Wait a moment for what was taken to be written."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._lines and not self._writing, LAST_S)
+
+    def _write(self) -> None:
+        while True:
+            with self._changed:
+                self._writing = False
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: bool(self._lines))
+                lines = list(self._lines)
+                if self._dropped:
+                    lines.append(
+                        f"{self._dropped} lines of the log were dropped: nobody read them\n".encode()
+                    )
+                self._lines.clear()
+                self._kept_bytes = self._dropped = 0
+                self._writing = True
+            self._put(b"".join(lines))
+
+    def _put(self, content: bytes) -> None:
+        left = memoryview(content)
+        while left:
+            try:
+                left = left[os.write(self._descriptor, left) :]
+            except BlockingIOError:  # whoever gave us the descriptor has made it so
+                poll = select.poll()
+                poll.register(self._descriptor, select.POLLOUT)
+                poll.poll()
+            except OSError:
+                return  # closed, or its disk is full: there is nowhere to say so
+
+
+def start(level: str) -> LogWriter:
+    """Have everything that is logged, warnings too, written to the standard error."""
+    writer = LogWriter(2)
+    writer.setFormatter(logging.Formatter(FORMAT))
+    logging.basicConfig(level=level.upper(), handlers=[writer])
+    logging.captureWarnings(True)
+    return writer

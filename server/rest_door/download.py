@@ -1,0 +1,108 @@
+"""A checkpoint on its way out: whole, or a part of it where parts of one download cannot be of two versions.
+
+What is asked for twice may have moved in between. A download that broke off is gone on with by a range; `curl -C -` and
+`wget -c` send one without a word about which content the first part was of. It is answered with a part only where the
+content cannot be another (`is_fixed`), or where the caller names the content that it has (If-Range). Otherwise the answer
+is the whole, which such programs refuse to append.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import re
+from collections.abc import AsyncIterator, Mapping
+from typing import Final
+
+from starlette.requests import Request
+from starlette.responses import StreamingResponse
+from starlette.types import Message, Receive, Scope, Send
+
+from pushstep.proto.errors import RangeNotSatisfiable
+
+from ..export import Checkpoint
+from ..threads import DOWNLOADS
+
+log = logging.getLogger("pushstep.rest")
+READ_BYTES: Final = 1 << 20
+_RANGE: Final = re.compile(r"bytes=(\d{0,18})-(\d{0,18})", re.ASCII)
+
+
+class Download(StreamingResponse):
+    """Bytes of a checkpoint, which is closed with the last of them, or when nobody reads for `stall_s`."""
+
+    def __init__(
+        self,
+        request: Request,
+        checkpoint: Checkpoint,
+        headers: Mapping[str, str],
+        stall_s: float,
+        *,
+        is_fixed: bool,
+    ) -> None:
+        """RangeNotSatisfiable, and nothing kept, for a range behind the end."""
+        self._checkpoint = checkpoint
+        self._stall_s = stall_s
+        wanted = request.headers.get("range", "")
+        claimed = request.headers.get("if-range")
+        if (claimed is None and not is_fixed) or claimed not in (None, checkpoint.etag):
+            wanted = ""
+        try:
+            part = part_of(wanted, checkpoint.size_bytes)
+        except RangeNotSatisfiable:
+            checkpoint.close()
+            raise
+        start, stop = part or (0, checkpoint.size_bytes)
+        all_headers = {**headers, "ETag": checkpoint.etag, "Content-Length": str(stop - start)}
+        if part is not None:
+            all_headers["Content-Range"] = f"bytes {start}-{stop - 1}/{checkpoint.size_bytes}"
+        super().__init__(
+            self._read(start, stop),
+            200 if part is None else 206,
+            all_headers,
+            media_type="application/octet-stream",
+        )
+
+    async def _read(self, start: int, stop: int) -> AsyncIterator[bytes]:
+        descriptor = self._checkpoint.file.fileno()
+        while start < stop:
+            chunk = await DOWNLOADS.run(os.pread, descriptor, min(READ_BYTES, stop - start), start)
+            if not chunk:
+                raise OSError("a checkpoint is shorter than it was")
+            start += len(chunk)
+            yield chunk
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it."""
+
+        async def send_patiently(message: Message) -> None:
+            async with asyncio.timeout(self._stall_s):
+                await send(message)
+
+        try:
+            await super().__call__(scope, receive, send_patiently)
+        except TimeoutError:
+            log.info("a download was dropped: nothing of it was read for %g s", self._stall_s)
+        finally:
+            self._checkpoint.close()
+
+
+def part_of(wanted: str, size_bytes: int) -> tuple[int, int] | None:
+    """The bytes [start, stop) that a Range header names; None for the whole, also where the header is none.
+
+    RangeNotSatisfiable for a range of which there is nothing. Several ranges at once are answered with the whole.
+    """
+    match = _RANGE.fullmatch(wanted.strip())
+    if match is None or match.group(1, 2) == ("", ""):
+        return None
+    first, last = match.groups()
+    if not first:
+        start, stop = max(0, size_bytes - int(last)), size_bytes
+    else:
+        start, stop = int(first), min(int(last) + 1, size_bytes) if last else size_bytes
+        if last and int(last) < start:
+            return None  # no range at all, by the standard
+    if start >= stop:
+        raise RangeNotSatisfiable(range=wanted[:100], size=size_bytes)
+    return start, stop

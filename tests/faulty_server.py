@@ -1,0 +1,62 @@
+"""A server whose calls to the operating system fail, or end it, as a test says.
+
+    python faulty_server.py CALLS DEED [SERVER OPTIONS]
+
+`CALLS` are joined by "+", each "name:path": a function of `os`, and the end of a path, as a pattern of fnmatch: of one that
+the call is given, or that its descriptor is of. `DEED` is the name of an errno, with which such calls fail, or `kill`, or `stop`, which has the
+server told to stop in the middle of the call. They do so once the file `armed` lies in the data folder, or at once if the
+path begins with "!".
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from pushstep.server.__main__ import main
+
+SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGTERM}
+
+
+def _path_of(argument: Any) -> str:
+    if isinstance(argument, int):
+        try:
+            return os.readlink(f"/proc/self/fd/{argument}")
+        except OSError:
+            return ""
+    return os.fspath(argument) if isinstance(argument, (str, os.PathLike)) else ""
+
+
+def faulty(
+    real: Callable[..., Any], path: str, deed: str, is_armed: Callable[[], bool]
+) -> Callable[..., Any]:
+    """`real`, but for calls of which the path is one of them."""
+
+    def call(*arguments: Any, **keywords: Any) -> Any:
+        if any(fnmatchcase(_path_of(argument), f"*{path}") for argument in arguments) and is_armed():
+            if deed not in SIGNALS:
+                number = getattr(errno, deed)
+                raise OSError(number, os.strerror(number))
+            os.kill(os.getpid(), SIGNALS[deed])
+        return real(*arguments, **keywords)
+
+    return call
+
+
+if __name__ == "__main__":
+    calls, what, *options = sys.argv[1:]
+    armed = Path(options[options.index("--data") + 1]) / "armed"
+    exists = os.path.exists
+    for each in calls.split("+"):
+        name, _, where = each.partition(":")
+        at_once = where.startswith("!")
+        now = (lambda: True) if at_once else (lambda: exists(armed))
+        setattr(os, name, faulty(getattr(os, name), where.lstrip("!"), what, now))
+    sys.argv = ["pushstep-server", *options]
+    main()
