@@ -39,8 +39,6 @@ from .unpack import Take, dense_part, rows_part
 
 # Beside it a check takes nothing: 256 Ki elements lie in the cache.
 BLOCK_ELEMENTS: Final = 1 << 18
-# More than any rule has.
-MOST_HYPERPARAMETERS: Final = 32
 
 
 class Nonfinite(StrEnum):
@@ -95,11 +93,9 @@ def require_plausible(
     groups = len(layout.manifest.groups)
     if len(segments) > (1 + states) * len(layout.slots):
         raise MalformedFrame(problem=f"{len(segments)} segments, of {len(layout.slots)} parameters")
-    # of a push once in its header and once in its commit
-    if len(edits) > 2 * groups or any(len(edit.values) > MOST_HYPERPARAMETERS for edit in edits):
+    if len(edits) > 2 * groups:
         raise MalformedFrame(
-            problem=f"edits of at most {MOST_HYPERPARAMETERS} values for each of {groups} groups, once in the header and "
-            "once in the commit"
+            problem=f"{len(edits)} edits of {groups} groups: each may have one in the header and one in the commit"
         )
 
 

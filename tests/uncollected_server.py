@@ -17,7 +17,7 @@ import torch
 
 import pushstep.server
 from pushstep.server import __main__ as command
-from pushstep.server.service import Service
+from pushstep.server.service import ExitStatus, Service
 
 ROOT = Path(pushstep.server.__file__).parents[1]
 LARGE_BYTES = 32 << 10
@@ -47,10 +47,10 @@ def report() -> None:
 class ReportingService(Service):
     """Reports between two turns of its loop: a signal's own handler would run in the middle of anything."""
 
-    async def run(self) -> None:
+    async def run(self) -> ExitStatus:
         """Serve."""
         asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, report)
-        await super().run()
+        return await super().run()
 
 
 if __name__ == "__main__":

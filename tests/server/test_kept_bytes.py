@@ -241,7 +241,7 @@ def test_headers_that_wait_are_small(scene: Scene) -> None:
     raw = scene.raw()
     many = [raw.dense("w")] * 150_000
     edits = [pb.GroupEdit(group=n) for n in range(9000)]
-    values = {f"v{n}": Hyperparameter(number=1.0) for n in range(90)}
+    values = {f"v{n}": Hyperparameter(number=1.0) for n in range(101)}
     headers = {
         "segments": raw.header(many),
         "edits": raw.header([raw.dense("w")], edits=edits),
