@@ -27,6 +27,7 @@ from pushstep.proto.errors import (
     ManifestChanged,
     ModelLost,
     NoAnswer,
+    OverCapacity,
     PushstepError,
     Quarantined,
     Superseded,
@@ -146,7 +147,7 @@ class Participant(Attendance):
         )
         try:
             answer = answered(partial(self._transport.leave, request))
-        except TooLong as error:  # more bytes than a worker may keep: it goes all the same
+        except (TooLong, OverCapacity) as error:  # more bytes than are kept of it: it goes all the same
             caller.warn(f"the last worker_state is lost: {error.message}")
             request.ClearField("worker_state")
             answer = answered(partial(self._transport.leave, request))

@@ -88,6 +88,10 @@ class Layout:
         self.manifest_hash = _hash(self.slots, self.manifest.groups)
         # of the serialized manifest
         self.manifest_bytes = self.manifest.ByteSize()
+        # what tied weights add to a checkpoint, which has them under each of their names
+        self.alias_bytes = sum(
+            (slot.stop - slot.start) * slot.dtype.itemsize for slot in self._by_alias.values()
+        )
         self.first_of_group = {slot.group: slot for slot in reversed(self.slots)}
         self.arenas_of_group: dict[int, list[ArenaSpec]] = {}
         for arena in self.arenas:

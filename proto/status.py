@@ -7,6 +7,7 @@ library reads rich errors from, and a wait as RetryInfo. Over HTTP it is RFC 945
 
 from __future__ import annotations
 
+import copy
 import uuid
 from logging import Logger
 from typing import Final, cast
@@ -34,22 +35,40 @@ _BARE: Final[dict[grpc.StatusCode, type[errors.PushstepError]]] = {
 
 
 def named(error: Exception, log: Logger) -> errors.PushstepError:
-    """`error` itself if the catalogue has it, else InternalError, with the traceback in the log under its id.
+    """A copy of `error` if the catalogue has it, else InternalError, with the traceback in the log under its id.
 
-    Memory may be short anywhere: that is told apart, though nobody knows of how much it was.
+    Memory may be short anywhere: that is told apart, though nobody knows of how much it was. The error itself is over: what
+    its traceback holds is let go of.
     """
     if isinstance(error, (errors.OutOfMemory, errors.StorageFailed)):
         log.warning(
             "%s", error.message
         )  # the caller is told, and who runs the server can do something about it
     if isinstance(error, errors.PushstepError) and not isinstance(error, errors.Misuse):
-        return error
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        found: errors.PushstepError = copy.copy(error)
+    elif isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         log.error("out of memory", exc_info=error)
-        return errors.OutOfMemory(what="this request", need="an unknown number of")
-    log_id = uuid.uuid4().hex[:12]
-    log.error("internal error %s", log_id, exc_info=error)
-    return errors.InternalError(log_id=log_id)
+        found = errors.OutOfMemory(what="this request", need="an unknown number of")
+    else:
+        log_id = uuid.uuid4().hex[:12]
+        log.error("internal error %s", log_id, exc_info=error)
+        found = errors.InternalError(log_id=log_id)
+    untrace(error)
+    return found
+
+
+def untrace(error: BaseException) -> None:
+    """Cut the tracebacks of an error, and of those that led to it.
+
+    A traceback holds its frames and these what was refused, a push's whole body say; where one of them also holds the
+    error (or a future that does) that is a cycle, and stays in memory until a garbage collection.
+    """
+    left: list[BaseException | None] = [error]
+    while left:
+        found = left.pop()
+        if found is not None and found.__traceback__ is not None:
+            found.__traceback__ = None
+            left += (found.__cause__, found.__context__)
 
 
 def brief(text: str) -> str:

@@ -30,6 +30,8 @@ from .staging import DensePart, RowsPart
 TRIED_ELEMENTS: Final = 256
 TRIED_GRADIENTS: Final = (0.0, 1.0, -1.0)
 TRIED_STEPS: Final = 2
+# What a parameter takes beside its elements: its name, its place, its step count. Of 1,000,000 800 MB.
+PARAMETER_BYTES: Final = 1 << 10
 
 
 class Arenas:
@@ -82,6 +84,19 @@ class Arenas:
                 arena.dtype.itemsize + states * dtypes.state_dtype(arena.dtype).itemsize
             )
         return total
+
+    @staticmethod
+    def bytes_charged(layout: Layout) -> int:
+        """What such a model counts for: its buffers, what its tied weights add to a checkpoint of it, its layout, and by
+        which version each row was changed last.
+        """
+        rows = sum(slot.rows for slot in layout.slots)
+        return (
+            Arenas.bytes_needed(layout)
+            + layout.alias_bytes
+            + PARAMETER_BYTES * len(layout.slots)
+            + torch.int64.itemsize * rows
+        )
 
     def flat(self, arena: int, state: str = "") -> Tensor:
         """A whole arena: the parameters, or one of their states."""

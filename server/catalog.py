@@ -8,19 +8,19 @@ snapshot holds every acknowledged push. A start that cannot prove that begins a 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import logging
 import secrets
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from pushstep.proto.errors import (
-    BeingCreated,
     InvalidManifest,
     ManifestChanged,
     ModelExists,
@@ -38,7 +38,6 @@ from pushstep.proto.errors import (
 )
 from pushstep.proto.identifiers import is_name
 from pushstep.proto.layout import Layout, check_names
-from pushstep.proto.process import is_gone
 from pushstep.proto.status import named
 from pushstep.proto.training_pb2 import Process
 from pushstep.proto.types_pb2 import Manifest
@@ -46,39 +45,23 @@ from pushstep.proto.types_pb2 import Manifest
 from . import files, policies
 from .arena import Arenas, ArenasCopy
 from .config import Config
+from .copies import COPIES_AT_ONCE
+from .creations import Creation, Creations
 from .device import device
 from .groups import Group, ParamGroups
 from .hooks.hook import Point
 from .model import Model
 from .model_folder import IdentityFile, ModelFolder, Recovered, model_folders
 from .quality import Quality
+from .read_budget import ReadBudget
 from .session import Sessions
 from .snapshot_manifest import require_understood
 from .snapshots import EXPORT_PREFIX, Snapshots
-from .staging import charge
+from .staging import Budget, charge
 from .threads import DISK
 
 log = logging.getLogger("pushstep.catalog")
 T = TypeVar("T")
-CREATION_S: Final = 120.0
-CREATION_RETRY_S: Final = 0.2
-
-
-@dataclass(slots=True)
-class Creation:
-    """A worker's leave to create a model, until it runs out."""
-
-    ticket: int
-    worker: str
-    layout: Layout
-    bytes_needed: int
-    expires_at_s: float
-    # where that worker runs
-    process: Process
-    # of the join that asked for it
-    attempt: int = 0
-    # its values have arrived and its name is being written to the disk
-    finishing: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +69,8 @@ class Proposal:
     """A model that somebody wants to create: laid out, and good in itself."""
 
     layout: Layout
+    # as it is laid out, serialised
+    manifest: bytes
     bytes_needed: int
     # of one push of all of it
     push_bytes: int
@@ -103,7 +88,8 @@ def propose(manifest: Manifest) -> Proposal:
     if len(layout.first_of_group) != len(manifest.groups):
         raise InvalidManifest(problem="every param group must have parameters")
     push_bytes = sum(arena.elements * arena.dtype.itemsize for arena in layout.arenas)
-    return Proposal(layout, Arenas.bytes_needed(layout), push_bytes)
+    manifest_bytes = layout.manifest.SerializeToString()
+    return Proposal(layout, manifest_bytes, Arenas.bytes_charged(layout), push_bytes)
 
 
 class Catalog:
@@ -112,12 +98,21 @@ class Catalog:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.device = device(config.device)
+        # of which pushes and uploads of all models are kept until they are stepped
+        self.staging = Budget(config.staging_bytes, config.stall_s / 4, self.device.fresh_memory)
+        # of which readers of all models are kept what they are sent
+        self.reading = ReadBudget(config.reading_bytes(), config.stall_s / 4)
         self.models: dict[str, Model] = {}
         # those whose files could not be loaded at the start, and why: their names are not free
         self.not_loaded: dict[str, ModelNotLoaded] = {}
         self.ready = False
         self.loaded = False
-        self._creations: dict[str, Creation] = {}
+        self._creations = Creations()
+        self._promised_bytes = 0
+        # each holds a copy of a whole model: at most so many, however many are asked for. Apart, since a restore waits
+        # for the snapshot that is being written of its model.
+        self._snapshotting = asyncio.Semaphore(COPIES_AT_ONCE)
+        self.replacing = asyncio.Semaphore(COPIES_AT_ONCE)
         # by model name: who writes into its folder, or removes it, does so alone
         self._folders: dict[str, asyncio.Lock] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -156,41 +151,54 @@ class Catalog:
     # Creation: a ticket, then the values, then the model.
 
     def begin_creation(
-        self, name: str, worker: str, proposal: Proposal, now_s: float, attempt: int, process: Process
+        self,
+        name: str,
+        worker: str,
+        proposal: Proposal,
+        now_s: float,
+        attempt: int,
+        process: Process,
+        peer: str = "",
     ) -> Creation:
         """Give the first caller leave to create a model; BeingCreated for the others while it lasts, or its process."""
         self.require_free(name)
-        self._creations = {
-            known: creation
-            for known, creation in self._creations.items()
-            if creation.finishing or creation.expires_at_s > now_s
-        }
-        # leave that was given and not used up yet counts, or several at once would pass the limits
-        others = [creation for known, creation in self._creations.items() if known != name]
-        if len(self.models) + len(others) >= self.config.max_models:
-            raise OverCapacity(
-                problem=f"this server holds at most {self.config.max_models} models", setting="max-models"
-            )
-        self.require_room(proposal.bytes_needed, sum(creation.bytes_needed for creation in others))
+        self._require_place(proposal.bytes_needed)
         push_bytes = charge(proposal.push_bytes)
         if push_bytes > self.config.staging_bytes:
             raise OverCapacity(
                 problem=f"one push of this model takes {push_bytes} bytes, staging has {self.config.staging_bytes}",
                 setting="staging-bytes",
             )
-        current = self._creations.get(name)
-        if current is not None and (
-            current.finishing or (current.worker != worker and not is_gone(current.process))
-        ):
-            raise BeingCreated(model=name, worker=current.worker, retry_after_s=CREATION_RETRY_S)
-        ticket, until_s, need = secrets.randbits(63) or 1, now_s + CREATION_S, proposal.bytes_needed
-        creation = Creation(ticket, worker, proposal.layout, need, until_s, process, attempt)
-        self._creations[name] = creation
-        return creation
+        needed = proposal.bytes_needed
+        return self._creations.begin(name, worker, proposal.manifest, needed, now_s, attempt, peer, process)
+
+    def _require_place(self, need_bytes: int) -> None:
+        """OverCapacity unless one model more may be held."""
+        coming = self._creations.with_places()
+        if len(self.models) + len(coming) >= self.config.max_models:
+            raise OverCapacity(
+                problem=f"this server holds at most {self.config.max_models} models", setting="max-models"
+            )
+        self.require_room(need_bytes, sum(creation.bytes_needed for creation in coming))
+
+    @property
+    def held_bytes(self) -> int:
+        """What all models count for, of --max-bytes."""
+        return self._promised_bytes + sum(model.held_bytes for model in self.models.values())
+
+    @contextlib.contextmanager
+    def promised(self, need_bytes: int) -> Iterator[None]:
+        """Set room aside for what is on its way. OverCapacity if there is none."""
+        self.require_room(need_bytes)
+        self._promised_bytes += need_bytes
+        try:
+            yield
+        finally:
+            self._promised_bytes -= need_bytes
 
     def require_room(self, need_bytes: int, promised_bytes: int = 0) -> None:
-        """OverCapacity unless `need_bytes` more of parameters and state may be held."""
-        held = sum(Arenas.bytes_needed(m.layout) for m in self.models.values())
+        """OverCapacity unless `need_bytes` more of parameters, state and extras may be held."""
+        held = self.held_bytes
         if held + promised_bytes + need_bytes > self.config.max_bytes:
             raise OverCapacity(
                 problem=f"{need_bytes} bytes more are needed, {held} of {self.config.max_bytes} are taken",
@@ -198,24 +206,25 @@ class Catalog:
             )
 
     def creation(self, name: str, ticket: int, now_s: float) -> Creation:
-        """The creation that a ticket stands for; NoCreationTicket otherwise."""
-        current = self._creations.get(name)
+        """The creation whose upload begins with this ticket; NoCreationTicket otherwise. Followed by `end_creation`."""
         if name in self.models:
             raise ModelExists(model=name)
-        if current is None or current.ticket != ticket or current.expires_at_s < now_s:
+        return self._creations.begin_upload(name, ticket, now_s)
+
+    def take_place(self, name: str, creation: Creation) -> None:
+        """Have a creation count as a model: its values are there. NoCreationTicket, ModelExists or OverCapacity."""
+        if name in self.models:
+            raise ModelExists(model=name)
+        if self._creations.get(name) is not creation or creation.has_place:
             raise NoCreationTicket(model=name)
-        self.renew_creation(current, now_s)
-        return current
+        self._require_place(creation.bytes_needed)
+        self._creations.take_place(name, creation)
 
-    def renew_creation(self, creation: Creation, now_s: float) -> None:
-        """Its values are on their way: nobody else may create the model meanwhile."""
-        creation.expires_at_s = now_s + CREATION_S
-
-    def give_up_creation(self, name: str, ticket: int) -> None:
-        """Let the next caller create: this one broke off."""
-        current = self._creations.get(name)
-        if current is not None and current.ticket == ticket and not current.finishing:
-            del self._creations[name]
+    def end_creation(
+        self, name: str, creation: Creation, now_s: float, *, had_place: bool, comes_again: bool
+    ) -> None:
+        """An upload has ended; unless it has made the model, or comes again, the next caller may create it."""
+        self._creations.end_upload(name, creation, now_s, had_place=had_place, comes_again=comes_again)
 
     async def withdraw_creation(self, name: str, worker: str, attempt: int) -> None:
         """Take back the leave that a join was given; of one whose values have arrived, wait for the end."""
@@ -223,23 +232,17 @@ class Catalog:
         if current is None or not attempt or (current.worker, current.attempt) != (worker, attempt):
             return
         async with self._alone(name):
-            self.give_up_creation(name, current.ticket)
+            if self._creations.get(name) is current:
+                self._creations.end(name)
 
     async def finish_creation(self, name: str, creation: Creation, model: Model) -> None:
-        """Make a filled model durable in name and visible to all."""
-        if name in self.models:
-            raise ModelExists(model=name)
-        if self._creations.get(name) is not creation or creation.finishing:
-            raise NoCreationTicket(model=name)
-        creation.finishing = True
-        try:
-            async with self._alone(name):  # the folder of an earlier one of this name may just be going
-                await DISK.run(self._folder(name).set_aside)
-                await self._write_identity(model, clean_version=None)
-        except BaseException:
-            creation.finishing = False
-            raise
-        del self._creations[name]
+        """Make a filled model, which has its place, durable in name and visible to all."""
+        async with self._alone(name):  # the folder of an earlier one of this name may just be going
+            if self._creations.get(name) is not creation:  # withdrawn
+                raise NoCreationTicket(model=name)
+            await DISK.run(self._folder(name).set_aside)
+            await self._write_identity(model, clean_version=None)
+        self._creations.end(name)
         self.models[name] = model
         model.record("created", creation.worker)
         log.info("model %s created by %s: %d parameters", name, creation.worker, len(model.layout.slots))
@@ -257,9 +260,8 @@ class Catalog:
         raise OutOfMemory(what=f"model {name} on {self.device.where}", need=need)
 
     def _model(self, name: str, uid: bytes, timeline: int, layout: Layout, groups: ParamGroups) -> Model:
-        sessions = Sessions(self.config.lease_s, self.config.max_workers, name)
-        staging_bytes = self.config.staging_bytes
-        model = Model(name, uid, timeline, layout, groups, sessions, self.device, staging_bytes)
+        sessions = Sessions(self.config.lease_s, self.config.max_workers, name, self.config.worker_bytes)
+        model = Model(name, uid, timeline, layout, groups, sessions, self.device, self.staging, self.reading)
         model.on_failed = self._failed
         return model
 
@@ -284,7 +286,7 @@ class Catalog:
     async def snapshot(self, name: str, by: str, *, automatic: bool = False) -> dict[str, Any]:
         """Take a snapshot of the model at its version of now; its manifest."""
         model = self.get(name)
-        async with self._alone(name):
+        async with self._alone(name), self._snapshotting:
             model.tell(Point.STATE_DICT_PRE)
             facts, copy = await model.copy()
             manifest = await DISK.run(self.snapshots(name).write, facts, copy, automatic=automatic)
@@ -295,18 +297,22 @@ class Catalog:
     async def restore(self, name: str, snapshot: str, by: str) -> int:
         """Bring a snapshot back on a new timeline; the version from which it holds."""
         model = self.get(name)
-        try:
-            manifest, copy = await DISK.run(self.snapshots(name).read, snapshot)
-        except (SnapshotDamaged, UnknownSnapshot):
-            model.require_here()  # or what is said of a snapshot that just went would be true of none
-            raise
-        await DISK.run(require_understood, manifest, name)
-        if copy.layout.manifest_hash != model.layout.manifest_hash:
-            raise InvalidManifest(
-                problem=f"snapshot {snapshot} holds other parameters or groups than the model has now"
-            )
-        await self.whole(self.replace(model, copy, manifest, by))
-        return copy.version
+        return await self.whole(self._restore(model, snapshot, by))
+
+    async def _restore(self, model: Model, snapshot: str, by: str) -> int:
+        async with self.replacing:
+            try:
+                manifest, copy = await DISK.run(self.snapshots(model.name).read, snapshot)
+            except (SnapshotDamaged, UnknownSnapshot):
+                model.require_here()  # or what is said of a snapshot that just went would be true of none
+                raise
+            await DISK.run(require_understood, manifest, model.name)
+            if copy.layout.manifest_hash != model.layout.manifest_hash:
+                raise InvalidManifest(
+                    problem=f"snapshot {snapshot} holds other parameters or groups than the model has now"
+                )
+            await self.replace(model, copy, manifest, by)
+            return copy.version
 
     async def replace(self, model: Model, copy: ArenasCopy, saved: dict[str, Any] | None, by: str) -> None:
         """Put `copy` in place of what the model is, on a timeline that is on the disk first."""
@@ -350,14 +356,15 @@ class Catalog:
 
     async def _bring_back(self, model: Model) -> None:
         try:
-            found = await DISK.run(self.snapshots(model.name).newest, model.ledger.holds)
-            if found is None:
-                log.error("model %s failed and has no snapshot that verifies", model.name)
-                return
-            manifest, copy = found
-            await DISK.run(require_understood, manifest, model.name)
-            await self.replace(model, copy, manifest, "server")
-            log.warning("model %s failed and goes on from snapshot %s", model.name, manifest["id"])
+            async with self.replacing:
+                found = await DISK.run(self.snapshots(model.name).newest, model.ledger.holds)
+                if found is None:
+                    log.error("model %s failed and has no snapshot that verifies", model.name)
+                    return
+                manifest, copy = found
+                await DISK.run(require_understood, manifest, model.name)
+                await self.replace(model, copy, manifest, "server")
+                log.warning("model %s failed and goes on from snapshot %s", model.name, manifest["id"])
         except PushstepError as error:
             log.error("model %s failed and could not be brought back: %s", model.name, error.message)
 

@@ -18,6 +18,8 @@ from pydantic_settings import (
 )
 
 MAX_UNIX_PATH_BYTES = 107  # sun_path
+# A few messages on their way to each of a few readers.
+LEAST_READ_BYTES = 16 << 20
 
 
 class Config(BaseSettings):
@@ -51,7 +53,15 @@ class Config(BaseSettings):
     max_models: int = Field(100, ge=1, description="models held at once")
     max_bytes: int = Field(1 << 40, ge=1, description="bytes of parameters and optimizer state held at once")
     staging_bytes: int = Field(8 << 30, ge=1, description="bytes of pushes in flight at once")
+    read_bytes: int | None = Field(
+        None,
+        ge=LEAST_READ_BYTES,
+        description="bytes kept for readers at once, apart from those of pushes [default: as many as --staging-bytes]",
+    )
     max_workers: int = Field(10_000, ge=1, description="workers live at once, and remembered, per model")
+    worker_bytes: int = Field(
+        512 << 20, ge=1 << 20, description="bytes of remembered workers, their receipts and states, per model"
+    )
     max_connections: int = Field(
         20_000,
         ge=1,
@@ -112,6 +122,10 @@ class Config(BaseSettings):
         if self.unix and len(self.unix.encode()) > MAX_UNIX_PATH_BYTES:
             raise ValueError(f"--unix: a socket path has at most {MAX_UNIX_PATH_BYTES} bytes")
         return self
+
+    def reading_bytes(self) -> int:
+        """What readers may be kept in all."""
+        return self.read_bytes or max(self.staging_bytes, LEAST_READ_BYTES)
 
     def unix_path(self) -> str | None:
         """Where the Unix socket goes; None for none (also when the default place has too long a path)."""

@@ -134,7 +134,7 @@ class Docket:
         ledger = self.ledger
         try:
             if candidate.fault is not None:
-                raise candidate.fault
+                raise copy.copy(candidate.fault)  # or the traceback of what it holds would hold it
             if candidate.header.base_version > ledger.version:
                 raise MalformedFrame(
                     problem=f"base_version {candidate.header.base_version} is ahead of version {ledger.version}"
@@ -232,9 +232,9 @@ class Docket:
         if verdict.receipt.outcome != Outcome.OUTCOME_REJECTED:
             worker.refused_in_row = 0
         worker.staleness = verdict.receipt.staleness
-        worker.metrics = dict(candidate.header.metrics)
-        if candidate.header.HasField("worker_state"):
-            worker.worker_state = candidate.header.worker_state
+        header = candidate.header
+        state = header.worker_state if header.HasField("worker_state") else None
+        self.sessions.carry(worker, header.metrics, state)
         return Settle(candidate, verdict)
 
     def _pass_on_next(self, candidate: Candidate) -> None:

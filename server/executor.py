@@ -13,11 +13,10 @@ import copy
 import logging
 import time
 from asyncio import FIRST_COMPLETED
-from collections.abc import Awaitable, Callable, Coroutine, Hashable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from pushstep.proto.errors import NotHeld, PushPending, PushstepError
-from pushstep.proto.memory import BufferPool
 from pushstep.proto.status import named
 from pushstep.proto.types_pb2 import Identity, Outcome, ServerTimes
 
@@ -26,7 +25,7 @@ from .candidate import Candidate
 from .decision import Combine, Decision, Note, Settle, Step
 from .docket import refuse_consumed
 from .hooks.hook import Point
-from .staging import INLINE_STEP_BYTES, KEPT_BYTES, StagedPush
+from .staging import INLINE_STEP_BYTES, StagedPush
 from .threads import PUSHES
 from .worker import Verdict
 
@@ -55,8 +54,9 @@ class Executor:
     def __init__(self, model: Model) -> None:
         self._model = model
         self._adding = model.device.lane()
-        # a sum in fresh pages would cost more than adding it up: 64 MB of them 20 ms and more
-        self._sums = BufferPool(KEPT_BYTES)
+        # the last round's sum, and what it was counted for
+        self._sum: StagedPush | None = None
+        self._sum_bytes = 0
         self._answers: dict[Key, tuple[asyncio.Future[Settle], Candidate]] = {}
         self._releases: dict[Candidate, Callable[[], None]] = {}
         self._moved: asyncio.Future[None] | None = None
@@ -66,7 +66,7 @@ class Executor:
         self._tasks: set[asyncio.Task[None]] = set()
         # by what their kernels are chosen by, the steps that were taken before: the first of a kind may have to compile
         # them, for seconds, which the event loop does not do however small it is
-        self._stepped: set[Hashable] = set()
+        self._stepped: set[int] = set()
         self._let_go = self._closed = False
 
     def keep(self, candidate: Candidate, release: Callable[[], None]) -> None:
@@ -166,16 +166,25 @@ class Executor:
     async def _combine(self, combine: Combine) -> None:
         pushes = [candidate.push for candidate in combine.candidates if candidate.push is not None]
         result: StagedPush | PushstepError
+        self._forget_sum()
+        self._sum_bytes = reduction.largest_sum(pushes)
+        self._model.staging.count(self._sum_bytes)
         try:
             result = await PUSHES.run(self._add_up, pushes, combine)
         except Exception as error:  # noqa: BLE001 - whatever it was, its pushes must not wait for ever
             result = named(error, log)
         del pushes
+        self._sum = result if isinstance(result, StagedPush) else None
         self.carry_out(self._model.judge.combined(combine, result, time.monotonic()))
 
     def _add_up(self, pushes: Sequence[StagedPush], combine: Combine) -> StagedPush:
         with self._adding.over(pushes):
-            return reduction.add_up(pushes, combine.weights, combine.divisor, self._sums.take)
+            # a sum in fresh pages would cost more than adding it up: 64 MB of them 20 ms and more
+            return reduction.add_up(pushes, combine.weights, combine.divisor, self._model.staging.buffer)
+
+    def _forget_sum(self) -> None:
+        self._model.staging.release(self._sum_bytes)
+        self._sum, self._sum_bytes = None, 0
 
     def _step(self, step: Step) -> None:
         """Queue a ticket with the model's stepper, behind all that were written before it."""
@@ -211,22 +220,24 @@ class Executor:
         else:
             job.add_done_callback(lambda done: self._finish(done, step, times))
 
-    def _kernels_of(self, step: Step, shared: Sequence[SharedAnswer]) -> Hashable:
-        """What the kernels of a step are chosen by: dtypes, and which hyperparameters are off."""
+    def _kernels_of(self, step: Step, shared: Sequence[SharedAnswer]) -> int:
+        """A hash of what the kernels of a step are chosen by: dtypes, and which hyperparameters are off."""
         groups = self._model.groups.list
         switches = {group: tuple(map(bool, groups[group].values.values())) for group in step.push.groups}
         copied = shared[0].region.answer.wire if shared else False
-        return step.push.kind, tuple(switches.items()), copied, step.ticket.factor == 1
+        return hash((step.push.kind, tuple(switches.items()), copied, step.ticket.factor == 1))
 
     def _finish(self, job: asyncio.Future[dict[int, float]], step: Step, times: ServerTimes) -> None:
         model = self._model
         model.note_nonfinite()
+        if step.push is self._sum:
+            self._forget_sum()
         failure: PushstepError | None = None
-        lrs: dict[int, float] = {}
-        try:
-            lrs = job.result()
-        except Exception as error:  # noqa: BLE001 - whatever it was, its pushes are told and the model goes on
-            failure = model.broke_off(error, step.ticket.version)
+        # not raised: this frame holds the push, and must not be in a traceback that is kept with it
+        broken = job.exception()
+        lrs = job.result() if broken is None else {}
+        if broken is not None:
+            failure = model.broke_off(broken, step.ticket.version)
         for settle in step.settles:
             if settle.verdict is not None:
                 _complete(settle.verdict, lrs, times, failure)
@@ -277,6 +288,7 @@ class Executor:
             await asyncio.wait(self._tasks)
         while self._releases:
             self._releases.popitem()[1]()
+        self._forget_sum()
 
 
 def _complete(

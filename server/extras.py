@@ -11,11 +11,8 @@ from typing import Self
 
 import torch
 import xxhash
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
-
-from pushstep.proto.errors import MalformedFrame
 
 
 class Extras(dict[str, Tensor]):
@@ -30,14 +27,6 @@ class Extras(dict[str, Tensor]):
         }
         content = sorted(self._digests.items())
         self.version = (xxhash.xxh3_64_intdigest(repr(content).encode()) or 1) if content else 0
-
-    @classmethod
-    def read(cls, content: bytes) -> Mapping[str, Tensor]:
-        """What a safetensors file holds; MalformedFrame if it is none."""
-        try:
-            return load(content)
-        except SafetensorError as error:
-            raise MalformedFrame(problem=f"the extras are no safetensors file: {error}") from error
 
     def file(self) -> bytes:
         """All of them as a safetensors file."""

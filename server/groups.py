@@ -74,11 +74,15 @@ class Group:
             )
         return self._sent[1]
 
-    def _typed(self, name: str, value: Any) -> float | bool:
+    def require_name(self, name: str) -> None:
+        """InvalidHyperparameter if the rule has none of that name."""
         if name not in self.rule.defaults:
             raise InvalidHyperparameter(
                 problem=f"rule {self.rule.name!r} has no hyperparameter {name!r}; it has {', '.join(self.rule.defaults)}"
             )
+
+    def _typed(self, name: str, value: Any) -> float | bool:
+        self.require_name(name)
         wants_flag = isinstance(self.rule.defaults[name], bool)
         if wants_flag != isinstance(value, bool) or not isinstance(value, (bool, int, float)):
             kind = "true or false" if wants_flag else "a number"
@@ -164,6 +168,7 @@ class ParamGroups:
             group = self.at(index, model)
             counted = {}
             for name, value in edit.items():
+                group.require_name(name)  # also of what does not count: its name is in the receipt
                 held = name in group.pinned or (name == "lr" and group.scheduled_by is not None)
                 if lead and not held:
                     counted[name] = value

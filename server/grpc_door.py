@@ -10,6 +10,8 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from functools import partial
 from importlib.metadata import version as installed_version
 from typing import Any, Final
 
@@ -25,13 +27,15 @@ from pushstep.proto.errors import (
 )
 from pushstep.proto.frames import MAX_CHUNK_BYTES, Piece, pack
 from pushstep.proto.parts import WHOLE_BYTES, parts_of
-from pushstep.proto.status import TRAILER, brief, named, to_trailer
-from pushstep.proto.types_pb2 import Identity, Receipt
+from pushstep.proto.status import TRAILER, brief, to_trailer
+from pushstep.proto.types_pb2 import GroupValues, Identity, Receipt
 
+from .arena import ArenasCopy
 from .bulk import BulkStream
 from .catalog import Catalog
+from .copies import COPIES_AT_ONCE, ModelCopies, copy_of
 from .counted_parts import CountedParts
-from .grpc_methods import Context, answered, answering, serialize, streamed, streaming
+from .grpc_methods import abort, answered, answering, only, streamed, streaming
 from .intake import Intake
 from .membership import join, leave
 from .model import Model
@@ -47,6 +51,7 @@ from .pull_answers import (
     state_header,
     wire_of,
 )
+from .readers import Context, Readers
 from .rows_asked import pulled_rows
 from .shared_answer import SharedAnswer
 from .shared_memory import SharedMemory
@@ -70,42 +75,47 @@ class GrpcDoor:
         self.budget = budget
         self.memory = memory
         self.stall_s = stall_s
+        self.readers = Readers(catalog.reading, stall_s)
         self.tarpit = Tarpit()
+        self._copies = ModelCopies(COPIES_AT_ONCE)
         self.draining = False
         self.http_url = ""
         self.unix_path = ""
 
     def handler(self) -> grpc.GenericRpcHandler:
         """What a grpc.aio server is given."""
-        unary, bulk_in, bulk_out, bulk = (
-            grpc.unary_unary_rpc_method_handler,
-            grpc.stream_unary_rpc_method_handler,
-            grpc.unary_stream_rpc_method_handler,
-            grpc.stream_stream_rpc_method_handler,
-        )
+        # Also those of one message, as far as gRPC is concerned: that way the door waits for it, and not for ever.
+        call, stream = grpc.stream_unary_rpc_method_handler, grpc.stream_stream_rpc_method_handler
 
         def one(method: Callable[[Any], Awaitable[Any]]) -> Callable[[Any, Context], Awaitable[Any]]:
-            return answering(method, self._refuse)
+            return answering(method, self._refuse, self.readers)
 
         def many(
             method: Callable[[Any], AsyncGenerator[bytes, None]],
         ) -> Callable[[Any, Context], Awaitable[None]]:
-            return streaming(method, self._refuse)
+            return streaming(method, self._refuse, self.readers)
+
+        async def joined(messages: AsyncIterator[bytes], context: Context) -> Any:
+            by_whom = partial(self.join, peer=context.peer())
+            return await one(answered(by_whom, pb.JoinRequest))(messages, context)
+
+        async def joined_in_parts(messages: AsyncIterator[bytes], context: Context) -> None:
+            await many(partial(self.join_in_parts, peer=context.peer()))(messages, context)
 
         methods: dict[str, Any] = {
-            "Describe": unary(one(answered(self.describe, pb.DescribeRequest)), None, serialize),
-            "Join": unary(one(answered(self.join, pb.JoinRequest)), None, serialize),
-            "JoinInParts": bulk(many(self.join_in_parts), None, None),
-            "Heartbeat": unary(one(answered(self.heartbeat, pb.HeartbeatRequest)), None, serialize),
-            "Leave": unary(one(answered(self.leave, pb.LeaveRequest)), None, serialize),
-            "OpenRegion": unary(one(answered(self.open_region, pb.OpenRegionRequest)), None, serialize),
-            "Upload": bulk_in(one(self.upload), None, serialize),
-            "Push": bulk_in(one(self.push), None, serialize),
-            "Exchange": bulk(many(self.exchange), None, None),
-            "Pull": bulk_out(many(streamed(self.pull, pb.PullRequest)), None, None),
-            "PullRows": bulk_out(many(self.pull_rows), None, None),
-            "PullState": bulk_out(many(streamed(self.pull_state, pb.PullStateRequest)), None, None),
-            "PullExtras": bulk_out(many(streamed(self.pull_extras, pb.PullExtrasRequest)), None, None),
+            "Describe": call(one(answered(self.describe, pb.DescribeRequest))),
+            "Join": call(joined),
+            "JoinInParts": stream(joined_in_parts),
+            "Heartbeat": call(one(answered(self.heartbeat, pb.HeartbeatRequest))),
+            "Leave": call(one(answered(self.leave, pb.LeaveRequest))),
+            "OpenRegion": call(one(answered(self.open_region, pb.OpenRegionRequest))),
+            "Upload": call(one(self.upload)),
+            "Push": call(one(self.push)),
+            "Exchange": stream(many(self.exchange)),
+            "Pull": stream(many(streamed(self.pull, pb.PullRequest))),
+            "PullRows": stream(many(self.pull_rows)),
+            "PullState": stream(many(streamed(self.pull_state, pb.PullStateRequest))),
+            "PullExtras": stream(many(streamed(self.pull_extras, pb.PullExtrasRequest))),
         }
         return grpc.method_handlers_generic_handler(SERVICE, methods)
 
@@ -120,24 +130,30 @@ class GrpcDoor:
             memory_path=self.memory.path,
         )
 
-    async def join(self, request: pb.JoinRequest) -> pb.JoinResponse:
-        """Join."""
+    async def join(self, request: pb.JoinRequest, peer: str = "") -> pb.JoinResponse:
+        """Join. `peer`: whose connection it came on."""
         self._take_new_work()
-        return await join(self.catalog, request, WHOLE_BYTES)
+        return await join(self.catalog, request, peer, WHOLE_BYTES)
 
-    async def join_in_parts(self, messages: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
-        """JoinInParts."""
+    async def join_in_parts(
+        self, messages: AsyncIterator[bytes], peer: str = ""
+    ) -> AsyncGenerator[bytes, None]:
+        """JoinInParts. `peer`: whose connection it came on."""
         self._take_new_work()
         parts = CountedParts("a join", self.budget)
         try:
             await parts.read(TimedMessages(messages, self.stall_s))
-            request = await parts.parsed(pb.JoinRequest)
-            response = await join(self.catalog, request)
+            response = await join(self.catalog, await parts.parsed(pb.JoinRequest), peer)
             whole = await REQUESTS.run(response.SerializeToString)
         finally:
             parts.release()
-        for part in parts_of(whole):
-            yield pb.JoinPart(part=part).SerializeToString()
+        del response
+        await self.readers.budget.claim(len(whole))
+        try:
+            for part in parts_of(whole):
+                yield pb.JoinPart(part=part).SerializeToString()
+        finally:
+            self.readers.budget.give_back(len(whole))
 
     async def heartbeat(self, request: pb.HeartbeatRequest) -> pb.HeartbeatResponse:
         """Heartbeat."""
@@ -218,15 +234,23 @@ class GrpcDoor:
         async for message in published_messages(published, answer):
             yield message
 
-    def pull_rows(self, message: bytes) -> AsyncGenerator[bytes, None]:
+    async def pull_rows(self, messages: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
         """PullRows, of a message that has not been parsed."""
-        return pulled_rows(self.catalog, self.budget, message)
+        async with aclosing(pulled_rows(self.catalog, self.readers.budget, await only(messages))) as answers:
+            async for answer in answers:
+                yield answer
 
     async def pull_state(self, request: pb.PullStateRequest) -> AsyncGenerator[bytes, None]:
         """PullState."""
         model = self.catalog.get(request.model)
         values = model.group_values()
-        _, copy = await model.copy()
+        async with copy_of(self._copies, model) as (_, copy):
+            async for message in self._state_messages(model, copy, values):
+                yield message
+
+    async def _state_messages(
+        self, model: Model, copy: ArenasCopy, values: list[GroupValues]
+    ) -> AsyncGenerator[bytes, None]:
         segments, bodies = state_bodies(copy)
         few = len(copy.layout.slots) <= INLINE_PARTS
         header = await PULLS.run_unless(few, state_header, model, copy, segments)
@@ -242,7 +266,7 @@ class GrpcDoor:
         model = self.catalog.get(request.model)
         model.require_whole()
         extras = model.extras
-        reserved = await self.budget.claim(request.model, extras.nbytes)
+        await self.readers.budget.claim(extras.nbytes)
         try:
             content = await PULLS.run(extras.file)
             yield pb.PullResponse(header=extras_header(model, extras, len(content))).SerializeToString()
@@ -250,7 +274,7 @@ class GrpcDoor:
             while (frame := await PULLS.run(next, frames, None)) is not None:
                 yield frame
         finally:
-            self.budget.release(reserved)
+            self.readers.budget.give_back(extras.nbytes)
 
     async def _take_push(
         self, stream: BulkStream[pb.PushRequest], *, pulls: bool = False
@@ -282,13 +306,15 @@ class GrpcDoor:
             None if region is None else SharedAnswer(model, region, identity.timeline, have_version(options))
         )
 
-    async def _refuse(self, context: Context, error: Exception) -> None:
-        known: PushstepError = named(error, log)
-        log.debug("refused: %s", known.message)
+    async def _refuse(self, context: Context, refusal: PushstepError) -> None:
+        """End a call with an error."""
+        log.debug("refused: %s", refusal.message)
         async with contextlib.AsyncExitStack() as around:
-            if isinstance(known, Quarantined):
-                await around.enter_async_context(self.tarpit.refusing(known, context.peer()))
-            await context.abort(known.grpc_status, brief(known.message), ((TRAILER, to_trailer(known)),))
+            if isinstance(refusal, Quarantined):
+                await around.enter_async_context(self.tarpit.refusing(refusal, context.peer()))
+            await abort(
+                context, refusal.grpc_status, brief(refusal.message), ((TRAILER, to_trailer(refusal)),)
+            )
 
     def _take_new_work(self) -> None:
         self.catalog.require_loaded()

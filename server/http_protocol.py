@@ -1,7 +1,7 @@
 """One HTTP connection: uvicorn's, with a time limit for whatever it waits for.
 
-A head has to arrive within `stall_s`, a body within BODY_STALLS times that, and a caller that does not read for as long is
-dropped. What is no request is answered in the one shape that errors have here. A request that states its length in two ways ends its connection,
+A head has to arrive within `stall_s`, a body within BODY_STALLS times that, and a caller that takes less than PROGRESS_BYTES of
+what there is for it in `stall_s` is dropped, also after the last of it was handed over. What is no request is answered in the one shape that errors have here. A request that states its length in two ways ends its connection,
 since a proxy in front may have believed the other one and taken what follows for another caller's.
 """
 
@@ -18,6 +18,8 @@ from uvicorn.server import ServerState
 
 from pushstep.proto.errors import MalformedRequest, PushstepError, RequestTimeout
 from pushstep.proto.status import PROBLEM_TYPE, to_problem
+
+from .readers import PROGRESS_BYTES, acked_bytes
 
 # A body has at most 1 MiB: 26 KB/s at the default of 10 s.
 BODY_STALLS: Final = 4
@@ -48,7 +50,9 @@ class HttpProtocol(H11Protocol):
         self._stall_s = stall_s
         self._waits_for = ""
         self._timer: asyncio.TimerHandle | None = None
-        self._stalled: asyncio.TimerHandle | None = None
+        # set while a reader is waited for, who had taken so much then
+        self._reading: asyncio.TimerHandle | None = None
+        self._taken_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         """A caller has connected, who may send nothing."""
@@ -64,13 +68,14 @@ class HttpProtocol(H11Protocol):
         """A request has been answered; the next one may be there already."""
         super().on_response_complete()
         self._look()
+        self._watch_reader()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The caller is gone, or was sent away."""
         super().connection_lost(exc)
-        for timer in (self._timer, self._stalled):
-            if timer is not None:
-                timer.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
+        self._rest()
         self._idle.pop(self, None)
 
     def _look(self) -> None:
@@ -122,6 +127,7 @@ class HttpProtocol(H11Protocol):
             for event in (head, h11.Data(data=body), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event))
         self.transport.close()
+        self._watch_reader()
 
     def send_400_response(self, msg: str) -> None:
         """What came is no request."""
@@ -132,12 +138,31 @@ class HttpProtocol(H11Protocol):
     def pause_writing(self) -> None:
         """The caller has to read before more is written."""
         super().pause_writing()
-        if self._stalled is None:
-            self._stalled = self.loop.call_later(self._stall_s, self.transport.abort)
+        self._watch_reader()
 
     def resume_writing(self) -> None:
         """It has."""
         super().resume_writing()
-        if self._stalled is not None:
-            self._stalled.cancel()
-            self._stalled = None
+        self._rest()
+
+    def _watch_reader(self) -> None:
+        """Set the clock for a caller that has something to take."""
+        if self._reading is None and self.transport.get_write_buffer_size():
+            self._taken_bytes = self._acked_bytes()
+            self._reading = self.loop.call_later(self._stall_s, self._look_at_reader)
+
+    def _look_at_reader(self) -> None:
+        self._reading = None
+        taken_bytes = self._acked_bytes() - self._taken_bytes
+        if self.transport.get_write_buffer_size() and taken_bytes < PROGRESS_BYTES:
+            self.transport.abort()
+        else:
+            self._watch_reader()
+
+    def _rest(self) -> None:
+        if self._reading is not None:
+            self._reading.cancel()
+            self._reading = None
+
+    def _acked_bytes(self) -> int:
+        return acked_bytes(self.transport.get_extra_info("socket"))

@@ -86,6 +86,7 @@ class Intake:
         if not self.has_body:
             model.judge.reattached(header, self._started_s)
             return
+        gate.require_plausible(self._layout, header.segments, header.edits)
         while model.judge.offered(header, time.monotonic()) is Offer.WAIT:
             await model.executor.change(until_s, header.identity.worker)
         self._offered = True
@@ -94,13 +95,15 @@ class Intake:
         few = declared.parameters <= INLINE_PARTS
         self._is_small = few and declared.bytes_needed <= INLINE_BYTES and model.arenas.lane.takes_small
         self._hold(self._region, None if self._answer is None else self._answer.region)
+        owner = f"{model.name}/{header.identity.worker}"
         if self._region is not None:
+            if declared.segments_bytes:
+                self._reserved = await self._budget.claim(owner, declared.segments_bytes)
             self._body: Assembly | SharedBody
             with self._faulting():
                 self._body, self._arrived = await PUSHES.run_unless(few, self._lying, self._region)
         else:
-            owner = f"{model.name}/{header.identity.worker}"
-            self._reserved = await self._budget.claim(owner, declared.bytes_needed)
+            self._reserved = await self._budget.claim(owner, declared.bytes_needed + declared.segments_bytes)
             receiving = partial(self._receiving, declared)
             self._body, self._arrived = await model.device.prepared(receiving, small=few)
         self._waited_s = time.monotonic() - self._started_s
@@ -199,7 +202,7 @@ class Intake:
             self._body.finish()
         if commit is None:
             raise MalformedFrame(problem="the stream ended without a commit")
-        gate.close_header(self.header, commit)
+        gate.close_header(self._layout, self.header, commit)
         received_s = time.monotonic()
         digest, push, fault = await self._look()
         if commit.digest not in (0, digest):
@@ -249,7 +252,7 @@ class Intake:
             push = gate.inspect(self._layout, self.header, self._body, self._budget.buffer, self._arrived)
             return self.model.device.bring(push, self._body), None
         except InvalidRequest as error:
-            return None, error
+            return None, copy.copy(error)  # the one that was raised holds, in its traceback, the whole body
 
 
 def _receipt_or_raise(verdict: Verdict) -> Receipt:

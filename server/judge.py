@@ -137,6 +137,7 @@ class Judge:
             worker.duplicates += 1
             return []
         self._require_free(worker)
+        self.sessions.require_room_for_state(worker, candidate.header.worker_state, now_s)
         candidate.staged_s, candidate.taken = now_s, True
         worker.held[sequence] = candidate
         if sequence == worker.sequence + 1:
@@ -209,14 +210,17 @@ class Judge:
         """A worker goes; what it has handed in stays, and what no push of its has carried is taken.
 
         The names of the `edits` that did not count: only the lead's do. Of an epoch that is over nothing is taken.
+        OverCapacity, and it stays, if its state cannot be kept.
         """
         edits = edits or {}
         current = identity.timeline == self.ledger.timeline
         worker = self.sessions.leaving(identity) if current else None
+        if worker is not None and worker_state is not None:
+            self.sessions.require_room_for_state(worker, worker_state, now_s)
         lead = worker is not None and not worker.quarantined and self.sessions.leads(worker)
         ignored = self.ledger.edit(edits, lead=lead)
         if worker is not None:
-            worker.worker_state = worker.worker_state if worker_state is None else worker_state
+            self.sessions.carry(worker, worker.metrics, worker_state)
             self.sessions.leave(identity, now_s)
         return ignored, self.docket.conclude(now_s)
 

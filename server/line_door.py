@@ -37,7 +37,7 @@ class LineDoor:
 
     async def serve(self, connection: socket.socket) -> None:
         """Answer calls, one at a time, until the worker is gone or sends what is no call."""
-        await _Line(connection, self._answer).run()
+        await _Line(connection, self._answer, self._door.stall_s).run()
 
     async def _answer(self, method: Method, message: bytes) -> bytes:
         try:
@@ -53,23 +53,29 @@ class LineDoor:
             _, header = await self._door.exchanged(stream)
             return framed(Status.ANSWERED, pb.PullResponse(header=header).SerializeToString())
         except Exception as error:  # noqa: BLE001 - the one place where errors become statuses
-            known = named(error, log)
-            log.debug("refused: %s", known.message)
-            if isinstance(known, Quarantined):
-                await self._door.tarpit.hold(known)
-            return framed(Status.REFUSED, to_trailer(known))
+            refusal = named(error, log)
+        log.debug("refused: %s", refusal.message)
+        if isinstance(refusal, Quarantined):
+            await self._door.tarpit.hold(refusal)
+        return framed(Status.REFUSED, to_trailer(refusal))
 
 
 class _Line:
     """One connection. It is read by a callback; a call that has to wait becomes a task, in which it goes on."""
 
     def __init__(
-        self, connection: socket.socket, answer: Callable[[Method, bytes], Awaitable[bytes]]
+        self,
+        connection: socket.socket,
+        answer: Callable[[Method, bytes], Awaitable[bytes]],
+        stall_s: float,
     ) -> None:
         self._connection = connection
         self._answer = answer
         self._loop = asyncio.get_running_loop()
+        self._stall_s = stall_s
         self._received = b""
+        # ends the line unless the rest of a call has come, or of an answer has gone
+        self._clock: asyncio.TimerHandle | None = None
         self._calling: asyncio.Task[None] | None = None
         self._answered_s = 0.0
         self._comes_soon = False
@@ -82,6 +88,7 @@ class _Line:
             await self._ended
         finally:
             self._loop.remove_reader(self._connection)
+            self._stop_clock()
             if self._calling is not None:
                 self._calling.cancel()
                 await asyncio.wait({self._calling})
@@ -95,6 +102,7 @@ class _Line:
                 return
             self._received += more
             if len(self._received) < HEAD_BYTES:
+                self._start_clock()
                 return
             method, length = method_of(self._received[:HEAD_BYTES])
         except BlockingIOError:
@@ -109,8 +117,20 @@ class _Line:
             self._end()
         elif len(self._received) == HEAD_BYTES + length:
             message, self._received = self._received[HEAD_BYTES:], b""
+            self._stop_clock()
             self._comes_soon = time.monotonic() - self._answered_s < WATCH_S
             self._start(self._call(method, message))
+        else:
+            self._start_clock()
+
+    def _start_clock(self) -> None:
+        if self._clock is None:
+            self._clock = self._loop.call_later(self._stall_s, self._end)
+
+    def _stop_clock(self) -> None:
+        if self._clock is not None:
+            self._clock.cancel()
+            self._clock = None
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         """Do the work now; if it has to wait, a task does the rest. Making one always takes 0.05 ms of a small call."""
@@ -154,10 +174,13 @@ class _Line:
             self._end()
             return
         if sent < len(message):
+            self._start_clock()  # whoever does not take its answer has gone; a time-out would need a task
             try:
                 await self._loop.sock_sendall(self._connection, message[sent:])
             except OSError:
                 self._end()
+            finally:
+                self._stop_clock()
 
 
 class _Begun(Coroutine[Any, Any, None]):

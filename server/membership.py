@@ -26,7 +26,7 @@ from pushstep.proto.training_pb2 import (
 )
 from pushstep.proto.types_pb2 import Identity, Manifest
 
-from .catalog import CREATION_S, Catalog, propose
+from .catalog import Catalog, propose
 from .model import Model
 from .threads import INLINE_PARTS, REQUESTS
 from .worker import Worker
@@ -35,14 +35,16 @@ DIFFERENCES_SHOWN: Final = 10
 T = TypeVar("T")
 
 
-async def join(catalog: Catalog, request: JoinRequest, most_bytes: int = MAX_WHOLE_BYTES) -> JoinResponse:
+async def join(
+    catalog: Catalog, request: JoinRequest, peer: str = "", most_bytes: int = MAX_WHOLE_BYTES
+) -> JoinResponse:
     """Make the caller a worker, or give it leave to create the model.
 
     What takes long with a large manifest is done first, in a thread. The model may change meanwhile, or begin to be.
     MessageTooLarge if the answer's manifest takes more than `most_bytes`; the join has been made, and is answered again
     by its attempt.
     """
-    response, layout = await _join(catalog, request)
+    response, layout = await _join(catalog, request, peer)
     if layout.manifest_bytes > most_bytes:
         raise MessageTooLarge(got=layout.manifest_bytes, limit=most_bytes)
     await fill_in(response.member if response.HasField("member") else response.create, layout)
@@ -55,7 +57,7 @@ async def fill_in(answer: Membership | CreationTicket | PullHeader, layout: Layo
     await REQUESTS.run_unless(few, answer.manifest.CopyFrom, layout.manifest)
 
 
-async def _join(catalog: Catalog, request: JoinRequest) -> tuple[JoinResponse, Layout]:
+async def _join(catalog: Catalog, request: JoinRequest, peer: str) -> tuple[JoinResponse, Layout]:
     """The answer without its manifest, and the layout that has it."""
     check_name(request.worker, "worker name")
     same_as: Layout | None = None
@@ -74,15 +76,18 @@ async def _join(catalog: Catalog, request: JoinRequest) -> tuple[JoinResponse, L
     check_name(request.model, "model name")
     proposal = await _looked_at(request.manifest, propose)
     if request.model in catalog.models:
-        return await _join(catalog, request)
+        return await _join(catalog, request, peer)
     now_s = time.monotonic()
     creation = catalog.begin_creation(
-        request.model, request.worker, proposal, now_s, request.attempt, request.process
+        request.model, request.worker, proposal, now_s, request.attempt, request.process, peer
     )
     ticket = CreationTicket(
-        model=request.model, worker=request.worker, ticket=creation.ticket, expires_s=CREATION_S
+        model=request.model,
+        worker=request.worker,
+        ticket=creation.ticket,
+        expires_s=max(0.0, creation.expires_at_s - now_s),
     )
-    return JoinResponse(create=ticket), creation.layout
+    return JoinResponse(create=ticket), proposal.layout
 
 
 async def _looked_at(manifest: Manifest, look: Callable[[Manifest], T]) -> T:
@@ -126,7 +131,8 @@ async def leave(catalog: Catalog, request: LeaveRequest) -> LeaveResponse:
         {edit.group: plain_values(edit.values) for edit in request.edits},
         request.worker_state if request.HasField("worker_state") else None,
     )
-    model.record("left", request.identity.worker)
+    if request.identity.worker in model.sessions.workers:
+        model.record("left", request.identity.worker)
     model.executor.carry_out(decisions)
     return LeaveResponse(ignored_edits=ignored)
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from pushstep.proto.errors import OutOfMemory
+from pushstep.proto.memory import SMALLEST_POOLED_BYTES, fresh_memory
 
 CPU = torch.device("cpu")
 
@@ -28,14 +28,20 @@ def take(
     zeros: bool = False,
 ) -> Tensor:
     """A tensor, whose elements are whatever they were or zeros. OutOfMemory, naming `what` it was for."""
-    make = partial(torch.zeros if zeros else torch.empty, shape, dtype=dtype, device=device)
+    need_bytes = (shape if isinstance(shape, int) else math.prod(shape)) * dtype.itemsize
+
+    def make() -> Tensor:
+        if not zeros and device == CPU and need_bytes >= SMALLEST_POOLED_BYTES:
+            # a copy goes soon, and back to the system: malloc would keep what it takes, up to 32 MiB a piece
+            return torch.from_numpy(fresh_memory(need_bytes)).view(dtype).view(shape)
+        return (torch.zeros if zeros else torch.empty)(shape, dtype=dtype, device=device)
+
     found = _had(make)
     if found is None:
         gc.collect()  # what was refused before may lie in cycles, with all that it had brought
         found = _had(make)
     if found is None:
-        elements = shape if isinstance(shape, int) else math.prod(shape)
-        raise OutOfMemory(what=what, need=elements * dtype.itemsize)
+        raise OutOfMemory(what=what, need=need_bytes)
     return found
 
 

@@ -8,10 +8,10 @@ when the stepper has worked through its queue.
 from __future__ import annotations
 
 import asyncio
+import copy
 import logging
 import time
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -25,11 +25,13 @@ from pushstep.proto.errors import (
     StepFailed,
 )
 from pushstep.proto.layout import Layout
+from pushstep.proto.status import untrace
 from pushstep.proto.types_pb2 import GroupValues, Identity, Receipt
 
 from . import policies, quality
 from .arena import Arenas, ArenasCopy
 from .device import Device
+from .events import Events
 from .executor import Executor
 from .extras import Extras
 from .groups import Group, ParamGroups
@@ -40,13 +42,14 @@ from .ledger import Ledger
 from .policy import PolicySettings
 from .publish import Publisher
 from .quality import Quality
+from .read_budget import ReadBudget
 from .session import Sessions
+from .staging import Budget
 from .stepper import Stepper
 from .sync_round import SyncSettings
 from .worker import WorkerState
 
 log = logging.getLogger("pushstep.model")
-EVENTS_KEPT: Final = 1000
 NAMES_SHOWN: Final = 10
 
 
@@ -62,10 +65,11 @@ class Model:
         groups: ParamGroups,
         sessions: Sessions,
         device: Device,
-        staging_bytes: int,
+        staging: Budget,
+        reading: ReadBudget,
     ) -> None:
         self.name = name
-        self._staging_bytes = staging_bytes
+        self.staging = staging
         self.uid = uid
         self.layout = layout
         self.groups = groups
@@ -84,8 +88,8 @@ class Model:
         # nothing is decided or stepped any more: what it is now is what the next start has
         self.ended = False
         self.extras = Extras()
-        self.events: deque[dict[str, Any]] = deque(maxlen=EVENTS_KEPT)
-        self._events_seen = 0
+        self._extras_seen = 0
+        self.events = Events()
         self.last_receipt: Receipt | None = None
         # whose upload replaced the optimizer state last, so that its retry is answered and not refused
         self.replaced_by: Identity | None = None
@@ -97,7 +101,7 @@ class Model:
         self.stepper = Stepper(name, self.arenas)
         # held while rows are gathered for a reader: a step waits for one reader at most
         self.gathering = asyncio.Lock()
-        self.publisher = Publisher(self.arenas, self.stepper)
+        self.publisher = Publisher(self.arenas, self.stepper, reading)
         self.executor = Executor(self)
 
     @property
@@ -110,6 +114,16 @@ class Model:
         """Grows with each restore."""
         return self.ledger.timeline
 
+    @property
+    def held_bytes(self) -> int:
+        """What it counts for, of --max-bytes."""
+        return Arenas.bytes_charged(self.layout) + self.extras.nbytes
+
+    @property
+    def content(self) -> Hashable:
+        """What a copy of it now would be of: equal for equal copies only."""
+        return self.uid, self.timeline, self.version, self.edit, self._extras_seen
+
     def require_current(self, identity: Identity) -> None:
         """ModelLost, Superseded or ModelFailed unless `identity` is of this model on this timeline."""
         self.judge.require_current(identity)
@@ -119,7 +133,7 @@ class Model:
         """What `require_here` raises; ModelFailed while a broken-off write has left it between two versions."""
         self.require_here()
         if self.failed is not None:
-            raise self.failed.with_traceback(None)  # or it grows with every request that it refuses
+            raise copy.copy(self.failed)  # its traceback would keep what was refused with it
 
     def require_here(self) -> None:
         """ModelLost once it is deleted; Draining once the server saves it for the last time."""
@@ -141,24 +155,26 @@ class Model:
             return
         gradient_bytes = sum(arena.elements * arena.dtype.itemsize for arena in self.layout.arenas)
         buffers = max(workers, settings.min_workers) + 1
-        if buffers * gradient_bytes > self._staging_bytes:
+        if buffers * gradient_bytes > self.staging.total_bytes:
             raise OverCapacity(
                 problem=f"a round of {buffers - 1} workers holds {buffers} buffers of {gradient_bytes} bytes, staging "
-                f"has {self._staging_bytes}",
+                f"has {self.staging.total_bytes}",
                 setting="staging-bytes",
             )
 
-    def broke_off(self, problem: Exception, version: int) -> PushstepError:
+    def broke_off(self, problem: BaseException, version: int) -> PushstepError:
         """A step could not be taken: what its pushes are told. If it had begun to write, the model is failed as well."""
         if isinstance(problem, PushstepError):
-            return problem
+            untrace(problem)
+            return copy.copy(problem)
         log.error("model %s: the step to version %d failed", self.name, version, exc_info=problem)
         failure = StepFailed(model=self.name, version=version, problem=in_short(problem))
         self.record(failure.code, "server", step=version, problem=in_short(problem))
         self.fail_if_torn(problem)
+        untrace(problem)
         return failure
 
-    def fail_if_torn(self, problem: Exception) -> None:
+    def fail_if_torn(self, problem: BaseException) -> None:
         """Take nothing more until a restore replaces the arenas, if a write has left them between two versions."""
         if self.arenas.torn and self.failed is None:
             self.failed = ModelFailed(model=self.name, version=self.version, problem=in_short(problem))
@@ -243,10 +259,8 @@ class Model:
 
     def record(self, kind: str, by: str, **facts: Any) -> None:
         """Note an event: who did what, after which version."""
-        self._events_seen += 1
-        self.events.append(
+        self.events.note(
             {
-                "id": self._events_seen,
                 "time": time.time(),
                 "kind": kind,
                 "by": by,
@@ -258,6 +272,11 @@ class Model:
         )
 
     # Replacing what the model is.
+
+    def replace_extras(self, extras: Extras) -> None:
+        """Hold other buffers and frozen values. They are of no version."""
+        self.extras = extras
+        self._extras_seen += 1
 
     def restore(
         self, copy: ArenasCopy, saved: Mapping[str, Any] | None, timeline: int, by: str

@@ -1,18 +1,23 @@
 """Parameters on their way out: one version's frames are encoded once per wire dtype and shared by all who ask.
 
 A pull never reads a version that is being written, because encoding runs in the writer's own thread between two
-steps; the first frames are on the wire while the last are being encoded. Readers that ask while the writer is busy are answered together. Row-sparse parameters are sent as the rows
-that changed since the version a reader has, or whole where that is smaller; those frames are each reader's own.
+steps; the first frames are on the wire while the last are being encoded. Readers that ask while the writer is busy are
+answered together. Row-sparse parameters are sent as the rows that changed since the version that a reader has, or whole
+where that is smaller; readers that have the same version share those frames, which count in the readers' budget.
+
+Frames of older versions live on while readers are being sent them, of LIVE_VERSIONS at most. A version of which no reader
+has taken anything for SLOW_S moves into the readers' budget and out of that count: those who read slowly, or not at all,
+hold up nobody who does not.
 """
 
 from __future__ import annotations
 
 import asyncio
 import copy
-import io
 import threading
+import time
 import weakref
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -23,66 +28,20 @@ from pushstep.proto import dtypes
 from pushstep.proto.frames import Piece, Source, pack
 from pushstep.proto.layout import ID_BYTES, Layout, Slot
 from pushstep.proto.memory import MessagePool
+from pushstep.proto.status import untrace
 from pushstep.proto.types_pb2 import Segment
 
 from .arena import Arenas
+from .read_budget import ReadBudget
 from .staging import INLINE_BYTES
 from .stepper import Stepper
+from .version_frames import DenseFrames, RowFrames
 
-# Frames of older versions live on while a slow reader is being sent them; beyond this many the next version waits.
+# Beyond this many the next version waits.
 LIVE_VERSIONS: Final = 3
 CROWDED_RETRY_S: Final = 0.01
-
-
-class DenseFrames:
-    """The frames of one version's densely sent parameters: sent on as they are made, kept until nobody sends them."""
-
-    def __init__(self, segments: list[Segment], memory: MessagePool) -> None:
-        self.segments = segments
-        self._memory = memory
-        self._buffers: list[io.BytesIO] = []
-        self._made: list[bytes] = []
-        self._complete = False
-        self._fault: Exception | None = None
-        self._readers: list[asyncio.Future[None]] = []
-        weakref.finalize(self, memory.give_back, self._buffers).atexit = False
-
-    def _take(self, size_bytes: int) -> io.BytesIO:
-        self._buffers.append(self._memory.take(size_bytes))
-        return self._buffers[-1]
-
-    def make(self, bodies: Sequence[Sequence[Source]], wake: Callable[[Callable[[], None]], object]) -> None:
-        """Make all of them, in the writer's thread; `wake` has the event loop do something."""
-        try:
-            for frame in pack(bodies, take=self._take):
-                self._made.append(frame)
-                wake(self._wake)
-        except Exception as error:
-            self._fault = error
-            raise
-        finally:
-            self._complete = True
-            wake(self._wake)
-
-    def _wake(self) -> None:
-        readers, self._readers = self._readers, []
-        for reader in readers:
-            if not reader.done():
-                reader.set_result(None)
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        sent = 0
-        # in this order: once complete is seen, so is every frame
-        while not (self._complete and sent == len(self._made)):
-            if sent < len(self._made):
-                yield self._made[sent]
-                sent += 1
-            else:
-                reader = asyncio.get_running_loop().create_future()
-                self._readers.append(reader)
-                await reader
-        if self._fault is not None:
-            raise copy.copy(self._fault)
+# A reader on this host takes a message in milliseconds, one on a link of 4 MB/s in half a second.
+SLOW_S: Final = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +54,7 @@ class Published:
     unchanged: bool
     segments: list[Segment]
     dense: DenseFrames | None
-    own_frames: list[bytes]
+    rows: RowFrames | None
     # the segments lie in the reader's own region: nothing is sent
     shared: bool = False
 
@@ -104,8 +63,9 @@ class Published:
         if self.dense is not None:
             async for frame in self.dense:
                 yield frame
-        for frame in self.own_frames:
-            yield frame
+        if self.rows is not None:
+            for frame in self.rows.frames:
+                yield frame
 
 
 @dataclass(slots=True)
@@ -114,27 +74,39 @@ class _Request:
     have_version: int | None
     wire: torch.dtype | None
     answer: asyncio.Future[Published]
+    # until when it may wait for room
+    until_s: float
 
 
 class Publisher:
     """Hands out versions of one model."""
 
-    def __init__(self, arenas: Arenas, stepper: Stepper) -> None:
+    def __init__(self, arenas: Arenas, stepper: Stepper, budget: ReadBudget) -> None:
         self._arenas = arenas
         self._stepper = stepper
+        self._budget = budget
         self._lock = threading.Lock()  # guards _waiting and _scheduled, between the loop and the writer
         self._waiting: list[_Request] = []
         self._scheduled = False
         self._current: dict[torch.dtype | None, tuple[tuple[int, int], DenseFrames]] = {}
         self._live: dict[torch.dtype | None, weakref.WeakSet[DenseFrames]] = {}
+        # by wire dtype and the version that its readers have
+        self._rows: weakref.WeakValueDictionary[tuple[torch.dtype | None, int | None], RowFrames] = (
+            weakref.WeakValueDictionary()
+        )
+        self._rows_of = (0, 0)
         self._memory = MessagePool()
 
     async def newest(
         self, timeline: int | None, have_version: int | None, wire: torch.dtype | None
     ) -> Published:
-        """The newest version that is complete when the writer gets to it, for a reader that has `have_version`."""
+        """The newest version that is complete when the writer gets to it, for a reader that has `have_version`.
+
+        OverBudget if others hold on to so many versions, or to so much, that there is no room for it soon.
+        """
         loop = asyncio.get_running_loop()
-        request = _Request(timeline, have_version, wire, loop.create_future())
+        until_s = time.monotonic() + self._budget.wait_s
+        request = _Request(timeline, have_version, wire, loop.create_future(), until_s)
         with self._lock:
             self._waiting.append(request)
         self._schedule(loop)
@@ -155,6 +127,7 @@ class Publisher:
             with self._lock:
                 requests, self._waiting = self._waiting, []
                 self._scheduled = False
+            untrace(error)
             for request in requests:
                 _settle(request, copy.copy(error))
 
@@ -165,9 +138,14 @@ class Publisher:
         unmade: list[tuple[DenseFrames, list[Sequence[Source]]]] = []
         crowded = []
         for request in requests:
+            if request.answer.done():  # its reader has gone
+                continue
             try:
                 published = self._answer_to(request, unmade)
+                if published is None and time.monotonic() > request.until_s:
+                    raise self._budget.over(sum(flat.nbytes for flat in self._arenas.parameters))
             except Exception as error:  # noqa: BLE001 - whatever it is belongs to the reader, not to the writer
+                untrace(error)
                 loop.call_soon_threadsafe(_settle, request, error)
             else:
                 if published is None:
@@ -186,23 +164,27 @@ class Publisher:
     ) -> None:
         try:
             frames.make(bodies, loop.call_soon_threadsafe)
-        except Exception:  # noqa: BLE001 - its readers are told
+        except Exception as error:  # noqa: BLE001 - its readers are told
+            untrace(error)
             self.forget()
 
     def _answer_to(
         self, request: _Request, unmade: list[tuple[DenseFrames, list[Sequence[Source]]]]
     ) -> Published | None:
-        """In the writer's thread. None: too many older versions are still being read."""
+        """In the writer's thread. None: there is no room for it, since others are still read."""
         arenas = self._arenas
         have = request.have_version if request.timeline == arenas.timeline else None
         if have == arenas.version:
-            return Published(*self._now(), True, [], None, [])
+            return Published(*self._now(), True, [], None, None)
         dense = self._dense(request.wire, unmade)
         if dense is None:
             return None
-        segments, bodies = self._row_tracked(have, request.wire)
-        own = list(pack(bodies, first=len(dense.segments)))
-        return Published(*self._now(), False, dense.segments + segments, dense, own)
+        if not arenas.row_changed:
+            return Published(*self._now(), False, dense.segments, dense, None)
+        rows = self._row_tracked(have, request.wire, len(dense.segments))
+        if rows is None:
+            return None
+        return Published(*self._now(), False, dense.segments + rows.segments, dense, rows)
 
     def _now(self) -> tuple[int, int, Layout]:
         """Timeline, version and layout as the writer has them; the model's may be ahead."""
@@ -218,7 +200,7 @@ class Publisher:
             return self._current[wire][1]
         self._current.pop(wire, None)
         live = self._live.setdefault(wire, weakref.WeakSet())
-        if len(live) >= LIVE_VERSIONS:
+        if len(live) >= LIVE_VERSIONS and not self._retire(live):
             return None
         runs = dense_runs(arenas, wire)
         bodies = [
@@ -231,24 +213,59 @@ class Publisher:
         unmade.append((frames, bodies))
         return frames
 
-    def _row_tracked(
-        self, have: int | None, wire: torch.dtype | None
-    ) -> tuple[list[Segment], list[Sequence[Source]]]:
+    def _retire(self, live: weakref.WeakSet[DenseFrames]) -> bool:
+        """Move the version that has been taken from the longest ago into the readers' budget, if it is read slowly."""
+        slowest = min(live, key=lambda frames: frames.moved_s, default=None)
+        if slowest is None:  # they have all gone meanwhile
+            return True
+        nbytes = slowest.nbytes
+        if time.monotonic() - slowest.moved_s < SLOW_S or not self._budget.take(nbytes):
+            return False
+        live.discard(slowest)
+        weakref.finalize(slowest, self._budget.give_back, nbytes).atexit = False
+        return True
+
+    def _row_tracked(self, have: int | None, wire: torch.dtype | None, first: int) -> RowFrames | None:
+        """What is sent by rows to readers that have version `have`; None if there is no room for it now."""
         arenas = self._arenas
-        segments: list[Segment] = []
-        bodies: list[Sequence[Source]] = []
-        for index in sorted(arenas.row_changed):
-            slot = arenas.layout.slots[index]
-            changed = arenas.row_changed[index]
-            ids = None if have is None else torch.nonzero(changed > have).flatten()
-            segment, body = rows_body(arenas, slot, ids, wire)
+        now = (arenas.timeline, arenas.version)
+        if now != self._rows_of:
+            self._rows_of = now
+            self._rows.clear()
+        known = self._rows.get((wire, have))
+        if known is not None:
+            return known
+        ids = {
+            index: None if have is None else torch.nonzero(changed > have).flatten()
+            for index, changed in sorted(arenas.row_changed.items())
+        }
+        nbytes = sum(rows_bytes(arenas.layout.slots[index], found, wire) for index, found in ids.items())
+        if not self._budget.take(nbytes):
+            if nbytes > self._budget.total_bytes:
+                raise self._budget.too_large(nbytes)
+            return None
+        try:
+            segments: list[Segment] = []
+            made = list(pack(self._rows_bodies(ids, wire, segments), first=first))
+            self._rows[wire, have] = rows = RowFrames(segments, made, self._budget, nbytes)
+        except BaseException:
+            self._budget.give_back(nbytes)
+            raise
+        return rows
+
+    def _rows_bodies(
+        self, ids: Mapping[int, torch.Tensor | None], wire: torch.dtype | None, segments: list[Segment]
+    ) -> Iterator[Sequence[Source]]:
+        """One parameter after the other: of no two is a copy there at once. Its segment is noted as it is made."""
+        for index, found in ids.items():
+            segment, body = rows_body(self._arenas, self._arenas.layout.slots[index], found, wire)
             segments.append(segment)
-            bodies.append(fetched(arenas, body))
-        return segments, bodies
+            yield fetched(self._arenas, body)
 
     def forget(self) -> None:
         """Drop what was encoded: the arenas were replaced."""
         self._current.clear()
+        self._rows.clear()
 
 
 def _settle(request: _Request, result: Published | BaseException) -> None:
@@ -271,6 +288,17 @@ def dense_runs(arenas: Arenas, wire: torch.dtype | None) -> list[tuple[Segment, 
         return arenas.layout.whole(wire)
     plain = [slot for slot in arenas.layout.slots if slot.index not in arenas.row_changed]
     return arenas.layout.dense_segments(plain, wire)
+
+
+def rows_bytes(slot: Slot, ids: torch.Tensor | None, wire: torch.dtype | None) -> int:
+    """What a segment with some rows of a parameter, or all of it when that is smaller, takes."""
+    itemsize = (wire or slot.dtype).itemsize
+    whole_bytes = slot.rows * slot.row_elements * itemsize
+    return (
+        whole_bytes
+        if ids is None
+        else min(whole_bytes, ids.numel() * (ID_BYTES + slot.row_elements * itemsize))
+    )
 
 
 def rows_body(

@@ -36,5 +36,6 @@ def parse(kind: type[M], message: bytes) -> M:
         request = kind.FromString(message)
     except DecodeError as error:
         raise MalformedFrame(problem=f"not a {kind.__name__}") from error
+    request.DiscardUnknownFields()  # what nobody knows has no limit, and would be kept with the rest
     limits.check(request)
     return request

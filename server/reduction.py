@@ -48,6 +48,19 @@ def add_up(
     return gate.measured(staged, [part for part, _ in sums], [known for _, known in sums])
 
 
+def largest_sum(pushes: Sequence[StagedPush]) -> int:
+    """What the sum of these takes at most, in bytes."""
+    dense: dict[tuple[int, int, int], int] = {}
+    rows = 0
+    for part in (part for push in pushes for part in push.parts):
+        if isinstance(part, RowsPart):
+            rows += part.ids.nbytes + part.rows.numel() * _wide([part.rows]).itemsize
+        else:
+            place, nbytes = _place(part), part.gradient.numel() * _wide([part.gradient]).itemsize
+            dense[place] = max(nbytes, dense.get(place, 0))
+    return sum(dense.values()) + rows
+
+
 def _places(pushes: Sequence[StagedPush], weights: Sequence[float]) -> Iterator[list[Term]]:
     """For each place in the arenas, what the pushes have for it."""
     cut = [list(push.parts) for push in pushes]

@@ -7,7 +7,8 @@ them. Only gathering the rows takes the model's writer, one request's at a time;
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Final
 
@@ -27,23 +28,25 @@ from .catalog import Catalog
 from .model import Model
 from .publish import fetched
 from .pull_answers import header_of, wire_of
+from .read_budget import ReadBudget
 from .received import INLINE_MESSAGE_BYTES, received
-from .staging import INLINE_BYTES, Budget
+from .staging import INLINE_BYTES
 from .threads import PULLS
 
 IDS_FIELD: Final = pb.PullRowsRequest.IDS_FIELD_NUMBER
 MOST_IDS: Final = limit_of(pb.PullRowsRequest, "ids").count
 
 
-async def pulled_rows(catalog: Catalog, budget: Budget, message: bytes) -> AsyncGenerator[bytes, None]:
+async def pulled_rows(catalog: Catalog, budget: ReadBudget, message: bytes) -> AsyncGenerator[bytes, None]:
     """The answer's messages. UnknownModel, UnknownParameter, WrongShape, RowOutOfRange, OverBudget and others."""
     asked = await RowsAsked.parse(catalog, message)
-    reserved = await budget.claim(asked.model.name, asked.nbytes)
+    await budget.claim(asked.nbytes)
     try:
-        async for answer in asked.answers():
-            yield answer
+        async with aclosing(asked.answers()) as answers:
+            async for answer in answers:
+                yield answer
     finally:
-        budget.release(reserved)
+        budget.give_back(asked.nbytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +85,7 @@ class RowsAsked:
         slot = self.model.layout.slot(self.request.parameter, self.model.name)
         return self.ids.count * (ID_BYTES + slot.row_elements * slot.dtype.itemsize)
 
-    async def answers(self) -> AsyncIterator[bytes]:
+    async def answers(self) -> AsyncGenerator[bytes, None]:
         """The answer's messages, at one version."""
         ids = await PULLS.run_unless(self.is_small, self._checked)
         self.model.require_whole()

@@ -38,7 +38,7 @@ from .http_server import HttpServer
 from .line_door import LineDoor
 from .rest_door import create_app
 from .shared_memory import SharedMemory
-from .staging import WINDOW_BYTES, Budget
+from .staging import WINDOW_BYTES
 from .threads import PUSHES, REQUESTS
 from .unix_socket import UnixSocket
 from .warmup import warm_kernels
@@ -106,8 +106,7 @@ class Service:
         keep_freed_blocks()
         self.config = config
         self.catalog = Catalog(config)
-        device = self.catalog.device
-        budget = Budget(config.staging_bytes, config.stall_s / 4, device.fresh_memory)
+        budget = self.catalog.staging
         self._shares = shared_out(config.max_connections)
         self.memory = SharedMemory(budget, config.memory_path(), self._shares.local)
         self.door = GrpcDoor(self.catalog, budget, self.memory, config.stall_s)

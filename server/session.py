@@ -9,6 +9,7 @@ An epoch is never given out twice: whoever comes after a worker that was forgott
 from __future__ import annotations
 
 import heapq
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
@@ -32,16 +33,26 @@ from .worker import RECEIPTS_KEPT, Verdict, Worker, WorkerState
 IN_FLIGHT: Final = 8
 FORGET_AFTER_S: Final = 24 * 3600.0
 LAST_SEQUENCE: Final = 2**64 - 1
+# What a worker takes beside what it sends, and a receipt beside what is written of it. A message takes four times as much
+# in memory as on the wire, and what is bytes the same when a snapshot's manifest is made of it.
+WORKER_BYTES: Final = 4096
+RECEIPT_BYTES: Final = 1024
+SPREAD: Final = 4
 
 
 class Sessions:
     """The worker table of one model."""
 
-    def __init__(self, lease_s: float, max_workers: int, model: str = "") -> None:
+    def __init__(
+        self, lease_s: float, max_workers: int, model: str = "", max_bytes: int = sys.maxsize
+    ) -> None:
         self.model = model
         self.lease_s = lease_s
         self.max_workers = max_workers
+        self.max_bytes = max_bytes
         self.workers: dict[str, Worker] = {}
+        # what they take together
+        self.kept_bytes = 0
         # the highest one of a worker that was forgotten
         self.forgotten_epoch = 0
         self._joins = 0
@@ -62,7 +73,9 @@ class Sessions:
         if worker is None:
             self._require_room()
             self._forget(now_s)
+            self._require_bytes(WORKER_BYTES)
             worker = self.workers[name] = Worker(name, epoch=self.forgotten_epoch)
+            self._count(worker, WORKER_BYTES)
             if self.forgotten_epoch:
                 worker.forgotten = self.forgotten_epoch, LAST_SEQUENCE
         elif attempt and attempt in worker.attempts:
@@ -179,9 +192,41 @@ class Sessions:
         if len(worker.verdicts) == RECEIPTS_KEPT:
             oldest = worker.verdicts[0].receipt.identity
             worker.forgotten = max(worker.forgotten, (int(oldest.epoch), int(oldest.sequence)))
-        worker.verdicts.append(verdict)
+            self._count(worker, -worker.verdicts[0].kept_bytes)
+        self._store(worker, verdict)
         outcome = Outcome.Name(verdict.receipt.outcome).removeprefix("OUTCOME_").lower()
         worker.outcomes[outcome] = worker.outcomes.get(outcome, 0) + 1
+
+    def _store(self, worker: Worker, verdict: Verdict) -> None:
+        verdict.kept_bytes = RECEIPT_BYTES + SPREAD * verdict.receipt.ByteSize()
+        self._count(worker, verdict.kept_bytes)
+        worker.verdicts.append(verdict)
+
+    def carry(self, worker: Worker, metrics: Mapping[str, float], state: bytes | None) -> None:
+        """Keep what a push brought beside its gradient; `state` None: nothing new."""
+        before = _carried_bytes(worker)
+        worker.metrics = dict(metrics)
+        worker.worker_state = worker.worker_state if state is None else state
+        self._count(worker, _carried_bytes(worker) - before)
+
+    def require_room_for_state(self, worker: Worker, state: bytes, now_s: float) -> None:
+        """OverCapacity if a larger state than the worker has had cannot be kept, also without those that are absent."""
+        more = SPREAD * (len(state) - len(worker.worker_state))
+        if more > 0 and self.kept_bytes + more > self.max_bytes:
+            self._forget(now_s, more, but=worker)
+            self._require_bytes(more)
+
+    def _require_bytes(self, more_bytes: int) -> None:
+        if self.kept_bytes + more_bytes > self.max_bytes:
+            raise OverCapacity(
+                problem=f"the workers of model {self.model!r}, their receipts and states take {self.kept_bytes} of "
+                f"{self.max_bytes} bytes",
+                setting="worker-bytes",
+            )
+
+    def _count(self, worker: Worker, more_bytes: int) -> None:
+        worker.kept_bytes += more_bytes
+        self.kept_bytes += more_bytes
 
     def duplicate(self, worker: Worker, verdict: Verdict) -> None:
         """Count a push that came again."""
@@ -328,7 +373,8 @@ class Sessions:
                 if saved["error"] is not None:
                     code, message, fields = saved["error"]
                     error = CATALOGUE[code](message, **fields)
-                worker.verdicts.append(Verdict(saved["digest"], receipt, error))
+                self._store(worker, Verdict(saved["digest"], receipt, error))
+            self._count(worker, WORKER_BYTES + _carried_bytes(worker))
             self._touch(worker, now_s)
             self._joins = max(self._joins, worker.joined)
             self.workers[worker.name] = worker
@@ -344,14 +390,24 @@ class Sessions:
         worker.last_seen_s = now_s
         worker.lease_until_s = now_s + self.lease_s
 
-    def _forget(self, now_s: float) -> None:
-        """Drop those absent for a day, and beyond max_workers the longest absent."""
+    def _forget(self, now_s: float, more_bytes: int = WORKER_BYTES, but: Worker | None = None) -> None:
+        """Drop those absent for a day, and the longest absent beyond max_workers, or until there are `more_bytes`."""
         absent = sorted(
-            (w for w in self.workers.values() if w.state is not WorkerState.LIVE and not w.held),
+            (
+                w
+                for w in self.workers.values()
+                if w.state is not WorkerState.LIVE and not w.held and w is not but
+            ),
             key=lambda worker: worker.last_seen_s,
         )
         surplus = len(self.workers) + 1 - self.max_workers
         for index, worker in enumerate(absent):
-            if index < surplus or now_s - worker.last_seen_s > FORGET_AFTER_S:
+            is_crowded = index < surplus or self.kept_bytes + more_bytes > self.max_bytes
+            if is_crowded or now_s - worker.last_seen_s > FORGET_AFTER_S:
                 self.forgotten_epoch = max(self.forgotten_epoch, worker.epoch)
+                self._count(worker, -worker.kept_bytes)
                 del self.workers[worker.name]
+
+
+def _carried_bytes(worker: Worker) -> int:
+    return SPREAD * (len(worker.worker_state) + sum(len(name) + 8 for name in worker.metrics))

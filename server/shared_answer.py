@@ -82,7 +82,7 @@ class SharedAnswer:
                 write(places, memory, segment, [Piece(p.source.cpu(), p.dtype) for p in body], copy)
             arenas.lane.finish()
         return Published(
-            arenas.timeline, arenas.version, arenas.layout, unchanged, segments, None, [], shared=True
+            arenas.timeline, arenas.version, arenas.layout, unchanged, segments, None, None, shared=True
         )
 
     def _same_layout(self, arenas: Arenas) -> bool:

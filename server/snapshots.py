@@ -123,12 +123,14 @@ class Snapshots:
         tensors = {PARAMETER: copy.parameters[index], **copy.states[index]}
         return {**place, **_written(folder / arena_file(index), tensors)}
 
-    def manifests(self) -> list[dict[str, Any]]:
-        """Every snapshot's manifest, newest first. One that is damaged, or not understood, is listed with its problem."""
+    def manifests(self, of: Callable[[dict[str, Any]], dict[str, Any]] = dict) -> list[dict[str, Any]]:
+        """Of every snapshot's manifest what is wanted, newest first. One that is damaged, or not understood, is listed
+        with its problem.
+        """
         found = []
         for snapshot in self.ids():
             try:
-                found.append(self._verified(snapshot))
+                found.append(of(self._verified(snapshot)))
             except SnapshotDamaged as error:
                 found.append({"id": snapshot, "damaged": error.message})
             except SnapshotUnsupported as error:
@@ -164,6 +166,13 @@ class Snapshots:
         lineage = [(int(ended), int(at)) for ended, at in manifest.get("lineage", ())]
         copy = ArenasCopy(layout, timeline, version, parameters, states, manifest["steps"], extras, lineage)
         return manifest, copy
+
+    def verified(self, snapshot: str) -> dict[str, Any]:
+        """A snapshot's manifest, once every byte was verified, nothing of which is kept. As `read`."""
+        manifest = self._verified(snapshot)
+        for entry in manifest["files"]:
+            self._verify_file(snapshot, entry)
+        return manifest
 
     def newest(
         self,

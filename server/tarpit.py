@@ -8,23 +8,20 @@ wait are connections ended at once.
 
 Calls beyond that room gRPC refuses by itself, 170,000 a second here, which took most of a core. So what the kernel takes in of
 such a connection is narrowed to its least, some hundred calls a second, and 0.02 of a core is left of that.
-
-gRPC has no word for one connection: its socket is found by the peer's address.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import socket
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
-from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Final
-from urllib.parse import unquote
 
 from pushstep.proto.errors import Quarantined
+
+from .connections import connections_to, place_of
 
 ANSWER_S: Final = 0.5
 # Twice as long for each answer in one quarantine, up to this.
@@ -108,31 +105,10 @@ def narrow(peer: str) -> None:
 
 
 def _do(peer: str, act: Callable[[socket.socket], None]) -> None:
-    kind, _, rest = peer.partition(":")
-    host, _, port = unquote(rest).rpartition(":")
-    if kind not in ("ipv4", "ipv6") or not port.isdecimal():
+    place = place_of(peer)
+    if place is None:
         return
-    where = ip_address(host.strip("[]")), int(port)
-    # what was opened last is most likely what is looked for
-    for number in sorted(map(int, os.listdir("/proc/self/fd")), reverse=True):
-        with contextlib.suppress(OSError), _socket_of(number) as found:
-            if found.family in (socket.AF_INET, socket.AF_INET6) and _peer_of(found) == where:
-                act(found)
-                return
-
-
-def _socket_of(number: int) -> socket.socket:
-    """A socket by its number, to be closed by the caller without closing the original. OSError if it is none."""
-    own = os.dup(number)
-    try:
-        return socket.socket(fileno=own)
-    except OSError:
-        os.close(own)
-        raise
-
-
-def _peer_of(connection: socket.socket) -> tuple[IPv4Address | IPv6Address, int]:
-    """As gRPC writes it: an IPv4 peer of a socket that listens for both is an IPv4 peer."""
-    host, port, *_ = connection.getpeername()
-    address = ip_address(host)
-    return getattr(address, "ipv4_mapped", None) or address, port
+    for _, connection in connections_to((place,)):
+        with contextlib.closing(connection), contextlib.suppress(OSError):
+            act(connection)
+        return

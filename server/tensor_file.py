@@ -1,4 +1,4 @@
-"""Reading a safetensors file of ours: the bytes that are loaded are the very bytes that were verified.
+"""Safetensors files of ours. Of one that is read, the bytes that are loaded are the very bytes that were verified.
 
 The file is read once, into memory of its own, and its digest is taken on the way. safetensors' own `load_file` maps the
 file: it may have changed since it was verified, and where the disk cannot read it a mapping ends the process.
@@ -44,7 +44,10 @@ _DTYPES: Final[Mapping[str, torch.dtype]] = {
     "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
     "F8_E8M0": torch.float8_e8m0fnu,
 }
+_NAMES: Final = {dtype: name for name, dtype in _DTYPES.items()}
 _LENGTH_BYTES: Final = 8
+# Some 40,000 tensors. What is made of a header takes ten times as much as itself.
+LONGEST_HEADER_BYTES: Final = 4 << 20
 _Count = Annotated[int, Field(ge=0)]
 
 
@@ -94,14 +97,16 @@ def read_tensors(path: Path, size_bytes: int, sha256: str) -> dict[str, Tensor]:
             filled += count
     if digest.hexdigest() != sha256:
         raise OtherBytes("has other bytes")
-    return _parsed(memory, content)
+    return tensors_in(memory)
 
 
-def _parsed(memory: Tensor, content: memoryview) -> dict[str, Tensor]:
+def tensors_in(memory: Tensor) -> dict[str, Tensor]:
+    """The tensors of a file that lies in memory, most of them in place. ValueError if it is no safetensors file."""
+    content = memory.numpy().data if memory.numel() else memoryview(b"")
     length = int.from_bytes(content[:_LENGTH_BYTES], "little")
     start = _LENGTH_BYTES + length
-    if start > len(content):
-        raise ValueError("its header is longer than the file")
+    if start > len(content) or length > LONGEST_HEADER_BYTES:
+        raise ValueError(f"its header is longer than the file, or than {LONGEST_HEADER_BYTES} bytes")
     try:
         header = json.loads(bytes(content[_LENGTH_BYTES:start]))
         if isinstance(header, dict):
@@ -109,6 +114,9 @@ def _parsed(memory: Tensor, content: memoryview) -> dict[str, Tensor]:
         entries = _HEADER.validate_python(header)
     except (ValueError, RecursionError, ValidationError) as error:
         raise ValueError("its header is not that of a safetensors file") from error
+    places = [entry.data_offsets for entry in entries.values()]
+    if sum(max(0, end - begin) for begin, end in places) > len(content) - start:
+        raise ValueError("its tensors overlap")  # copies of them would be larger than the file
     return {name: _tensor(name, entry, memory[start:]) for name, entry in entries.items()}
 
 
@@ -124,3 +132,29 @@ def _tensor(name: str, entry: _Entry, data: Tensor) -> Tensor:
     # a view in another dtype needs its border
     aligned = found if found.data_ptr() % dtype.itemsize == 0 else found.clone()
     return aligned.view(dtype).view(entry.shape)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write tensors into a file, straight from where they lie; one under two names is written twice. OSError.
+
+    safetensors' own `save_file` refuses tensors that share memory, so tied weights would be copied first.
+    """
+    # the largest elements first, so that each tensor begins on a border of its own
+    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name in names:
+        tensor, begin = tensors[name], end
+        end += tensor.nbytes
+        header[name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _LENGTH_BYTES)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(_LENGTH_BYTES, "little") + text)
+        for name in names:
+            if tensors[name].numel():
+                file.write(tensors[name].reshape(-1).view(torch.uint8).numpy().data)

@@ -26,6 +26,10 @@ RETRY_AFTER_S: Final = 1.0
 # its 0.15 ms.
 INLINE_PARTS: Final = 1000
 _CORES: Final = os.cpu_count() or 1
+# Of the time of one core, and of all cores.
+SHARE_OF_REQUESTS: Final = 0.25
+BURST_S: Final = 30.0
+SHARE_OF_READS: Final = 0.25
 
 
 class Share:
@@ -68,6 +72,7 @@ class Threads:
         """`most_waiting` None: whoever calls is counted elsewhere. `share`: of the time that the threads may work."""
         self.name = name
         self.count = count
+        self.most_waiting = most_waiting
         self._pool = ThreadPoolExecutor(count, name)
         self._most = None if most_waiting is None else count + most_waiting
         self._share = share
@@ -107,13 +112,13 @@ PUSHES: Final = Threads("pushes", min(32, _CORES + 4))
 # Requests that are large by themselves: parsed, checked, laid out. One at a time, since most of it is Python, and a
 # second thread of that kind would only take turns with the event loop. A manifest of a million parameters takes some
 # 10 s of it; who sends one after the other leaves others 0.8 of their pushes.
-REQUESTS: Final = Threads("requests", 1, most_waiting=32, share=Share(0.25, burst_s=30.0))
+REQUESTS: Final = Threads("requests", 1, most_waiting=32, share=Share(SHARE_OF_REQUESTS, BURST_S))
 # What makes a model outlive the process. Each model's writes wait for one another.
 DISK: Final = Threads("disk", 4)
 # Frames of whole states, made for workers as they are sent.
 PULLS: Final = Threads("pulls", 2)
 # What readers ask for over REST: snapshots that are verified, checkpoints, whole states, each of which computes all the
 # time. They have a quarter of the cores; a reader beyond those that wait comes again.
-READS: Final = Threads("reads", max(1, _CORES // 4), most_waiting=16)
+READS: Final = Threads("reads", max(1, int(SHARE_OF_READS * _CORES)), most_waiting=16)
 # Chunks of files that are sent over REST. Those who read at once are bounded by HTTP's requests; each takes a read at a time.
 DOWNLOADS: Final = Threads("downloads", 2)

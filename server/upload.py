@@ -6,15 +6,20 @@ As with a push, nothing of the model changes before the body is complete and che
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import math
 import time
 from collections.abc import Sequence
 from functools import partial
+from typing import Final
 
 import torch
 
+from pushstep.optim import RULES
 from pushstep.proto import dtypes
 from pushstep.proto.errors import (
     InvalidManifest,
+    InvalidState,
     MalformedFrame,
     ManifestChanged,
     OtherWorkersLive,
@@ -36,20 +41,24 @@ from pushstep.proto.training_pb2 import (
     UploadKind,
     UploadResponse,
 )
-from pushstep.proto.types_pb2 import Segment
+from pushstep.proto.types_pb2 import Manifest, Segment
 
-from . import policies
+from . import gate, policies
 from .arena import Arenas, ArenasCopy
-from .catalog import Catalog, Creation
+from .catalog import Catalog
+from .creations import Creation
 from .extras import Extras
 from .groups import Group
 from .intake import place
 from .membership import fill_in, membership
 from .model import Model
+from .received import INLINE_MESSAGE_BYTES
 from .staging import Budget
+from .tensor_file import tensors_in
 from .threads import INLINE_PARTS, PUSHES, REQUESTS
 from .worker import Worker
 
+_MOST_STATES: Final = max(len(rule.state_names) for rule in RULES.values())
 _OF_A_MODEL = (UPLOAD_KIND_PARAMETERS, UPLOAD_KIND_STATE, UPLOAD_KIND_GROUP, UPLOAD_KIND_EXTRAS)
 
 
@@ -67,15 +76,25 @@ class Upload:
         self._comes_again = False
         self._reserved = 0
         self._committing = False
-        self._created = False
+        self._promise = contextlib.ExitStack()
+        self._has_place = False
 
     async def admit(self) -> None:
         """Check the header and set its bytes aside, or raise; nothing of the body is read before."""
+        try:
+            await self._admit()
+        except Unavailable:
+            self._comes_again = True
+            raise
+
+    async def _admit(self) -> None:
         catalog, header = self._catalog, self._header
         now_s = time.monotonic()
         if header.kind == UPLOAD_KIND_CREATE:
             self._creation = catalog.creation(header.model, header.ticket, now_s)
-            self._layout = self._creation.layout
+            manifest = self._creation.manifest
+            few = len(manifest) <= INLINE_MESSAGE_BYTES
+            self._layout = await REQUESTS.run_unless(few, _laid_out, manifest)
             self._policy = policies.from_wire(header.policy)
         elif header.kind in _OF_A_MODEL:
             self._model = catalog.get(header.model, header.identity.model_uid)
@@ -93,18 +112,19 @@ class Upload:
             raise MalformedFrame(problem=f"upload kind {header.kind} does not exist")
         few = len(self._layout.slots) + len(header.segments) <= INLINE_PARTS
         lengths = await REQUESTS.run_unless(few, self._check_header)
-        owner = f"{header.model}/{header.identity.worker}"
-        try:
-            self._reserved = await self._budget.claim(owner, sum(lengths))
-            made = partial(Assembly, lengths, self._digest, self._budget.buffer)
-            self._body = await self._catalog.device.prepared(made, small=few)
-        except Unavailable:
-            self._comes_again = True
-            raise
+        if header.kind in (UPLOAD_KIND_EXTRAS, UPLOAD_KIND_CREATE) and header.extras_bytes:
+            # beside those that they replace, which somebody may be reading
+            self._promise.enter_context(catalog.promised(header.extras_bytes))
+        # of a creation the ticket says who it is: nobody has looked at the identity
+        worker = header.identity.worker if self._creation is None else self._creation.worker
+        self._reserved = await self._budget.claim(f"{header.model}/{worker}", sum(lengths))
+        made = partial(Assembly, lengths, self._digest, self._budget.buffer)
+        self._body = await self._catalog.device.prepared(made, small=few)
 
     def _check_header(self) -> list[int]:
         """The byte length of each segment, if the header is one that its layout allows."""
         header = self._header
+        gate.require_plausible(self._layout, header.segments, header.groups, states=_MOST_STATES)
         for segment in header.segments:
             _check_exact(self._layout, segment)
         lengths = check_body(self._layout, header.segments, self._catalog.config.max_bytes)
@@ -139,11 +159,9 @@ class Upload:
             )
 
     def place(self, chunk: Chunk) -> asyncio.Future[None] | None:
-        """Copy a chunk into staging. What moves is alive: neither its lease nor its ticket runs out meanwhile."""
+        """Copy a chunk into staging. What moves is alive: its lease does not run out meanwhile, as its ticket does not."""
         if self._model is not None:
             self._model.judge.moved(self._header.identity, time.monotonic())
-        elif self._creation is not None:
-            self._catalog.renew_creation(self._creation, time.monotonic())
         return place(self._body.place, chunk)
 
     def release(self) -> None:
@@ -153,8 +171,15 @@ class Upload:
 
     def _let_go(self) -> None:
         self._budget.release(self._reserved)
-        if self._creation is not None and not self._created and not self._comes_again:
-            self._catalog.give_up_creation(self._header.model, self._creation.ticket)
+        self._promise.close()
+        if self._creation is not None:
+            self._catalog.end_creation(
+                self._header.model,
+                self._creation,
+                time.monotonic(),
+                had_place=self._has_place,
+                comes_again=self._comes_again,
+            )
 
     async def commit(self) -> UploadResponse:
         """Do what the upload is for, all of it, also when its sender goes away meanwhile."""
@@ -164,6 +189,8 @@ class Upload:
 
     async def _commit(self) -> UploadResponse:
         kind = self._header.kind
+        if any(segment.state for segment in self._header.segments):
+            await PUSHES.run(self._check_state)
         if kind == UPLOAD_KIND_CREATE:
             return await self._create()
         if self._model is None:
@@ -184,17 +211,42 @@ class Upload:
             case _:
                 return await self._add_group(model)
 
+    def _check_state(self) -> None:
+        """InvalidState unless all of it can be what steps have left: one NaN or -1 spoils every step that follows."""
+        for index, segment in enumerate(self._header.segments):
+            if not segment.state:
+                continue
+            values = self._body.part(index, dtypes.to_torch(segment.dtype, "segment"))
+            if _is_accumulated(values):
+                continue
+            for slot in self._layout.slots_of(segment):
+                own = values[slot.start - segment.start : slot.stop - segment.start]
+                if not _is_accumulated(own):
+                    lowest, highest = (float(bound) for bound in torch.aminmax(own))
+                    got = lowest if not 0 <= lowest < math.inf else highest
+                    raise InvalidState(state=segment.state, parameter=slot.name, got=got)
+
     async def _create(self) -> UploadResponse:
         if self._creation is None:
             raise MalformedFrame(problem="no creation ticket")
         header, worker, attempt = self._header, self._creation.worker, self._creation.attempt
         extras = await self._extras(Extras())
+        self._catalog.take_place(header.model, self._creation)
+        self._has_place = True
         model = await PUSHES.run(self._catalog.new_model, header.model, self._layout)
         model.extras = extras
         await model.stepper.submit(lambda: self._fill(model.arenas, header.steps))
         model.begin_under(self._policy)
         await self._catalog.finish_creation(header.model, self._creation, model)
-        self._created = True
+        self._promise.close()
+        if self._creation is not None:
+            self._catalog.end_creation(
+                self._header.model,
+                self._creation,
+                time.monotonic(),
+                had_place=self._has_place,
+                comes_again=self._comes_again,
+            )
         self._join(model, worker, attempt)
         model.sessions.workers[worker].process = self._creation.process
         return await self._answer(model, model.sessions.workers[worker], 0)
@@ -246,9 +298,10 @@ class Upload:
             entry.group: model.groups.changed(entry.group, plain_values(entry.values), model.name)
             for entry in header.groups
         }
-        _, copy = await model.copy()
-        await PUSHES.run(self._fill, copy, header.steps)
-        await self._catalog.replace(model, copy, None, header.identity.worker)
+        async with self._catalog.replacing:
+            _, copy = await model.copy()
+            await PUSHES.run(self._fill, copy, header.steps)
+            await self._catalog.replace(model, copy, None, header.identity.worker)
         model.groups.write(planned)
         model.replaced_by = header.identity
         self._join(model, header.identity.worker, old_epoch=header.identity.epoch)
@@ -277,7 +330,7 @@ class Upload:
         if not self._header.extras_bytes:
             return held
         part = self._body.part(len(self._header.segments), torch.uint8)
-        sent = await PUSHES.run(lambda: Extras.read(part.numpy().tobytes()))
+        sent = await PUSHES.run(_extras_in, part)
         known = {name for slot in self._layout.slots for name in (slot.name, *slot.aliases)}
         if not known.isdisjoint(sent):
             raise MalformedFrame(problem=f"extras name a parameter: {sorted(known & set(sent))[0]!r}")
@@ -291,7 +344,7 @@ class Upload:
             extras = await self._extras(held)
             model.require_current(self._header.identity)
         if model.sessions.leads(model.sessions.require(self._header.identity, time.monotonic())):
-            model.extras = extras
+            model.replace_extras(extras)
         return UploadResponse(
             version=model.version, timeline=model.timeline, extras_version=model.extras.version
         )
@@ -300,8 +353,9 @@ class Upload:
         identity = self._header.identity
         if self._layout.manifest_hash != model.layout.manifest_hash:
             added = [Group.make(group) for group in self._header.manifest.groups]
-            self._catalog.require_room(Arenas.bytes_needed(self._layout) - Arenas.bytes_needed(model.layout))
-            extension = await PUSHES.run(self._extended, model, added)
+            grown = Arenas.bytes_charged(self._layout) - Arenas.bytes_charged(model.layout)
+            with self._catalog.promised(grown):
+                extension = await PUSHES.run(self._extended, model, added)
             model.require_current(identity)
             if model.layout is not self._base:  # another group came first: this one's places are taken
                 raise ManifestChanged(model=model.name)
@@ -316,6 +370,26 @@ class Upload:
         extension = model.arenas.extended(self._layout, values)
         self._fill(extension, [])
         return extension
+
+
+def _extras_in(content: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file that lies in staging, each in memory of its own."""
+    try:
+        return {name: tensor.clone() for name, tensor in tensors_in(content).items()}
+    except ValueError as error:
+        raise MalformedFrame(problem=f"the extras are no safetensors file: {error}") from error
+
+
+def _is_accumulated(values: torch.Tensor) -> bool:
+    """Whether all are finite and none is negative; a NaN is neither."""
+    if not values.numel():
+        return True
+    lowest, highest = torch.aminmax(values)
+    return bool(lowest >= 0) and bool(highest < math.inf)
+
+
+def _laid_out(manifest: bytes) -> Layout:
+    return Layout(Manifest.FromString(manifest))
 
 
 def _check_exact(layout: Layout, segment: Segment) -> None:

@@ -33,6 +33,8 @@ class Verdict:
     digest: int
     receipt: Receipt
     error: PushstepError | None = None
+    # what it takes, once it is stored
+    kept_bytes: int = 0
 
 
 @dataclass(slots=True)
@@ -73,6 +75,8 @@ class Worker:
     process: Process = field(default_factory=Process)
     # the first epoch of the session that has the name: it may join over itself, who had the name before may not
     since: int = 0
+    # what all of this takes (session.py counts it)
+    kept_bytes: int = 0
 
     @property
     def told_version(self) -> int:

@@ -19,6 +19,7 @@ from pushstep.server.device import Device
 from pushstep.server.groups import Group, ParamGroups
 from pushstep.server.intake import Intake
 from pushstep.server.model import Model
+from pushstep.server.read_budget import ReadBudget
 from pushstep.server.session import Sessions
 from pushstep.server.staging import Budget
 
@@ -28,7 +29,9 @@ Gradients = Mapping[str, Tensor | tuple[Tensor, Tensor]]
 def made() -> Model:
     """A model of `judged.LAYOUT`."""
     groups = ParamGroups(Group.make(group) for group in LAYOUT.manifest.groups)
-    return Model("m", UID, 1, LAYOUT, groups, Sessions(30, 100, "m"), Device(), 1 << 20)
+    return Model(
+        "m", UID, 1, LAYOUT, groups, Sessions(30, 100, "m"), Device(), Budget(1 << 20), ReadBudget(1 << 20)
+    )
 
 
 class Pusher:
@@ -37,7 +40,7 @@ class Pusher:
     def __init__(self, model: Model, name: str = "w") -> None:
         self.model = model
         self.name = name
-        self.budget = Budget(1 << 20)
+        self.budget = model.staging
         self.sequence = 0
         model.judge.join(name, time.monotonic(), takeover=False)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import re
 import signal
 import subprocess
 import sys
@@ -149,3 +150,15 @@ def wait_until(condition: Any, timeout_s: float = 10.0) -> None:
         if time.monotonic() > until_s:
             raise AssertionError(f"not within {timeout_s} s")
         time.sleep(0.01)
+
+
+def memory_bytes(pid: int, line: str = "VmRSS") -> int:
+    """What the kernel says of a process's memory; `VmHWM`: the most of it, until `forget_peak`."""
+    found = re.search(rf"{line}:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def forget_peak(pid: int) -> None:
+    """Have VmHWM count from here."""
+    Path(f"/proc/{pid}/clear_refs").write_text("5")

@@ -7,6 +7,7 @@ its end. Run as a script this is the process that they are forked from: it reads
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import os
 import signal
@@ -55,12 +56,12 @@ class Script:
 class Nursery:
     """Owns the process that scripts are forked from."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *imports: str) -> None:
         self._folder = folder
         self._count = 0
         self.running: set[int] = set()
         self._process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, __file__, *imports], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
     def order(self, **order: Any) -> Any:
@@ -91,9 +92,9 @@ class Nursery:
 
 
 @contextmanager
-def nursery(folder: Path) -> Iterator[Nursery]:
-    """One for the length of a block."""
-    made = Nursery(folder)
+def nursery(folder: Path, *imports: str) -> Iterator[Nursery]:
+    """One for the length of a block, whose scripts find these modules imported, too."""
+    made = Nursery(folder, *imports)
     try:
         yield made
     finally:
@@ -107,6 +108,8 @@ def _serve() -> dict[str, Any] | None:
 
     import pushstep.client  # noqa: F401 - for the children
 
+    for name in sys.argv[1:]:
+        importlib.import_module(name)
     torch.set_num_threads(1)
     gc.freeze()  # a collection in a child, as there is one at its end, would copy every page
     for line in sys.stdin:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import http.client
+import socket
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 from harness import RunningServer
@@ -79,8 +83,34 @@ def download(server: RunningServer, path: str, form: str) -> bytes:
     return answer.content
 
 
+def begin_download(
+    server: RunningServer, path: str, until: ExitStack, receive_bytes: int = 4096
+) -> http.client.HTTPResponse:
+    """A checkpoint's answer of which nothing but the head is read, `until` its connection is closed."""
+    host, _, port = server.http.rpartition(":")
+    connection = http.client.HTTPConnection(host, int(port), timeout=20)
+    until.callback(connection.close)
+    connection.connect()
+    connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
+    connection.request("GET", f"/v1/models/{path}")
+    answer = connection.getresponse()
+    until.callback(answer.close)
+    return answer
+
+
 def _answer(server: RunningServer, method: str, path: str, status: int, **options: Any) -> dict[str, Any]:
     answer = server.rest(method, path, **options)
     assert answer.status_code == status, answer.text
     found: dict[str, Any] = answer.json()
+    return found
+
+
+def checkpoints_held(server: RunningServer) -> int:
+    """How many written checkpoints, which no folder lists, the process holds open."""
+    found = 0
+    for link in Path(f"/proc/{server.process.pid}/fd").iterdir():
+        try:
+            found += "tmp-export-" in str(link.readlink())
+        except FileNotFoundError:
+            continue
     return found

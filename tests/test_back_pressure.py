@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
-from harness import running_server
+from harness import forget_peak, memory_bytes, running_server
 
 MIB = 1 << 20
 WORKERS, PROCESSES = 64, 2
@@ -20,12 +19,6 @@ STAGING_BYTES = 64 * MIB
 # and some 1.2 MiB of gRPC's own (64 sessions on two connections took 120 MiB less). It grew by 220 to 253 MiB, in 24 s
 # no more than in 8. Without a budget the pushes alone are 256 MiB, and gRPC's messages as much again.
 SLACK_BYTES = (128 + WORKERS * 3 // 2) * MIB
-
-
-def memory_bytes(pid: int, line: str) -> int:
-    found = re.search(rf"{line}:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
-    assert found is not None
-    return int(found[1]) * 1024
 
 
 def test_memory_is_bounded_and_everyone_gets_a_turn(tmp_path: Path) -> None:
@@ -50,7 +43,7 @@ def test_memory_is_bounded_and_everyone_gets_a_turn(tmp_path: Path) -> None:
             assert crowd.stdout is not None
             assert crowd.stdout.readline() == "joined\n"
         before = memory_bytes(pid, "VmRSS")
-        Path(f"/proc/{pid}/clear_refs").write_text("5")  # VmHWM counts from here
+        forget_peak(pid)
         applied: dict[str, int] = {}
         for crowd in crowds:
             assert crowd.stdin is not None

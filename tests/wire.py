@@ -8,7 +8,8 @@ import json
 import os
 import socket
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from threading import Event
 from typing import Any, cast
 
 import grpc
@@ -65,6 +66,22 @@ class Wire:
     def start(self, method: str, messages: Iterable[bytes], timeout_s: float = 20.0) -> Any:
         """A bulk call under way; iterating it gives the answers."""
         return self.channel.stream_stream(SERVICE + method)(iter(messages), timeout=timeout_s)
+
+    def hold(self, method: str, first: bytes) -> Callable[[], None]:
+        """Begin a call that sends one message and then nothing, until what is returned is called."""
+        over = Event()
+
+        def messages() -> Iterator[bytes]:
+            yield first
+            over.wait()
+
+        call = self.start(method, messages(), timeout_s=60.0)
+
+        def end() -> None:
+            call.cancel()
+            over.set()
+
+        return end
 
     def answers(self, method: str, messages: Iterable[bytes], timeout_s: float = 20.0) -> list[bytes]:
         """Every message that a call of any kind answers with. grpc.RpcError if it fails."""

@@ -32,7 +32,7 @@ class OverBudget(Unavailable):
     code = "over_budget"
     grpc_status = Status.RESOURCE_EXHAUSTED
     http_status = 503
-    template = "the push needs {need} bytes of staging and {free} of {budget} are free; try again"
+    template = "{need} bytes are needed and {free} of the {budget} of --{setting} are free; try again"
 
 
 class MemoryShort(Unavailable):
@@ -91,11 +91,20 @@ class Busy(Unavailable):
     template = "{waiting} {what} are under way already; try again"
 
 
+class ReaderStalled(Unavailable):
+    """A reader that takes nothing of its answer. What was kept for it is let go of."""
+
+    code = "reader_stalled"
+    grpc_status = Status.ABORTED
+    http_status = 408
+    template = "nothing of the answer was taken for {seconds} s; ask again"
+
+
 class ExportsBusy(Unavailable):
-    """Exports of other versions hold the memory set aside for them."""
+    """Copies of other models or versions, for exports or states, hold the memory or disk set aside for them."""
 
     code = "exports_busy"
-    template = "{count} exports are being written; try again"
+    template = "{count} copies of other models or versions are being written or sent; try again"
 
 
 class InternalError(Broken):

@@ -122,6 +122,16 @@ class MessageTooLarge(InvalidRequest):
     template = "a message of {got} bytes is over the limit of {limit}; send it in smaller parts"
 
 
+class InvalidState(InvalidRequest):
+    """Optimizer state that no step can have left, and that would break the next ones."""
+
+    code = "invalid_state"
+    template = (
+        "{state!r} of {parameter!r} holds {got}: it is a sum or mean of squares, finite and not negative; nothing was "
+        "changed"
+    )
+
+
 class NonfiniteGradient(InvalidRequest):
     """A gradient with NaN or infinity under `nonfinite = reject`."""
 

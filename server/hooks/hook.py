@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from pydantic import BaseModel
+
 from ..settings import Settings
 
 if TYPE_CHECKING:
@@ -47,9 +49,9 @@ class Hook:
     name: ClassVar[str]
     kind: ClassVar[Literal["transform", "guard", "observer"]]
     points: ClassVar[frozenset[Point]]
-    settings_type: ClassVar[type[Settings]] = Settings
+    settings_type: ClassVar[type[BaseModel]] = Settings
 
-    def __init__(self, hook_id: str, point: Point, settings: Settings) -> None:
+    def __init__(self, hook_id: str, point: Point, settings: BaseModel) -> None:
         self.hook_id = hook_id
         self.point = point
         self.settings = settings

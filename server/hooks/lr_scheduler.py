@@ -8,85 +8,43 @@ PATCH is refused naming this hook. Schedulers made of callables cannot be named 
 from __future__ import annotations
 
 import collections
-import inspect
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, Final
+from functools import reduce
+from operator import or_
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import BaseModel, Field, RootModel, create_model
 from torch.optim import lr_scheduler
 
 from pushstep.proto.errors import HeldByHook, InvalidHook, InvalidHyperparameter
+from pushstep.proto.hyperparameters import Values
 from pushstep.proto.layout import MAX_GROUPS
 
 from ..groups import ParamGroups
 from ..settings import Settings, Text, Whole
 from .hook import Hook, Point, StepContext
-
-SCHEDULERS: Final = (
-    "ChainedScheduler",
-    "ConstantLR",
-    "CosineAnnealingLR",
-    "CosineAnnealingWarmRestarts",
-    "CyclicLR",
-    "ExponentialLR",
-    "LinearLR",
-    "MultiStepLR",
-    "OneCycleLR",
-    "PolynomialLR",
-    "ReduceLROnPlateau",
-    "SequentialLR",
-    "StepLR",
-)
-CALLABLE_ARGUMENTS: Final = frozenset({"optimizer", "scale_fn", "lr_lambda"})
-MAX_NESTING: Final = 4
-# Each takes its part of every step. And whole numbers without end are powers without end: torch computes them exactly.
-MAX_SCHEDULERS: Final = 32
-MAX_LIST: Final = 1000
-LARGEST_NUMBER: Final = 1e12
+from .schedulers import KINDS
 
 
-class LRSchedulerSettings(Settings):
-    """Which scheduler, with which of its arguments, over which groups."""
+class Scheduled(Settings):
+    """What is scheduled, beside how."""
 
-    scheduler: Text = Field(description=f"one of torch.optim.lr_scheduler: {', '.join(SCHEDULERS)}")
-    arguments: dict[Text, Any] = Field(
-        default_factory=dict,
-        description="torch's keyword arguments, numbers up to 1e12; `schedulers` of SequentialLR and ChainedScheduler is a "
-        'list of {"scheduler": name, "arguments": {...}}',
-    )
     groups: list[Whole] | None = Field(
         None, max_length=MAX_GROUPS, description="indices of param groups; all of them if left out"
     )
     metric: Text = Field("loss", description="of ReduceLROnPlateau: the metric, as pushes report it")
 
-    @field_validator("arguments")
-    @classmethod
-    def _arguments(cls, arguments: dict[str, Any]) -> dict[str, Any]:
-        _check_arguments(arguments)
-        return arguments
+
+if TYPE_CHECKING:
+    OneOfThem = Any
+else:
+    _ALL = [create_model(name, __base__=(kind, Scheduled)) for name, kind in KINDS.items()]
+    OneOfThem = Annotated[reduce(or_, _ALL), Field(discriminator="scheduler")]
 
 
-def _check_arguments(arguments: Any) -> None:
-    """ValueError if any number, list or the number of schedulers is beyond its limit."""
-    schedulers, level = 0, [arguments]
-    for _ in range(2 * MAX_NESTING + 3):  # a list, and a scheduler in it, for each
-        below: list[Any] = []
-        for value in level:
-            if isinstance(value, (int, float)) and not abs(value) <= LARGEST_NUMBER:
-                raise ValueError(f"numbers are from -{LARGEST_NUMBER:g} to {LARGEST_NUMBER:g}")
-            if isinstance(value, list):
-                schedulers += sum(isinstance(entry, dict) for entry in value)
-                if len(value) > MAX_LIST or schedulers > MAX_SCHEDULERS:
-                    raise ValueError(
-                        f"a list has at most {MAX_LIST} entries, and {MAX_SCHEDULERS} schedulers"
-                    )
-                below += value
-            if isinstance(value, dict):
-                below += value.values()
-        level = below
-    if level:
-        raise ValueError(f"schedulers are nested more than {MAX_NESTING} deep")
+class LRSchedulerSettings(RootModel[OneOfThem]):
+    """A scheduler by its name, with its arguments, over some groups."""
 
 
 class _StandIn(torch.optim.Optimizer):
@@ -110,11 +68,11 @@ class LRScheduler(Hook):
     name: ClassVar[str] = "lr_scheduler"
     kind = "transform"
     points: ClassVar[frozenset[Point]] = frozenset({Point.STEP_POST})
-    settings_type: ClassVar[type[Settings]] = LRSchedulerSettings
+    settings_type: ClassVar[type[BaseModel]] = LRSchedulerSettings
 
     def install(self, groups: ParamGroups, model: str) -> None:
         """Build the scheduler from the groups' lr of now; some change it at once (warm-ups)."""
-        settings = self._settings
+        settings = self._scheduled
         self._indices = list(range(len(groups.list))) if settings.groups is None else list(settings.groups)
         if not self._indices or len(set(self._indices)) != len(self._indices):
             raise InvalidHook(problem="groups must name each param group at most once, and at least one")
@@ -125,17 +83,14 @@ class LRScheduler(Hook):
         try:
             # torch looks at some arguments at the first step only: one is tried, on a scheduler for that
             self._stand_in, self._scheduler = self._built(groups)
-            self._advance(0.0)
-        except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
-            raise InvalidHook(problem=f"{settings.scheduler}: {error}") from error
-        except ValueError:
-            pass  # it is past its last step already
-        self._stand_in, self._scheduler = self._built(groups)
-        self._heard = False
-        try:
+            self._values(groups)
+            if self._try_step():
+                self._values(groups)
+            self._stand_in, self._scheduler = self._built(groups)
+            self._heard = False
             self._write(groups)
-        except (TypeError, ValueError) as error:
-            raise InvalidHook(problem=f"{settings.scheduler}: {error}") from error
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise InvalidHook(problem=f"{self._scheduled.scheduler}: {error}") from error
         for index in self._indices:
             groups.list[index].scheduled_by = self.hook_id
 
@@ -146,7 +101,7 @@ class LRScheduler(Hook):
 
     def step_post(self, context: StepContext, groups: ParamGroups) -> None:
         """One scheduler step."""
-        metric = context.metrics.get(self._settings.metric)
+        metric = context.metrics.get(self._scheduled.metric)
         self._heard = self._heard or metric is not None
         if self._advance(metric):
             self._write(groups)
@@ -154,11 +109,18 @@ class LRScheduler(Hook):
     def missing_metric(self) -> str | None:
         """Of ReduceLROnPlateau, which does nothing without it."""
         waits = isinstance(self._scheduler, lr_scheduler.ReduceLROnPlateau) and not self._heard
-        return self._settings.metric if waits else None
+        return self._scheduled.metric if waits else None
+
+    def _try_step(self) -> bool:
+        """One step; False if the scheduler is past its last one already."""
+        try:
+            return self._advance(0.0)
+        except ValueError:
+            return False
 
     def _built(self, groups: ParamGroups) -> tuple[torch.optim.Optimizer, Any]:
         stand_in = _StandIn(float(groups.list[index].values["lr"]) for index in self._indices)
-        return stand_in, build(self._settings.scheduler, self._settings.arguments, stand_in)
+        return stand_in, self._scheduled.build(stand_in)
 
     def _advance(self, metric: float | None) -> bool:
         self._stand_in.step()
@@ -188,57 +150,23 @@ class LRScheduler(Hook):
         self._write(groups)
 
     @property
-    def _settings(self) -> LRSchedulerSettings:
+    def _scheduled(self) -> Any:
+        """The settings: a `schedulers.Scheduler` that is `Scheduled`."""
         if not isinstance(self.settings, LRSchedulerSettings):
             raise TypeError(f"settings are {type(self.settings).__name__}")
-        return self.settings
+        return self.settings.root
 
     def _write(self, groups: ParamGroups) -> None:
         """Hand the scheduler's lr to the groups, all or none; ValueError if a rule refuses one."""
+        groups.write(self._values(groups))
+
+    def _values(self, groups: ParamGroups) -> dict[int, Values]:
+        """The groups' values with the scheduler's lr. ValueError if a rule refuses one."""
         pairs = list(zip(self._indices, self._stand_in.param_groups, strict=True))
         try:
-            values = {index: groups.list[index].changed({"lr": float(group["lr"])}) for index, group in pairs}
+            return {index: groups.list[index].changed({"lr": float(group["lr"])}) for index, group in pairs}
         except InvalidHyperparameter as error:
             raise ValueError(error.message) from error
-        groups.write(values)
-
-
-def build(name: str, arguments: Mapping[str, Any], optimizer: torch.optim.Optimizer, depth: int = 0) -> Any:
-    """A torch scheduler from its name and keyword arguments. InvalidHook, with torch's reason, if there is none."""
-    if name not in SCHEDULERS or depth > MAX_NESTING:
-        raise InvalidHook(problem=f"no scheduler {name!r} here; known are {', '.join(SCHEDULERS)}")
-    kind = getattr(lr_scheduler, name)
-    parameters = inspect.signature(kind.__init__).parameters
-    known = parameters.keys() - {"self"} - CALLABLE_ARGUMENTS
-    unknown = set(arguments) - known
-    if unknown:
-        raise InvalidHook(
-            problem=f"{name} takes {', '.join(sorted(known))}; not {', '.join(sorted(unknown))}"
-        )
-    # a factor of 7 would be multiplied with itself in whole numbers, to any length
-    keywords = {
-        key: _as_floats(value) if "float" in str(parameters[key].annotation) else value
-        for key, value in arguments.items()
-    }
-    if name in ("CyclicLR", "OneCycleLR"):
-        keywords.setdefault("cycle_momentum", False)  # neither rule has a momentum to cycle
-    try:
-        if "schedulers" in keywords:
-            keywords["schedulers"] = [
-                build(entry["scheduler"], entry.get("arguments", {}), optimizer, depth + 1)
-                for entry in keywords["schedulers"]
-            ]
-        if name == "ChainedScheduler":
-            return kind(**keywords)
-        return kind(optimizer, **keywords)
-    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-        raise InvalidHook(problem=f"{name}: {error}") from error
-
-
-def _as_floats(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_as_floats(entry) for entry in value]
-    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def _to_json(value: Any) -> Any:

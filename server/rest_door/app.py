@@ -27,10 +27,11 @@ from pushstep.proto.errors import (
     RangeNotSatisfiable,
     UnknownRoute,
 )
-from pushstep.proto.status import PROBLEM_TYPE, named, to_problem
+from pushstep.proto.status import PROBLEM_TYPE, named, to_problem, untrace
 
 from ..catalog import Catalog
-from ..export import Exports
+from ..copies import COPIES_AT_ONCE, Copies, ModelCopies
+from ..downloads import Downloads
 from ..read_json import read_json
 from ..received import INLINE_MESSAGE_BYTES
 from ..threads import REQUESTS, RETRY_AFTER_S
@@ -48,6 +49,7 @@ from . import (
     snapshots,
     workers,
 )
+from .outlet import Outlet
 
 log = logging.getLogger("pushstep.rest")
 # A policy that names every group there may be has half of it. Twice as much takes 90 ms of the loop to validate, if it is
@@ -89,13 +91,16 @@ def create_app(catalog: Catalog, allowed_hosts: Collection[str] | None, grpc_add
     openapi.describe(app)
     app.state.catalog = catalog
     app.state.grpc_address = grpc_address
-    app.state.exports = Exports()
+    app.state.copies = ModelCopies(COPIES_AT_ONCE)
+    app.state.looks = Copies(COPIES_AT_ONCE)
+    app.state.downloads = Downloads()
     app.include_router(health.router)
     for resource in RESOURCES:
         app.include_router(resource.router, prefix="/v1")
     app.add_exception_handler(PushstepError, _answer_error)
     app.add_exception_handler(RequestValidationError, _answer_error)
     app.add_exception_handler(HTTPException, _answer_error)
+    app.add_middleware(Outlet, budget=catalog.reading)
     app.add_middleware(Entrance, allowed_hosts=allowed_hosts)
     return app
 
@@ -129,12 +134,15 @@ def _methods_by_path() -> list[tuple[Pattern[str], Collection[str]]]:
 
 
 def _translated(request: Request, error: Exception) -> PushstepError:
+    if isinstance(error, PushstepError):
+        return named(error, log)
+    untrace(error)
     if isinstance(error, RequestValidationError):
         problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
         return InvalidSettings(problem="; ".join(problems))
     if isinstance(error, HTTPException):
         if isinstance(error.__cause__, PushstepError):  # a body over the limit, as FastAPI passes it on
-            return error.__cause__
+            return named(error.__cause__, log)
         kind = {404: UnknownRoute, 405: MethodNotAllowed}.get(error.status_code)
         if kind is None:
             return InvalidSettings(problem=str(error.detail))
@@ -190,12 +198,14 @@ class Entrance:
             if declared.isdigit() and int(declared) > MAX_BODY_BYTES:
                 raise MessageTooLarge(got=int(declared), limit=MAX_BODY_BYTES)
             await self._app(scope, await _read(scope, _limited(receive)), watched_send)
+            return
         except Exception as error:
             if started:
                 raise
-            await problem_response(named(error, log))(scope, receive, send)
+            refusal = named(error, log)
         finally:
             self._under_way -= 1
+        await problem_response(refusal)(scope, receive, send)
 
     def _check_host(self, host: str) -> None:
         name = host.rsplit(":", 1)[0] if not host.endswith("]") else host

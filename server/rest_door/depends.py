@@ -1,13 +1,15 @@
-"""What routes ask for: the catalogue of models, the model that the path names, the exports."""
+"""What routes ask for: the catalogue of models, the model that the path names, copies and downloads."""
 
 from __future__ import annotations
 
 from typing import Annotated, Final
 
 from fastapi import Depends, Request
+from torch import Tensor
 
 from ..catalog import Catalog
-from ..export import Exports
+from ..copies import Copies, ModelCopies
+from ..downloads import Downloads
 from ..model import Model
 
 # Who is named in audit events for what comes through this door.
@@ -25,13 +27,26 @@ def _model(request: Request, m: str) -> Model:
     return _catalog(request).get(m)
 
 
-def _exports(request: Request) -> Exports:
-    found = request.app.state.exports
-    if not isinstance(found, Exports):
-        raise TypeError("the application has no exports")
-    return found
+def _copies(request: Request) -> ModelCopies:
+    copies: ModelCopies = request.app.state.copies
+    return copies
+
+
+def _downloads(request: Request) -> Downloads:
+    downloads: Downloads = request.app.state.downloads
+    return downloads
 
 
 CatalogHere = Annotated[Catalog, Depends(_catalog)]
 ModelHere = Annotated[Model, Depends(_model)]
-ExportsHere = Annotated[Exports, Depends(_exports)]
+Looks = Copies[tuple[dict[str, int], dict[str, Tensor]]]
+
+
+def _looks(request: Request) -> Looks:
+    looks: Looks = request.app.state.looks
+    return looks
+
+
+LooksHere = Annotated[Looks, Depends(_looks)]
+CopiesHere = Annotated[ModelCopies, Depends(_copies)]
+DownloadsHere = Annotated[Downloads, Depends(_downloads)]

@@ -8,51 +8,44 @@ is the whole, which such programs refuse to append.
 
 from __future__ import annotations
 
-import asyncio
-import logging
 import os
 import re
 from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack
 from typing import Final
 
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from pushstep.proto.errors import RangeNotSatisfiable
 
 from ..export import Checkpoint
 from ..threads import DOWNLOADS
 
-log = logging.getLogger("pushstep.rest")
-READ_BYTES: Final = 1 << 20
+READ_BYTES: Final = 256 << 10
 _RANGE: Final = re.compile(r"bytes=(\d{0,18})-(\d{0,18})", re.ASCII)
 
 
 class Download(StreamingResponse):
-    """Bytes of a checkpoint, which is closed with the last of them, or when nobody reads for `stall_s`."""
+    """Bytes of a checkpoint. However they end, what is `held` for them is let go of."""
 
     def __init__(
         self,
         request: Request,
         checkpoint: Checkpoint,
         headers: Mapping[str, str],
-        stall_s: float,
         *,
         is_fixed: bool,
     ) -> None:
-        """RangeNotSatisfiable, and nothing kept, for a range behind the end."""
+        """RangeNotSatisfiable for a range behind the end."""
+        self.held = AsyncExitStack()
         self._checkpoint = checkpoint
-        self._stall_s = stall_s
         wanted = request.headers.get("range", "")
         claimed = request.headers.get("if-range")
         if (claimed is None and not is_fixed) or claimed not in (None, checkpoint.etag):
             wanted = ""
-        try:
-            part = part_of(wanted, checkpoint.size_bytes)
-        except RangeNotSatisfiable:
-            checkpoint.close()
-            raise
+        part = part_of(wanted, checkpoint.size_bytes)
         start, stop = part or (0, checkpoint.size_bytes)
         all_headers = {**headers, "ETag": checkpoint.etag, "Content-Length": str(stop - start)}
         if part is not None:
@@ -75,17 +68,8 @@ class Download(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send it."""
-
-        async def send_patiently(message: Message) -> None:
-            async with asyncio.timeout(self._stall_s):
-                await send(message)
-
-        try:
-            await super().__call__(scope, receive, send_patiently)
-        except TimeoutError:
-            log.info("a download was dropped: nothing of it was read for %g s", self._stall_s)
-        finally:
-            self._checkpoint.close()
+        async with self.held:
+            await super().__call__(scope, receive, send)
 
 
 def part_of(wanted: str, size_bytes: int) -> tuple[int, int] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AsyncExitStack
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
@@ -9,12 +10,11 @@ from fastapi.responses import StreamingResponse
 
 from pushstep.proto.errors import VersionMoved
 
-from ..arena import ArenasCopy
-from ..catalog import Catalog
+from ..copies import copy_of
 from ..export import Checkpoint, check_format, describe_state, write
 from ..model import Model
 from ..threads import READS
-from .depends import CatalogHere, ExportsHere, ModelHere
+from .depends import CatalogHere, CopiesHere, DownloadsHere, ModelHere
 from .download import Download
 
 router = APIRouter(tags=["export"])
@@ -26,7 +26,8 @@ async def export(
     request: Request,
     model: ModelHere,
     catalog: CatalogHere,
-    exports: ExportsHere,
+    copies: CopiesHere,
+    downloads: DownloadsHere,
     format: Annotated[str, Query(description="safetensors or torch")] = "safetensors",
     version: Annotated[
         int | None,
@@ -48,14 +49,21 @@ async def export(
     check_format(format)
     asked = _Asked(model, format, version, timeline)
     asked.require(model.timeline, model.version)
-    async with exports.copy_of(model) as (facts, copy):
-        asked.require(copy.timeline, copy.version)
-        checkpoint = await READS.run(write, facts, copy, format, catalog.config.data)
-        fixed = asked.is_one(copy) and exports.pins.note(asked.name, checkpoint.etag) == checkpoint.etag
-        name = f"{model.name}-v{copy.version}"
-        answer = download(request, checkpoint, copy, format, catalog, name, is_fixed=fixed)
-        if asked.is_one(copy):
+
+    async def written() -> Checkpoint:
+        async with copy_of(copies, model) as (facts, copy):
+            return await READS.run(write, facts, copy, format, catalog.config.data)
+
+    async with AsyncExitStack() as held:
+        checkpoint = await held.enter_async_context(downloads.shared((model.content, format), written))
+        asked.require(checkpoint.timeline, checkpoint.version)
+        is_one = asked.is_one(checkpoint)
+        fixed = is_one and downloads.pins.note(asked.name, checkpoint.etag) == checkpoint.etag
+        name = f"{model.name}-v{checkpoint.version}"
+        answer = download(request, checkpoint, format, name, is_fixed=fixed)
+        if is_one:
             answer.headers["Accept-Ranges"] = "bytes"
+        answer.held = held.pop_all()
         return answer
 
 
@@ -81,34 +89,25 @@ class _Asked:
             model=self._model.name, version=version, timeline=timeline, asked=" of ".join(wanted)
         )
 
-    def is_one(self, copy: ArenasCopy) -> bool:
+    def is_one(self, found: Checkpoint) -> bool:
         """Whether no other process, and no other timeline, can have sent something else under this name."""
-        pinned = self._version is not None and (self._timeline is not None or copy.timeline == 1)
-        return pinned and (copy.timeline, copy.version) != self._model.begun_at
+        pinned = self._version is not None and (self._timeline is not None or found.timeline == 1)
+        return pinned and (found.timeline, found.version) != self._model.begun_at
 
 
 @router.get("/models/{m}/state-dict", summary="Show the state_dict")
-async def show_state_dict(model: ModelHere, exports: ExportsHere) -> dict[str, Any]:
+async def show_state_dict(model: ModelHere, copies: CopiesHere) -> dict[str, Any]:
     """torch's shape, with each state's shape and norm in place of its elements."""
-    async with exports.copy_of(model) as (facts, copy):
+    async with copy_of(copies, model) as (facts, copy):
         optimizers = await READS.run(describe_state, facts, copy)
         return {"version": copy.version, "timeline": copy.timeline, "optimizers": optimizers}
 
 
-def download(
-    request: Request,
-    checkpoint: Checkpoint,
-    copy: ArenasCopy,
-    form: str,
-    catalog: Catalog,
-    name: str,
-    *,
-    is_fixed: bool,
-) -> Download:
+def download(request: Request, checkpoint: Checkpoint, form: str, name: str, *, is_fixed: bool) -> Download:
     """A checkpoint as an answer. `is_fixed`: what this request names cannot be anything else, now or later."""
     headers = {
         "Content-Disposition": f'attachment; filename="{name}.{SUFFIX[form]}"',
-        "X-Pushstep-Version": str(copy.version),
-        "X-Pushstep-Timeline": str(copy.timeline),
+        "X-Pushstep-Version": str(checkpoint.version),
+        "X-Pushstep-Timeline": str(checkpoint.timeline),
     }
-    return Download(request, checkpoint, headers, catalog.config.stall_s, is_fixed=is_fixed)
+    return Download(request, checkpoint, headers, is_fixed=is_fixed)

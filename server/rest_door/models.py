@@ -6,7 +6,6 @@ from typing import Any
 
 from fastapi import APIRouter, Response
 
-from ..arena import Arenas
 from ..model import NAMES_SHOWN, Model
 from .depends import OPERATOR, CatalogHere, ModelHere
 from .numbers import finite
@@ -25,7 +24,7 @@ def describe(model: Model) -> dict[str, Any]:
         "edit": model.edit,
         "parameters": len(model.layout.slots),
         "elements": sum(arena.elements for arena in model.layout.arenas),
-        "bytes": Arenas.bytes_needed(model.layout),
+        "bytes": model.held_bytes,
         "groups": len(model.groups.list),
         "hooks": len(model.hooks.list),
         "policy": model.judge.policy.settings.model_dump(mode="json"),
@@ -75,14 +74,14 @@ async def delete_model(m: str, catalog: CatalogHere) -> Response:
 @router.get("/capacity", summary="Show how full the server is")
 async def show_capacity(catalog: CatalogHere) -> dict[str, Any]:
     """Bounds and what is taken of them."""
-    held = sum(Arenas.bytes_needed(m.layout) for m in catalog.models.values())
     return {
         "models": {
             "held": len(catalog.models),
             "limit": catalog.config.max_models,
             "not_loaded": len(catalog.not_loaded),
         },
-        "bytes": {"held": held, "limit": catalog.config.max_bytes},
+        "bytes": {"held": catalog.held_bytes, "limit": catalog.config.max_bytes},
         "staging_bytes": {"limit": catalog.config.staging_bytes},
+        "read_bytes": {"held": catalog.reading.used_bytes, "limit": catalog.reading.total_bytes},
         "device": str(catalog.device.where),
     }

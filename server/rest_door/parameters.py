@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import math
-from typing import Annotated, Any, Final
+from collections.abc import Mapping
+from typing import Annotated, Any
 
-import torch
 from fastapi import APIRouter, Query
+from torch import Tensor
 
-from pushstep.optim.norms import square_sum
 from pushstep.proto import dtypes
 from pushstep.proto.layout import Slot
 
+from ..memory import copy_of
 from ..model import Model
-from .depends import ModelHere
+from ..statistics import statistics
+from ..threads import READS
+from .depends import LooksHere, ModelHere
 from .numbers import finite_values
 from .queries import Index, Offset
 
 router = APIRouter(tags=["parameters"])
-BLOCK: Final = 1 << 20
 
 
 def _show(slot: Slot, model: Model) -> dict[str, Any]:
@@ -48,32 +49,23 @@ async def list_parameters(
 
 
 @router.get("/models/{m}/parameters/{name:path}", summary="Show a parameter in numbers")
-async def show_parameter(model: ModelHere, name: str) -> dict[str, Any]:
+async def show_parameter(model: ModelHere, name: str, looks: LooksHere) -> dict[str, Any]:
     """Statistics of its values and states at one version."""
     slot = model.layout.slot(name, model.name)
+    arenas = model.arenas
 
-    def read() -> dict[str, Any]:
-        arenas = model.arenas
-        tensors = {"value": arenas.view(slot), **{s: arenas.view(slot, s) for s in arenas.state_names(slot)}}
-        return {
-            "version": arenas.version,
-            "timeline": arenas.timeline,
-            "statistics": {name: _statistics(tensor) for name, tensor in tensors.items()},
-        }
+    def copy() -> tuple[dict[str, int], dict[str, Tensor]]:
+        views = {"value": arenas.view(slot), **{s: arenas.view(slot, s) for s in arenas.state_names(slot)}}
+        copied = {name: copy_of(view, f"a look at {slot.name!r}") for name, view in views.items()}
+        return {"version": arenas.version, "timeline": arenas.timeline}, copied
 
-    return {**_show(slot, model), **await model.stepper.submit(read)}
+    async def copied() -> tuple[dict[str, int], dict[str, Tensor]]:
+        return await model.stepper.submit(copy)  # the writer goes on, and the numbers are taken beside it
+
+    async with looks.shared((model.uid, model.timeline, model.version, slot.index), copied) as (at, tensors):
+        shown = await READS.run(_statistics, tensors)
+    return {**_show(slot, model), **at, "statistics": shown}
 
 
-def _statistics(tensor: torch.Tensor) -> dict[str, float | None]:
-    if tensor.numel() == 0:
-        return {"min": None, "max": None, "mean": None, "norm": None}
-    # block by block: a copy in float64 of a large parameter may find no memory
-    total = sum(float(block.sum(dtype=torch.float64)) for block in torch.split(tensor.reshape(-1), BLOCK))
-    return finite_values(
-        {
-            "min": float(tensor.min()),
-            "max": float(tensor.max()),
-            "mean": total / tensor.numel(),
-            "norm": math.sqrt(square_sum(tensor)),
-        }
-    )
+def _statistics(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, float | None]]:
+    return {name: finite_values(statistics(tensor)) for name, tensor in tensors.items()}

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AsyncExitStack
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import StreamingResponse
 
-from ..export import check_format, write
+from ..arena import ArenasCopy
+from ..export import Checkpoint, check_format, write
 from ..threads import DISK, READS
-from .depends import OPERATOR, CatalogHere, ExportsHere, ModelHere
+from .depends import OPERATOR, CatalogHere, CopiesHere, DownloadsHere, ModelHere
 from .download import Download
 from .export import download
 
@@ -36,8 +38,7 @@ def _show(manifest: Mapping[str, Any]) -> dict[str, Any]:
 @router.get("/models/{m}/snapshots", summary="List the snapshots")
 async def list_snapshots(model: ModelHere, catalog: CatalogHere) -> dict[str, Any]:
     """Newest first; a damaged one says what is wrong with it."""
-    found = await READS.run(catalog.snapshots(model.name).manifests)
-    return {"snapshots": [_show(manifest) for manifest in found]}
+    return {"snapshots": await READS.run(catalog.snapshots(model.name).manifests, _show)}
 
 
 @router.post("/models/{m}/snapshots", status_code=201, summary="Take a snapshot")
@@ -49,7 +50,7 @@ async def take_snapshot(m: str, catalog: CatalogHere) -> dict[str, Any]:
 @router.get("/models/{m}/snapshots/{snapshot}", summary="Show a snapshot")
 async def show_snapshot(model: ModelHere, snapshot: str, catalog: CatalogHere) -> dict[str, Any]:
     """Its manifest, after every byte of it was verified."""
-    manifest, _ = await READS.run(catalog.snapshots(model.name).read, snapshot)
+    manifest = await READS.run(catalog.snapshots(model.name).verified, snapshot)
     return {**_show(manifest), "verified": True}
 
 
@@ -79,16 +80,26 @@ async def snapshot_content(
     model: ModelHere,
     snapshot: str,
     catalog: CatalogHere,
-    exports: ExportsHere,
+    copies: CopiesHere,
+    downloads: DownloadsHere,
     format: Annotated[str, Query(description="safetensors or torch")] = "safetensors",
 ) -> Download:
     """The same files as an export, of the snapshot's version. Ranges are answered with a part."""
     check_format(format)
-    facts, copy = await READS.run(catalog.snapshots(model.name).read, snapshot)
-    checkpoint = await READS.run(write, facts, copy, format, catalog.config.data)
-    name = f"{model.name}-{snapshot}"
-    # it cannot change; but one that was deleted may have had its name
-    fixed = exports.pins.note((name, format), checkpoint.etag) in (None, checkpoint.etag)
-    answer = download(request, checkpoint, copy, format, catalog, name, is_fixed=fixed)
-    answer.headers["Accept-Ranges"] = "bytes"
-    return answer
+
+    async def read() -> tuple[dict[str, Any], ArenasCopy]:
+        return await READS.run(catalog.snapshots(model.name).read, snapshot)
+
+    async def written() -> Checkpoint:
+        async with copies.shared((model.uid, snapshot), read) as (facts, copy):
+            return await READS.run(write, facts, copy, format, catalog.config.data)
+
+    async with AsyncExitStack() as held:
+        checkpoint = await held.enter_async_context(downloads.shared((model.uid, snapshot, format), written))
+        # it cannot change; but one that was deleted may have had its name
+        sent = downloads.pins.note((f"{model.name}-{snapshot}", format), checkpoint.etag)
+        fixed = sent in (None, checkpoint.etag)
+        answer = download(request, checkpoint, format, f"{model.name}-{snapshot}", is_fixed=fixed)
+        answer.headers["Accept-Ranges"] = "bytes"
+        answer.held = held.pop_all()
+        return answer

@@ -348,7 +348,7 @@ def test_a_refusal_does_not_settle_an_attempt_that_broke(
             raise KeyboardInterrupt
         if problem == "draining":
             raise Draining
-        raise OverBudget(need=1, free=0, budget=0, retry_after_s=0.05)
+        raise OverBudget(need=1, free=0, budget=0, setting="staging-bytes", retry_after_s=0.05)
 
     monkeypatch.setattr(session._transport, "push", push)
     refusal = {"over budget": OverBudget, "draining": Draining}.get(problem, KeyboardInterrupt)

@@ -329,18 +329,19 @@ def test_bad_upload(case: str, server: RunningServer, raw: RawWorker) -> None:
 
 @pytest.mark.parametrize("limit", ["models", "bytes"])
 def test_limits_hold_for_creations_under_way(limit: str, data: Path) -> None:
-    """Two that both fit alone do not fit together, also while neither has uploaded yet."""
+    """Two that both fit alone do not fit together: whose values are there first has the place."""
     options = {"models": ("--max-models", "1"), "bytes": ("--max-bytes", "100")}[limit]
     with running_server(data, *options) as server:
         wire = Wire(server.grpc)
-        first = ask(wire, "a", manifest=small()).create
-        assert refused_join(wire, "b", manifest=small()).code == "over_capacity"
+        first, other = (ask(wire, name, manifest=small()).create for name in "ab")
         ask(wire, "a", manifest=small())  # the same worker may ask again
         ticket = ask(wire, "a", manifest=small()).create.ticket
-        fields = {"model": "a", "kind": pb.UPLOAD_KIND_CREATE, "segments": [Segment(stop=6, dtype=F32)]}
-        stale = pb.UploadHeader(**fields, ticket=first.ticket)
+        fields = {"kind": pb.UPLOAD_KIND_CREATE, "segments": [Segment(stop=6, dtype=F32)]}
+        stale = pb.UploadHeader(**fields, model="a", ticket=first.ticket)
         assert wire.refused("Upload", body(stale, torch.zeros(6))).code == "no_creation_ticket"
-        wire.answers("Upload", body(pb.UploadHeader(**fields, ticket=ticket), torch.zeros(6)))
+        wire.answers("Upload", body(pb.UploadHeader(**fields, model="a", ticket=ticket), torch.zeros(6)))
+        late = pb.UploadHeader(**fields, model="b", ticket=other.ticket)
+        assert wire.refused("Upload", body(late, torch.zeros(6))).code == "over_capacity"
         assert refused_join(wire, "b", manifest=small()).code == "over_capacity"
         assert models(server) == ["a"]
         assert server.rest("DELETE", "/v1/models/a").status_code == 204

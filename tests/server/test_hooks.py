@@ -30,7 +30,7 @@ from pushstep.server.groups import Group, ParamGroups
 from pushstep.server.hooks import CATALOGUE, Hook, Point, chain
 from pushstep.server.hooks.chain import MAX_HOOKS, HookChain
 from pushstep.server.hooks.hook import StepContext
-from pushstep.server.hooks.lr_scheduler import SCHEDULERS
+from pushstep.server.hooks.schedulers import KINDS
 
 ONES = {"bias": np.ones(4, np.float32)}
 
@@ -77,7 +77,8 @@ def test_catalogue_says_what_can_be_installed(server: RunningServer) -> None:
         assert entry["kind"] in ("transform", "guard", "observer")
         assert entry["description"]
         assert set(entry["points"]) <= {str(point) for point in Point}
-        assert entry["settings"]["additionalProperties"] is False
+        kinds = [entry["settings"], *entry["settings"].get("$defs", {}).values()]
+        assert {kind["additionalProperties"] for kind in kinds if "properties" in kind} == {False}
     assert set(shown["json_log"]["points"]) == {str(point) for point in Point}
     assert shown["clip_grad_norm"]["settings"]["properties"]["max_norm"]["exclusiveMinimum"] == 0
 
@@ -196,7 +197,7 @@ def torchs(name: str, arguments: Mapping[str, Any], optimizer: torch.optim.Optim
     return kind(**keywords) if name == "ChainedScheduler" else kind(optimizer, **keywords)
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("name", KINDS)
 def test_schedulers_are_torchs_also_over_a_snapshot(name: str) -> None:
     """Every lr is torch's, bit for bit, and stays so when the chain is dumped as JSON and read in mid-way."""
     losses = [3.0, 3.0, 3.0, 3.0, 2.0, 2.0, 2.0, 2.0]
@@ -259,6 +260,24 @@ BAD_SCHEDULERS: dict[str, tuple[str, Any]] = {
         {"schedulers": [{"scheduler": "StepLR", "arguments": {"step_size": 1}}] * 33},
     ),
     "a text without end": ("StepLR", {"step_size": 1, "x" * 201: 1}),
+    "a factor below 0": ("ExponentialLR", {"gamma": -1.0}),
+    "a power below 0": ("PolynomialLR", {"total_iters": 3, "power": -1}),
+    "a milestone that is NaN": ("MultiStepLR", {"milestones": [1, math.nan]}),
+    "a milestone of words": ("MultiStepLR", {"milestones": ["1"]}),
+    "a period of NaN": ("CosineAnnealingLR", {"T_max": math.nan}),
+    "a least lr below 0": ("CosineAnnealingLR", {"T_max": 3, "eta_min": -1.0}),
+    "a base below 0": ("CyclicLR", {"base_lr": -0.1, "max_lr": 0.9}),
+    "an end beyond the start": ("LinearLR", {"start_factor": 0.5, "end_factor": 1.5}),
+    "a share beyond 1": ("OneCycleLR", {"max_lr": 0.7, "total_steps": 9, "pct_start": 1.5}),
+    "a division by 0": ("OneCycleLR", {"max_lr": 0.7, "total_steps": 9, "div_factor": 0.0}),
+    "a momentum": ("CyclicLR", {"base_lr": 0.1, "max_lr": 0.9, "base_momentum": 0.9}),
+    "a factor that does not reduce": ("ReduceLROnPlateau", {"factor": 1.0}),
+    "patience below 0": ("ReduceLROnPlateau", {"patience": -1}),
+    "an inner one that is bad": (
+        "SequentialLR",
+        {"schedulers": [{"scheduler": "StepLR", "arguments": {"step_size": 0}}], "milestones": []},
+    ),
+    "no steps at all": ("LinearLR", {"total_iters": 0}),
 }
 
 
@@ -288,8 +307,6 @@ def test_nesting_has_an_end() -> None:
     [
         ("OneCycleLR", {"max_lr": 0.5, "total_steps": 3}),
         ("ExponentialLR", {"gamma": 1e12}),
-        ("ExponentialLR", {"gamma": -1.0}),
-        ("PolynomialLR", {"total_iters": 3, "power": -1}),
     ],
 )
 def test_a_scheduler_that_fails_leaves_the_lr_where_it_is(name: str, arguments: dict[str, Any]) -> None:

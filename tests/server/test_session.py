@@ -24,7 +24,14 @@ from pushstep.proto.errors import (
     UnknownWorker,
 )
 from pushstep.proto.types_pb2 import Identity, Outcome, Receipt
-from pushstep.server.session import FORGET_AFTER_S, LAST_SEQUENCE, Sessions
+from pushstep.server.session import (
+    FORGET_AFTER_S,
+    LAST_SEQUENCE,
+    RECEIPT_BYTES,
+    SPREAD,
+    WORKER_BYTES,
+    Sessions,
+)
 from pushstep.server.worker import RECEIPTS_KEPT, Verdict, Worker, WorkerState
 
 LEASE_S = 30.0
@@ -428,3 +435,45 @@ class Model(RuleBasedStateMachine):
 
 TestModel = Model.TestCase
 TestModel.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+def test_the_table_has_a_bound_in_bytes() -> None:
+    """Beyond it the longest absent go; where nobody is absent no other may join, and no state may grow."""
+    sessions = Sessions(LEASE_S, 100, max_bytes=4 * WORKER_BYTES + SPREAD * 1000)
+    workers = [sessions.join(name, at_s, takeover=False) for at_s, name in enumerate("abcd")]
+    assert sessions.kept_bytes == 4 * WORKER_BYTES
+    sessions.leave(identity(workers[1]), 5)
+    sessions.leave(identity(workers[0]), 6)
+    sessions.join("e", 7, takeover=False)
+    assert set(sessions.workers) == {"a", "c", "d", "e"}
+    sessions.require_room_for_state(workers[2], bytes(1000), 8)
+    assert "a" in sessions.workers
+    sessions.carry(workers[2], {}, bytes(1000))
+    sessions.require_room_for_state(workers[3], bytes(900), 8)
+    assert "a" not in sessions.workers
+    sessions.carry(workers[3], {"loss": 1.0}, bytes(900))
+    sessions.require_room_for_state(workers[3], bytes(10), 8)
+    with pytest.raises(OverCapacity, match="--worker-bytes"):
+        sessions.join("f", 9, takeover=False)
+    with pytest.raises(OverCapacity):
+        sessions.require_room_for_state(workers[3], bytes(1400), 9)
+    assert set(sessions.workers) == {"c", "d", "e"}
+
+
+def test_the_bytes_of_the_table_are_those_of_what_it_holds(sessions: Sessions) -> None:
+    for number, name in enumerate("abc" * 10):
+        worker = sessions.join(name, number, takeover=True)
+        consume(sessions, worker)
+        sessions.carry(worker, {"m" * number: 1.0}, bytes(number) if number % 2 else None)
+    loaded = Sessions(LEASE_S, 100)
+    loaded.parse(json.loads(json.dumps(sessions.dump())), 1)
+    metrics = sum(SPREAD * (len(name) + 8) for worker in sessions.workers.values() for name in worker.metrics)
+    assert sessions.kept_bytes == loaded.kept_bytes + metrics  # which are not saved
+    receipts = [v.receipt.ByteSize() for worker in sessions.workers.values() for v in worker.verdicts]
+    states = sum(len(worker.worker_state) for worker in sessions.workers.values())
+    fixed = 3 * WORKER_BYTES + len(receipts) * RECEIPT_BYTES
+    assert loaded.kept_bytes == fixed + SPREAD * (sum(receipts) + states)
+    for worker in sessions.workers.values():
+        sessions.leave(identity(worker), 40)
+    sessions.join("d", 40 + 2 * FORGET_AFTER_S, takeover=False)
+    assert (list(sessions.workers), sessions.kept_bytes) == (["d"], WORKER_BYTES)

@@ -1,0 +1,161 @@
+"""Lightning as it is: fit, a second fit(); strategy="ddp" is refused in words."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as lightning
+import pytest
+import torch
+from harness import RunningServer
+from nursery import nursery
+from torch.optim.lr_scheduler import StepLR
+from torch.utils.data import DataLoader, TensorDataset
+from twin import Network
+
+from pushstep.optim import Adagrad
+
+pytestmark = [
+    # Lightning's own, of this torch
+    pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+    pytest.mark.filterwarnings("ignore:The number of training batches"),
+]
+
+Make = Callable[[torch.nn.Module], torch.optim.Optimizer]
+BATCHES = 4
+
+
+class Regression(lightning.LightningModule):
+    """What it makes its optimizer with is all that differs between remote and local."""
+
+    def __init__(self, make: Make, *, scheduled: bool = True) -> None:
+        super().__init__()
+        self.network = Network()
+        self.make = make
+        self.scheduled = scheduled
+        self.losses: list[float] = []
+
+    def training_step(self, batch: Any, index: int) -> torch.Tensor:
+        ids, numbers = batch
+        loss: torch.Tensor = self.network(ids, numbers).square().mean()
+        self.losses.append(loss.item())
+        self.log("loss", loss)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.make(self.network)
+        if not self.scheduled:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": StepLR(optimizer, step_size=1, gamma=0.7)}
+
+
+def batches() -> DataLoader[Any]:
+    made = torch.Generator().manual_seed(3)
+    ids = torch.randint(0, 9, (6 * BATCHES,), generator=made)
+    return DataLoader(TensorDataset(ids, torch.randn(6 * BATCHES, 2, generator=made)), batch_size=6)
+
+
+def trainer(folder: Path, epochs: int, **options: Any) -> lightning.Trainer:
+    return lightning.Trainer(
+        accelerator="cpu",
+        max_epochs=epochs,
+        default_root_dir=folder,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        gradient_clip_val=0.5,
+        **options,
+    )
+
+
+def fit(made: lightning.Trainer, module: Regression, **options: Any) -> list[float]:
+    """The losses of this fit()."""
+    before = len(module.losses)
+    made.fit(module, batches(), **options)
+    return module.losses[before:]
+
+
+def remote(server: RunningServer, model_name: str) -> Make:
+    """As a script has it: a session of its own under the same name for each optimizer that is asked for."""
+    return lambda network: server.connect(model_name).attach(
+        torch.optim.Adagrad(network.parameters(), lr=0.1), module=network
+    )
+
+
+def local(network: torch.nn.Module) -> torch.optim.Optimizer:
+    return Adagrad(network.parameters(), lr=0.1)
+
+
+OPTIONS: dict[str, Any] = {"enable_checkpointing": False}
+
+
+def test_its_losses_are_those_of_a_local_run(server: RunningServer, model_name: str, tmp_path: Path) -> None:
+    module, one = Regression(remote(server, model_name)), Regression(local)
+    assert fit(trainer(tmp_path, 3, **OPTIONS), module) == fit(trainer(tmp_path, 3, **OPTIONS), one)
+
+
+def test_a_second_fit_goes_on(
+    server: RunningServer, model_name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It asks for another optimizer: another session takes the name over at once, and says from where it continues.
+
+    A local one begins with empty state; the server's goes on, as one longer fit() does.
+    """
+    module = Regression(remote(server, model_name), scheduled=False)
+    one = Regression(local, scheduled=False)
+    caplog.set_level("INFO", "pushstep.client")
+    losses = fit(trainer(tmp_path, 2, **OPTIONS), module)
+    losses += fit(trainer(tmp_path, 2, **OPTIONS), module)
+    (said,) = [record.getMessage() for record in caplog.records if record.name == "pushstep.client"]
+    assert said == f"worker 'w0' continues model '{model_name}' from version {2 * BATCHES}", "and no wait"
+    assert losses == fit(trainer(tmp_path, 4, **OPTIONS), one)
+
+
+DDP = """
+import os, sys
+address, model_name, meeting, rank, folder = sys.argv[1:]
+os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+os.environ |= {"TORCHELASTIC_RUN_ID": "none", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": meeting}
+import torch
+import lightning.pytorch as lightning
+from pushstep.client import connect
+from pushstep.optim import Adagrad
+from pushstep.proto.errors import UnsupportedModule
+from torch.utils.data import DataLoader, TensorDataset
+class Module(lightning.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(2, 1)
+    def training_step(self, batch, index):
+        return self.layer(batch[0]).square().mean()
+    def configure_optimizers(self):
+        session = connect(address, model=model_name, worker=f"rank{rank}")
+        return session.attach(Adagrad(self.layer.parameters()), module=self.layer)
+data = DataLoader(TensorDataset(torch.ones(8, 2)))
+try:
+    lightning.Trainer(accelerator="cpu", devices=2, strategy="ddp", max_epochs=1, default_root_dir=folder).fit(Module(), data)
+except UnsupportedModule as error:
+    print("refused:", error)
+"""
+
+
+def test_ddp_is_refused_in_words(server: RunningServer, model_name: str, tmp_path: Path) -> None:
+    """Two ranks, as torchrun starts them: each would push the average, and the server step for each."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        meeting = str(free.getsockname()[1])
+    with nursery(tmp_path, "lightning.pytorch") as scripts:
+        ranks = [
+            scripts.start(DDP, server.grpc, model_name, meeting, str(rank), str(tmp_path))
+            for rank in range(2)
+        ]
+        for rank in ranks:
+            rank.wait()
+            assert "refused:" in rank.said(), rank.said()
+            assert "in Lightning strategy='ddp'" in rank.said()
+            assert "policy='sync', workers=2" in rank.said()
+    assert server.rest("GET", f"/v1/models/{model_name}").status_code == 404, "and nothing was made"

@@ -1,0 +1,174 @@
+"""The README's table of limits says what the code does: each row's default is made of the constants here."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+import uvicorn
+
+from pushstep.proto import layout, parts
+from pushstep.proto import training_pb2 as pb
+from pushstep.proto.frames import MAX_CHUNK_BYTES, MAX_MESSAGE_BYTES
+from pushstep.proto.limits import limit_of
+from pushstep.proto.types_pb2 import Identity, Manifest, Parameter
+from pushstep.server import (
+    catalog,
+    copies,
+    creations,
+    descriptors,
+    downloads,
+    events,
+    executor,
+    http_protocol,
+    publish,
+    read_json,
+    readers,
+    received,
+    session,
+    settings,
+    tensor_file,
+    threads,
+)
+from pushstep.server.config import Config
+from pushstep.server.grpc_methods import REQUEST_S
+from pushstep.server.hooks import chain, schedulers
+from pushstep.server.rest_door import app
+from pushstep.server.service import GRPC_OPTIONS
+from pushstep.server.worker import RECEIPTS_KEPT
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+DEFAULTS = Config()
+
+
+def size(count: int) -> str:
+    """Bytes as the table writes them."""
+    parts = []
+    for unit, shift in (("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if count >> shift:
+            parts.append(f"{count >> shift} {unit}")
+            count &= (1 << shift) - 1
+    assert not count
+    return " and ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds / 60:g} min" if seconds >= 120 else f"{seconds:g} s"
+
+
+def count(field: str, kind: type = Manifest) -> str:
+    return f"{limit_of(kind, field).count:,}"
+
+
+def length(field: str, kind: type) -> str:
+    return f"{limit_of(kind, field).bytes:,}"
+
+
+def power(limit: int) -> str:
+    assert limit.bit_count() == 1
+    return f"2^{limit.bit_length() - 1}"
+
+
+def waiting(pool: threads.Threads) -> int:
+    assert pool.most_waiting is not None
+    return pool.most_waiting
+
+
+GRPC = dict(GRPC_OPTIONS)
+A_QUARTER = {0.25: "a quarter"}
+TIMES = {4: "four"}
+COPIES = f"{copies.COPIES_AT_ONCE}"
+STATE_BYTES = limit_of(pb.PushHeader, "worker_state").bytes
+# By how a row begins.
+EXPECTED = {
+    "models (`--max-models`)": f"{DEFAULTS.max_models}",
+    "parameters, optimizer state and extras": size(DEFAULTS.max_bytes),
+    "pushes and uploads on their way": size(DEFAULTS.staging_bytes),
+    "answers on their way": "as `--staging-bytes`",
+    "a wait for a turn": duration(catalog.Catalog(DEFAULTS).reading.wait_s),
+    "workers of a model, live": f"{DEFAULTS.max_workers:,}",
+    "these workers, their receipts": size(DEFAULTS.worker_bytes),
+    f"a stream, an answer or a download of which less than {size(readers.PROGRESS_BYTES)} moves": duration(
+        DEFAULTS.stall_s
+    ),
+    "the one message of a call": duration(REQUEST_S),
+    "a push that waits for other workers": duration(executor.HOLD_S),
+    "a worker that is not heard of": duration(DEFAULTS.lease_s),
+    "calls at once on one connection": f"{GRPC['grpc.max_concurrent_streams']}",
+    f"requests over {size(received.INLINE_MESSAGE_BYTES)} that wait": (
+        f"{waiting(threads.REQUESTS)}; {A_QUARTER[threads.SHARE_OF_REQUESTS]} of the time of one core, after the first "
+        f"{duration(threads.BURST_S)}"
+    ),
+    "pushes of a worker in flight; receipts": f"{session.IN_FLIGHT}; {RECEIPTS_KEPT}",
+    "versions of a model that are being read": f"{publish.LIVE_VERSIONS}",
+    "copies of models, each shared": COPIES,
+    "for exports, the state_dict": COPIES,
+    "for a look at a parameter": COPIES,
+    "for snapshots being written": COPIES,
+    "for restores and replaced states": COPIES,
+    "checkpoints' files": f"{downloads.FILES_AT_ONCE}",
+    "snapshots and checkpoints that are read": (
+        f"{A_QUARTER[threads.SHARE_OF_READS]} of the cores, and {waiting(threads.READS)} that wait"
+    ),
+    "how long a creation ticket holds": duration(creations.CREATION_S),
+    "tickets of one connection": f"{creations.TICKETS_PER_CONNECTION}; {size(creations.TICKETS_BYTES)}",
+    "a message of gRPC's": f"{size(MAX_MESSAGE_BYTES)}; {size(MAX_CHUNK_BYTES)}",
+    "a manifest or header, in parts": size(parts.MAX_WHOLE_BYTES),
+    "parameters; param groups; names": (
+        f"{count('parameters')}; {count('groups')}; {limit_of(Parameter, 'aliases').count + 1:,}; "
+        f"{layout.MAX_DIMENSIONS}; {power(layout.MAX_ELEMENTS)}"
+    ),
+    "rows of one PullRows": count("ids", pb.PullRowsRequest),
+    "a model's or worker's name": f"{length('worker', Identity)}; {length('name', Parameter)} bytes",
+    "metrics of a push": (
+        f"{count('metrics', pb.PushHeader)}; {length('metrics', pb.PushHeader)} bytes; {size(STATE_BYTES)}"
+    ),
+    "steps that a parameter": power(int(limit_of(pb.UploadHeader, "steps").most)),
+    "the header of uploaded extras": size(tensor_file.LONGEST_HEADER_BYTES),
+    "workers' connections": (f"{DEFAULTS.max_connections:,}, or as many as the process may open files for"),
+    "to speak HTTP/2": "; ".join(
+        duration(GRPC[name] / 1000)
+        for name in ("grpc.server_handshake_timeout_ms", "grpc.max_connection_idle_ms")
+    )
+    + "; "
+    + f"{(GRPC['grpc.keepalive_time_ms'] + GRPC['grpc.keepalive_timeout_ms']) / 1000:g} s",
+    "headers of a call": size(GRPC["grpc.absolute_max_metadata_size"]),
+    "HTTP connections": f"{descriptors.MOST_HTTP:,}, or a quarter of those files",
+    "HTTP requests under way": f"{app.MOST_REQUESTS}",
+    "the head of an HTTP request": f"{size(http_protocol.MAX_HEAD_BYTES)}, `--stall-s`",
+    "its body": (
+        f"{size(app.MAX_BODY_BYTES)} of JSON, {read_json.MAX_DEPTH} deep, {read_json.MAX_ENTRIES:,} entries of one list "
+        f"or object; {TIMES[http_protocol.BODY_STALLS]} times `--stall-s`"
+    ),
+    "an HTTP connection between two requests": duration(uvicorn.Config("any").timeout_keep_alive),
+    "whole numbers of a policy": f"{power(settings.LARGEST_WHOLE)}; 10^{round(math.log10(schedulers.LARGEST))}",
+    "hooks of a model": (
+        f"{chain.MAX_HOOKS}; {size(chain.MAX_SETTINGS_BYTES)}; {schedulers.MAX_SCHEDULERS}; {schedulers.MAX_LIST:,}"
+    ),
+    "events kept of a model": f"{events.EVENTS_KEPT:,}; {size(events.EVENT_BYTES)}; {size(events.EVENTS_BYTES)}",
+    "events that observers": f"{chain.OBSERVER_QUEUE:,}",
+}
+
+
+def test_the_table_of_limits_says_what_the_code_does() -> None:
+    section = README.split("## Limits")[1].split("\n## ")[0]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in section.splitlines()
+        if line.startswith("| ") and not line.startswith("| what ")
+    ]
+    wrong = {}
+    for what, default, beyond in rows:
+        (expected,) = [value for begin, value in EXPECTED.items() if what.startswith(begin)] or [None]
+        if expected != default:
+            wrong[what] = (default, expected)
+        assert beyond
+    assert wrong == {}
+    assert len(rows) == len(EXPECTED)
+
+
+def test_every_setting_that_is_a_limit_is_in_the_table() -> None:
+    limits = [name for name in Config.model_fields if re.search("^max_|_bytes$|^lease_s|^stall_s", name)]
+    section = README.split("## Limits")[1]
+    assert [name for name in limits if f"`--{name.replace('_', '-')}`" not in section] == []
