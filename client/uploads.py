@@ -30,7 +30,7 @@ def creation(
     layout: Layout,
     values: Values,
     steps: Sequence[int],
-    extras: Mapping[str, Tensor],
+    extras: Mapping[str, Tensor] | None = None,
 ) -> Upload:
     """The model itself, from the worker that was given the ticket."""
     body = values_body(layout, values)

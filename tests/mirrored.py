@@ -152,12 +152,19 @@ KEYS = ("lr", "eps", "rho", "lr_decay", "weight_decay", "maximize", "initial_lr"
 
 
 def copy_group(source: dict[str, Any], target: dict[str, Any]) -> None:
-    """Have one group the hyperparameters of another, in place where it holds a tensor."""
+    """Have one group the hyperparameters of another, in place where it holds a tensor.
+
+    A tensor that is what a number becomes in its dtype says nothing of further digits: the number stays.
+    """
     for key in KEYS[:-1]:
-        if key in source and isinstance(target[key], Tensor):
-            target[key].fill_(float(source[key]))
-        elif key in source:
-            target[key] = float(source[key]) if isinstance(source[key], Tensor) else source[key]
+        value = source.get(key)
+        if isinstance(value, Tensor):
+            same = bool(value == torch.full_like(value, float(target[key])))
+            value = target[key] if same else float(value)
+        if value is not None and isinstance(target[key], Tensor):
+            target[key].fill_(float(value))
+        elif value is not None:
+            target[key] = value
 
 
 def check_group(mine: dict[str, Any], theirs: dict[str, Any]) -> None:
