@@ -11,6 +11,9 @@ from pushstep.optim import RULES, eager
 from pushstep.optim import cpu as backend
 from pushstep.optim.dispatch import RowStep, Step
 
+# Keras's have kernels and an order of their own, and no rows: test_keras has them.
+TORCHS = ("adadelta", "adagrad")
+
 OPTIONS = [
     {},
     {"factor": 0.25},
@@ -56,7 +59,7 @@ def _step(name, options, layout):
     )
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", TORCHS)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
 def test_kernels_do_what_plain_operations_do(name, options, layout):
@@ -76,7 +79,7 @@ def test_kernels_do_what_plain_operations_do(name, options, layout):
         assert not any(g.any() for g in fused.grads)
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", TORCHS)
 @pytest.mark.parametrize("row_wise", [False, True])
 @pytest.mark.parametrize(
     "options",
@@ -109,7 +112,8 @@ def test_row_kernels_do_what_plain_operations_do(name, row_wise, options):
 
 
 def test_a_factor_for_each_tensor():
-    for name, rule in RULES.items():
+    for name in TORCHS:
+        rule = RULES[name]
         torch.manual_seed(0)
         params, grads = [torch.randn(5), torch.randn(6)], [torch.randn(5), torch.randn(6)]
         states = [[torch.rand(5), torch.rand(6)] for _ in rule.state_names]

@@ -97,7 +97,7 @@ def test_adadelta_on_rows_is_the_dense_rule_on_the_rows_named(fused, dtype, gaps
         torch.testing.assert_close(optimizer.state[p][name][named], dense.state[twin][name])
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", ["adadelta", "adagrad"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_merging_here_or_there_gives_the_same_bits(name, dtype):
     rule = RULES[name]

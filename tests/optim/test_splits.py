@@ -140,7 +140,7 @@ def test_several_python_threads_step_at_once(name):
 
 @pytest.mark.parametrize("threads", [1, 2, 7])
 @pytest.mark.parametrize("row_wise", [False, True])
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", ["adadelta", "adagrad"])
 def test_rows_give_the_same_bits_for_any_number_of_threads(name, row_wise, threads):
     rule = RULES[name]
     torch.manual_seed(0)
