@@ -36,9 +36,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import _get_scalar_dtype
 
-from .dispatch import number
 from .keras_terms import ACCUMULATOR, AVERAGE, KerasTerms
 from .one_count import OneCountOptimizer
+from .step import number
 
 StateDict = dict[str, Any]
 

@@ -20,11 +20,11 @@ from .cpu_norms import square_sums as square_sums
 from .cpu_rows import every_row, scalars_of, wide
 from .cpu_rows import plan_rows as plan_rows
 from .cpu_rows import step_rows as step_rows
-from .dispatch import FUSED_DTYPES, Step, number
 from .kernel_cache import compiled
 from .operands import check_dense, check_lists, run_of
 from .overlaps import Waves, waves_of
 from .pool import over_slices
+from .step import FUSED_DTYPES, Step, number
 from .table import KIND, Table, is_one_layout, operands, table_of
 
 # Half a megabyte of float32: bounds what a step of awkward layouts needs, and stays in the cache.

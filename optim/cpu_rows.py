@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from . import intrinsics, row_kernels
-from .dispatch import RowStep, Step, number
 from .kernel_cache import compiled
 from .operands import check_bounds, check_memory, check_rows, run_of
 from .pool import over_slices
+from .step import RowStep, Step, number
 from .table import KIND, STATE_COLUMNS
 from .unscaling import unscale
 

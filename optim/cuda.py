@@ -37,9 +37,9 @@ from .cuda_layouts import (
     shares_memory,
 )
 from .cuda_tables import capturing, extents, pointers, upload
-from .dispatch import FUSED_DTYPES, RowStep, Step
 from .operands import check_bounds, check_dense, check_lists, check_rows, run_of
 from .overlaps import Waves, waves_of, waves_of_runs
+from .step import FUSED_DTYPES, RowStep, Step
 from .unscaling import unscale
 
 PARAM, GRAD, FIRST, SECOND = (

@@ -19,7 +19,7 @@ from torch import Tensor
 from . import cuda_arithmetic as arithmetic
 from . import cuda_kernels as kernels
 from .cuda_tables import capturing, pointers, upload
-from .dispatch import RowStep, Step, number
+from .step import RowStep, Step, number
 
 DTYPE: Final = {
     torch.float32: tl.float32,

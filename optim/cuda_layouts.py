@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .cuda_arithmetic import COLUMNS, GRAD, PARAM
-from .dispatch import FUSED_DTYPES
+from .step import FUSED_DTYPES
 
 _dtype = attrgetter("dtype")
 

@@ -13,9 +13,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .dispatch import RowStep, Step, number
 from .operands import check_bounds, check_dense, check_rows
 from .rows import coalesce
+from .step import RowStep, Step, number
 from .unscaling import unscale
 
 

@@ -31,11 +31,11 @@ from torch.optim.optimizer import ParamsT
 
 from .adadelta import AdadeltaRule
 from .adagrad import AdagradRule
-from .dispatch import number
 from .learning_rate import Schedule
 from .one_count import OneCountOptimizer, dense
 from .optimizer import StateDtype
 from .rule import Hyperparameters
+from .step import number
 
 __all__ = ["AdaDelta", "Adagrad"]
 

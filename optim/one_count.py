@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from . import dispatch, eager
-from .dispatch import Path, Step, number, path_of
+from .dispatch import Path, path_of
 from .learning_rate import Schedule
 from .optimizer import FusedOptimizer, StateDtype
+from .step import Step, number
 
 
 class OneCountOptimizer(FusedOptimizer):

@@ -13,7 +13,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from .dispatch import FUSED_DTYPES, RowStep, Step
+from .step import FUSED_DTYPES, RowStep, Step
 
 _is_cpu = attrgetter("is_cpu")
 

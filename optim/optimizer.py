@@ -19,9 +19,10 @@ from torch.optim.optimizer import (
     _get_scalar_dtype,
 )
 
-from .dispatch import FUSED_DTYPES, Path, path_of
+from .dispatch import Path, path_of
 from .footprint import Footprint, Seen, footprint
 from .rule import Rule
+from .step import FUSED_DTYPES
 
 StateDtype = Literal["param"] | None
 

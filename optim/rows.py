@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .dispatch import FUSED_DTYPES
 from .operands import check_ids
+from .step import FUSED_DTYPES
 
 
 def coalesce(ids: Tensor, rows: Tensor, *, threads: int | None = None) -> tuple[Tensor, Tensor]:

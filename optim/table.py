@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from . import intrinsics, kernels
-from .dispatch import Step
 from .footprint import Footprint, footprint
 from .operands import OperandError
 from .overlaps import Waves, waves_of_runs
+from .step import Step
 
 
 class Kinds(dict[torch.dtype, int]):

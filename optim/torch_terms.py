@@ -19,10 +19,11 @@ from torch import Tensor
 from torch.optim.optimizer import _device_dtype_check_for_fused, _use_grad_for_differentiable
 
 from . import dispatch, eager
-from .dispatch import Backend, Path, RowStep, Step, path_of
+from .dispatch import Backend, Path, path_of
 from .footprint import Seen
 from .optimizer import FusedOptimizer
 from .overlaps import waves_of
+from .step import RowStep, Step
 
 
 def _grad_only_if_differentiable(step: Callable[..., Any]) -> Callable[..., Any]:

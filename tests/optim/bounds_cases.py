@@ -17,9 +17,9 @@ from parity_table import ROWS, Row
 from pushstep.optim import RULES, Adadelta, Adagrad, arriving, cpu, norms, rows
 from pushstep.optim.copies import TORCH_ELEMENTS, copy
 from pushstep.optim.device_digest import LEAST_BYTES, xxh3_64
-from pushstep.optim.dispatch import RowStep, Step
 from pushstep.optim.quantise import code_bytes, dequantise, dequantise_rows, quantise
 from pushstep.optim.select import select
+from pushstep.optim.step import RowStep, Step
 from pushstep.optim.sums import weighted_sum
 from pushstep.optim.varints import Varints
 

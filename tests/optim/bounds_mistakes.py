@@ -25,8 +25,8 @@ from pushstep.optim import (
     sums,
     table,
 )
-from pushstep.optim.dispatch import RowStep, Step
 from pushstep.optim.quantise import code_bytes
+from pushstep.optim.step import RowStep, Step
 
 N = 300
 

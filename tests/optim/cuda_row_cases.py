@@ -17,7 +17,7 @@ from pushstep.optim import (
     dispatch,
     norms,
 )
-from pushstep.optim.dispatch import Step
+from pushstep.optim.step import Step
 
 
 class TestRows:

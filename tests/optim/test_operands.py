@@ -9,10 +9,10 @@ import torch
 
 from pushstep.optim import RULES, Adadelta, Adagrad, arriving, cpu, eager, rows
 from pushstep.optim.device_digest import xxh3_64
-from pushstep.optim.dispatch import RowStep, Step
 from pushstep.optim.operands import OperandError
 from pushstep.optim.quantise import code_bytes, dequantise, dequantise_rows, quantise
 from pushstep.optim.select import select
+from pushstep.optim.step import RowStep, Step
 from pushstep.optim.sums import weighted_sum
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16

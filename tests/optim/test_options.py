@@ -9,7 +9,7 @@ import torch
 
 from pushstep.optim import RULES, eager
 from pushstep.optim import cpu as backend
-from pushstep.optim.dispatch import RowStep, Step
+from pushstep.optim.step import RowStep, Step
 
 # Keras's have kernels and an order of their own, and no rows: test_keras has them.
 TORCHS = ("adadelta", "adagrad")

@@ -9,7 +9,7 @@ import torch
 
 from pushstep.optim import RULES, Adadelta, Adagrad
 from pushstep.optim import cpu as backend
-from pushstep.optim.dispatch import Step
+from pushstep.optim.step import Step
 
 SIZES = [1, 7, 4096, 0, 65537, 300_001, 1000, 16]
 OPTIONS = {
