@@ -153,7 +153,6 @@ def _launch_dense(
     numbers = (
         *scalars(step, known, float(factors[0])),
         0.0 if step.clip_value is None else float(step.clip_value),
-        float(step.ema_momentum),
         1 - step.ema_momentum,
     )
     wide = torch.float64 in (params[0].dtype, operands[FIRST][0].dtype)
