@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Final
 
@@ -15,6 +16,7 @@ from .dispatch import RowStep, Step, number
 from .kernel_cache import compiled
 from .pool import over_slices
 from .table import KIND, STATE_COLUMNS
+from .unscaling import unscale
 
 # An element of a random row takes several times as long as one of a stream: slices of 512 rows of 32.
 SLICE_ELEMENTS: Final = 1 << 14
@@ -96,11 +98,16 @@ def plan_rows(step: RowStep) -> Callable[[], None]:
     # A table with gaps: its rows are taken out, stepped as a small table of their own, and put back.
     taken = operands if whole else [operand.index_select(0, ids) for operand in operands]
     named = ids if whole else torch.arange(ids.numel())
-    launch = _launch(step, taken[0], named, rows, taken[1:], ids.numel(), arranged, lr, step.factor)
+    unscaled = step if step.grad_scale is None else replace(step, grad_scale=None)
+    launch = _launch(unscaled, taken[0], named, rows, taken[1:], ids.numel(), arranged, lr, step.factor)
 
     def run() -> None:
         if step.steps is not None:
             step.steps += 1
+        if step.grad_scale is not None:
+            unscale(step.rows, step.grad_scale)
+            if rows is not step.rows:
+                rows.copy_(step.rows)
         launch()
         if not whole:
             for table, touched in zip(operands, taken, strict=True):

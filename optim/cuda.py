@@ -8,6 +8,7 @@ its ids (not under graph capture), `square_sums` returns numbers, and found_inf 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from operator import attrgetter
 from typing import Any, Final
@@ -36,6 +37,7 @@ from .cuda_layouts import (
 )
 from .cuda_tables import capturing, extents, pointers, upload
 from .dispatch import FUSED_DTYPES, RowStep, Step
+from .unscaling import unscale
 
 PARAM, GRAD, FIRST, SECOND = (
     c.value for c in (arithmetic.PARAM, arithmetic.GRAD, arithmetic.FIRST, arithmetic.SECOND)
@@ -220,6 +222,9 @@ def step_rows(step: RowStep) -> None:
         if low < 0 or high >= step.param.shape[0]:
             bad = low if low < 0 else high
             raise IndexError(f"index {bad} is out of bounds for dimension 0 with size {step.param.shape[0]}")
+    if step.grad_scale is not None:
+        unscale(step.rows, step.grad_scale, cuda_launch.on_device(step.found_inf, device))
+        step = replace(step, grad_scale=None)
     if not step.unique:
         ids, order = torch.sort(ids, stable=True)
     copied: list[Copied] = []

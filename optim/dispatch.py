@@ -93,6 +93,11 @@ class Step:
     memo: dict[str, Any] | None = None
     """Where a backend may keep what it learned about this list until its next step."""
 
+    @property
+    def writes_grad(self) -> bool:
+        """Whether the gradients are changed, too."""
+        return self.zero_grad or self.grad_scale is not None
+
     def check_row_wise(self) -> None:
         """Raise NotImplementedError for what no kernel does beside a row-wise state."""
         for name, asked in (
@@ -114,7 +119,7 @@ class Step:
         yield from self.steps or ()
         yield from self.ema or ()
         yield from self.copy_out or ()
-        if self.zero_grad or self.grad_scale is not None:
+        if self.writes_grad:
             yield from self.grads
 
 
@@ -143,6 +148,7 @@ class RowStep:
     step: int = 1
     factor: float = 1.0
     grad_scale: Tensor | float | None = None
+    """Divides the rows before they are summed, and in place: what `GradScaler.unscale_` does to them."""
     found_inf: Tensor | float | None = None
     threads: int | None = None
 
@@ -152,6 +158,8 @@ class RowStep:
         yield from self.states
         if self.steps is not None:
             yield self.steps
+        if self.grad_scale is not None:
+            yield self.rows
 
 
 class Backend(Protocol):
