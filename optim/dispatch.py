@@ -26,13 +26,16 @@ states excepted. Where no backend serves, the classes use torch's own functions 
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Final, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
+
+from .footprint import Seen
 
 
 def _cpu() -> Backend:
@@ -92,11 +95,32 @@ class Step:
     threads: int | None = None
     memo: dict[str, Any] | None = None
     """Where a backend may keep what it learned about this list until its next step."""
+    seen: Seen | None = None
+    """Where parameters and gradients lie, if whoever hands them over has looked."""
 
     @property
     def writes_grad(self) -> bool:
         """Whether the gradients are changed, too."""
         return self.zero_grad or self.grad_scale is not None
+
+    def only(self, members: Sequence[int], memo: dict[str, Any] | None = None) -> Step:
+        """The same step of some of the tensors, by their places."""
+
+        def some(given: Sequence[Any]) -> list[Any]:
+            return [given[k] for k in members]
+
+        return replace(
+            self,
+            params=some(self.params),
+            grads=some(self.grads),
+            states=[some(state) for state in self.states],
+            steps=None if self.steps is None else some(self.steps),
+            factor=some(self.factor) if isinstance(self.factor, Sequence) else self.factor,
+            ema=None if self.ema is None else some(self.ema),
+            copy_out=None if self.copy_out is None else some(self.copy_out),
+            memo=memo,
+            seen=None,
+        )
 
     def check_row_wise(self) -> None:
         """Raise NotImplementedError for what no kernel does beside a row-wise state."""
@@ -111,16 +135,14 @@ class Step:
             if asked:
                 raise NotImplementedError(f"row-wise state does not go with {name}")
 
-    def written(self) -> Iterator[Tensor]:
+    def written(self) -> list[Tensor]:
         """Every tensor that the step writes to."""
-        yield from self.params
-        for state in self.states:
-            yield from state
-        yield from self.steps or ()
-        yield from self.ema or ()
-        yield from self.copy_out or ()
+        tensors = [*self.params, *itertools.chain.from_iterable(self.states)]
+        for more in (self.steps, self.ema, self.copy_out):
+            tensors += more or ()
         if self.writes_grad:
-            yield from self.grads
+            tensors += self.grads
+        return tensors
 
 
 @dataclass(slots=True, kw_only=True)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import RowStep, Step, number
+from .operands import check_bounds, check_dense, check_rows
 from .rows import coalesce
 from .unscaling import unscale
 
@@ -30,6 +31,7 @@ def step(described: Step) -> None:
 
 def plan(described: Step) -> Callable[[], None]:
     """A dense step that is ready to be taken; see `dispatch.Step`."""
+    check_dense(described, kernels=False)
     return partial(_take, described)
 
 
@@ -40,6 +42,8 @@ def step_rows(described: RowStep) -> None:
 
 def plan_rows(described: RowStep) -> Callable[[], None]:
     """A step on rows that is ready to be taken; see `dispatch.RowStep`."""
+    check_rows(described, kernels=False)
+    check_bounds(described.ids, described.param.shape[0])
     return partial(_take_rows, described)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from pushstep.optim import RULES, Adadelta, Adagrad, rows
+from pushstep.optim import RULES, Adadelta, Adagrad, norms, rows
 
 ROW_RULES = ("adadelta", "adagrad")  # Keras has none over rows
 
@@ -264,6 +264,42 @@ def test_rows_stay_scaled_where_the_scaler_found_infinity():
     assert torch.equal(table.grad._values(), values)
     assert (table == 1).all()
     assert optimizer.state[table]["step"] == 0
+
+
+@pytest.mark.parametrize("name", ROW_RULES)
+def test_states_that_lie_otherwise(name):
+    """With gaps, negated or one number per row: the values are what counts."""
+    torch.manual_seed(0)
+    rule = RULES[name]
+    ids, values = torch.tensor([3, 1]), torch.randn(2, 4)
+    lying = {
+        "gaps": lambda t: torch.stack([t, torch.randn_like(t)], dim=-1)[..., 0],
+        "negated": lambda t: torch._neg_view(-t),
+    }
+    for shape in ((6, 4), (6, 1)):
+        for lie in lying.values():
+            plain = [torch.rand(6, 4), *(torch.rand(shape) for _ in rule.state_names)]
+            odd = [lie(t) for t in plain]
+            for tensors in (plain, odd):
+                rule.step_rows(tensors[0], ids, values, tensors[1:], rule.defaults, step=1)
+                rule.step_dense(tensors[0], values.repeat(3, 1), tensors[1:], rule.defaults, step=2)
+            for a, b in zip(odd, plain, strict=True):
+                assert torch.equal(a.resolve_neg(), b)
+
+
+@pytest.mark.parametrize("name", ROW_RULES)
+def test_zeros_that_were_never_written(name):
+    rule = RULES[name]
+    lazy = torch._efficientzerotensor(6, 4)
+    made = [torch.ones(6, 4), *(torch.ones(6, 4) for _ in rule.state_names)]
+    want = [tensor.clone() for tensor in made]
+    for tensors, grad in ((made, lazy), (want, torch.zeros(6, 4))):
+        rule.step_dense(tensors[0], grad, tensors[1:], rule.defaults, step=1)
+        rule.step_rows(tensors[0], torch.arange(6), grad, tensors[1:], rule.defaults, step=2)
+    for a, b in zip(made, want, strict=True):
+        assert torch.equal(a, b)
+    assert norms.square_sums([lazy, torch.ones(2)]) == [0.0, 2.0]
+    assert norms.square_sum(lazy) == 0.0
 
 
 def _row_wise_reference(name, p, g, states, lr):
