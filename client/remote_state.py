@@ -43,7 +43,7 @@ def fetched(
     for slot in pulled.layout.slots:
         if slot.group < len(states):
             if slot.start == slot.stop:  # nothing of it is sent
-                nothing = torch.empty(slot.shape, dtype=dtypes.state_dtype(slot.dtype))
+                nothing = torch.empty(slot.shape, dtype=dtypes.state_dtype(slot.dtype), device="cpu")
                 tensors[slot.index] = dict.fromkeys(RULES[groups[slot.group].rule].state_names, nothing)
             states[slot.group].parameters.append(ParameterState(steps[slot.index], tensors[slot.index]))
     dicts = []
@@ -90,7 +90,10 @@ def upload_of(
                 slot = slot_of(parameter)
                 steps[slot.index] = state.steps
                 for name in rule.state_names:
-                    fresh = torch.full(slot.shape, rule.initial_value(name, {**rule.defaults, **part.values}))
+                    initial = rule.initial_value(name, {**rule.defaults, **part.values})
+                    fresh = torch.full(
+                        slot.shape, initial, dtype=dtypes.state_dtype(slot.dtype), device="cpu"
+                    )
                     values[slot, name] = _shaped(state.tensors.get(name, fresh), slot, name)
     header.steps.extend(steps)
     return header, values

@@ -6,6 +6,7 @@ The kernels and the order are those of `norms` and `quantise`, and so are the bi
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import floating_mode
 from .cpu_norms import added_in_order
 from .intrinsics import STRIDE
 from .kernel_cache import compiled
@@ -45,7 +47,8 @@ class Arriving:
             plan = np.zeros(2 * STRIDE, np.int64)
             plan[:3] = 1, 1, stop  # workers, blocks in a slice, blocks
             plan[STRIDE : STRIDE + 2] = self._done, stop
-            self._work(plan, 0)
+            with floating_mode.default() if floating_mode.flushes() else contextlib.nullcontext():
+                self._work(plan, 0)
             self._done = stop
 
     def square_sums(self) -> list[float]:

@@ -178,4 +178,6 @@ class Adagrad(MlxOptimizer):
 
 def _rounded(lr: float, dtype: torch.dtype) -> float:
     """MLX holds a learning rate in float32 and casts it to the gradient's dtype."""
-    return lr if dtype == torch.float64 else torch.tensor(lr, dtype=torch.float32).to(dtype).item()
+    return (
+        lr if dtype == torch.float64 else torch.tensor(lr, dtype=torch.float32, device="cpu").to(dtype).item()
+    )

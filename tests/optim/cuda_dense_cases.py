@@ -197,7 +197,7 @@ class TestLists:
         monkeypatch.setattr(cuda_tables, "_staging", [torch.zeros(64, dtype=torch.uint8)])
         monkeypatch.setattr(cuda_tables, "STAGING_BYTES", 48)
         monkeypatch.setattr(
-            torch, "empty", lambda n, dtype, pin_memory: torch.zeros(n, dtype=dtype)
+            torch, "empty", lambda n, dtype, device, pin_memory: torch.zeros(n, dtype=dtype)
         )  # pinning needs a driver
         taken = [cuda_tables._set_aside(size) for size in (5, 16, 33, 8, 100)]
         assert [t.numel() for t in taken] == [5, 16, 33, 8, 100]
