@@ -17,6 +17,7 @@ from .step import FUSED_DTYPES, RowStep, Step
 
 _is_cpu = attrgetter("is_cpu")
 
+# What a kernel knows of a rule.
 STATES: Final = {"adadelta": 2, "adagrad": 1}
 
 
@@ -102,7 +103,7 @@ def _plainly_fit(step: RowStep) -> bool:
     The kernel is still to be looked up, and the memory.
     """
     param, ids, rows, states = step.param, step.ids, step.rows, step.states
-    if len(states) != STATES[step.rule]:
+    if len(states) != STATES.get(step.rule):
         return False
     shape, first, last = param.shape, states[0], states[-1]
     return (
@@ -187,6 +188,8 @@ def _beside(step: Step, k: int) -> Iterator[tuple[str, Tensor]]:
 
 
 def _check_count(rule: str, states: int) -> None:
+    if rule not in STATES:
+        raise OperandError(f"there is no kernel {rule!r}; there are {', '.join(STATES)}")
     if states != STATES[rule]:
         raise OperandError(f"{rule} keeps {STATES[rule]} states of a parameter, not {states}")
 

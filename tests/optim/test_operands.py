@@ -86,6 +86,7 @@ LISTS = {
     "one average for two": {"ema": [torch.ones(ROWS, WIDTH)]},
     "one copy for two": {"copy_out": [torch.ones(ROWS, WIDTH)]},
     "one factor for two": {"factor": [0.5]},
+    "a rule that has no kernel": {"rule": "keras_adadelta"},
 }
 BY_ROWS = {
     "more ids than rows": ({"ids": torch.arange(4)}, "4 row ids"),
@@ -180,7 +181,9 @@ def test_an_expanded_gradient_that_is_written_to(backend, written):
 @pytest.mark.parametrize("wrong", LISTS.values(), ids=LISTS)
 @pytest.mark.parametrize("backend", [cpu, eager], ids=["cpu", "eager"])
 def test_lists_of_other_lengths(wrong, backend):
-    assert_refused(backend.step, dataclasses.replace(dense(), **wrong), "beside 2 parameters|keeps 2 states")
+    assert_refused(
+        backend.step, dataclasses.replace(dense(), **wrong), "beside 2 parameters|keeps 2 states|no kernel"
+    )
 
 
 @pytest.mark.parametrize("wrong, match", BY_ROWS.values(), ids=BY_ROWS)
