@@ -383,13 +383,14 @@ def test_the_fate_of_a_push_that_the_server_has_forgotten(data: Path, pool: Thre
             return [(entry["name"], entry["state"]) for entry in shown]
 
         wait_until(lambda: names() == [("w0", "expired")])
-        server.connect("m", "w1").member()
-        assert [name for name, _ in names()] == ["w1"]
+        with server.connect("m", "w1") as other:
+            other.member()
+            assert [name for name, _ in names()] == ["w1"]
         proxy.accept()
         with pytest.raises(FateUnknown, match="push 1 of worker 'w0'"):
             session.push(grads(1))
         receipt = session.push(grads(1))
-        assert (receipt.version, receipt.epoch, receipt.sequence) == (2, 2, 1)
+        assert (receipt.version, receipt.epoch, receipt.sequence) == (2, 3, 1)
         assert counts(session, 2) == [1, 1]
         session.close()
 
