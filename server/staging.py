@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from pushstep.proto.layout import Slot
 from pushstep.proto.memory import BufferPool
 from pushstep.proto.types_pb2 import Staged
 
+from . import garbage
 from .threads import INLINE_PARTS
 
 # Asked of who is turned away, for each that waits: the longer the queue, the later.
@@ -214,7 +214,7 @@ class Budget:
     def _taken_at_last(self, size_bytes: int) -> Tensor:
         """The same once nothing is kept for later, by the pool or by cycles of what was refused."""
         self._pool.keep_at_most(0)
-        gc.collect()
+        garbage.collect()
         try:
             return self._pool.take(size_bytes)
         except (MemoryError, RuntimeError) as error:
