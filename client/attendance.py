@@ -10,6 +10,7 @@ the next step or upload: `_heard` is the timeline that the caller knows of.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
@@ -44,7 +45,7 @@ from .heartbeat import Heartbeat
 from .membership import Member, join
 from .policy import Policy, depends_on_who_is_first, difference, to_wire
 from .receipt import Outcome, Receipt
-from .retry import Retry
+from .retry import Retry, TransportFailure, answered
 from .sending import Attempts
 from .transport import Transport
 
@@ -79,6 +80,8 @@ class Attendance:
         # of the join that was not answered: sent once more it must not fence what came of the first
         self._joining = 0
         self._manifest: Manifest | None = None
+        # what `undo_join` brings back
+        self._before: tuple[Member | None, bytes, int] = (None, b"", 0)
         self._in_doubt: Identity | None = None
         self._worker_state: bytes | None = None
         self._worker_state_due = False
@@ -90,7 +93,7 @@ class Attendance:
         return self._heartbeat.member
 
     @_member.setter
-    def _member(self, member: Member) -> None:
+    def _member(self, member: Member | None) -> None:
         self._heartbeat.member = member
 
     def _check_usable(self) -> None:
@@ -107,14 +110,16 @@ class Attendance:
         values: Any,
         steps: Sequence[int] = (),
         policy: Policy | None = None,
+        extras: Mapping[str, Tensor] | None = None,
     ) -> bool:
         """Join under the manifest, creating the model from `values(layout)` if there is none. True if created."""
-        self._manifest = manifest
         wanted = to_wire(policy)
+        self._before = self._member, self._uid, self._heard
+        self._manifest = manifest
 
         def create(ticket: pb.CreationTicket) -> Member:
             layout = Layout(ticket.manifest)
-            header, body = uploads.creation(self.model, ticket, layout, values(layout), steps)
+            header, body = uploads.creation(self.model, ticket, layout, values(layout), steps, extras or {})
             header.policy = wanted
             return Member(self._transport.upload(header, body).member, layout)
 
@@ -164,6 +169,23 @@ class Attendance:
         self._know(self._joined().uid)
         return created
 
+    def undo_join(self) -> None:
+        """Be as before the last `join_or_create`, here and on the server, whether or not it was answered.
+
+        A model that it has created goes with it, unless something has come of it. What cannot be reached is left to the lease.
+        """
+        member, attempt = self._member, self._joining
+        before, uid, heard = self._before
+        if member is before and not attempt:
+            return  # it was refused
+        self._heartbeat.rest()
+        self._manifest, self._joining = None, 0
+        self._uid, self._heard, self._in_doubt = uid, heard, None
+        request = pb.LeaveRequest(model=self.model, undo=True, attempt=attempt)
+        request.identity.CopyFrom(Identity(worker=self.worker) if member is None else member.identity())
+        with contextlib.suppress(PushstepError, TransportFailure):
+            answered(partial(self._transport.leave, request))
+
     def member(self) -> Member:
         """Who this session is in the model; joins it if it has not yet, and settles what is in doubt, joins too."""
         self._check_usable()
@@ -204,6 +226,10 @@ class Attendance:
         self._heard = self._joined().timeline
         return told
 
+    def leave_untold(self, timeline: int) -> None:
+        """The caller was told of a restore, and leaves it to the next step to pass it on: it knows of `timeline`."""
+        self._heard = timeline
+
     # What became of a push.
 
     def settle(self) -> Receipt | None:
@@ -240,14 +266,17 @@ class Attendance:
 
     # Uploading.
 
-    def upload_values(self, values: Mapping[tuple[Slot, str], Tensor]) -> int:
-        """Send whole parameters by slot as a version of their own; the version."""
+    def upload_values(self, values: Mapping[tuple[Slot, str], Tensor], fresh: Sequence[str] = ()) -> int:
+        """Send whole parameters by slot as a version of their own; the version.
+
+        `fresh`: the names of those whose optimizer state begins anew.
+        """
         while True:
             member = self._member_now()
             placed = {
                 (member.layout.slot(slot.name, self.model), state): v for (slot, state), v in values.items()
             }
-            header, body = uploads.parameters(self.model, member, placed)
+            header, body = uploads.parameters(self.model, member, placed, fresh)
             attempts = Attempts(partial(self._transport.upload, header, body))
             try:
                 answer = self._retry.run(attempts)
@@ -282,10 +311,14 @@ class Attendance:
         answer = self._send(lambda member: uploads.state(self.model, member, header, values))
         return self.adopt(answer.member, self._joined().layout)
 
-    def upload_extras(self, tensors: Mapping[str, Tensor]) -> None:
-        """Send a module's buffers and frozen values, for exports and snapshots. Only the lead's are kept."""
-        upload = uploads.extras(self.model, self.member(), tensors)
-        self._retry.run(partial(self._transport.upload, *upload))
+    def upload_extras(self, tensors: Mapping[str, Tensor], *, are_all: bool) -> int:
+        """Send buffers and frozen values of a module; the version of what is held then. Only the lead's are taken."""
+        upload = uploads.extras(self.model, self.member(), tensors, are_all=are_all)
+        return int(self._retry.run(partial(self._transport.upload, *upload)).extras_version)
+
+    def pull_extras(self) -> tuple[int, dict[str, Tensor]]:
+        """The version and the values of what the model holds beside its parameters."""
+        return self._retry.run(partial(self._transport.pull_extras, pb.PullExtrasRequest(model=self.model)))
 
     def _send(self, make: Callable[[Member], uploads.Upload]) -> pb.UploadResponse:
         """Send what `make` makes of the membership, which may have to be joined anew."""

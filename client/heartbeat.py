@@ -36,13 +36,21 @@ class Heartbeat:
     def start(self) -> None:
         """Begin, if it has not begun yet."""
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="pushstep-heartbeat", daemon=True)
+            self._thread = threading.Thread(
+                target=self._run, args=(self._stopped,), name="pushstep-heartbeat", daemon=True
+            )
             self._thread.start()
             close_at_exit(self)
 
     def stop(self) -> None:
         """Have no further beat begin."""
         self._stopped.put(None)
+
+    def rest(self) -> None:
+        """Beat for nobody, until the next `start`: there is no membership any more."""
+        self.member, self._thread = None, None
+        stopped, self._stopped = self._stopped, SimpleQueue()
+        stopped.put(None)
 
     def wait(self, timeout_s: float) -> None:
         """Wait for the beat that is under way, if one is."""
@@ -68,21 +76,22 @@ class Heartbeat:
             request = pb.LeaveRequest(model=self._model, identity=self.member.identity())
             answered(partial(self._transport.leave, request))
 
-    def _run(self) -> None:
-        while self.member is not None and not self._is_stopped_within(self.member.lease_s / 3):
+    def _run(self, stopped: SimpleQueue[None]) -> None:
+        while self.member is not None and not _is_put_within(stopped, self.member.lease_s / 3):
             request = pb.HeartbeatRequest(model=self._model, identity=self.member.identity())
             # a failure says nothing: the next step finds out, and tells the user
             with suppress(PushstepError, TransportFailure):
                 answered(partial(self._transport.heartbeat, request))
-        if self._last_words is not None:
+        if self._last_words is not None and stopped is self._stopped:
             self._last_words()
             with suppress(PushstepError, TransportFailure):  # the lease ends by itself
                 self.leave()
             self._transport.close()
 
-    def _is_stopped_within(self, seconds: float) -> bool:
-        try:
-            self._stopped.get(timeout=seconds)
-        except Empty:
-            return False
-        return True
+
+def _is_put_within(queue: SimpleQueue[None], seconds: float) -> bool:
+    try:
+        queue.get(timeout=seconds)
+    except Empty:
+        return False
+    return True

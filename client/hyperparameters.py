@@ -53,8 +53,8 @@ class Hyperparameters:
     def edits(self, groups: Sequence[Group]) -> dict[int, dict[str, float | bool]]:
         """What was changed here since, by the group's index."""
         edits = {}
-        for index, known in enumerate(self._known):
-            group = groups[index]
+        # a group that could not be added here may be known all the same
+        for index, (group, known) in enumerate(zip(groups, self._known, strict=False)):
             changed = {
                 name: value
                 for name, value in group.values().items()
@@ -99,14 +99,49 @@ class Hyperparameters:
                 elif group.settings.get(name) != value:
                     group.settings[name] = value
 
+    def copies(self, groups: Sequence[Group]) -> list[dict[str, Any]]:
+        """The groups' settings as they are, less their parameters."""
+        return [
+            {
+                name: value.clone() if isinstance(value, Tensor) else value
+                for name, value in group.settings.items()
+                if name != "params"
+            }
+            for group in groups
+        ]
+
+    def put_back(self, groups: Sequence[Group], copies: Sequence[Mapping[str, Any]]) -> None:
+        """Have the groups what `copies` gave, in place where they hold tensors."""
+        for group, copied in zip(groups, copies, strict=True):
+            for name, value in copied.items():
+                if isinstance(value, Tensor) and isinstance(group.settings.get(name), Tensor):
+                    group.settings[name].copy_(value)
+                else:
+                    group.settings[name] = value
+
+    def unsent(self, groups: Sequence[Group]) -> dict[int, dict[str, float | bool]]:
+        """The lead's edits that no push has carried, for the leave to carry; those that are no numbers stay here."""
+        try:
+            return self.edits(groups) if self.leads else {}
+        except (TypeError, ValueError, RuntimeError) as error:
+            caller.warn(f"the last edits of the hyperparameters are lost: {error}")
+            return {}
+
     def warn_ignored(self, receipt: Receipt) -> None:
         """Say once that edits did not count, to the caller of the optimizer's `step`."""
-        if receipt.ignored_edits and not self._warned:
+        why = "an operator or a hook holds them" if receipt.lead else "only the lead worker's count"
+        self._warn(receipt.ignored_edits, why)
+
+    def warn_ignored_at_leave(self, ignored: Sequence[str]) -> None:
+        """The same of those that the leave has carried."""
+        self._warn(
+            ignored, "an operator or a hook holds them, their rule refuses them, or a restore came first"
+        )
+
+    def _warn(self, ignored: Sequence[str], why: str) -> None:
+        if ignored and not self._warned:
             self._warned = True
-            who = "an operator or a hook holds them" if receipt.lead else "only the lead worker's count"
-            caller.warn(
-                f"hyperparameter edits of this worker were ignored ({', '.join(receipt.ignored_edits)}): {who}"
-            )
+            caller.warn(f"hyperparameter edits of this worker were ignored ({', '.join(ignored)}): {why}")
 
 
 def _same(value: Any, known: float | bool) -> bool:

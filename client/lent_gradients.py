@@ -8,7 +8,8 @@ anything; what does not lie in its place is copied at the step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from pushstep.optim.copies import copy
 from pushstep.proto.layout import Slot
 
+from .parameters import Parameters
 from .region import Region
 from .shared_memory import SharedMemory
 from .shield import shield
@@ -25,26 +27,39 @@ from .shield import shield
 class LentGradients:
     """Hooks on an optimizer's parameters, until `remove`."""
 
-    def __init__(self, memory: SharedMemory, name_of: Callable[[Tensor], str]) -> None:
+    def __init__(self, memory: SharedMemory, parameters: Parameters) -> None:
         self._memory = memory
-        self._name_of = name_of
+        self._names = parameters
         self._parameters: list[Tensor] = []
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._handles: dict[Tensor, torch.utils.hooks.RemovableHandle] = {}
+        # frozen ones, which take no hook until they are not
+        self._frozen: list[Tensor] = []
         memory.before_drop.append(self._withdraw)
 
-    def add(self, parameters: Iterable[Tensor]) -> None:
-        """Have the gradients of more parameters lie there."""
-        for parameter in parameters:
-            self._parameters.append(parameter)
-            if parameter.is_leaf and parameter.is_cpu:
-                handle = parameter.register_post_accumulate_grad_hook(self._lend)  # type: ignore[no-untyped-call]
-                self._handles.append(handle)
+    def watch(self, parameters: Iterable[Tensor]) -> None:
+        """Have the gradients of these parameters lie there, and of no others."""
+        self._parameters = list(parameters)
+        wanted = set(self._parameters)
+        for parameter in [known for known in self._handles if known not in wanted]:
+            self._handles.pop(parameter).remove()
+        able = [p for p in self._parameters if p.is_leaf and p.is_cpu and p not in self._handles]
+        self._frozen = [parameter for parameter in able if not parameter.requires_grad]
+        for parameter in able:
+            if parameter.requires_grad:
+                register: Any = parameter.register_post_accumulate_grad_hook  # torch gives it no types
+                self._handles[parameter] = register(self._lend)
+
+    @property
+    def waits(self) -> bool:
+        """Whether a parameter that was frozen is not any more."""
+        return any(parameter.requires_grad for parameter in self._frozen)
 
     def remove(self) -> None:
         """Take the hooks off."""
-        for handle in self._handles:
+        for handle in self._handles.values():
             handle.remove()
         self._handles.clear()
+        self._frozen = []
 
     @shield  # or threads would still write into a place that is lent again
     @torch.no_grad()
@@ -52,7 +67,7 @@ class LentGradients:
         region, gradient = self._memory.region, parameter.grad
         if region is None or gradient is None or gradient.layout is not torch.strided:
             return
-        slot = region.gradients.layout.by_name.get(self._name_of(parameter))
+        slot = region.gradients.layout.by_name.get(self._names.name_of(parameter))
         if slot is None or not _may_lie_there(gradient, slot, region) or region.holds(gradient):
             return
         place = region.lend(slot)

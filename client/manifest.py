@@ -12,10 +12,10 @@ from pushstep.optim.state_dict import tensor_of
 from pushstep.proto import dtypes
 from pushstep.proto.errors import InvalidManifest
 from pushstep.proto.hyperparameters import wire_values
+from pushstep.proto.names import check_name
 from pushstep.proto.types_pb2 import Manifest, Parameter, ParamGroup
 
 from .hyperparameters import Group
-from .names import check_parameter
 
 
 def parameter_message(name: str, parameter: Tensor, group: int, aliases: Sequence[str] = ()) -> Parameter:
@@ -28,28 +28,6 @@ def group_message(group: Group) -> ParamGroup:
     """One param group, without its parameters."""
     values = wire_values(group.values())
     return ParamGroup(rule=group.rule, optimizer=group.optimizer, values=values)
-
-
-def of_groups(groups: Sequence[Group], names: Sequence[str], aliases: Sequence[Sequence[str]]) -> Manifest:
-    """The manifest of attached optimizers; names and aliases are in the order of the groups' parameters."""
-    manifest = Manifest()
-    number = 0
-    for index, group in enumerate(groups):
-        manifest.groups.append(group_message(group))
-        for parameter in group.settings["params"]:
-            manifest.parameters.append(parameter_message(names[number], parameter, index, aliases[number]))
-            number += 1
-    return manifest
-
-
-def of_added_group(group: Group, index: int, names: Sequence[str]) -> tuple[Manifest, dict[str, Tensor]]:
-    """The manifest of one group more, and its parameters by name."""
-    values = dict(zip(names, group.settings["params"], strict=True))
-    manifest = Manifest(groups=[group_message(group)])
-    for name, parameter in values.items():
-        check_parameter(parameter, name)
-        manifest.parameters.append(parameter_message(name, parameter, index))
-    return manifest, values
 
 
 def of_arrays(
@@ -71,7 +49,7 @@ def of_arrays(
             raise InvalidManifest(problem=f"group {index} needs a rule, one of {', '.join(RULES)}")
         settings = wire_values({k: v for k, v in group.items() if k not in ("rule", "params")})
         manifest.groups.append(ParamGroup(rule=group["rule"], optimizer=0, values=settings))
-        for name in group["params"]:
+        for name in map(check_name, group["params"]):
             values[name] = tensor_of(parameters[name])
             manifest.parameters.append(parameter_message(name, values[name], index))
     return manifest, values

@@ -38,6 +38,7 @@ class Member:
         self.lead = message.lead
         self.worker_state = message.worker_state
         self.policy = message.policy
+        self.extras_version = message.extras_version
         self._forgotten = message.forgotten_epoch, message.forgotten_sequence
         self._receipts = list(message.receipts)
 

@@ -51,8 +51,9 @@ class Mirror:
         self.at = None
 
     def arrays(self) -> dict[str, Array] | None:
-        """Copies of all parameters; None when the model has some that never came here."""
-        names = [slot.name for slot in self.layout.slots] if self.layout is not None else []
-        if any(name not in self._values for name in names):
+        """Copies of all parameters, also by their other names; None when the model has some that never came here."""
+        slots = self.layout.slots if self.layout is not None else ()
+        if any(slot.name not in self._values for slot in slots):
             return None
-        return {name: as_array(self._values[name]) for name in names}
+        arrays = {slot.name: as_array(self._values[slot.name]) for slot in slots}
+        return arrays | {alias: arrays[slot.name] for slot in slots for alias in slot.aliases}

@@ -9,18 +9,14 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 
 import torch
 from torch import Tensor
 
-from pushstep.optim import RULES, keras
+from pushstep.optim import keras
 from pushstep.optim.keras_order import KerasOptimizer
 from pushstep.proto.errors import NotAttached, UnsupportedModule
-from pushstep.proto.layout import Layout, Slot
-from pushstep.proto.types_pb2 import Manifest
-
-from .parameters import Parameters
 
 _HOOK_TABLES = (
     "_optimizer_step_pre_hooks",
@@ -128,28 +124,6 @@ def _counted(
     return parameter, state
 
 
-def brought_along(
-    optimizers: Sequence[torch.optim.Optimizer],
-    parameters: Parameters,
-    rules: Sequence[str],
-    manifest: Manifest,
-) -> tuple[list[int], Callable[[Layout], dict[tuple[Slot, str], Tensor]]]:
-    """What a model begins with: each parameter's step count, and a function that gives values and state by slot."""
-    states = {parameters.name_of(p): state for p, state in stepped_states(optimizers).items()}
-    steps = [int(states.get(p.name, {}).get("step", 0)) for p in manifest.parameters] if states else []
-
-    def values(layout: Layout) -> dict[tuple[Slot, str], Tensor]:
-        found: dict[tuple[Slot, str], Tensor] = {}
-        for slot in layout.slots:
-            found[slot, ""] = parameters[slot.name]
-            for name in RULES[rules[slot.group]].state_names:
-                if slot.name in states:
-                    found[slot, name] = states[slot.name][name]
-        return found
-
-    return steps, values
-
-
 class _HookTable(OrderedDict[int, Callable[..., Any]]):
     """The hooks of several optimizers as one of torch's tables; whoever holds a handle may still remove its own.
 
@@ -168,22 +142,50 @@ class _HookTable(OrderedDict[int, Callable[..., Any]]):
         return [hook for number, hook in self.items() if number in self._own_table.get(number, self)]
 
 
-def take_over(optimizers: Sequence[torch.optim.Optimizer], taker: torch.optim.Optimizer) -> None:
-    """Move the hooks to the taker, drop the state, and have the optimizers refuse to step."""
-    for table in _HOOK_TABLES:
-        setattr(taker, table, _HookTable([getattr(optimizer, table) for optimizer in optimizers]))
-    for optimizer in optimizers:
-        for table in _HOOK_TABLES:
-            setattr(optimizer, table, OrderedDict())
-        optimizer.state.clear()
-        optimizer.step = _refuse_step  # type: ignore[method-assign]
+# What the taken optimizers do no more: it would be done to nothing.
+_REFUSED: Final = ("step", "state_dict", "load_state_dict", "add_param_group")
+# Where an optimizer keeps the hook tables that it has given away: it may be attached again, by another session.
+_GIVEN: Final = "_pushstep_given_tables"
 
 
-def _refuse_step(*_: object, **__: object) -> NoReturn:
-    raise NotAttached(
-        problem="this optimizer was attached to a server: call step() of what attach() returned"
-    )
+class Takeover:
+    """Optimizers whose steps a server takes: their hooks move, their state goes, and they refuse to step."""
+
+    def __init__(self, optimizers: Sequence[torch.optim.Optimizer], taker: torch.optim.Optimizer) -> None:
+        self._taker = taker
+        self._before = [(optimizer, dict(vars(optimizer)), dict(optimizer.state)) for optimizer in optimizers]
+
+    def do(self) -> None:
+        """Take them over."""
+        tables = {
+            table: [[*before.get(_GIVEN, {}).get(table, ()), before[table]] for _, before, _ in self._before]
+            for table in _HOOK_TABLES
+        }
+        for table, of_each in tables.items():
+            setattr(self._taker, table, _HookTable([one for several in of_each for one in several]))
+        for number, (optimizer, *_) in enumerate(self._before):
+            vars(optimizer)[_GIVEN] = {table: tables[table][number] for table in _HOOK_TABLES}
+            vars(optimizer).update({table: OrderedDict() for table in _HOOK_TABLES})
+            vars(optimizer).update({method: _refusal(method) for method in _REFUSED})
+            optimizer.state.clear()
+
+    def undo(self) -> None:
+        """Give them back as they were."""
+        for optimizer, before, state in self._before:
+            for name in (_GIVEN, *_HOOK_TABLES, *_REFUSED):
+                if name in before:
+                    vars(optimizer)[name] = before[name]
+                else:
+                    vars(optimizer).pop(name, None)
+            optimizer.state.update(state)
 
 
-# schedulers look for their own mark on the step that they wrapped
-_refuse_step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+def _refusal(method: str) -> Callable[..., NoReturn]:
+    def refuse(*_: object, **__: object) -> NoReturn:
+        raise NotAttached(
+            problem=f"this optimizer was attached to a server: call {method}() of what attach() returned"
+        )
+
+    # schedulers look for their own mark on the step that they wrapped
+    refuse._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+    return refuse

@@ -124,8 +124,17 @@ class Overlap:
         self._given_up = self._plan is None
 
     def watch(self, parameters: Iterable[Tensor]) -> None:
-        """Have hooks on these parameters, too."""
-        for parameter in parameters:
+        """Have hooks on these parameters, and on no others."""
+        wanted = list(parameters)
+        gone = self._handles.keys() - set(wanted)
+        for parameter in gone:
+            self._handles.pop(parameter).remove()
+        if gone:
+            with self._lock:
+                self._plan = None
+                self._withdraw()
+                self._begin_anew()
+        for parameter in wanted:
             if parameter.requires_grad and parameter not in self._handles:
                 register: Any = parameter.register_post_accumulate_grad_hook  # torch gives it no types
                 self._handles[parameter] = register(_weakly(self))

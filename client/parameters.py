@@ -1,44 +1,89 @@
 """The parameters that an attached optimizer steps: by the model's names, and at which version they are.
 
 They are the user's own tensors. What is pulled is copied into them; a change that comes from elsewhere would be lost
-with the next pull, so it is noticed before the next push, by torch's count of the writes to each tensor.
+with the next pull, so it is noticed before the next push (see local_edits.py). Several tensors over the same view of one
+memory are one parameter: its gradient is the sum of theirs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from itertools import chain
+from operator import is_
 
 import torch
 from torch import Tensor
 
 from pushstep.optim.copies import copy
+from pushstep.proto.errors import UnsupportedModule, WrongDtype, WrongShape
 from pushstep.proto.layout import Layout, Slot
 
 from .gradients import Rows, as_gradient
-from .names import check_parameter
+from .local_edits import NOTHING, LocalEdits, same_bits
+from .tensors import check_parameter, firsts
 from .transport import Pulled
 
 
 class Parameters:
     """The tensors by name; `at` is the (timeline, version) that they are at, None before the first pull."""
 
-    def __init__(self, model: str, by_name: Mapping[str, Tensor]) -> None:
+    def __init__(self, model: str, *, watch_whole: bool = False) -> None:
         self.at: tuple[int, int] | None = None
+        # those whose tensor in its group was replaced: their state begins anew with the next version
+        self.fresh: list[str] = []
+        # those that `edited` has found written to, if only with what they held
+        self.written: set[str] = set()
         self._model = model
+        self._lists: list[list[Tensor]] = []
         self._by_name: dict[str, Tensor] = {}
         self._names: dict[int, str] = {}
-        self._versions: dict[str, int] = {}
-        for name, parameter in by_name.items():
-            check_parameter(parameter, name)
-        self.add(by_name)
+        # of those that are several tensors over one memory
+        self._others: dict[str, list[Tensor]] = {}
+        self._places: dict[str, list[int]] = {}
+        self._edits = LocalEdits(whole=watch_whole)
+        self._placed: tuple[Layout | None, list[tuple[Slot, Tensor, Sequence[Tensor]]]] = (None, [])
 
-    def add(self, by_name: Mapping[str, Tensor]) -> None:
-        """Have more of them, of a group that was added."""
-        self._by_name.update(by_name)
-        self._names.update({id(parameter): name for name, parameter in by_name.items()})
+    def add(self, lists: Sequence[Sequence[Tensor]], names: Sequence[Sequence[str]]) -> None:
+        """Have more of them, of whole groups; two tensors of one name are one parameter."""
+        for tensors, named in zip(lists, names, strict=True):
+            self._lists.append(list(tensors))  # first: `keep` goes by it
+            for tensor, name in zip(tensors, named, strict=True):
+                self._names[id(tensor)] = name
+                if self._by_name.setdefault(name, tensor) is not tensor:
+                    self._others.setdefault(name, []).append(tensor)
+        self._watch()
+
+    def keep(self, groups: int) -> None:
+        """Have only so many groups: another one is not there, after all."""
+        for tensor in chain.from_iterable(self._lists[groups:]):
+            name = self._names.pop(id(tensor), "")
+            self._by_name.pop(name, None)
+            self._others.pop(name, None)
+        del self._lists[groups:]
+        self._watch()
+
+    def _watch(self) -> None:
+        self._placed = None, []
+        self._places = {name: [] for name in self._by_name}
+        tensors = list(chain.from_iterable(self._lists))
+        for place, tensor in enumerate(tensors):
+            self._places[self._names[id(tensor)]].append(place)
+        self._edits.watch(tensors)
 
     def __getitem__(self, name: str) -> Tensor:
         return self._by_name[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._by_name
+
+    @property
+    def by_name(self) -> Mapping[str, Tensor]:
+        """Each parameter by its name; of several tensors over one memory, the first."""
+        return self._by_name
+
+    def single(self) -> list[Tensor]:
+        """Those that are one tensor each."""
+        return [tensor for name, tensor in self._by_name.items() if name not in self._others]
 
     def name_of(self, parameter: Tensor) -> str:
         """What the model calls it."""
@@ -48,39 +93,148 @@ class Parameters:
         """Where a parameter lies in the model."""
         return layout.slot(self.name_of(parameter), self._model)
 
-    def values(self, layout: Layout) -> dict[tuple[Slot, str], Tensor]:
-        """All of them, as an upload takes them."""
-        return {(layout.slot(name, self._model), ""): parameter for name, parameter in self._by_name.items()}
+    def values(self, layout: Layout, names: Collection[str] | None = None) -> dict[tuple[Slot, str], Tensor]:
+        """All of them, or some, as an upload takes them. WrongShape or WrongDtype if one is no longer what it was."""
+        found = {}
+        for name in self._by_name if names is None else names:
+            slot, tensor = layout.slot(name, self._model), self._by_name[name]
+            _check_same_kind(slot, tensor)
+            found[slot, ""] = tensor
+        return found
 
     def gradients(self, layout: Layout) -> dict[Slot, Tensor | Rows]:
         """The gradients of those that have one."""
+        if self._placed[0] is not layout:
+            slots = ((layout.slot(name, self._model), name) for name in self._by_name)
+            self._placed = layout, [(s, self._by_name[n], self._others.get(n, ())) for s, n in slots]
         found: dict[Slot, Tensor | Rows] = {}
-        for name, parameter in self._by_name.items():
-            if parameter.grad is not None:
-                slot = layout.slot(name, self._model)
-                found[slot] = as_gradient(parameter.grad, slot)
+        for slot, parameter, others in self._placed[1]:
+            gradient = parameter.grad
+            if others:
+                gradient = _summed([p.grad for p in (parameter, *others) if p.grad is not None])
+            if gradient is not None:
+                found[slot] = as_gradient(gradient, slot)
         return found
 
-    def written(self) -> str | None:
-        """The name of one that was written to since they were last taken or sent."""
-        return next((n for n, p in self._by_name.items() if p._version != self._versions[n]), None)
+    # The groups' own lists.
 
-    def are(self, pulled: Pulled) -> bool:
-        """Whether they are what was pulled whole: then what was written to them has changed nothing."""
-        at = (pulled.header.timeline, pulled.header.version)
-        if at != self.at or not all(
-            torch.equal(self._by_name[slot.name].detach().cpu(), values.to(slot.dtype))
+    def follow(
+        self, lists: Sequence[Sequence[Tensor]], layout: Callable[[], Layout]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Take over tensors that have replaced others in the groups; each old one with the new one.
+
+        UnsupportedModule, WrongShape or WrongDtype, naming it, for what cannot be the same parameter.
+        """
+        if len(lists) == len(self._lists) and all(map(_are_same, lists, self._lists)):
+            return []
+        if list(map(len, lists)) != list(map(len, self._lists)):
+            here, there = list(map(len, lists)), list(map(len, self._lists))
+            raise UnsupportedModule(
+                problem=f"the groups have {here} parameters here and {there} in the model: add_param_group() adds a group, "
+                "and a parameter without a gradient is not stepped"
+            )
+        replaced = [
+            (old, new)
+            for now, known in zip(lists, self._lists, strict=True)
+            for old, new in zip(known, now, strict=True)
+            if old is not new
+        ]
+        self._check_replaced(replaced, lists, layout())
+        for number, now in enumerate(lists):
+            self._lists[number] = list(now)
+        for old, new in replaced:
+            name = self._names.pop(id(old))
+            self._names[id(new)] = name
+            self._by_name[name] = new
+            self._edits.replace(self._places[name][0], new)
+            if name not in self.fresh:
+                self.fresh.append(name)
+        self._placed = None, []
+        return replaced
+
+    def _check_replaced(
+        self, replaced: Sequence[tuple[Tensor, Tensor]], lists: Sequence[Sequence[Tensor]], layout: Layout
+    ) -> None:
+        for old, new in replaced:
+            name = self._names[id(old)]
+            if id(new) in self._names or sum(new is other for _, other in replaced) > 1:
+                raise UnsupportedModule(
+                    problem=f"in the groups another parameter stands in the place of {name!r}: their order is the model's"
+                )
+            if name in self._others:
+                raise UnsupportedModule(
+                    problem=f"{name!r} is one memory under several names, of which one alone cannot be replaced"
+                )
+            check_parameter(new, name)
+            _check_same_kind(layout.slot(name, self._model), new)
+        names = self._names | {id(new): self._names[id(old)] for old, new in replaced}
+        _check_apart([(names[id(tensor)], tensor) for tensor in chain.from_iterable(lists)])
+
+    # What was written to them.
+
+    def seem_written(self) -> bool:
+        """Whether there is a sign that one of them was written to since they were taken or sent."""
+        seen = self._edits.look()
+        return bool(seen.changed or seen.doubtful)
+
+    def edited(self, newest: Callable[[], Pulled], layout: Callable[[], Layout]) -> list[str]:
+        """The names of those that are not as the server's version left them.
+
+        Where only a write is known, and not whether it changed anything, it is compared with the `newest` version: a
+        checkpoint that was loaded at the version it was saved at changes nothing.
+        """
+        seen = self._edits.look()
+        self.written = {self._name_at(place) for place in seen.written}
+        if seen is NOTHING:
+            return []
+        found = {self._name_at(place) for place in seen.changed}
+        unsure = {self._name_at(place) for place in seen.doubtful} - found
+        if unsure:
+            found |= unsure - self._equal(unsure, newest())
+        names = [name for name in self._by_name if name in found]
+        for name in names:
+            _check_same_kind(layout().slot(name, self._model), self._by_name[name])
+        if seen.moved:
+            self._check_tied()
+        if not names:
+            self._edits.settle()
+        return names
+
+    def _name_at(self, place: int) -> str:
+        for tensors in self._lists:
+            if place < len(tensors):
+                return self._names[id(tensors[place])]
+            place -= len(tensors)
+        raise IndexError(place)
+
+    def _equal(self, names: Collection[str], pulled: Pulled) -> set[str]:
+        """Those that are what was pulled whole; none if that is another version than they are at."""
+        if (pulled.header.timeline, pulled.header.version) != self.at:
+            return set()
+        return {
+            slot.name
             for slot, _, values in pulled.dense()
-            if slot.name in self._by_name
-        ):
-            return False
-        self.note(*at)
-        return True
+            if slot.name in names and same_bits(self._by_name[slot.name], values.to(slot.dtype))
+        }
+
+    def _check_tied(self) -> None:
+        """That those over one memory still are, and no others."""
+        _check_apart([(self._names[id(tensor)], tensor) for tensor in chain.from_iterable(self._lists)])
+        for name, others in self._others.items():
+            if any(other.data_ptr() != self._by_name[name].data_ptr() for other in others):
+                raise UnsupportedModule(
+                    problem=f"the tensors of {name!r} were one memory at attach, and are not any more: they cannot be "
+                    "stepped apart"
+                )
 
     def note(self, timeline: int, version: int) -> None:
         """They are at this version as they stand."""
         self.at = (timeline, version)
-        self._versions = {name: parameter._version for name, parameter in self._by_name.items()}
+        self._edits.settle()
+
+    def settle(self) -> None:
+        """As they stand is as they should be, at whichever version they are."""
+        self._edits.settle()
 
     @torch.no_grad()
     def take(self, pulled: Pulled) -> None:
@@ -89,9 +243,45 @@ class Parameters:
         for slot, _, values in pulled.dense():
             if slot.name in self._by_name:
                 copy(self._by_name[slot.name], values)
+        came: dict[int, Tensor] = {}
         for slot, ids, rows in pulled.rows():
             if slot.name not in self._by_name:
                 continue
             parameter = self._by_name[slot.name]
             parameter.index_copy_(0, ids.to(parameter.device), rows.to(parameter.device, parameter.dtype))
-        self.note(pulled.header.timeline, pulled.header.version)
+            came[self._places[slot.name][0]] = ids
+        self.at = (pulled.header.timeline, pulled.header.version)
+        self._edits.settle(came)
+
+
+def _are_same(now: Sequence[Tensor], known: Sequence[Tensor]) -> bool:
+    return len(now) == len(known) and all(map(is_, now, known))
+
+
+def _check_apart(named: Sequence[tuple[str, Tensor]]) -> None:
+    """UnsupportedModule if parameters of different names lie over one memory."""
+    for place, first in enumerate(firsts(named)):
+        if named[first][0] != named[place][0]:
+            raise UnsupportedModule(
+                problem=f"{named[place][0]!r} lies over the memory of {named[first][0]!r} now, and did not at attach: "
+                "give it memory of its own"
+            )
+
+
+def _check_same_kind(slot: Slot, tensor: Tensor) -> None:
+    """WrongShape or WrongDtype if a tensor is no longer of its parameter's shape and dtype."""
+    what = f"parameter {slot.name!r}"
+    if tuple(tensor.shape) != slot.shape:
+        raise WrongShape(what=what, got=tuple(tensor.shape), expected=f"{slot.shape}, as it was attached")
+    if tensor.dtype != slot.dtype:
+        raise WrongDtype(what=what, got=tensor.dtype, expected=f"{slot.dtype}, as it was attached")
+
+
+def _summed(gradients: Sequence[Tensor]) -> Tensor | None:
+    """The sum of gradients, in order; dense if one of them is."""
+    if not gradients:
+        return None
+    total = gradients[0]
+    for gradient in gradients[1:]:
+        total = gradient + total if total.is_sparse and not gradient.is_sparse else total + gradient
+    return total

@@ -27,9 +27,11 @@ from pushstep.proto.errors import (
     ManifestChanged,
     ModelLost,
     NoAnswer,
+    OverCapacity,
     PushstepError,
     Quarantined,
     Superseded,
+    TooLong,
     UnknownModel,
     UnknownWorker,
 )
@@ -46,6 +48,7 @@ from .membership import Member
 from .mirror import Mirror
 from .prefetch import Flight
 from .receipt import Outcome, Receipt
+from .retry import answered
 from .sending import Sending
 from .shared_memory import SharedMemory
 from .shield import shield
@@ -131,11 +134,24 @@ class Participant(Attendance):
             metrics=metrics or {},
             samples=samples,
             worker_state=self._worker_state if self._worker_state_due else None,
-            edits=[
-                pb.GroupEdit(group=group, values=wire_values(values))
-                for group, values in (edits or {}).items()
-            ],
+            edits=_messages(edits or {}),
         )
+
+    def leave(self, edits: Mapping[int, Mapping[str, float | bool]]) -> Sequence[str]:
+        """Go, with the edits and the worker state that no push has carried; the edits that did not count."""
+        request = pb.LeaveRequest(
+            model=self.model,
+            identity=self._joined().identity(),
+            worker_state=self._worker_state if self._worker_state_due else None,
+            edits=_messages(edits),
+        )
+        try:
+            answer = answered(partial(self._transport.leave, request))
+        except (TooLong, OverCapacity) as error:  # more bytes than are kept of it: it goes all the same
+            caller.warn(f"the last worker_state is lost: {error.message}")
+            request.ClearField("worker_state")
+            answer = answered(partial(self._transport.leave, request))
+        return list(answer.ignored_edits)
 
     def step(
         self,
@@ -379,6 +395,10 @@ class Participant(Attendance):
 def wire_enum(dtype: torch.dtype | None) -> Any:
     """A dtype as a message's enum; 0 stands for each parameter's own."""
     return 0 if dtype is None else dtypes.to_wire(dtype, "wire")
+
+
+def _messages(edits: Mapping[int, Mapping[str, float | bool]]) -> list[pb.GroupEdit]:
+    return [pb.GroupEdit(group=group, values=wire_values(values)) for group, values in edits.items()]
 
 
 def _exchanged(pulled: Pulled) -> Step:

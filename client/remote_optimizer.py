@@ -7,34 +7,29 @@ attach go on steering them.
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pushstep.proto.errors import (
     Fenced,
+    InvalidSettings,
     LocalParameterEdit,
     PushstepError,
     Superseded,
     UnsupportedModule,
 )
-from pushstep.proto.types_pb2 import Manifest
 
-from . import caller, remote_state
-from .extras import Extras
-from .hyperparameters import Group, Hyperparameters
-from .lent_gradients import LentGradients
-from .manifest import of_added_group, of_groups
+from . import caller
+from .attached import Attached
+from .attachment import Attachment, Names
+from .checkpoints import Checkpoints
 from .metrics import Metrics
-from .names import added_names, parameter_names
-from .originals import brought_along, check_distinct, rule_of, take_over
-from .overlap import Overlap
-from .parameters import Parameters
 from .participant import Step
 from .policy import Policy
 from .prefetch import Copies, Flight
@@ -45,6 +40,9 @@ from .shield import shield
 
 if TYPE_CHECKING:
     from .session import Session
+
+Edits = Literal["sample", "check", "upload"]
+EDITS: Final = ("sample", "check", "upload")
 
 
 class RemoteOptimizer(torch.optim.Optimizer):
@@ -57,85 +55,57 @@ class RemoteOptimizer(torch.optim.Optimizer):
         session: Session,
         optimizers: Sequence[torch.optim.Optimizer],
         module: nn.Module | None,
-        names: Sequence[str] | Mapping[Tensor, str] | None,
+        names: Names,
         policy: Policy | None,
         *,
         single: bool,
         overlap: bool,
         prefetch: bool,
+        edits: Edits,
+        undo: contextlib.ExitStack,
     ) -> None:
-        if overlap and prefetch:
-            raise UnsupportedModule(
-                problem="with prefetch the whole exchange overlaps the next step's compute: attach without overlap"
-            )
-        if not optimizers:
-            raise UnsupportedModule(problem="attach needs at least one optimizer")
-        self._rules = [rule_of(optimizer) for optimizer in optimizers for _ in optimizer.param_groups]
-        self._optimizer_of = [i for i, optimizer in enumerate(optimizers) for _ in optimizer.param_groups]
-        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-        check_distinct(p for group in groups for p in group["params"])
+        """What `undo` calls has it not have been made, here and on the server."""
+        check_options(edits, overlap=overlap, prefetch=prefetch)
+        attachment = Attachment(optimizers, module, names)
         # no defaults: they would add one rule's keys to another rule's groups
-        super().__init__(groups, {})
+        super().__init__(attachment.settings, {})
         self.state = ServerState()
         self.defaults = dict(optimizers[0].defaults)
         self._session = session
         self._single = single
-        self._originals = list(optimizers)
-        self._module = module
-        found, aliases = parameter_names(optimizers, module, names)
-        parameters = (p for group in groups for p in group["params"])
-        self._parameters = Parameters(session.model, dict(zip(found, parameters, strict=True)))
-        self._hyperparameters = Hyperparameters()
+        self._sends_edits = edits == "upload"
+        self._attached = Attached(
+            session,
+            attachment,
+            lambda: self.param_groups,
+            module,
+            watch_whole=edits != "sample",
+            overlap=overlap,
+            prefetch=prefetch,
+        )
+        self._parameters = self._attached.parameters
+        self._hyperparameters = self._attached.hyperparameters
+        self._overlap = self._attached.overlap
+        self._checkpoints = Checkpoints(self._attached)
         self._scaling = Scaling(self)
-        self._last_state_dict: Any = None
-        self.last_receipt: Receipt | None = None
-        # how many samples the next step's gradients are over: their weight in a round; 0 counts as 1
-        self.samples: float = 0
         self._metrics = Metrics()
-        self._join(of_groups(self._groups(), found, aliases), policy)
-        take_over(optimizers, self)
-        if prefetch:
-            session.memory.decline()
-        session.memory.follow(p for group in groups for p in group["params"])
-        self._lent = LentGradients(session.memory, self._parameters.name_of)
-        self._lent.add(p for group in groups for p in group["params"])
-        session.memory.open(session.member())
         self._copies = Copies() if prefetch else None
         self._flight: tuple[Flight[Step], list[dict[str, float | bool]]] | None = None
-        self._overlap = Overlap(session, self._parameters) if overlap else None
-        if self._overlap is not None:
-            self._overlap.watch(parameter for group in groups for parameter in group["params"])
-        session.before_close(self._lent.remove)
-        weakref.finalize(self, self._lent.remove).atexit = False
-        self._extras = Extras(session, module)
-        self._extras.send()
-        session.before_close(self._finish)
+        self.last_receipt: Receipt | None = None
+        # what the last step was refused with for what is here: a code of the catalogue, or nothing
+        self._told = ""
+        # how many samples the next step's gradients are over: their weight in a round; 0 counts as 1
+        self.samples: float = 0
+        self._attached.begin(self, policy, undo)
+        weakref.finalize(self, self._attached.lent.remove).atexit = False
+        for task in (self._attached.lent.remove, self._finish):
+            session.before_close(task)
+            undo.callback(session.not_before_close, task)
 
-    # Becoming the model's, or the model becoming ours.
-
-    def _groups(self) -> list[Group]:
-        return [
-            Group(*group) for group in zip(self.param_groups, self._rules, self._optimizer_of, strict=True)
-        ]
-
-    def _join(self, manifest: Manifest, policy: Policy | None) -> None:
-        steps, values = brought_along(self._originals, self._parameters, self._rules, manifest)
-        mine = [group.values() for group in self._groups()]
-        created = self._session.join_or_create(manifest, values, steps, policy)
-        member = self._session.member()
-        if created:
-            self._parameters.note(member.timeline, member.version)
-        else:
-            self._parameters.take(self._session.pull_message(None))
-        self._hyperparameters.leads = member.lead
-        self._hyperparameters.write(self._groups(), member.groups)
-        theirs = [group.values() for group in self._groups()]
-        if mine != theirs:
-            differing = sorted({k for a, b in zip(mine, theirs, strict=True) for k in a if a[k] != b.get(k)})
-            caller.warn(
-                f"model {self._session.model!r} has other values of {', '.join(differing)} than this worker's optimizer; "
-                "the server's hold"
-            )
+    @property
+    def values_from(self) -> str:
+        """Whose values this began with: "worker" if attach created the model from them, "server" if it was there."""
+        return self._attached.values_from
 
     # The step.
 
@@ -150,21 +120,32 @@ class RemoteOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for optimizer in self._originals:
+        for optimizer in self._attached.optimizers:
             optimizer._opt_called = True  # type: ignore[attr-defined]  # for schedulers made before attach
         with shield, self._scaling:
             self._exchange(loss)
         return loss
 
     def _exchange(self, loss: Any) -> None:
-        if not self._session.ranks.looked:
-            self._session.ranks.look(self._session.member().policy)
-        edited = self._edited()
-        if edited is not None:
-            self._session.ranks.refuse_wrapper()  # whose broadcast it then was
-            raise LocalParameterEdit(parameter=edited)
+        ranks = self._session.ranks
+        if not ranks.looked:
+            ranks.look(self._session.member().policy)
+        try:
+            self._attached.follow()
+            edited = self._attached.edited()
+            if edited and not self._may_send_edits():
+                self._check_current()
+                ranks.refuse_wrapper()  # whose broadcast it then was
+                raise LocalParameterEdit(parameter=edited[0])
+        except PushstepError as error:
+            self._told = error.code
+            raise
+        self._told = ""
         computed_on = self._parameters.at
         self.synchronize()
+        if edited or self._parameters.fresh:
+            self._attached.send_edits(edited)
+            computed_on = self._parameters.at
         layout = self._session.member().layout
         gradients = self._parameters.gradients(layout)
         skip = self._scaling.found_inf()
@@ -180,7 +161,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
             held=computed_on,
             onto=self._parameters.at,
             commit=self._session.commit(
-                self._metrics.take(loss), self._hyperparameters.edits(self._groups()), self.samples
+                self._metrics.take(loss), self._hyperparameters.edits(self._attached.groups), self.samples
             ),
             skip=skip,
             pull=True,
@@ -193,7 +174,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
                     early.withdraw()
         else:
             copies = self._copies.of(gradients, self._session.compression.rounds_to)
-            since = [group.values() for group in self._groups()]
+            since = [group.values() for group in self._attached.groups]
             self._flight = self._session.fly(partial(send, copies)), since
 
     def report(self, **metrics: Any) -> None:
@@ -213,7 +194,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
             self._session.wait_for_flight()  # which the user may interrupt, and come again
             (flight, since), self._flight = self._flight, None
             # what was written to parameters meanwhile is for the next step to refuse, or on its way up
-            self._take(flight.land, since, into_parameters=self._parameters.written() is None)
+            self._take(flight.land, since, into_parameters=not self._parameters.seem_written())
 
     def _take(
         self,
@@ -226,15 +207,15 @@ class RemoteOptimizer(torch.optim.Optimizer):
         try:
             receipt, pulled = answer()
         except Superseded:
-            self._start_over()
+            self._attached.start_over()
             self._parameters.take(self._session.pull_message(self._parameters.at))
             raise
         self.last_receipt = receipt
-        self._last_state_dict = None
+        self._checkpoints.forget()
         if pulled is None and receipt.timeline != self._session.member().timeline:
-            self._start_over()
+            self._attached.start_over()
         elif pulled is None and receipt.outcome is Outcome.APPLIED:
-            self._start_over(since)  # joining again has settled it, and brought the groups
+            self._attached.start_over(since)  # joining again has settled it, and brought the groups
         if into_parameters and pulled is not None:
             self._parameters.take(pulled)
         elif into_parameters and receipt.reason != Fenced.code:  # who is fenced is told nothing more
@@ -243,9 +224,17 @@ class RemoteOptimizer(torch.optim.Optimizer):
             self._hyperparameters.leads = receipt.lead
         if pulled is not None and receipt.outcome is Outcome.APPLIED:
             # of a push that was not, the edits stay differences here and travel with the next
-            self._hyperparameters.write(self._groups(), pulled.header.groups, since)
+            self._hyperparameters.write(self._attached.groups, pulled.header.groups, since)
         self._hyperparameters.warn_ignored(receipt)
-        self._extras.stepped()
+        self._attached.extras.stepped()
+
+    def _may_send_edits(self) -> bool:
+        """What is written before the first step may be the other half of a checkpoint, whose state attach did not take."""
+        return self._sends_edits and not self._attached.state_discarded
+
+    def _check_current(self) -> None:
+        """Fenced or ModelLost where what is here is nobody's edit: another session may have written it."""
+        self._session.pull_message(self._parameters.at)
 
     def _finish(self) -> None:
         """The session is being closed."""
@@ -255,7 +244,36 @@ class RemoteOptimizer(torch.optim.Optimizer):
             self.synchronize()
         except PushstepError as error:
             caller.warn(f"the last step failed: {error.message}")
-        self._extras.send_if_possible()
+        self._finish_edits()
+        self._attached.extras.send_if_possible()
+
+    def _finish_edits(self) -> None:
+        """What was written to parameters after the last step goes up, or is said."""
+        try:
+            self._attached.follow()
+            edited = self._attached.edited()
+            if not edited or self._may_send_edits():
+                if edited or self._parameters.fresh:
+                    self._attached.send_edits(edited)
+            elif self._told != LocalParameterEdit.code:
+                self._check_current()
+                caller.warn(
+                    f"parameter {edited[0]!r} was changed here after the last step, and the server has not seen it; "
+                    'attach(..., edits="upload") or session.upload() before close() sends it'
+                )
+        except Fenced:
+            return  # its name is another's, and so may be what was written
+        except PushstepError as error:
+            if self._told != error.code:
+                caller.warn(f"what was changed here after the last step is lost: {error.message}")
+
+    def unsent_edits(self) -> dict[int, dict[str, float | bool]]:
+        """What was changed in the groups since the last push, if this worker leads: a scheduler's last step."""
+        return self._hyperparameters.unsent(self._attached.groups)
+
+    def warn_ignored(self, ignored: Sequence[str]) -> None:
+        """Say that edits did not count with which the session left."""
+        self._hyperparameters.warn_ignored_at_leave(ignored)
 
     @property
     def overlapped_steps(self) -> int:
@@ -268,38 +286,20 @@ class RemoteOptimizer(torch.optim.Optimizer):
             self._overlap.supersede()
         super().zero_grad(set_to_none)
 
-    def _edited(self) -> str | None:
-        """The name of a parameter that is not as the server's version left it."""
-        written = self._parameters.written()
-        if written is None or self._parameters.are(self._session.pull_message(None)):
-            return (
-                None  # a checkpoint that was loaded at the version it was saved at writes and changes nothing
-            )
-        return written
-
-    def _start_over(self, since: Sequence[Mapping[str, float | bool]] = ()) -> None:
-        """Take the hyperparameters of the membership that was joined anew.
-
-        The parameters are pulled next. Should that fail, they are still known to be of the timeline that they are of.
-        """
-        member = self._session.member()
-        self._hyperparameters.leads = member.lead
-        self._hyperparameters.write(self._groups(), member.groups, since)
-
     @shield
     def upload(self) -> int:
         """Send the parameters as they are here, as a version of their own; the version."""
+        self._attached.follow()
         self.synchronize()
         self._settle()
-        version = self._session.upload_values(self._parameters.values(self._session.member().layout))
-        self._parameters.note(self._session.member().timeline, version)
-        return version
+        self._told = ""
+        return self._attached.upload()
 
     def _settle(self) -> None:
         """Take what a step that was broken off has made, if it was applied: nothing here may set it back."""
         settled = self._session.settle()
-        if settled is not None and self._parameters.written() is None:
-            self._start_over()
+        if settled is not None and not self._parameters.seem_written():
+            self._attached.start_over()
             self._parameters.take(self._session.pull_message(self._parameters.at))
             self.last_receipt = settled
 
@@ -314,53 +314,34 @@ class RemoteOptimizer(torch.optim.Optimizer):
         """
         for pre in self._optimizer_state_dict_pre_hooks.values():
             pre(self)
+        self._attached.follow()
         self.synchronize()
-        pulled = self._session.pull_state()
-        groups = self._groups()
-        pending = self._hyperparameters.pending(groups, self.last_receipt)
-        dicts = remote_state.fetched(pulled, groups, pending, len(self._originals))
+        dicts = self._checkpoints.fetch(self.last_receipt)
         result: Any = dicts[0] if self._single else dicts
         for post in self._optimizer_state_dict_post_hooks.values():
             replaced = post(self, result)
             result = result if replaced is None else replaced
-        self._last_state_dict = copy.deepcopy(result)
+        self._checkpoints.returned(result)
         return result
 
     @shield
     def load_state_dict(self, state_dict: Any, *, force: bool = False) -> None:
         """Replace the optimizer state on the server, for every worker.
 
-        Loading what `state_dict()` returned since the last step here changes nothing. While other workers live anything else
-        needs `force=True`. Parameters that were written to before (a checkpoint's, loaded into the module) go with
-        it; otherwise the server's stand.
+        Loading what `state_dict()` returned since the last step here changes nothing but the groups' values, which become
+        those of then. While other workers live anything else needs `force=True`. Parameters that were written to before
+        (a checkpoint's, loaded into the module) go with it, and so do those that attach has overwritten, if no step was
+        taken since: a state belongs to the values that it was saved with. Otherwise the server's stand.
         """
         for pre in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = pre(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
+        self._attached.follow()
         self.synchronize()
-        if not (self._last_state_dict is not None and remote_state.equal(self._last_state_dict, state_dict)):
-            self._load(state_dict, force)
+        dicts = [state_dict] if self._single else list(state_dict)
+        self._checkpoints.load(dicts, whole=state_dict, force=force)
         for post in self._optimizer_load_state_dict_post_hooks.values():
             post(self)
-
-    def _load(self, state_dict: Any, force: bool) -> None:
-        dicts = [state_dict] if self._single else list(state_dict)
-        if len(dicts) != len(self._originals):
-            raise ValueError(f"{len(dicts)} state dicts for {len(self._originals)} optimizers")
-        layout = self._session.member().layout
-        groups = self._groups()
-        slot_of = partial(self._parameters.slot_of, layout=layout)
-        header, values = remote_state.upload_of(dicts, groups, layout, slot_of, force)
-        edited = self._edited()
-        if edited is not None:
-            values.update(self._parameters.values(layout))
-        member = self._session.replace_state(header, values)
-        remote_state.keep_own_keys(dicts, groups)
-        self._hyperparameters.write(self._groups(), member.groups)
-        if edited is not None:
-            self._parameters.note(member.timeline, member.version)
-        else:
-            self._parameters.take(self._session.pull_message(self._parameters.at))
 
     # A group more.
 
@@ -370,40 +351,26 @@ class RemoteOptimizer(torch.optim.Optimizer):
         if not hasattr(self, "_session"):
             super().add_param_group(param_group)  # torch's constructor adds the groups that are attached
             return
+        self._attached.follow()
         self.synchronize()
-        rule = param_group.pop("rule", self._rules[0] if self._single else None)
-        if rule not in self._rules:
-            rules = ", ".join(dict.fromkeys(self._rules))
-            raise UnsupportedModule(problem=f"a group added here needs rule=, one of those attached: {rules}")
+        rules = self._attached.rules
+        rule = param_group.pop("rule", rules[0] if self._single else None)
+        if rule not in rules:
+            raise UnsupportedModule(
+                problem=f"a group added here needs rule=, one of those attached: {', '.join(dict.fromkeys(rules))}"
+            )
         # it becomes one of the last optimizer of that rule, with that optimizer's defaults
-        number = max(self._optimizer_of[index] for index, known in enumerate(self._rules) if known == rule)
-        own_defaults, self.defaults = self.defaults, self._originals[number].defaults
-        try:
-            super().add_param_group(param_group)
-        finally:
-            self.defaults = own_defaults
-        self._rules.append(rule)
-        self._optimizer_of.append(number)
-        try:
-            self._send_group(len(self.param_groups) - 1)
-        except BaseException:
-            for added in (self.param_groups, self._rules, self._optimizer_of):
-                added.pop()
-            raise
-
-    def _send_group(self, index: int) -> None:
-        parameters = self.param_groups[index]["params"]
-        names = added_names(self.param_groups[index], index, self._module)
-        manifest, values = of_added_group(self._groups()[index], index, names)
-        member = self._session.add_group(manifest, values)
-        self._parameters.add(values)
-        self._session.memory.follow(p for group in self.param_groups for p in group["params"])
-        self._lent.add(parameters)
-        self._session.memory.open(member)
-        if self._overlap is not None:
-            self._overlap.watch(parameters)
-        self._hyperparameters.write(self._groups(), member.groups)
-        self._parameters.take(self._session.pull_message(None))
+        number = max(n for n, known in zip(self._attached.optimizer_of, rules, strict=True) if known == rule)
+        own_defaults, self.defaults = self.defaults, self._attached.optimizers[number].defaults
+        with contextlib.ExitStack() as undo:
+            try:
+                super().add_param_group(param_group)
+            finally:
+                self.defaults = own_defaults
+            undo.callback(self.param_groups.pop)
+            self._attached.add_group(rule, number, undo)
+            shield.check()  # while it can be undone
+            undo.pop_all()
 
     def __getstate__(self) -> NoReturn:
         raise TypeError(
@@ -415,6 +382,21 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
     def __repr__(self) -> str:
         return f"RemoteOptimizer of {self._session!r}\n{super().__repr__()}"
+
+
+def check_options(edits: str, *, overlap: bool, prefetch: bool) -> None:
+    """UnsupportedModule or InvalidSettings for options of attach that do not go together."""
+    if overlap and prefetch:
+        raise UnsupportedModule(
+            problem="with prefetch the whole exchange overlaps the next step's compute: attach without overlap"
+        )
+    if edits not in EDITS:
+        raise InvalidSettings(problem=f"edits={edits!r}: it is one of {', '.join(EDITS)}")
+    if edits == "upload" and prefetch:
+        raise InvalidSettings(
+            problem='with prefetch the parameters here are a step behind the server\'s, so edits="upload" would undo the step '
+            "that is on its way: attach without one of them"
+        )
 
 
 def named_after(optimizers: Sequence[torch.optim.Optimizer]) -> type[RemoteOptimizer]:

@@ -6,14 +6,15 @@ goes from the groups here into a dict that is fetched, and back from one that is
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pushstep.optim import RULES
-from pushstep.optim.state_dict import GroupState, ParameterState, parts_of, torch_state_dict
+from pushstep.optim import RULES, Rule
+from pushstep.optim.state_dict import EXECUTION_KEYS, GroupState, ParameterState, parts_of, torch_state_dict
 from pushstep.proto import dtypes
 from pushstep.proto import training_pb2 as pb
 from pushstep.proto.hyperparameters import plain_values, wire_values
@@ -21,6 +22,7 @@ from pushstep.proto.layout import Layout, Slot
 from pushstep.proto.types_pb2 import GroupValues
 
 from .hyperparameters import Group
+from .local_edits import same_bits
 from .transport import Pulled
 
 
@@ -29,23 +31,18 @@ def fetched(
     groups: Sequence[Group],
     pending: Mapping[int, Mapping[str, float | bool]],
     optimizers: int,
+    name_of: Callable[[Tensor], str],
 ) -> list[dict[str, Any]]:
     """The state_dict of each of so many optimizers, with the edits that are `pending` in the server's values."""
-    steps = list(pulled.header.steps)
-    tensors: dict[int, dict[str, Tensor]] = {slot.index: {} for slot in pulled.layout.slots}
-    for slot, state, values in pulled.dense():
-        if state:
-            tensors[slot.index][state] = values
-    states = [
-        GroupState(group.rule, {**plain_values(held.values), **pending.get(index, {})})
-        for index, (group, held) in enumerate(zip(groups, pulled.header.groups, strict=False))
-    ]
-    for slot in pulled.layout.slots:
-        if slot.group < len(states):
-            if slot.start == slot.stop:  # nothing of it is sent
-                nothing = torch.empty(slot.shape, dtype=dtypes.state_dtype(slot.dtype), device="cpu")
-                tensors[slot.index] = dict.fromkeys(RULES[groups[slot.group].rule].state_names, nothing)
-            states[slot.group].parameters.append(ParameterState(steps[slot.index], tensors[slot.index]))
+    steps, tensors = list(pulled.header.steps), _states(pulled)
+    states = []
+    for index, (group, held) in enumerate(zip(groups, pulled.header.groups, strict=False)):
+        state = GroupState(group.rule, {**plain_values(held.values), **pending.get(index, {})})
+        for parameter in group.settings["params"]:
+            slot = pulled.layout.by_name[name_of(parameter)]
+            own = {name: tensors[slot.index, name] for name in RULES[group.rule].state_names}
+            state.parameters.append(ParameterState(steps[slot.index], own))
+        states.append(state)
     dicts = []
     for number in range(optimizers):
         mine = _groups_of(number, groups)
@@ -56,6 +53,17 @@ def fetched(
     return dicts
 
 
+def _states(pulled: Pulled) -> dict[tuple[int, str], Tensor]:
+    """Each parameter's states, by its index and their names."""
+    found = {(slot.index, state): values for slot, state, values in pulled.dense() if state}
+    for slot in pulled.layout.slots:
+        if slot.start == slot.stop:  # nothing of it is sent
+            nothing = torch.empty(slot.shape, dtype=dtypes.state_dtype(slot.dtype))
+            rule = RULES[pulled.layout.manifest.groups[slot.group].rule]
+            found.update({(slot.index, name): nothing for name in rule.state_names})
+    return found
+
+
 def _add_own_keys(entry: dict[str, Any], group: Group) -> None:
     for key, value in group.settings.items():
         if key in entry and key != "params" and isinstance(value, Tensor):
@@ -64,68 +72,87 @@ def _add_own_keys(entry: dict[str, Any], group: Group) -> None:
             entry[key] = value
 
 
-def upload_of(
-    dicts: Sequence[Mapping[str, Any]],
-    groups: Sequence[Group],
-    layout: Layout,
-    slot_of: Callable[[Tensor], Slot],
-    force: bool,
-) -> tuple[pb.UploadHeader, dict[tuple[Slot, str], Tensor]]:
-    """What replaces the server's state by each optimizer's state_dict. ValueError, in torch's words, if one does not fit."""
-    header = pb.UploadHeader(kind=pb.UPLOAD_KIND_STATE, force=force)
-    values: dict[tuple[Slot, str], Tensor] = {}
-    steps = [0] * len(layout.slots)
-    for number, entry in enumerate(dicts):
-        mine = _groups_of(number, groups)
-        parts = parts_of(entry, [groups[index].rule for index in mine])
-        for index, part in zip(mine, parts, strict=True):
-            parameters = groups[index].settings["params"]
-            if len(parameters) != len(part.parameters):
-                raise ValueError(
-                    "loaded state dict contains a parameter group that doesn't match the size of optimizer's group"
-                )
-            header.groups.append(GroupValues(group=index, values=wire_values(part.values)))
-            rule = RULES[groups[index].rule]
-            for parameter, state in zip(parameters, part.parameters, strict=True):
-                slot = slot_of(parameter)
-                steps[slot.index] = state.steps
-                for name in rule.state_names:
-                    initial = rule.initial_value(name, {**rule.defaults, **part.values})
-                    fresh = torch.full(
-                        slot.shape, initial, dtype=dtypes.state_dtype(slot.dtype), device="cpu"
+class Loading:
+    """Each optimizer's state_dict as what replaces the server's state. ValueError, in torch's words, if one does not fit."""
+
+    def __init__(
+        self,
+        dicts: Sequence[Mapping[str, Any]],
+        groups: Sequence[Group],
+        layout: Layout,
+        slot_of: Callable[[Tensor], Slot],
+    ) -> None:
+        self.values: dict[tuple[Slot, str], Tensor] = {}
+        self._steps = [0] * len(layout.slots)
+        self._groups: list[GroupValues] = []
+        self._slots: set[int] = set()
+        for number, entry in enumerate(dicts):
+            mine = _groups_of(number, groups)
+            parts = parts_of(entry, [groups[index].rule for index in mine])
+            for index, part in zip(mine, parts, strict=True):
+                if len(groups[index].settings["params"]) != len(part.parameters):
+                    raise ValueError(
+                        "loaded state dict contains a parameter group that doesn't match the size of optimizer's group"
                     )
-                    values[slot, name] = _shaped(state.tensors.get(name, fresh), slot, name)
-    header.steps.extend(steps)
-    return header, values
+                self._groups.append(GroupValues(group=index, values=wire_values(part.values)))
+                slots = map(slot_of, groups[index].settings["params"])
+                for slot, state in zip(slots, part.parameters, strict=True):
+                    self._take(slot, state, RULES[groups[index].rule], part.values)
+
+    def _take(self, slot: Slot, state: ParameterState, rule: Rule, group: Mapping[str, float | bool]) -> None:
+        found = {}
+        for name in rule.state_names:
+            fresh = torch.full(slot.shape, rule.initial_value(name, {**rule.defaults, **group}))
+            found[slot, name] = _shaped(state.tensors.get(name, fresh), slot, name)
+        if slot.index in self._slots:  # one memory under several names
+            same = all(same_bits(self.values[place], value) for place, value in found.items())
+            if self._steps[slot.index] != state.steps or not same:
+                raise ValueError(
+                    f"loaded state dict has different states of {slot.name!r}, which is one parameter"
+                )
+        self._slots.add(slot.index)
+        self._steps[slot.index] = state.steps
+        self.values.update(found)
+
+    def header(self, force: bool) -> pb.UploadHeader:
+        """What the upload says of it; it lacks who sends it."""
+        return pb.UploadHeader(kind=pb.UPLOAD_KIND_STATE, force=force, steps=self._steps, groups=self._groups)
+
+    def is_held(self, pulled: Pulled) -> bool:
+        """Whether the server holds this state, hyperparameters apart."""
+        states = _states(pulled)
+        return list(pulled.header.steps) == self._steps and all(
+            same_bits(
+                states[slot.index, name].to(value.dtype),
+                value.to(states[slot.index, name].dtype).to(value.dtype),
+            )
+            for (slot, name), value in self.values.items()
+        )
 
 
-def keep_own_keys(dicts: Sequence[Mapping[str, Any]], groups: Sequence[Group]) -> None:
-    """Take over from each loaded state_dict what the server does not keep."""
+def write_groups(
+    dicts: Sequence[Mapping[str, Any]], groups: Sequence[Group], *, hyperparameters: bool = True
+) -> None:
+    """Have the groups what each loaded state_dict says of them, as torch does; of a rule's own values if wanted."""
     for number, entry in enumerate(dicts):
         for index, saved in zip(_groups_of(number, groups), entry["param_groups"], strict=True):
-            for key, value in saved.items():
-                rule = RULES[groups[index].rule]
-                if key not in (*rule.defaults, rule.counter, "params", "param_names"):
-                    groups[index].settings[key] = value
+            _write_group(groups[index], saved, hyperparameters)
+
+
+def _write_group(group: Group, saved: Mapping[str, Any], hyperparameters: bool) -> None:
+    rule, settings = RULES[group.rule], group.settings
+    kept = {"params", "param_names", rule.counter, *rule.defaults, *EXECUTION_KEYS[group.rule]}
+    for key in settings.keys() - saved.keys() - kept:
+        del settings[key]  # a scheduler has written it since
+    for key, value in saved.items():
+        if key in ("params", "param_names", rule.counter):
+            continue
+        if hyperparameters or key not in rule.defaults:
+            settings[key] = copy.deepcopy(value)
 
 
 def _groups_of(number: int, groups: Sequence[Group]) -> list[int]:
     return [index for index, group in enumerate(groups) if group.optimizer == number]
-
-
-def equal(one: Any, other: Any) -> bool:
-    """Whether two state_dicts, or lists of them, hold the same; wherever their tensors lie."""
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return (
-            one.dtype == other.dtype
-            and one.shape == other.shape
-            and bool(torch.equal(one.cpu(), other.cpu()))
-        )
-    if isinstance(one, Mapping) and isinstance(other, Mapping):
-        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
-    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
-        return len(one) == len(other) and all(equal(a, b) for a, b in zip(one, other, strict=True))
-    return bool(one == other)
 
 
 def _shaped(value: Tensor, slot: Slot, name: str) -> Tensor:

@@ -6,6 +6,7 @@ was attached; and an end, after which the model goes on without this worker.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import warnings
@@ -35,7 +36,7 @@ from .participant import Participant, wire_enum
 from .policy import Policy, for_workers
 from .ranks import Ranks
 from .receipt import Receipt
-from .remote_optimizer import RemoteOptimizer, named_after
+from .remote_optimizer import Edits, RemoteOptimizer, named_after
 from .shared_memory import is_same_host
 from .shield import shield
 from .transport import Transport
@@ -155,6 +156,7 @@ class Session(Participant):
         workers: int | None = None,
         overlap: bool = False,
         prefetch: bool = False,
+        edits: Edits = "sample",
     ) -> RemoteOptimizer:
         """An optimizer whose steps the server takes, in place of torch's or pushstep.optim's Adadelta or Adagrad.
 
@@ -167,8 +169,16 @@ class Session(Participant):
         `prefetch`: `step()` does not wait for its answer, the next `step()` takes it; so each gradient is computed
         on the parameters of one step earlier, as `staleness` in its receipt says. It always sends frames. With shared
         memory there is nothing for `overlap` to send.
+
+        `edits`: what to do when parameters are written to here between steps, by clamping, a renorm, `.data`. "sample" refuses
+        the next step by LocalParameterEdit: each write that torch counts and each changed address is found, and of others those
+        that a look at some of the memory shows, which is all that touch whole tensors. "check" compares all of it. "upload"
+        compares all of it, and sends what was changed as a version of its own.
+
+        A session steps one model: a second attach is refused. An attach that fails leaves nothing behind.
         """
         self._check_usable()
+        self._check_free()
         if overlap and self.compression.owes:
             # what is owed is settled push by push; an early one may yet be withdrawn
             raise InvalidSettings(problem="overlap=True goes with exact wires, not with int8 or top_k")
@@ -179,13 +189,34 @@ class Session(Participant):
             )
         single = isinstance(optimizer, torch.optim.Optimizer)
         asked = for_workers(policy, workers)
-        self.ranks = Ranks([p for each in optimizers for group in each.param_groups for p in group["params"]])
-        self.ranks.refuse_wrapper()
-        self._attached = named_after(optimizers)(
-            self, optimizers, module, names, asked, single=single, overlap=overlap, prefetch=prefetch
-        )
-        self.ranks.say(self.member().policy, chosen=asked is not None)
-        return self._attached
+        ranks = Ranks([p for each in optimizers for group in each.param_groups for p in group["params"]])
+        ranks.refuse_wrapper()
+        with contextlib.ExitStack() as undo:
+            undo.callback(setattr, self, "_attached", None)
+            self.ranks = ranks
+            made = self._attached = named_after(optimizers)(
+                self,
+                optimizers,
+                module,
+                names,
+                asked,
+                single=single,
+                overlap=overlap,
+                prefetch=prefetch,
+                edits=edits,
+                undo=undo,
+            )
+            ranks.say(self.member().policy, chosen=asked is not None)
+            shield.check()  # while it can be undone: who is interrupted gets no optimizer to hold
+            undo.pop_all()
+        return made
+
+    def _check_free(self) -> None:
+        if self._attached is not None:
+            raise UnsupportedModule(
+                problem=f"this session already steps model {self.model!r}: attach a list of optimizers, or connect again, with "
+                "another model= for another network; close() this one first if it is to be the same worker of the same model"
+            )
 
     @shield
     def create(
@@ -202,6 +233,7 @@ class Session(Participant):
         mapping with the settings that PATCH /v1/models/{m}/policy takes. `workers`: how many a round of "sync" waits for.
         """
         self._check_usable()
+        self._check_free()
         asked = for_workers(policy, workers)
         manifest, values = of_arrays(parameters, groups)
         self.join_or_create(
@@ -239,8 +271,15 @@ class Session(Participant):
 
     def _named(self, grads: Mapping[str, Any]) -> dict[Slot, Tensor | Rows]:
         layout = self.member().layout
-        slots = [(layout.slot(name, self.model), gradient) for name, gradient in grads.items()]
-        return {slot: as_gradient(gradient, slot) for slot, gradient in slots}
+        found: dict[Slot, Tensor | Rows] = {}
+        for name, gradient in grads.items():
+            slot = layout.slot(name, self.model)
+            if slot in found:
+                raise UnsupportedModule(
+                    problem=f"{name!r} is another name of {slot.name!r}, of which a push has one gradient: add them up"
+                )
+            found[slot] = as_gradient(gradient, slot)
+        return found
 
     # Pulling.
 
@@ -316,6 +355,10 @@ class Session(Participant):
         """Have `task` run when the session is closed, while it can still talk."""
         self._before_close.append(task)
 
+    def not_before_close(self, task: Callable[[], None]) -> None:
+        """Not, after all."""
+        self._before_close.remove(task)
+
     @shield
     def close(self) -> None:
         """Leave the model and close the connection. Closing twice, or in a forked child, does nothing."""
@@ -327,8 +370,11 @@ class Session(Participant):
             if self._member is not None:
                 for task in self._before_close:
                     task()
+                edits = {} if self._attached is None else self._attached.unsent_edits()
                 with self._transport.wait:
-                    self._heartbeat.leave()
+                    ignored = self.leave(edits)
+                if self._attached is not None:
+                    self._attached.warn_ignored(ignored)
         except Exception as error:  # noqa: BLE001 - the lease ends by itself; a close must not fail
             say = log.debug if self._exiting else caller.warn
             say(f"could not leave: {error or type(error).__name__}")

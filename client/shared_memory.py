@@ -52,6 +52,7 @@ class SharedMemory:
         self._model = model
         self._wires = wires
         self._wanted = wanted and all(w is None or isinstance(w, torch.dtype) for w in wires)
+        self._declined = False
         self._refused: Key | None = None
         # where the parameters lie, if it is a device whose memory may be shared; and the membership that was refused it
         self._device: torch.device | None = None
@@ -65,7 +66,7 @@ class SharedMemory:
             if self.region.key == key and self.region.line.is_open():
                 return self.region
             self.drop()
-        if not self._wanted or self._refused == key:
+        if not self._wanted or self._declined or self._refused == key:
             return None
         where = self._device if self._host_for != key else None
         try:
@@ -109,7 +110,12 @@ class SharedMemory:
 
     def decline(self) -> None:
         """Have everything sent as frames: a slot and the answer's place are for one call at a time, waited for."""
-        self._wanted = False
+        self._declined = True
+        self.drop()
+
+    def reset(self) -> None:
+        """Be as nobody had asked for anything."""
+        self._declined, self._device = False, None
         self.drop()
 
     def place(

@@ -11,6 +11,7 @@ from urllib.parse import quote
 import grpc
 import torch
 from grpc.experimental import ChannelOptions
+from safetensors.torch import load
 from torch import Tensor
 
 from pushstep.proto import dtypes
@@ -21,6 +22,7 @@ from pushstep.proto.frames import (
     TRANSPORT_LIMIT_BYTES,
     Assembly,
     BodyDigest,
+    Chunk,
     Source,
     pack,
     unpack,
@@ -170,9 +172,10 @@ class Transport:
         answer: pb.HeartbeatResponse = self._ask("Heartbeat", request, pb.HeartbeatResponse, self.timeout_s)
         return answer
 
-    def leave(self, request: pb.LeaveRequest) -> None:
+    def leave(self, request: pb.LeaveRequest) -> pb.LeaveResponse:
         """Leave."""
-        self._ask("Leave", request, pb.LeaveResponse, min(5.0, self.timeout_s))
+        answer: pb.LeaveResponse = self._ask("Leave", request, pb.LeaveResponse, min(5.0, self.timeout_s))
+        return answer
 
     def open_region(self, request: pb.OpenRegionRequest) -> pb.OpenRegionResponse:
         """OpenRegion."""
@@ -237,6 +240,16 @@ class Transport:
     def pull_state(self, request: pb.PullStateRequest) -> Pulled:
         """PullState."""
         return self._pulled("PullState", request, None)
+
+    def pull_extras(self, request: pb.PullExtrasRequest) -> tuple[int, dict[str, Tensor]]:
+        """PullExtras: the version, and the tensors by name."""
+        with self.watchdog.over(self.watchdog.begin()) as progress:
+            messages = breakable(progress.of(self._call("PullExtras", request.SerializeToString())))
+            header, chunk = _first(messages, progress.moved)
+            body = Assembly([header.extras_bytes])
+            _fill(body, chunk, messages, progress.moved)
+        content = body.part(0, torch.uint8).numpy().tobytes()
+        return int(header.extras_version), load(content) if content else {}
 
     def _pulled(self, method: str, request: Any, layout: Layout | None) -> Pulled:
         with self.watchdog.over(self.watchdog.begin()) as progress:
@@ -373,6 +386,19 @@ class _Messages:
 def _assembled(
     messages: Iterator[bytes], layout: Layout | None, buffers: BufferPool, moved: Callable[[], None]
 ) -> Pulled:
+    header, chunk = _first(messages, moved)
+    if layout is None or (header.manifest.parameters and layout.manifest_hash != header.manifest_hash):
+        layout = Layout(header.manifest)
+    elif layout.manifest_hash != header.manifest_hash:
+        raise MalformedFrame(problem="the server's answer is of another manifest")
+    # the body's size is the server's to say; what it says has to fit this model
+    body = Assembly(check_body(layout, header.segments, 1 << 62), take=buffers.take)
+    _fill(body, chunk, messages, moved)
+    return Pulled(header, layout, body)
+
+
+def _first(messages: Iterator[bytes], moved: Callable[[], None]) -> tuple[pb.PullHeader, Chunk | None]:
+    """The header with which an answer begins, in parts if it is long, and the chunk that may come with it."""
     parts = Parts("the header of an answer")
     fields, chunk = unpack(next(messages, b""), pb.PullResponse)
     moved()
@@ -382,13 +408,10 @@ def _assembled(
         moved()
     if fields is None or not fields.HasField("header"):
         raise MalformedFrame(problem="the server's answer does not begin with a header")
-    header = pb.PullHeader.FromString(parts.take()) if parts.size_bytes else fields.header
-    if layout is None or (header.manifest.parameters and layout.manifest_hash != header.manifest_hash):
-        layout = Layout(header.manifest)
-    elif layout.manifest_hash != header.manifest_hash:
-        raise MalformedFrame(problem="the server's answer is of another manifest")
-    # the body's size is the server's to say; what it says has to fit this model
-    body = Assembly(check_body(layout, header.segments, 1 << 62), take=buffers.take)
+    return pb.PullHeader.FromString(parts.take()) if parts.size_bytes else fields.header, chunk
+
+
+def _fill(body: Assembly, chunk: Chunk | None, messages: Iterator[bytes], moved: Callable[[], None]) -> None:
     if chunk is not None:
         body.place(chunk)
     for message in messages:
@@ -397,7 +420,6 @@ def _assembled(
         if chunk is not None:
             body.place(chunk)
     body.finish()
-    return Pulled(header, layout, body)
 
 
 def _target(address: str) -> str:

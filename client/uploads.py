@@ -25,10 +25,18 @@ Upload = tuple[pb.UploadHeader, Body]
 
 
 def creation(
-    model: str, ticket: pb.CreationTicket, layout: Layout, values: Values, steps: Sequence[int]
+    model: str,
+    ticket: pb.CreationTicket,
+    layout: Layout,
+    values: Values,
+    steps: Sequence[int],
+    extras: Mapping[str, Tensor],
 ) -> Upload:
     """The model itself, from the worker that was given the ticket."""
     body = values_body(layout, values)
+    file = _file(extras) if extras else None
+    if file is not None:
+        body = Body(body.segments, [*body.pieces, [file]])
     header = pb.UploadHeader(
         model=model,
         kind=pb.UPLOAD_KIND_CREATE,
@@ -36,12 +44,13 @@ def creation(
         manifest=ticket.manifest,
         segments=body.segments,
         steps=steps,
+        extras_bytes=0 if file is None else file.nbytes,
     )
     return header, body
 
 
-def parameters(model: str, member: Member, values: Values) -> Upload:
-    """Parameter values, which become a version of their own."""
+def parameters(model: str, member: Member, values: Values, fresh: Sequence[str]) -> Upload:
+    """Parameter values, which become a version of their own; `fresh`: whose state begins anew."""
     body = values_body(member.layout, values)
     header = pb.UploadHeader(
         model=model,
@@ -49,6 +58,7 @@ def parameters(model: str, member: Member, values: Values) -> Upload:
         identity=member.next_identity(),
         segments=body.segments,
         manifest_hash=member.layout.manifest_hash,
+        fresh=[member.layout.slot(name, model).index for name in fresh],
     )
     return header, body
 
@@ -79,14 +89,30 @@ def state(model: str, member: Member, header: pb.UploadHeader, values: Values) -
     return header, body
 
 
-def extras(model: str, member: Member, tensors: Mapping[str, Tensor]) -> Upload:
+def extras(model: str, member: Member, tensors: Mapping[str, Tensor], *, are_all: bool) -> Upload:
     """A module's buffers and frozen values, as safetensors."""
-    content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    file = _file(tensors)
     header = pb.UploadHeader(
         model=model,
         kind=pb.UPLOAD_KIND_EXTRAS,
         identity=member.next_identity(),
-        extras_bytes=len(content),
+        extras_bytes=file.nbytes,
+        extras_all=are_all,
     )
-    piece = Piece(torch.frombuffer(bytearray(content), dtype=torch.uint8), torch.uint8)
-    return header, Body((), [[piece]])
+    return header, Body((), [[file]])
+
+
+def _file(tensors: Mapping[str, Tensor]) -> Piece:
+    content = save(_apart(tensors))
+    return Piece(torch.frombuffer(bytearray(content), dtype=torch.uint8), torch.uint8)
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Each in memory of its own: the format keeps no two tensors in one."""
+    found: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+        found[name] = flat.clone() if flat.untyped_storage().data_ptr() in storages else flat
+        storages.add(found[name].untyped_storage().data_ptr())
+    return found

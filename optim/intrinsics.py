@@ -39,6 +39,11 @@ SLOTS: Final = 6
 # int64, each worker in a cache line of its own.
 STRIDE: Final = 8
 
+# Odd numbers, one for each word of a line.
+LINE_FACTORS: Final = tuple((0x9E3779B97F4A7C15 * (2 * k + 1)) % 2**64 for k in range(8))
+# What folds a word before: no multiple of 8, or the sign bits of neighbouring floats would take each other away.
+WORD_SHIFT: Final = 29
+
 _I8, _I16, _I32, _I64 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _F32, _F64 = ir.FloatType(), ir.DoubleType()
 _MEMORY: Final = {FLOAT32: _F32, FLOAT64: _F64, BFLOAT16: _I16, FLOAT16: _I16, SCALE: _F32, CODE: _I8}
@@ -211,6 +216,40 @@ def _copy_lines(_: Any, target: Any, source: Any, count: Any, past_cache: Any) -
 
     return types.void(target, source, count, past_cache), generate
 
+
+def _load_plain(bits: int) -> Any:
+    def typed(_: Any, address: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            pointer = builder.inttoptr(args[0], ir.IntType(bits).as_pointer())
+            raw = builder.load(pointer, align=1)
+            return raw if bits == 64 else builder.zext(raw, _I64)
+
+        return types.uint64(address), generate
+
+    return typed
+
+
+def _fold_line(_: Any, address: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        line = ir.VectorType(_I64, 8)
+        words = builder.load(builder.inttoptr(args[0], line.as_pointer()), align=1)
+        shift = ir.Constant(line, [WORD_SHIFT] * 8)
+        folded = builder.mul(
+            builder.xor(words, builder.lshr(words, shift)), ir.Constant(line, list(LINE_FACTORS))
+        )
+        parts = [builder.extract_element(folded, _word(k)) for k in range(8)]
+        while len(parts) > 1:
+            parts = [builder.add(one, other) for one, other in zip(parts[::2], parts[1::2], strict=True)]
+        return parts[0]
+
+    return types.uint64(address), generate
+
+
+fold_line: Any = intrinsic(_fold_line)
+"""fold_line(address): the sum of the 64 bytes there, on any border: each word folded and times its own of LINE_FACTORS."""
+
+load_byte: Any = intrinsic(_load_plain(8))
+"""load_byte(address): the byte there as uint64."""
 
 load: Any = intrinsic(prefer_literal=True)(_load)
 """load(address, index, kind, wide, slot): one element as float32, or as float64 if `wide`."""

@@ -36,6 +36,7 @@ _SOURCES: Final = (
     "norm_kernels.py",
     "quantise_kernels.py",
     "row_kernels.py",
+    "sample_kernels.py",
     "select_kernels.py",
     "sum_kernels.py",
     "varint_kernels.py",

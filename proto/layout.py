@@ -21,6 +21,7 @@ import xxhash
 from . import dtypes
 from .errors import InvalidManifest, MalformedFrame, UnknownParameter, WrongDtype, WrongLength
 from .limits import limit_of
+from .names import MAX_NAME_BYTES, check_name
 from .types_pb2 import Arena, DType, Manifest, Parameter, ParamGroup, Segment
 
 ID_BYTES: Final = 8
@@ -29,7 +30,6 @@ INDEX_BYTES: Final = 4
 MAX_PARAMETERS: Final = limit_of(Manifest, "parameters").count
 MAX_GROUPS: Final = limit_of(Manifest, "groups").count
 MAX_DIMENSIONS: Final = limit_of(Parameter, "shape").count
-MAX_NAME_BYTES: Final = limit_of(Parameter, "name").bytes
 # Of all parameters together.
 MAX_ELEMENTS: Final = 1 << 48
 # The most elements of a segment whose indices are uint32.
@@ -290,6 +290,7 @@ def with_group(layout: Layout, added: Manifest) -> Layout:
     """The layout with one further group, or unchanged if its last group is that one already."""
     if len(added.groups) != 1 or not added.parameters:
         raise InvalidManifest(problem="add one param group with its parameters at a time")
+    check_names(added)
     names = [parameter.name for parameter in added.parameters]
     last = len(layout.manifest.groups) - 1
     if [slot.name for slot in layout.slots if slot.group == last] == names:
@@ -301,6 +302,13 @@ def with_group(layout: Layout, added: Manifest) -> Layout:
         manifest.parameters.append(parameter)
         manifest.parameters[-1].group = last + 1
     return Layout(manifest)
+
+
+def check_names(manifest: Manifest) -> None:
+    """InvalidManifest unless a new model may have these names; what is held already keeps its own."""
+    for parameter in manifest.parameters:
+        for name in (parameter.name, *parameter.aliases):
+            check_name(name)
 
 
 def _arranged(manifest: Manifest) -> tuple[tuple[Slot, ...], tuple[ArenaSpec, ...]]:

@@ -89,7 +89,7 @@ class JoinResponse(_message.Message):
     def __init__(self, member: _Optional[_Union[Membership, _Mapping]] = ..., create: _Optional[_Union[CreationTicket, _Mapping]] = ...) -> None: ...
 
 class Membership(_message.Message):
-    __slots__ = ("identity", "version", "manifest_hash", "manifest", "groups", "receipts", "lease_s", "lead", "worker_state", "policy", "forgotten_epoch", "forgotten_sequence")
+    __slots__ = ("identity", "version", "manifest_hash", "manifest", "groups", "receipts", "lease_s", "lead", "worker_state", "policy", "forgotten_epoch", "forgotten_sequence", "extras_version")
     IDENTITY_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_HASH_FIELD_NUMBER: _ClassVar[int]
@@ -102,6 +102,7 @@ class Membership(_message.Message):
     POLICY_FIELD_NUMBER: _ClassVar[int]
     FORGOTTEN_EPOCH_FIELD_NUMBER: _ClassVar[int]
     FORGOTTEN_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    EXTRAS_VERSION_FIELD_NUMBER: _ClassVar[int]
     identity: _types_pb2.Identity
     version: int
     manifest_hash: int
@@ -114,7 +115,8 @@ class Membership(_message.Message):
     policy: str
     forgotten_epoch: int
     forgotten_sequence: int
-    def __init__(self, identity: _Optional[_Union[_types_pb2.Identity, _Mapping]] = ..., version: _Optional[int] = ..., manifest_hash: _Optional[int] = ..., manifest: _Optional[_Union[_types_pb2.Manifest, _Mapping]] = ..., groups: _Optional[_Iterable[_Union[_types_pb2.GroupValues, _Mapping]]] = ..., receipts: _Optional[_Iterable[_Union[_types_pb2.Receipt, _Mapping]]] = ..., lease_s: _Optional[float] = ..., lead: bool = ..., worker_state: _Optional[bytes] = ..., policy: _Optional[str] = ..., forgotten_epoch: _Optional[int] = ..., forgotten_sequence: _Optional[int] = ...) -> None: ...
+    extras_version: int
+    def __init__(self, identity: _Optional[_Union[_types_pb2.Identity, _Mapping]] = ..., version: _Optional[int] = ..., manifest_hash: _Optional[int] = ..., manifest: _Optional[_Union[_types_pb2.Manifest, _Mapping]] = ..., groups: _Optional[_Iterable[_Union[_types_pb2.GroupValues, _Mapping]]] = ..., receipts: _Optional[_Iterable[_Union[_types_pb2.Receipt, _Mapping]]] = ..., lease_s: _Optional[float] = ..., lead: bool = ..., worker_state: _Optional[bytes] = ..., policy: _Optional[str] = ..., forgotten_epoch: _Optional[int] = ..., forgotten_sequence: _Optional[int] = ..., extras_version: _Optional[int] = ...) -> None: ...
 
 class CreationTicket(_message.Message):
     __slots__ = ("model", "worker", "ticket", "expires_s", "manifest")
@@ -147,16 +149,32 @@ class HeartbeatResponse(_message.Message):
     def __init__(self, version: _Optional[int] = ..., lease_s: _Optional[float] = ...) -> None: ...
 
 class LeaveRequest(_message.Message):
-    __slots__ = ("model", "identity")
+    __slots__ = ("model", "identity", "edits", "worker_state", "undo", "attempt")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     IDENTITY_FIELD_NUMBER: _ClassVar[int]
+    EDITS_FIELD_NUMBER: _ClassVar[int]
+    WORKER_STATE_FIELD_NUMBER: _ClassVar[int]
+    UNDO_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     model: str
     identity: _types_pb2.Identity
-    def __init__(self, model: _Optional[str] = ..., identity: _Optional[_Union[_types_pb2.Identity, _Mapping]] = ...) -> None: ...
+    edits: _containers.RepeatedCompositeFieldContainer[GroupEdit]
+    worker_state: bytes
+    undo: bool
+    attempt: int
+    def __init__(self, model: _Optional[str] = ..., identity: _Optional[_Union[_types_pb2.Identity, _Mapping]] = ..., edits: _Optional[_Iterable[_Union[GroupEdit, _Mapping]]] = ..., worker_state: _Optional[bytes] = ..., undo: bool = ..., attempt: _Optional[int] = ...) -> None: ...
+
+class PullExtrasRequest(_message.Message):
+    __slots__ = ("model",)
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    def __init__(self, model: _Optional[str] = ...) -> None: ...
 
 class LeaveResponse(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("ignored_edits",)
+    IGNORED_EDITS_FIELD_NUMBER: _ClassVar[int]
+    ignored_edits: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, ignored_edits: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class PullOptions(_message.Message):
     __slots__ = ("have_version", "dtype", "region")
@@ -334,7 +352,7 @@ class PullStateRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ...) -> None: ...
 
 class PullHeader(_message.Message):
-    __slots__ = ("model_uid", "timeline", "version", "unchanged", "segments", "manifest_hash", "receipt", "groups", "steps", "manifest", "shared")
+    __slots__ = ("model_uid", "timeline", "version", "unchanged", "segments", "manifest_hash", "receipt", "groups", "steps", "manifest", "shared", "extras_version", "extras_bytes")
     MODEL_UID_FIELD_NUMBER: _ClassVar[int]
     TIMELINE_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -346,6 +364,8 @@ class PullHeader(_message.Message):
     STEPS_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
     SHARED_FIELD_NUMBER: _ClassVar[int]
+    EXTRAS_VERSION_FIELD_NUMBER: _ClassVar[int]
+    EXTRAS_BYTES_FIELD_NUMBER: _ClassVar[int]
     model_uid: bytes
     timeline: int
     version: int
@@ -357,7 +377,9 @@ class PullHeader(_message.Message):
     steps: _containers.RepeatedScalarFieldContainer[int]
     manifest: _types_pb2.Manifest
     shared: bool
-    def __init__(self, model_uid: _Optional[bytes] = ..., timeline: _Optional[int] = ..., version: _Optional[int] = ..., unchanged: bool = ..., segments: _Optional[_Iterable[_Union[_types_pb2.Segment, _Mapping]]] = ..., manifest_hash: _Optional[int] = ..., receipt: _Optional[_Union[_types_pb2.Receipt, _Mapping]] = ..., groups: _Optional[_Iterable[_Union[_types_pb2.GroupValues, _Mapping]]] = ..., steps: _Optional[_Iterable[int]] = ..., manifest: _Optional[_Union[_types_pb2.Manifest, _Mapping]] = ..., shared: bool = ...) -> None: ...
+    extras_version: int
+    extras_bytes: int
+    def __init__(self, model_uid: _Optional[bytes] = ..., timeline: _Optional[int] = ..., version: _Optional[int] = ..., unchanged: bool = ..., segments: _Optional[_Iterable[_Union[_types_pb2.Segment, _Mapping]]] = ..., manifest_hash: _Optional[int] = ..., receipt: _Optional[_Union[_types_pb2.Receipt, _Mapping]] = ..., groups: _Optional[_Iterable[_Union[_types_pb2.GroupValues, _Mapping]]] = ..., steps: _Optional[_Iterable[int]] = ..., manifest: _Optional[_Union[_types_pb2.Manifest, _Mapping]] = ..., shared: bool = ..., extras_version: _Optional[int] = ..., extras_bytes: _Optional[int] = ...) -> None: ...
 
 class PullResponse(_message.Message):
     __slots__ = ("header", "segment", "offset", "header_part", "payload")
@@ -374,7 +396,7 @@ class PullResponse(_message.Message):
     def __init__(self, header: _Optional[_Union[PullHeader, _Mapping]] = ..., segment: _Optional[int] = ..., offset: _Optional[int] = ..., header_part: _Optional[bytes] = ..., payload: _Optional[bytes] = ...) -> None: ...
 
 class UploadHeader(_message.Message):
-    __slots__ = ("model", "kind", "ticket", "identity", "manifest", "segments", "steps", "groups", "force", "manifest_hash", "extras_bytes", "policy")
+    __slots__ = ("model", "kind", "ticket", "identity", "manifest", "segments", "steps", "groups", "force", "manifest_hash", "extras_bytes", "policy", "fresh", "extras_all")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     TICKET_FIELD_NUMBER: _ClassVar[int]
@@ -387,6 +409,8 @@ class UploadHeader(_message.Message):
     MANIFEST_HASH_FIELD_NUMBER: _ClassVar[int]
     EXTRAS_BYTES_FIELD_NUMBER: _ClassVar[int]
     POLICY_FIELD_NUMBER: _ClassVar[int]
+    FRESH_FIELD_NUMBER: _ClassVar[int]
+    EXTRAS_ALL_FIELD_NUMBER: _ClassVar[int]
     model: str
     kind: UploadKind
     ticket: int
@@ -399,7 +423,9 @@ class UploadHeader(_message.Message):
     manifest_hash: int
     extras_bytes: int
     policy: str
-    def __init__(self, model: _Optional[str] = ..., kind: _Optional[_Union[UploadKind, str]] = ..., ticket: _Optional[int] = ..., identity: _Optional[_Union[_types_pb2.Identity, _Mapping]] = ..., manifest: _Optional[_Union[_types_pb2.Manifest, _Mapping]] = ..., segments: _Optional[_Iterable[_Union[_types_pb2.Segment, _Mapping]]] = ..., steps: _Optional[_Iterable[int]] = ..., groups: _Optional[_Iterable[_Union[_types_pb2.GroupValues, _Mapping]]] = ..., force: bool = ..., manifest_hash: _Optional[int] = ..., extras_bytes: _Optional[int] = ..., policy: _Optional[str] = ...) -> None: ...
+    fresh: _containers.RepeatedScalarFieldContainer[int]
+    extras_all: bool
+    def __init__(self, model: _Optional[str] = ..., kind: _Optional[_Union[UploadKind, str]] = ..., ticket: _Optional[int] = ..., identity: _Optional[_Union[_types_pb2.Identity, _Mapping]] = ..., manifest: _Optional[_Union[_types_pb2.Manifest, _Mapping]] = ..., segments: _Optional[_Iterable[_Union[_types_pb2.Segment, _Mapping]]] = ..., steps: _Optional[_Iterable[int]] = ..., groups: _Optional[_Iterable[_Union[_types_pb2.GroupValues, _Mapping]]] = ..., force: bool = ..., manifest_hash: _Optional[int] = ..., extras_bytes: _Optional[int] = ..., policy: _Optional[str] = ..., fresh: _Optional[_Iterable[int]] = ..., extras_all: bool = ...) -> None: ...
 
 class UploadRequest(_message.Message):
     __slots__ = ("header", "segment", "offset", "header_part", "payload")
@@ -416,11 +442,13 @@ class UploadRequest(_message.Message):
     def __init__(self, header: _Optional[_Union[UploadHeader, _Mapping]] = ..., segment: _Optional[int] = ..., offset: _Optional[int] = ..., header_part: _Optional[bytes] = ..., payload: _Optional[bytes] = ...) -> None: ...
 
 class UploadResponse(_message.Message):
-    __slots__ = ("member", "version", "timeline")
+    __slots__ = ("member", "version", "timeline", "extras_version")
     MEMBER_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     TIMELINE_FIELD_NUMBER: _ClassVar[int]
+    EXTRAS_VERSION_FIELD_NUMBER: _ClassVar[int]
     member: Membership
     version: int
     timeline: int
-    def __init__(self, member: _Optional[_Union[Membership, _Mapping]] = ..., version: _Optional[int] = ..., timeline: _Optional[int] = ...) -> None: ...
+    extras_version: int
+    def __init__(self, member: _Optional[_Union[Membership, _Mapping]] = ..., version: _Optional[int] = ..., timeline: _Optional[int] = ..., extras_version: _Optional[int] = ...) -> None: ...

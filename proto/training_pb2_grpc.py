@@ -110,6 +110,11 @@ class TrainingServiceStub(object):
                 request_serializer=pushstep_dot_proto_dot_training__pb2.PullStateRequest.SerializeToString,
                 response_deserializer=pushstep_dot_proto_dot_training__pb2.PullResponse.FromString,
                 _registered_method=True)
+        self.PullExtras = channel.unary_stream(
+                '/pushstep.v1.TrainingService/PullExtras',
+                request_serializer=pushstep_dot_proto_dot_training__pb2.PullExtrasRequest.SerializeToString,
+                response_deserializer=pushstep_dot_proto_dot_training__pb2.PullResponse.FromString,
+                _registered_method=True)
 
 
 class TrainingServiceServicer(object):
@@ -164,7 +169,7 @@ class TrainingServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Leave(self, request, context):
-        """Leave ends the worker's epoch at once. Its receipts are kept.
+        """Leave ends the worker's epoch at once. Its receipts are kept. A second copy of it changes nothing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -217,6 +222,13 @@ class TrainingServiceServicer(object):
 
     def PullState(self, request, context):
         """PullState returns parameters, optimizer state and step counts at one version.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PullExtras(self, request, context):
+        """PullExtras returns what is held beside the parameters: a module's buffers and frozen values.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -283,6 +295,11 @@ def add_TrainingServiceServicer_to_server(servicer, server):
             'PullState': grpc.unary_stream_rpc_method_handler(
                     servicer.PullState,
                     request_deserializer=pushstep_dot_proto_dot_training__pb2.PullStateRequest.FromString,
+                    response_serializer=pushstep_dot_proto_dot_training__pb2.PullResponse.SerializeToString,
+            ),
+            'PullExtras': grpc.unary_stream_rpc_method_handler(
+                    servicer.PullExtras,
+                    request_deserializer=pushstep_dot_proto_dot_training__pb2.PullExtrasRequest.FromString,
                     response_serializer=pushstep_dot_proto_dot_training__pb2.PullResponse.SerializeToString,
             ),
     }
@@ -625,6 +642,33 @@ class TrainingService(object):
             target,
             '/pushstep.v1.TrainingService/PullState',
             pushstep_dot_proto_dot_training__pb2.PullStateRequest.SerializeToString,
+            pushstep_dot_proto_dot_training__pb2.PullResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PullExtras(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/pushstep.v1.TrainingService/PullExtras',
+            pushstep_dot_proto_dot_training__pb2.PullExtrasRequest.SerializeToString,
             pushstep_dot_proto_dot_training__pb2.PullResponse.FromString,
             options,
             channel_credentials,

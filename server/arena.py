@@ -6,7 +6,7 @@ row-sparse gradients, each row's last-changed version is kept, so that readers c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Final
@@ -21,6 +21,7 @@ from pushstep.proto.layout import Layout, Slot
 from pushstep.proto.types_pb2 import Ticket
 
 from .device import Device
+from .extras import Extras
 from .finite_watch import FiniteWatch
 from .memory import copy_of, take
 from .staging import DensePart, RowsPart
@@ -113,6 +114,15 @@ class Arenas:
         """Fill the states with their rules' initial values."""
         with self.lane.here():
             fill_initial(self.layout, self.states, values, 0)
+
+    def begin_anew(self, slots: Iterable[Slot], values: Sequence[Mapping[str, float | bool]]) -> None:
+        """Have parameters the state of one that has not been stepped. values: of all groups."""
+        with self.lane.here():
+            for slot in slots:
+                rule = rule_of(self.layout, slot.group)
+                for name in rule.state_names:
+                    self.view(slot, name).fill_(rule.initial_value(name, values[slot.group]))
+                self.steps[slot.index] = 0
 
     def step(
         self,
@@ -308,7 +318,7 @@ class ArenasCopy:
     states: list[dict[str, Tensor]]
     steps: list[int]
     # buffers and frozen values, by name: not stepped, only kept for exports
-    extras: Mapping[str, Tensor] = field(default_factory=dict)
+    extras: Extras = field(default_factory=Extras)
     # what it stands on: the (timeline, version) that each restore before it went on from
     lineage: Sequence[tuple[int, int]] = ()
 

@@ -37,7 +37,7 @@ from pushstep.proto.errors import (
     UnknownSnapshot,
 )
 from pushstep.proto.identifiers import is_name
-from pushstep.proto.layout import Layout
+from pushstep.proto.layout import Layout, check_names
 from pushstep.proto.status import named
 from pushstep.proto.training_pb2 import Process
 from pushstep.proto.types_pb2 import Manifest
@@ -81,6 +81,7 @@ def propose(manifest: Manifest) -> Proposal:
 
     It depends on nothing else, so that a large one is looked at in a thread.
     """
+    check_names(manifest)
     layout = Layout(manifest)
     for group in manifest.groups:
         Group.make(group)
@@ -225,9 +226,20 @@ class Catalog:
         """An upload has ended; unless it has made the model, or comes again, the next caller may create it."""
         self._creations.end_upload(name, creation, now_s, had_place=had_place, comes_again=comes_again)
 
+    async def withdraw_creation(self, name: str, worker: str, attempt: int) -> None:
+        """Take back the leave that a join was given; of one whose values have arrived, wait for the end."""
+        current = self._creations.get(name)
+        if current is None or not attempt or (current.worker, current.attempt) != (worker, attempt):
+            return
+        async with self._alone(name):
+            if self._creations.get(name) is current:
+                self._creations.end(name)
+
     async def finish_creation(self, name: str, creation: Creation, model: Model) -> None:
         """Make a filled model, which has its place, durable in name and visible to all."""
         async with self._alone(name):  # the folder of an earlier one of this name may just be going
+            if self._creations.get(name) is not creation:  # withdrawn
+                raise NoCreationTicket(model=name)
             await DISK.run(self._folder(name).set_aside)
             await self._write_identity(model, clean_version=None)
         self._creations.end(name)

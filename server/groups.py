@@ -126,17 +126,20 @@ class ParamGroups:
 
         InvalidHyperparameter also for what the group's row-sparse gradients could not be stepped with.
         """
-        group = self.at(index, model)
-        values = group.changed(edit)
+        values = self.at(index, model).changed(edit)
+        self.check_rows({index: values})
+        return values
+
+    def check_rows(self, planned: Mapping[int, Values]) -> None:
+        """InvalidHyperparameter for what a group's row-sparse gradients could not be stepped with."""
         for slot in self._by_rows.values():
-            if slot.group == index:
+            if slot.group in planned:
                 try:
-                    group.rule.check_rows(values)
+                    self.list[slot.group].rule.check_rows(planned[slot.group])
                 except RuntimeError as error:
                     raise InvalidHyperparameter(
                         problem=f"{error}, and the last gradient of {slot.name!r} was row-sparse"
                     ) from error
-        return values
 
     def note_rows(self, parts: Sequence[DensePart | RowsPart]) -> None:
         """Remember which parameters are stepped by rows, until they are stepped densely."""

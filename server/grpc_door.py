@@ -16,6 +16,7 @@ from importlib.metadata import version as installed_version
 from typing import Any, Final
 
 import grpc
+import torch
 
 from pushstep.proto import training_pb2 as pb
 from pushstep.proto.errors import (
@@ -24,7 +25,7 @@ from pushstep.proto.errors import (
     PushstepError,
     Quarantined,
 )
-from pushstep.proto.frames import MAX_CHUNK_BYTES, pack
+from pushstep.proto.frames import MAX_CHUNK_BYTES, Piece, pack
 from pushstep.proto.parts import WHOLE_BYTES, parts_of
 from pushstep.proto.status import TRAILER, brief, to_trailer
 from pushstep.proto.types_pb2 import GroupValues, Identity, Receipt
@@ -36,10 +37,11 @@ from .copies import COPIES_AT_ONCE, ModelCopies, copy_of
 from .counted_parts import CountedParts
 from .grpc_methods import abort, answered, answering, only, streamed, streaming
 from .intake import Intake
-from .membership import join
+from .membership import join, leave
 from .model import Model
 from .publish import Published
 from .pull_answers import (
+    extras_header,
     have_version,
     header_frames,
     newest,
@@ -113,6 +115,7 @@ class GrpcDoor:
             "Pull": stream(many(streamed(self.pull, pb.PullRequest))),
             "PullRows": stream(many(self.pull_rows)),
             "PullState": stream(many(streamed(self.pull_state, pb.PullStateRequest))),
+            "PullExtras": stream(many(streamed(self.pull_extras, pb.PullExtrasRequest))),
         }
         return grpc.method_handlers_generic_handler(SERVICE, methods)
 
@@ -161,15 +164,9 @@ class GrpcDoor:
 
     async def leave(self, request: pb.LeaveRequest) -> pb.LeaveResponse:
         """Leave."""
-        model = self.catalog.models.get(request.model)
-        # nothing to leave if the model is gone, or is another one of the same name
-        if model is not None and model.uid == request.identity.model_uid:
-            decisions = model.judge.left(request.identity, time.monotonic())
-            if request.identity.worker in model.sessions.workers:
-                model.record("left", request.identity.worker)
-            model.executor.carry_out(decisions)
-            self.memory.close_stale()
-        return pb.LeaveResponse()
+        answer = await leave(self.catalog, request)
+        self.memory.close_stale()
+        return answer
 
     async def open_region(self, request: pb.OpenRegionRequest) -> pb.OpenRegionResponse:
         """OpenRegion."""
@@ -263,6 +260,21 @@ class GrpcDoor:
         frames = pack(bodies)
         while (frame := await PULLS.run(next, frames, None)) is not None:
             yield frame
+
+    async def pull_extras(self, request: pb.PullExtrasRequest) -> AsyncGenerator[bytes, None]:
+        """PullExtras."""
+        model = self.catalog.get(request.model)
+        model.require_whole()
+        extras = model.extras
+        await self.readers.budget.claim(extras.nbytes)
+        try:
+            content = await PULLS.run(extras.file)
+            yield pb.PullResponse(header=extras_header(model, extras, len(content))).SerializeToString()
+            frames = pack([[Piece(torch.frombuffer(bytearray(content), dtype=torch.uint8), torch.uint8)]])
+            while (frame := await PULLS.run(next, frames, None)) is not None:
+                yield frame
+        finally:
+            self.readers.budget.give_back(extras.nbytes)
 
     async def _take_push(
         self, stream: BulkStream[pb.PushRequest], *, pulls: bool = False

@@ -13,7 +13,7 @@ then offer again whoever was told to wait. Call `tick` when `next_s` has come.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from pushstep.proto.errors import (
     Conflict,
@@ -25,6 +25,7 @@ from pushstep.proto.errors import (
     Superseded,
     UnknownWorker,
 )
+from pushstep.proto.hyperparameters import Values
 from pushstep.proto.training_pb2 import PushHeader
 from pushstep.proto.types_pb2 import Identity, Outcome, Receipt
 
@@ -199,10 +200,29 @@ class Judge:
         self.sessions.require(identity, now_s)
         return self.docket.conclude(now_s)
 
-    def left(self, identity: Identity, now_s: float) -> list[Decision]:
-        """A worker goes; what it has handed in stays."""
-        self.sessions.leave(identity, now_s)
-        return self.docket.conclude(now_s)
+    def left(
+        self,
+        identity: Identity,
+        now_s: float,
+        edits: Mapping[int, Values] | None = None,
+        worker_state: bytes | None = None,
+    ) -> tuple[list[str], list[Decision]]:
+        """A worker goes; what it has handed in stays, and what no push of its has carried is taken.
+
+        The names of the `edits` that did not count: only the lead's do. Of an epoch that is over nothing is taken.
+        OverCapacity, and it stays, if its state cannot be kept.
+        """
+        edits = edits or {}
+        current = identity.timeline == self.ledger.timeline
+        worker = self.sessions.leaving(identity) if current else None
+        if worker is not None and worker_state is not None:
+            self.sessions.require_room_for_state(worker, worker_state, now_s)
+        lead = worker is not None and not worker.quarantined and self.sessions.leads(worker)
+        ignored = self.ledger.edit(edits, lead=lead)
+        if worker is not None:
+            self.sessions.carry(worker, worker.metrics, worker_state)
+            self.sessions.leave(identity, now_s)
+        return ignored, self.docket.conclude(now_s)
 
     def evicted(self, name: str, now_s: float) -> list[Decision]:
         """An operator fences a worker; what it has handed in is not applied. UnknownWorker."""

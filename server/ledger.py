@@ -119,6 +119,16 @@ class Ledger:
             metrics=_mean_metrics(order.candidates),
         )
 
+    def edit(self, edits: Mapping[int, Values], *, lead: bool) -> list[str]:
+        """Apply the edits of a worker that leaves, as far as they count; the names of the others."""
+        try:
+            planned, ignored = self.groups.plan_worker_edits(edits, lead, self.name)
+            self.groups.check_rows(planned)
+        except PushstepError:
+            return [f"{index}.{name}" for index, edit in edits.items() for name in edit]
+        self.groups.write(planned)
+        return ignored
+
     def _planned(self, order: Order, receipts: Sequence[Receipt]) -> dict[int, Values]:
         """The values that the step is taken with; the names of the edits that do not count go into the receipts.
 

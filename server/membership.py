@@ -1,4 +1,4 @@
-"""What a worker is told when it joins: who it is now, what the model is, and what became of its last pushes."""
+"""How workers come and go. One that joins is told who it is now, what the model is, and what became of its last pushes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from itertools import islice, zip_longest
 from typing import Final, TypeVar
 
 from pushstep.proto.errors import ManifestMismatch, MessageTooLarge, ModelLost, UnknownModel
+from pushstep.proto.hyperparameters import plain_values
 from pushstep.proto.identifiers import check_name
 from pushstep.proto.layout import Layout, Slot
 from pushstep.proto.parts import MAX_WHOLE_BYTES
@@ -17,6 +18,8 @@ from pushstep.proto.training_pb2 import (
     CreationTicket,
     JoinRequest,
     JoinResponse,
+    LeaveRequest,
+    LeaveResponse,
     Membership,
     Process,
     PullHeader,
@@ -114,16 +117,60 @@ def _has_ended(holder: Worker, caller: Process) -> bool:
     return bool(holder.process.pid) and (holder.process == caller or is_gone(holder.process))
 
 
+async def leave(catalog: Catalog, request: LeaveRequest) -> LeaveResponse:
+    """End a worker's epoch; undo its join, if it is told to."""
+    if request.undo:
+        await _undo(catalog, request)
+        return LeaveResponse()
+    model = catalog.models.get(request.model)
+    # nothing to leave if the model is gone, or is another one of the same name
+    if model is None or model.uid != request.identity.model_uid:
+        return LeaveResponse()
+    ignored, decisions = model.judge.left(
+        request.identity,
+        time.monotonic(),
+        {edit.group: plain_values(edit.values) for edit in request.edits},
+        request.worker_state if request.HasField("worker_state") else None,
+    )
+    if request.identity.worker in model.sessions.workers:
+        model.record("left", request.identity.worker)
+    model.executor.carry_out(decisions)
+    return LeaveResponse(ignored_edits=ignored)
+
+
+async def _undo(catalog: Catalog, request: LeaveRequest) -> None:
+    """Have a join not have been; its answer may be on its way still, or be lost."""
+    name, attempt = request.identity.worker, request.attempt
+    await catalog.withdraw_creation(request.model, name, attempt)
+    model = catalog.models.get(request.model)
+    worker = None if model is None else model.sessions.workers.get(name)
+    if model is None or worker is None:
+        return
+    answered = request.identity.model_uid == model.uid and request.identity.epoch == worker.epoch
+    if not answered and not (attempt and worker.attempts and worker.attempts[-1] == attempt):
+        return
+    alone = model.sessions.workers.keys() == {name} and worker.epoch == 1
+    _, decisions = model.judge.left(_identity(model, worker), time.monotonic())
+    model.record("left", name)
+    model.executor.carry_out(decisions)
+    if alone and (model.timeline, model.version, model.edit) == (1, 0, 0):
+        await catalog.delete(model.name, by=name)
+
+
+def _identity(model: Model, worker: Worker) -> Identity:
+    return Identity(
+        model_uid=model.uid,
+        timeline=model.timeline,
+        worker=worker.name,
+        epoch=worker.epoch,
+        sequence=worker.sequence,
+    )
+
+
 def membership(model: Model, worker: Worker) -> Membership:
     """The membership of a joined worker, without the manifest."""
     return Membership(
-        identity=Identity(
-            model_uid=model.uid,
-            timeline=model.timeline,
-            worker=worker.name,
-            epoch=worker.epoch,
-            sequence=worker.sequence,
-        ),
+        identity=_identity(model, worker),
         version=model.version,
         manifest_hash=model.layout.manifest_hash,
         groups=model.group_values(),
@@ -134,6 +181,7 @@ def membership(model: Model, worker: Worker) -> Membership:
         policy=model.judge.policy.settings.model_dump_json(),
         forgotten_epoch=worker.forgotten[0],
         forgotten_sequence=worker.forgotten[1],
+        extras_version=model.extras.version,
     )
 
 

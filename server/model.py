@@ -15,8 +15,6 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
-from torch import Tensor
-
 from pushstep.proto.errors import (
     Draining,
     InvalidHyperparameter,
@@ -35,6 +33,7 @@ from .arena import Arenas, ArenasCopy
 from .device import Device
 from .events import Events
 from .executor import Executor
+from .extras import Extras
 from .groups import Group, ParamGroups
 from .hooks.chain import HookChain
 from .hooks.hook import Hook, Point
@@ -88,8 +87,7 @@ class Model:
         self.deleted = False
         # nothing is decided or stepped any more: what it is now is what the next start has
         self.ended = False
-        # a module's buffers and frozen values; replaced as a whole, never written to
-        self.extras: Mapping[str, Tensor] = {}
+        self.extras = Extras()
         self._extras_seen = 0
         self.events = Events()
         self.last_receipt: Receipt | None = None
@@ -119,8 +117,7 @@ class Model:
     @property
     def held_bytes(self) -> int:
         """What it counts for, of --max-bytes."""
-        extras = sum(tensor.nbytes for tensor in self.extras.values())
-        return Arenas.bytes_charged(self.layout) + extras
+        return Arenas.bytes_charged(self.layout) + self.extras.nbytes
 
     @property
     def content(self) -> Hashable:
@@ -276,7 +273,7 @@ class Model:
 
     # Replacing what the model is.
 
-    def replace_extras(self, extras: Mapping[str, Tensor]) -> None:
+    def replace_extras(self, extras: Extras) -> None:
         """Hold other buffers and frozen values. They are of no version."""
         self.extras = extras
         self._extras_seen += 1

@@ -13,6 +13,7 @@ from pushstep.proto.parts import header_messages
 from pushstep.proto.types_pb2 import DType, Segment
 
 from .arena import Arenas, ArenasCopy
+from .extras import Extras
 from .membership import fill_in
 from .model import Model
 from .publish import Published
@@ -90,6 +91,17 @@ def header_of(model: Model, at: Arenas | ArenasCopy | Published, segments: list[
         version=at.version,
         segments=segments,
         manifest_hash=at.layout.manifest_hash,
+    )
+
+
+def extras_header(model: Model, extras: Extras, file_bytes: int) -> pb.PullHeader:
+    """The header of what lies beside the parameters, in a file of this length."""
+    return pb.PullHeader(
+        model_uid=model.uid,
+        timeline=model.timeline,
+        version=model.version,
+        extras_version=extras.version,
+        extras_bytes=file_bytes,
     )
 
 

@@ -233,10 +233,16 @@ class Sessions:
         worker.duplicates += 1
         verdict.receipt.duplicates += 1
 
+    def leaving(self, identity: Identity) -> Worker | None:
+        """The live worker that `identity` is, and that may go; None if its epoch is over."""
+        worker = self.workers.get(identity.worker)
+        there = worker is not None and worker.epoch == identity.epoch and worker.state is WorkerState.LIVE
+        return worker if there else None
+
     def leave(self, identity: Identity, now_s: float) -> None:
         """End an epoch; leaving twice, or after expiry, changes nothing."""
-        worker = self.workers.get(identity.worker)
-        if worker is not None and worker.epoch == identity.epoch and worker.state is WorkerState.LIVE:
+        worker = self.leaving(identity)
+        if worker is not None:
             worker.state = WorkerState.LEFT
             worker.last_seen_s = now_s
 

@@ -39,6 +39,7 @@ from pushstep.proto.layout import Layout
 
 from . import files
 from .arena import ArenasCopy
+from .extras import Extras
 from .snapshot_manifest import EXTRAS, FORMAT, ID, arena_file, checked, layout_of, parameters_of
 from .tensor_file import OtherBytes, digest_of, read_tensors
 
@@ -152,11 +153,11 @@ class Snapshots:
         manifest = self._verified(snapshot)
         layout = layout_of(snapshot, manifest)
         parameters, states = [], []
-        extras: Mapping[str, Tensor] = {}
+        extras = Extras()
         for entry in manifest["files"]:
             tensors = self._read_file(snapshot, entry)
             if entry["file"] == EXTRAS:
-                extras = tensors
+                extras = Extras(tensors)
                 continue
             _require_arena(snapshot, layout, entry["arena"], tensors)
             parameters.append(tensors.pop(PARAMETER))

@@ -47,6 +47,7 @@ from . import garbage, gate, policies
 from .arena import Arenas, ArenasCopy
 from .catalog import Catalog
 from .creations import Creation
+from .extras import Extras
 from .groups import Group
 from .intake import place
 from .membership import fill_in, membership
@@ -111,7 +112,7 @@ class Upload:
             raise MalformedFrame(problem=f"upload kind {header.kind} does not exist")
         few = len(self._layout.slots) + len(header.segments) <= INLINE_PARTS
         lengths = await REQUESTS.run_unless(few, self._check_header)
-        if header.kind == UPLOAD_KIND_EXTRAS:
+        if header.kind in (UPLOAD_KIND_EXTRAS, UPLOAD_KIND_CREATE) and header.extras_bytes:
             # beside those that they replace, which somebody may be reading
             self._promise.enter_context(catalog.promised(header.extras_bytes))
         # of a creation the ticket says who it is: nobody has looked at the identity
@@ -127,8 +128,8 @@ class Upload:
         for segment in header.segments:
             _check_exact(self._layout, segment)
         lengths = check_body(self._layout, header.segments, self._catalog.config.max_bytes)
-        if header.kind == UPLOAD_KIND_EXTRAS:
-            lengths = [header.extras_bytes]
+        if header.kind in (UPLOAD_KIND_EXTRAS, UPLOAD_KIND_CREATE) and header.extras_bytes:
+            lengths.append(header.extras_bytes)
         self._check_complete()
         self._digest = BodyDigest(header.segments)
         return lengths
@@ -152,6 +153,10 @@ class Upload:
                 )
         if kind == UPLOAD_KIND_EXTRAS and (header.segments or not header.extras_bytes):
             raise MalformedFrame(problem="an extras upload carries one safetensors file and no segments")
+        if any(index >= len(self._layout.slots) for index in header.fresh):
+            raise MalformedFrame(
+                problem=f"there is no parameter {max(header.fresh)} whose state could begin anew"
+            )
 
     def place(self, chunk: Chunk) -> asyncio.Future[None] | None:
         """Copy a chunk into staging. What moves is alive: its lease does not run out meanwhile, as its ticket does not."""
@@ -225,9 +230,11 @@ class Upload:
         if self._creation is None:
             raise MalformedFrame(problem="no creation ticket")
         header, worker, attempt = self._header, self._creation.worker, self._creation.attempt
+        extras = await self._extras(Extras())
         self._catalog.take_place(header.model, self._creation)
         self._has_place = True
         model = await PUSHES.run(self._catalog.new_model, header.model, self._layout)
+        model.extras = extras
         await model.stepper.submit(lambda: self._fill(model.arenas, header.steps))
         model.begin_under(self._policy)
         await self._catalog.finish_creation(header.model, self._creation, model)
@@ -264,10 +271,14 @@ class Upload:
             return UploadResponse(version=version, timeline=model.timeline)
         model.record("parameters_uploaded", identity.worker)
 
+        fresh = [model.layout.slots[index] for index in self._header.fresh]
+        values = [group.values for group in model.groups.list]
+
         def write() -> None:
             with model.arenas.writing():
                 model.arenas.version = version
                 self._fill(model.arenas, [])
+                model.arenas.begin_anew(fresh, values)
                 for segment in self._header.segments:
                     for slot in model.layout.slots_of(segment):
                         model.arenas.mark_changed(slot, version)
@@ -314,14 +325,29 @@ class Upload:
             await fill_in(response.member, layout)
         return response
 
+    async def _extras(self, held: Extras) -> Extras:
+        """What the body's last part makes of those that are `held`."""
+        if not self._header.extras_bytes:
+            return held
+        part = self._body.part(len(self._header.segments), torch.uint8)
+        sent = await PUSHES.run(_extras_in, part)
+        known = {name for slot in self._layout.slots for name in (slot.name, *slot.aliases)}
+        if not known.isdisjoint(sent):
+            raise MalformedFrame(problem=f"extras name a parameter: {sorted(known & set(sent))[0]!r}")
+        all_of_them = sent if self._header.extras_all else {**held, **sent}
+        return await PUSHES.run(Extras, all_of_them, held)
+
     async def _replace_extras(self, model: Model) -> UploadResponse:
-        extras = await PUSHES.run(_extras_in, self._body.part(0, torch.uint8))
-        known = {name for slot in model.layout.slots for name in (slot.name, *slot.aliases)}
-        if not known.isdisjoint(extras):
-            raise MalformedFrame(problem=f"extras name a parameter: {sorted(known & set(extras))[0]!r}")
+        held: Extras | None = None
+        while held is not model.extras:  # others came while these were read
+            held = model.extras
+            extras = await self._extras(held)
+            model.require_current(self._header.identity)
         if model.sessions.leads(model.sessions.require(self._header.identity, time.monotonic())):
             model.replace_extras(extras)
-        return UploadResponse(version=model.version, timeline=model.timeline)
+        return UploadResponse(
+            version=model.version, timeline=model.timeline, extras_version=model.extras.version
+        )
 
     async def _add_group(self, model: Model) -> UploadResponse:
         identity = self._header.identity

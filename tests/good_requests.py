@@ -38,6 +38,7 @@ def requests(raw: RawWorker) -> dict[str, tuple[str, Message]]:
     of_model = {"model": model, "identity": identity}
     hashed = {**of_model, "manifest_hash": raw.member.manifest_hash}
     new = upload(raw, pb.UPLOAD_KIND_GROUP, manifest=added(), segments=[Segment(arena=2, stop=2, dtype=1)])  # type: ignore[arg-type]
+    fresh = upload(raw, pb.UPLOAD_KIND_PARAMETERS, fresh=[0])
     state = upload(raw, pb.UPLOAD_KIND_STATE, groups=[GroupValues()], force=True)
     join = pb.JoinRequest(model=model, worker="joined", manifest=raw.member.manifest)
     return {
@@ -46,14 +47,19 @@ def requests(raw: RawWorker) -> dict[str, tuple[str, Message]]:
         "Join in parts": ("JoinInParts", pb.JoinPart(part=join.SerializeToString())),
         "Join of a new one": ("Join", pb.JoinRequest(model="new", worker="joined", manifest=added())),
         "Heartbeat": ("Heartbeat", pb.HeartbeatRequest(**of_model)),
-        "Leave": ("Leave", pb.LeaveRequest(**of_model)),
+        "Leave": (
+            "Leave",
+            pb.LeaveRequest(**of_model, edits=[pb.GroupEdit()], worker_state=b"1", attempt=1),
+        ),
         "OpenRegion": ("OpenRegion", pb.OpenRegionRequest(**hashed)),
         "Pull": ("Pull", pb.PullRequest(**hashed, options=pb.PullOptions())),
         "PullRows": ("PullRows", pb.PullRowsRequest(model=model, parameter="table", ids=[1])),
         "PullState": ("PullState", pb.PullStateRequest(model=model)),
+        "PullExtras": ("PullExtras", pb.PullExtrasRequest(model=model)),
         "Push": ("Push", push(raw)),
         "Exchange": ("Exchange", push(raw)),
         "Upload of a group": ("Upload", new),
+        "Upload of fresh states": ("Upload", fresh),
         "Upload of a state": ("Upload", state),
         "Upload of extras": ("Upload", upload(raw, pb.UPLOAD_KIND_EXTRAS, extras_bytes=16)),
     }

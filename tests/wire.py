@@ -31,7 +31,7 @@ from pushstep.proto.types_pb2 import Identity, Segment
 SERVICE = "/pushstep.v1.TrainingService/"
 BULK_IN = ("Push", "Exchange", "Upload")
 UNARY = ("Describe", "Join", "Heartbeat", "Leave")
-STREAMED_OUT = ("Pull", "PullRows", "PullState")
+STREAMED_OUT = ("Pull", "PullRows", "PullState", "PullExtras")
 # Two rules, two groups, four parameters; the table takes row-sparse gradients, the scalar has no rows.
 PARAMETERS = {
     "table": np.arange(15, dtype=np.float32).reshape(5, 3),

@@ -37,7 +37,7 @@ class LocalParameterEdit(Misuse):
     """A parameter was written to between steps."""
 
     code = "local_parameter_edit"
-    template = "parameter {parameter!r} was changed here since the last step; the server has not seen it. Call session.upload() to send it"
+    template = 'parameter {parameter!r} was changed here since the last step, and the server has not seen it: session.upload() sends the parameters as they are; with attach(..., edits="upload") each step sends such changes first'
 
 
 class ForkedSession(Misuse):

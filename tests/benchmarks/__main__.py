@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 
-NAMES = ("cuda", "optim", "transport")
+NAMES = ("cuda", "edits", "optim", "transport")
 
 
 def size(text: str) -> int:

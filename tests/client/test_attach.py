@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
 import torch
 from harness import RunningServer, wait_until
@@ -17,7 +18,13 @@ from twin import Make, Network, Twins, adadelta, adagrad, backward, both, check_
 from pushstep.client import RemoteOptimizer
 from pushstep.optim import Adadelta, Adagrad
 from pushstep.proto import training_pb2, training_pb2_grpc
-from pushstep.proto.errors import BeingCreated, InvalidHyperparameter, ManifestMismatch, NoAnswer
+from pushstep.proto.errors import (
+    BeingCreated,
+    InvalidHyperparameter,
+    ManifestMismatch,
+    NoAnswer,
+    UnsupportedModule,
+)
 from pushstep.proto.status import from_rpc_error
 from pushstep.proto.types_pb2 import Manifest, Parameter, ParamGroup
 
@@ -73,7 +80,10 @@ def test_the_second_worker_takes_the_server_s_values(server: RunningServer, mode
     trained = Adagrad(second_model.parameters(), lr=0.1)
     backward(second_model, [trained], 0)
     trained.step()
-    second = server.connect(model_name, "w1").attach(trained, module=second_model)
+    session = server.connect(model_name, "w1")
+    with pytest.warns(RuntimeWarning, match=r"at version 1: .* not this worker's, which has taken 1 steps"):
+        second = session.attach(trained, module=second_model)
+    assert (first.values_from, second.values_from) == ("worker", "server")
     for one, other in zip(second_model.parameters(), first_model.parameters(), strict=True):
         assert torch.equal(one, other)
     assert trained.state == {}
@@ -161,15 +171,26 @@ def test_a_value_out_of_range_creates_nothing(server: RunningServer, model_name:
     assert server.rest("GET", f"/v1/models/{model_name}").status_code == 404
 
 
-def test_a_session_may_attach_again(server: RunningServer, model_name: str) -> None:
-    """A notebook's cell that is run twice: the same worker, next epoch."""
-    session = server.connect(model_name)
+def test_a_session_steps_one_model(server: RunningServer, model_name: str) -> None:
+    """A second optimizer is refused in words, and the first one goes on; another session may take the name."""
     for epoch in (1, 2):
+        session = server.connect(model_name)
         network = Network(seed=epoch)
         remote = session.attach(Adagrad(network.parameters(), lr=0.1), module=network)
+        twin = Network(seed=epoch + 7)
+        original = Adagrad(twin.parameters(), lr=0.1)
+        before = [p.detach().clone() for p in twin.parameters()]
+        with pytest.raises(UnsupportedModule, match="attach a list of optimizers, or connect again"):
+            session.attach(original, module=twin)
+        with pytest.raises(UnsupportedModule, match="already steps model"):
+            session.create({"w": np.zeros(1, np.float32)})
+        assert all(torch.equal(*pair) for pair in zip(before, twin.parameters(), strict=True))
+        backward(twin, [original], 0)
+        original.step()
         step(network, remote)
         assert remote.last_receipt is not None
         assert (remote.last_receipt.epoch, remote.last_receipt.version) == (epoch, epoch)
+        session.close()
 
 
 # --- whose hyperparameters count

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import quote
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed
@@ -15,9 +18,18 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, distribute_tensor
 from twin import Network, Twins, adadelta, adagrad, both
 
-from pushstep.client.names import clean
+from pushstep.client.names import CleanNames, clean_list
 from pushstep.optim import Adadelta, Adagrad
-from pushstep.proto.errors import InvalidManifest, UnsupportedModule, WrongDtype
+from pushstep.proto.errors import (
+    InvalidManifest,
+    InvalidText,
+    NonfiniteGradient,
+    PushstepError,
+    TooLong,
+    UnsupportedModule,
+    WrongDtype,
+)
+from pushstep.proto.types_pb2 import Manifest, ParamGroup
 
 NETWORK_NAMES = ["table.weight", "hidden.weight", "hidden.bias", "out.weight", "out.bias"]
 
@@ -31,18 +43,177 @@ def names_on(server: RunningServer, model: str) -> list[str]:
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ("weight", "weight"),
-        ("module.net.0.weight", "net.0.weight"),
-        ("_orig_mod.net.0.weight", "net.0.weight"),
-        ("module._orig_mod.net.0.weight", "net.0.weight"),
-        ("_orig_mod.module.net.0.weight", "net.0.weight"),
-        ("net._orig_mod.0.weight", "net.0.weight"),
-        ("net.module.weight", "net.module.weight"),  # a user's own child of that name
-        ("modules.weight", "modules.weight"),
+        (["weight"], ["weight"]),
+        (["module.net.0.weight", "module.bias"], ["net.0.weight", "bias"]),
+        (["_orig_mod.net.0.weight"], ["net.0.weight"]),
+        (["module._orig_mod.net.0.weight"], ["net.0.weight"]),
+        (["_orig_mod.module.net.0.weight"], ["net.0.weight"]),
+        (["net._orig_mod.0.weight"], ["net.0.weight"]),
+        (["net.module.weight"], ["net.module.weight"]),  # a user's own child of that name
+        (["module.weight", "head.weight"], ["module.weight", "head.weight"]),
+        (["modules.weight"], ["modules.weight"]),
+        ([], []),
     ],
 )
-def test_wrappers_leave_no_trace(given: str, expected: str) -> None:
-    assert clean(given) == expected
+def test_of_names_alone_wrappers_are_guessed(given: list[str], expected: list[str]) -> None:
+    assert clean_list(given) == expected
+
+
+class Holder(nn.Module):
+    """A child that a user calls `module`, and which wraps nothing."""
+
+    def __init__(self, *, beside: bool) -> None:
+        super().__init__()
+        self.module = nn.Linear(3, 2)
+        if beside:
+            self.weight = nn.Parameter(torch.ones(3))
+            self.register_buffer("module_mean", torch.zeros(2))
+
+    def forward(self, numbers: torch.Tensor) -> torch.Tensor:
+        """A number per row."""
+        result: torch.Tensor = self.module(numbers).sum()
+        return result
+
+
+class DataParallel(nn.Module):
+    """As torch's: it wraps a module under the name `module`."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+
+WRAPS: dict[str, Any] = {
+    "itself": lambda m: m,
+    "compiled": lambda m: torch.compile(m, backend="eager"),
+    "data parallel": DataParallel,
+    "both": lambda m: DataParallel(torch.compile(m, backend="eager")),
+    "the other way round": lambda m: torch.compile(DataParallel(m), backend="eager"),
+    "further in": lambda m: nn.ModuleDict({"net": DataParallel(m)}),
+}
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside a weight"])
+@pytest.mark.parametrize("wrap", WRAPS.values(), ids=WRAPS)
+def test_a_child_called_module_keeps_its_name(
+    server: RunningServer, model_name: str, wrap: Any, beside: bool
+) -> None:
+    """Wrappers are known by their class: only what they put before a name goes."""
+    plain = Holder(beside=beside)
+    wrapped = wrap(plain)
+    session = server.connect(model_name)
+    session.attach(Adagrad(wrapped.parameters(), lr=0.1), module=wrapped)
+    expected = list(plain.state_dict())
+    if isinstance(wrapped, nn.ModuleDict):
+        expected = [f"net.{name}" for name in expected]
+    exported = load(server.rest("GET", f"/v1/models/{model_name}/export").content)
+    assert sorted(exported) == sorted(expected)
+    fresh = Holder(beside=beside)
+    fresh.load_state_dict({name.removeprefix("net."): value for name, value in exported.items()})
+    assert torch.equal(fresh.module.weight, plain.module.weight)
+
+
+def test_a_module_under_two_names_and_keys_that_hooks_make() -> None:
+    net = nn.ModuleDict({"a": nn.Linear(2, 2)})
+    net["b"] = net["a"]
+    clean = CleanNames(DataParallel(net))
+    assert [clean.of(f"module.{name}.weight") for name in "ab"] == ["a.weight", "b.weight"]
+    assert clean.of("module.a.made.up.key") == "a.made.up.key"
+    assert clean.of("scale") == "scale"
+
+
+GOOD_NAMES = [
+    "a b",
+    "100%",
+    "a%41b",
+    "a/b.c",
+    "/a",
+    "a/",
+    "a//b",
+    "größe",
+    "\u6743\u91cd",
+    "a?b=c&d#e",
+    "~'\"\\",
+    "...",
+    "x" * 1000,
+]
+
+
+@pytest.mark.parametrize("name", GOOD_NAMES, ids=ascii)
+def test_a_name_works_everywhere_or_nowhere(server: RunningServer, model_name: str, name: str) -> None:
+    """REST, both exports, state_dict, pulls by row, errors, a restart of the snapshot's text."""
+    session = server.connect(model_name)
+    parameter = nn.Parameter(torch.ones(3, 2))
+    remote = session.attach(Adagrad([parameter], lr=0.1), names=[name])
+    parameter.grad = torch.ones(3, 2)
+    remote.step()
+    shown = server.rest("GET", f"/v1/models/{model_name}/parameters/{quote(name, safe='')}")
+    assert (shown.status_code, shown.json()["name"]) == (200, name)
+    assert names_on(server, model_name) == [name]
+    assert list(session.pull()) == [name]
+    assert session.pull_rows(name, [1]).tolist() == session.pull()[name][[1]].tolist()
+    exported = server.rest("GET", f"/v1/models/{model_name}/export").content
+    assert torch.equal(load(exported)[name], parameter.detach())
+    file = io.BytesIO(server.rest("GET", f"/v1/models/{model_name}/export?format=torch").content)
+    assert list(torch.load(file, weights_only=True)["model"]) == [name]
+    snapshot = server.rest("POST", f"/v1/models/{model_name}/snapshots").json()["id"]
+    content = server.rest("GET", f"/v1/models/{model_name}/snapshots/{snapshot}/content").content
+    assert list(load(content)) == [name]
+    remote.state_dict()
+    with pytest.raises(NonfiniteGradient) as caught:
+        session.push({name: np.full((3, 2), np.nan, np.float32)})
+    assert repr(name)[:100] in caught.value.message or len(name) > 100
+
+
+BAD_NAMES = {
+    "": "is empty",
+    "__metadata__": "kept by the safetensors format",
+    "a\nb": r"holds U\+000A",
+    "a\x00": r"holds U\+0000",
+    "a\u2028b": r"holds U\+2028",
+    "a\ud800": r"holds U\+D800",
+    "a/../b": "between slashes",
+    "./a": "between slashes",
+    "x" * 1001: "more than 1000",
+}
+
+
+@pytest.mark.parametrize("way", ["attach", "alias", "add_param_group", "buffer", "create", "created by hand"])
+@pytest.mark.parametrize(("name", "why"), BAD_NAMES.items(), ids=[ascii(name[:20]) for name in BAD_NAMES])
+def test_a_name_that_would_not_is_refused_with_the_reason(
+    server: RunningServer, model_name: str, name: str, why: str, way: str
+) -> None:
+    if way == "created by hand" and "\ud800" in name:
+        why, name = "holds", "\ud7ff"  # protobuf has no way to say the other
+    session = server.connect(model_name)
+    parameter = nn.Parameter(torch.zeros(2))
+    if way == "add_param_group":
+        remote = session.attach(Adagrad([("good", parameter)]))
+        with pytest.raises(InvalidManifest, match=why):
+            remote.add_param_group({"params": [(name, nn.Parameter(torch.zeros(2)))]})
+        assert len(remote.param_groups) == 1
+        assert names_on(server, model_name) == ["good"]
+        return
+    refusals: tuple[type[PushstepError], ...] = (InvalidManifest,)
+    if way == "created by hand":  # the limits of a request come first
+        refusals = (InvalidManifest, InvalidText, TooLong)
+        why = why.replace("holds", "holds.*").replace("more than", "more than|at most")
+    with pytest.raises(refusals, match=why):
+        if way == "attach":
+            session.attach(Adagrad([parameter]), names=[name])
+        elif way == "create":
+            session.create({name: np.zeros(2, np.float32)})
+        elif way == "created by hand":
+            manifest = Manifest(groups=[ParamGroup(rule="adagrad")])
+            manifest.parameters.add(name="good", shape=[2], dtype="DTYPE_FLOAT32", aliases=[name])
+            session.join_or_create(manifest, lambda layout: {(layout.slots[0], ""): torch.zeros(2)})
+        else:
+            module = nn.Module()
+            module.good = parameter
+            into = module._parameters if way == "alias" else module._buffers
+            into[name] = parameter if way == "alias" else torch.zeros(1)
+            session.attach(Adagrad([parameter]), module=module)
+    assert server.rest("GET", f"/v1/models/{model_name}").status_code == 404
 
 
 def test_names_come_from_the_module(server: RunningServer, model_name: str) -> None:

@@ -236,11 +236,15 @@ def test_a_lost_reply_of_an_added_group(
 def test_a_lost_reply_of_a_replaced_state(
     server: RunningServer, model_name: str, proxy: Proxy, pool: ThreadPoolExecutor
 ) -> None:
-    twins = Twins(server.connect(model_name, address=proxy.address), Network(), adagrad)
+    # with values that have changed, which edits="check" knows without asking: the upload is all that is asked
+    session = server.connect(model_name, address=proxy.address)
+    twins = Twins(session, Network(), adagrad, edits="check")
     twins.step(0)
     state_dict = twins.remote.state_dict()
     state_dict["state"][0]["sum"].fill_(3.0)
     twins.local[0].load_state_dict(state_dict)
+    for model in (twins.model, twins.local_model):
+        torch.nn.init.constant_(model.out.bias, 0.5)  # type: ignore[union-attr,arg-type]
     lose_the_reply(
         server,
         proxy,
@@ -383,13 +387,14 @@ def test_the_fate_of_a_push_that_the_server_has_forgotten(data: Path, pool: Thre
             return [(entry["name"], entry["state"]) for entry in shown]
 
         wait_until(lambda: names() == [("w0", "expired")])
-        with server.connect("m", "w1") as other:
+        with server.connect("m", "w1") as other:  # one that lives leaves no room for the first
             other.member()
             assert [name for name, _ in names()] == ["w1"]
         proxy.accept()
         with pytest.raises(FateUnknown, match="push 1 of worker 'w0'"):
             session.push(grads(1))
         receipt = session.push(grads(1))
+        # the epochs of all who are forgotten are behind it, and the other one's was the second
         assert (receipt.version, receipt.epoch, receipt.sequence) == (2, 3, 1)
         assert counts(session, 2) == [1, 1]
         session.close()

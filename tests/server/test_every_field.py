@@ -52,9 +52,11 @@ NAMES = [
     "Pull",
     "PullRows",
     "PullState",
+    "PullExtras",
     "Push",
     "Exchange",
     "Upload of a group",
+    "Upload of fresh states",
     "Upload of a state",
     "Upload of extras",
 ]

@@ -77,7 +77,7 @@ def test_bounded_waits_for_nobody_who_is_gone(gone: str) -> None:
     header = court.header("a")
     assert court.offer(header) is Offer.WAIT
     if gone == "leaves":
-        court.do(court.judge.left(court.identity("b"), 0))
+        court.do(court.judge.left(court.identity("b"), 0)[1])
     elif gone == "is evicted":
         court.do(court.judge.evicted("b", 0))
     elif gone == "is quarantined":
@@ -153,7 +153,7 @@ class Schedule:
     def go(self, name: str) -> None:
         """In order, by an operator's hand, or without a word."""
         if self.draw.random() < 0.5:
-            self.court.do(self.court.judge.left(self.court.identity(name), self.court.now_s))
+            self.court.do(self.court.judge.left(self.court.identity(name), self.court.now_s)[1])
         else:
             self.court.do(self.court.judge.evicted(name, self.court.now_s))
         del self.clocks[name], self.bodies[name]

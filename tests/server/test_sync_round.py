@@ -90,7 +90,7 @@ def test_nobody_waits_for_who_is_gone(gone: str, pushed: bool) -> None:
     assert court.outcome(first) == "pending"
     who = "b" if pushed else "c"
     if gone == "leaves":
-        court.do(court.judge.left(court.identity(who), court.now_s))
+        court.do(court.judge.left(court.identity(who), court.now_s)[1])
     elif gone == "is evicted":
         court.do(court.judge.evicted(who, court.now_s))
     elif gone == "is quarantined":
@@ -117,7 +117,7 @@ def test_what_a_worker_had_handed_in(goes: str, stays: bool) -> None:
     court = sync("a", "b", timeout_s=None)
     handed_in = court.push("b", 9.0)
     if goes == "leaves":
-        court.do(court.judge.left(court.identity("b", epoch=1), 0))
+        court.do(court.judge.left(court.identity("b", epoch=1), 0)[1])
     elif goes == "is evicted":
         court.do(court.judge.evicted("b", 0))
     elif goes == "joins anew":
@@ -159,7 +159,7 @@ def test_min_workers_gates_opening_only() -> None:
     second = court.push("b", 3.0)
     assert [court.outcome(push) for push in (first, second)] == ["applied"] * 2
     court.push("a", 1.0)
-    court.do(court.judge.left(court.identity("b"), court.now_s))  # one is left, in a round that is open
+    court.do(court.judge.left(court.identity("b"), court.now_s)[1])  # one is left, in a round that is open
     assert court.ledger.version == 2
     assert court.outcome(court.push("a", 1.0)) == "pending"
 

@@ -74,7 +74,11 @@ def entry(dtype: str, shape: list[int], begin: int, end: int) -> dict[str, Any]:
 
 def upload(lead: RawWorker, content: bytes) -> list[bytes]:
     header = pb.UploadHeader(
-        model=MODEL, kind=pb.UPLOAD_KIND_EXTRAS, identity=lead.identity(), extras_bytes=len(content)
+        model=MODEL,
+        kind=pb.UPLOAD_KIND_EXTRAS,
+        identity=lead.identity(),
+        extras_bytes=len(content),
+        extras_all=True,
     )
     chunks = [content[at : at + 2 * MIB] for at in range(0, len(content), 2 * MIB)]
     frames = [

@@ -120,11 +120,14 @@ class Intake:
         with contextlib.suppress(PushstepError):  # the worker's next push finds out
             house.executor.carry_out(house.judge.heard(identity, house.agenda.now_s))
 
-    def leave(self, identity: Identity) -> None:
-        """A worker goes."""
+    def leave(self, identity: Identity, lr: float | None = None) -> None:
+        """A worker goes, with an lr that no push of its has carried."""
         house = self._house
-        if identity.timeline == house.timeline:
-            house.executor.carry_out(house.judge.left(identity, house.agenda.now_s))
+        if lr is not None:
+            house.witness.leaves(identity, lr)
+        edits = None if lr is None else {0: {"lr": lr}}
+        _, decisions = house.judge.left(identity, house.agenda.now_s, edits)
+        house.executor.carry_out(decisions)
 
     # Streams.
 

@@ -129,6 +129,12 @@ def every_scheduler_counts(patch: Patch) -> None:
     patch.setattr(Sessions, "leads", lambda self, worker: True)
 
 
+def last_edits_are_lost(patch: Patch) -> None:
+    """What the lead's scheduler did after its last push goes with it and is not taken."""
+    left = Judge.left
+    patch.setattr(Judge, "left", lambda self, identity, now_s, edits=None: left(self, identity, now_s))
+
+
 def retries_tick(patch: Patch) -> None:
     """A push that comes again moves its worker's clock."""
     who = Judge._who
@@ -344,6 +350,7 @@ BUGS: Final = (
     Bug(mean_is_over_members, "divided by", ("chaos", "stories")),
     Bug(old_timeline_is_applied, "is let in on timeline", ("chaos", "stories")),
     Bug(every_scheduler_counts, "the lead's edits make", ("chaos", "stories")),
+    Bug(last_edits_are_lost, "the lead's edits make", ("chaos", "stories")),
     Bug(residual_always_advances, "the residual has moved", ("compression",)),
     Bug(
         waiting_push_survives_a_restore,

@@ -227,6 +227,7 @@ class Simulation:
     def check_state(self) -> None:
         """What has been stepped is what the story makes."""
         arenas, witness = self.house.arenas, self.house.witness
+        witness.check_lr(float(self.house.ledger.groups.list[0].values["lr"]))
         if arenas.timeline == self.house.timeline:  # or a restore is still to be done
             states = [
                 torch.cat([arenas.view(slot, state).reshape(-1) for slot in arenas.layout.slots])

@@ -317,12 +317,26 @@ class Witness:
             scale = 1 / (1 + stale) if settings.scale else 1.0
         require(step.ticket.lr_scale == scale, f"lr scaled by {step.ticket.lr_scale} for staleness {stale}")
 
+    def leaves(self, identity: Identity, lr: float) -> None:
+        """A worker is about to go with an lr of its own, which counts once if it leads; of an epoch that is over, not."""
+        current = identity.epoch == self.epochs.get(identity.worker) and identity.timeline == self.timeline
+        quarantined = self.judge.sessions.workers[identity.worker].quarantined if current else True
+        if identity.worker == self._lead() and not quarantined and not self.books.held:
+            self.books.lr = lr
+
+    def _lead(self) -> str | None:
+        live = [worker.name for worker in self.judge.sessions.live()]
+        return min(live, key=lambda name: self.join_order[name], default=None)
+
+    def check_lr(self, lr: float) -> None:
+        """The groups say what the lead's edits and an operator's make."""
+        require(lr == self.books.lr, f"the lr is {lr}, the lead's edits make {self.books.lr}")
+
     def _expected_lr(self, candidates: Sequence[Candidate]) -> float:
         """The lead's edits count, and nobody else's; none while an operator holds the lr."""
         if self.books.held:
             return self.books.lr
-        live = [worker.name for worker in self.judge.sessions.live()]
-        lead = min(live, key=lambda name: self.join_order[name], default=None)
+        lead = self._lead()
         lr = self.books.lr
         for candidate in candidates:
             if candidate.worker == lead:

@@ -124,10 +124,10 @@ class Process:
 
     def leave(self) -> None:
         """End in order; nothing may be on its way."""
-        identity = self.identity
+        identity, lr = self.identity, self._unsent_lr()
         self.alive = False
         if identity is not None:
-            self.network.send(self.name, lambda: self.house.intake.leave(identity))
+            self.network.send(self.name, lambda: self.house.intake.leave(identity, lr))
 
     def _after(self, delay_s: float, action: Callable[[], None]) -> None:
         self.agenda.after(delay_s, lambda: action() if self.alive else None)
@@ -247,11 +247,13 @@ class Process:
         return max((*self.flights, sequence)) + 1
 
     def _edits(self) -> list[GroupEdit]:
+        lr = self._unsent_lr()
+        return [] if lr is None else [GroupEdit(group=0, values=wire_values({"lr": lr}))]
+
+    def _unsent_lr(self) -> float | None:
         """What its scheduler made of the lr, as a difference from what the server said last."""
-        lr = plain_values(self.groups[0].values)["lr"]
-        if self._wanted_lr is None or self._wanted_lr == lr:
-            return []
-        return [GroupEdit(group=0, values=wire_values({"lr": self._wanted_lr}))]
+        lr = plain_values(self.groups[0].values)["lr"] if self.groups else None
+        return None if self._wanted_lr == lr else self._wanted_lr
 
     def _attempt(self, flight: Flight) -> None:
         if not self._is_open(flight):
