@@ -183,4 +183,10 @@ def check_state(state: Mapping[str, Any], names: Sequence[str], parameter: Tenso
 def _are_equal(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     if one.keys() != other.keys():
         return False
-    return all(same_bits(torch.as_tensor(one[key]), torch.as_tensor(other[key])) for key in one)
+    return all(_is_same(one[key], other[key]) for key in one)
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return same_bits(one, other)
+    return bool(float(one) == float(other))

@@ -146,7 +146,7 @@ class Compression:
             else:
                 if slot.name not in self.residuals:
                     # calloc's zeros: of a large table only the rows that were ever touched take memory
-                    self.residuals[slot.name] = torch.zeros(slot.rows, slot.row_elements)
+                    self.residuals[slot.name] = _zeros(slot.rows, slot.row_elements)
                 self.residuals[slot.name][ids] = values.view(ids.numel(), slot.row_elements)
         self._pending.clear()
 
@@ -160,7 +160,7 @@ class Compression:
             return Piece(gradient, self.dtype_of(slot))
         residual = self.residuals.get(slot.name)
         if residual is None:
-            residual = torch.zeros(slot.stop - slot.start)
+            residual = _zeros(slot.stop - slot.start)
         piece = Quantised(gradient, residual.view(-1), slot.stop - slot.start, self._memory.take)
         self._pending.append((slot, None, piece))
         return piece
@@ -170,7 +170,7 @@ class Compression:
         if self.wire != torch.int8:
             return Piece(rows, self.dtype_of(slot))
         table = self.residuals.get(slot.name)
-        residual = torch.zeros(rows.numel()) if table is None else table.view(slot.rows, -1)[ids].view(-1)
+        residual = _zeros(rows.numel()) if table is None else table.view(slot.rows, -1)[ids].view(-1)
         piece = Quantised(rows, residual, slot.row_elements, self._memory.take)
         self._pending.append((slot, ids, piece))
         return piece
@@ -197,3 +197,9 @@ class Compression:
         indices, values = select(flat, residual, rest, count, wire=self.dtype_of(slot))
         self._pending.append((slot, None, rest))
         return indices, values
+
+
+def _zeros(*shape: int) -> Tensor:
+    """A residual of nothing yet. Not of inference mode's, where a later step might not write to it."""
+    with torch.inference_mode(False):
+        return torch.zeros(shape, dtype=torch.float32, device="cpu")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pushstep.optim.rows import coalesce
+from pushstep.optim.state_dict import tensor_of
 from pushstep.proto import dtypes
 from pushstep.proto.errors import NotAttached, RowOutOfRange, WrongDtype, WrongShape
 from pushstep.proto.frames import Piece, Source
@@ -29,9 +30,9 @@ def as_gradient(value: Any, slot: Slot) -> Tensor | Rows:
     naming the parameter, for anything else.
     """
     if isinstance(value, tuple):
-        ids, rows = (torch.as_tensor(part) for part in value)
+        ids, rows = map(tensor_of, value)
         return _checked_rows(ids, rows, slot)
-    tensor = torch.as_tensor(value) if not isinstance(value, Tensor) else value
+    tensor = tensor_of(value)
     if tensor.is_sparse:
         if tensor.sparse_dim() != 1:
             raise WrongShape(

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pushstep.optim import RULES
+from pushstep.optim.state_dict import tensor_of
 from pushstep.proto import dtypes
 from pushstep.proto.errors import InvalidManifest
 from pushstep.proto.hyperparameters import wire_values
@@ -50,6 +50,6 @@ def of_arrays(
         settings = wire_values({k: v for k, v in group.items() if k not in ("rule", "params")})
         manifest.groups.append(ParamGroup(rule=group["rule"], optimizer=0, values=settings))
         for name in map(check_name, group["params"]):
-            values[name] = torch.as_tensor(parameters[name])
+            values[name] = tensor_of(parameters[name])
             manifest.parameters.append(parameter_message(name, values[name], index))
     return manifest, values

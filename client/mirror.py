@@ -37,13 +37,13 @@ class Mirror:
             held = self._values.get(slot.name)
             if held is None or (held.shape, held.dtype) != (values.shape, slot.dtype):
                 with torch.inference_mode(False):  # or only inference mode may write to it
-                    held = self._values[slot.name] = torch.empty(slot.shape, dtype=slot.dtype)
+                    held = self._values[slot.name] = torch.empty(slot.shape, dtype=slot.dtype, device="cpu")
             copy(held, values)
         for slot, ids, rows in pulled.rows():
             self._values[slot.name][ids] = rows.to(slot.dtype)
         for slot in pulled.layout.slots:
             if slot.start == slot.stop:
-                self._values.setdefault(slot.name, torch.zeros(slot.shape, dtype=slot.dtype))
+                self._values.setdefault(slot.name, torch.zeros(slot.shape, dtype=slot.dtype, device="cpu"))
         self.at = (pulled.header.timeline, pulled.header.version)
 
     def forget(self) -> None:

@@ -95,6 +95,8 @@ class Copies:
     def _copy(self, slot: Slot, gradient: Tensor, dtype: torch.dtype) -> Tensor:
         kept = self._dense.get(slot.name)
         if kept is None or kept.shape != gradient.shape or kept.dtype != dtype:
-            kept = self._dense[slot.name] = torch.empty(gradient.shape, dtype=dtype)
+            with torch.inference_mode(False):  # or only inference mode may write to it
+                kept = torch.empty(gradient.shape, dtype=dtype, device="cpu")
+            self._dense[slot.name] = kept
         copy(kept, gradient)
         return kept

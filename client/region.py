@@ -102,7 +102,7 @@ class Region:
         loan = memory.numpy()[:]
         self._lent[self._current, slot.index] = weakref.ref(loan)
         storage = torch.frombuffer(loan, dtype=dtype).untyped_storage()
-        return torch.empty(0, dtype=dtype).set_(storage, 0, slot.shape)  # type: ignore[call-overload,no-any-return]
+        return torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, slot.shape)  # type: ignore[call-overload,no-any-return]
 
     def _is_free(self, index: int, slot: Slot) -> bool:
         loan = self._lent.get((index, slot.index))
@@ -131,7 +131,12 @@ class Region:
         if self._is_free(index, slot):
             return True
         place = self.slots[index].memory.data_ptr() + self.gradients.start(slot.arena, slot.start)
-        return isinstance(gradient, Tensor) and gradient.is_contiguous() and gradient.data_ptr() == place
+        return (
+            isinstance(gradient, Tensor)
+            and gradient.dtype == self.gradients.dtypes[slot.arena]
+            and gradient.is_contiguous()
+            and gradient.data_ptr() == place
+        )
 
     def answer_of(self, header: pb.PullHeader) -> Pulled:
         """What the server wrote. It is over the region's memory, and is read before the next call."""

@@ -58,7 +58,7 @@ def _states(pulled: Pulled) -> dict[tuple[int, str], Tensor]:
     found = {(slot.index, state): values for slot, state, values in pulled.dense() if state}
     for slot in pulled.layout.slots:
         if slot.start == slot.stop:  # nothing of it is sent
-            nothing = torch.empty(slot.shape, dtype=dtypes.state_dtype(slot.dtype))
+            nothing = torch.empty(slot.shape, dtype=dtypes.state_dtype(slot.dtype), device="cpu")
             rule = RULES[pulled.layout.manifest.groups[slot.group].rule]
             found.update({(slot.index, name): nothing for name in rule.state_names})
     return found
@@ -102,7 +102,8 @@ class Loading:
     def _take(self, slot: Slot, state: ParameterState, rule: Rule, group: Mapping[str, float | bool]) -> None:
         found = {}
         for name in rule.state_names:
-            fresh = torch.full(slot.shape, rule.initial_value(name, {**rule.defaults, **group}))
+            initial = rule.initial_value(name, {**rule.defaults, **group})
+            fresh = torch.full(slot.shape, initial, dtype=dtypes.state_dtype(slot.dtype), device="cpu")
             found[slot, name] = _shaped(state.tensors.get(name, fresh), slot, name)
         if slot.index in self._slots:  # one memory under several names
             same = all(same_bits(self.values[place], value) for place, value in found.items())
@@ -148,7 +149,8 @@ def _write_group(group: Group, saved: Mapping[str, Any], hyperparameters: bool) 
         if key in ("params", "param_names", rule.counter):
             continue
         if hyperparameters or key not in rule.defaults:
-            settings[key] = copy.deepcopy(value)
+            with torch.inference_mode(False):  # or only inference mode may write to it
+                settings[key] = copy.deepcopy(value)
 
 
 def _groups_of(number: int, groups: Sequence[Group]) -> list[int]:

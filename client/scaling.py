@@ -50,7 +50,7 @@ class Scaling:
         if scale is None:
             return
         # a number and not a tensor, which a half gradient on a GPU would round to its own dtype first
-        inverse = float(torch.as_tensor(scale, dtype=torch.float64).reciprocal().float())
+        inverse = float(torch.as_tensor(scale, dtype=torch.float64, device="cpu").reciprocal().float())
         for gradient in gradients:
             values = gradient[1] if isinstance(gradient, tuple) else gradient
             if not any(_same(values, known, version) for known, version in self._unscaled):
@@ -59,4 +59,5 @@ class Scaling:
 
 
 def _same(values: Tensor, known: Tensor, version: int) -> bool:
-    return values.data_ptr() == known.data_ptr() and values._version == version
+    """Whether these are the values that were known at this version: the same memory, read in the same way."""
+    return values.dtype == known.dtype and values.is_set_to(known) and values._version == version

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pushstep.optim.state_dict import tensor_of
 from pushstep.proto import training_pb2 as pb
 from pushstep.proto.errors import InvalidSettings, NotAttached, RowOutOfRange, UnsupportedModule, WrongDtype
 from pushstep.proto.layout import Layout, Slot
@@ -343,7 +344,7 @@ class Session(Participant):
                 raise NotAttached(problem="no optimizer is attached: pass values={name: array}")
             return self._attached.upload()
         member = self.member()
-        slots = {member.layout.slot(name, self.model): torch.as_tensor(v) for name, v in values.items()}
+        slots = {member.layout.slot(name, self.model): tensor_of(v) for name, v in values.items()}
         for slot, value in slots.items():
             as_gradient(value, slot)
         return self.upload_values({(slot, ""): value.to(slot.dtype) for slot, value in slots.items()})

@@ -6,18 +6,22 @@ The kernels and the order are those of `norms` and `quantise`, and so are the bi
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from . import floating_mode
 from .cpu_norms import added_in_order
 from .intrinsics import STRIDE
 from .kernel_cache import compiled
 from .norm_kernels import BLOCK_ELEMENTS, SIGNATURE, block_sums
-from .quantise import code_bytes
+from .operands import OperandError, check_run
+from .quantise import check_block, code_bytes
 from .quantise_kernels import DEQUANTISE_SIGNATURE, SCALE_BYTES
 from .quantise_kernels import dequantise as dequantise_kernel
 from .table import KIND
@@ -43,7 +47,8 @@ class Arriving:
             plan = np.zeros(2 * STRIDE, np.int64)
             plan[:3] = 1, 1, stop  # workers, blocks in a slice, blocks
             plan[STRIDE : STRIDE + 2] = self._done, stop
-            self._work(plan, 0)
+            with floating_mode.default() if floating_mode.flushes() else contextlib.nullcontext():
+                self._work(plan, 0)
             self._done = stop
 
     def square_sums(self) -> list[float]:
@@ -54,6 +59,7 @@ class Arriving:
 def floats(values: Tensor, lengths: Sequence[int]) -> Arriving:
     """Norms of parameters of these lengths, one after the other in `values`: flat, of a dtype that is sent."""
     sizes, tos, starts = _places(lengths)
+    check_run("the values", values, int(tos[-1]), *KIND)
     sums = np.zeros(int(starts[-1]))
     kernel = compiled(block_sums, SIGNATURE, KIND[values.dtype])
     work = partial(kernel, values.data_ptr() + tos[:-1] * values.itemsize, sizes, starts, sums)
@@ -65,7 +71,10 @@ def codes(source: Tensor, values: Tensor, lengths: Sequence[int], *, block: int)
     sizes, tos, starts = _places(lengths)
     sums = np.zeros(int(starts[-1]))
     froms = np.zeros(len(sizes) + 1, np.int64)
+    check_block(block)
     np.cumsum(sizes + SCALE_BYTES * -(-sizes // block), out=froms[1:])
+    check_run("the codes", source, int(froms[-1]), torch.uint8)
+    check_run("the values", values, int(tos[-1]), torch.float32)
     kernel = compiled(dequantise_kernel, DEQUANTISE_SIGNATURE, (block, True))
     work = partial(kernel, source.data_ptr(), values.data_ptr(), froms, tos, sizes, starts, sums)
     return Arriving(work, _ends(sizes, starts, lambda count: code_bytes(count, block)), sums, starts)
@@ -74,6 +83,8 @@ def codes(source: Tensor, values: Tensor, lengths: Sequence[int], *, block: int)
 def _places(lengths: Sequence[int]) -> tuple[Array, Array, Array]:
     """Elements of each parameter, its first one, and its first block."""
     sizes = np.asarray(lengths, np.int64)
+    if (sizes < 0).any():
+        raise OperandError(f"a parameter has {sizes.min()} elements")
     tos, starts = (np.zeros(len(sizes) + 1, np.int64) for _ in range(2))
     np.cumsum(sizes, out=tos[1:])
     np.cumsum(-(-sizes // BLOCK_ELEMENTS), out=starts[1:])

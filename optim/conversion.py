@@ -36,9 +36,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import _get_scalar_dtype
 
-from .dispatch import number
 from .keras_terms import ACCUMULATOR, AVERAGE, KerasTerms
 from .one_count import OneCountOptimizer
+from .step import number
 
 StateDict = dict[str, Any]
 
@@ -181,7 +181,7 @@ def _state(
         counter = _get_scalar_dtype()  # type: ignore[no-untyped-call]
         if counter == torch.float32 and count >= FLOAT32_COUNTS:
             raise ConversionError(f"torch's float32 step counters stand still at 2**24: {count} does not fit")
-        state["step"] = torch.tensor(float(count), dtype=counter)
+        state["step"] = torch.tensor(float(count), dtype=counter, device="cpu")
     for name, source_name in kept.items():
         state[name] = _cast(k, source_name, held[source_name], param, dtype)
     if isinstance(target, KerasTerms) and target.gradient_accumulation_steps:

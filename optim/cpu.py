@@ -7,7 +7,7 @@ copies of at most `PIECE_ELEMENTS` at a time, so that even then a step needs no 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Final
 
@@ -20,9 +20,11 @@ from .cpu_norms import square_sums as square_sums
 from .cpu_rows import every_row, scalars_of, wide
 from .cpu_rows import plan_rows as plan_rows
 from .cpu_rows import step_rows as step_rows
-from .dispatch import FUSED_DTYPES, Step, number
 from .kernel_cache import compiled
+from .operands import check_dense, check_lists, run_of
+from .overlaps import Waves, waves_of
 from .pool import over_slices
+from .step import FUSED_DTYPES, Step, number
 from .table import KIND, Table, is_one_layout, operands, table_of
 
 # Half a megabyte of float32: bounds what a step of awkward layouts needs, and stays in the cache.
@@ -58,13 +60,19 @@ def plan(step: Step) -> Callable[[], None]:
     """A dense step that is ready to be taken; see `dispatch.Step`."""
     if not step.params or (step.found_inf is not None and number(step.found_inf) == 1.0):
         return _nothing
+    check_lists(step)
+    found: Table | Waves | None = table_of(step)
+    if found is None:
+        check_dense(step)
+        found = waves_of([some for column, some in operands(step).items() if _is_written(step, column)])
+    if found is not None and not isinstance(found, Table):
+        return _in_waves(step, found)
     per_tensor = np.empty((len(step.params), 2))
     per_tensor[:, 1] = step.factor
-    table = table_of(step)
-    take = partial(_sort_out, step, per_tensor) if table is None else _launch(step, table, per_tensor)
+    take = partial(_sort_out, step, per_tensor) if found is None else _launch(step, found, per_tensor)
 
     def run() -> None:
-        _advance(step, table, per_tensor)
+        _advance(step, found, per_tensor)
         take()
 
     return run
@@ -72,6 +80,24 @@ def plan(step: Step) -> Callable[[], None]:
 
 def _nothing() -> None:
     """What a step comes to that has nothing to step."""
+
+
+def _in_waves(step: Step, waves: Waves) -> Callable[[], None]:
+    """One after the other what overlaps."""
+    plans = []
+    for wave, members in enumerate(waves):
+        memo = None if step.memo is None else step.memo.setdefault(f"cpu, wave {wave}", {})
+        plans.append(plan(step.only(members, memo)))
+
+    def run() -> None:
+        for take in plans:
+            take()
+
+    return run
+
+
+def _is_written(step: Step, column: int) -> bool:
+    return column != intrinsics.GRAD or step.writes_grad
 
 
 def _advance(step: Step, table: Table | None, per_tensor: Any) -> None:
@@ -103,9 +129,9 @@ def _launch(step: Step, table: Table, per_tensor: Any) -> Callable[[], None]:
         ema=kind.get(intrinsics.EMA, -1),
         copy=kind.get(intrinsics.COPY, -1),
         unscale=step.grad_scale is not None,
-        scaled=any(f != 1.0 for f in step.factor)
-        if isinstance(step.factor, Sequence)
-        else step.factor != 1.0,
+        scaled=step.factor != 1.0
+        if isinstance(step.factor, float)
+        else any(f != 1.0 for f in per_tensor[:, 1]),
         clip=step.clip_value is not None,
         maximize=step.maximize,
         coupled=has_decay and not step.decoupled,
@@ -171,20 +197,12 @@ def _pieces(shape: torch.Size | tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
         yield (slice(k, k + rows),)
 
 
+@torch.no_grad()
 def _in_pieces(step: Step, tensors: dict[int, Tensor], per_tensor: Any) -> None:
     """Step one tensor whose operands do not lie alike, through contiguous copies of bounded size."""
-    for column, tensor in tensors.items():
-        if tensor.shape != tensors[intrinsics.PARAM].shape:
-            name = {intrinsics.GRAD: "gradient", intrinsics.EMA: "ema", intrinsics.COPY: "copy_out"}.get(
-                column, "state"
-            )
-            raise RuntimeError(
-                f"the {name} has shape {tuple(tensor.shape)}, its parameter {tuple(tensors[intrinsics.PARAM].shape)}"
-            )
-    writes_grad = step.zero_grad or step.grad_scale is not None
     for box in _pieces(tensors[intrinsics.PARAM].shape):
         views = {column: tensor[box] for column, tensor in tensors.items()}
-        flat = {column: view.resolve_neg().contiguous() for column, view in views.items()}
+        flat = {column: run_of(view) for column, view in views.items()}
         addresses = np.zeros((1, kernels.COLUMNS), np.int64)
         for column, tensor in flat.items():
             addresses[0, column] = tensor.data_ptr()
@@ -192,7 +210,7 @@ def _in_pieces(step: Step, tensors: dict[int, Tensor], per_tensor: Any) -> None:
         dtypes = {column: tensor.dtype for column, tensor in flat.items()}
         _launch(step, Table(addresses, starts, dtypes), per_tensor)()
         for column, view in views.items():
-            if flat[column] is not view and (column != intrinsics.GRAD or writes_grad):
+            if flat[column] is not view and _is_written(step, column):
                 view.copy_(flat[column])
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .kernel_cache import compiled
 from .norm_kernels import BLOCK_ELEMENTS, SIGNATURE, block_sums
+from .operands import run_of
 from .pool import over_slices
 from .table import KIND
 
@@ -27,10 +28,7 @@ def square_sums(tensors: Sequence[Tensor], *, threads: int | None = None) -> lis
     for dtype in {t.dtype for t in tensors}:
         members = [k for k, t in enumerate(tensors) if t.dtype == dtype]
         # a view more of each would take as long as the kernel does for some thousand elements
-        flat = [
-            t if _is_flat(t) else t.detach().resolve_neg().contiguous()
-            for t in map(tensors.__getitem__, members)
-        ]
+        flat = [t if _is_flat(t) else run_of(t.detach()) for t in map(tensors.__getitem__, members)]
         addresses = np.array([t.data_ptr() for t in flat], np.int64)
         sizes = np.array([t.numel() for t in flat], np.int64)
         starts = np.zeros(len(flat) + 1, np.int64)
@@ -59,7 +57,7 @@ def _square_sum(tensor: Tensor, threads: int | None) -> float:
 
 
 def _is_flat(tensor: Tensor) -> bool:
-    return tensor.is_contiguous() and not tensor.is_neg()
+    return tensor.is_contiguous() and not tensor.is_neg() and not tensor._is_zerotensor()
 
 
 def added_in_order(sums: np.ndarray[Any, Any], starts: Iterable[int]) -> list[float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Final
 
@@ -11,10 +12,12 @@ import torch
 from torch import Tensor
 
 from . import intrinsics, row_kernels
-from .dispatch import RowStep, Step, number
 from .kernel_cache import compiled
+from .operands import check_bounds, check_memory, check_rows, run_of
 from .pool import over_slices
+from .step import RowStep, Step, number
 from .table import KIND, STATE_COLUMNS
+from .unscaling import unscale
 
 # An element of a random row takes several times as long as one of a stream: slices of 512 rows of 32.
 SLICE_ELEMENTS: Final = 1 << 14
@@ -44,12 +47,13 @@ def wide(*dtypes: torch.dtype) -> bool:
     return torch.float64 in dtypes
 
 
+@torch.no_grad()
 def every_row(step: Step, tensors: dict[int, Tensor], lr: float, factor: float) -> None:
     """One dense tensor with one state number per row: every row steps."""
-    step.check_row_wise()
     param, grad = tensors[intrinsics.PARAM], tensors[intrinsics.GRAD]
-    flat_param, flat_grad = param.contiguous(), grad.resolve_neg().contiguous()
-    states = [tensors[column] for column in STATE_COLUMNS if column in tensors]
+    flat_param, flat_grad = run_of(param), run_of(grad)
+    own = [tensors[column] for column in STATE_COLUMNS if column in tensors]
+    states = [run_of(state) for state in own]
     rows = param.shape[0] if param.dim() else 1
     _launch(
         step,
@@ -62,8 +66,9 @@ def every_row(step: Step, tensors: dict[int, Tensor], lr: float, factor: float) 
         lr=lr,
         factor=factor,
     )()
-    if flat_param is not param:
-        param.copy_(flat_param)
+    for tensor, flat in zip((param, *own), (flat_param, *states), strict=True):
+        if flat.data_ptr() != tensor.data_ptr():
+            tensor.copy_(flat)
     if step.zero_grad:
         grad.zero_()
     elif step.grad_scale is not None:
@@ -79,11 +84,10 @@ def plan_rows(step: RowStep) -> Callable[[], None]:
     """A step on rows of one table that is ready to be taken; see `dispatch.RowStep`."""
     if step.found_inf is not None and number(step.found_inf) == 1.0:
         return _nothing
+    check_rows(step)
     operands = [step.param, *step.states]
-    ids = step.ids.contiguous()
-    rows = step.rows.resolve_neg().contiguous()
+    ids, rows = run_of(step.ids), run_of(step.rows)
     arranged = None
-    # the ids first: one out of bounds must leave the counter as it was
     if step.unique:
         check_bounds(ids, step.param.shape[0])
     else:
@@ -92,19 +96,25 @@ def plan_rows(step: RowStep) -> Callable[[], None]:
             ids, arranged = unique, (order, segments)
     t: float = step.step if step.steps is None else (step.steps + 1).item()
     lr = number(step.lr) / (1 + (t - 1) * step.lr_decay)
-    whole = all(operand.is_contiguous() for operand in operands)
+    whole = all(operand.is_contiguous() and not operand.is_neg() for operand in operands)
     # A table with gaps: its rows are taken out, stepped as a small table of their own, and put back.
     taken = operands if whole else [operand.index_select(0, ids) for operand in operands]
-    named = ids if whole else torch.arange(ids.numel())
-    launch = _launch(step, taken[0], named, rows, taken[1:], ids.numel(), arranged, lr, step.factor)
+    named = ids if whole else torch.arange(ids.numel(), dtype=torch.int64, device="cpu")
+    unscaled = step if step.grad_scale is None else replace(step, grad_scale=None)
+    launch = _launch(unscaled, taken[0], named, rows, taken[1:], ids.numel(), arranged, lr, step.factor)
 
     def run() -> None:
         if step.steps is not None:
             step.steps += 1
+        if step.grad_scale is not None:
+            unscale(step.rows, step.grad_scale)
+            if rows is not step.rows:
+                rows.copy_(step.rows)
         launch()
         if not whole:
-            for table, touched in zip(operands, taken, strict=True):
-                table.index_copy_(0, ids, touched)
+            with torch.no_grad():
+                for table, touched in zip(operands, taken, strict=True):
+                    table.index_copy_(0, ids, touched)
 
     return run
 
@@ -148,8 +158,13 @@ def _launch(
         coupled=step.weight_decay != 0,
     )
     kernel = compiled(row_kernels.rows_step, row_kernels.ROWS_SIGNATURE, spec)
-    second = states[1].data_ptr() if len(states) > 1 else 0
-    addresses = np.array([param.data_ptr(), rows.data_ptr(), states[0].data_ptr(), second])
+    pointers = [param.data_ptr(), rows.data_ptr(), *map(Tensor.data_ptr, states)]
+    if not all(pointers):
+        for what, tensor in zip(
+            ("parameter", "rows", "state", "state"), (param, rows, *states), strict=False
+        ):
+            check_memory(what, tensor)
+    addresses = np.array([*pointers, 0][:4], np.int64)
     named = _NO_IDS if ids is None else ids.numpy()
     order, segments = (_NO_IDS, _NO_IDS) if arranged is None else (arranged[0].numpy(), arranged[1].numpy())
     scalars = scalars_of(step)
@@ -165,23 +180,13 @@ def _launch(
     return launch
 
 
-def check_bounds(ids: Tensor, rows: int) -> None:
-    """Raise torch's IndexError for an id outside [0, rows): a kernel would write past the table."""
-    if ids.numel():
-        low, high = (int(t) for t in torch.aminmax(ids))
-        if low < 0 or high >= rows:
-            bad = low if low < 0 else high
-            raise IndexError(f"index {bad} is out of bounds for dimension 0 with size {rows}")
-
-
 def arrange(ids: Tensor, rows: int) -> tuple[Tensor, Tensor | None, Tensor]:
     """Unique ascending ids, positions grouped by id in order of appearance, and where each group starts.
 
     With ids that ascend strictly already, they come back as they are and the positions are None.
     """
     n = ids.numel()
-    unique, order = torch.empty(n, dtype=torch.int64), torch.empty(n, dtype=torch.int64)
-    segments = torch.empty(n + 1, dtype=torch.int64)
+    unique, order, segments = (torch.empty(size, dtype=torch.int64, device="cpu") for size in (n, n, n + 1))
     kernel = compiled(row_kernels.arrange, row_kernels.ARRANGE_SIGNATURE, row_kernels.DIGIT_BITS)
     count = kernel(ids.numpy(), rows, unique.numpy(), order.numpy(), segments.numpy())
     if count < 0:
@@ -196,8 +201,8 @@ def coalesce(ids: Tensor, rows: Tensor, *, threads: int | None = None) -> tuple[
     unique, order, segments = arrange(ids.contiguous(), 2**63 - 1)
     if order is None:
         return ids, rows
-    rows = rows.resolve_neg().contiguous()
-    merged = torch.empty((unique.numel(), *rows.shape[1:]), dtype=rows.dtype)
+    rows = run_of(rows)
+    merged = torch.empty((unique.numel(), *rows.shape[1:]), dtype=rows.dtype, device="cpu")
     width = rows[0].numel()
     if width:
         kernel = compiled(row_kernels.merge, row_kernels.MERGE_SIGNATURE, KIND[rows.dtype])

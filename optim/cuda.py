@@ -8,6 +8,7 @@ its ids (not under graph capture), `square_sums` returns numbers, and found_inf 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from operator import attrgetter
 from typing import Any, Final
@@ -32,10 +33,14 @@ from .cuda_layouts import (
     in_one_layout,
     is_row_wise,
     plain,
+    runs,
     shares_memory,
 )
 from .cuda_tables import capturing, extents, pointers, upload
-from .dispatch import FUSED_DTYPES, RowStep, Step
+from .operands import check_bounds, check_dense, check_lists, check_rows, run_of
+from .overlaps import Waves, waves_of, waves_of_runs
+from .step import FUSED_DTYPES, RowStep, Step
+from .unscaling import unscale
 
 PARAM, GRAD, FIRST, SECOND = (
     c.value for c in (arithmetic.PARAM, arithmetic.GRAD, arithmetic.FIRST, arithmetic.SECOND)
@@ -70,29 +75,43 @@ def _device_refuses(device: torch.device) -> str | None:
 
 
 def plan(described: Step) -> Callable[[], None]:
-    """A dense step; all of its work is done when it is taken."""
+    """A dense step that is ready to be taken; see `dispatch.Step`."""
+    check_lists(described)
     return partial(step, described)
 
 
 def plan_rows(described: RowStep) -> Callable[[], None]:
-    """A step on rows; all of its work is done when it is taken."""
+    """A step on rows that is ready to be taken; see `dispatch.RowStep`."""
+    check_rows(described)
     return partial(step_rows, described)
 
 
+@torch.no_grad()
 def step(step: Step) -> None:
     """Take a dense step; see `dispatch.Step`."""
     if not step.params or skipped(step, step.params[0].device):
         return
+    check_lists(step)
     operands: dict[int, Sequence[Tensor]] = {PARAM: step.params, GRAD: step.grads}
     operands.update(zip(STATE_COLUMNS, step.states, strict=False))
     if step.ema is not None:
         operands[EMA] = step.ema
     if step.copy_out is not None:
         operands[COPY] = step.copy_out
+    written = [column for column in operands if column != GRAD or step.writes_grad]
     factors = np.empty(len(step.params))
     factors[:] = step.factor
     addresses = addresses_of(operands)
-    if plain(operands) and not has_null(addresses, operands) and _alike(step.steps):
+    is_plain = plain(operands) and not has_null(addresses, operands) and _alike(step.steps)
+    if is_plain:
+        waves = waves_of_runs(*runs(addresses, {column: operands[column] for column in written}))
+    else:
+        check_dense(step)
+        waves = waves_of([operands[column] for column in written])
+    if waves is not None:
+        _in_waves(step, waves)
+        return
+    if is_plain:
         _launch_dense(step, operands, addresses, step.steps, factors)
         return
     alike: dict[Any, list[int]] = {}
@@ -128,10 +147,18 @@ def step(step: Step) -> None:
         give_back(copies, grad, grad_too=writes_grad)
 
 
+def _in_waves(whole: Step, waves: Waves) -> None:
+    """One after the other what overlaps: a stream runs its launches in order."""
+    for members in waves:
+        step(whole.only(members))
+
+
 def _alike(counters: Sequence[Tensor] | None) -> bool:
-    """Whether counters, if any, are of one dtype on one device."""
+    """Whether counters, if any, are single numbers of one dtype on one device."""
     return counters is None or (
-        len(set(map(attrgetter("dtype"), counters))) == 1 and len(set(map(Tensor.get_device, counters))) == 1
+        len(set(map(attrgetter("dtype"), counters))) == 1
+        and len(set(map(Tensor.get_device, counters))) == 1
+        and set(map(Tensor.numel, counters)) == {1}
     )
 
 
@@ -153,7 +180,6 @@ def _launch_dense(
     numbers = (
         *scalars(step, known, float(factors[0])),
         0.0 if step.clip_value is None else float(step.clip_value),
-        float(step.ema_momentum),
         1 - step.ema_momentum,
     )
     wide = torch.float64 in (params[0].dtype, operands[FIRST][0].dtype)
@@ -194,7 +220,6 @@ def _step_row_wise(
     step: Step, operands: Mapping[int, Tensor], counters: Sequence[Tensor] | None, factor: float
 ) -> None:
     """One dense tensor with one state number per row: every row steps."""
-    step.check_row_wise()
     param, grad = operands[PARAM], operands[GRAD]
     dense, copied = in_one_layout({PARAM: param.contiguous(), GRAD: grad})
     if dense[PARAM] is not param:
@@ -206,6 +231,7 @@ def _step_row_wise(
     give_back(copied, grad, grad_too=step.zero_grad or step.grad_scale is not None)
 
 
+@torch.no_grad()
 def step_rows(step: RowStep) -> None:
     """Take a step on rows of one table; see `dispatch.RowStep`.
 
@@ -215,18 +241,19 @@ def step_rows(step: RowStep) -> None:
     device = step.param.device
     if skipped(step, device):
         return
+    check_rows(step)
     ids, order = step.ids.contiguous(), None
-    if ids.numel() and not capturing(device):
-        low, high = torch.stack(torch.aminmax(ids)).tolist()
-        if low < 0 or high >= step.param.shape[0]:
-            bad = low if low < 0 else high
-            raise IndexError(f"index {bad} is out of bounds for dimension 0 with size {step.param.shape[0]}")
+    if not capturing(device):
+        check_bounds(ids, step.param.shape[0])
+    if step.grad_scale is not None:
+        unscale(step.rows, step.grad_scale, cuda_launch.on_device(step.found_inf, device))
+        step = replace(step, grad_scale=None)
     if not step.unique:
         ids, order = torch.sort(ids, stable=True)
     copied: list[Copied] = []
     param = _contiguous(step.param, copied)
     states = [_contiguous(state, copied) for state in step.states]
-    rows = step.rows.resolve_neg().contiguous()
+    rows = run_of(step.rows)
     counters = None if step.steps is None else [step.steps]
     _launch_rows(step, param, ids, order, rows, states, counters, ids.numel(), step.factor, 0)
     give_back(copied, step.rows, grad_too=False)
@@ -283,7 +310,7 @@ def square_sums(tensors: Sequence[Tensor]) -> list[float]:
         alike.setdefault((tensor.device, tensor.dtype), []).append(k)
     launched = []
     for (device, dtype), members in alike.items():
-        flat = [tensors[k].detach().resolve_neg().contiguous() for k in members]
+        flat = [run_of(tensors[k].detach()) for k in members]
         cut = extents([t.numel() for t in flat], row_kernels.NORM_BLOCK.value, device)
         addresses = np.array([t.data_ptr() for t in flat], np.int64)
         sums = torch.empty(cut.programs, dtype=torch.float64, device=device)

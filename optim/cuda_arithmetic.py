@@ -116,12 +116,15 @@ def quotient_root(u, v, eps):
 @triton.jit
 def adadelta(g, v, u, rho, one_minus_rho, eps, FLAGS: tl.constexpr):
     """The new v, d, and the new u."""
-    v = tl.fma(one_minus_rho * g, g, rho * v)
     if MULTIPLY_FIRST & FLAGS:
+        v = tl.fma(one_minus_rho, g * g, rho * v)
         d = divide(root(u + eps) * g, root(v + eps))
+        u = tl.fma(one_minus_rho, d * d, rho * u)
     else:
+        v = tl.fma(one_minus_rho * g, g, rho * v)
         d = quotient_root(u, v, eps) * g
-    return v, d, tl.fma(one_minus_rho * d, d, rho * u)
+        u = tl.fma(one_minus_rho * d, d, rho * u)
+    return v, d, u
 
 
 @triton.jit

@@ -79,7 +79,6 @@ def step_elements(
     eps,
     weight_decay,
     bound,
-    ema_momentum,
     one_minus_ema_momentum,
     REAL: tl.constexpr,
     FLAGS: tl.constexpr,
@@ -112,7 +111,7 @@ def step_elements(
     store(param, offsets, p, mask)
     if HAS_EMA & FLAGS:
         e = load(ema, offsets, mask, REAL)
-        store(ema, offsets, tl.fma(ema_momentum, e, one_minus_ema_momentum * p), mask)
+        store(ema, offsets, tl.fma(one_minus_ema_momentum, p - e, e), mask)
     if HAS_COPY & FLAGS:
         store(copy, offsets, p, mask)
     if ZERO_GRAD & FLAGS:
@@ -138,7 +137,6 @@ def step_block(
     eps,
     weight_decay,
     bound,
-    ema_momentum,
     one_minus_ema_momentum,
     REAL: tl.constexpr,
     FLAGS: tl.constexpr,
@@ -152,16 +150,15 @@ def step_block(
     factor = factor.to(REAL)
     decay = real(weight_decay, tl.float64)
     rho, one_minus_rho, eps = real(rho, REAL), real(one_minus_rho, REAL), real(eps, REAL)
-    bound, momentum = real(bound, REAL), real(ema_momentum, REAL)
-    rest = real(one_minus_ema_momentum, REAL)
+    bound, rest = real(bound, REAL), real(one_minus_ema_momentum, REAL)
     offsets = start + tl.arange(0, BLOCK)
     # fmt: off
     if start + BLOCK <= size:
         step_elements(param, grad, first, second, ema, copy, offsets, None, lr, factor, scale,
-                      rho, one_minus_rho, eps, decay, bound, momentum, rest, REAL, FLAGS)
+                      rho, one_minus_rho, eps, decay, bound, rest, REAL, FLAGS)
     else:
         step_elements(param, grad, first, second, ema, copy, offsets, offsets < size, lr, factor, scale,
-                      rho, one_minus_rho, eps, decay, bound, momentum, rest, REAL, FLAGS)
+                      rho, one_minus_rho, eps, decay, bound, rest, REAL, FLAGS)
     # fmt: on
 
 
@@ -182,7 +179,6 @@ def step_list(
     eps: tl.float64,
     weight_decay: tl.float64,
     bound: tl.float64,
-    ema_momentum: tl.float64,
     one_minus_ema_momentum: tl.float64,
     P: tl.constexpr,
     G: tl.constexpr,
@@ -233,7 +229,7 @@ def step_list(
         copy = pointer_at(row, COPY, C, FLAGS)
     # fmt: off
     step_block(param, grad, first, second, ema, copy, block * BLOCK, size, own_lr, own_factor, grad_scale_pointer,
-               grad_scale, rho, one_minus_rho, eps, weight_decay, bound, ema_momentum, one_minus_ema_momentum,
+               grad_scale, rho, one_minus_rho, eps, weight_decay, bound, one_minus_ema_momentum,
                REAL, FLAGS, BLOCK)
     # fmt: on
 
@@ -259,7 +255,6 @@ def step_flat(
     eps: tl.float64,
     weight_decay: tl.float64,
     bound: tl.float64,
-    ema_momentum: tl.float64,
     one_minus_ema_momentum: tl.float64,
     REAL: tl.constexpr,
     FLAGS: tl.constexpr,
@@ -279,8 +274,7 @@ def step_flat(
         own_lr = real(lr, tl.float64)
     # fmt: off
     step_block(param, grad, first, second, ema, copy, block * BLOCK, size, own_lr, real(factor, tl.float64),
-               grad_scale_pointer, grad_scale, rho, one_minus_rho, eps, weight_decay, bound, ema_momentum,
-               one_minus_ema_momentum, REAL, FLAGS, BLOCK)
+               grad_scale_pointer, grad_scale, rho, one_minus_rho, eps, weight_decay, bound, one_minus_ema_momentum, REAL, FLAGS, BLOCK)
     # fmt: on
 
 

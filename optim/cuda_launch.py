@@ -19,7 +19,7 @@ from torch import Tensor
 from . import cuda_arithmetic as arithmetic
 from . import cuda_kernels as kernels
 from .cuda_tables import capturing, pointers, upload
-from .dispatch import RowStep, Step, number
+from .step import RowStep, Step, number
 
 DTYPE: Final = {
     torch.float32: tl.float32,
@@ -68,9 +68,9 @@ def inputs(
 ) -> Inputs:
     """Advance the counters of one launch, or leave that to its kernel (COUNT), and say how its numbers arrive."""
     flags = 0
-    scale_pointer = _on_device(step.grad_scale, device)
-    found_inf = _on_device(step.found_inf, device)
-    lr_pointer = _on_device(step.lr, device)
+    scale_pointer = on_device(step.grad_scale, device)
+    found_inf = on_device(step.found_inf, device)
+    lr_pointer = on_device(step.lr, device)
     lr = 0.0 if lr_pointer is not None else number(step.lr)
     if scale_pointer is not None:
         flags |= arithmetic.SCALE_POINTER.value
@@ -142,7 +142,7 @@ def _bit(flag: Any, asked: bool) -> int:
     return int(flag.value) if asked else 0
 
 
-def _on_device(value: Tensor | float | None, device: torch.device) -> Tensor | None:
+def on_device(value: Tensor | float | None, device: torch.device) -> Tensor | None:
     """A tensor of the step's device, brought there from another one without waiting; None for a host's number."""
     if not isinstance(value, Tensor) or value.device.type != device.type:
         return None

@@ -10,22 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from operator import attrgetter
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .cuda_arithmetic import COLUMNS, COPY, EMA, FIRST, GRAD, PARAM, SECOND
-
-NAMES: Final = {
-    PARAM.value: "parameter",
-    GRAD.value: "gradient",
-    FIRST.value: "state",
-    SECOND.value: "state",
-    EMA.value: "ema",
-    COPY.value: "copy_out",
-}
+from .cuda_arithmetic import COLUMNS, GRAD, PARAM
+from .step import FUSED_DTYPES
 
 _dtype = attrgetter("dtype")
 
@@ -69,6 +61,7 @@ def plain(operands: Mapping[int, Sequence[Tensor]]) -> bool:
     sizes, place = list(map(Tensor.numel, params)), {params[0].get_device()}
     return not any(map(Tensor.is_neg, operands[GRAD.value])) and all(
         len(set(map(_dtype, tensors))) == 1
+        and tensors[0].dtype in FUSED_DTYPES
         and all(map(Tensor.is_contiguous, tensors))
         and set(map(Tensor.get_device, tensors)) == place
         and list(map(Tensor.numel, tensors)) == sizes
@@ -84,6 +77,13 @@ def addresses_of(operands: Mapping[int, Sequence[Tensor]]) -> Any:
     return addresses
 
 
+def runs(addresses: Any, operands: Mapping[int, Sequence[Tensor]]) -> tuple[Any, Any]:
+    """First bytes, and those after the last, of operands that are `plain`, by column and tensor."""
+    sizes = list(map(Tensor.numel, operands[PARAM.value]))
+    begins = np.ascontiguousarray(addresses[:, list(operands)].T)
+    return begins, begins + np.outer([tensors[0].itemsize for tensors in operands.values()], sizes)
+
+
 def has_null(addresses: Any, operands: Mapping[int, Sequence[Tensor]]) -> bool:
     """Whether a tensor with elements has no memory: zeros that were never written, or it was freed."""
     used = addresses[:, list(operands)]
@@ -96,12 +96,11 @@ def has_null(addresses: Any, operands: Mapping[int, Sequence[Tensor]]) -> bool:
 def in_one_layout(operands: Mapping[int, Tensor]) -> tuple[dict[int, Tensor], list[Copied]]:
     """The operands of one parameter as flat runs, and which of them are copies."""
     param = operands[PARAM.value]
-    for column, tensor in operands.items():
-        if tensor.shape != param.shape:
-            raise RuntimeError(
-                f"the {NAMES[column]} has shape {tuple(tensor.shape)}, its parameter {tuple(param.shape)}"
-            )
-    strides = param.stride() if _is_dense(param) else torch.empty(param.shape, device="meta").stride()
+    strides = (
+        param.stride()
+        if _is_dense(param)
+        else torch.empty(param.shape, dtype=param.dtype, device="meta").stride()
+    )
     flat, copied = {}, []
     for column, tensor in operands.items():
         if _is_lazy(tensor) or not _lies_like(tensor, strides):
@@ -116,12 +115,8 @@ def in_one_layout(operands: Mapping[int, Tensor]) -> tuple[dict[int, Tensor], li
 def give_back(copied: Sequence[Copied], grad: Tensor, *, grad_too: bool) -> None:
     """Write the copies' new values to the tensors that they stand for, the gradient's only if the step changed it."""
     for tensor, copy in copied:
-        if tensor is not grad:
+        if tensor is not grad or (grad_too and not tensor._is_zerotensor()):
             tensor.copy_(copy)
-        elif grad_too and not tensor._is_zerotensor():
-            # Of an expanded gradient one element per place is written: torch refuses to write them all.
-            places = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in tensor.stride())
-            tensor[places].copy_(copy[places])
 
 
 def _is_lazy(tensor: Tensor) -> bool:

@@ -53,7 +53,7 @@ def upload(array: Any, device: torch.device) -> Tensor:
         return values.clone()
     with _lock:
         if not _staging:
-            _staging.append(torch.empty(STAGING_BYTES, dtype=torch.uint8, pin_memory=True))
+            _staging.append(_pinned(STAGING_BYTES))
         pinned = _set_aside(values.nbytes) if capturing(device) else None
     if pinned is None:
         return values.pin_memory().to(device, non_blocking=True)
@@ -62,11 +62,15 @@ def upload(array: Any, device: torch.device) -> Tensor:
     return pinned.to(device, non_blocking=True)
 
 
+def _pinned(size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
+
+
 def _set_aside(size: int) -> Tensor:
     """`size` bytes of pinned memory that nobody else will ever get."""
     room = -(-size // 16) * 16
     if _staging[-1].numel() < room:
-        _staging.append(torch.empty(max(room, STAGING_BYTES), dtype=torch.uint8, pin_memory=True))
+        _staging.append(_pinned(max(room, STAGING_BYTES)))
     taken = _staging[-1][:size]
     _staging[-1] = _staging[-1][room:]
     return taken

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .digest_kernels import SIGNATURE, fold
 from .kernel_cache import compiled
+from .operands import OperandError
 
 # What is less goes to the host as it is. xxh3 has other ways for up to 240 bytes, so it is more than that in any case.
 # Not measured on a device.
@@ -60,6 +61,11 @@ _SCRAMBLED_WITH: Final = len(SECRET) - STRIPE_BYTES
 
 def xxh3_64(head: bytes, parts: Sequence[Tensor]) -> int:
     """The digest of the host's bytes `head`, and then of flat uint8 tensors of one device, one behind the other."""
+    for part in parts:
+        if part.dtype != torch.uint8 or part.dim() != 1 or part.device != parts[0].device:
+            raise OperandError(
+                f"a part is {part.dim()}-d {part.dtype} on {part.device}; it must be flat bytes"
+            )
     size = len(head) + sum(part.numel() for part in parts)
     if size < LEAST_BYTES:
         digest = xxhash.xxh3_64(head)

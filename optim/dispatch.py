@@ -26,13 +26,14 @@ states excepted. Where no backend serves, the classes use torch's own functions 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any, Final, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
+
+from .step import FUSED_DTYPES, RowStep, Step
 
 
 def _cpu() -> Backend:
@@ -50,108 +51,6 @@ def _cuda() -> Backend | None:
 
 
 BACKENDS: Final[dict[str, Callable[[], Backend | None]]] = {"cpu": _cpu, "cuda": _cuda}
-
-FUSED_DTYPES: Final = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
-
-
-@dataclass(slots=True, kw_only=True)
-class Step:
-    """One step of one rule over a list of tensors; the order of operations is that of `kernels`.
-
-    Arithmetic is float64 if the parameter or its state is, else float32. `states` has one list per state name of
-    the rule, in the rule's order. A state of shape (rows, 1) beside a wider parameter is row-wise: one number per
-    row, fed by the mean over the row.
-    """
-
-    rule: str
-    params: Sequence[Tensor]
-    grads: Sequence[Tensor]
-    states: Sequence[Sequence[Tensor]]
-    lr: float | Tensor
-    eps: float
-    rho: float = 0.0
-    weight_decay: float = 0.0
-    decoupled: bool = False
-    maximize: bool = False
-    lr_decay: float = 0.0
-    steps: Sequence[Tensor] | None = None
-    """Step counters, advanced before use. Without them `step` is the number of this step, from 1."""
-    step: int = 1
-    factor: float | Sequence[float] = 1.0
-    clip_value: float | None = None
-    grad_scale: Tensor | float | None = None
-    """Divides the gradient, which is written back unscaled, as torch's fused kernels do."""
-    found_inf: Tensor | float | None = None
-    """1: nothing is written, counters included."""
-    zero_grad: bool = False
-    ema: Sequence[Tensor] | None = None
-    ema_momentum: float = 0.99
-    copy_out: Sequence[Tensor] | None = None
-    eps_inside_root: bool = False
-    multiply_first: bool = False
-    threads: int | None = None
-    memo: dict[str, Any] | None = None
-    """Where a backend may keep what it learned about this list until its next step."""
-
-    def check_row_wise(self) -> None:
-        """Raise NotImplementedError for what no kernel does beside a row-wise state."""
-        for name, asked in (
-            ("ema", self.ema is not None),
-            ("copy_out", self.copy_out is not None),
-            ("clip_value", self.clip_value is not None),
-            ("decoupled", self.decoupled and self.weight_decay != 0),
-            ("eps_inside_root", self.eps_inside_root),
-            ("multiply_first", self.multiply_first),
-        ):
-            if asked:
-                raise NotImplementedError(f"row-wise state does not go with {name}")
-
-    def written(self) -> Iterator[Tensor]:
-        """Every tensor that the step writes to."""
-        yield from self.params
-        for state in self.states:
-            yield from state
-        yield from self.steps or ()
-        yield from self.ema or ()
-        yield from self.copy_out or ()
-        if self.zero_grad or self.grad_scale is not None:
-            yield from self.grads
-
-
-@dataclass(slots=True, kw_only=True)
-class RowStep:
-    """One step over rows of one table: only the rows named in `ids` move, and only their state.
-
-    ids: int64 (n,), any order. rows: (n, ...) like the table's rows. With `unique` the ids are known to differ;
-    otherwise rows of equal id are summed first, in order of appearance. Adagrad follows torch's sparse order:
-    h = h + g*g without fma, p = p + -lr * (g / (sqrt(h) + eps)).
-    """
-
-    rule: str
-    param: Tensor
-    ids: Tensor
-    rows: Tensor
-    unique: bool
-    states: Sequence[Tensor]
-    lr: float | Tensor
-    eps: float
-    rho: float = 0.0
-    weight_decay: float = 0.0
-    maximize: bool = False
-    lr_decay: float = 0.0
-    steps: Tensor | None = None
-    step: int = 1
-    factor: float = 1.0
-    grad_scale: Tensor | float | None = None
-    found_inf: Tensor | float | None = None
-    threads: int | None = None
-
-    def written(self) -> Iterator[Tensor]:
-        """Every tensor that the step writes to."""
-        yield self.param
-        yield from self.states
-        if self.steps is not None:
-            yield self.steps
 
 
 class Backend(Protocol):
@@ -224,8 +123,3 @@ def backend(device_type: str) -> Backend | None:
     """The backend for a device type, imported now; None if there is none, or what it needs is not installed."""
     make = BACKENDS.get(device_type)
     return None if make is None else make()
-
-
-def number(value: Any) -> float:
-    """A hyperparameter as a Python number."""
-    return float(value.item()) if isinstance(value, Tensor) else float(value)

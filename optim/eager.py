@@ -7,33 +7,51 @@ roundings. It is slow and allocates temporaries; nothing else is wrong with it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from .dispatch import RowStep, Step, number
+from .operands import check_bounds, check_dense, check_rows
+from .rows import coalesce
+from .step import RowStep, Step, number
+from .unscaling import unscale
 
 
 def refuses(param: Tensor) -> str | None:
-    """Nothing real is refused."""
-    return "complex parameters are stepped by torch" if param.is_complex() else None
+    """Nothing is refused."""
+    return None
+
+
+def step(described: Step) -> None:
+    """Take a dense step; see `dispatch.Step`."""
+    plan(described)()
 
 
 def plan(described: Step) -> Callable[[], None]:
-    """A dense step; all of its work is done when it is taken."""
-    return partial(step, described)
+    """A dense step that is ready to be taken; see `dispatch.Step`."""
+    check_dense(described, kernels=False)
+    return partial(_take, described)
+
+
+def step_rows(described: RowStep) -> None:
+    """Take a step on rows of one table; see `dispatch.RowStep`."""
+    plan_rows(described)()
 
 
 def plan_rows(described: RowStep) -> Callable[[], None]:
-    """A step on rows; all of its work is done when it is taken."""
-    return partial(step_rows, described)
+    """A step on rows that is ready to be taken; see `dispatch.RowStep`."""
+    check_rows(described, kernels=False)
+    check_bounds(described.ids, described.param.shape[0])
+    return partial(_take_rows, described)
 
 
-def step(step: Step) -> None:
-    """Take a dense step; see `dispatch.Step`."""
-    if step.found_inf is not None and number(step.found_inf) == 1.0:
+@torch.no_grad()
+def _take(given: Step) -> None:
+    if given.found_inf is not None and number(given.found_inf) == 1.0:
         return
+    step = _in_reals(given)
     for k, (param, grad) in enumerate(zip(step.params, step.grads, strict=True)):
         states = [state[k] for state in step.states]
         lr = _lr(step, None if step.steps is None else step.steps[k])
@@ -65,16 +83,22 @@ def step(step: Step) -> None:
         if step.zero_grad:
             grad.zero_()
 
+    if step.writes_grad:
+        for grad, parts in zip(given.grads, step.grads, strict=True):
+            if grad.is_conj():  # of which a copy was stepped
+                grad.copy_(torch.view_as_complex(parts))
 
-def step_rows(step: RowStep) -> None:
-    """Take a step on rows of one table; see `dispatch.RowStep`."""
-    if step.found_inf is not None and number(step.found_inf) == 1.0:
+
+@torch.no_grad()
+def _take_rows(given: RowStep) -> None:
+    if given.found_inf is not None and number(given.found_inf) == 1.0:
         return
+    if given.grad_scale is not None:
+        unscale(given.rows, given.grad_scale)
+    step = _rows_in_reals(given)
     lr = _lr(step, step.steps)
     ids, rows = step.ids, step.rows
     if not step.unique:
-        from .rows import coalesce
-
         ids, rows = coalesce(ids, rows)
     if ids.numel() == 0 or step.param.numel() == 0:
         return
@@ -82,8 +106,6 @@ def step_rows(step: RowStep) -> None:
     param = step.param.index_select(0, ids)
     dtype = torch.promote_types(taken[0].dtype, torch.promote_types(param.dtype, torch.float32))
     g, p = rows.to(dtype), param.to(dtype)
-    if step.grad_scale is not None:
-        g = g / number(step.grad_scale)
     if step.factor != 1.0:
         g = g * step.factor
     if step.maximize:
@@ -94,6 +116,31 @@ def step_rows(step: RowStep) -> None:
     step.param.index_copy_(0, ids, p.to(step.param.dtype))
     for table, touched in zip(step.states, taken, strict=True):
         table.index_copy_(0, ids, touched)
+
+
+def _reals(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Complex numbers as pairs of real ones, which is what torch steps: real and imaginary parts apart."""
+    return [torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in tensors]
+
+
+def _in_reals(step: Step) -> Step:
+    if not any(map(Tensor.is_complex, step.params)):
+        return step
+    return replace(
+        step,
+        params=_reals(step.params),
+        grads=_reals([grad.resolve_conj() for grad in step.grads]),
+        states=[_reals(state) for state in step.states],
+        ema=None if step.ema is None else _reals(step.ema),
+        copy_out=None if step.copy_out is None else _reals(step.copy_out),
+    )
+
+
+def _rows_in_reals(step: RowStep) -> RowStep:
+    if not step.param.is_complex():
+        return step
+    param, rows, *states = _reals([step.param, step.rows.resolve_conj(), *step.states])
+    return replace(step, param=param, rows=rows, states=states)
 
 
 def _lr(step: Step | RowStep, counter: Tensor | None) -> float:

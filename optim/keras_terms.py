@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dispatch import number
 from .keras_clipping import Clipping
 from .learning_rate import as_schedule
 from .one_count import OneCountOptimizer
 from .optimizer import StateDtype
+from .step import number
 
 AVERAGE, ACCUMULATOR = "average", "gradient_accumulator"
 

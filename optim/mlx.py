@@ -31,11 +31,11 @@ from torch.optim.optimizer import ParamsT
 
 from .adadelta import AdadeltaRule
 from .adagrad import AdagradRule
-from .dispatch import number
 from .learning_rate import Schedule
 from .one_count import OneCountOptimizer, dense
 from .optimizer import StateDtype
 from .rule import Hyperparameters
+from .step import number
 
 __all__ = ["AdaDelta", "Adagrad"]
 
@@ -178,4 +178,6 @@ class Adagrad(MlxOptimizer):
 
 def _rounded(lr: float, dtype: torch.dtype) -> float:
     """MLX holds a learning rate in float32 and casts it to the gradient's dtype."""
-    return lr if dtype == torch.float64 else torch.tensor(lr, dtype=torch.float32).to(dtype).item()
+    return (
+        lr if dtype == torch.float64 else torch.tensor(lr, dtype=torch.float32, device="cpu").to(dtype).item()
+    )

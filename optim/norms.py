@@ -14,7 +14,8 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
-from .dispatch import FUSED_DTYPES, path_of
+from .dispatch import path_of
+from .step import FUSED_DTYPES
 
 BLOCK_ELEMENTS: Final = 4096
 _KERNELS: Final = {"fused": None, "differentiable": False, "foreach": None}

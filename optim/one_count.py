@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from . import dispatch, eager
-from .dispatch import Path, Step, number, path_of
+from .dispatch import Path, path_of
 from .learning_rate import Schedule
 from .optimizer import FusedOptimizer, StateDtype
+from .step import Step, number
 
 
 class OneCountOptimizer(FusedOptimizer):
@@ -108,12 +109,9 @@ class OneCountOptimizer(FusedOptimizer):
         """The names of everything that a parameter's state holds."""
         return self.rule.state_names
 
-    def _state_of(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
-        state: dict[str, Any] = self.state[param]
-        if len(state) == 0:
-            for name in self._held_names():
-                state[name] = self._fresh(param, name, group)
-        return state
+    def _make_state(self, state: dict[str, Any], param: Tensor, group: dict[str, Any]) -> None:
+        for name in self._held_names():
+            state[name] = self._fresh(param, name, group)
 
     def share_memory(self) -> None:
         """Move everything that the states hold (not the counter) into shared memory, making it first if need be."""
@@ -184,7 +182,13 @@ class OneCountOptimizer(FusedOptimizer):
         A backend may remember a list between steps; `list_name` tells a group's lists apart.
         """
         memo = self._memo_of(group).setdefault(list_name, {})
-        for backend, members in self._by_path(group, params, grads, memo).items():
+        options = _options(group)
+        seen = self._all_dense(params[0].device.type, params, grads, options, memo)
+        if seen is not None:
+            by_path: dict[str, Sequence[int]] = {params[0].device.type: range(len(params))}
+        else:
+            by_path = self._by_path(options, params)
+        for backend, members in by_path.items():
             some = [params[k] for k in members]
             states = [self.state[param] for param in some]
             step = Step(
@@ -196,6 +200,7 @@ class OneCountOptimizer(FusedOptimizer):
                 ema=None if ema is None else [state[ema] for state in states],
                 copy_out=None if copy_out is None else [state[copy_out] for state in states],
                 memo=memo,
+                seen=seen,
                 **arguments,
             )
             kernels = dispatch.backend(backend)
@@ -205,17 +210,11 @@ class OneCountOptimizer(FusedOptimizer):
                 kernels.step(step)
                 torch.autograd.graph.increment_version(step.written())
 
-    def _by_path(
-        self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], memo: dict[str, Any]
-    ) -> dict[str, Sequence[int]]:
-        options = _options(group)
-        device_type = params[0].device.type
-        if self._all_dense(device_type, params, grads, options, memo):
-            return {device_type: range(len(params))}
+    def _by_path(self, options: dict[str, Any], params: list[Tensor]) -> dict[str, Sequence[int]]:
         members: dict[str, list[int]] = {}
         for k, param in enumerate(params):
             who = path_of(param, options)
-            if group["fused"] and not who.fused:
+            if options["fused"] and not who.fused:
                 raise RuntimeError(f"fused=True, but no kernel takes this step: {who.reason}")
             members.setdefault(who.backend, []).append(k)
         return dict(members)

@@ -7,10 +7,11 @@ it is kept until its next step.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from operator import attrgetter, call, is_
+from collections.abc import Iterator
+from operator import attrgetter
 from typing import Any, ClassVar, Literal
-from weakref import ref
 
 import torch
 from torch import Tensor
@@ -18,8 +19,10 @@ from torch.optim.optimizer import (
     _get_scalar_dtype,
 )
 
-from .dispatch import FUSED_DTYPES, Path, path_of
+from .dispatch import Path, path_of
+from .footprint import Footprint, Seen, footprint
 from .rule import Rule
+from .step import FUSED_DTYPES
 
 StateDtype = Literal["param"] | None
 
@@ -27,7 +30,7 @@ _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 _HALF = (torch.float16, torch.bfloat16)
 _STATE_OPTIONS = ("row_wise", "sparse")
 
-_layout, _dtype = attrgetter("layout"), attrgetter("dtype")
+_is_sparse = attrgetter("is_sparse")
 _IS_ON = {"cpu": attrgetter("is_cpu"), "cuda": attrgetter("is_cuda")}
 
 
@@ -65,15 +68,19 @@ class FusedOptimizer(torch.optim.Optimizer):
         """This parameter's state, made now if it has none."""
         state: dict[str, Any] = self.state[param]
         if len(state) == 0:
-            on_device = group["fused"] or group.get("capturable", False)
-            state["step"] = torch.zeros(
-                (),
-                dtype=_get_scalar_dtype(is_fused=group["fused"]),  # type: ignore[no-untyped-call]
-                device=param.device if on_device else "cpu",
-            )
-            for name in self.rule.state_names:
-                state[name] = self._fresh(param, name, group)
+            with ordinary_tensors():
+                self._make_state(state, param, group)
         return state
+
+    def _make_state(self, state: dict[str, Any], param: Tensor, group: dict[str, Any]) -> None:
+        on_device = group["fused"] or group.get("capturable", False)
+        state["step"] = torch.zeros(
+            (),
+            dtype=_get_scalar_dtype(is_fused=group["fused"]),  # type: ignore[no-untyped-call]
+            device=param.device if on_device else "cpu",
+        )
+        for name in self.rule.state_names:
+            state[name] = self._fresh(param, name, group)
 
     def _fresh(self, param: Tensor, name: str, group: dict[str, Any]) -> Tensor:
         # torch reads the constructor's initial value even where a group names its own.
@@ -130,6 +137,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         finally:
             handle.remove()
             self.__dict__.pop("_loading", None)
+        with ordinary_tensors():
+            for state in self.state.values():
+                for name, value in state.items():
+                    if isinstance(value, Tensor) and value.is_inference():
+                        state[name] = value.clone()
 
     def _take_states(self, state: dict[str, Any], saved: dict[str, Any]) -> None:
         """Check the shapes of the states being loaded, and undo torch's cast where ours are wider."""
@@ -179,28 +191,36 @@ class FusedOptimizer(torch.optim.Optimizer):
         grads: list[Tensor],
         group: dict[str, Any],
         memo: dict[str, Any],
-    ) -> bool:
-        """`path_of` for a whole list at the price of a few C loops; False means: look at each."""
+    ) -> Seen | None:
+        """`path_of` for a whole list at the price of a few C loops, and where it lies; None means: look at each."""
         if not (
             path_of(None, group).fused
             and not (device_type == "cpu" and group.get("capturable", False))
-            and device_type in _IS_ON
-            and all(map(_IS_ON[device_type], params))
-            and FUSED_DTYPES.issuperset(map(_dtype, params))
+            and _PLAIN.issuperset(map(type, params))
             and _PLAIN.issuperset(map(type, grads))
-            and set(map(_layout, grads)) == {torch.strided}
+            and not any(map(_is_sparse, grads))  # sooner known so than by the error below
         ):
-            return False
-        known: list[ref[Tensor]] = memo.get("plain", [])
-        if len(known) == len(params) and all(map(is_, params, map(call, known))):
-            return True
-        plain = _PLAIN.issuperset(map(type, params)) and not any(map(Tensor.is_inference, params))
-        if not plain or not all(map(Tensor.is_contiguous, params)):
-            return False
-        if not all(path_of(p, group).fused for p in params):  # a device may be too old for the kernels
-            return False
-        memo["plain"] = list(map(ref, params))
-        return True
+            return None
+        try:
+            seen = footprint(params)
+            grads_seen = footprint(grads)
+        except RuntimeError:  # not all of them have memory
+            return None
+        known: Footprint | None = memo.get("plain")
+        if known is not None and known == seen:
+            return known, grads_seen
+        _, dtypes, _, contiguous = seen
+        if not (
+            device_type in _IS_ON
+            and all(map(_IS_ON[device_type], params))
+            and FUSED_DTYPES.issuperset(dtypes)
+            and contiguous
+            and not any(map(Tensor.is_inference, params))
+            and all(path_of(p, group).fused for p in params)  # a device may be too old for the kernels
+        ):
+            return None
+        memo["plain"] = seen
+        return seen, grads_seen
 
     def _memo_of(self, group: dict[str, Any]) -> dict[str, Any]:
         """What was learned about this group's list at its last step; forgotten when the group is replaced."""
@@ -211,6 +231,13 @@ class FusedOptimizer(torch.optim.Optimizer):
                 memos.clear()
             memo = memos[id(group)] = {"group": group}
         return memo
+
+
+@contextlib.contextmanager
+def ordinary_tensors() -> Iterator[None]:
+    """A block whose new tensors can be written to later, whatever mode the step is taken in: inference mode's cannot."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def _row_shape(param: Tensor) -> torch.Size:

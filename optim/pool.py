@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from . import floating_mode
 from .intrinsics import STRIDE
 
 log = logging.getLogger(__name__)
@@ -99,6 +100,8 @@ class Helpers:
 
     def run(self) -> None:
         """A helper's life."""
+        if floating_mode.flushes():  # taken over from the thread that started it
+            floating_mode.use_default()
         try:
             while True:
                 job, worker = self.queue.get()
@@ -127,6 +130,10 @@ def over_slices(
 
     threads: how many threads at most, None for torch.get_num_threads(). Up to `inline` the caller does it alone.
     """
+    if floating_mode.flushes():
+        with floating_mode.default():
+            over_slices(work, total, threads=threads, slice_size=slice_size, inline=inline)
+        return
     slices = -(-total // slice_size)
     workers = 1 if total <= inline else min(torch.get_num_threads() if threads is None else threads, slices)
     plan = np.zeros(STRIDE * (workers + 1), np.int64)

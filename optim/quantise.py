@@ -12,11 +12,13 @@ from functools import partial
 from typing import Any, Final
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from .cpu_norms import added_in_order
 from .kernel_cache import compiled
 from .norm_kernels import BLOCK_ELEMENTS
+from .operands import OperandError, check_run
 from .pool import over_slices
 from .quantise_kernels import DEQUANTISE_SIGNATURE, QUANTISE_SIGNATURE, SCALE_BYTES
 from .quantise_kernels import dequantise as dequantise_kernel
@@ -36,6 +38,12 @@ def code_bytes(length: int, block: int) -> int:
     return length + SCALE_BYTES * -(-length // block)
 
 
+def check_block(block: int) -> None:
+    """Raise unless norm blocks consist of whole blocks, which share a scale."""
+    if block <= 0 or BLOCK_ELEMENTS % block:
+        raise OperandError(f"blocks of {block} elements; it must be a divisor of {BLOCK_ELEMENTS}")
+
+
 def quantise(
     source: Tensor,
     residual: Tensor,
@@ -52,14 +60,24 @@ def quantise(
 
     source: contiguous floats, whole units of `length`; residual and rest: float32 of as many elements; codes: uint8.
     """
+    check_block(block)
+    elements = source.numel()
+    units = elements // length if length > 0 else 0
+    check_run("the gradient", source, units * length, *KIND)
+    check_run("the residual", residual, elements, torch.float32)
+    check_run("the rest", rest, elements, torch.float32)
+    check_run("the codes", codes, units * code_bytes(length, block), torch.uint8)
     per_unit = -(-length // block)
-    blocks = per_unit * (source.numel() // length if length else 0)
+    blocks = per_unit * units
+    stop = blocks if end is None else min(end, blocks)
+    if not 0 <= begin <= stop:
+        raise OperandError(f"blocks {begin} to {stop} of {blocks}")
     kernel = compiled(quantise_kernel, QUANTISE_SIGNATURE, (KIND[source.dtype], block))
     addresses = (t.data_ptr() for t in (source, residual, rest, codes))
     work = partial(kernel, *addresses, length, begin)
     over_slices(
         work,
-        (blocks if end is None else min(end, blocks)) - begin,
+        stop - begin,
         threads=threads,
         slice_size=max(1, SLICE_ELEMENTS // block),
         inline=INLINE_ELEMENTS // block,
@@ -76,6 +94,8 @@ def dequantise(
 
 def dequantise_rows(codes: Tensor, values: Tensor, *, block: int, threads: int | None = None) -> None:
     """Write the float32 values of rows, each a unit of its own. values: contiguous, (rows, row elements)."""
+    if values.dim() != 2:
+        raise OperandError(f"rows of shape {tuple(values.shape)}; they must have two dimensions")
     rows, length = values.shape
     _dequantise(codes, values, np.full(rows, length, np.int64), block, False, threads)
 
@@ -83,10 +103,15 @@ def dequantise_rows(codes: Tensor, values: Tensor, *, block: int, threads: int |
 def _dequantise(
     codes: Tensor, values: Tensor, lengths: Array, block: int, summed: bool, threads: int | None
 ) -> tuple[Array, Array]:
+    check_block(block)
+    if (lengths < 0).any():
+        raise OperandError(f"a unit has {lengths.min()} elements")
     froms, tos, starts = (np.zeros(len(lengths) + 1, np.int64) for _ in range(3))
     np.cumsum(lengths + SCALE_BYTES * -(-lengths // block), out=froms[1:])
     np.cumsum(lengths, out=tos[1:])
     np.cumsum(-(-lengths // BLOCK_ELEMENTS), out=starts[1:])
+    check_run("the codes", codes, int(froms[-1]), torch.uint8)
+    check_run("the values", values, int(tos[-1]), torch.float32)
     sums = np.zeros(int(starts[-1]) if summed else 1)
     kernel = compiled(dequantise_kernel, DEQUANTISE_SIGNATURE, (block, summed))
     work = partial(kernel, codes.data_ptr(), values.data_ptr(), froms, tos, lengths, starts, sums)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .dispatch import FUSED_DTYPES
+from .operands import check_ids
+from .step import FUSED_DTYPES
 
 
 def coalesce(ids: Tensor, rows: Tensor, *, threads: int | None = None) -> tuple[Tensor, Tensor]:
@@ -14,6 +15,7 @@ def coalesce(ids: Tensor, rows: Tensor, *, threads: int | None = None) -> tuple[
     ids: int64 of shape (n,); rows: (n, ...). Sums run in float32 for half rows (float64 for double) and are rounded
     once. IndexError for a negative id. Merging what is merged already changes nothing, so both ends of the wire may do it.
     """
+    check_ids(ids, rows)
     if ids.is_cpu and rows.dtype in FUSED_DTYPES:
         from .cpu_rows import coalesce as on_cpu
 
@@ -25,7 +27,7 @@ def coalesce(ids: Tensor, rows: Tensor, *, threads: int | None = None) -> tuple[
     first = torch.ones_like(arranged, dtype=torch.bool)
     first[1:] = arranged[1:] != arranged[:-1]
     starts = first.nonzero().reshape(-1)
-    ends = torch.cat([starts[1:], starts.new_tensor([ids.numel()])])
+    ends = torch.cat([starts[1:], torch.full_like(starts[:1], ids.numel())])
     wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
     merged = rows[order[starts]].to(wide)
     # The k-th duplicates of all ids at once: as many passes as the commonest id has rows.

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from . import eager
-from .dispatch import Backend, RowStep, Step, backend
+from .dispatch import Backend, backend
+from .step import RowStep, Step
 
 Hyperparameters = Mapping[str, float | bool]
 

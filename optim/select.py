@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .kernel_cache import compiled
+from .operands import OperandError, check_run
 from .pool import over_slices
 from .select_kernels import COUNT_SIGNATURE, LEVEL_BITS, TAKE_SIGNATURE, count, key_bits, take
 from .table import KIND
@@ -52,6 +53,12 @@ def select(
     would not be finite it is the residual, or zero.
     """
     n = source.numel()
+    check_run("the gradient", source, n, *KIND)
+    check_run("the rest", rest, n, torch.float32, torch.float64)
+    if residual is not None:
+        check_run("the residual", residual, n, rest.dtype)
+    if not min(n, 1) <= k <= n:
+        raise OperandError(f"the {k} largest of {n} elements")
     size = max(SLICE_ELEMENTS, -(-n // MOST_SLICES))
     over = partial(over_slices, total=n, threads=threads, slice_size=size, inline=INLINE_ELEMENTS)
     slices = -(-n // size)
@@ -60,7 +67,7 @@ def select(
     ends = np.minimum(np.cumsum(threshold.at), threshold.wanted_at)
     ties = np.diff(ends, prepend=0)
     taken = threshold.above + ties
-    indices, values = np.empty(k, np.int64), torch.empty(k, dtype=wire)
+    indices, values = np.empty(k, np.int64), torch.empty(k, dtype=wire, device="cpu")
     kernel = compiled(take, TAKE_SIGNATURE, (KIND[rest.dtype], KIND[wire], bool(owed)))
     places = np.cumsum(taken) - taken
     over(partial(kernel, rest.data_ptr(), owed, values.data_ptr(), indices, threshold.key, places, ties))

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -60,7 +61,7 @@ def torch_state_dict(
             if rule.counter:
                 state.update({parameter_id: tensors} if count else {})
             elif parameter.steps or group.rule == "adagrad":
-                step = torch.tensor(float(parameter.steps), dtype=torch.float32)
+                step = torch.tensor(float(parameter.steps), dtype=torch.float32, device="cpu")
                 state[parameter_id] = {"step": step, **tensors}
         values = {name: group.values[name] for name in rule.defaults if name in group.values}
         counted = {rule.counter: count} if rule.counter else {}
@@ -86,7 +87,7 @@ def parts_of(state_dict: Mapping[str, Any], rules: Sequence[str]) -> list[GroupS
         group = GroupState(rule_name, values)
         for parameter_id in entry["params"]:
             state = state_dict["state"].get(parameter_id, {})
-            tensors = {name: torch.as_tensor(state[name]) for name in rule.state_names if name in state}
+            tensors = {name: tensor_of(state[name]) for name in rule.state_names if name in state}
             if state and set(tensors) != set(rule.state_names):
                 raise ValueError(
                     f"state of parameter {parameter_id} lacks {set(rule.state_names) - set(tensors)}"
@@ -95,6 +96,16 @@ def parts_of(state_dict: Mapping[str, Any], rules: Sequence[str]) -> list[GroupS
             group.parameters.append(ParameterState(int(_plain(steps)), tensors))
         groups.append(group)
     return groups
+
+
+def tensor_of(value: Any) -> Tensor:
+    """A tensor as it is, an array in its own dtype; Python's numbers as float32, whatever torch's default is."""
+    if isinstance(value, Tensor):
+        return value
+    array = np.asarray(value)
+    if array.dtype == np.float64 and not hasattr(value, "dtype"):
+        array = array.astype(np.float32)
+    return torch.from_numpy(array)
 
 
 def _plain(value: Any) -> Any:

@@ -16,6 +16,7 @@ from itertools import accumulate
 from typing import Final
 
 import numpy as np
+import torch
 from torch import Tensor
 
 SLICE_BLOCKS: Final = 16
@@ -32,11 +33,21 @@ def weighted_sum(
     from .cpu_norms import added_in_order
     from .kernel_cache import compiled
     from .norm_kernels import BLOCK_ELEMENTS
+    from .operands import OperandError, check_run
     from .pool import over_slices
     from .sum_kernels import SIGNATURE
     from .sum_kernels import weighted_sum as weighted_sum_kernel
     from .table import KIND
 
+    elements = sum(sizes)
+    if not terms or len(terms) != len(weights) or min(sizes, default=0) < 0:
+        raise OperandError(
+            f"{len(terms)} gradients, {len(weights)} weights and sizes {list(sizes)} do not fit"
+        )
+    for term in terms:
+        check_run("a gradient of a sum", term, elements, terms[0].dtype)
+    wide = torch.float64 if terms[0].dtype == torch.float64 else torch.float32
+    check_run("the sum", total, elements, wide)
     addresses = np.array([term.data_ptr() for term in terms], np.int64)
     borders = np.array([0, *accumulate(sizes)], np.int64)
     starts = np.array([0, *accumulate(-(-size // BLOCK_ELEMENTS) for size in sizes)], np.int64)

@@ -1,34 +1,48 @@
 """A list of tensors as a kernel wants it: one row of addresses per tensor, all of them flat runs of memory.
 
 Making a table means looking at every tensor several times, which for a thousand small ones costs more than
-stepping them. So a table is remembered between steps of the same list and only compared: the tensors must be the
-same objects and lie where they lay. Gradients are new at every step and always looked at.
+stepping them. So a table is remembered between steps of the same list under the footprints that it was made from, and
+they are compared. Gradients are new at every step and always looked at.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from operator import attrgetter, call, is_
-from typing import Any, Final
-from weakref import ref
+from operator import attrgetter
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from . import intrinsics, kernels
-from .dispatch import Step
+from .footprint import Footprint, footprint
+from .operands import OperandError
+from .overlaps import Waves, waves_of_runs
+from .step import Step
 
-KIND: Final = {
-    torch.float32: intrinsics.FLOAT32,
-    torch.float64: intrinsics.FLOAT64,
-    torch.bfloat16: intrinsics.BFLOAT16,
-    torch.float16: intrinsics.FLOAT16,
-}
+
+class Kinds(dict[torch.dtype, int]):
+    """What kernels call a dtype; OperandError for one that they do not know."""
+
+    def __missing__(self, dtype: torch.dtype) -> int:
+        raise OperandError(f"{dtype} has no kernel")
+
+
+KIND: Final = Kinds(
+    {
+        torch.float32: intrinsics.FLOAT32,
+        torch.float64: intrinsics.FLOAT64,
+        torch.bfloat16: intrinsics.BFLOAT16,
+        torch.float16: intrinsics.FLOAT16,
+    }
+)
 STATE_COLUMNS: Final = (intrinsics.FIRST, intrinsics.SECOND)
 
 _dtype, _is_cpu = attrgetter("dtype"), attrgetter("is_cpu")
+
+Counters = tuple[list[int], list[torch.dtype]]
 
 
 @dataclass(slots=True)
@@ -40,14 +54,14 @@ class Table:
     dtypes: dict[int, torch.dtype]
 
 
-@dataclass(slots=True)
-class Known:
-    """A list as it was at an earlier step; everything but its gradients. It keeps nothing alive."""
+class Known(NamedTuple):
+    """A list as it was at an earlier step; everything but its gradients."""
 
-    fixed: dict[int, list[ref[Tensor]]]
-    pointers: dict[int, list[int]]
-    sizes: list[int]
+    footprints: dict[int, Footprint]
+    counters: Counters | None
     table: Table
+    waves: Waves | None
+    """What may be stepped at a time, where tensors overlap."""
 
 
 def operands(step: Step) -> dict[int, Sequence[Tensor]]:
@@ -61,99 +75,136 @@ def operands(step: Step) -> dict[int, Sequence[Tensor]]:
     return by_column
 
 
-def table_of(step: Step) -> Table | None:
-    """The table for a step whose tensors are all flat and alike in dtype; None if they are not."""
-    by_column = operands(step)
-    if len(step.params) == 1 and step.memo is None and step.steps is None:
-        return _table_of_one({column: tensors[0] for column, tensors in by_column.items()})
-    grads = by_column.pop(intrinsics.GRAD)
-    columns: Mapping[int, Sequence[Tensor]] = by_column
-    if step.steps is not None:
-        columns = {**by_column, kernels.STEP_COLUMN: step.steps}
-    known: Known | None = None if step.memo is None else step.memo.get("cpu")
-    if known is None or not _still_so(known, columns):
-        known = _look(columns)
+def table_of(step: Step) -> Table | Waves | None:
+    """The table for a step whose tensors are all flat and alike in dtype; None if they are not.
+
+    Where some overlap: which are to be stepped together, and what after them.
+    """
+    columns = operands(step)
+    memo = step.memo
+    if len(step.params) == 1 and memo is None and step.steps is None:
+        return _table_of_one({column: tensors[0] for column, tensors in columns.items()})
+    try:
+        params, grads = step.seen or (footprint(step.params), footprint(step.grads))
+        footprints = {
+            column: footprint(tensors) if column != intrinsics.PARAM else params
+            for column, tensors in columns.items()
+            if column != intrinsics.GRAD
+        }
+    except RuntimeError:  # not all of them have memory: some are sparse
+        return None
+    counters = None if step.steps is None else _counters(step.steps)
+    known: Known | None = None if memo is None else memo.get("cpu")
+    if known is None or known.footprints != footprints or known.counters != counters:
+        known = _look(step, columns, footprints, counters)
         if known is None:
             return None
-        if step.memo is not None:
-            step.memo["cpu"] = known
-    if not _flat(grads, known.sizes) or any(map(Tensor.is_neg, grads)):
+        if memo is not None:
+            memo["cpu"] = known
+    if any(map(Tensor.is_neg, step.grads)):
         return None
-    table = known.table
-    pointers = list(map(Tensor.data_ptr, grads))
-    if not _null_is_empty(pointers, known.sizes):
-        return None
-    addresses = table.addresses.copy()  # the remembered one may be in use by another thread
-    addresses[:, intrinsics.GRAD] = pointers
-    return Table(addresses, table.starts, {**table.dtypes, intrinsics.GRAD: grads[0].dtype})
+    if memo is None or memo.get("cpu gradients") != grads:
+        if not (_is_flat(grads, params) and all(map(_is_cpu, step.grads))):
+            return None
+        if memo is not None:
+            memo["cpu gradients"] = grads
+    if step.writes_grad and len(set(grads[0])) < len(grads[0]):
+        return None  # some have one gradient, which changes with each
+    if known.waves is not None:
+        return known.waves
+    addresses = known.table.addresses.copy()  # the remembered one may be in use by another thread
+    addresses[:, intrinsics.GRAD] = grads[0]
+    return Table(addresses, known.table.starts, {**known.table.dtypes, intrinsics.GRAD: grads[1][0]})
+
+
+def _counters(steps: Sequence[Tensor]) -> Counters:
+    """Where step counters lie, and as what; each is one number."""
+    return list(map(Tensor.data_ptr, steps)), list(map(_dtype, steps))
 
 
 def _table_of_one(tensors: Mapping[int, Tensor]) -> Table | None:
     """The table of a lone parameter, which a server steps many times a second: 7 us, where the way of lists takes 30."""
-    size = tensors[intrinsics.PARAM].numel()
+    shape, size = tensors[intrinsics.PARAM].shape, tensors[intrinsics.PARAM].numel()
     addresses = np.zeros((1, kernels.COLUMNS), np.int64)
     dtypes = {}
     for column, tensor in tensors.items():
         pointer = tensor.data_ptr()
-        if not tensor.is_contiguous() or tensor.numel() != size or (pointer == 0 and size):
+        if (
+            tensor.shape != shape
+            or not tensor.is_cpu
+            or not tensor.is_contiguous()
+            or (pointer == 0 and size)
+        ):
             return None
         addresses[0, column] = pointer
         dtypes[column] = tensor.dtype
-    if tensors[intrinsics.GRAD].is_neg():
+    second = dtypes.get(intrinsics.SECOND)
+    if any(map(Tensor.is_neg, tensors.values())) or (
+        second is not None and second != dtypes[intrinsics.FIRST]
+    ):
         return None
     return Table(addresses, np.array([0, size], np.int64), dtypes)
 
 
-def _still_so(known: Known, columns: Mapping[int, Sequence[Tensor]]) -> bool:
-    """Whether the same tensors lie where they lay: states may have moved, parameters been given other data."""
-    if known.fixed.keys() != columns.keys():
-        return False
-    for column, tensors in columns.items():
-        before = known.fixed[column]
-        if len(before) != len(tensors) or not all(map(is_, tensors, map(call, before))):
-            return False
-        if list(map(Tensor.data_ptr, tensors)) != known.pointers[column]:
-            return False
-    params = columns[intrinsics.PARAM]
-    return list(map(Tensor.numel, params)) == known.sizes and all(map(Tensor.is_contiguous, params))
-
-
-def _look(columns: Mapping[int, Sequence[Tensor]]) -> Known | None:
-    sizes = list(map(Tensor.numel, columns[intrinsics.PARAM]))
-    for column, tensors in columns.items():
-        if column != kernels.STEP_COLUMN and not _flat(tensors, sizes):
+def _look(
+    step: Step,
+    columns: Mapping[int, Sequence[Tensor]],
+    footprints: dict[int, Footprint],
+    counters: Counters | None,
+) -> Known | None:
+    params = footprints[intrinsics.PARAM]
+    if not all(map(_fits, step.params, step.grads)):  # later ones come from autograd, which sees to it
+        return None
+    if counters is not None and set(map(Tensor.numel, step.steps or ())) != {1}:
+        return None
+    for column, lies in footprints.items():
+        tensors = columns[column]
+        if not (
+            _is_flat(lies, params)
+            and all(map(_is_cpu, tensors))
+            and not any(map(Tensor.is_neg, tensors))
+            and all(map(_fits, step.params, tensors))
+        ):
             return None
-    pointers = {column: list(map(Tensor.data_ptr, tensors)) for column, tensors in columns.items()}
-    addresses = np.zeros((len(sizes), kernels.COLUMNS), np.int64)
-    starts = np.zeros(len(sizes) + 1, np.int64)
-    np.cumsum(sizes, out=starts[1:])
-    for column, values in pointers.items():
-        addresses[:, column] = values
-    dtypes = {column: tensors[0].dtype for column, tensors in columns.items()}
-    steps = columns.get(kernels.STEP_COLUMN, ())
-    if not (all(map(_is_cpu, steps)) and set(map(_dtype, steps)) in ({torch.float32}, {torch.float64})):
-        dtypes.pop(kernels.STEP_COLUMN, None)  # counters of other kinds are advanced by torch
-    table = Table(addresses, starts, dtypes)
-    for column in columns:
-        if column != kernels.STEP_COLUMN and not _null_is_empty(pointers[column], sizes):
-            return None
-    return Known(
-        {column: list(map(ref, tensors)) for column, tensors in columns.items()}, pointers, sizes, table
-    )
+    dtypes = {column: dtype[0] for column, (_, dtype, _, _) in footprints.items()}
+    if dtypes.get(intrinsics.SECOND, dtypes[intrinsics.FIRST]) != dtypes[intrinsics.FIRST]:
+        return None
+    addresses = np.zeros((len(step.params), kernels.COLUMNS), np.int64)
+    starts = np.zeros(len(step.params) + 1, np.int64)
+    np.cumsum(params[2], out=starts[1:])
+    begins = np.array([pointers for pointers, _, _, _ in footprints.values()], np.int64)
+    addresses[:, list(footprints)] = begins.T
+    if counters is not None and _can_count(step.steps or ()):
+        addresses[:, kernels.STEP_COLUMN] = counters[0]
+        dtypes[kernels.STEP_COLUMN] = counters[1][0]
+    lengths = np.outer([dtypes[column].itemsize for column in footprints], params[2])
+    waves = waves_of_runs(begins, begins + lengths)
+    return Known(footprints, counters, Table(addresses, starts, dtypes), waves)
 
 
-def _flat(tensors: Sequence[Tensor], sizes: list[int]) -> bool:
-    """Whether all are contiguous, of one dtype and of these sizes."""
+def _can_count(steps: Sequence[Tensor]) -> bool:
+    """Whether a kernel can; counters of other kinds are advanced by torch."""
+    return set(map(_dtype, steps)) in ({torch.float32}, {torch.float64}) and all(map(_is_cpu, steps))
+
+
+def _fits(param: Tensor, tensor: Tensor) -> bool:
+    """Whether the same place means the same element; a state of one number per row may be one of each element."""
+    return tensor.shape == param.shape or tuple(tensor.shape) == (*param.shape, 1)
+
+
+def _is_flat(lies: Footprint, params: Footprint) -> bool:
+    """Whether all are contiguous, of one dtype that a kernel knows and of the parameters' sizes.
+
+    Only empty ones may have no memory: others without are lazy zeros, or have been freed.
+    """
+    pointers, dtypes, sizes, contiguous = lies
     return (
-        len(set(map(_dtype, tensors))) == 1
-        and all(map(Tensor.is_contiguous, tensors))
-        and list(map(Tensor.numel, tensors)) == sizes
+        contiguous
+        and dtypes[0] in KIND
+        and dtypes.count(dtypes[0]) == len(dtypes)
+        and sizes == params[2]
+        and (0 not in pointers or not any(n for p, n in zip(pointers, sizes, strict=True) if p == 0))
     )
-
-
-def _null_is_empty(pointers: list[int], sizes: list[int]) -> bool:
-    """Whether only empty tensors have no memory: others without are lazy zeros, or have been freed."""
-    return 0 not in pointers or not any(size for p, size in zip(pointers, sizes, strict=True) if p == 0)
 
 
 def is_one_layout(tensors: Sequence[Tensor]) -> bool:

@@ -19,8 +19,11 @@ from torch import Tensor
 from torch.optim.optimizer import _device_dtype_check_for_fused, _use_grad_for_differentiable
 
 from . import dispatch, eager
-from .dispatch import Backend, Path, RowStep, Step, path_of
+from .dispatch import Backend, Path, path_of
+from .footprint import Seen
 from .optimizer import FusedOptimizer
+from .overlaps import waves_of
+from .step import RowStep, Step
 
 
 def _grad_only_if_differentiable(step: Callable[..., Any]) -> Callable[..., Any]:
@@ -66,9 +69,22 @@ class TorchTerms(FusedOptimizer, ABC):
             return
         memo = self._memo_of(group)
         device_type = params[0].device.type
-        if self._all_dense(device_type, params, grads, group, memo):
-            self._step_by(dispatch.backend(device_type), params, grads, group, memo)
+        seen = self._all_dense(device_type, params, grads, group, memo)
+        if seen is not None:
+            self._step_by(dispatch.backend(device_type), params, grads, group, memo, seen)
             return
+        # in torch's order where one parameter lies over another; torch's own functions keep it by themselves
+        waves = waves_of([params]) if len(params) > 1 and path_of(None, group).fused else None
+        if waves is None:
+            self._step_each(params, grads, group, memo)
+            return
+        for members in waves:
+            self._step_each([params[k] for k in members], [grads[k] for k in members], group, memo)
+
+    def _step_each(
+        self, params: Sequence[Tensor], grads: Sequence[Tensor], group: dict[str, Any], memo: dict[str, Any]
+    ) -> None:
+        """Step parameters of all kinds, of which none overlap."""
         row_wise = self._option(group, "row_wise")
         fused: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
         by_torch: list[Tensor] = []
@@ -106,8 +122,9 @@ class TorchTerms(FusedOptimizer, ABC):
         grads: list[Tensor],
         group: dict[str, Any],
         memo: dict[str, Any] | None,
+        seen: Seen | None = None,
     ) -> None:
-        states = [self.state[param] for param in params]
+        states = list(map(self.state.__getitem__, params))
         if not all(states):
             states = [self._state_of(param, group) for param in params]
         step = Step(
@@ -117,6 +134,7 @@ class TorchTerms(FusedOptimizer, ABC):
             states=[[state[name] for state in states] for name in self.rule.state_names],
             steps=[state["step"] for state in states],
             memo=memo,
+            seen=seen,
             **self._arguments(group),
         )
         if kernels is None:

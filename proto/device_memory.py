@@ -163,7 +163,7 @@ class CudaDriver:
     def tensor(self, where: torch.device, address: int, nbytes: int) -> Tensor:
         """Over the memory itself: NoSharedMemory if torch would copy it."""
         try:
-            made = torch.as_tensor(_Bytes(address, nbytes), device=where)
+            made = torch.as_tensor(_Bytes(address, nbytes), dtype=torch.uint8, device=where)
         except RuntimeError as error:
             raise NoSharedMemory(problem=f"torch does not take the device's memory ({error})") from error
         if made.data_ptr() != address:

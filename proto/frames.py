@@ -301,7 +301,7 @@ class Assembly:
         for length in self._lengths:
             self._starts.append(end)
             end += -(-length // 64) * 64
-        self.buffer = torch.empty(end, dtype=torch.uint8) if take is None else take(end)
+        self.buffer = torch.empty(end, dtype=torch.uint8, device="cpu") if take is None else take(end)
         self._bytes = self.buffer.numpy()
         self._digest = digest
         self._segment = 0

@@ -53,7 +53,7 @@ class BufferPool:
     def take(self, size_bytes: int) -> Tensor:
         """A buffer of that many bytes, which are whatever they were. MemoryError if there are none."""
         if size_bytes < SMALLEST_POOLED_BYTES:
-            return torch.empty(size_bytes, dtype=torch.uint8)
+            return torch.empty(size_bytes, dtype=torch.uint8, device="cpu")
         memory = self._take_idle(size_bytes)
         if memory is None:
             memory = self._make(size_bytes)

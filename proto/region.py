@@ -149,7 +149,8 @@ def write(
             slot.memory[at : at + nbytes].copy_(source.detach().contiguous().view(torch.uint8))
         else:
             target = slot.view(at, nbytes, piece.dtype)
-            if source.data_ptr() != target.data_ptr() or not source.is_contiguous():
+            lies_there = source.data_ptr() == target.data_ptr() and source.dtype == target.dtype
+            if not (lies_there and source.is_contiguous()):
                 copy(target if source.dim() == 1 else target.view(source.shape), source)
         at += nbytes
 

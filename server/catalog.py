@@ -42,7 +42,7 @@ from pushstep.proto.status import named
 from pushstep.proto.training_pb2 import Process
 from pushstep.proto.types_pb2 import Manifest
 
-from . import files, policies
+from . import files, garbage, policies
 from .arena import Arenas, ArenasCopy
 from .config import Config
 from .copies import COPIES_AT_ONCE
@@ -244,6 +244,7 @@ class Catalog:
             await self._write_identity(model, clean_version=None)
         self._creations.end(name)
         self.models[name] = model
+        garbage.set_aside(len(model.layout.slots))
         model.record("created", creation.worker)
         log.info("model %s created by %s: %d parameters", name, creation.worker, len(model.layout.slots))
 
@@ -278,6 +279,7 @@ class Catalog:
         del self.models[name]
         async with self._alone(name):  # a snapshot that is being written would make the folder again
             await model.close()
+            garbage.look_again()
             await DISK.run(self._folder(name).remove)
         log.info("model %s deleted by %s", name, by)
 
@@ -420,6 +422,7 @@ class Catalog:
         snapshot = found.manifest["id"]
         model.record("loaded", "server", snapshot=snapshot)
         self.models[name] = model
+        garbage.set_aside(len(model.layout.slots))
         log.info(
             "model %s at version %d, timeline %d, from %s", name, model.version, model.timeline, snapshot
         )

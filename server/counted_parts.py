@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from typing import Final, TypeVar
 
 from google.protobuf.message import Message
 
+from pushstep.proto.errors import StreamStalled
 from pushstep.proto.parts import Parts
 from pushstep.proto.training_pb2 import JoinPart
 
@@ -18,6 +20,9 @@ M = TypeVar("M", bound=Message)
 # What a byte of a manifest takes while it is read: itself twice, and parsed. A million parameters with names of 20 bytes
 # take 30 MB on the wire and 200 MB parsed.
 PARSED_BYTES_PER_BYTE: Final = 10
+# What they hold is wanted by others: within this time, and a second for each MiB.
+PARTS_S: Final = 60.0
+LEAST_BYTES_PER_S: Final = 1 << 20
 
 
 class CountedParts:
@@ -27,11 +32,15 @@ class CountedParts:
         self._parts = Parts(what)
         self._budget = budget
         self._reserved = 0
+        self._begun_s = time.monotonic()
 
     def add(self, part: bytes) -> None:
-        """Keep the next one. OverBudget or TooLong if there is no room for it."""
+        """Keep the next one. OverBudget or TooLong if there is no room for it, StreamStalled if they come too slowly."""
+        until_s = self._begun_s + PARTS_S + self._parts.size_bytes / LEAST_BYTES_PER_S
+        if time.monotonic() > until_s:
+            raise StreamStalled(seconds=PARTS_S)
         need = len(part) * PARSED_BYTES_PER_BYTE
-        self._budget.reserve(need)
+        self._budget.reserve_for_parts(need)
         self._reserved += need
         self._parts.add(part)
 
@@ -53,4 +62,4 @@ class CountedParts:
         """Give its room back."""
         reserved, self._reserved = self._reserved, 0
         if reserved:
-            self._budget.release(reserved)
+            self._budget.release_of_parts(reserved)

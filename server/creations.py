@@ -87,7 +87,10 @@ class Creations:
             self.end(name)
         until_s = now_s + CREATION_S if current is None else current.expires_at_s
         ticket = secrets.randbits(63) or 1
-        made = Creation(ticket, worker, manifest, bytes_needed, until_s, process, attempt, peer)
+        # a part of a message keeps all of it
+        own = Process()
+        own.CopyFrom(process)
+        made = Creation(ticket, worker, manifest, bytes_needed, until_s, own, attempt, peer)
         self._by_name[name] = made
         self._keep_unused(name, made)
         while len(self._unused_of[peer]) > TICKETS_PER_CONNECTION:

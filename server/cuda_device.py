@@ -106,7 +106,7 @@ class CudaDevice(Device):
         if refused:
             with contextlib.suppress(RuntimeError):
                 # CUDA remembers a refusal until somebody asks; a launch does, and would take it for its own
-                torch.zeros(1, device=self.where)
+                torch.zeros(1, dtype=torch.uint8, device=self.where)
             if not self._told:
                 log.warning(
                     "%d bytes cannot be pinned (CUDA error %d): copies are slower", memory.size, refused

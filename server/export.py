@@ -85,7 +85,7 @@ def parameters_by_name(copy: ArenasCopy) -> dict[str, Tensor]:
 def _by_itself(view: Tensor) -> Tensor:
     """The same elements in the same place, as a tensor of which torch writes nothing else: it writes whole storages."""
     if not view.numel():
-        return torch.empty(view.shape, dtype=view.dtype)
+        return torch.empty(view.shape, dtype=view.dtype, device="cpu")
     memory = torch.from_numpy(view.reshape(-1).view(torch.uint8).numpy())
     return memory.view(view.dtype).view(view.shape)
 

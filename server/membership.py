@@ -105,7 +105,8 @@ def _joined(model: Model, request: JoinRequest) -> tuple[JoinResponse, Layout]:
     takeover = request.takeover or (known is not None and _has_ended(known, request.process))
     worker, decisions = model.judge.join(request.worker, now_s, takeover, request.attempt, old_epoch)
     if worker.epoch != epoch:
-        worker.process = request.process
+        worker.process = Process()  # of its own: a part of a message keeps all of it
+        worker.process.CopyFrom(request.process)
         model.record("joined", worker.name, epoch=worker.epoch)
     model.executor.carry_out(decisions)
     return JoinResponse(member=membership(model, worker)), model.layout

@@ -6,7 +6,6 @@ apart by the place and not by its words.
 
 from __future__ import annotations
 
-import gc
 import math
 from collections.abc import Callable, Sequence
 
@@ -15,6 +14,8 @@ from torch import Tensor
 
 from pushstep.proto.errors import OutOfMemory
 from pushstep.proto.memory import SMALLEST_POOLED_BYTES, fresh_memory
+
+from . import garbage
 
 CPU = torch.device("cpu")
 
@@ -38,7 +39,7 @@ def take(
 
     found = _had(make)
     if found is None:
-        gc.collect()  # what was refused before may lie in cycles, with all that it had brought
+        garbage.collect()  # what was refused before may lie in cycles, with all that it had brought
         found = _had(make)
     if found is None:
         raise OutOfMemory(what=what, need=need_bytes)

@@ -33,7 +33,7 @@ Part = DensePart | RowsPart
 Term = tuple[float, Part]
 # A part and, where they came with it, its parameters' sums of squares.
 Sum = tuple[Part, list[float] | None]
-FRESH: Final[Take] = partial(torch.empty, dtype=torch.uint8)
+FRESH: Final[Take] = partial(torch.empty, dtype=torch.uint8, device="cpu")
 
 
 def add_up(
@@ -111,7 +111,7 @@ def _wide(tensors: Sequence[Tensor]) -> torch.dtype:
 
 
 def _times(values: Tensor, weight: float) -> Tensor:
-    return values if weight == 1 else values * torch.tensor(weight, dtype=values.dtype)
+    return values if weight == 1 else values * torch.tensor(weight, dtype=values.dtype, device="cpu")
 
 
 def _divide(values: Tensor, divisor: float) -> None:

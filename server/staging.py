@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from pushstep.proto.layout import Slot
 from pushstep.proto.memory import BufferPool
 from pushstep.proto.types_pb2 import Staged
 
+from . import garbage
 from .threads import INLINE_PARTS
 
 # Asked of who is turned away, for each that waits: the longer the queue, the later.
@@ -30,6 +30,8 @@ LONGEST_RETRY_AFTER_S: Final = 10.0
 MAX_WAITING: Final = 256
 WAITING_SHARE: Final = 0.5
 OWNERS_REMEMBERED: Final = 10_000
+# What manifests and headers that come in parts may hold of it: the rest is for pushes, whatever anybody sends.
+PARTS_SHARE: Final = 0.25
 # gRPC receives this much of a stream before anyone reads it (service.py sets it).
 WINDOW_BYTES: Final = 512 << 10
 # A stream being read: one chunk being copied, one received, one coming in.
@@ -139,6 +141,7 @@ class Budget:
         self.used_bytes = 0
         self._wait_s = wait_s
         self._windows_bytes = 0  # of the claims that wait; in used_bytes too
+        self._parts_bytes = 0
         self._waiting: list[_Claim] = []
         self._grants = itertools.count(1)
         self._last_grant: dict[str, int] = {}
@@ -177,6 +180,18 @@ class Budget:
             raise
         return charge(body_bytes)
 
+    def reserve_for_parts(self, need_bytes: int) -> None:
+        """The same for a header that comes in parts: who sends one may be nobody yet, so all have a share and no more."""
+        if self._parts_bytes + need_bytes > PARTS_SHARE * self.total_bytes:
+            raise self.over(need_bytes)
+        self.reserve(need_bytes)
+        self._parts_bytes += need_bytes
+
+    def release_of_parts(self, bytes_taken: int) -> None:
+        """Give back what was taken for one."""
+        self._parts_bytes -= bytes_taken
+        self.release(bytes_taken)
+
     def count(self, need_bytes: int) -> None:
         """Take `need_bytes` although there may be no room: what waits for them holds the room, and would for ever."""
         self.used_bytes += need_bytes
@@ -199,7 +214,7 @@ class Budget:
     def _taken_at_last(self, size_bytes: int) -> Tensor:
         """The same once nothing is kept for later, by the pool or by cycles of what was refused."""
         self._pool.keep_at_most(0)
-        gc.collect()
+        garbage.collect()
         try:
             return self._pool.take(size_bytes)
         except (MemoryError, RuntimeError) as error:

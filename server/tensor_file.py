@@ -127,7 +127,7 @@ def _tensor(name: str, entry: _Entry, data: Tensor) -> Tensor:
     if not begin <= end <= data.numel() or end - begin != math.prod(entry.shape) * dtype.itemsize:
         raise ValueError(f"the place of {name!r} is not that of its shape")
     if begin == end:
-        return torch.empty(entry.shape, dtype=dtype)
+        return torch.empty(entry.shape, dtype=dtype, device="cpu")
     found = data[begin:end]
     # a view in another dtype needs its border
     aligned = found if found.data_ptr() % dtype.itemsize == 0 else found.clone()

@@ -36,7 +36,8 @@ def dense_part(
     """
     dtype = dtypes.of_push(segment.dtype, "segment")
     if segment.HasField("parameter"):
-        return DensePart(segment.arena, segment.start, tuple(slots), torch.empty(0)), [0.0]
+        nothing = torch.empty(0, dtype=slots[0].dtype, device="cpu")
+        return DensePart(segment.arena, segment.start, tuple(slots), nothing), [0.0]
     sums = None
     if dtype == torch.int8:
         gradient = take((segment.stop - segment.start) * INT8_UNPACKED.itemsize).view(INT8_UNPACKED)

@@ -43,7 +43,7 @@ from pushstep.proto.training_pb2 import (
 )
 from pushstep.proto.types_pb2 import Manifest, Segment
 
-from . import gate, policies
+from . import garbage, gate, policies
 from .arena import Arenas, ArenasCopy
 from .catalog import Catalog
 from .creations import Creation
@@ -362,6 +362,7 @@ class Upload:
             adopting = model.add_groups(extension, added)
             model.record("param_group_added", identity.worker, group=len(model.groups.list) - 1)
             await adopting
+            garbage.set_aside(len(model.layout.slots))
         worker = model.sessions.require(identity, time.monotonic())
         return await self._answer(model, worker, model.version + 1)
 

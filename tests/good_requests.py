@@ -40,9 +40,11 @@ def requests(raw: RawWorker) -> dict[str, tuple[str, Message]]:
     new = upload(raw, pb.UPLOAD_KIND_GROUP, manifest=added(), segments=[Segment(arena=2, stop=2, dtype=1)])  # type: ignore[arg-type]
     fresh = upload(raw, pb.UPLOAD_KIND_PARAMETERS, fresh=[0])
     state = upload(raw, pb.UPLOAD_KIND_STATE, groups=[GroupValues()], force=True)
+    join = pb.JoinRequest(model=model, worker="joined", manifest=raw.member.manifest)
     return {
         "Describe": ("Describe", pb.DescribeRequest()),
-        "Join": ("Join", pb.JoinRequest(model=model, worker="joined", manifest=raw.member.manifest)),
+        "Join": ("Join", join),
+        "Join in parts": ("JoinInParts", pb.JoinPart(part=join.SerializeToString())),
         "Join of a new one": ("Join", pb.JoinRequest(model="new", worker="joined", manifest=added())),
         "Heartbeat": ("Heartbeat", pb.HeartbeatRequest(**of_model)),
         "Leave": (

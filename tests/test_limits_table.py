@@ -16,6 +16,7 @@ from pushstep.proto.types_pb2 import Identity, Manifest, Parameter
 from pushstep.server import (
     catalog,
     copies,
+    counted_parts,
     creations,
     descriptors,
     downloads,
@@ -28,6 +29,7 @@ from pushstep.server import (
     received,
     session,
     settings,
+    staging,
     tensor_file,
     threads,
 )
@@ -114,7 +116,10 @@ EXPECTED = {
     "how long a creation ticket holds": duration(creations.CREATION_S),
     "tickets of one connection": f"{creations.TICKETS_PER_CONNECTION}; {size(creations.TICKETS_BYTES)}",
     "a message of gRPC's": f"{size(MAX_MESSAGE_BYTES)}; {size(MAX_CHUNK_BYTES)}",
-    "a manifest or header, in parts": size(parts.MAX_WHOLE_BYTES),
+    "a manifest or header, in parts": (
+        f"{size(parts.MAX_WHOLE_BYTES)}; {duration(counted_parts.PARTS_S)} and one for each "
+        f"{size(counted_parts.LEAST_BYTES_PER_S).removeprefix('1 ')}; {A_QUARTER[staging.PARTS_SHARE]}"
+    ),
     "parameters; param groups; names": (
         f"{count('parameters')}; {count('groups')}; {limit_of(Parameter, 'aliases').count + 1:,}; "
         f"{layout.MAX_DIMENSIONS}; {power(layout.MAX_ELEMENTS)}"

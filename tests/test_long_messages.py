@@ -15,8 +15,9 @@ from wire import PARAMETERS, RawWorker, Wire, created, named, state_of
 from pushstep.client import Outcome
 from pushstep.proto import parts
 from pushstep.proto import training_pb2 as pb
-from pushstep.proto.errors import MalformedFrame, MessageTooLarge, OverBudget, TooLong
+from pushstep.proto.errors import MalformedFrame, MessageTooLarge, OverBudget, StreamStalled, TooLong
 from pushstep.proto.frames import MAX_MESSAGE_BYTES
+from pushstep.server import counted_parts
 from pushstep.server.counted_parts import PARSED_BYTES_PER_BYTE, CountedParts
 from pushstep.server.staging import Budget
 
@@ -166,7 +167,7 @@ def test_parts_without_end_are_counted_before_they_are_kept(
 
 
 def test_counted_parts_give_their_room_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    budget = Budget(100 * PARSED_BYTES_PER_BYTE)
+    budget = Budget(400 * PARSED_BYTES_PER_BYTE)
     counted = CountedParts("a header", budget)
     counted.add(bytes(60))
     with pytest.raises(OverBudget):
@@ -175,6 +176,25 @@ def test_counted_parts_give_their_room_back(monkeypatch: pytest.MonkeyPatch) -> 
     counted.release()
     counted.release()
     assert budget.used_bytes == 0
-    monkeypatch.setattr(parts, "MAX_WHOLE_BYTES", 50)
     with pytest.raises(TooLong):
         parts.Parts("a header", 50).add(bytes(60))
+    monkeypatch.setattr(counted_parts, "PARTS_S", -1.0)  # one that crawls has had its time
+    with pytest.raises(StreamStalled):
+        counted.add(bytes(1))
+
+
+def test_parts_leave_pushes_their_room() -> None:
+    """However many send them: three quarters of the budget are never theirs."""
+    budget = Budget(1000 * PARSED_BYTES_PER_BYTE)
+    held = [CountedParts("a join", budget) for _ in range(30)]
+    refused = 0
+    for each in held:
+        try:
+            each.add(bytes(10))
+        except OverBudget:
+            refused += 1
+    assert refused == 5
+    budget.reserve(750 * PARSED_BYTES_PER_BYTE)
+    for each in held:
+        each.release()
+    assert budget.used_bytes == 750 * PARSED_BYTES_PER_BYTE

@@ -63,7 +63,7 @@ def starved(data: Path) -> Iterator[Starved]:
 
 def describe(it: Starved) -> object:
     """What a newcomer asks first; here on a connection that there was room for."""
-    return it.other._transport.wait_for_server()
+    return it.other._transport.describe(5.0, wait_for_ready=False)
 
 
 def create(it: Starved) -> object:

@@ -116,7 +116,7 @@ def flat(rule: str, count: int, grad_dtype: torch.dtype = torch.float32) -> Call
 
     def build() -> Candidate:
         from pushstep.optim import cuda
-        from pushstep.optim.dispatch import Step
+        from pushstep.optim.step import Step
 
         torch.manual_seed(0)
         states = [[torch.rand(count, device="cuda")] for _ in range(2 if rule == "adadelta" else 1)]

@@ -190,7 +190,7 @@ def no_room(case: Case) -> Waiting:
     proxy.stop_after("up", 100_000)
     case.stack.enter_context(meanwhile(lambda: holder.push({"a": np.ones(size, np.float32)})))
     wait_until(lambda: proxy.stopped)
-    return lambda: late.push({"a": np.ones(size, np.float32)}), proxy.release, "bytes of staging"
+    return lambda: late.push({"a": np.ones(size, np.float32)}), proxy.release, "of --staging-bytes are free"
 
 
 @contextmanager

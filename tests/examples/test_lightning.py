@@ -1,4 +1,4 @@
-"""Lightning as it is: fit, a second fit(); strategy="ddp" is refused in words."""
+"""Lightning as it is: fit, save, rewind, a second fit(); strategy="ddp" is refused in words."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import lightning.pytorch as lightning
 import pytest
 import torch
 from harness import RunningServer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from nursery import nursery
 from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader, TensorDataset
@@ -73,6 +74,10 @@ def trainer(folder: Path, epochs: int, **options: Any) -> lightning.Trainer:
     )
 
 
+def keep(folder: Path) -> ModelCheckpoint:
+    return ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
+
+
 def fit(made: lightning.Trainer, module: Regression, **options: Any) -> list[float]:
     """The losses of this fit()."""
     before = len(module.losses)
@@ -97,6 +102,23 @@ OPTIONS: dict[str, Any] = {"enable_checkpointing": False}
 def test_its_losses_are_those_of_a_local_run(server: RunningServer, model_name: str, tmp_path: Path) -> None:
     module, one = Regression(remote(server, model_name)), Regression(local)
     assert fit(trainer(tmp_path, 3, **OPTIONS), module) == fit(trainer(tmp_path, 3, **OPTIONS), one)
+
+
+# what it is told of the attach while the scheduler has gone on; the checkpoint that follows brings its own
+@pytest.mark.filterwarnings("ignore:model .* has other values of lr:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:model .* it has gone back to the values:RuntimeWarning")
+def test_save_and_rewind(server: RunningServer, model_name: str, tmp_path: Path) -> None:
+    """Lightning loads the module, asks for the optimizer and loads its state, in that order; the server is ahead."""
+    told = []
+    for make in (remote(server, model_name), local):
+        folder = tmp_path / str(len(told))
+        module, again = Regression(make), Regression(make)
+        losses = fit(trainer(folder, 4, callbacks=[keep(folder)]), module)
+        rewound = trainer(folder, 4, callbacks=[keep(folder)])
+        after = fit(rewound, again, ckpt_path=folder / "epoch=1.ckpt", weights_only=False)
+        assert after == losses[2 * BATCHES :]
+        told.append((losses, [parameter.tolist() for parameter in again.parameters()]))
+    assert told[0] == told[1]
 
 
 def test_a_second_fit_goes_on(

@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer as it is, with the optimizer given to it: checkpoints, and resuming from one."""
+"""Hugging Face's Trainer as it is: an optimizer given, or made by a subclass; checkpoints, and resuming from one."""
 
 from __future__ import annotations
 
@@ -59,9 +59,25 @@ class Noting(Trainer):
         return loss
 
 
+class Making(Noting):
+    """A subclass with an optimizer of its own, as the documentation has it."""
+
+    def __init__(self, make: Make, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._make = make
+
+    def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
+        self.optimizer = self._make(self.model)
+        return self.optimizer
+
+
 def given(make: Make, model: Any, **options: Any) -> Noting:
     """The optimizer is there before the Trainer is; the scheduler is the Trainer's."""
     return Noting(model, optimizers=(make(model), None), **options)
+
+
+def made_by_a_subclass(make: Make, model: Any, **options: Any) -> Noting:
+    return Making(make, model, **options)
 
 
 def arguments(folder: Path) -> TrainingArguments:
@@ -84,7 +100,11 @@ def adagrad(model: torch.nn.Module) -> Adagrad:
 
 # what it is told of the attach while the scheduler has gone on; the checkpoint that follows brings its own
 @pytest.mark.filterwarnings("ignore:model .* has other values of lr:RuntimeWarning")
-def test_it_resumes_while_the_server_is_ahead(server: RunningServer, model_name: str, tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:model .* it has gone back to the values:RuntimeWarning")
+@pytest.mark.parametrize("kind", [given, made_by_a_subclass])
+def test_it_resumes_while_the_server_is_ahead(
+    server: RunningServer, model_name: str, tmp_path: Path, kind: Callable[..., Noting]
+) -> None:
     def attached(model: torch.nn.Module) -> torch.optim.Optimizer:
         original = torch.optim.Adagrad(model.parameters(), lr=0.1)
         return server.connect(model_name).attach(original, module=model)
@@ -92,9 +112,9 @@ def test_it_resumes_while_the_server_is_ahead(server: RunningServer, model_name:
     told = []
     for name, make in (("remote", attached), ("local", adagrad)):
         options = {"args": arguments(tmp_path / name), "train_dataset": Sentences()}
-        first = given(make, tiny(), **options)
+        first = kind(make, tiny(), **options)
         first.train()
-        again = given(make, tiny(), **options)
+        again = kind(make, tiny(), **options)
         again.train(resume_from_checkpoint=str(tmp_path / name / f"checkpoint-{KEPT}"))
         assert again.losses == first.losses[KEPT:], name
         assert len(first.losses) == STEPS

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
-import cuda_reference
 import numpy as np
 import pytest
 import torch
 from cuda_comparison import DEVICE, REFERENCE, assert_same
+from cuda_reference import assert_rows, square_sum
 from cuda_steps import BF16, DTYPES, DUPLICATES, F16, F32, F64, make_rows, make_step, moved
 
 from pushstep.optim import (
@@ -17,7 +17,7 @@ from pushstep.optim import (
     dispatch,
     norms,
 )
-from pushstep.optim.dispatch import Step
+from pushstep.optim.step import Step
 
 
 class TestRows:
@@ -26,42 +26,47 @@ class TestRows:
     @pytest.mark.parametrize("rule", ["adadelta", "adagrad"])
     def test_ids(self, rule, ids, row_wise):
         want = make_rows(rule, ids, row_wise=row_wise, steps=torch.tensor(2.0), lr_decay=0.5)
-        got = moved(want, DEVICE)
+        got, before = moved(want, DEVICE), moved(want, "cpu")
         REFERENCE.step_rows(want)
         cuda.step_rows(got)
-        # The mean over a row is added up in another order than numpy's, in double, and then rounded.
+        assert_rows(before, got)
+        # The mean over a row is added up in another order than on the CPU, in double, and then rounded.
         assert_same(got, want, ulps=2 if row_wise else 0)
 
     @pytest.mark.parametrize("width", [1, 3, 33, 1500, (2, 3)], ids=str)
     @pytest.mark.parametrize("row_wise", [False, True], ids=["elements", "row-wise"])
     def test_widths(self, width, row_wise):
         want = make_rows("adadelta", DUPLICATES, width, row_wise=row_wise)
-        got = moved(want, DEVICE)
+        got, before = moved(want, DEVICE), moved(want, "cpu")
         REFERENCE.step_rows(want)
         cuda.step_rows(got)
+        assert_rows(before, got)
         assert_same(got, want, ulps=2 if row_wise else 0)
 
     @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
     @pytest.mark.parametrize("rule", ["adadelta", "adagrad"])
     def test_dtypes(self, rule, dtypes):
         want = make_rows(rule, [5, 0, 39], dtypes=dtypes, maximize=True, factor=0.5, grad_scale=4.0)
-        got = moved(want, DEVICE)
+        got, before = moved(want, DEVICE), moved(want, "cpu")
         REFERENCE.step_rows(want)
         cuda.step_rows(got)
+        assert_rows(before, got)
         assert_same(got, want)
 
     def test_half_rows_are_summed_in_float32(self):
         want = make_rows("adagrad", DUPLICATES, dtypes=(F32, F16, F32))
-        got = moved(want, DEVICE)
+        got, before = moved(want, DEVICE), moved(want, "cpu")
         REFERENCE.step_rows(want)
         cuda.step_rows(got)
+        assert_rows(before, got)
         assert_same(got, want)
 
     def test_coupled_decay(self):
         want = make_rows("adadelta", DUPLICATES, weight_decay=0.1)
-        got = moved(want, DEVICE)
+        got, before = moved(want, DEVICE), moved(want, "cpu")
         REFERENCE.step_rows(want)
         cuda.step_rows(got)
+        assert_rows(before, got)
         assert_same(got, want)
 
     @pytest.mark.parametrize("bad", [-1, 40])
@@ -139,7 +144,7 @@ class TestNorms:
         ]
         tensors.append(torch.randn(60, 70).t())
         got = cuda.square_sums([t.to(DEVICE) for t in tensors])
-        assert got == [cuda_reference.square_sum(t) for t in tensors]
+        assert got == [square_sum(t) for t in tensors]
         assert got == cpu.square_sums(tensors)
         monkeypatch.setattr(norms, "path_of", lambda tensor, group: dispatch.Path("cuda", ""))
         monkeypatch.setattr(norms, "FUSED_DTYPES", ())

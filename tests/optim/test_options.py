@@ -9,7 +9,8 @@ import torch
 
 from pushstep.optim import RULES, eager
 from pushstep.optim import cpu as backend
-from pushstep.optim.dispatch import RowStep, Step
+from pushstep.optim.operands import STATES
+from pushstep.optim.step import RowStep, Step
 
 OPTIONS = [
     {},
@@ -56,7 +57,7 @@ def _step(name, options, layout):
     )
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", STATES)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
 def test_kernels_do_what_plain_operations_do(name, options, layout):
@@ -76,7 +77,7 @@ def test_kernels_do_what_plain_operations_do(name, options, layout):
         assert not any(g.any() for g in fused.grads)
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", STATES)
 @pytest.mark.parametrize("row_wise", [False, True])
 @pytest.mark.parametrize(
     "options",
@@ -109,10 +110,10 @@ def test_row_kernels_do_what_plain_operations_do(name, row_wise, options):
 
 
 def test_a_factor_for_each_tensor():
-    for name, rule in RULES.items():
+    for name, count in STATES.items():
         torch.manual_seed(0)
         params, grads = [torch.randn(5), torch.randn(6)], [torch.randn(5), torch.randn(6)]
-        states = [[torch.rand(5), torch.rand(6)] for _ in rule.state_names]
+        states = [[torch.rand(5), torch.rand(6)] for _ in range(count)]
         fused = Step(
             rule=name, params=params, grads=grads, states=states, lr=0.1, eps=1e-6, factor=[0.5, 1.0]
         )

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from pushstep.optim import RULES, Adadelta, Adagrad, rows
+from pushstep.optim import RULES, Adadelta, Adagrad, norms, rows
+
+ROW_RULES = ("adadelta", "adagrad")  # Keras has none over rows
 
 # torch's own sparse Adagrad step warns so, once per process
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")
@@ -97,7 +99,7 @@ def test_adadelta_on_rows_is_the_dense_rule_on_the_rows_named(fused, dtype, gaps
         torch.testing.assert_close(optimizer.state[p][name][named], dense.state[twin][name])
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", ROW_RULES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_merging_here_or_there_gives_the_same_bits(name, dtype):
     rule = RULES[name]
@@ -172,6 +174,132 @@ def test_an_empty_sparse_gradient_counts_a_step():
     optimizer.step()
     assert (p == 1).all()
     assert optimizer.state[p]["step"] == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)
+@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1}, {"maximize": True, "lr": 0.5}], ids=str)
+def test_adadelta_on_complex_rows_is_torchs_dense_rule_on_the_rows_named(dtype, options):
+    torch.manual_seed(0)
+    start = torch.randn(50, 7, dtype=dtype)
+    p, named = torch.nn.Parameter(start.clone()), torch.tensor([3, 7, 41])
+    twin = torch.nn.Parameter(start[named].clone())
+    rows_alone, dense = Adadelta([p], sparse=True, **options), torch.optim.Adadelta([twin], **options)
+    for _ in range(3):
+        values = torch.randn(4, 7, dtype=dtype)
+        p.grad = _sparse([41, 3, 7, 3], values, p.shape)
+        twin.grad = torch.stack([values[1] + values[3], values[2], values[0]])
+        rows_alone.step()
+        dense.step()
+    torch.testing.assert_close(p.detach()[named], twin.detach(), rtol=1e-6, atol=1e-7)
+    for name in ("square_avg", "acc_delta"):
+        torch.testing.assert_close(
+            rows_alone.state[p][name][named], dense.state[twin][name], rtol=1e-5, atol=1e-9
+        )
+    rest = torch.ones(50, dtype=torch.bool)
+    rest[named] = False
+    assert torch.equal(p[rest], start[rest])
+
+
+@pytest.mark.parametrize("name", ROW_RULES)
+@pytest.mark.parametrize("conjugated", [False, True])
+def test_a_rule_steps_real_and_imaginary_parts_apart(name, conjugated):
+    torch.manual_seed(0)
+    rule = RULES[name]
+    param, grad = (torch.randn(5, 3, dtype=torch.complex64) for _ in range(2))
+    states = [torch.zeros_like(param) for _ in rule.state_names]
+    twins = [torch.view_as_real(tensor).clone() for tensor in (param, *states)]
+    given = grad.conj() if conjugated else grad
+    rule.step_dense(param, given, states, rule.defaults, step=1)
+    rule.step_dense(twins[0], torch.view_as_real(given.resolve_conj()), twins[1:], rule.defaults, step=1)
+    ids = torch.tensor([4, 1])
+    rule.step_rows(param, ids, given[:2], states, rule.defaults, step=2)
+    rule.step_rows(
+        twins[0], ids, torch.view_as_real(given[:2].resolve_conj()), twins[1:], rule.defaults, step=2
+    )
+    for got, want in zip((param, *states), twins, strict=True):
+        torch.testing.assert_close(torch.view_as_real(got), want)
+
+
+@pytest.mark.parametrize("init_scale", [1024.0, 1000.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("make", ["Adagrad", "Adadelta"])
+def test_a_grad_scaler_leaves_rows_as_torch_leaves_them(make, dtype, init_scale):
+    ours = {"Adagrad": Adagrad, "Adadelta": lambda params: Adadelta(params, sparse=True)}[make]
+
+    def run(optimizer_of, explicitly):
+        torch.manual_seed(0)
+        table = torch.nn.Parameter(torch.randn(30, 5, dtype=dtype))
+        plain = torch.nn.Parameter(torch.ones(3, dtype=dtype))
+        optimizer = optimizer_of([table, plain])
+        scaler = torch.amp.GradScaler("cpu", init_scale=init_scale)
+        for k in range(3):
+            optimizer.zero_grad()
+            table.grad = _sparse([7, 2, 7, 9], scaler.scale(torch.randn(4, 5).to(dtype)), table.shape)
+            plain.grad = scaler.scale(torch.full((3,), k + 1.0, dtype=dtype))
+            if explicitly:
+                scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
+        return table, optimizer
+
+    torchs, _ = run(torch.optim.Adagrad, explicitly=False)
+    twin, unscaled = run(ours, explicitly=True)
+    table, optimizer = run(ours, explicitly=False)
+    assert optimizer._step_supports_amp_scaling
+    for other in (torchs, twin):
+        assert torch.equal(table.grad._indices(), other.grad._indices())
+        assert torch.equal(table.grad._values(), other.grad._values())
+    assert torch.equal(table, twin)
+    for name, value in unscaled.state[twin].items():
+        assert torch.equal(optimizer.state[table][name], value)
+
+
+def test_rows_stay_scaled_where_the_scaler_found_infinity():
+    table = torch.nn.Parameter(torch.ones(4, 2))
+    optimizer = Adagrad([table])
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    values = scaler.scale(torch.tensor([[1.0, torch.inf]]))
+    table.grad = _sparse([1], values.clone(), table.shape)
+    scaler.step(optimizer)
+    assert torch.equal(table.grad._values(), values)
+    assert (table == 1).all()
+    assert optimizer.state[table]["step"] == 0
+
+
+@pytest.mark.parametrize("name", ROW_RULES)
+def test_states_that_lie_otherwise(name):
+    """With gaps, negated or one number per row: the values are what counts."""
+    torch.manual_seed(0)
+    rule = RULES[name]
+    ids, values = torch.tensor([3, 1]), torch.randn(2, 4)
+    lying = {
+        "gaps": lambda t: torch.stack([t, torch.randn_like(t)], dim=-1)[..., 0],
+        "negated": lambda t: torch._neg_view(-t),
+    }
+    for shape in ((6, 4), (6, 1)):
+        for lie in lying.values():
+            plain = [torch.rand(6, 4), *(torch.rand(shape) for _ in rule.state_names)]
+            odd = [lie(t) for t in plain]
+            for tensors in (plain, odd):
+                rule.step_rows(tensors[0], ids, values, tensors[1:], rule.defaults, step=1)
+                rule.step_dense(tensors[0], values.repeat(3, 1), tensors[1:], rule.defaults, step=2)
+            for a, b in zip(odd, plain, strict=True):
+                assert torch.equal(a.resolve_neg(), b)
+
+
+@pytest.mark.parametrize("name", ROW_RULES)
+def test_zeros_that_were_never_written(name):
+    rule = RULES[name]
+    lazy = torch._efficientzerotensor(6, 4)
+    made = [torch.ones(6, 4), *(torch.ones(6, 4) for _ in rule.state_names)]
+    want = [tensor.clone() for tensor in made]
+    for tensors, grad in ((made, lazy), (want, torch.zeros(6, 4))):
+        rule.step_dense(tensors[0], grad, tensors[1:], rule.defaults, step=1)
+        rule.step_rows(tensors[0], torch.arange(6), grad, tensors[1:], rule.defaults, step=2)
+    for a, b in zip(made, want, strict=True):
+        assert torch.equal(a, b)
+    assert norms.square_sums([lazy, torch.ones(2)]) == [0.0, 2.0]
+    assert norms.square_sum(lazy) == 0.0
 
 
 def _row_wise_reference(name, p, g, states, lr):

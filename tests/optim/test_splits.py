@@ -9,7 +9,8 @@ import torch
 
 from pushstep.optim import RULES, Adadelta, Adagrad
 from pushstep.optim import cpu as backend
-from pushstep.optim.dispatch import Step
+from pushstep.optim.operands import STATES
+from pushstep.optim.step import Step
 
 SIZES = [1, 7, 4096, 0, 65537, 300_001, 1000, 16]
 OPTIONS = {
@@ -67,7 +68,7 @@ def _step(name, lists, options, threads=None):
     )
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", STATES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("options", OPTIONS)
 def test_threads_splits_list_and_arena(name, dtype, options, monkeypatch):
@@ -140,7 +141,7 @@ def test_several_python_threads_step_at_once(name):
 
 @pytest.mark.parametrize("threads", [1, 2, 7])
 @pytest.mark.parametrize("row_wise", [False, True])
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", STATES)
 def test_rows_give_the_same_bits_for_any_number_of_threads(name, row_wise, threads):
     rule = RULES[name]
     torch.manual_seed(0)

@@ -330,7 +330,7 @@ def test_bad_upload(case: str, server: RunningServer, raw: RawWorker) -> None:
 @pytest.mark.parametrize("limit", ["models", "bytes"])
 def test_limits_hold_for_creations_under_way(limit: str, data: Path) -> None:
     """Two that both fit alone do not fit together: whose values are there first has the place."""
-    options = {"models": ("--max-models", "1"), "bytes": ("--max-bytes", "100")}[limit]
+    options = {"models": ("--max-models", "1"), "bytes": ("--max-bytes", "1500")}[limit]
     with running_server(data, *options) as server:
         wire = Wire(server.grpc)
         first, other = (ask(wire, name, manifest=small()).create for name in "ab")

@@ -44,6 +44,7 @@ def raw(watched: RunningServer) -> Iterator[RawWorker]:
 NAMES = [
     "Describe",
     "Join",
+    "Join in parts",
     "Join of a new one",
     "Heartbeat",
     "Leave",

@@ -20,6 +20,7 @@ from wire import PARAMETERS, created, state_of
 from pushstep.client import Session
 from pushstep.proto.errors import CATALOGUE
 from pushstep.proto.status import from_problem
+from pushstep.server.arena import PARAMETER_BYTES
 from pushstep.server.catalog import Catalog
 from pushstep.server.config import Config
 from pushstep.server.rest_door import create_app
@@ -69,7 +70,8 @@ def test_models(rest: Rest, session: Session) -> None:
     assert shown in rest("GET", "/v1/models")["models"]
     assert (shown["name"], shown["version"], shown["timeline"], shown["edit"]) == (session.model, 1, 1, 0)
     assert (shown["parameters"], shown["elements"], shown["groups"]) == (4, 28, 2)
-    assert shown["bytes"] == 4 * (15 * 2 + 13 * 3)
+    rows = 5 + 4 + 4  # each with the version that changed it
+    assert shown["bytes"] == 4 * (15 * 2 + 13 * 3) + 8 * rows + 4 * PARAMETER_BYTES
     assert (shown["workers_live"], shown["failed"], shown["nonfinite"]) == (1, None, "reject")
     step = shown["last_step"]
     assert (step["version"], step["worker"], step["staleness"], step["clip_factor"]) == (1, "owner", 0, 1.0)
