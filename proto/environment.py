@@ -23,7 +23,9 @@ SETTINGS: Final = (
     "max_models",
     "max_bytes",
     "staging_bytes",
+    "read_bytes",
     "max_workers",
+    "worker_bytes",
     "max_connections",
     "log_level",
 )

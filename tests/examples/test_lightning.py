@@ -133,7 +133,11 @@ def test_a_second_fit_goes_on(
     caplog.set_level("INFO", "pushstep.client")
     losses = fit(trainer(tmp_path, 2, **OPTIONS), module)
     losses += fit(trainer(tmp_path, 2, **OPTIONS), module)
-    (said,) = [record.getMessage() for record in caplog.records if record.name == "pushstep.client"]
+    (said,) = [
+        record.getMessage()
+        for record in caplog.records
+        if (record.name, record.levelname) == ("pushstep.client", "WARNING")
+    ]
     assert said == f"worker 'w0' continues model '{model_name}' from version {2 * BATCHES}", "and no wait"
     assert losses == fit(trainer(tmp_path, 4, **OPTIONS), one)
 
