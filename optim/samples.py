@@ -70,6 +70,8 @@ class Samples:
             + [place for place in others if not tensors[place].numel()]
         )
         self._recent: _Pieces | None = None
+        # the last ones of them, which serve again where as many rows come of the same tables
+        self._kept: _Pieces | None = None
         self._turn = 0
 
     def take(self, rows: Mapping[int, Tensor] | None = None) -> None:
@@ -110,8 +112,13 @@ class Samples:
             some = ids[self._turn % stride :: stride]
             places += [place] * len(some)
             addresses.append(address + some * row_bytes)
-            sizes.append(np.full(len(some), min(row_bytes, ROW_BYTES)))
-        return _Pieces(places, np.concatenate(addresses), np.concatenate(sizes), 1)
+            sizes += [min(row_bytes, ROW_BYTES)] * len(some)
+        where = addresses[0] if len(addresses) == 1 else np.concatenate(addresses)
+        if self._kept is None or self._kept.places != places:
+            self._kept = _Pieces(places, where, sizes, 1)
+        else:
+            self._kept.lie_at(where)
+        return self._kept
 
     def _looked_at(self) -> list[_Apart]:
         """Of those apart: the ones that are watched whole, and some of the others."""
@@ -127,12 +134,12 @@ class _Pieces:
         from . import sample_kernels
         from .kernel_cache import compiled
 
-        self._places = list(places)
-        self._table = np.empty((len(self._places), sample_kernels.COLUMNS), np.int64)
+        self.places = list(places)
+        self._table = np.empty((len(self.places), sample_kernels.COLUMNS), np.int64)
         self._table[:, sample_kernels.ADDRESS] = addresses
         self._table[:, sample_kernels.BYTES] = sizes
         self._table[:, sample_kernels.SPREAD] = spreads
-        self._digests = np.zeros(len(self._places), np.uint64)
+        self._digests = np.zeros(len(self.places), np.uint64)
         self._known = b""
         self._kernel: Any = compiled(sample_kernels.pieces, sample_kernels.SIGNATURE, None)
 
@@ -145,11 +152,15 @@ class _Pieces:
         if self._digests.tobytes() == self._known:
             return _NOTHING
         before = np.frombuffer(self._known, np.uint64)
-        return sorted({self._places[row] for row in np.flatnonzero(self._digests != before)})
+        return sorted({self.places[row] for row in np.flatnonzero(self._digests != before)})
 
     def moved(self, place: int, address: int) -> None:
-        if place in self._places:
-            self._table[self._places.index(place), 0] = address
+        if place in self.places:
+            self._table[self.places.index(place), 0] = address
+
+    def lie_at(self, addresses: Any) -> None:
+        """All lie elsewhere now."""
+        self._table[:, 0] = addresses
 
 
 def _spread(place: int, lines: int, usual: int, whole: Collection[int], tables: Collection[int]) -> int:
