@@ -209,9 +209,13 @@ class Judge:
     ) -> tuple[list[str], list[Decision]]:
         """A worker goes; what it has handed in stays, and what no push of its has carried is taken.
 
-        The names of the `edits` that did not count: only the lead's do. Of an epoch that is over nothing is taken.
+        The names of the `edits` that did not count: only the lead's do. Of an epoch that is over nothing is taken, and
+        nothing is said of it if another session has the name by now: that one goes on with edits of its own.
         OverCapacity, and it stays, if its state cannot be kept.
         """
+        known = self.sessions.workers.get(identity.worker)
+        if known is not None and known.epoch > identity.epoch:
+            return [], self.docket.conclude(now_s)
         edits = edits or {}
         current = identity.timeline == self.ledger.timeline
         worker = self.sessions.leaving(identity) if current else None
