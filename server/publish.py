@@ -219,7 +219,9 @@ class Publisher:
         if slowest is None:  # they have all gone meanwhile
             return True
         nbytes = slowest.nbytes
-        if time.monotonic() - slowest.moved_s < SLOW_S or not self._budget.take(nbytes):
+        # soon enough for who waits for it
+        slow_s = min(SLOW_S, self._budget.wait_s / 2)
+        if time.monotonic() - slowest.moved_s < slow_s or not self._budget.take(nbytes):
             return False
         live.discard(slowest)
         weakref.finalize(slowest, self._budget.give_back, nbytes).atexit = False
