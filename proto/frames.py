@@ -236,6 +236,35 @@ def chunk_of(message: bytes) -> Chunk | None:
     return None if chunk is None else _checked(chunk)
 
 
+def fields_bytes(message: bytes) -> int:
+    """How much of a bulk message is to be parsed: what comes before a payload that fills the rest, or all of it."""
+    at = 0
+    while at < len(message):
+        tag, kind = message[at], message[at] & 7
+        start = at + 1
+        if kind == 1 and tag < 0x80:  # fixed64
+            at = start + 8
+            continue
+        if kind != 2 or tag >= 0x80:
+            break
+        length, start = _varint(message, start)
+        if tag == _PAYLOAD_TAG:
+            return at if start + length == len(message) else len(message)
+        at = start + length
+    return len(message)
+
+
+def _varint(message: bytes, at: int) -> tuple[int, int]:
+    """A length of up to five bytes, and where it ends."""
+    value = 0
+    for shift, byte in zip(range(0, 35, 7), message[at : at + 5], strict=False):
+        value |= (byte & 0x7F) << shift
+        at += 1
+        if byte < 0x80:
+            break
+    return value, at
+
+
 def chunk_in(fields: BulkMessage) -> Chunk | None:
     """The chunk among a parsed message's fields."""
     payload = fields.payload

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any, Generic, Self, TypeVar
 
 from pushstep.proto.errors import MalformedFrame
-from pushstep.proto.frames import Chunk, chunk_in, chunk_of
+from pushstep.proto.frames import Chunk, chunk_in, chunk_of, fields_bytes
 from pushstep.proto.training_pb2 import PushCommit, PushRequest, UploadRequest
 
 from .counted_parts import CountedParts
@@ -102,8 +102,9 @@ class BulkStream(Generic[M]):
         chunk = chunk_of(message)
         if chunk is not None:
             return None, chunk
-        fields = await received(self._kind, message)
-        if len(message) > INLINE_MESSAGE_BYTES:
+        parsed_bytes = fields_bytes(message)
+        fields = await received(self._kind, message, len(message) - parsed_bytes)
+        if parsed_bytes > INLINE_MESSAGE_BYTES:
             self._messages.begin_window()  # it may have waited for its turn, which was not the stream's doing
         return fields, chunk_in(fields)
 

@@ -23,6 +23,7 @@ from pushstep.proto.frames import (
     BodyDigest,
     Chunk,
     Piece,
+    fields_bytes,
     pack,
     unpack,
 )
@@ -372,3 +373,30 @@ def test_pack_takes_the_digest_that_assembly_takes() -> None:
         assert chunk is not None
         body.place(chunk)
     assert sent.value == taken.value
+
+
+def fields_of(*parts: bytes) -> int:
+    return fields_bytes(b"".join(parts))
+
+
+def test_only_what_is_before_a_payload_is_to_be_parsed() -> None:
+    """Wherever else a payload lies, or what is none, all of the message is."""
+    head = pb.PushRequest(header=pb.PushHeader(model="m" * 300), segment=1, offset=2).SerializeToString()
+    for size in (1, 127, 128, 70_000):
+        payload = pb.PushRequest(payload=bytes(size)).SerializeToString()
+        assert fields_of(head, payload) == len(head)
+        assert fields_of(payload) == 0
+        assert fields_of(payload, head) == len(payload) + len(head)
+        assert fields_of(head, payload[:-1]) == len(head) + len(payload) - 1
+    for odd in (
+        b"",
+        head,
+        b"\xff" * 9,
+        b"\x80\x01\x00",
+        b"\x7a",
+        b"\x7a\xff\xff\xff\xff\xff\xff",
+        b"\x0a\xff",
+    ):
+        assert fields_of(odd) == len(odd)
+    (frame,) = pack([[Piece(torch.ones(4), torch.float32)]])
+    assert fields_of(frame) < len(frame) - 16
