@@ -393,7 +393,6 @@ def test_only_what_is_before_a_payload_is_to_be_parsed() -> None:
         head,
         b"\xff" * 9,
         b"\x80\x01\x00",
-        b"\x7a",
         b"\x7a\xff\xff\xff\xff\xff\xff",
         b"\x0a\xff",
     ):
