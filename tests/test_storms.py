@@ -134,6 +134,8 @@ class Worker:
                 return
             except Superseded as error:  # of an upload
                 self.heard(int(error.fields["timeline"]))
+            except Quarantined:  # of an upload, too
+                self.ends.wait(0.01)
 
     def heard(self, timeline: int) -> None:
         """It is told of a restore."""
