@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -101,8 +102,9 @@ class CudaDevice(Device):
 
     def _pinned(self, memory: NDArray[np.uint8]) -> NDArray[np.uint8]:
         address = memory.ctypes.data
+        runtime: Any = cuda.cudart()  # type: ignore[no-untyped-call]
         with cuda.device(self.where):
-            refused = int(_runtime().cudaHostRegister(address, memory.size, 0))
+            refused = int(runtime.cudaHostRegister(address, memory.size, 0))
         if refused:
             with contextlib.suppress(RuntimeError):
                 # CUDA remembers a refusal until somebody asks; a launch does, and would take it for its own
@@ -115,7 +117,8 @@ class CudaDevice(Device):
             return memory
         view = memory[:]
         # the mapping lives on in the queue until it is pinned no more
-        weakref.finalize(view, self._ended.put, (_unpin(address), memory)).atexit = False
+        unpin = partial(runtime.cudaHostUnregister, address)
+        weakref.finalize(view, self._ended.put, (unpin, memory)).atexit = False
         return view
 
     def retire(self, stream: cuda.Stream, held: Sequence[Tensor]) -> None:
@@ -325,11 +328,3 @@ def _event(stream: cuda.Stream, *, blocking: bool = False) -> cuda.Event:
     event = cuda.Event(blocking=blocking)  # type: ignore[no-untyped-call]
     event.record(stream)
     return event
-
-
-def _runtime() -> Any:
-    return cuda.cudart()  # type: ignore[no-untyped-call]
-
-
-def _unpin(address: int) -> Callable[[], object]:
-    return lambda: _runtime().cudaHostUnregister(address)

@@ -218,6 +218,19 @@ def test_a_history_has_the_cpus_bits(data: Path, faults: streams.Faults) -> None
     wait_until(lambda: not faults.pending)
 
 
+def test_memory_is_unpinned_by_the_runtime_that_pinned_it() -> None:
+    """However late its last holder lets go: another runtime may be in place by then, and knows nothing of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        faults = streams.install(patch.setattr)
+        device = cuda_device.CudaDevice(0)
+        device.open()
+        memory = device.fresh_memory(4096)
+        assert faults.pinned
+    del memory
+    gc.collect()
+    wait_until(lambda: not faults.pinned)
+
+
 MISTAKES: dict[str, tuple[Any, str, Any]] = {
     "streams do not wait for each other": (streams.Stream, "wait_event", lambda stream, event: None),
     "the host does not wait for a lane": (streams.Stream, "synchronize", lambda stream: None),
