@@ -238,15 +238,7 @@ class Upload:
         await model.stepper.submit(lambda: self._fill(model.arenas, header.steps))
         model.begin_under(self._policy)
         await self._catalog.finish_creation(header.model, self._creation, model)
-        self._promise.close()
-        if self._creation is not None:
-            self._catalog.end_creation(
-                self._header.model,
-                self._creation,
-                time.monotonic(),
-                had_place=self._has_place,
-                comes_again=self._comes_again,
-            )
+        self._promise.close()  # the model counts its extras itself from here
         self._join(model, worker, attempt)
         model.sessions.workers[worker].process = self._creation.process
         return await self._answer(model, model.sessions.workers[worker], 0)
