@@ -12,6 +12,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Final, cast
 
@@ -105,6 +106,11 @@ class Layout:
         self._borders = [
             [*(slot.start for slot in held), held[-1].stop if held else 0] for held in self._held
         ]
+
+    @cached_property
+    def rows(self) -> int:
+        """Of all parameters together."""
+        return sum(slot.rows for slot in self.slots)
 
     def slot(self, name: str, model: str) -> Slot:
         """The slot of a parameter by name or alias; UnknownParameter otherwise."""

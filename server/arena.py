@@ -90,12 +90,11 @@ class Arenas:
         """What such a model counts for: its buffers, what its tied weights add to a checkpoint of it, its layout, and by
         which version each row was changed last.
         """
-        rows = sum(slot.rows for slot in layout.slots)
         return (
             Arenas.bytes_needed(layout)
             + layout.alias_bytes
             + PARAMETER_BYTES * len(layout.slots)
-            + torch.int64.itemsize * rows
+            + torch.int64.itemsize * layout.rows
         )
 
     def flat(self, arena: int, state: str = "") -> Tensor:

@@ -27,15 +27,12 @@ class Extras(dict[str, Tensor]):
         }
         content = sorted(self._digests.items())
         self.version = (xxhash.xxh3_64_intdigest(repr(content).encode()) or 1) if content else 0
+        # of all tensors
+        self.nbytes = sum(tensor.nbytes for tensor in self.values())
 
     def file(self) -> bytes:
         """All of them as a safetensors file."""
         return save(dict(self))
-
-    @property
-    def nbytes(self) -> int:
-        """Of all tensors."""
-        return sum(tensor.nbytes for tensor in self.values())
 
 
 def _digest(tensor: Tensor) -> int:
