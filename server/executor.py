@@ -167,9 +167,10 @@ class Executor:
         pushes = [candidate.push for candidate in combine.candidates if candidate.push is not None]
         result: StagedPush | PushstepError
         self._forget_sum()
-        self._sum_bytes = reduction.largest_sum(pushes)
-        self._model.staging.count(self._sum_bytes)
+        small = all(push.is_of_few for push in pushes)
         try:
+            self._sum_bytes = await PUSHES.run_unless(small, reduction.largest_sum, pushes)
+            self._model.staging.count(self._sum_bytes)
             result = await PUSHES.run(self._add_up, pushes, combine)
         except Exception as error:  # noqa: BLE001 - whatever it was, its pushes must not wait for ever
             result = named(error, log)
