@@ -247,22 +247,21 @@ def fields_bytes(message: bytes) -> int:
             continue
         if kind != 2 or tag >= 0x80:
             break
-        length, start = _varint(message, start)
+        length, start = _length(message, start, 5)
         if tag == _PAYLOAD_TAG:
             return at if start + length == len(message) else len(message)
         at = start + length
     return len(message)
 
 
-def _varint(message: bytes, at: int) -> tuple[int, int]:
-    """A length of up to five bytes, and where it ends."""
+def _length(message: bytes, at: int, most_bytes: int) -> tuple[int, int]:
+    """A varint of so many bytes at most, and where it ends: behind the message if it is none."""
     value = 0
-    for shift, byte in zip(range(0, 35, 7), message[at : at + 5], strict=False):
-        value |= (byte & 0x7F) << shift
-        at += 1
+    for index, byte in enumerate(message[at : at + most_bytes]):
+        value |= (byte & 0x7F) << 7 * index
         if byte < 0x80:
-            break
-    return value, at
+            return value, at + index + 1
+    return value, len(message) + 1
 
 
 def chunk_in(fields: BulkMessage) -> Chunk | None:
@@ -299,14 +298,7 @@ def _in_shortest_form(message: bytes) -> Chunk | None:
             at += 9
     if at >= len(message) or message[at] != _PAYLOAD_TAG:
         return None
-    size, start = 0, at + 1
-    for shift, byte in zip(range(0, 28, 7), message[start : start + 4], strict=False):
-        size |= (byte & 0x7F) << shift
-        start += 1
-        if byte < 0x80:
-            break
-    else:
-        return None
+    size, start = _length(message, at + 1, 4)
     return Chunk(places[0], places[1], memoryview(message)[start:]) if size == len(message) - start else None
 
 
