@@ -252,9 +252,8 @@ class Judge:
 
     def next_s(self) -> float | None:
         """When to `tick` although nothing happens: a round's time-out, or the end of a lease."""
-        due = [due_s for due_s in (self.policy.deadline_s(),) if due_s is not None]
-        lease_s = self.sessions.first_lease_s()
-        return min((*due, lease_s) if lease_s is not None else due, default=None)
+        due = self.policy.deadline_s(), self.sessions.first_lease_s()
+        return min((due_s for due_s in due if due_s is not None), default=None)
 
     # Edits.
 
