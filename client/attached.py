@@ -111,7 +111,7 @@ class Attached:
             self.values_from = "server"
             self.extras.join(member.extras_version)
             # behind the extras: a buffer may lie over a parameter
-            pulled = self.session.pull_message(None)
+            pulled = self._newest()
             self._keep(pulled)
             self.parameters.take(pulled)
             self.state_discarded = self._brings_another_state()
@@ -266,4 +266,4 @@ class Attached:
         self._watch()
         self.session.memory.open(member)
         self.hyperparameters.write(self.groups, member.groups)
-        self.parameters.take(self.session.pull_message(None))
+        self.parameters.take(self._newest())
