@@ -19,7 +19,8 @@ from uvicorn.server import ServerState
 from pushstep.proto.errors import MalformedRequest, PushstepError, RequestTimeout
 from pushstep.proto.status import PROBLEM_TYPE, to_problem
 
-from .readers import PROGRESS_BYTES, acked_bytes
+from .readers import acked_bytes
+from .timed_messages import PROGRESS_BYTES
 
 # A body has at most 1 MiB: 26 KB/s at the default of 10 s.
 BODY_STALLS: Final = 4

@@ -27,11 +27,10 @@ from pushstep.proto.errors import ReaderStalled
 
 from .connections import Place, connections_to, place_of, socket_of
 from .read_budget import ReadBudget
+from .timed_messages import PROGRESS_BYTES
 
 log = logging.getLogger("pushstep.grpc")
 Context = grpc.aio.ServicerContext[Any, Any]
-# As of pushes: below any link that one would train over.
-PROGRESS_BYTES: Final = 64 << 10
 # How often it is looked at who is being waited for.
 LONGEST_LOOK_S: Final = 1.0
 # tcpi_bytes_acked of Linux's struct tcp_info.

@@ -25,13 +25,13 @@ from pushstep.server import (
     http_protocol,
     publish,
     read_json,
-    readers,
     received,
     session,
     settings,
     staging,
     tensor_file,
     threads,
+    timed_messages,
 )
 from pushstep.server.config import Config
 from pushstep.server.grpc_methods import REQUEST_S
@@ -91,7 +91,7 @@ EXPECTED = {
     "a wait for a turn": duration(catalog.Catalog(DEFAULTS).reading.wait_s),
     "workers of a model, live": f"{DEFAULTS.max_workers:,}",
     "these workers, their receipts": size(DEFAULTS.worker_bytes),
-    f"a stream, an answer or a download of which less than {size(readers.PROGRESS_BYTES)} moves": duration(
+    f"a stream, an answer or a download of which less than {size(timed_messages.PROGRESS_BYTES)} moves": duration(
         DEFAULTS.stall_s
     ),
     "the one message of a call": duration(REQUEST_S),
