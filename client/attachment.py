@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pushstep.optim import RULES
 from pushstep.proto.errors import InvalidHyperparameter, UnsupportedModule, WrongShape
 from pushstep.proto.layout import Layout, Slot
-from pushstep.proto.names import check_name
+from pushstep.proto.names import check_parameter_name
 from pushstep.proto.types_pb2 import Manifest, Parameter
 
 from . import caller
@@ -110,7 +110,7 @@ def describe(
     others = [list(each) for each in aliases]
     for name, tensor, more in zip(names, tensors, others, strict=True):
         for each in (name, *more):
-            check_name(each)
+            check_parameter_name(each)
         check_parameter(tensor, name)
     first_of = firsts(list(zip(names, tensors, strict=True)))
     for place, first in enumerate(first_of):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pushstep.proto.errors import ManifestMismatch, PushstepError
-from pushstep.proto.names import check_name
+from pushstep.proto.names import check_parameter_name
 from pushstep.proto.types_pb2 import Manifest
 
 from . import caller
@@ -61,7 +61,7 @@ class Extras:
         found = self._found()
         left_out = {name: why for name, value in found.items() if (why := _why_not(value))}
         for name in found:
-            check_name(name)
+            check_parameter_name(name)
         if left_out:
             reasons = ", ".join(f"{name!r} ({why})" for name, why in left_out.items())
             caller.warn(f"exports and other workers will lack these buffers of the module: {reasons}")

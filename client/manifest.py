@@ -12,7 +12,7 @@ from pushstep.optim.state_dict import tensor_of
 from pushstep.proto import dtypes
 from pushstep.proto.errors import InvalidManifest
 from pushstep.proto.hyperparameters import wire_values
-from pushstep.proto.names import check_name
+from pushstep.proto.names import check_parameter_name
 from pushstep.proto.types_pb2 import Manifest, Parameter, ParamGroup
 
 from .hyperparameters import Group
@@ -49,7 +49,7 @@ def of_arrays(
             raise InvalidManifest(problem=f"group {index} needs a rule, one of {', '.join(RULES)}")
         settings = wire_values({k: v for k, v in group.items() if k not in ("rule", "params")})
         manifest.groups.append(ParamGroup(rule=group["rule"], optimizer=0, values=settings))
-        for name in map(check_name, group["params"]):
+        for name in map(check_parameter_name, group["params"]):
             values[name] = tensor_of(parameters[name])
             manifest.parameters.append(parameter_message(name, values[name], index))
     return manifest, values

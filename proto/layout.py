@@ -22,7 +22,7 @@ import xxhash
 from . import dtypes
 from .errors import InvalidManifest, MalformedFrame, UnknownParameter, WrongDtype, WrongLength
 from .limits import limit_of
-from .names import MAX_NAME_BYTES, check_name
+from .names import MAX_NAME_BYTES, check_parameter_name
 from .types_pb2 import Arena, DType, Manifest, Parameter, ParamGroup, Segment
 
 ID_BYTES: Final = 8
@@ -314,7 +314,7 @@ def check_names(manifest: Manifest) -> None:
     """InvalidManifest unless a new model may have these names; what is held already keeps its own."""
     for parameter in manifest.parameters:
         for name in (parameter.name, *parameter.aliases):
-            check_name(name)
+            check_parameter_name(name)
 
 
 def _arranged(manifest: Manifest) -> tuple[tuple[Slot, ...], tuple[ArenaSpec, ...]]:

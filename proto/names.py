@@ -20,7 +20,7 @@ _OF_SAFETENSORS: Final = "__metadata__"
 _PLACES: Final = frozenset((".", ".."))
 
 
-def check_name(name: str) -> str:
+def check_parameter_name(name: str) -> str:
     """`name`, or InvalidManifest with what is wrong with it."""
     problem = _problem(name)
     if problem:

@@ -6,13 +6,13 @@ import pytest
 
 from pushstep.proto.errors import InvalidManifest
 from pushstep.proto.layout import Layout, with_group
-from pushstep.proto.names import check_name
+from pushstep.proto.names import check_parameter_name
 from pushstep.proto.types_pb2 import Manifest, ParamGroup
 
 
 @pytest.mark.parametrize("name", ["w", "0.0", "a/b", "größe", "a b", "x" * 1000, "...", "__metadata"])
 def test_names_that_are_taken(name: str) -> None:
-    assert check_name(name) == name
+    assert check_parameter_name(name) == name
 
 
 @pytest.mark.parametrize(
@@ -20,7 +20,7 @@ def test_names_that_are_taken(name: str) -> None:
 )
 def test_names_that_are_not(name: str) -> None:
     with pytest.raises(InvalidManifest, match="give it another name") as caught:
-        check_name(name)
+        check_parameter_name(name)
     assert caught.value.message.isascii()
 
 
