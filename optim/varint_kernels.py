@@ -8,7 +8,20 @@ from typing import Any, Final
 # message, ids, rest, found
 SIGNATURE: Final = "void(Array(uint8, 1, 'C', True, aligned=True), uint64[::1], uint8[::1], int64[::1])"
 NUMBERS, REST_BYTES, IS_MESSAGE = 0, 1, 2
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+_NUMBER, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+
+
+def _varint(message: Any, at: int, end: int) -> tuple[int, int]:
+    """A number and where it ends, or 0 and -1 if there is none before `end`."""
+    value, shift = 0, 0
+    while at < end and shift <= 63:
+        byte = message[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        shift += 7
+        if byte < 0x80:
+            return value, at
+    return 0, -1
 
 
 def read(field: int) -> Callable[..., None]:
@@ -17,6 +30,9 @@ def read(field: int) -> Callable[..., None]:
     `found` is how many there are, the bytes of the other fields, and whether the message is one at all. The numbers,
     and the other fields as they stand there, are written where there is room for them: none is no room.
     """
+    from numba.extending import register_jitable
+
+    varint: Any = register_jitable(_varint)
 
     def kernel(message: Any, numbers: Any, rest: Any, found: Any) -> None:
         size = message.size
@@ -24,26 +40,16 @@ def read(field: int) -> Callable[..., None]:
         found[IS_MESSAGE] = 0
         while at < size:
             begin = at
-            # a tag, and the number behind it if the field has one: a varint's value, or a length
-            tag, number = 0, 0
-            for part in range(2):
-                value, shift = 0, 0
-                while True:
-                    if at >= size or shift > 63:
-                        return
-                    byte = message[at]
-                    at += 1
-                    value |= (byte & 0x7F) << shift
-                    shift += 7
-                    if byte < 0x80:
-                        break
-                if part == 0:
-                    tag = value
-                    if tag & 7 != _VARINT and tag & 7 != _BYTES:
-                        break
-                else:
-                    number = value
+            # behind the tag, if the field has one: a varint's value, or a length
+            number = 0
+            tag, at = varint(message, at, size)
+            if at < 0:
+                return
             kind = tag & 7
+            if kind in (_NUMBER, _BYTES):
+                number, at = varint(message, at, size)
+                if at < 0:
+                    return
             if kind == _FIXED64:
                 at += 8
             elif kind == _FIXED32:
@@ -51,27 +57,20 @@ def read(field: int) -> Callable[..., None]:
             elif kind == _BYTES:
                 if number < 0 or number > size - at:
                     return
-            elif kind != _VARINT:
+            elif kind != _NUMBER:
                 return
-            if tag >> 3 == field and kind == _VARINT:
+            if tag >> 3 == field and kind == _NUMBER:
                 if count < numbers.size:
                     numbers[count] = number
                 count += 1
             elif tag >> 3 == field and kind == _BYTES:
                 end = at + number
                 while at < end:
-                    value, shift = 0, 0
-                    while True:
-                        if at >= end or shift > 63:
-                            return
-                        byte = message[at]
-                        at += 1
-                        value |= (byte & 0x7F) << shift
-                        shift += 7
-                        if byte < 0x80:
-                            break
+                    number, at = varint(message, at, end)
+                    if at < 0:
+                        return
                     if count < numbers.size:
-                        numbers[count] = value
+                        numbers[count] = number
                     count += 1
             else:
                 if kind == _BYTES:
