@@ -55,7 +55,6 @@ from .readers import Context, Readers
 from .rows_asked import pulled_rows
 from .shared_answer import SharedAnswer
 from .shared_memory import SharedMemory
-from .staging import Budget
 from .tarpit import Tarpit
 from .threads import INLINE_PARTS, PULLS, REQUESTS
 from .timed_messages import TimedMessages
@@ -70,9 +69,9 @@ VERSION: Final = installed_version("pushstep")
 class GrpcDoor:
     """The methods of TrainingService."""
 
-    def __init__(self, catalog: Catalog, budget: Budget, memory: SharedMemory, stall_s: float) -> None:
+    def __init__(self, catalog: Catalog, memory: SharedMemory, stall_s: float) -> None:
         self.catalog = catalog
-        self.budget = budget
+        self.budget = catalog.staging
         self.memory = memory
         self.stall_s = stall_s
         self.readers = Readers(catalog.reading, stall_s)
@@ -180,7 +179,7 @@ class GrpcDoor:
         """Upload."""
         self._take_new_work()
         with BulkStream(messages, pb.UploadRequest, self.stall_s, self.budget) as stream:
-            upload = Upload(self.catalog, (await stream.header()).header, self.budget)
+            upload = Upload(self.catalog, (await stream.header()).header)
             try:
                 await upload.admit()
                 await stream.feed(upload.place)
@@ -286,7 +285,7 @@ class GrpcDoor:
         model = self.catalog.get(header.model, header.identity.model_uid)
         region = self.memory.of(header.identity, header.region)
         answer = self._shared_answer(model, header.pull, header.identity) if pulls else None
-        intake = Intake(model, header, self.budget, region, answer)
+        intake = Intake(model, header, region, answer)
         try:
             await intake.admit()
             try:

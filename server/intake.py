@@ -34,7 +34,7 @@ from .exported_memory import ExportedBody
 from .model import Model
 from .region import Region
 from .shared_answer import SharedAnswer
-from .staging import INLINE_BYTES, Budget, StagedPush
+from .staging import INLINE_BYTES, StagedPush
 from .threads import INLINE_PARTS, PUSHES
 from .worker import Verdict
 
@@ -54,14 +54,13 @@ class Intake:
         self,
         model: Model,
         header: PushHeader,
-        budget: Budget,
         region: Region | None = None,
         answer: SharedAnswer | None = None,
     ) -> None:
         """`region`: where the gradients lie, if they are not sent. `answer`: what their step writes for the worker."""
         self.model = model
         self.header = header
-        self._budget = budget
+        self._budget = model.staging
         self._region = region
         self._answer = answer
         self._held: list[Region] = []

@@ -106,10 +106,9 @@ class Service:
         keep_freed_blocks()
         self.config = config
         self.catalog = Catalog(config)
-        budget = self.catalog.staging
         self._shares = shared_out(config.max_connections)
-        self.memory = SharedMemory(budget, config.memory_path(), self._shares.local)
-        self.door = GrpcDoor(self.catalog, budget, self.memory, config.stall_s)
+        self.memory = SharedMemory(self.catalog.staging, config.memory_path(), self._shares.local)
+        self.door = GrpcDoor(self.catalog, self.memory, config.stall_s)
         self._stop = asyncio.Event()
         connections = ("grpc.max_allowed_incoming_connections", self._shares.grpc)
         self._grpc = grpc.aio.server(options=(*GRPC_OPTIONS, connections))

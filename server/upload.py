@@ -53,7 +53,6 @@ from .intake import place
 from .membership import fill_in, membership
 from .model import Model
 from .received import INLINE_MESSAGE_BYTES
-from .staging import Budget
 from .tensor_file import tensors_in
 from .threads import INLINE_PARTS, PUSHES, REQUESTS
 from .worker import Worker
@@ -65,10 +64,10 @@ _OF_A_MODEL = (UPLOAD_KIND_PARAMETERS, UPLOAD_KIND_STATE, UPLOAD_KIND_GROUP, UPL
 class Upload:
     """One upload, from its header to its response."""
 
-    def __init__(self, catalog: Catalog, header: UploadHeader, budget: Budget) -> None:
+    def __init__(self, catalog: Catalog, header: UploadHeader) -> None:
         self._catalog = catalog
         self._header = header
-        self._budget = budget
+        self._budget = catalog.staging
         self._model: Model | None = None
         self._creation: Creation | None = None
         self._again = False

@@ -40,7 +40,6 @@ class Pusher:
     def __init__(self, model: Model, name: str = "w") -> None:
         self.model = model
         self.name = name
-        self.budget = model.staging
         self.sequence = 0
         model.judge.join(name, time.monotonic(), takeover=False)
 
@@ -70,7 +69,7 @@ class Pusher:
             manifest_hash=self.model.layout.manifest_hash,
             segments=segments,
         )
-        intake = Intake(self.model, header, self.budget)
+        intake = Intake(self.model, header)
         try:
             await intake.admit()
             for frame in pack(bodies):

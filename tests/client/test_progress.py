@@ -28,7 +28,6 @@ from pushstep.server.catalog import Catalog, propose
 from pushstep.server.config import Config
 from pushstep.server.creations import CREATION_S
 from pushstep.server.session import Sessions
-from pushstep.server.staging import Budget
 from pushstep.server.upload import Upload
 from pushstep.server.worker import WorkerState
 
@@ -191,7 +190,7 @@ def test_a_ticket_lasts_while_its_values_come(data: Path) -> None:
         header = pb.UploadHeader(
             model="m", kind=pb.UPLOAD_KIND_CREATE, ticket=creation.ticket, segments=segments
         )
-        upload = Upload(catalog, header, Budget(1 << 20))
+        upload = Upload(catalog, header)
         await upload.admit()
         upload.place(Chunk(0, 0, memoryview(bytes(4))))
         late_s = now_s + 10 * CREATION_S  # so long it has been on its way

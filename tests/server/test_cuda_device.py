@@ -34,7 +34,6 @@ from pushstep.server.model import Model
 from pushstep.server.publish import Published
 from pushstep.server.region import Region
 from pushstep.server.shared_answer import SharedAnswer
-from pushstep.server.staging import Budget
 
 # Large enough for pinned memory and for several chunks and fetches; small enough for a hundred steps a second.
 ELEMENTS: Final = 700_000
@@ -58,10 +57,9 @@ class House:
     """One model with its doors taken off: pushes go in as frames, versions come out as frames and through a region."""
 
     def __init__(self, data: Path, device: str) -> None:
-        config = Config(data=data, device=device)
+        config = Config(data=data, device=device, staging_bytes=64 << 20)
         self.catalog = Catalog(config)
         self.catalog.device.open()
-        self.budget = Budget(64 << 20, make=self.catalog.device.fresh_memory)
         self.model: Model = self.catalog.new_model("m", LAYOUT)
         self.draw = torch.Generator().manual_seed(0)
         self.sequences: dict[str, int] = {}
@@ -99,7 +97,7 @@ class House:
             segments=[segment for segment, _ in body],
             samples=1 + len(worker),
         )
-        intake = Intake(self.model, header, self.budget)
+        intake = Intake(self.model, header)
         try:
             await intake.admit()
             frames = list(pack([pieces for _, pieces in body]))
@@ -133,7 +131,7 @@ class House:
         """The parameters as a worker on this host reads them."""
         places = Places(LAYOUT, None)
         memory = HostMemory(self.model.device)
-        region = Region(self.model, self.identity("a"), places, places, self.budget, memory)
+        region = Region(self.model, self.identity("a"), places, places, self.catalog.staging, memory)
         self.sequences["a"] -= 1
         region.allocate()
         answer = SharedAnswer(self.model, region, 1, None)

@@ -34,7 +34,7 @@ from pushstep.server.hooks.chain import HookChain
 from pushstep.server.intake import Intake
 from pushstep.server.model import Model
 from pushstep.server.quality import Quality
-from pushstep.server.staging import Budget, DensePart, RowsPart, StagedPush
+from pushstep.server.staging import DensePart, RowsPart, StagedPush
 
 NAN, INF = float("nan"), float("inf")
 LAYOUT = Layout(
@@ -226,7 +226,7 @@ def test_a_stored_verdict_does_not_hold_on_to_the_body(data: Path) -> None:
         identity = Identity(model_uid=model.uid, timeline=1, worker="w", epoch=worker.epoch, sequence=1)
         header = PushHeader(identity=identity, manifest_hash=LAYOUT.manifest_hash, segments=[segment])
         for _ in range(2):  # the retry is answered with the stored verdict
-            intake = Intake(model, header, Budget(100))
+            intake = Intake(model, header)
             await intake.admit()
             (frame,) = pack([[Piece(torch.full((3,), NAN), torch.float32)]])
             chunk = unpack(frame, PushRequest)[1]
