@@ -124,6 +124,8 @@ class Sessions:
             raise Fenced(
                 worker=worker.name, epoch=0, why="this join was answered, and another one came after it"
             )
+        if worker.state is WorkerState.EVICTED:
+            raise Fenced(worker=worker.name, epoch=worker.epoch, why="evicted by an operator")
         if worker.state is WorkerState.LIVE:
             self._touch(worker, now_s)
         return worker

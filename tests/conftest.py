@@ -8,8 +8,23 @@ from pathlib import Path
 
 import pytest
 from harness import RunningServer, running_server
+from hypothesis.internal.conjecture import providers
 
 _numbers = itertools.count()
+
+
+def pytest_configure() -> None:
+    """Hypothesis also draws the constants of the project's modules that are loaded already.
+
+    Which ones are depends on the test files that ran before in the same process, so the same test would
+    draw other examples in another run. None are drawn.
+    """
+    if not hasattr(providers, "_get_local_constants"):
+        raise RuntimeError(
+            "this version of hypothesis takes constants from modules in another way: look there"
+        )
+    none = providers.Constants()
+    providers._get_local_constants = lambda: none
 
 
 @pytest.fixture(scope="session")

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import HealthCheck, Phase, settings
-from hypothesis.stateful import run_state_machine_as_test
+from bounded import run_machine
+from hypothesis import Phase
 from simulation.seeded_bugs import Bug, dedupe_is_dropped, found_by
 from simulation.storyteller import Story
 from simulation.witness import Violation
@@ -18,20 +18,7 @@ TELL, SHORTEN = Phase.generate, Phase.shrink
 
 
 def tell(stories: int, events: int, phases: Sequence[Phase] = (TELL,)) -> None:
-    """The same ones each time; a failure prints its events."""
-    run_state_machine_as_test(
-        Story,
-        settings=settings(
-            max_examples=stories,
-            stateful_step_count=events,
-            phases=phases,
-            derandomize=True,
-            database=None,
-            deadline=None,
-            report_multiple_bugs=False,
-            suppress_health_check=list(HealthCheck),
-        ),
-    )
+    run_machine(Story, stories, events, phases)
 
 
 def test_whatever_is_told() -> None:

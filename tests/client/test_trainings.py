@@ -3,28 +3,15 @@
 from __future__ import annotations
 
 import pytest
+from bounded import run_machine
 from harness import RunningServer
-from hypothesis import HealthCheck, Phase, settings
-from hypothesis.stateful import run_state_machine_as_test
+from hypothesis import Phase
 from training_machine import Training
 
 
 def train(server: RunningServer, examples: int, steps: int, *phases: Phase) -> None:
-    """The same ones each time; a failure prints what was done."""
     Training.server = server
-    run_state_machine_as_test(
-        Training,
-        settings=settings(
-            max_examples=examples,
-            stateful_step_count=steps,
-            phases=phases,
-            derandomize=True,
-            database=None,
-            deadline=None,
-            report_multiple_bugs=False,
-            suppress_health_check=list(HealthCheck),
-        ),
-    )
+    run_machine(Training, examples, steps, phases)
 
 
 @pytest.mark.timeout(300)  # 40 s of CPU

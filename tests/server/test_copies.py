@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import math
 import threading
-from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import numpy as np
 import operators
 import pytest
 import torch
+from bounded import run
 from harness import RunningServer, forget_peak, memory_bytes, running_server, wait_until
 
 from pushstep.proto.errors import ExportsBusy
@@ -21,14 +21,6 @@ from pushstep.server.copies import Copies
 from pushstep.server.statistics import BLOCK_ELEMENTS, statistics
 
 MIB = 1 << 20
-
-
-def run(case: Callable[[], Awaitable[None]]) -> None:
-    async def bounded() -> None:
-        async with asyncio.timeout(20):
-            await case()
-
-    asyncio.run(bounded())
 
 
 class Made:

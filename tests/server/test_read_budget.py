@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
 import pytest
+from bounded import run
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
@@ -18,14 +19,6 @@ from pushstep.server.config import Config
 from pushstep.server.read_budget import MAX_WAITING, ReadBudget
 from pushstep.server.rest_door import create_app
 from pushstep.server.rest_door.outlet import PART_BYTES, Outlet
-
-
-def run(case: Callable[[], Awaitable[None]]) -> None:
-    async def bounded() -> None:
-        async with asyncio.timeout(20):
-            await case()
-
-    asyncio.run(bounded())
 
 
 async def turns() -> None:

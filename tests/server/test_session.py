@@ -301,15 +301,13 @@ def test_what_is_forgotten_of_a_worker_that_is_not(sessions: Sessions) -> None:
     assert worker.forgotten == (1, 3)
 
 
-@pytest.mark.parametrize("state", ["live", "left", "evicted"])
+@pytest.mark.parametrize("state", ["live", "left"])
 def test_a_join_that_comes_again_changes_nothing(sessions: Sessions, state: str) -> None:
     first = sessions.join("w", 0, takeover=False, attempt=5)
     consume(sessions, first)
     sessions.join("v", 1, takeover=False)
     if state == "left":
         sessions.leave(identity(first), 1)
-    elif state == "evicted":
-        sessions.evict("w")
     before = sessions.dump()
     assert sessions.join("w", 2, takeover=True, attempt=5) is first
     assert sessions.dump() == before
@@ -321,6 +319,17 @@ def test_a_join_that_comes_again_changes_nothing(sessions: Sessions, state: str)
     assert sessions.join("w", 6, takeover=True).epoch == 4
     with pytest.raises(Fenced):
         sessions.join("w", 7, takeover=True, attempt=6)
+
+
+def test_a_join_that_comes_again_after_an_eviction_is_fenced(sessions: Sessions) -> None:
+    """Also on another timeline: the table, and with it the fence, outlives a restore."""
+    sessions.join("w", 0, takeover=False, attempt=5)
+    sessions.close_epochs()
+    sessions.evict("w")
+    before = sessions.dump()
+    with pytest.raises(Fenced, match="evicted by an operator"):
+        sessions.join("w", 1, takeover=False, attempt=5)
+    assert sessions.dump() == before
 
 
 def test_the_table_survives_as_json(sessions: Sessions) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
+from bounded import run
 
 from pushstep.proto.errors import MemoryShort, OverBudget, OverCapacity
 from pushstep.server.staging import (
@@ -21,14 +21,6 @@ from pushstep.server.staging import (
 )
 
 MIB = 1 << 20
-
-
-def run(case: Callable[[], Awaitable[None]]) -> None:
-    async def bounded() -> None:
-        async with asyncio.timeout(20):
-            await case()
-
-    asyncio.run(bounded())
 
 
 async def claimed(budget: Budget, owner: str, body_bytes: int) -> asyncio.Task[int]:

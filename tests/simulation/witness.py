@@ -98,6 +98,8 @@ class Witness:
 
     def joined(self, worker: Worker, attempt: int, old_epoch: int) -> None:
         """A membership was handed out; to a session that had `old_epoch`, if it had one."""
+        given = (worker.name, worker.epoch)
+        require(given not in self.fenced, f"{worker.name} is given its fenced epoch {worker.epoch} again")
         got = self._attempts.get((self.timeline, attempt), 0)
         if got and (got, LAST_SEQUENCE) > worker.forgotten:  # or it was forgotten whole, this join too
             require(got == worker.epoch, f"{worker.name}'s join came again and got another epoch")
