@@ -1,13 +1,11 @@
-"""pushstep.client: what a worker installs.
+"""pushstep.client: the package that a worker installs.
 
-`connect` opens a session with a server; `session.attach(optimizer)` turns an optimizer into one whose steps the
-server takes. Everything also works with numpy arrays through the session itself.
+`connect` opens a session with a server. `session.attach(optimizer)` returns an optimizer whose steps the server
+takes. The session's own methods do the same with numpy arrays, without an optimizer.
 """
 
-from .receipt import Outcome as Outcome
-from .receipt import Receipt as Receipt
-from .remote_optimizer import RemoteOptimizer as RemoteOptimizer
-from .session import Session as Session
-from .session import connect as connect
+from .membership.receipt import Outcome, Receipt
+from .optimizer.remote_optimizer import RemoteOptimizer
+from .session import Session, connect
 
 __all__ = ["Outcome", "Receipt", "RemoteOptimizer", "Session", "connect"]

@@ -1,4 +1,4 @@
-"""What `connect` is told, checked before anything is asked of a server."""
+"""The options of `connect`, checked before any request to a server."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any, Final
 
 from pushstep.proto.environment import unknown_variables
 from pushstep.proto.errors import InvalidSettings
-from pushstep.proto.identifiers import check_name
+from pushstep.proto.wire.identifiers import check_name
 
-from .compression import Compression, Wire, push_and_pull
+from .gradients.compression import Compression, Wire, push_and_pull
 
 log = logging.getLogger("pushstep.client")
 
-# What gRPC and the system's clocks take for sure.
+# Limits that gRPC and the system's clocks accept.
 MIN_TIMEOUT_S: Final = 1e-3
 MAX_S: Final = 1e7
 
@@ -31,7 +31,11 @@ def check_options(
     choices: dict[str, tuple[Any, tuple[str, ...]]],
     seconds: dict[str, tuple[Any, float]],
 ) -> None:
-    """What a session would be refused for later. `choices`: the values there are; `seconds`: the least there may be."""
+    """Check the options now that would otherwise fail later in the session.
+
+    `choices`: by option, its value and the values that it may have. `seconds`: by option, its value and the least that it
+    may be. Raises InvalidName, InvalidSettings or WrongDtype.
+    """
     check_name(model, "model name")
     check_name(worker, "worker name")
     Compression(push_and_pull(wire)[0], top_k)
@@ -44,13 +48,13 @@ def check_options(
 
 
 def default_worker() -> str:
-    """A name that no other process has: the host's, as far as it makes one, and the pid."""
+    """A worker name that no other process has: the host's name, reduced to allowed characters, and the pid."""
     host = re.sub(r"[^A-Za-z0-9._-]+", "-", socket.gethostname()).strip("._-")[:80]
     return f"{host or 'worker'}-{os.getpid()}"
 
 
 @cache
 def warn_of_environment() -> None:
-    """Say, once in a process, which variables look like settings and are none."""
+    """Log, once per process, the environment variables that look like settings and are none."""
     for problem in unknown_variables(os.environ):
         log.warning("%s", problem)

@@ -1,7 +1,7 @@
-"""A session: one worker's connection to one model, and everything that it may ask of it.
+"""The user's interface: `connect`, and the session of one worker with one model.
 
-A session is a participant with what a user holds beside it: parameters by name, as numpy arrays; the optimizer that
-was attached; and an end, after which the model goes on without this worker.
+A Session is a Worker with the parts that a user needs: parameters by name as numpy arrays, an attached optimizer, and
+`close`, after which the model goes on without this worker.
 """
 
 from __future__ import annotations
@@ -10,36 +10,35 @@ import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, NoReturn, Self
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pushstep.optim.state_dict import tensor_of
 from pushstep.proto import training_pb2 as pb
-from pushstep.proto.errors import InvalidSettings, NotAttached, RowOutOfRange, UnsupportedModule, WrongDtype
-from pushstep.proto.layout import Layout, Slot
+from pushstep.proto.errors import InvalidSettings, NotAttached, UnsupportedModule
+from pushstep.proto.wire.layout import Layout
 
-from . import caller
-from .at_exit import close_at_exit
-from .compression import Wire
-from .dial import dial
-from .gradients import Rows, as_array, as_gradient
-from .manifest import of_arrays
-from .mirror import Array
+from .attachment.manifest import of_arrays
+from .attachment.originals import as_optimizers
+from .gradients.body import as_array, as_gradient, by_slot, row_ids
+from .gradients.compression import Wire
+from .membership.at_exit import close_at_exit
+from .membership.policy import Policy, for_workers
+from .membership.receipt import Receipt
+from .optimizer.remote_optimizer import Edits, RemoteOptimizer, named_after
 from .options import MIN_TIMEOUT_S, check_options, default_worker, warn_of_environment
-from .originals import as_optimizers
-from .participant import Participant, wire_enum
-from .policy import Policy, for_workers
-from .ranks import Ranks
-from .receipt import Receipt
-from .remote_optimizer import Edits, RemoteOptimizer, named_after
-from .shared_memory import is_same_host
-from .shield import shield
-from .transport import Transport
+from .shared_memory.sharing import is_same_host
+from .transport.channel import Transport
+from .transport.dial import dial
+from .transport.shield import shield
+from .warn import warn
+from .worker.cache import Array
+from .worker.ranks import Ranks
+from .worker.worker import Worker, wire_enum
 
 log = logging.getLogger("pushstep.client")
 
@@ -60,16 +59,16 @@ def connect(
     on_reject: Literal["raise", "skip"] = "raise",
     on_restore: Literal["continue", "raise"] = "continue",
 ) -> Session:
-    """A session with the server at "HOST:PORT" or "unix:/path".
+    """Return a session with the server at "HOST:PORT" or "unix:/path".
 
-    `wire`: the dtype of what travels (None: each parameter's own), or its name, or a pair (pushes, pulls); "int8" is for
-    pushes, pulls are then bfloat16. `top_k`: the fraction of each dense gradient's elements to push, the largest ones;
-    what a push leaves out, in int8 or by top_k, is added to the next gradient. `timeout_s` is how
-    long an attempt may stand still; `retry_for_s` is how long a silent server is asked again, but for the time in which
-    bytes move; `wait_s` how long to wait here for a server that is not there yet.
-    Gradients and parameters of a server on this host go through shared memory, unless `shared_memory` is False; those
-    of an attached optimizer on the server's GPU through memory of that GPU.
-    `on_reject="skip"` warns where a rejected push would raise. Raises ServerUnavailable when no server answers.
+    `wire`: the dtype of pushes and pulls, its name, or a pair (pushes, pulls); None: each parameter's own dtype.
+    "int8" is for pushes only; pulls are then bfloat16. `top_k`: the fraction of each dense gradient's elements to push,
+    the largest ones. What int8 or top_k leaves out of a push is added to the next gradient. `timeout_s`: how long an
+    attempt may stand still. `retry_for_s`: how long a silent server is asked again; time in which bytes move does not
+    count. `wait_s`: how long to wait for a server that has not started yet. Gradients and parameters of a server on this
+    host go through shared memory, unless `shared_memory` is False; those of an attached optimizer on the server's GPU
+    go through memory of that GPU. `on_reject="skip"` warns where a rejected push would raise. Raises ServerUnavailable
+    when no server answers, and the errors of `check_options`.
     """
     name = worker if worker is not None else default_worker()
     check_options(
@@ -108,7 +107,7 @@ def connect(
         raise
 
 
-class Session(Participant):
+class Session(Worker):
     """One worker's session; see `connect`. Not for use by several threads at once."""
 
     def __init__(
@@ -139,9 +138,7 @@ class Session(Participant):
         )
         self._exiting = False
         close_at_exit(self)
-        self._before_close: list[Callable[[], None]] = []
         self._attached: RemoteOptimizer | None = None
-        self.ranks = Ranks(())
 
     # Joining.
 
@@ -158,29 +155,29 @@ class Session(Participant):
         prefetch: bool = False,
         edits: Edits = "sample",
     ) -> RemoteOptimizer:
-        """An optimizer whose steps the server takes, in place of torch's or pushstep.optim's Adadelta or Adagrad.
+        """Return an optimizer whose steps the server takes, in place of torch's or pushstep.optim's Adadelta or Adagrad.
 
-        The first worker to attach creates the model from its parameters' values and its optimizers' states; later
-        ones take the server's values and hyperparameters. Names come from `module`, else `names`, else the
-        optimizer's own. A list of optimizers makes one model. `policy`: of the model, if this creates it; see `create`.
-        What DistributedDataParallel does with N ranks is policy="sync", workers=N, without the wrapper.
+        The first worker to attach creates the model from its parameters' values and its optimizers' states. Later
+        workers take the server's values and hyperparameters. Names come from `module`, else from `names`, else from the
+        optimizer. A list of optimizers makes one model. `policy`: the model's policy, if this call creates it; see
+        `create`. policy="sync", workers=N does what DistributedDataParallel does with N ranks, without the wrapper.
 
-        `overlap`: gradients leave while backward still runs; `step()` sends them again if they were changed since.
-        `prefetch`: `step()` does not wait for its answer, the next `step()` takes it; so each gradient is computed
-        on the parameters of one step earlier, as `staleness` in its receipt says. It always sends frames. With shared
-        memory there is nothing for `overlap` to send.
+        `overlap`: gradients leave while backward still runs; `step()` sends them again if they were changed since. With
+        shared memory `overlap` has nothing to send. `prefetch`: `step()` does not wait for its answer, the next `step()`
+        takes it. Each gradient is then computed on the parameters of one step earlier, as `staleness` in its receipt
+        says. `prefetch` always sends frames.
 
-        `edits`: what to do when parameters are written to here between steps, by clamping, a renorm, `.data`. "sample" refuses
-        the next step by LocalParameterEdit: each write that torch counts and each changed address is found, and of others those
-        that a look at some of the memory shows, which is all that touch whole tensors. "check" compares all of it. "upload"
-        compares all of it, and sends what was changed as a version of its own.
+        `edits`: what to do when code here writes to parameters between steps (clamping, a renorm, `.data`). "sample"
+        refuses the next step by LocalParameterEdit. It finds every write that torch counts and every changed address; it
+        finds other writes by samples of the memory, so it finds all that touch whole tensors. "check" compares all of the
+        memory. "upload" compares all of it and sends the changed parameters as a version of their own.
 
-        A session steps one model: a second attach is refused. An attach that fails leaves nothing behind.
+        A session steps one model, so a second attach is refused. An attach that fails leaves nothing behind.
         """
         self._check_usable()
         self._check_free()
         if overlap and self.compression.owes:
-            # what is owed is settled push by push; an early one may yet be withdrawn
+            # a residual is resolved push by push, and an early push may still be withdrawn
             raise InvalidSettings(problem="overlap=True goes with exact wires, not with int8 or top_k")
         optimizers = as_optimizers(optimizer)
         if any(isinstance(each, RemoteOptimizer) for each in optimizers):
@@ -207,7 +204,7 @@ class Session(Participant):
                 undo=undo,
             )
             ranks.say(self.member().policy, chosen=asked is not None)
-            shield.check()  # while it can be undone: who is interrupted gets no optimizer to hold
+            shield.check()  # an interrupted caller gets no optimizer, so the attach must be undone
             undo.pop_all()
         return made
 
@@ -226,11 +223,11 @@ class Session(Participant):
         policy: Policy | None = None,
         workers: int | None = None,
     ) -> None:
-        """Create the model from arrays by name, or join it if it exists (its values stand).
+        """Create the model from arrays by name. If it exists, join it; its values stand.
 
         Each group is {"rule": "adadelta" or "adagrad", "params": [names], and hyperparameters}; None puts all
         parameters into one Adadelta group. `policy` says when pushes are applied: "async", "bounded", "sync", or a
-        mapping with the settings that PATCH /v1/models/{m}/policy takes. `workers`: how many a round of "sync" waits for.
+        mapping with the settings that PATCH /v1/models/{m}/policy takes. `workers`: how many a "sync" round waits for.
         """
         self._check_usable()
         self._check_free()
@@ -239,9 +236,8 @@ class Session(Participant):
         self.join_or_create(
             manifest, lambda layout: {(slot, ""): values[slot.name] for slot in layout.slots}, policy=asked
         )
-        self._manifest = (
-            None  # arrays go by name: joining again, the session takes the model as it has become
-        )
+        # arrays go by name: a session that joins again takes the model's current layout
+        self._manifest = None
 
     # Pushing.
 
@@ -249,12 +245,14 @@ class Session(Participant):
     def push(
         self, grads: Mapping[str, Any], metrics: Mapping[str, float] | None = None, samples: float = 0
     ) -> Receipt:
-        """Hand gradients in by name: arrays, tensors, or (ids, rows) pairs. Returns when they are applied.
+        """Push gradients by name: arrays, tensors, or (ids, rows) pairs. Returns the receipt once the push is decided.
 
-        `samples`: how many the gradients are over, which is their weight in a round; 0 counts as 1.
+        `samples`: the number of samples behind the gradients, which is their weight in a round; 0 counts as 1.
         """
         commit = self.commit(metrics, samples=samples)
-        receipt, _ = self.step(self._named(grads), self._mirror.at, commit, pull=False)
+        receipt, _ = self.step(
+            by_slot(grads, self.member().layout, self.model), self._cache.at, commit, pull=False
+        )
         return receipt
 
     @shield
@@ -263,50 +261,40 @@ class Session(Participant):
     ) -> tuple[Receipt, dict[str, Array]]:
         """Push and pull in one round trip: the receipt, and every parameter at its version or a newer one."""
         commit = self.commit(metrics, samples=samples)
-        receipt, pulled = self.step(self._named(grads), self._mirror.at, commit, pull=True)
+        receipt, pulled = self.step(
+            by_slot(grads, self.member().layout, self.model), self._cache.at, commit, pull=True
+        )
         if pulled is None:
             return receipt, self.pull()
-        self._mirror.take(pulled)
+        self._cache.take(pulled)
         return receipt, self._arrays()
-
-    def _named(self, grads: Mapping[str, Any]) -> dict[Slot, Tensor | Rows]:
-        layout = self.member().layout
-        found: dict[Slot, Tensor | Rows] = {}
-        for name, gradient in grads.items():
-            slot = layout.slot(name, self.model)
-            if slot in found:
-                raise UnsupportedModule(
-                    problem=f"{name!r} is another name of {slot.name!r}, of which a push has one gradient: add them up"
-                )
-            found[slot] = as_gradient(gradient, slot)
-        return found
 
     # Pulling.
 
     @shield
     def pull(self) -> dict[str, Array]:
-        """Every parameter by name at the newest version. A session that only pulls is a reader and never joins."""
+        """Return every parameter by name at the newest version. A session that only pulls is a reader and never joins."""
         self._check_usable()
-        have = self._mirror.at
+        have = self._cache.at
         request = pb.PullRequest(
             model=self.model,
             options=self._pull_options(have),
             timeline=have[0] if have else 0,
-            manifest_hash=self._mirror.layout.manifest_hash if self._mirror.layout is not None else 0,
+            manifest_hash=self._cache.layout.manifest_hash if self._cache.layout is not None else 0,
         )
-        self._mirror.take(self._read(lambda: self._transport.pull(request, self._mirror.layout)))
+        self._cache.take(self._read(lambda: self._transport.pull(request, self._cache.layout)))
         return self._arrays()
 
     @shield
     def pull_rows(self, name: str, ids: Any) -> Array:
-        """Some rows of one parameter, in the order of `ids`, at one version."""
+        """Return rows of one parameter, in the order of `ids`, all at one version."""
         self._check_usable()
         layout = self._layout_for_reading()
         slot = layout.slot(name, self.model)
         request = pb.PullRowsRequest(
             model=self.model,
             parameter=slot.name,
-            ids=_row_ids(ids, slot),
+            ids=row_ids(ids, slot),
             dtype=wire_enum(self.pull_wire),
         )
         pulled = self._read(lambda: self._transport.pull_rows(request, layout))
@@ -315,30 +303,28 @@ class Session(Participant):
     def _layout_for_reading(self) -> Layout:
         if self._member is not None:
             return self._member.layout
-        if self._mirror.layout is None:
+        while self._cache.layout is None:
             self.pull()
-        if self._mirror.layout is None:
-            raise NotAttached(problem="nothing was pulled")
-        return self._mirror.layout
+        return self._cache.layout
 
     def _arrays(self) -> dict[str, Array]:
-        arrays = self._mirror.arrays()
+        arrays = self._cache.arrays()
         if arrays is None:
-            # a group was added, which makes no version: what this copy lacks did not come as a change
-            self._mirror.forget()
+            # a group was added, which makes no new version: the pull did not bring its parameters
+            self._cache.forget()
             return self.pull()
         return arrays
 
     @property
     def version(self) -> int | None:
         """The version of the last pull."""
-        return None if self._mirror.at is None else self._mirror.at[1]
+        return None if self._cache.at is None else self._cache.at[1]
 
     # Uploading.
 
     @shield
     def upload(self, values: Mapping[str, Any] | None = None) -> int:
-        """Send parameter values as a version of their own; the version. None sends what an attached optimizer holds."""
+        """Send values as a new version and return it. None: the attached optimizer's, or else NotAttached."""
         if values is None:
             if self._attached is None:
                 raise NotAttached(problem="no optimizer is attached: pass values={name: array}")
@@ -349,15 +335,7 @@ class Session(Participant):
             as_gradient(value, slot)
         return self.upload_values({(slot, ""): value.to(slot.dtype) for slot, value in slots.items()})
 
-    # Life.
-
-    def before_close(self, task: Callable[[], None]) -> None:
-        """Have `task` run when the session is closed, while it can still talk."""
-        self._before_close.append(task)
-
-    def not_before_close(self, task: Callable[[], None]) -> None:
-        """Not, after all."""
-        self._before_close.remove(task)
+    # Closing.
 
     @shield
     def close(self) -> None:
@@ -375,8 +353,8 @@ class Session(Participant):
                     ignored = self.leave(edits)
                 if self._attached is not None:
                     self._attached.warn_ignored(ignored)
-        except Exception as error:  # noqa: BLE001 - the lease ends by itself; a close must not fail
-            say = log.debug if self._exiting else caller.warn
+        except Exception as error:  # noqa: BLE001 - the lease ends by itself; close must not fail
+            say = log.debug if self._exiting else warn
             say(f"could not leave: {error or type(error).__name__}")
         finally:
             self._end()
@@ -388,7 +366,7 @@ class Session(Participant):
         self._heartbeat.wait(timeout_s=1)
 
     def close_within(self, seconds: float) -> None:
-        """Close it at the end of the process, which a server that is away must not hold up."""
+        """Close the session at the end of the process, within `seconds` even if the server does not answer."""
         if self._closed or os.getpid() != self._pid:
             return
         self._exiting = True
@@ -396,7 +374,7 @@ class Session(Participant):
         self._transport.timeout_s = min(self._transport.timeout_s, seconds)
         if self._lands_within(seconds):
             with warnings.catch_warnings():
-                warnings.simplefilter("always")  # an error would have nobody to go to
+                warnings.simplefilter("always")  # a filter "error" would raise, and nobody would catch it
                 self.close()
         else:
             self._heartbeat.stop()
@@ -411,27 +389,11 @@ class Session(Participant):
     ) -> None:
         self.close()
 
-    def __getstate__(self) -> NoReturn:
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise TypeError(
             "a Session is a live connection and cannot be pickled or copied: connect() again, with another worker="
         )
 
-    def __deepcopy__(self, memo: object) -> NoReturn:
-        self.__getstate__()
-
-    def __copy__(self) -> NoReturn:
-        self.__getstate__()
-
     def __repr__(self) -> str:
         where = "reader" if self._member is None else f"epoch {self._member.epoch}"
         return f"<Session {self.worker!r} of model {self.model!r} at {self._transport.address}, {where}>"
-
-
-def _row_ids(ids: Any, slot: Slot) -> list[int]:
-    rows = np.asarray(ids)
-    if rows.size and rows.dtype.kind not in "iu":
-        raise WrongDtype(what=f"row ids of {slot.name!r}", got=rows.dtype, expected="integers")
-    outside = [row for row in rows.ravel().tolist() if not 0 <= row < slot.rows]
-    if outside:
-        raise RowOutOfRange(parameter=slot.name, row=outside[0], rows=slot.rows)
-    return [int(row) for row in rows.ravel()]

@@ -1,27 +1,27 @@
-"""Optimizer state in other terms: from torch's, Keras's or MLX's to any of the three, or a refusal that says why.
+"""Convert optimizer state between torch's, Keras's and MLX's terms; refuse, with the reason, if not exact.
 
     rule        torch                       Keras                                       MLX
     Adadelta    square_avg, acc_delta       accumulated_grad, accumulated_delta_var     v, u
     Adagrad     sum                         accumulator                                 v
     counter     step, one per parameter     iterations, one                             step, one
 
-In each row the accumulators are the same quantities: running means of g*g and of d*d, or the sum of g*g. None of the
-three folds lr or eps into them, so they carry over although the rules around them differ.
+In each row the accumulators are the same quantities: running means of g*g and of d*d, or the sum of g*g. No family
+folds lr or eps into them, so they carry over although the rules differ.
 
-**Exact** means: every number that the source's rule will read again is in the result, bit for bit. That is the
-accumulators of every parameter and the count of updates. What cannot be kept so is refused with a `ConversionError`:
+**Exact** means: the result holds every number that the source's rule will read again, bit for bit. Those numbers are
+the accumulators of every parameter and the count of updates. `ConversionError` refuses what cannot be kept exactly:
 
-- torch's counts when they differ between parameters that have been stepped; those never stepped have no say
-- a count in, or for, torch's float32 counters that has reached 2**24, where they stand still
+- torch's counts when they differ between parameters that have been stepped; parameters never stepped do not matter
+- a count that has reached 2**24, if the source or the target keeps it in torch's float32 counters, which stop there
 - accumulators with values that the target's state dtype would round
-- row-wise state (one number per row), which only torch's terms have; complex state
+- row-wise state (one number per row) and complex state, which only torch's terms have
 - Keras's state in the middle of a gradient accumulation
-- Keras's `average` for a target that keeps none (unless dropped on request), or its absence for one that does
+- Keras's `average` for a target that keeps none (unless dropped on request), or no `average` for one that keeps it
 - an Adagrad accumulator that does not exist yet and would start at another value in the target
 
-Hyperparameters are no state: the target keeps its own, and `differences` names those by which its next step will
-differ from the source's. Two rules that are equal on paper still differ in rounding: Keras's Adadelta multiplies before
-it divides, and MLX rounds lr to the gradient's dtype.
+Hyperparameters are not state: the target keeps its own. `differences` lists those that make its next step differ from
+the source's. Rules with the same equations still differ in rounding: Keras's Adadelta multiplies before it divides, and
+MLX rounds lr to the gradient's dtype.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import _get_scalar_dtype
 
-from .keras_terms import ACCUMULATOR, AVERAGE, KerasTerms
-from .one_count import OneCountOptimizer
-from .step import number
+from .keras.base import ACCUMULATOR, AVERAGE, KerasTerms
+from .optimizers.counted import SharedCounterOptimizer
+from .step.step import number
 
 StateDict = dict[str, Any]
 
@@ -46,11 +46,11 @@ FLOAT32_COUNTS: Final = 1 << 24
 
 
 class ConversionError(ValueError):
-    """This state has no exact counterpart in the target; the text says why."""
+    """The state has no exact counterpart in the target. The message says why."""
 
 
 class Terms(NamedTuple):
-    """How one family writes one rule."""
+    """One rule in one family's terms: its accumulators, and the group keys that identify it."""
 
     family: str
     rule: str
@@ -80,7 +80,7 @@ _TERMS: Final = (
 
 
 def terms_of(param_groups: Sequence[Mapping[str, Any]]) -> Terms:
-    """Whose state, and of which rule, goes with these param groups."""
+    """The family and rule that these param groups belong to. ConversionError if they match no known terms."""
     for terms in _TERMS:
         if param_groups and all(terms.known_by <= group.keys() for group in param_groups):
             return terms
@@ -89,11 +89,11 @@ def terms_of(param_groups: Sequence[Mapping[str, Any]]) -> Terms:
 
 
 def convert(state_dict: StateDict, target: Optimizer, *, drop: Collection[str] = ()) -> StateDict:
-    """The state of `state_dict` as a state dict that `target.load_state_dict` takes; neither argument is changed.
+    """The state of `state_dict` as a state dict for `target.load_state_dict`. Neither argument is changed.
 
-    state_dict: from any of the six optimizers of this package, or torch's own two. target: one of the same, of the
-    same rule, over parameters of the same shapes in the same order and groups; its hyperparameters are kept. drop:
-    ("average",) converts Keras's state without its moving averages. ConversionError if that is not exact.
+    state_dict: from any of this package's six optimizers or torch's two. target: one of the same optimizers, with the
+    same rule, over parameters of the same shapes in the same order and groups; it keeps its hyperparameters. drop:
+    ("average",) converts Keras's state without its moving averages. ConversionError if the conversion is not exact.
     """
     groups = state_dict["param_groups"]
     source, aim = terms_of(groups), terms_of(target.param_groups)
@@ -117,9 +117,9 @@ def convert(state_dict: StateDict, target: Optimizer, *, drop: Collection[str] =
 
 
 def differences(source: Optimizer, target: Optimizer) -> list[str]:
-    """What, other than rounding, will make the target's next steps differ from the source's after a conversion.
+    """What makes the target's next steps differ from the source's after a conversion, other than rounding.
 
-    One line per hyperparameter, rule or setting; empty if both take the same steps from the same state.
+    One line per rule, hyperparameter or setting. Empty if both take the same steps from the same state.
     """
     theirs, ours = terms_of(source.param_groups), terms_of(target.param_groups)
     if theirs.rule != ours.rule:
@@ -152,7 +152,7 @@ def _state(
     count: int,
     drop: Collection[str],
 ) -> dict[str, Any]:
-    """Parameter k's state in the target's terms."""
+    """Parameter k's state in the target's terms. ConversionError if that is not exact."""
     unknown = held.keys() - {*source.accumulators, "step", AVERAGE, ACCUMULATOR}
     missing = [name for name in source.accumulators if name not in held]
     if unknown or missing:
@@ -190,7 +190,7 @@ def _state(
 
 
 def _cast(k: int, name: str, value: Tensor, param: Tensor, dtype: torch.dtype) -> Tensor:
-    """A copy of one accumulator in the target's state dtype, if that loses nothing."""
+    """A copy of one accumulator in the target's state dtype. ConversionError if a value would be rounded."""
     where = f"parameter {k}: {name}"
     if value.is_complex() or param.is_complex():
         raise ConversionError(f"{where} is complex, which only torch's terms have")
@@ -217,7 +217,7 @@ def _state_dtype(target: Optimizer, param: Tensor) -> torch.dtype:
 def _check_fresh(
     k: int, groups: Sequence[Mapping[str, Any]], source: Terms, target: Optimizer, aim: Terms
 ) -> None:
-    """Refuse if parameter k's accumulator, not made yet, would start elsewhere in the target."""
+    """ConversionError if the target would start parameter k's missing accumulator at another value."""
     start = groups[0].get("initial_accumulator_value", 0.0)
     target_start = target.defaults.get("initial_accumulator_value", 0.0)
     if start != target_start:
@@ -231,7 +231,7 @@ def _check_fresh(
 
 
 def _updates(state_dict: StateDict, source: Terms) -> int:
-    """How many updates the state has seen."""
+    """How many updates the state has taken. ConversionError if one counter cannot hold that exactly."""
     group = state_dict["param_groups"][0]
     if source.family == "MLX":
         return int(group["step"])
@@ -261,7 +261,7 @@ def _updates(state_dict: StateDict, source: Terms) -> int:
 
 
 def _groups(target: Optimizer, aim: Terms, count: int) -> list[dict[str, Any]]:
-    """The target's groups as a state dict has them, at this count."""
+    """The target's param groups in a state dict's form, with the counter at `count` updates."""
     groups, first = [], 0
     for group in target.param_groups:
         packed = copy.deepcopy({name: value for name, value in group.items() if name != "params"})
@@ -276,7 +276,7 @@ def _groups(target: Optimizer, aim: Terms, count: int) -> list[dict[str, Any]]:
 
 
 def _meaning(group: Mapping[str, Any], terms: Terms) -> dict[str, Any]:
-    """A group's hyperparameters under names that mean the same in every family."""
+    """A group's hyperparameters under names that have the same meaning in every family."""
     keras = terms.family == "Keras"
     decay = float(group.get("weight_decay") or 0.0)
     meaning: dict[str, Any] = {
@@ -295,9 +295,9 @@ def _meaning(group: Mapping[str, Any], terms: Terms) -> dict[str, Any]:
 
 
 def _settings(optimizer: Optimizer) -> dict[str, Any]:
-    """What an optimizer does besides its rule."""
+    """An optimizer's settings besides its rule: schedule, clipping, averages, loss scale, accumulation."""
     keras = optimizer if isinstance(optimizer, KerasTerms) else None
-    scheduled = isinstance(optimizer, OneCountOptimizer) and optimizer._schedule is not None
+    scheduled = isinstance(optimizer, SharedCounterOptimizer) and optimizer._schedule is not None
     frequency = keras.ema_overwrite_frequency if keras is not None and keras.use_ema else None
     return {
         "learning rate": optimizer._schedule if scheduled else "a number",  # type: ignore[attr-defined]

@@ -11,13 +11,14 @@ groups, hooks, `state_dict` and torch's LR schedulers:
     Adagrad     v = v + g*g
                 p = p - lr*g / (sqrt(v) + eps)               eps outside the root
 
-lr is rounded to the gradient's dtype, as MLX does; only float64, which MLX's learning rates never are, keeps it whole.
+lr is rounded to float32 and then to the gradient's dtype, as in MLX. A float64 gradient takes lr unrounded: MLX has no
+float64 learning rates.
 The states are `v` and `u`, float32 for half parameters unless `state_dtype="param"`. There is one step counter, in
-every param group as `step`; a callable learning rate is evaluated on it before it is advanced, so first on 0. A step
-counts even if no parameter has a gradient, as in MLX; parameters without one are left alone.
+every param group as `step`. A callable learning rate is evaluated on the counter before the counter advances, so first
+on 0. A step counts even if no parameter has a gradient, as in MLX. Parameters without a gradient do not change.
 
-One thing is stricter: assigning a number where the learning rate is a callable is a TypeError. MLX takes it and puts
-the callable's value back at the next step. Source: mlx/python/mlx/optimizers.
+One thing is stricter than in MLX: to assign a number where the learning rate is a callable raises TypeError. MLX
+accepts the number and puts the callable's value back at the next step. Source: mlx/python/mlx/optimizers.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .adadelta import AdadeltaRule
-from .adagrad import AdagradRule
-from .learning_rate import Schedule
-from .one_count import OneCountOptimizer, dense
-from .optimizer import StateDtype
-from .rule import Hyperparameters
-from .step import number
+from .optimizers.base import StateDtype
+from .optimizers.counted import SharedCounterOptimizer, dense
+from .optimizers.schedule import Schedule
+from .rules.adadelta import AdadeltaRule
+from .rules.adagrad import AdagradRule
+from .rules.rule import Hyperparameters
+from .step.step import number
 
 __all__ = ["AdaDelta", "Adagrad"]
 
@@ -51,8 +52,8 @@ class _AdagradTerms(AdagradRule):
         return 0.0
 
 
-class MlxOptimizer(OneCountOptimizer):
-    """What the two classes share."""
+class MlxOptimizer(SharedCounterOptimizer):
+    """Base of AdaDelta and Adagrad: the step, the counter and the learning rate in MLX's terms."""
 
     counter = "step"
     peer = "MLX"
@@ -73,14 +74,14 @@ class MlxOptimizer(OneCountOptimizer):
 
     @property
     def steps(self) -> int:
-        """Steps taken: MLX's `step`, which is a method here."""
+        """Number of steps taken: MLX's `step`. In torch that name is the method."""
         return self._count
 
     @property
     def learning_rate(self) -> float:
-        """What the last step applied, or the first one will: the first group's `lr`.
+        """The first group's `lr`: what the last step applied or, before the first step, what it will apply.
 
-        Setting it goes to every group's `lr`; TypeError if the learning rate is a callable.
+        Assignment sets every group's `lr`. It raises TypeError if the learning rate is a callable.
         """
         return number(self.param_groups[0]["lr"])
 
@@ -132,9 +133,10 @@ class AdaDelta(MlxOptimizer):
 
     params: parameters, named parameters or param groups, as for any torch optimizer. A group may have its own `lr`
         (unless the learning rate is a callable), `rho` and `eps`. Real floating dtypes.
-    learning_rate: a number, or a callable given the number of steps taken before.
+    learning_rate: a number, or a callable that takes the number of steps taken so far.
     rho: at least 0. eps: more than 0.
-    fused: None takes the kernels wherever they can step, True insists, False never does.
+    fused: None uses the kernels wherever they can step. True raises RuntimeError at a step that no kernel takes. False
+        never uses them.
     state_dtype: None keeps float32 states for half parameters; "param" keeps them in the parameter's dtype, as MLX.
     """
 
@@ -177,7 +179,7 @@ class Adagrad(MlxOptimizer):
 
 
 def _rounded(lr: float, dtype: torch.dtype) -> float:
-    """MLX holds a learning rate in float32 and casts it to the gradient's dtype."""
+    """lr as MLX applies it: held in float32, then cast to the gradient's dtype; unrounded for float64."""
     return (
         lr if dtype == torch.float64 else torch.tensor(lr, dtype=torch.float32, device="cpu").to(dtype).item()
     )

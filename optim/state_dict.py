@@ -1,6 +1,6 @@
-"""torch's state_dict of an optimizer, put together from parts and taken apart again.
+"""Builds torch's state_dict of an optimizer from parts, and splits one into parts.
 
-Both ends of the wire need it: the export that plain torch loads, and the state_dict that a remote optimizer fetches.
+Both ends of the wire use it: the export that plain torch loads, and the state_dict that a remote optimizer fetches.
 Nothing here aliases memory that a step will write to.
 """
 
@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .rules import RULES
+from .rules.catalogue import RULES
 
-# torch's group keys that are about execution, not about numbers, with torch's defaults
+# torch's group keys that choose how a step runs and do not change its numbers, with torch's defaults
 EXECUTION_KEYS: Final[Mapping[str, Mapping[str, Any]]] = {
     "adadelta": {"foreach": None, "capturable": False, "differentiable": False, "fused": None},
     "adagrad": {"foreach": None, "differentiable": False, "fused": None},
@@ -27,7 +27,7 @@ EXECUTION_KEYS: Final[Mapping[str, Mapping[str, Any]]] = {
 
 @dataclass(slots=True)
 class ParameterState:
-    """One parameter's share: how many steps it took, and its states by torch's names, in its own shape."""
+    """One parameter: the steps it has taken, and its states by torch's names, in the parameter's shape."""
 
     steps: int
     tensors: Mapping[str, Tensor]
@@ -35,7 +35,7 @@ class ParameterState:
 
 @dataclass(slots=True)
 class GroupState:
-    """One param group: its rule, hyperparameters, and its parameters in order."""
+    """One param group: its rule, its hyperparameters, and its parameters in order."""
 
     rule: str
     values: Mapping[str, float | bool]
@@ -45,10 +45,11 @@ class GroupState:
 def torch_state_dict(
     groups: Sequence[GroupState], take: Callable[[Tensor], Tensor] = torch.clone
 ) -> dict[str, Any]:
-    """What torch.optim's `state_dict()` returns for an optimizer of these groups; `take` makes its tensors of theirs.
+    """What torch.optim's `state_dict()` returns for an optimizer of these groups.
 
-    A parameter that Adadelta has not stepped yet has no entry, as in torch; Adagrad's always have. `step` is
-    a float32 scalar, as torch has it. In Keras's terms a group counts, and its parameters have state from the first step on.
+    `take` makes each tensor of the result from the group's tensor (a copy by default). A parameter that Adadelta has
+    not stepped yet has no entry, as in torch; Adagrad's parameters always have one. `step` is a float32 scalar on the
+    CPU, as in torch. In Keras's terms the group has the counter, and its parameters have state from the first step on.
     """
     state: dict[int, dict[str, Tensor]] = {}
     param_groups: list[dict[str, Any]] = []
@@ -71,9 +72,10 @@ def torch_state_dict(
 
 
 def parts_of(state_dict: Mapping[str, Any], rules: Sequence[str]) -> list[GroupState]:
-    """A torch state_dict as parts, one group per entry of `rules`. ValueError, in torch's words, if it does not fit.
+    """The parts of a torch state_dict, one group per entry of `rules`.
 
-    Keys that are not hyperparameters of the rule stay behind: they are the caller's.
+    Keys that are not hyperparameters of the rule are left out: they are the caller's. ValueError if the number of
+    groups differs (in torch's words), or if a parameter's state lacks one of the rule's states.
     """
     saved = state_dict["param_groups"]
     if len(saved) != len(rules):
@@ -82,7 +84,7 @@ def parts_of(state_dict: Mapping[str, Any], rules: Sequence[str]) -> list[GroupS
     for entry, rule_name in zip(saved, rules, strict=True):
         rule = RULES[rule_name]
         values = {name: _plain(entry[name]) for name in rule.defaults if name in entry}
-        if values.get("weight_decay", 0.0) is None:  # Keras's word for a decay of 0
+        if values.get("weight_decay", 0.0) is None:  # Keras writes a decay of 0 as None
             values["weight_decay"] = 0.0
         group = GroupState(rule_name, values)
         for parameter_id in entry["params"]:
@@ -99,7 +101,10 @@ def parts_of(state_dict: Mapping[str, Any], rules: Sequence[str]) -> list[GroupS
 
 
 def tensor_of(value: Any) -> Tensor:
-    """A tensor as it is, an array in its own dtype; Python's numbers as float32, whatever torch's default is."""
+    """A tensor unchanged, an array in its own dtype, a Python float as float32.
+
+    torch's default dtype makes no difference.
+    """
     if isinstance(value, Tensor):
         return value
     array = np.asarray(value)

@@ -1,4 +1,4 @@
-"""Variables of the environment that look like ours and are nothing that we read: most likely misspelt."""
+"""Environment variables that begin with PUSHSTEP_ and are no setting: they are most likely misspelt."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping
 from typing import Final
 
 PREFIX: Final = "PUSHSTEP_"
-# The server's settings; a worker's process reads none, and may run beside a server's. A test holds the two together.
+# The server's settings. A worker's process reads none of them, but may run in a server's environment. A test compares
+# them with the server's Config.
 SETTINGS: Final = (
     "grpc",
     "http",
@@ -29,12 +30,12 @@ SETTINGS: Final = (
     "max_connections",
     "log_level",
 )
-# What Kubernetes and Docker's links put into every container beside a service that is called pushstep.
+# Kubernetes and Docker's links set these in every container beside a service that is called pushstep.
 _OF_A_SERVICE: Final = re.compile(r".*(SERVICE_(HOST|PORT)|PORT_\d+_(TCP|UDP|SCTP)).*")
 
 
 def unknown_variables(environment: Mapping[str, str]) -> Iterable[str]:
-    """In words, each variable that begins as ours do and is none of them."""
+    """A message for each variable that begins with PUSHSTEP_ and is no setting."""
     for name, value in environment.items():
         ours, ending = name[: len(PREFIX)].upper() == PREFIX, name[len(PREFIX) :].lower()
         if not ours or ending in SETTINGS:

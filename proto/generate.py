@@ -1,8 +1,8 @@
-"""Make the Python code beside each .proto: `python proto/generate.py`, or `--check` to report what is stale.
+"""Generate the Python code beside each .proto: `python proto/generate.py`; `--check` reports what is stale.
 
-The generator is pinned to the oldest grpcio-tools that the runtime floor in pyproject.toml allows, because
-generated code refuses runtimes older than its generator. The compiler is given a virtual path, so the folder
-stays flat and the output imports `pushstep.proto`, with nothing rewritten afterwards.
+The generator is pinned to the oldest grpcio-tools that the runtime floor in pyproject.toml allows, because generated
+code refuses runtimes older than its generator. The compiler is given a virtual path, so that the folder stays flat and
+the output imports `pushstep.proto`; nothing is rewritten afterwards.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ HERE = Path(__file__).resolve().parent
 
 
 def generate(target: Path) -> dict[str, bytes]:
-    """Compile every .proto of this folder into `target` and return the files by name."""
+    """Compile every .proto of this folder into `target`; the generated files' bytes by name."""
     from grpc_tools import protoc
 
     names = sorted(path.name for path in HERE.glob("*.proto"))

@@ -1,5 +1,5 @@
-"""pushstep.server: one engine, two doors (gRPC for workers, REST for operators).
+"""pushstep.server: one engine with two doors (gRPC for workers, REST for operators).
 
-A push walks through the rooms one way: door -> session -> gate -> policy -> stepper -> publish. `intake` is that
-walk; each other module is one room.
+A push passes the folders one way: `worker_door`, `requests`, `staging`, `coordinator`, `models`, `arenas`.
+`requests/push.py` is one push's walk. The README's "Tour of the source" names the files.
 """

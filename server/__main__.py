@@ -15,15 +15,18 @@ from typing import NoReturn
 from pushstep.proto.environment import unknown_variables
 from pushstep.proto.errors import PushstepError
 
-from . import logs
 from .config import Config
+from .process import logs
 from .service import DataFolderLocked, ExitStatus, Service
 
 log = logging.getLogger("pushstep.server")
 
 
 def parser() -> argparse.ArgumentParser:
-    """One option per setting; none has a default here, so that only what was typed counts as an argument."""
+    """The command line's parser: one option per setting.
+
+    No option has a default, so only typed options count.
+    """
     made = argparse.ArgumentParser(
         prog="pushstep-server",
         description="Hold models, take gradients over gRPC, take their optimizer steps. Each option may also be set "
@@ -47,8 +50,8 @@ async def _run(config: Config) -> ExitStatus:
 
 
 def serve(arguments: Sequence[str] | None = None) -> int:
-    """Run a server; its exit status, of which ExitStatus says what it means."""
-    os.umask(0o077)  # what it writes is for its own user: parameters, worker names, compiled kernels
+    """Run a server; returns an `ExitStatus`, or 130 if it is interrupted before the service starts."""
+    os.umask(0o077)  # files are for this user only: parameters, worker names, compiled kernels
     settings = vars(parser().parse_args(arguments))
     file = settings.pop("config", None)
     try:
@@ -62,7 +65,7 @@ def serve(arguments: Sequence[str] | None = None) -> int:
     try:
         status = asyncio.run(_run(config))
     except KeyboardInterrupt:
-        return 130  # before the service listens for it
+        return 130  # the service had not installed its signal handlers yet
     except (OSError, DataFolderLocked, MemoryError, PushstepError) as error:
         writer.say(f"pushstep-server: {error or 'out of memory'}")
         status = ExitStatus.NOT_STARTED
@@ -72,11 +75,11 @@ def serve(arguments: Sequence[str] | None = None) -> int:
 
 
 def main() -> NoReturn:
-    """Run a server as a process, and end it."""
+    """Run a server, then end the process with its exit status."""
     status = serve()
     logging.shutdown()
-    # All is saved and closed. Taking the interpreter and its libraries apart would take another second, and what
-    # breaks there would be taken for the status.
+    # Everything is saved and closed. A normal exit of the interpreter takes another second, and an error in it would
+    # replace the status.
     os._exit(status)
 
 

@@ -17,13 +17,15 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-MAX_UNIX_PATH_BYTES = 107  # sun_path
-# A few messages on their way to each of a few readers.
+from .devices.choose import split_device
+
+MAX_UNIX_PATH_BYTES = 107  # sun_path has 108 with the final zero
+# Room for a few messages to each of a few readers.
 LEAST_READ_BYTES = 16 << 20
 
 
 class Config(BaseSettings):
-    """What a server is told when it starts."""
+    """The settings of one server, fixed when it starts."""
 
     model_config = SettingsConfigDict(env_prefix="PUSHSTEP_", extra="forbid", frozen=True)
 
@@ -83,12 +85,12 @@ class Config(BaseSettings):
 
     @classmethod
     def read(cls, arguments: dict[str, Any], file: Path | None) -> Config:
-        """The settings of this process. ValueError, in words for the user, if any is not acceptable."""
+        """The settings of this process. ValueError, with a message for the user, if one is not valid."""
         from_file: dict[str, Any] = {}
         if file is not None:
             try:
                 from_file = tomllib.loads(file.read_text())
-            except (OSError, ValueError) as error:  # no TOML, or not even text
+            except (OSError, ValueError) as error:  # not TOML, or not text
                 raise ValueError(f"cannot read settings from {file}: {error}") from error
         try:
             return _with_file(cls, from_file)(**arguments)
@@ -105,9 +107,7 @@ class Config(BaseSettings):
     @field_validator("device")
     @classmethod
     def _device(cls, value: str) -> str:
-        kind, _, index = value.partition(":")
-        if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
-            raise ValueError(f"unknown device {value!r}: use cpu, cuda or cuda:N")
+        split_device(value)
         return value
 
     @model_validator(mode="after")
@@ -124,30 +124,30 @@ class Config(BaseSettings):
         return self
 
     def reading_bytes(self) -> int:
-        """What readers may be kept in all."""
+        """Bytes that may be held for all readers together."""
         return self.read_bytes or max(self.staging_bytes, LEAST_READ_BYTES)
 
     def unix_path(self) -> str | None:
-        """Where the Unix socket goes; None for none (also when the default place has too long a path)."""
+        """The path of the Unix socket; None for no socket, also when the default path is too long."""
         if self.unix is not None:
             return self.unix or None
         path = str(self.data.resolve() / "pushstep.sock")
         return path if len(path.encode()) <= MAX_UNIX_PATH_BYTES else None
 
     def memory_path(self) -> str:
-        """Where the socket goes that hands out shared memory: beside the other one. Empty for none."""
+        """The path of the local socket for shared memory, beside the Unix socket. Empty for no socket."""
         path = f"{self.unix_path() or ''}.memory"
         usable = not self.no_shared_memory and self.unix_path() and hasattr(os, "memfd_create")
         return path if usable and len(path.encode()) <= MAX_UNIX_PATH_BYTES else ""
 
 
 def _with_file(kind: type[Config], file_settings: Mapping[str, Any]) -> type[Config]:
-    """The class with a file's settings as its third source."""
+    """A subclass of `kind` with a file's settings as its third source."""
     return type("Config", (kind,), {"_file_settings": dict(file_settings), "__annotations__": {}})
 
 
 def split_address(address: str) -> tuple[str, int]:
-    """HOST:PORT as a pair; brackets around an IPv6 host."""
+    """HOST:PORT as a pair; an IPv6 host is in brackets. ValueError if it is something else."""
     host, colon, port = address.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
     if not colon or not host or not port.isdigit() or int(port) > 65535:
@@ -156,7 +156,7 @@ def split_address(address: str) -> tuple[str, int]:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether nobody but this machine reaches `host`. A name other than localhost counts as reachable."""
+    """True if only this machine can reach `host`. A name other than localhost counts as reachable."""
     if host == "localhost":
         return True
     try:

@@ -1,8 +1,7 @@
 """The process: start, serve, stop, in that order.
 
-gRPC and HTTP share one event loop. A stop first says that no work is taken, lets what is in flight finish, then
-snapshots every model. However the serving ends, and whatever goes wrong on the way, the models are saved; the exit status
-says if one was not.
+gRPC and HTTP share one event loop. A stop first refuses new work, lets work in flight finish, then snapshots every
+model. The models are saved however serving ends, also after an error. The exit status says if one was not saved.
 """
 
 from __future__ import annotations
@@ -27,61 +26,62 @@ import uvicorn
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from pushstep.proto.frames import MAX_MESSAGE_BYTES, TRANSPORT_LIMIT_BYTES
-from pushstep.proto.memory import keep_freed_blocks
+from pushstep.proto.wire.buffers import keep_freed_blocks
+from pushstep.proto.wire.frames import MAX_MESSAGE_BYTES, TRANSPORT_LIMIT_BYTES
 
-from .catalog import Catalog
 from .config import Config, is_loopback, split_address
-from .descriptors import Spare, shared_out
-from .grpc_door import SERVICE, GrpcDoor
-from .http_server import HttpServer
-from .line_door import LineDoor
-from .rest_door import create_app
-from .shared_memory import SharedMemory
-from .staging import WINDOW_BYTES
-from .threads import PUSHES, REQUESTS
-from .unix_socket import UnixSocket
-from .warmup import warm_kernels
+from .models.catalog import Catalog
+from .models.saved_models import SavedModels
+from .models.warmup import warm_kernels
+from .operator_door.app import create_app
+from .operator_door.http_server import HttpServer
+from .process.descriptors import Spare, shared_out
+from .process.threads import PUSHES, REQUESTS
+from .process.unix_socket import UnixSocket
+from .shared_memory.regions import SharedMemory
+from .staging.budget import WINDOW_BYTES
+from .worker_door.local import LocalDoor
+from .worker_door.servicer import SERVICE, GrpcDoor
 
 log = logging.getLogger("pushstep.service")
 
 GRPC_OPTIONS: Final = (
-    # A little above our own limit, so that a somewhat too large message gets a named error. Of what is larger, gRPC
-    # reads the length and no more.
+    # A little above our own limit, so a message slightly over that gets a named error. Of a larger message gRPC reads
+    # only the length.
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES + (1 << 20)),
     ("grpc.max_send_message_length", TRANSPORT_LIMIT_BYTES),
     # Big HTTP/2 frames halve the receive cost of a chunk: 16 KiB frames are 64 Python objects per MiB.
     ("grpc.http2.max_frame_size", 4 << 20),
-    # Windows are memory that a sender fills before anyone reads, so the budget counts them; gRPC's probe of the
-    # bandwidth would widen them.
+    # A sender fills its window before anyone reads it, so the staging budget counts windows. gRPC's bandwidth probe
+    # would widen them.
     ("grpc.http2.lookahead_bytes", WINDOW_BYTES),
     ("grpc.http2.bdp_probe", 0),
-    # What one connection can have the loop do at once. A session has a connection of its own, and 8 pushes in flight.
+    # Calls that one connection runs at once. A session has its own connection, and at most 8 pushes in flight.
     ("grpc.max_concurrent_streams", 64),
     # Two servers on one port would each see half of the workers.
     ("grpc.so_reuseport", 0),
-    # Who connects has to speak HTTP/2 within this time; gRPC's own is two minutes.
+    # A new connection must speak HTTP/2 within this time. gRPC's default is two minutes.
     ("grpc.server_handshake_timeout_ms", 10_000),
-    # A connection without calls ends, and a client of gRPC's opens another with its next call. There is none for its age: a
-    # push may be under way.
+    # A connection without calls is closed; a gRPC client opens another with its next call. A connection's age has no
+    # limit, because a push may be under way.
     ("grpc.max_connection_idle_ms", 600_000),
-    # One whose other end has gone without a word: workers and their servers ask each other.
+    # Workers and servers ping each other, to find a connection whose other end has vanished.
     ("grpc.keepalive_time_ms", 60_000),
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.keepalive_permit_without_calls", 1),
-    # Who asks more often than this three times is sent away.
+    # A client that pings more often than this three times is disconnected.
     ("grpc.http2.min_ping_interval_without_data_ms", 30_000),
     ("grpc.http2.max_ping_strikes", 2),
-    # Of the headers of a call. Ours take some hundred bytes.
+    # Limits on the headers of a call. Ours take some hundred bytes.
     ("grpc.max_metadata_size", 4 << 10),
     ("grpc.absolute_max_metadata_size", 8 << 10),
 )
 
 
-# How long the event loop waits for a thread that computes in Python; at each of its turns, so at 5 ms, Python's own, a push
-# takes ten times as long beside one. Pushes per second beside somebody's large manifests: 100 of 1000 at 5 ms, 390 at this.
+# How long the event loop waits, at each of its turns, for a thread that computes in Python. Python's default is 5 ms.
+# Pushes per second while large manifests are parsed, of 1000 without them: 100 at 5 ms, 390 at this.
 SWITCH_S: Final = 200e-6
-# Pending connections of a door that the loop has not come to.
+# Connections that may wait until the loop accepts them.
 BACKLOG: Final = 2048
 
 
@@ -100,12 +100,13 @@ class DataFolderLocked(RuntimeError):
 
 
 class Service:
-    """One server process."""
+    """One server process: its catalog, both doors, its sockets, and the lock on its data folder."""
 
     def __init__(self, config: Config) -> None:
         keep_freed_blocks()
         self.config = config
         self.catalog = Catalog(config)
+        self._saved_models = SavedModels(self.catalog)
         self._shares = shared_out(config.max_connections)
         self.memory = SharedMemory(self.catalog.staging, config.memory_path(), self._shares.local)
         self.door = GrpcDoor(self.catalog, self.memory, config.stall_s)
@@ -123,7 +124,7 @@ class Service:
         self.unix_path = ""
 
     async def run(self) -> ExitStatus:
-        """Serve until told to stop, then stop in order. What keeps it from starting is raised."""
+        """Serve until told to stop, then stop in order; returns the status. Raises what prevents a start."""
         sys.setswitchinterval(SWITCH_S)
         loop = asyncio.get_running_loop()
         for number in _stop_signals():
@@ -142,9 +143,9 @@ class Service:
             log.exception("stopping: the server has failed")
             status = ExitStatus.BROKEN_OFF
         finally:
-            self.door.draining = True
+            self.catalog.draining = True
             REQUESTS.let_go()
-            saved = await self.catalog.stop()
+            saved = await self._saved_models.save()
             await self._let_go()
         return status if saved else ExitStatus.NOT_ALL_SAVED
 
@@ -161,13 +162,13 @@ class Service:
             self._serving.result()
             raise OSError(f"cannot listen on {self.config.http} for HTTP")
         await PUSHES.run(warm_kernels, self.catalog.device.where, self.config.data / "kernels")
-        await self.catalog.load(self._stop.is_set)
+        await self._saved_models.load(self._stop.is_set)
 
     async def _start_grpc(self) -> None:
         self._bind_grpc()
         self.door.http_url = f"http://{self.http_address}"
         self.door.unix_path = self.unix_path
-        self.memory.start(LineDoor(self.door).serve)
+        self.memory.start(LocalDoor(self.door).serve)
         self._grpc.add_generic_rpc_handlers((self.door.handler(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
@@ -213,12 +214,12 @@ class Service:
             await self._health.set(name, status)
 
     async def _serve(self) -> None:
-        """Return when told to stop. What ended a door otherwise is raised."""
+        """Serve until told to stop. Raises what ends the HTTP door; RuntimeError if it just closes."""
         await self._say(health_pb2.HealthCheckResponse.SERVING)
         unix = f" unix={self.unix_path}" if self.unix_path else ""
         try:
             print(f"ready grpc={self.grpc_address} http={self.http_address}{unix}", flush=True)
-        except OSError as error:  # whoever started this has closed its output: the others may still come
+        except OSError as error:  # the starter has closed our output; workers may still connect
             log.warning("nobody hears that the server is ready: %s", error)
         stopped = asyncio.create_task(self._stop.wait())
         doors = {self._serving} if self._serving is not None else set()
@@ -229,9 +230,9 @@ class Service:
                 raise RuntimeError("the HTTP door has closed by itself")
 
     async def _drain(self) -> ExitStatus:
-        """Take no more work and let what is in flight finish. A part that fails keeps none of the others from theirs."""
+        """Refuse new work and let work in flight finish. A part that fails does not stop the others."""
         log.info("stopping: draining for at most %.0f s", self.config.drain_s)
-        self.door.draining = True
+        self.catalog.draining = True
         self.catalog.ready = False
         for model in self.catalog.models.values():
             model.executor.let_go()
@@ -252,7 +253,7 @@ class Service:
         return True
 
     async def _let_go(self) -> None:
-        """Give back what the process holds outside of itself."""
+        """Release what the process holds outside itself: sockets, shared memory, the data folder's lock."""
         await self._part("gRPC", self._grpc.stop(None))
         await self._part("shared memory", self.memory.stop())
         if self._serving is not None and not self._serving.done():
@@ -268,16 +269,19 @@ class Service:
 
 
 def _stop_signals() -> list[signal.Signals]:
-    """SIGHUP too, which a closed terminal sends; unless it is ignored, as nohup has it."""
+    """SIGTERM, SIGINT, and SIGHUP (sent by a closed terminal) unless it is ignored, as under nohup."""
     signals = [signal.SIGTERM, signal.SIGINT]
     return signals if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [*signals, signal.SIGHUP]
 
 
 def lock_folder(folder: Path) -> int:
-    """Take the data folder for this process, as long as the returned descriptor is open. DataFolderLocked if it is taken."""
+    """Lock the data folder for as long as the returned descriptor is open.
+
+    DataFolderLocked if another server has it. OSError if the folder's `lock` is not a regular file.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "lock"
-    # a FIFO would be waited for
+    # O_NONBLOCK: a FIFO in its place must not block the open
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     lock = os.open(path, flags, 0o600)
     try:
@@ -296,9 +300,9 @@ def lock_folder(folder: Path) -> int:
 
 
 def require_free(host: str, port: int) -> None:
-    """OSError if somebody listens at one of a name's addresses.
+    """OSError if another process listens at one of the addresses of `host`.
 
-    gRPC is content with any of them; who asks for the name may then be answered by another server.
+    gRPC is content if it can bind one of them. A client that uses the name may then reach the other server.
     """
     if port == 0:
         return
@@ -319,20 +323,23 @@ def _is_taken(family: int, protocol: int, place: Any) -> bool:
     except OSError as error:
         return (
             error.errno == errno.EADDRINUSE
-        )  # an address that this machine does not have is nobody else's either
+        )  # no other process listens at an address that this machine lacks
     return False
 
 
 def bind_http(address: str) -> tuple[socket.socket, str]:
-    """A listening socket for HOST:PORT and the address that it got. uvicorn would exit the process if it failed."""
+    """A listening socket for HOST:PORT, and its address.
+
+    OSError on failure, where uvicorn would exit the process.
+    """
     host, port = split_address(address)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # with the protocol named, or asyncio leaves Nagle's algorithm on: 40 ms for every answer on a kept connection
+    # name the protocol, or asyncio leaves Nagle's algorithm on: 40 ms for every answer on a kept connection
     bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         bound.bind((host, port))
-        # at once: until somebody listens, another process may bind the same address
+        # listen at once: until then another process may bind the same address
         bound.listen(BACKLOG)
     except OSError as error:
         bound.close()

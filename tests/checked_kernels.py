@@ -102,7 +102,8 @@ _word: Any = None
 def install() -> None:
     """Replace what kernels are made of. Before any is imported, or it would have the old ones."""
     global _word
-    late = [name for name in sys.modules if name.startswith("pushstep.optim.") and name.endswith("kernels")]
+    late = {name for name in sys.modules if name.startswith("pushstep.optim.kernels.")}
+    late.discard("pushstep.optim.kernels.cache")
     assert not late, late
     os.environ["NUMBA_OPT"] = "0"  # to be compiled sooner, not to run faster
     import numba
@@ -111,7 +112,8 @@ def install() -> None:
     from numba.core import cgutils
     from numba.extending import intrinsic
 
-    from pushstep.optim import intrinsics, kernel_cache
+    from pushstep.optim.kernels import cache as kernel_cache
+    from pushstep.optim.kernels import intrinsics
 
     int64 = ir.IntType(64)
 

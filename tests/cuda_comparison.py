@@ -13,7 +13,10 @@ import os
 import numpy as np
 import torch
 
-from pushstep.optim import cpu, cuda_kernels, cuda_launch, intrinsics
+from pushstep.optim.cpu import dense as cpu
+from pushstep.optim.cuda import kernels as cuda_kernels
+from pushstep.optim.cuda import launch as cuda_launch
+from pushstep.optim.kernels import intrinsics
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda:0")

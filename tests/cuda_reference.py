@@ -13,7 +13,7 @@ import math
 import numpy as np
 import torch
 
-from pushstep.optim.step import number
+from pushstep.optim.step.step import number
 
 # Half the distance of neighbours, relative to a number: what one rounding may add; and the smallest that there is.
 ROUNDING = {

@@ -6,8 +6,8 @@ import dataclasses
 
 import torch
 
-from pushstep.optim.cuda_kernels import BLOCK
-from pushstep.optim.step import RowStep, Step
+from pushstep.optim.cuda.kernels import BLOCK
+from pushstep.optim.step.step import RowStep, Step
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 

@@ -52,4 +52,4 @@ class DeviceHost:
 def shares_device(session: Session) -> bool:
     """Whether a session's last step went through memory of the device."""
     region = session.memory.region
-    return region is not None and region.line.is_open() and region._imported is not None
+    return region is not None and region.local_socket.is_open() and region._imported is not None

@@ -15,16 +15,17 @@ import modelled_driver
 import torch
 from shared_memory_victim import ELEMENTS, die, die_soon, serve
 
-from pushstep.client import connect, region
-from pushstep.client.imported_memory import ImportedMemory
-from pushstep.client.line import Line
-from pushstep.client.parameters import Parameters
-from pushstep.proto import device_memory
+from pushstep.client import connect
+from pushstep.client.attachment.parameters import Parameters
+from pushstep.client.shared_memory import region
+from pushstep.client.shared_memory.imported_memory import ImportedMemory
+from pushstep.client.shared_memory.local_socket import LocalSocket
+from pushstep.proto.shared_memory import cuda_ipc as device_memory
 
 
 def arm(point: str) -> None:
     """Have this process die when it next comes to `point`."""
-    exchange, unmap = Line.exchange, ImportedMemory._unmap
+    exchange, unmap = LocalSocket.exchange, ImportedMemory._unmap
 
     def sent(*args: Any) -> Any:
         threading.Thread(target=die_soon).start()
@@ -38,8 +39,8 @@ def arm(point: str) -> None:
         "asked": (region, "_import", die),
         "handed over": (device_memory.driver, "open", die),
         "open": (device_memory.driver, "tensor", die),
-        "written": (Line, "exchange", die),
-        "sent": (Line, "exchange", sent),
+        "written": (LocalSocket, "exchange", die),
+        "sent": (LocalSocket, "exchange", sent),
         "answered": (region.Region, "answer_of", die),
         "copying out": (Parameters, "take", die),
         "closed": (ImportedMemory, "_unmap", closed),

@@ -10,18 +10,20 @@ import torch
 from judged import LAYOUT, UID
 from torch import Tensor
 
-from pushstep.proto import dtypes
-from pushstep.proto.frames import Piece, pack, unpack
-from pushstep.proto.layout import Slot
 from pushstep.proto.training_pb2 import GroupEdit, PushCommit, PushHeader, PushRequest
 from pushstep.proto.types_pb2 import Identity, Receipt, Segment
-from pushstep.server.device import Device
-from pushstep.server.groups import Group, ParamGroups
-from pushstep.server.intake import Intake
-from pushstep.server.model import Model
-from pushstep.server.read_budget import ReadBudget
-from pushstep.server.session import Sessions
-from pushstep.server.staging import Budget
+from pushstep.proto.wire import dtypes
+from pushstep.proto.wire.frames import Piece, pack, unpack
+from pushstep.proto.wire.layout import Slot
+from pushstep.server.coordinator.groups import Group, ParamGroups
+from pushstep.server.coordinator.sessions import Sessions
+from pushstep.server.devices.device import Device
+from pushstep.server.models.model import Model
+from pushstep.server.requests.push import answer, hand_in
+from pushstep.server.requests.push_call import PushCall
+from pushstep.server.requests.receiving import admit
+from pushstep.server.staging.budget import Budget
+from pushstep.server.staging.read_budget import ReadBudget
 
 Gradients = Mapping[str, Tensor | tuple[Tensor, Tensor]]
 
@@ -41,7 +43,7 @@ class Pusher:
         self.model = model
         self.name = name
         self.sequence = 0
-        model.judge.join(name, time.monotonic(), takeover=False)
+        model.coordinator.join(name, time.monotonic(), takeover=False)
 
     async def push(
         self, gradients: Gradients, wire: torch.dtype = torch.float32, edits: Sequence[GroupEdit] = ()
@@ -69,18 +71,18 @@ class Pusher:
             manifest_hash=self.model.layout.manifest_hash,
             segments=segments,
         )
-        intake = Intake(self.model, header)
+        receiving = await admit(PushCall(self.model, header))
         try:
-            await intake.admit()
             for frame in pack(bodies):
                 _, chunk = unpack(frame, PushRequest)
                 assert chunk is not None
-                placed = intake.place(chunk)
+                placed = receiving.take(chunk)
                 if placed is not None:
                     await placed
-            return await intake.commit(PushCommit(edits=edits))
+            await hand_in(receiving, PushCommit(edits=edits))
+            return await answer(receiving.call)
         finally:
-            intake.release()
+            receiving.release()
 
     def later(self, gradients: Gradients) -> asyncio.Task[Receipt]:
         """A push that is under way."""

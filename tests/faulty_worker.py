@@ -24,8 +24,9 @@ import numpy as np
 import torch
 
 from pushstep.client import Receipt, Session, connect
-from pushstep.client.retry import TransportFailure, answered
-from pushstep.client.transport import Body, Transport
+from pushstep.client.transport.channel import Transport
+from pushstep.client.transport.retry import TransportFailure, answered
+from pushstep.client.transport.streams import Body
 from pushstep.proto.errors import PushstepError
 from pushstep.proto.training_pb2 import PushCommit, PushHeader, PushResponse
 

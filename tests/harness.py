@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import preloaded
 import pytest
+from preloaded import ServerProcess
 
 from pushstep.client import Session, connect
 
@@ -39,7 +41,7 @@ _numbers = itertools.count()
 class RunningServer:
     """A server process and how to reach it."""
 
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[str] | ServerProcess
     grpc: str
     http: str
     unix: str
@@ -104,19 +106,20 @@ def start_server(
     """
     data.mkdir(parents=True, exist_ok=True)
     log = data / f"server-{next(_numbers)}.log"
+    arguments = ["--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0", "--data", str(data), *options]
+    process: subprocess.Popen[str] | ServerProcess
+    started = tuple(command or COMMANDS[DEVICE])
     with log.open("w") as stderr:
-        process = subprocess.Popen(
-            [
-                *(command or COMMANDS[DEVICE]),
-                *("--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0"),
-                *("--data", data),
-                *options,
-            ],
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            text=True,
-            env=environment,
-        )
+        if started != (SERVER,) or environment is not None:
+            process = subprocess.Popen(
+                [*started, *arguments],
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+                env=environment,
+            )
+        else:
+            process = preloaded.start(arguments, stderr)
     if process.stdout is None:
         raise RuntimeError("no pipe")
     line = process.stdout.readline()

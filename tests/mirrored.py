@@ -175,7 +175,7 @@ def check_group(mine: dict[str, Any], theirs: dict[str, Any]) -> None:
             assert float(mine[key]) == float(theirs[key]), key
 
 
-class Mirror:
+class ParameterCache:
     """The server's model, as local torch has it."""
 
     def __init__(self, make: Make, start: Trainee) -> None:

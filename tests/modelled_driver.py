@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pushstep.client import region
-from pushstep.proto import device_memory
-from pushstep.proto.device_memory import HANDLE_BYTES, UUID_BYTES
+from pushstep.client.shared_memory import region
 from pushstep.proto.errors import NoSharedMemory
+from pushstep.proto.shared_memory import cuda_ipc as device_memory
+from pushstep.proto.shared_memory.cuda_ipc import HANDLE_BYTES, UUID_BYTES
 
 FOLDER = "PUSHSTEP_MODELLED_DRIVER"
 

@@ -20,7 +20,7 @@ from harness import RunningServer, wait_until
 from operators import patch_group, restore, set_policy, take_snapshot
 
 from pushstep.client import Outcome, Receipt
-from pushstep.client.sending import Sending
+from pushstep.client.transport.attempts import Sending
 from pushstep.optim import Adagrad
 from pushstep.proto.errors import NoAnswer, Superseded
 

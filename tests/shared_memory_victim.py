@@ -16,10 +16,11 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from pushstep.client import connect, region
-from pushstep.client.line import Line
-from pushstep.client.mirror import Mirror
-from pushstep.optim import cpu_copies  # noqa: F401 - each child would import numba
+from pushstep.client import connect
+from pushstep.client.shared_memory import region
+from pushstep.client.shared_memory.local_socket import LocalSocket
+from pushstep.client.worker.cache import ParameterCache
+from pushstep.optim.cpu import copies as cpu_copies  # noqa: F401 - each child would import numba
 
 ELEMENTS = 1_000_000
 SOON_S = 0.001  # a step takes 3 ms and more
@@ -38,7 +39,7 @@ def die_soon() -> None:
 
 def arm(point: str) -> None:
     """Have this process die when it next comes to `point`."""
-    exchange = Line.exchange
+    exchange = LocalSocket.exchange
 
     def sent(*args: Any) -> Any:
         threading.Thread(target=die_soon).start()
@@ -50,13 +51,13 @@ def arm(point: str) -> None:
         case "handed over":
             region._mapped = die
         case "written":
-            Line.exchange = die  # type: ignore[method-assign]
+            LocalSocket.exchange = die  # type: ignore[method-assign]
         case "sent":
-            Line.exchange = sent  # type: ignore[method-assign]
+            LocalSocket.exchange = sent  # type: ignore[method-assign]
         case "answered":
             region.Region.answer_of = die  # type: ignore[method-assign]
         case "copying out":
-            Mirror.take = die  # type: ignore[method-assign]
+            ParameterCache.take = die  # type: ignore[method-assign]
 
 
 def live_and_die(address: str, model: str, point: str) -> None:

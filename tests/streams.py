@@ -3,7 +3,7 @@
 Nothing that a stream is asked for is done before somebody waits for it: copies lie in the stream until an event behind
 them is waited for, by the host or by a stream whose own work comes to that point. So whoever reads without having
 waited sees the old bytes, and memory that is handed out or unpinned while copies over it are asked for is a fault. What is
-wrong with `cuda_device.py` in the order of its waits shows here; what CUDA itself does is not modelled.
+wrong with `devices/cuda.py` in the order of its waits shows here; what CUDA itself does is not modelled.
 
 Copies are `copy_(non_blocking=True)` and `to(copy=True)` in a stream. Everything else is done at once: where that is a
 kernel, which runs in its stream's order, `install` has what was asked for before it done first.
@@ -24,10 +24,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pushstep.optim import copies
-from pushstep.proto.memory import BufferPool
-from pushstep.server import cuda_device, reduction
-from pushstep.server.arena import Arenas
+from pushstep.optim.ops import copies
+from pushstep.proto.wire.buffers import BufferPool
+from pushstep.server.arenas.arena import Arenas
+from pushstep.server.devices import cuda as cuda_device
+from pushstep.server.staging import reduction
 
 _lock = threading.RLock()
 _thread = threading.local()

@@ -21,11 +21,14 @@ from torch_settings import SETTINGS
 
 from pushstep import optim
 from pushstep.client import connect
-from pushstep.optim import arriving, conversion, keras, mlx, norms, rows
-from pushstep.optim.copies import copy as copy_tensor
-from pushstep.optim.quantise import code_bytes, dequantise, quantise
-from pushstep.optim.select import select
-from pushstep.optim.sums import weighted_sum
+from pushstep.optim import conversion, mlx
+from pushstep.optim import keras as keras
+from pushstep.optim.ops import norms, rows
+from pushstep.optim.ops import streaming as arriving
+from pushstep.optim.ops.copies import copy as copy_tensor
+from pushstep.optim.ops.quantise import code_bytes, dequantise, quantise
+from pushstep.optim.ops.select import select
+from pushstep.optim.ops.sums import weighted_sum
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 

@@ -19,14 +19,15 @@ from harness import RunningServer, wait_until
 from torch import nn
 from twin import Make, Network, Twins, adadelta, adagrad, both
 
-from pushstep.client import Outcome, Session, imported_memory
-from pushstep.client.imported_memory import ImportedMemory
-from pushstep.client.line import Line
-from pushstep.client.retry import TransportFailure
+from pushstep.client import Outcome, Session
+from pushstep.client.shared_memory import imported_memory
+from pushstep.client.shared_memory.imported_memory import ImportedMemory
+from pushstep.client.shared_memory.local_socket import LocalSocket
+from pushstep.client.transport.retry import TransportFailure
 from pushstep.optim import Adagrad
-from pushstep.proto import device_memory
-from pushstep.proto.device_memory import HANDLE_BYTES, CudaDriver
 from pushstep.proto.errors import NoSharedMemory
+from pushstep.proto.shared_memory import cuda_ipc as device_memory
+from pushstep.proto.shared_memory.cuda_ipc import HANDLE_BYTES, CudaDriver
 from pushstep.proto.types_pb2 import DeviceMemory
 
 ELEMENTS = 300_007  # more than the digest leaves to the host, and on no border
@@ -154,7 +155,7 @@ def test_a_round_of_two_workers_is_the_one_of_frames(
 def test_a_push_is_the_same_one_when_it_comes_again_as_frames(
     host: DeviceHost, server: RunningServer, model_name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    exchange = Line.exchange
+    exchange = LocalSocket.exchange
 
     def unheard(*arguments: Any) -> Any:
         exchange(*arguments)
@@ -164,7 +165,7 @@ def test_a_push_is_the_same_one_when_it_comes_again_as_frames(
         worker = Worker(session, host.device)
         worker.step(0)
         with monkeypatch.context() as patch:
-            patch.setattr(Line, "exchange", unheard)
+            patch.setattr(LocalSocket, "exchange", unheard)
             worker.step(1)  # frames: of another digest it would be a conflict
         receipt = worker.remote.last_receipt
         assert receipt is not None
@@ -308,7 +309,7 @@ def test_memory_is_kept_for_as_long_as_a_living_worker_has_it_open(
         region = session.memory.region
         assert region is not None
         server.rest("DELETE", f"/v1/models/{model_name}/workers/w0").raise_for_status()
-        wait_until(lambda: not region.line.is_open())
+        wait_until(lambda: not region.local_socket.is_open())
         if host.driver is not None:
             assert len(host.allocations()) == 2  # one, and who has it open
         session.memory.drop()

@@ -18,11 +18,11 @@ from shared_memory_victim import ELEMENTS, SOON_S
 from test_device_memory import Worker, host  # noqa: F401 - its fixture
 
 from pushstep.client import connect
-from pushstep.client.line import Line
-from pushstep.client.parameters import Parameters
+from pushstep.client.attachment.parameters import Parameters
+from pushstep.client.shared_memory.local_socket import LocalSocket
 from pushstep.optim import Adadelta
-from pushstep.proto import device_memory
 from pushstep.proto.errors import PushstepError
+from pushstep.proto.shared_memory import cuda_ipc as device_memory
 
 VICTIM = Path(__file__).with_name("device_memory_victim.py")
 DEATHS = ["asked", "handed over", "open", "written", "sent", "answered", "copying out", "closed"]
@@ -102,13 +102,13 @@ def kill_at(server: RunningServer, point: str, monkeypatch: pytest.MonkeyPatch) 
         threading.Timer(SOON_S, lambda: server.process.send_signal(signal.SIGKILL)).start()
         return exchange(*args)
 
-    exchange = Line.exchange
+    exchange = LocalSocket.exchange
     places: dict[str, tuple[Any, str]] = {
         "handed over": (device_memory.driver, "open"),
         "copying out": (Parameters, "take"),
     }
     if point == "sent":
-        monkeypatch.setattr(Line, "exchange", sent)
+        monkeypatch.setattr(LocalSocket, "exchange", sent)
     else:
         owner, name = places[point]
         monkeypatch.setattr(owner, name, then(getattr(owner, name)))
@@ -136,7 +136,7 @@ def test_a_killed_server(
             assert error.code in ("no_answer", "server_unavailable", "fate_unknown"), error.code
     finally:
         server.outlived_by(session)
-    assert session.memory.region is None or not session.memory.region.line.is_open()
+    assert session.memory.region is None or not session.memory.region.local_socket.is_open()
     if host.driver is not None:
         assert not host.driver.held  # what was opened here is closed, whoever is gone
         for left in host.allocations():  # which a device has of no process that has ended

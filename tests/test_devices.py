@@ -13,6 +13,7 @@ import harness
 import pytest
 import test_deaths
 import test_end_to_end
+import test_exports
 import test_many_workers
 import test_rounds
 import test_shared_memory
@@ -27,6 +28,7 @@ from test_snapshots_end_to_end import socket  # noqa: F401
 
 MODULES = (
     test_end_to_end,
+    test_exports,
     test_many_workers,
     test_rounds,
     test_shared_memory,

@@ -1,24 +1,20 @@
 """One worker, real sockets: every step is the local optimizer's, bit for bit, and torch's, to stated ulps.
 
-Then what an operator changes in mid-training, and what leaves the service as a checkpoint.
+Then what an operator changes in mid-training.
 """
 
 from __future__ import annotations
 
 import copy
-import io
 import math
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from harness import RunningServer
-from operators import add_hook, download, patch_group, remove_hook, show_model
+from operators import add_hook, download, patch_group, remove_hook
 from reference import (
     OPTIMIZERS,
     Network,
@@ -43,7 +39,6 @@ from ulps import assert_parameter_close, assert_state_close, distance, parameter
 from pushstep.client import Outcome, RemoteOptimizer, Session
 
 STEPS = 25
-PLAIN_TORCH = Path(__file__).with_name("plain_torch.py")
 TORCH = {"adadelta": torch.optim.Adadelta, "adagrad": torch.optim.Adagrad}
 SET_ADAGRAD = {"lr": 0.1, "lr_decay": 0.05, "initial_accumulator_value": 0.1, "eps": 1e-8, "maximize": True}
 SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -491,64 +486,3 @@ def test_the_scheduler_hook_is_torchs_scheduler(server: RunningServer, session: 
 
 
 # --- checkpoints leave
-
-
-EXPORTS = {
-    "adadelta": ["adadelta"],
-    "adagrad": ["adagrad"],
-    "both": ["adagrad", "adadelta"],
-}
-
-
-@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
-@pytest.mark.parametrize("name", EXPORTS)
-def test_plain_torch_continues_from_an_export(
-    server: RunningServer, session: Session, tmp_path: Path, name: str, sparse: bool
-) -> None:
-    rules = EXPORTS[name]
-    mine = Network(sparse=sparse)
-    optimizers = (
-        split_optimizers(mine)
-        if len(rules) == 2
-        else OPTIMIZERS[rules[0]](mine.parameters(), lr=0.3, maximize=True)
-    )
-    remote = session.attach(optimizers, module=mine)
-    for number in range(15):
-        set_gradients(mine, drawn_gradients(number, sparse=sparse))
-        remote.step()
-    exported = download(server, f"{session.model}/export", "torch")
-    # torch's Adadelta takes no row-sparse gradients; its state came from them all the same
-    gradients = drawn_gradients(16, sparse=sparse and "adagrad" in rules)
-    (tmp_path / "export.pt").write_bytes(exported)
-    torch.save(gradients, tmp_path / "gradients.pt")
-    before = copy.deepcopy(mine)
-    set_gradients(mine, gradients)
-    remote.step()
-
-    command = [sys.executable, "-I", PLAIN_TORCH, "export.pt", "gradients.pt", "result.pt", *rules]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    found = torch.load(tmp_path / "result.pt", weights_only=True)
-    assert {key: bits(value) for key, value in found["loaded"].items()} == parameter_bits(before)
-    fetched = remote.state_dict() if len(rules) == 2 else [remote.state_dict()]
-    for continued, held in zip(fetched, found["optimizers"], strict=True):
-        assert continued["state"].keys() == held["state"].keys()
-        assert len(held["state"]) > 0
-        for number, state in held["state"].items():
-            assert_state_close(continued["state"][number], state)
-        assert hyperparameters(continued) == hyperparameters(held)
-    for key, parameter in mine.named_parameters():
-        assert_parameter_close(parameter, found["model"][key], before.get_parameter(key))
-
-
-def test_an_export_is_one_version_and_says_which(server: RunningServer, session: Session) -> None:
-    mine, remote = attached(session, "adadelta", {})
-    for number in range(3):
-        set_gradients(mine, drawn_gradients(number))
-        remote.step()
-    answer = server.rest("GET", f"/v1/models/{session.model}/export", params={"format": "torch"})
-    assert answer.headers["X-Pushstep-Version"] == "3"
-    assert answer.headers["X-Pushstep-Timeline"] == str(show_model(server, session.model)["timeline"])
-    loaded = torch.load(io.BytesIO(answer.content), weights_only=True)
-    assert {name: bits(value) for name, value in loaded["model"].items()} == parameter_bits(mine)
-    assert state_bits(loaded["optimizer"]) == state_bits(remote.state_dict())

@@ -18,11 +18,11 @@ import httpx
 import numpy as np
 import pytest
 from harness import RunningServer, running_server, start_server
+from problems import from_problem
 from wire import GROUPS, PARAMETERS, created, state_of
 
-from pushstep.client.retry import TransportFailure
+from pushstep.client.transport.retry import TransportFailure
 from pushstep.proto.errors import NoAnswer, PushstepError
-from pushstep.proto.status import from_problem
 
 FAULTY = Path(__file__).with_name("faulty_server.py")
 SAME = ("uid", "version", "edit", "export", "body", "steps", "hooks")

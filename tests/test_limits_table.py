@@ -8,37 +8,33 @@ from pathlib import Path
 
 import uvicorn
 
-from pushstep.proto import layout, parts
 from pushstep.proto import training_pb2 as pb
-from pushstep.proto.frames import MAX_CHUNK_BYTES, MAX_MESSAGE_BYTES
-from pushstep.proto.limits import limit_of
 from pushstep.proto.types_pb2 import Identity, Manifest, Parameter
-from pushstep.server import (
+from pushstep.proto.wire import layout, parts
+from pushstep.proto.wire.frames import MAX_CHUNK_BYTES, MAX_MESSAGE_BYTES
+from pushstep.proto.wire.limits import limit_of
+from pushstep.server.arenas import publisher as publish
+from pushstep.server.config import Config
+from pushstep.server.coordinator import read_json, settings
+from pushstep.server.coordinator import sessions as session
+from pushstep.server.coordinator.hooks import chain, schedulers
+from pushstep.server.coordinator.worker import RECEIPTS_KEPT
+from pushstep.server.models import (
     catalog,
     copies,
-    counted_parts,
     creations,
-    descriptors,
     downloads,
     events,
     executor,
-    http_protocol,
-    publish,
-    read_json,
-    received,
-    session,
-    settings,
-    staging,
-    tensor_file,
-    threads,
-    timed_messages,
+    observers,
 )
-from pushstep.server.config import Config
-from pushstep.server.grpc_methods import REQUEST_S
-from pushstep.server.hooks import chain, schedulers
-from pushstep.server.rest_door import app
+from pushstep.server.operator_door import app, http_protocol
+from pushstep.server.process import descriptors, threads
 from pushstep.server.service import GRPC_OPTIONS
-from pushstep.server.worker import RECEIPTS_KEPT
+from pushstep.server.staging import budget
+from pushstep.server.storage import tensor_file
+from pushstep.server.streams import counted_parts, received, timed_messages
+from pushstep.server.worker_door.methods import REQUEST_S
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 DEFAULTS = Config()
@@ -118,7 +114,7 @@ EXPECTED = {
     "a message of gRPC's": f"{size(MAX_MESSAGE_BYTES)}; {size(MAX_CHUNK_BYTES)}",
     "a manifest or header, in parts": (
         f"{size(parts.MAX_WHOLE_BYTES)}; {duration(counted_parts.PARTS_S)} and one for each "
-        f"{size(counted_parts.LEAST_BYTES_PER_S).removeprefix('1 ')}; {A_QUARTER[staging.PARTS_SHARE]}"
+        f"{size(counted_parts.LEAST_BYTES_PER_S).removeprefix('1 ')}; {A_QUARTER[budget.PARTS_SHARE]}"
     ),
     "parameters; param groups; names": (
         f"{count('parameters')}; {count('groups')}; {limit_of(Parameter, 'aliases').count + 1:,}; "
@@ -152,7 +148,7 @@ EXPECTED = {
         f"{chain.MAX_HOOKS}; {size(chain.MAX_SETTINGS_BYTES)}; {schedulers.MAX_SCHEDULERS}; {schedulers.MAX_LIST:,}"
     ),
     "events kept of a model": f"{events.EVENTS_KEPT:,}; {size(events.EVENT_BYTES)}; {size(events.EVENTS_BYTES)}",
-    "events that observers": f"{chain.OBSERVER_QUEUE:,}",
+    "events that observers": f"{observers.OBSERVER_QUEUE:,}",
 }
 
 

@@ -13,13 +13,13 @@ from harness import RunningServer
 from wire import PARAMETERS, RawWorker, Wire, created, named, state_of
 
 from pushstep.client import Outcome
-from pushstep.proto import parts
 from pushstep.proto import training_pb2 as pb
 from pushstep.proto.errors import MalformedFrame, MessageTooLarge, OverBudget, StreamStalled, TooLong
-from pushstep.proto.frames import MAX_MESSAGE_BYTES
-from pushstep.server import counted_parts
-from pushstep.server.counted_parts import PARSED_BYTES_PER_BYTE, CountedParts
-from pushstep.server.staging import Budget
+from pushstep.proto.wire import parts
+from pushstep.proto.wire.frames import MAX_MESSAGE_BYTES
+from pushstep.server.staging.budget import Budget
+from pushstep.server.streams import counted_parts
+from pushstep.server.streams.counted_parts import PARSED_BYTES_PER_BYTE, CountedParts
 
 # 5.5 MB of names.
 COUNT, NAME_BYTES = 6_000, 900

@@ -22,8 +22,8 @@ from wire import GROUPS, PARAMETERS
 from pushstep.client import Outcome, Session
 from pushstep.optim import Adagrad
 from pushstep.proto import training_pb2 as pb
-from pushstep.proto.line import HEAD_BYTES, Method, Status, framed, status_of
-from pushstep.proto.status import from_status
+from pushstep.proto.errors.status import from_status
+from pushstep.proto.shared_memory.local_socket import HEAD_BYTES, Method, Status, framed, status_of
 
 
 def files_of(pid: int) -> list[str]:
@@ -45,7 +45,7 @@ def regions_of(pid: int) -> int:
 
 def shares(session: Session) -> bool:
     """Whether a session's last step went through shared memory."""
-    return session.memory.region is not None and session.memory.region.line.is_open()
+    return session.memory.region is not None and session.memory.region.local_socket.is_open()
 
 
 @pytest.mark.parametrize("door", ["unix", "loopback"])
@@ -196,7 +196,7 @@ def test_an_evicted_worker_loses_its_region(server: RunningServer, model_name: s
         region = session.memory.region
         assert region is not None
         server.rest("DELETE", f"/v1/models/{model_name}/workers/w0").raise_for_status()
-        wait_until(lambda: not region.line.is_open())
+        wait_until(lambda: not region.local_socket.is_open())
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ def test_what_is_no_call_is_refused_by_name(server: RunningServer, model_name: s
         session.create(PARAMETERS, GROUPS)
         _, before = session.exchange({"bias": np.ones(4, np.float32)})
         assert session.memory.region is not None
-        connection = session.memory.region.line._connection
+        connection = session.memory.region.local_socket._connection
         connection.settimeout(10)
         connection.sendall(sent)
         status, length = status_of(connection.recv(HEAD_BYTES, socket.MSG_WAITALL))
@@ -231,13 +231,13 @@ def test_a_worker_that_speaks_out_of_turn_harms_nobody(server: RunningServer, mo
         assert region is not None
         header = pb.PushHeader(model=model_name, identity=session.member().identity(), region=region.number)
         message = pb.PushRequest(header=header, commit=pb.PushCommit()).SerializeToString()
-        connection = region.line._connection
+        connection = region.local_socket._connection
         connection.sendall(100 * framed(Method.PUSH, message))
         connection.settimeout(10)
         with contextlib.suppress(ConnectionResetError):
             while connection.recv(1 << 16):
                 pass
-        assert not region.line.is_open()
+        assert not region.local_socket.is_open()
         receipt, _ = session.exchange({"bias": np.ones(4, np.float32)})
         assert receipt.version == 2
         assert shares(session)

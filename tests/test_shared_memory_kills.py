@@ -19,9 +19,10 @@ from harness import RunningServer, running_server, start_server, wait_until
 from shared_memory_victim import ELEMENTS, GRADIENT, SOON_S
 from test_shared_memory import regions_of, shares
 
-from pushstep.client import connect, region
-from pushstep.client.line import Line
-from pushstep.client.mirror import Mirror
+from pushstep.client import connect
+from pushstep.client.shared_memory import region
+from pushstep.client.shared_memory.local_socket import LocalSocket
+from pushstep.client.worker.cache import ParameterCache
 from pushstep.optim import Adadelta
 from pushstep.proto.errors import PushstepError
 
@@ -92,18 +93,18 @@ def kill_at(server: RunningServer, point: str, monkeypatch: pytest.MonkeyPatch) 
     places: dict[str, tuple[Any, str]] = {
         "opened": (region, "_fetch"),
         "handed over": (region, "_mapped"),
-        "written": (Line, "exchange"),
+        "written": (LocalSocket, "exchange"),
         "answered": (region.Region, "answer_of"),
-        "copying out": (Mirror, "take"),
+        "copying out": (ParameterCache, "take"),
     }
     if point == "sent":
-        exchange = Line.exchange
+        exchange = LocalSocket.exchange
 
         def sent(*args: Any) -> Any:
             threading.Timer(SOON_S, lambda: server.process.send_signal(signal.SIGKILL)).start()
             return exchange(*args)
 
-        monkeypatch.setattr(Line, "exchange", sent)
+        monkeypatch.setattr(LocalSocket, "exchange", sent)
     else:
         owner, name = places[point]
         monkeypatch.setattr(owner, name, then(getattr(owner, name)))

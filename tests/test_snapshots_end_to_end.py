@@ -32,8 +32,9 @@ from reference import (
 
 from pushstep.client import Outcome, RemoteOptimizer, Session, connect
 from pushstep.proto.errors import Starting, Superseded, UnknownModel
-from pushstep.server.catalog import Catalog
 from pushstep.server.config import Config
+from pushstep.server.models.catalog import Catalog
+from pushstep.server.models.saved_models import SavedModels
 
 BEFORE = 20
 AGAIN = range(BEFORE, BEFORE + 50)
@@ -234,6 +235,6 @@ def test_no_model_is_missing_before_all_are_back(data: Path) -> None:
     catalog = Catalog(Config(data=data))
     with pytest.raises(Starting):
         catalog.get("m")
-    asyncio.run(catalog.load())
+    asyncio.run(SavedModels(catalog).load())
     with pytest.raises(UnknownModel):
         catalog.get("m")

@@ -17,11 +17,11 @@ from pathlib import Path
 import httpx
 import numpy as np
 from harness import RunningServer, running_server
+from problems import from_problem
 from wire import state_of
 
 from pushstep.client import Session
 from pushstep.proto.errors import PushstepError
-from pushstep.proto.status import from_problem
 
 # Larger than what malloc keeps of what was freed.
 ELEMENTS = 20_000_000

@@ -41,7 +41,7 @@ from operators import (
 from proxy import Proxy
 
 from pushstep.client import Outcome, Session, connect
-from pushstep.client.transport import Transport
+from pushstep.client.transport.channel import Transport
 from pushstep.proto.errors import (
     FateUnknown,
     Fenced,

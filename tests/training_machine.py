@@ -18,7 +18,7 @@ import hypothesis.strategies as st
 import torch
 from harness import RunningServer
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
-from mirrored import STEPPED, Mirror, Trainee, Worker, copy_group, extras_of, values_of, write
+from mirrored import STEPPED, ParameterCache, Trainee, Worker, copy_group, extras_of, values_of, write
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 from twin import adadelta, adagrad, both
@@ -100,7 +100,7 @@ class Training(RuleBasedStateMachine):
         self.name = f"training-{type(self).count}"
         self.sparse = sparse
         self.workers: list[Worker | None] = [None, None]
-        self.mirror = Mirror(MAKES[make], Trainee(sparse=sparse))
+        self.mirror = ParameterCache(MAKES[make], Trainee(sparse=sparse))
         self.schedulers: list[Any] = []
         self.scalers: list[torch.amp.GradScaler] = []
         self.checkpoint: tuple[dict[str, Any], Any, Any] | None = None

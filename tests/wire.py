@@ -22,11 +22,11 @@ from torch import Tensor
 from pushstep.client import Session
 from pushstep.proto import training_pb2 as pb
 from pushstep.proto.errors import PushstepError
-from pushstep.proto.frames import BodyDigest, Piece, pack
-from pushstep.proto.layout import ID_BYTES, Layout, Slot
-from pushstep.proto.line import HEAD_BYTES, Status, status_of
-from pushstep.proto.status import from_rpc_error, from_status
+from pushstep.proto.errors.status import from_rpc_error, from_status
+from pushstep.proto.shared_memory.local_socket import HEAD_BYTES, Status, status_of
 from pushstep.proto.types_pb2 import Identity, Segment
+from pushstep.proto.wire.frames import BodyDigest, Piece, pack
+from pushstep.proto.wire.layout import ID_BYTES, Layout, Slot
 
 SERVICE = "/pushstep.v1.TrainingService/"
 BULK_IN = ("Push", "Exchange", "Upload")
@@ -178,7 +178,7 @@ class RawWorker:
         self.member.identity.sequence += consumed
 
 
-class RawLine:
+class RawLocalSocket:
     """A raw worker's region, and the connection over which it is called."""
 
     def __init__(self, raw: RawWorker) -> None:

@@ -1,4 +1,4 @@
-"""`pushstep demo`: the whole service on real data, beside the same training done with torch."""
+"""`pushstep demo`: trains on real data through the service, and beside it with torch alone."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def demo(
 ) -> None:
     """Train on real flights through a server and workers, and compare with torch's own optimizers."""
     # not needed for --help
-    from ..compression import push_and_pull
     from ..demo.display import Display
     from ..demo.errors import DemoFailed
     from ..demo.run import run_demo
     from ..demo.served import POLICIES
+    from ..gradients.compression import push_and_pull
 
     if policy not in (*POLICIES, "all"):
         raise typer.BadParameter(f"there are {', '.join(POLICIES)} and all", param_hint="--policy")

@@ -1,4 +1,4 @@
-"""`pushstep status`: what a server holds."""
+"""`pushstep status`: prints which server answers and which models it holds."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def status(
     # not needed for --help
     from pushstep.proto.errors import PushstepError
 
-    from ..dial import dial
+    from ..transport.dial import dial
 
     try:
         transport, found = dial(server, timeout_s=3.0)

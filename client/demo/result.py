@@ -1,4 +1,4 @@
-"""What the demo found: a run for each policy, and whether that is good enough."""
+"""The demo's result: one run per policy, and whether each is good enough."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _BAR_WIDTH: Final = 40
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PolicyRun:
-    """One training under one policy, beside the local one that it compares with."""
+    """The figures of one training under one policy, and of the local training that it is compared with."""
 
     policy: str
     auc_remote: float
@@ -45,7 +45,7 @@ class PolicyRun:
         return short
 
     def as_values(self) -> dict[str, Any]:
-        """What JSON says of it."""
+        """The run as values for JSON."""
         return {
             "policy": self.policy,
             "auc_remote": round(self.auc_remote, 6),
@@ -60,7 +60,7 @@ class PolicyRun:
         }
 
     def as_lines(self) -> Iterator[str]:
-        """What a person reads of it."""
+        """The run as lines for a person."""
         versions = sum(self.contributors.values())
         yield (
             f"{self.policy}: held-out AUC {self.auc_remote:.4f} served, {self.auc_local:.4f} local "
@@ -74,7 +74,7 @@ class PolicyRun:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DemoResult:
-    """The runs in the order in which they were made, and what they share."""
+    """The runs in order, the total seconds and the picture."""
 
     runs: tuple[PolicyRun, ...]
     seconds: float
@@ -85,7 +85,7 @@ class DemoResult:
         return [reason for run in self.runs for reason in run.shortcomings()]
 
     def as_json(self) -> str:
-        """One line for programs; what is not under `policies` is the first run's or everybody's."""
+        """One line of JSON. Figures outside `policies` are those of the first run, or of the whole demo."""
         first = self.runs[0].as_values()
         return json.dumps(
             {
@@ -98,7 +98,7 @@ class DemoResult:
 
 
 def bars(what: str, counts: Mapping[int, int]) -> Iterator[str]:
-    """A bar chart in text: a line for each value that occurred; what occurred at all has at least one mark."""
+    """A bar chart in text: one line per value that occurred, with at least one mark."""
     longest = max(counts.values(), default=0)
     for value, count in sorted(counts.items()):
         bar = "#" * max(1, round(_BAR_WIDTH * count / longest))

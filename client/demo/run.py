@@ -1,4 +1,4 @@
-"""The demo from start to end: one server, some workers, the same training here, and the two side by side."""
+"""Runs the demo: a server with workers, the same training locally, and the comparison."""
 
 from __future__ import annotations
 
@@ -19,11 +19,10 @@ from safetensors.torch import load_file
 from .data import Flights, load_flights
 from .display import Display
 from .errors import DemoFailed
-from .model import FlightModel, flight_model, optimizers
+from .model import FlightModel, flight_model, held_out_auc, optimizers
 from .picture import draw_losses
 from .processes import Processes, terminable
 from .result import DemoResult, PolicyRun
-from .scores import held_out_auc
 from .served import Course, ServedTraining, train_served
 from .service import start_service
 from .training import BATCH, Together, batch_count, train
@@ -33,7 +32,7 @@ MODEL: Final = "flights"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LocalTraining:
-    """What torch's own optimizers made of the same flights."""
+    """Losses and held-out AUC of a training on the same flights with torch's own optimizers."""
 
     losses: list[float]
     auc: float
@@ -42,9 +41,9 @@ class LocalTraining:
 def run_demo(
     *, out: Path, epochs: int, workers: int, wire: str, policies: Sequence[str], display: Display
 ) -> DemoResult:
-    """Run all of it; the output folder is what stays."""
+    """Run the whole demo. Only the output folder stays. DemoFailed if any part fails."""
     began = time.monotonic()
-    if importlib.util.find_spec("matplotlib") is None:  # found out now, not after the training
+    if importlib.util.find_spec("matplotlib") is None:  # checked before the training, not after it
         raise DemoFailed("the demo draws with matplotlib: pip install 'pushstep[demo]'")
     display.say("reading the flights")
     flights = load_flights()
@@ -85,7 +84,7 @@ def run_demo(
 def _train_served(
     flights: Flights, courses: Sequence[Course], out: Path, display: Display
 ) -> list[ServedTraining]:
-    """One course after the other on one server; the checkpoints are fetched while it still runs."""
+    """Run the courses one after the other on one server; each checkpoint is fetched while the server runs."""
     with ExitStack() as stack:
         stack.enter_context(terminable())
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pushstep-demo-")))
@@ -129,7 +128,7 @@ def _draw(
     served: Sequence[ServedTraining],
     local: dict[int, LocalTraining],
 ) -> None:
-    """Every curve over the batches seen, so that a step on a larger batch counts as several."""
+    """Draw every curve over the batches of BATCH flights seen: a step on a larger batch counts as several."""
     curves: dict[str, Sequence[float]] = {
         f"pushed to the service, {course.policy}": training.losses
         for course, training in zip(courses, served, strict=True)
@@ -155,7 +154,7 @@ def _tell(result: DemoResult, display: Display) -> None:
 
 
 def load_checkpoint(checkpoint: Path, flights: Flights) -> FlightModel:
-    """A fresh model with the checkpoint's values, which must be exactly its parameters."""
+    """A model with the checkpoint's values. DemoFailed unless the checkpoint has exactly its parameters."""
     model = flight_model(flights)
     try:
         model.load_state_dict(load_file(checkpoint), strict=True)
@@ -165,12 +164,12 @@ def load_checkpoint(checkpoint: Path, flights: Flights) -> FlightModel:
 
 
 def _train_here(flights: Flights, *, epochs: int, batch: int, display: Display) -> LocalTraining:
-    """The same flights in the same order through torch's own optimizers."""
+    """Train on the same flights in the same order with torch's own optimizers."""
     model = flight_model(flights)
     together = Together(optimizers(model, adagrad=torch.optim.Adagrad, adadelta=torch.optim.Adadelta))
     losses: list[float] = []
     with (
-        # torch's sparse Adagrad warns until somebody decides; the gradients here are autograd's own.
+        # torch warns until this is set, either way; no check is needed, since the gradients are autograd's
         torch.sparse.check_sparse_tensor_invariants(enable=False),  # type: ignore[no-untyped-call]
         display.progress(f"local, {batch} a step", batch_count(flights, epochs, batch=batch)) as show,
     ):

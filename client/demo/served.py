@@ -1,9 +1,9 @@
-"""A training that the service steps: the demo's workers, what they report, and how its policy starts and ends.
+"""A training through the service: starts the demo's workers, follows what they report, and sets the policy.
 
 Every policy gets the same flights in the same pushes. Under `async` and `bounded` each push is a step. Under `sync` a
-round of one push per worker is a step, so that the run compares with a local training in batches as large as a
-round. Its rounds open once every worker is there, so that none starts alone; when the first round is done that
-condition is lifted, since a worker at the end of its share leaves and the others go on without it.
+round of one push per worker is a step, so the run is compared with a local training in batches as large as a round.
+Rounds open once every worker has joined, so that no worker starts alone. After the first round that condition is
+lifted, since a worker that has finished its share leaves and the others continue without it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ POLICIES: Final = ("async", "bounded", "sync")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Course:
-    """What is trained: under which policy, by how many workers, for how long."""
+    """The plan of one training: its policy, model, epochs, workers and wire dtype."""
 
     policy: str
     model: str
@@ -39,18 +39,18 @@ class Course:
 
     @property
     def local_batch(self) -> int:
-        """Flights per step of the local training that compares with it."""
+        """Flights per step of the local training that this one is compared with."""
         return BATCH * self.workers if self.policy == "sync" else BATCH
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The policy as the model is created with it."""
+        """The policy and settings with which the model is created."""
         return {"policy": self.policy, **({"min_workers": self.workers} if self.policy == "sync" else {})}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServedTraining:
-    """What the workers reported."""
+    """The workers' reports, added up."""
 
     losses: list[float]
     """Of each push, in the order of the versions that they made."""
@@ -63,7 +63,7 @@ class ServedTraining:
 def train_served(
     processes: Processes, service: Service, flights: Flights, course: Course, display: Display
 ) -> ServedTraining:
-    """Start the workers and follow them to the end of their shares."""
+    """Start the workers and follow them until each has finished its share; otherwise ProcessFailed."""
     summaries = {
         processes.start(f"{course.model}-w{index}", _command(service, processes, course, index)): (
             _summary(processes, course, index)
@@ -123,7 +123,7 @@ def _command(service: Service, processes: Processes, course: Course, index: int)
 
 
 def _steps(processes: Processes, service: Service, working: set[Child]) -> Iterator[dict[str, Any]]:
-    """Each step as it is reported, until every worker has ended well."""
+    """Each step as it is reported, until every worker has exited with status 0; otherwise ProcessFailed."""
     heard_at = time.monotonic()
     while working:
         line = processes.next_line(timeout_s=0.5)

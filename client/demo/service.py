@@ -1,4 +1,4 @@
-"""The demo's server: a `pushstep-server` process on free ports of this machine, and what it does by REST."""
+"""The demo's server: a `pushstep-server` process on free local ports, and the demo's REST calls."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Service:
         path.write_bytes(self._ask("GET", f"models/{model}/export?format=safetensors"))
 
     def change_policy(self, model: str, settings: Mapping[str, Any]) -> None:
-        """Change settings of the model's policy; what is left out stays."""
+        """Change settings of the model's policy; settings that are left out stay."""
         self._ask("PATCH", f"models/{model}/policy", json.dumps(settings).encode())
 
     def _ask(self, method: str, resource: str, body: bytes | None = None) -> bytes:
@@ -46,7 +46,7 @@ class Service:
         request = urllib.request.Request(url, body, headers, method=method)
         direct = urllib.request.build_opener(
             urllib.request.ProxyHandler({})
-        )  # a proxy cannot reach our loopback
+        )  # a proxy cannot reach this loopback address
         try:
             with direct.open(request, timeout=ANSWER_WITHIN_S) as reply:
                 return bytes(reply.read())
@@ -59,7 +59,7 @@ class Service:
 
 
 def start_service(processes: Processes, data: Path) -> Service:
-    """Start the server over an empty data folder and wait until it says where it listens."""
+    """Start the server on an empty data folder and wait for its addresses. DemoFailed, ProcessFailed."""
     program = Path(sys.executable).with_name("pushstep-server")
     if not program.exists():
         raise DemoFailed(f"there is no {program}: install pushstep into this environment")

@@ -1,8 +1,8 @@
-"""The one loop that trains: here with local optimizers, in a worker with the service's.
+"""The training loop, the same for local optimizers and for a worker of the service.
 
-It asks of an optimizer only `step` and `zero_grad`, so nothing in it knows where the step is taken. Each epoch is
-one seeded shuffle cut into batches; worker i of n takes every n-th batch from the i-th on. Together the workers
-see exactly the batches that a lone trainer sees, in the same order.
+The loop uses only `step`, `zero_grad` and `samples` of an optimizer, so it does not depend on where the step is taken.
+Each epoch is one seeded shuffle, cut into batches; worker i of n takes every n-th batch from the i-th on. Together the
+workers see exactly the batches that a single trainer sees, in the same order.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ SHUFFLE_SEED: Final = 13
 
 
 class Stepper(Protocol):
-    """What the loop needs of an optimizer."""
+    """The interface that the loop needs of an optimizer."""
 
     samples: float
     """How many flights the next step's gradients are over: their weight where several pushes make one step."""
 
     def step(self) -> Any:
-        """Use the gradients."""
+        """Take a step of the gradients."""
 
     def zero_grad(self) -> None:
-        """Forget the gradients."""
+        """Clear the gradients."""
 
 
 class Together:
-    """Several local optimizers stepped as one, as the service steps the groups of one model."""
+    """Steps several local optimizers as one, as the service steps the groups of one model."""
 
     def __init__(self, optimizers: list[torch.optim.Optimizer]) -> None:
         self.optimizers = optimizers
@@ -56,7 +56,7 @@ class Together:
 def batches(
     flights: Flights, epoch: int, *, index: int = 0, of: int = 1, batch: int = BATCH
 ) -> Iterator[Tensor]:
-    """The rows of each batch of this worker's share of an epoch."""
+    """The int64 rows of each batch in this worker's share (`index` of `of`) of an epoch."""
     order = np.random.default_rng((SHUFFLE_SEED, epoch)).permutation(len(flights.train))
     shuffled = flights.train[torch.from_numpy(order)]
     for start in range(index * batch, len(shuffled), of * batch):
@@ -64,7 +64,7 @@ def batches(
 
 
 def batch_count(flights: Flights, epochs: int, *, index: int = 0, of: int = 1, batch: int = BATCH) -> int:
-    """How many steps `train` will take."""
+    """The number of steps that `train` takes with the same arguments."""
     whole = -(-len(flights.train) // batch)
     return epochs * len(range(index, whole, of))
 

@@ -1,7 +1,7 @@
-"""A worker of the demo: a process that computes gradients and lets the service take the steps.
+"""A worker of the demo: a process that computes gradients, while the service takes the steps.
 
-It joins a model by name, trains its share of each epoch and leaves. Each step is one line of JSON on stdout; with
-`--out` a summary is written when all went well.
+It joins a model by name, trains its share of each epoch and leaves. It prints each step as one line of JSON on stdout;
+with `--out` it writes a summary at the end, if nothing failed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .data import load_flights
 from .model import flight_model, optimizers
 from .training import train
 
-# for a server that is started with the workers
+# how long to wait for a server that is started at the same time
 START_S: Final = 60.0
 
 
@@ -34,7 +34,7 @@ def work(
     wire: str,
     policy: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """Train this worker's share through the service, printing each step; the summary comes back."""
+    """Train this worker's share through the service and print each step; returns the summary."""
     flights = load_flights()
     network = flight_model(flights)
     outcomes: Counter[str] = Counter()
@@ -44,7 +44,7 @@ def work(
 
         def report(step: int, loss: float) -> None:
             receipt = optimizer.last_receipt
-            if receipt is None:  # a step without any gradient sends nothing
+            if receipt is None:  # a step without any gradient sends no push
                 return
             outcomes[str(receipt.outcome)] += 1
             staleness.append(int(receipt.staleness))

@@ -1,4 +1,4 @@
-"""The error catalogue: one class per failure, the same on both sides of the wire and at both doors.
+"""The base and the families of the error catalogue: one class per failure, for both sides and both doors.
 
     PushstepError
       InvalidRequest     the caller sent something that can never work; nothing was changed
@@ -6,11 +6,11 @@
       Refused            the request is well-formed but not now, or not from this caller
       Unavailable        try again later, unchanged
       Broken             the server's own fault
-      Misuse             raised on this side only, before anything was sent
+      Misuse             raised on the caller's side only
 
 A class carries its code (the machine-readable name, also over REST and in logs), its gRPC and HTTP status and a
-message that says what to do. What fills the message travels beside it, so an error that crosses the wire comes
-back as itself (see status.py). Nothing ever matches on message text.
+message that says what to do. The fields that fill the message travel beside it, so an error that crosses the wire
+comes back as the same class (see status.py). No code ever matches on a message's text.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ class PushstepError(Exception):
 
     @property
     def consumed(self) -> bool:
-        """Whether the push that failed took its sequence: its retry gets this error again."""
+        """Whether the push that failed has used up its sequence: a retry gets this error again."""
         return self.fields.get("consumed") == "True"
 
     @property
     def retry_after_s(self) -> float | None:
-        """How long the server asks to wait before another attempt."""
+        """How long the server asks to wait before another attempt; None if it does not ask."""
         text = self.fields.get("retry_after_s")
         return None if text is None else float(text)
 

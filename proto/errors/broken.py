@@ -1,4 +1,4 @@
-"""What to try again later, and what is the server's own fault."""
+"""Errors after which the same request may be sent again later, and errors that are the server's own fault."""
 
 from __future__ import annotations
 

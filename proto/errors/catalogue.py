@@ -1,8 +1,8 @@
-"""Every error by its code."""
+"""Every error class by its code."""
 
 from __future__ import annotations
 
-# a subclass is found once its module has been imported
+# `__subclasses__` finds a class only once its module has been imported
 from . import broken as _broken  # noqa: F401
 from . import invalid as _invalid  # noqa: F401
 from . import misuse as _misuse  # noqa: F401

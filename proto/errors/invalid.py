@@ -1,4 +1,4 @@
-"""What can never work: the caller sent something that is not as it has to be."""
+"""Errors of requests that can never work: the caller sent something that is not as it has to be."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class TooLong(InvalidRequest):
 
 
 class InvalidText(InvalidRequest):
-    """A text with a character that cannot be shown: a control character, or half of one."""
+    """A text with a character that cannot be shown: a control character, or half of a character."""
 
     code = "invalid_text"
     template = "{what} holds the character {character}, which cannot be shown; leave it out"

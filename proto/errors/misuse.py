@@ -1,4 +1,4 @@
-"""What is raised on the caller's side, before anything was sent."""
+"""Errors that are raised on the caller's side alone, never by a server."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class ServerUnavailable(Misuse):
 
 
 class InvalidAddress(Misuse):
-    """Where no server takes workers, and none will."""
+    """An address at which no server takes workers, and none will."""
 
     code = "invalid_address"
     template = "{address!r} is not where workers connect: {problem}"

@@ -1,4 +1,4 @@
-"""What is not there, and what is refused now or to this caller."""
+"""Errors of things that do not exist, and of requests that are refused now or to this caller."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ class ManifestMismatch(Refused):
 
 
 class NoSharedMemory(Refused):
-    """The server has no memory to share with this session, or no longer that which it names. Nothing was read."""
+    """The server shares no memory with this session, or no longer what it names. Nothing was read."""
 
     code = "no_shared_memory"
     template = "no shared memory: {problem}; send frames instead"
@@ -206,7 +206,7 @@ class HeldByHook(Refused):
 
 
 class OtherWorkersLive(Refused):
-    """A replaced state dict would pull the rug from under live workers."""
+    """A replaced state dict would change the model under other live workers."""
 
     code = "other_workers_live"
     template = "{count} other workers are live ({workers}); pass force=True to replace the state for everyone"

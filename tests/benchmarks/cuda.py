@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-Candidate = Callable[[], object]
+PendingPush = Callable[[], object]
 
 ROUNDS, STEPS = 7, 5
 
@@ -34,7 +34,7 @@ def use_checkout() -> None:
         sys.modules["pushstep"] = package
 
 
-def device_ms(step: Candidate, steps: int = STEPS) -> float:
+def device_ms(step: PendingPush, steps: int = STEPS) -> float:
     """Milliseconds of the device per step."""
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
@@ -45,7 +45,7 @@ def device_ms(step: Candidate, steps: int = STEPS) -> float:
     return start.elapsed_time(stop) / steps
 
 
-def wall_ms(step: Candidate, steps: int = 20) -> float:
+def wall_ms(step: PendingPush, steps: int = 20) -> float:
     """Milliseconds from the first call until the device is done, per step."""
     torch.cuda.synchronize()
     start = time.perf_counter()
@@ -57,17 +57,17 @@ def wall_ms(step: Candidate, steps: int = 20) -> float:
 
 def table(
     title: str,
-    candidates: dict[str, Callable[[], Candidate]],
+    pushes: dict[str, Callable[[], PendingPush]],
     *,
     least_bytes: int = 0,
     copy_rate: float = 0.0,
-    timer: Callable[[Candidate], float] = device_ms,
+    timer: Callable[[PendingPush], float] = device_ms,
 ) -> dict[str, float]:
     """Print one table. Each candidate is made, warmed up, measured and dropped before the next; median ms by name."""
     print(f"\n{title}")
     print(f"  {'':34s}{'min ms':>10s}{'median ms':>11s}{'GB/s':>9s}{'of copy':>9s}{'slower':>9s}")
     medians: dict[str, float] = {}
-    for name, make in candidates.items():
+    for name, make in pushes.items():
         torch.cuda.empty_cache()
         try:
             step = make()
@@ -96,27 +96,27 @@ def parameters(sizes: Sequence[int], grad_dtype: torch.dtype = torch.float32) ->
     return made
 
 
-def stepper(
+def writer(
     make: Any, sizes: Sequence[int], *, compiled: bool = False, **arguments: Any
-) -> Callable[[], Candidate]:
+) -> Callable[[], PendingPush]:
     """A candidate: the step of an optimizer over fresh parameters."""
 
-    def build() -> Candidate:
+    def build() -> PendingPush:
         torch.manual_seed(0)
         if "lr" in arguments and compiled:  # a number would be compiled in
             arguments["lr"] = torch.tensor(arguments["lr"], device="cuda")
-        step: Candidate = make(parameters(sizes), **arguments).step
+        step: PendingPush = make(parameters(sizes), **arguments).step
         return torch.compile(step, fullgraph=False) if compiled else step
 
     return build
 
 
-def flat(rule: str, count: int, grad_dtype: torch.dtype = torch.float32) -> Callable[[], Candidate]:
+def flat(rule: str, count: int, grad_dtype: torch.dtype = torch.float32) -> Callable[[], PendingPush]:
     """A candidate: the kernel over one arena, without an optimizer around it."""
 
-    def build() -> Candidate:
-        from pushstep.optim import cuda
-        from pushstep.optim.step import Step
+    def build() -> PendingPush:
+        from pushstep.optim.cuda import steps as cuda
+        from pushstep.optim.step.step import Step
 
         torch.manual_seed(0)
         states = [[torch.rand(count, device="cuda")] for _ in range(2 if rule == "adadelta" else 1)]
@@ -150,9 +150,9 @@ def large(count: int, rate: float) -> None:
     table(
         f"Adadelta, {count:,} float32", {
             "ours, one arena": flat("adadelta", count),
-            "ours, 64 tensors": stepper(Adadelta, parts),
-            "torch foreach": stepper(theirs, parts, foreach=True),
-            "torch compiled": stepper(theirs, parts, compiled=True, foreach=True, capturable=True),
+            "ours, 64 tensors": writer(Adadelta, parts),
+            "torch foreach": writer(theirs, parts, foreach=True),
+            "torch compiled": writer(theirs, parts, compiled=True, foreach=True, capturable=True),
         }, least_bytes=28 * count, copy_rate=rate,
     )  # fmt: skip
     table(
@@ -164,10 +164,10 @@ def large(count: int, rate: float) -> None:
     table(
         f"Adagrad, {count:,} float32", {
             "ours, one arena": flat("adagrad", count),
-            "ours, 64 tensors": stepper(Adagrad, parts, lr=1e-2),
-            "torch._fused_adagrad_": stepper(peer, parts, lr=1e-2, fused=True),
-            "torch foreach": stepper(peer, parts, lr=1e-2, foreach=True),
-            "torch compiled": stepper(peer, parts, compiled=True, lr=1e-2, foreach=True),
+            "ours, 64 tensors": writer(Adagrad, parts, lr=1e-2),
+            "torch._fused_adagrad_": writer(peer, parts, lr=1e-2, fused=True),
+            "torch foreach": writer(peer, parts, lr=1e-2, foreach=True),
+            "torch compiled": writer(peer, parts, compiled=True, lr=1e-2, foreach=True),
         }, least_bytes=20 * count, copy_rate=rate,
     )  # fmt: skip
 
@@ -181,21 +181,21 @@ def small(count: int, size: int) -> None:
         fused = (
             {}
             if theirs is torch.optim.Adadelta
-            else {"torch._fused_adagrad_": stepper(theirs, sizes, fused=True)}
+            else {"torch._fused_adagrad_": writer(theirs, sizes, fused=True)}
         )
         on_device = {"capturable": True} if theirs is torch.optim.Adadelta else {"fused": True}
         table(
             f"{ours.__name__}, {count} tensors of {size}, wall time", {
-                "ours": stepper(ours, sizes, **on_device),
+                "ours": writer(ours, sizes, **on_device),
                 "ours, replayed graph": lambda ours=ours, on_device=on_device: replayed(ours, sizes, on_device),
                 **fused,
-                "torch foreach": stepper(theirs, sizes, foreach=True),
-                "torch compiled": stepper(theirs, sizes, compiled=True, foreach=True),
+                "torch foreach": writer(theirs, sizes, foreach=True),
+                "torch compiled": writer(theirs, sizes, compiled=True, foreach=True),
             }, timer=wall_ms,
         )  # fmt: skip
 
 
-def replayed(ours: Any, sizes: Sequence[int], on_device: dict[str, bool]) -> Candidate:
+def replayed(ours: Any, sizes: Sequence[int], on_device: dict[str, bool]) -> PendingPush:
     """A captured step."""
     optimizer = ours(parameters(sizes), **on_device)
     optimizer.step()
@@ -213,7 +213,7 @@ def rows(rate: float, table_rows: int = 2_000_000, width: int = 32, touched: int
     ids = torch.randint(table_rows, (1, touched), device="cuda")
     ids[0, ::10] = ids[0, 1::10]
 
-    def build(make: Any) -> Candidate:
+    def build(make: Any) -> PendingPush:
         weight = torch.randn(table_rows, width, device="cuda").requires_grad_()
         optimizer = make([weight], lr=1e-2)
         with torch.sparse.check_sparse_tensor_invariants(False):
@@ -236,7 +236,7 @@ def rows(rate: float, table_rows: int = 2_000_000, width: int = 32, touched: int
 
 def norms(count: int, rate: float) -> None:
     """Sums of squares in float64, in the fixed order, against torch's norm."""
-    from pushstep.optim import cuda
+    from pushstep.optim.cuda import steps as cuda
 
     values = torch.randn(count, device="cuda")
     table(
@@ -283,7 +283,7 @@ def captured() -> bool:
 
 def sweep(count: int, rate: float) -> None:
     """Other block sizes than the one chosen."""
-    from pushstep.optim import cuda_kernels
+    from pushstep.optim.cuda import kernels as cuda_kernels
 
     chosen = cuda_kernels.BLOCK, cuda_kernels.WARPS
     for block, warps in ((512, 4), (1024, 4), (1024, 8), (2048, 8), (2048, 16), (4096, 16)):

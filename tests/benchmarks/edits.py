@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from pushstep.client import connect
-from pushstep.client.local_edits import LocalEdits
+from pushstep.client.attachment.local_edits import LocalEdits
 from pushstep.optim import Adagrad
 from tests.harness import RunningServer, running_server
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import grpc
 
-from pushstep.client.transport import OPTIONS
-from pushstep.proto.frames import CHUNK_BYTES
+from pushstep.client.transport.channel import OPTIONS
+from pushstep.proto.wire.frames import CHUNK_BYTES
 from pushstep.server.service import GRPC_OPTIONS
 
 from .driver import Driver, End, end_all

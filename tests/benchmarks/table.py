@@ -22,6 +22,6 @@ def count(elements: int) -> str:
     return str(elements)
 
 
-def verdict(ratio: float, floor: float) -> tuple[str, str]:
+def decided(ratio: float, floor: float) -> tuple[str, str]:
     """What was asked, and whether it is met."""
     return f"{floor:g}", "yes" if ratio >= floor else "**no**"

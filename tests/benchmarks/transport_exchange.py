@@ -9,7 +9,7 @@ from .peer_local import Rule
 from .peers import FLOAT32_BYTES, Peers, taking_part
 from .pushstep_side import CASES, Case
 from .rounds import Found, Measured, Plan, best, interleave
-from .table import count, table, verdict
+from .table import count, decided, table
 
 # From here on only those that fit in memory together: at 64 M all of them took more than 23 GB.
 LARGE_ELEMENTS = 32_000_000
@@ -51,7 +51,7 @@ def _row(name: str, measured: Measured, found: Found, rule: Rule, elements: int)
     for floor in floors.EXCHANGE:
         other = best(found, floor.against)
         if (floor.side, floor.rule, floor.elements) == (name, rule, elements) and other is not None:
-            times, said = verdict(other.median_s / measured.median_s, floor.times)
+            times, said = decided(other.median_s / measured.median_s, floor.times)
             asked.append(f"{times} x {floor.against}")
             met.append(f"{said} ({other.median_s / measured.median_s:.2f})")
     return (
@@ -85,7 +85,7 @@ def in_step(peers: Peers, rule: Rule, elements: int, quick: bool) -> None:
         ratio = gloo.median_s / measured.median_s if gloo is not None else float("nan")
         asked = ("", "")
         if name == f"{Case('shm').name}, sync" and rule == "adagrad" and elements == 16_000_000:
-            asked = verdict(ratio, floors.SYNC_OF_GLOO)
+            asked = decided(ratio, floors.SYNC_OF_GLOO)
         rows.append(
             (
                 name,

@@ -23,7 +23,7 @@ from .machine import Others, cpu_s
 from .peers import Peers, taking_part
 from .pushstep_side import Case
 from .rounds import PAUSE_S
-from .table import count, table, verdict
+from .table import count, decided, table
 
 WORKERS = 4
 CONNECTIONS = 4
@@ -83,7 +83,7 @@ def hostile(peers: Peers, elements: int, quick: bool) -> None:
     for name, measured in rates.items():
         ratios = [one / alone for one, alone in zip(measured, rates["alone"], strict=True)]
         ratio = statistics.median(measured) / statistics.median(rates["alone"])
-        asked = verdict(ratio, floors.PUSHES_BESIDE_HOSTILE) if name != "alone" else ("", "")
+        asked = decided(ratio, floors.PUSHES_BESIDE_HOSTILE) if name != "alone" else ("", "")
         rows.append(
             (
                 name,

@@ -6,7 +6,7 @@ from . import floors
 from .peers import FLOAT32_BYTES, Peers, taking_part
 from .pushstep_side import CASES
 from .rounds import best, interleave
-from .table import count, table, verdict
+from .table import count, decided, table
 from .transport_exchange import plan
 
 
@@ -34,7 +34,7 @@ def streams(peers: Peers, elements: int, quick: bool) -> None:
                     ratio = payload / measured.median_s / speed
                 asked = ("", "")
                 if name == "pushstep tcp float32" and elements == 16_000_000:
-                    asked = verdict(ratio, floors.STREAM_OF_SOCKET)
+                    asked = decided(ratio, floors.STREAM_OF_SOCKET)
                 rows.append(
                     (
                         name,

@@ -12,7 +12,7 @@ from .peers import FLOAT32_BYTES, Peers, taking_part
 from .pushstep_side import CASES, Case
 from .rounds import PAUSE_S, Plan, interleave
 from .side import Side
-from .table import count, table, verdict
+from .table import count, decided, table
 
 WORKERS = (1, 2, 4, 16)
 MANY_BYTES = 4 << 30  # of parameters, gradients and frames of all workers together
@@ -50,7 +50,7 @@ def crowds(peers: Peers, elements: int, quick: bool) -> None:
         judged = name.startswith("pushstep") and name != one
         rows.append(
             (name, f"{pushes[name].rate:.1f}", f"{ratios[0]:.2f}")
-            + (verdict(ratios[0], floors.CROWD_OF_ONE) if judged and name.endswith("16") else ("", ""))
+            + (decided(ratios[0], floors.CROWD_OF_ONE) if judged and name.endswith("16") else ("", ""))
             + (f"{exchanges[name].rate:.1f}", f"{ratios[1]:.2f}")
             + (f"{exchanges[name].cpu_s_per_gb(2 * FLOAT32_BYTES * elements):.2f}",)
         )
@@ -89,7 +89,7 @@ def pulls(peers: Peers, elements: int, quick: bool) -> None:
         ):
             rate = statistics.median(rate for rate, _ in rates[task])
             read = statistics.median(pulled for _, pulled in rates[task])
-            asked = verdict(rate / alone, floors.PUSHES_BESIDE_PULLS) if task else ("", "")
+            asked = decided(rate / alone, floors.PUSHES_BESIDE_PULLS) if task else ("", "")
             rows.append(
                 (f"{case.name}, {words}", f"{rate:.1f}", f"{read:.1f}", f"{rate / alone:.2f}", *asked)
             )

@@ -25,7 +25,7 @@ from pushstep.proto.errors import (
     NoAnswer,
     UnsupportedModule,
 )
-from pushstep.proto.status import from_rpc_error
+from pushstep.proto.errors.status import from_rpc_error
 from pushstep.proto.types_pb2 import Manifest, Parameter, ParamGroup
 
 

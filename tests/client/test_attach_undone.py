@@ -28,7 +28,7 @@ from twin import Network, backward, both
 
 import pushstep.client
 from pushstep.client import Session
-from pushstep.client import shield as shield_file
+from pushstep.client.transport import shield as shield_file
 from pushstep.optim import Adadelta, Adagrad
 from pushstep.proto import training_pb2, training_pb2_grpc
 from pushstep.proto.errors import (
@@ -41,7 +41,7 @@ from pushstep.proto.errors import (
     WrongDtype,
     WrongShape,
 )
-from pushstep.proto.status import from_rpc_error
+from pushstep.proto.errors.status import from_rpc_error
 from pushstep.proto.types_pb2 import Manifest, Parameter, ParamGroup
 
 __all__ = ["python_s_handler"]

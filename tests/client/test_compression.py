@@ -16,17 +16,17 @@ from torch import Tensor
 
 from pushstep import optim
 from pushstep.client import Session
-from pushstep.client.compression import Compression, Quantised, push_and_pull
-from pushstep.client.gradients import push_body
-from pushstep.client.receipt import Outcome
-from pushstep.proto import dtypes
+from pushstep.client.gradients.body import push_body
+from pushstep.client.gradients.compression import Compression, Quantised, push_and_pull
+from pushstep.client.membership.receipt import Outcome
 from pushstep.proto.errors import InvalidSettings, NonfiniteGradient, WrongDtype
-from pushstep.proto.frames import Assembly, pack, unpack
-from pushstep.proto.layout import Layout, check_body
-from pushstep.proto.memory import BufferPool
 from pushstep.proto.training_pb2 import PushRequest
 from pushstep.proto.types_pb2 import DType, Manifest, Parameter, ParamGroup
-from pushstep.server.unpack import dense_part, rows_part
+from pushstep.proto.wire import dtypes
+from pushstep.proto.wire.buffers import BufferPool
+from pushstep.proto.wire.frames import Assembly, pack, unpack
+from pushstep.proto.wire.layout import Layout, check_body
+from pushstep.server.staging.unpack import dense_part, rows_part
 
 WEIGHT, BIAS, TABLE = "weight", "bias", "table"
 LAYOUT = Layout(

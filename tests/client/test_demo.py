@@ -24,12 +24,11 @@ from pushstep.client.demo import processes as processes_module
 from pushstep.client.demo.data import CATEGORIES, LABELLED_ROWS, Flights, load_flights, split, tables_folder
 from pushstep.client.demo.display import Display
 from pushstep.client.demo.errors import DemoFailed, FlightsChanged, FlightsMissing, ProcessFailed
-from pushstep.client.demo.model import flight_model, optimizers
+from pushstep.client.demo.model import auc, flight_model, held_out_auc, optimizers
 from pushstep.client.demo.picture import SMOOTHED_OVER, draw_losses, smoothed
 from pushstep.client.demo.processes import Child, Processes, terminable
 from pushstep.client.demo.result import AUC_APART, AUC_FLOOR, DemoResult, PolicyRun, bars
 from pushstep.client.demo.run import load_checkpoint
-from pushstep.client.demo.scores import auc, held_out_auc
 from pushstep.client.demo.service import Service, start_service
 from pushstep.client.demo.training import BATCH, Together, batch_count, batches, train
 

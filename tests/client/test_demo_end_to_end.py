@@ -13,9 +13,8 @@ import pytest
 from safetensors.torch import load_file
 
 from pushstep.client.demo.data import load_flights
-from pushstep.client.demo.model import flight_model
+from pushstep.client.demo.model import flight_model, held_out_auc
 from pushstep.client.demo.result import AUC_APART, AUC_FLOOR
-from pushstep.client.demo.scores import held_out_auc
 from pushstep.client.demo.training import BATCH, batch_count
 
 KEYS = {"auc_remote", "auc_local", "seconds", "pushes", "checkpoint", "picture", "policies"}

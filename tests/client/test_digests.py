@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from pushstep.client.digests import digest_of
+from pushstep.client.optimizer.digests import digest_of
 
 STATE: dict[str, Any] = {
     "state": {0: {"step": torch.tensor(3.0), "sum": torch.arange(6.0).view(2, 3)}, 1: {}},

@@ -15,7 +15,9 @@ from operators import restore, take_snapshot
 from safetensors.torch import load
 from torch import Tensor, nn
 
-from pushstep.client import Session, extras, uploads
+from pushstep.client import Session
+from pushstep.client.attachment import buffers as extras
+from pushstep.client.membership import uploads
 from pushstep.optim import Adadelta, Adagrad
 from pushstep.proto.errors import ManifestMismatch
 

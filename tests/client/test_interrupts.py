@@ -18,7 +18,8 @@ from operators import show_model, show_worker
 from proxy import Proxy
 from torch import nn
 
-from pushstep.client import RemoteOptimizer, Session, connect, overlap
+from pushstep.client import RemoteOptimizer, Session, connect
+from pushstep.client.optimizer import overlap
 from pushstep.optim import Adagrad
 from pushstep.proto.errors import SessionClosed
 

@@ -14,7 +14,8 @@ from operators import download, patch_group, restore, set_policy, take_snapshot
 from torch import nn
 from twin import Network, Twins, backward, check_state_dict
 
-from pushstep.optim import RULES, keras
+from pushstep.optim import RULES
+from pushstep.optim import keras as keras
 from pushstep.proto.errors import InvalidHyperparameter, SparseNotSupported, UnsupportedModule
 
 Make = Callable[[nn.Module], torch.optim.Optimizer]

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from pushstep.client.line import WATCH_S, Line
-from pushstep.client.retry import TransportFailure
+from pushstep.client.shared_memory.local_socket import SPIN_S, LocalSocket
+from pushstep.client.transport.retry import TransportFailure
 from pushstep.proto import training_pb2 as pb
 from pushstep.proto.errors import LeaseExpired, PushstepError
-from pushstep.proto.line import HEAD_BYTES, Method, Status, framed, method_of
-from pushstep.proto.status import to_trailer
+from pushstep.proto.errors.status import to_trailer
+from pushstep.proto.shared_memory.local_socket import HEAD_BYTES, Method, Status, framed, method_of
 from pushstep.proto.types_pb2 import Receipt
 
 ANSWER = framed(Status.ANSWERED, pb.PushResponse(receipt=Receipt(version=7)).SerializeToString())
@@ -42,7 +42,7 @@ def _in_pieces(server: socket.socket) -> None:
 
 def _late(server: socket.socket) -> None:
     _asked(server)
-    time.sleep(20 * WATCH_S + 0.02)  # far beyond what it is watched for
+    time.sleep(20 * SPIN_S + 0.02)  # far beyond what it is watched for
     server.sendall(ANSWER)
 
 
@@ -63,13 +63,13 @@ def _cut_off(server: socket.socket) -> None:
 
 
 @pytest.fixture
-def ends() -> Iterator[tuple[Line, socket.socket]]:
+def ends() -> Iterator[tuple[LocalSocket, socket.socket]]:
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        yield Line(ours, timeout_s=60.0), theirs
+        yield LocalSocket(ours, timeout_s=60.0), theirs
 
 
-def _push(line: Line, server: socket.socket, serve: Serve, state: bytes = b"") -> pb.PushResponse:
+def _push(line: LocalSocket, server: socket.socket, serve: Serve, state: bytes = b"") -> pb.PushResponse:
     serving = threading.Thread(target=serve, args=(server,))
     serving.start()
     try:
@@ -81,7 +81,7 @@ def _push(line: Line, server: socket.socket, serve: Serve, state: bytes = b"") -
 @pytest.mark.parametrize("serve", [_whole, _in_pieces, _late])
 @pytest.mark.parametrize("before", [_whole, _late])
 def test_an_answer_is_read_however_it_comes(
-    ends: tuple[Line, socket.socket], before: Serve, serve: Serve
+    ends: tuple[LocalSocket, socket.socket], before: Serve, serve: Serve
 ) -> None:
     for one in (before, serve, _whole):  # whether the last one came soon decides how the next is waited for
         assert _push(*ends, one).receipt.version == 7
@@ -96,19 +96,21 @@ def test_an_answer_is_read_however_it_comes(
     ],
 )
 def test_a_call_that_fails_says_how(
-    ends: tuple[Line, socket.socket], serve: Serve, expected: type[PushstepError | TransportFailure]
+    ends: tuple[LocalSocket, socket.socket], serve: Serve, expected: type[PushstepError | TransportFailure]
 ) -> None:
     _push(*ends, _whole)
     with pytest.raises(expected):
         _push(*ends, serve)
 
 
-def test_a_server_that_says_nothing_is_not_waited_for(ends: tuple[Line, socket.socket]) -> None:
+def test_a_server_that_says_nothing_is_not_waited_for(ends: tuple[LocalSocket, socket.socket]) -> None:
     with pytest.raises(TransportFailure):
-        Line(ends[1], timeout_s=0.05).push(pb.PushHeader(), pb.PushCommit())
+        LocalSocket(ends[1], timeout_s=0.05).push(pb.PushHeader(), pb.PushCommit())
 
 
-def test_a_request_goes_out_whole_though_the_socket_holds_less(ends: tuple[Line, socket.socket]) -> None:
+def test_a_request_goes_out_whole_though_the_socket_holds_less(
+    ends: tuple[LocalSocket, socket.socket],
+) -> None:
     state = bytes(range(256)) * 4000
     seen: list[pb.PushRequest] = []
 

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, distribute_tensor
 from twin import Network, Twins, adadelta, adagrad, both
 
-from pushstep.client.names import CleanNames, clean_list
+from pushstep.client.attachment.names import CleanNames, clean_list
 from pushstep.optim import Adadelta, Adagrad
 from pushstep.proto.errors import (
     InvalidManifest,

@@ -17,8 +17,9 @@ from nursery import Nursery, Script, nursery
 from operators import show_worker
 from torch import nn
 
-from pushstep.client import Session, membership
-from pushstep.client.transport import Transport
+from pushstep.client import Session
+from pushstep.client.membership import member as membership
+from pushstep.client.transport.channel import Transport
 from pushstep.proto import training_pb2 as pb
 from pushstep.proto.errors import AlreadyJoined, Fenced
 from pushstep.proto.training_pb2 import Process
@@ -116,7 +117,7 @@ def test_a_model_whose_creator_was_killed_is_created_by_the_next(
     """Also under another name, as a script without one has it in each run."""
     code = BEGIN.replace(
         "session = connect(",
-        "from pushstep.client.transport import Transport\n"
+        "from pushstep.client.transport.channel import Transport\n"
         "def stop(*arguments): print('trained', flush=True); signal.pause()\n"
         "Transport.upload = stop\n"
         "session = connect(",

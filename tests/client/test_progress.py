@@ -15,21 +15,21 @@ from proxy import Proxy
 from wire import RawWorker, Wire, created
 
 from pushstep.client import Outcome, Session, connect
-from pushstep.client import retry as retry_module
-from pushstep.client.progress import LEAST_CHUNK_BYTES, SLOW_S, Pace, Watchdog
-from pushstep.client.retry import Retry, TransportFailure
-from pushstep.client.waiting import Wait
+from pushstep.client.transport import retry as retry_module
+from pushstep.client.transport.progress import LEAST_CHUNK_BYTES, SLOW_S, Pace, Watchdog
+from pushstep.client.transport.retry import Retry, TransportFailure
+from pushstep.client.transport.waiting import Wait
 from pushstep.proto import training_pb2 as pb
 from pushstep.proto.errors import BeingCreated, NoAnswer
-from pushstep.proto.frames import CHUNK_BYTES, Chunk
 from pushstep.proto.training_pb2 import Process
 from pushstep.proto.types_pb2 import Identity
-from pushstep.server.catalog import Catalog, propose
+from pushstep.proto.wire.frames import CHUNK_BYTES, Chunk
 from pushstep.server.config import Config
-from pushstep.server.creations import CREATION_S
-from pushstep.server.session import Sessions
-from pushstep.server.upload import Upload
-from pushstep.server.worker import WorkerState
+from pushstep.server.coordinator.sessions import Sessions
+from pushstep.server.coordinator.worker import WorkerState
+from pushstep.server.models.catalog import Catalog
+from pushstep.server.models.creations import CREATION_S, propose
+from pushstep.server.requests.upload import Upload
 
 # 12 MB take 1.1 s on this link and a chunk of 2 MiB 0.2.
 PAUSE_S = 0.006

@@ -32,9 +32,11 @@ from restore_points import (
 )
 from simulation.seeded_bugs import Bug, found_by
 
-from pushstep.client import Outcome, extras, overlap
-from pushstep.client.retry import TransportFailure
-from pushstep.client.sending import Sending
+from pushstep.client import Outcome
+from pushstep.client.attachment import buffers as extras
+from pushstep.client.optimizer import overlap
+from pushstep.client.transport.attempts import Sending
+from pushstep.client.transport.retry import TransportFailure
 from pushstep.optim import Adagrad
 from pushstep.proto import training_pb2 as pb
 from pushstep.proto.errors import FateUnknown, Fenced, NoAnswer, Superseded

@@ -19,7 +19,7 @@ from twin import Network, Twins, adagrad, backward
 from wire import Wire
 
 from pushstep.client import Outcome, Receipt, Session, connect
-from pushstep.client.retry import TransportFailure
+from pushstep.client.transport.retry import TransportFailure
 from pushstep.optim import Adagrad
 from pushstep.proto import training_pb2 as pb
 from pushstep.proto.errors import (

@@ -14,7 +14,8 @@ from harness import RunningServer, running_server, wait_until
 from proxy import Proxy
 from twin import Network, adagrad, backward
 
-from pushstep.client import Session, connect, membership
+from pushstep.client import Session, connect
+from pushstep.client.membership import member as membership
 from pushstep.optim import Adadelta, Adagrad
 from pushstep.proto.errors import AlreadyJoined, Fenced, ModelLost, SessionClosed
 

@@ -17,13 +17,15 @@ from harness import RunningServer, running_server, wait_until
 from operators import show_worker
 from proxy import Proxy
 
-from pushstep.client import Session, connect, uploads, waiting
-from pushstep.client.manifest import of_arrays
-from pushstep.client.membership import Member
-from pushstep.client.transport import Transport
+from pushstep.client import Session, connect
+from pushstep.client.attachment.manifest import of_arrays
+from pushstep.client.membership import uploads
+from pushstep.client.membership.member import Member
+from pushstep.client.transport import waiting
+from pushstep.client.transport.channel import Transport
 from pushstep.proto import training_pb2 as pb
 from pushstep.proto.errors import ServerUnavailable
-from pushstep.proto.layout import Layout
+from pushstep.proto.wire.layout import Layout
 
 VALUES = {"a": np.zeros(4, np.float32)}
 ONES = {"a": np.ones(4, np.float32)}

@@ -11,8 +11,8 @@ from harness import RunningServer
 from proxy import Proxy
 
 from pushstep.client import connect
-from pushstep.client.retry import Retry
-from pushstep.client.waiting import Wait
+from pushstep.client.transport.retry import Retry
+from pushstep.client.transport.waiting import Wait
 from pushstep.proto.errors import Draining, NoAnswer
 
 

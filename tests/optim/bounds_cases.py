@@ -14,14 +14,17 @@ import torch
 from guards import Guards
 from parity_table import ROWS, Row
 
-from pushstep.optim import RULES, Adadelta, Adagrad, arriving, cpu, norms, rows
-from pushstep.optim.copies import TORCH_ELEMENTS, copy
-from pushstep.optim.device_digest import LEAST_BYTES, xxh3_64
-from pushstep.optim.quantise import code_bytes, dequantise, dequantise_rows, quantise
-from pushstep.optim.select import select
-from pushstep.optim.step import RowStep, Step
-from pushstep.optim.sums import weighted_sum
-from pushstep.optim.varints import Varints
+from pushstep.optim import RULES, Adadelta, Adagrad
+from pushstep.optim.cpu import dense as cpu
+from pushstep.optim.ops import norms, rows
+from pushstep.optim.ops import streaming as arriving
+from pushstep.optim.ops.copies import TORCH_ELEMENTS, copy
+from pushstep.optim.ops.digest import LEAST_BYTES, xxh3_64
+from pushstep.optim.ops.quantise import code_bytes, dequantise, dequantise_rows, quantise
+from pushstep.optim.ops.select import select
+from pushstep.optim.ops.sums import weighted_sum
+from pushstep.optim.ops.varints import Varints
+from pushstep.optim.step.step import RowStep, Step
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 DTYPES = (F32, F64, BF16, F16)
@@ -51,7 +54,7 @@ def guards():
 @pytest.fixture(autouse=True)
 def _short_slices(monkeypatch):
     """Several slices and threads, also of few elements."""
-    for module in (cpu, __import__("pushstep.optim.cpu_rows", fromlist=["*"])):
+    for module in (cpu, __import__("pushstep.optim.cpu.rows", fromlist=["*"])):
         monkeypatch.setattr(module, "SLICE_ELEMENTS", 1 << 10)
         monkeypatch.setattr(module, "INLINE_ELEMENTS", 1 << 11)
 

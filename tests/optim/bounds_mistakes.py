@@ -12,21 +12,27 @@ import numpy as np
 import pytest
 import torch
 
-from pushstep.optim import (
-    RULES,
-    arriving,
-    cpu,
-    cpu_copies,
-    cpu_norms,
-    cpu_rows,
-    kernels,
-    quantise,
-    select,
-    sums,
-    table,
+from pushstep.optim import RULES
+from pushstep.optim.cpu import (
+    copies as cpu_copies,
 )
-from pushstep.optim.quantise import code_bytes
-from pushstep.optim.step import RowStep, Step
+from pushstep.optim.cpu import (
+    dense as cpu,
+)
+from pushstep.optim.cpu import (
+    norms as cpu_norms,
+)
+from pushstep.optim.cpu import (
+    pointer_table as table,
+)
+from pushstep.optim.cpu import (
+    rows as cpu_rows,
+)
+from pushstep.optim.kernels import dense as kernels
+from pushstep.optim.ops import quantise, select, sums
+from pushstep.optim.ops import streaming as arriving
+from pushstep.optim.ops.quantise import code_bytes
+from pushstep.optim.step.step import RowStep, Step
 
 N = 300
 
@@ -38,7 +44,7 @@ def _nobody_looks(monkeypatch):
         for name in ("check_run", "check_rows", "check_bounds"):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, lambda *_, **__: None)
-    monkeypatch.setattr("pushstep.optim.operands.check_run", lambda *_, **__: None)
+    monkeypatch.setattr("pushstep.optim.step.operands.check_run", lambda *_, **__: None)
     checked_kernels.operands.clear()
     before = torch.get_num_threads()
     torch.set_num_threads(1)

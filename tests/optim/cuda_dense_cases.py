@@ -13,13 +13,21 @@ from cuda_comparison import BLOCK, DEVICE, INTERPRETED, REFERENCE, assert_same, 
 from cuda_reference import assert_step
 from cuda_steps import BF16, DTYPES, F32, F64, OPTIONS, SIZES, make_step, moved
 
-from pushstep.optim import (
-    cpu,
-    cuda,
-    cuda_arithmetic,
-    cuda_kernels,
-    cuda_launch,
-    cuda_tables,
+from pushstep.optim.cpu import dense as cpu
+from pushstep.optim.cuda import (
+    arithmetic as cuda_arithmetic,
+)
+from pushstep.optim.cuda import (
+    kernels as cuda_kernels,
+)
+from pushstep.optim.cuda import (
+    launch as cuda_launch,
+)
+from pushstep.optim.cuda import (
+    steps as cuda,
+)
+from pushstep.optim.cuda import (
+    tables as cuda_tables,
 )
 
 NORESERVE = 0x4000  # MAP_NORESERVE of Linux; mmap names it from Python 3.13 on

@@ -12,14 +12,11 @@ import torch
 from cuda_comparison import BLOCK, DEVICE, INTERPRETED, REFERENCE, assert_same, count_launches
 from cuda_steps import OPTIONS, SIZES, make_step, moved
 
-from pushstep.optim import (
-    Adadelta,
-    Adagrad,
-    cpu,
-    cuda,
-    cuda_tables,
-    dispatch,
-)
+from pushstep.optim import Adadelta, Adagrad
+from pushstep.optim.backends import dispatch
+from pushstep.optim.cpu import dense as cpu
+from pushstep.optim.cuda import steps as cuda
+from pushstep.optim.cuda import tables as cuda_tables
 
 
 @pytest.fixture

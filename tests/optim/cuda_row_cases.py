@@ -11,13 +11,11 @@ from cuda_comparison import DEVICE, REFERENCE, assert_same
 from cuda_reference import assert_rows, square_sum
 from cuda_steps import BF16, DTYPES, DUPLICATES, F16, F32, F64, make_rows, make_step, moved
 
-from pushstep.optim import (
-    cpu,
-    cuda,
-    dispatch,
-    norms,
-)
-from pushstep.optim.step import Step
+from pushstep.optim.backends import dispatch
+from pushstep.optim.cpu import dense as cpu
+from pushstep.optim.cuda import steps as cuda
+from pushstep.optim.ops import norms
+from pushstep.optim.step.step import Step
 
 
 class TestRows:

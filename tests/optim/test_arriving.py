@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pushstep.optim import arriving
-from pushstep.optim.norms import square_sums
-from pushstep.optim.quantise import code_bytes, dequantise, quantise
+from pushstep.optim.ops import streaming as arriving
+from pushstep.optim.ops.norms import square_sums
+from pushstep.optim.ops.quantise import code_bytes, dequantise, quantise
 
 BLOCK = 256
 LENGTHS = [1, 4096, 3, 12_289, 255, 40_000]
 
 
-def _in_steps(found: arriving.Arriving, total: int, step: int) -> list[float]:
+def _in_steps(found: arriving.StreamingNorms, total: int, step: int) -> list[float]:
     for arrived in range(0, total, step):
         found.advance(arrived)
     found.advance(total)

@@ -8,7 +8,8 @@ import itertools
 import pytest
 import torch
 
-from pushstep.optim import Adadelta, Adagrad, conversion, keras, mlx
+from pushstep.optim import Adadelta, Adagrad, conversion, mlx
+from pushstep.optim import keras as keras
 from pushstep.optim.conversion import ConversionError, convert, differences
 
 SHAPES = ((3, 4), (5,), ())

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pushstep.optim.copies import TORCH_ELEMENTS, copy
-from pushstep.optim.cpu_copies import PAST_CACHE_BYTES
+from pushstep.optim.cpu.copies import PAST_CACHE_BYTES
+from pushstep.optim.ops.copies import TORCH_ELEMENTS, copy
 
 PAST_CACHE = PAST_CACHE_BYTES // 4
 

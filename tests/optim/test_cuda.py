@@ -55,6 +55,6 @@ def test_triton_is_imported_at_the_first_cuda_step():
         "early = 'triton' in sys.modules\n"
         "p = torch.zeros(3, requires_grad=True); p.grad = torch.ones(3)\n"
         "o.Adagrad([p]).step()\n"
-        "sys.exit(early or 'pushstep.optim.cuda_kernels' in sys.modules)"
+        "sys.exit(early or 'pushstep.optim.cuda.kernels' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

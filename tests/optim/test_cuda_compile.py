@@ -17,7 +17,20 @@ from cuda_steps import BF16, DTYPES, DUPLICATES, F16, F32, F64, OPTIONS, make_ro
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 
-from pushstep.optim import cuda, cuda_arithmetic, cuda_kernels, cuda_row_kernels, kernels, norm_kernels
+from pushstep.optim.cuda import (
+    arithmetic as cuda_arithmetic,
+)
+from pushstep.optim.cuda import (
+    kernels as cuda_kernels,
+)
+from pushstep.optim.cuda import (
+    row_kernels as cuda_row_kernels,
+)
+from pushstep.optim.cuda import (
+    steps as cuda,
+)
+from pushstep.optim.kernels import dense as kernels
+from pushstep.optim.kernels import norms as norm_kernels
 
 APPROXIMATE = re.compile(r"\b(?:div\.full|\w+\.approx|\S+\.ftz)\S*")
 FLOATING = re.compile(r"^\s+(?:@!?%p\d+ )?((?:fma|mul|add|sub|div|sqrt)\.\S*f(?:32|64))", re.MULTILINE)

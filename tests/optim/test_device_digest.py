@@ -8,8 +8,8 @@ import pytest
 import torch
 import xxhash
 
-from pushstep.optim import device_digest
-from pushstep.optim.device_digest import BLOCK_BYTES, LEAST_BYTES, STRIPE_BYTES, WINDOW_BYTES, xxh3_64
+from pushstep.optim.ops import digest as device_digest
+from pushstep.optim.ops.digest import BLOCK_BYTES, LEAST_BYTES, STRIPE_BYTES, WINDOW_BYTES, xxh3_64
 
 # around every border that the algorithm has: blocks, the stripes of the last one, windows
 SIZES = [

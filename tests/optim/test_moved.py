@@ -9,7 +9,8 @@ import weakref
 import pytest
 import torch
 
-from pushstep.optim import Adadelta, Adagrad, keras, mlx
+from pushstep.optim import Adadelta, Adagrad, mlx
+from pushstep.optim import keras as keras
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 GUARD = 0x5A

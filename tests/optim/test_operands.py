@@ -7,13 +7,17 @@ import dataclasses
 import pytest
 import torch
 
-from pushstep.optim import RULES, Adadelta, Adagrad, arriving, cpu, eager, rows
-from pushstep.optim.device_digest import xxh3_64
-from pushstep.optim.operands import OperandError
-from pushstep.optim.quantise import code_bytes, dequantise, dequantise_rows, quantise
-from pushstep.optim.select import select
-from pushstep.optim.step import RowStep, Step
-from pushstep.optim.sums import weighted_sum
+from pushstep.optim import RULES, Adadelta, Adagrad
+from pushstep.optim.backends import reference as eager
+from pushstep.optim.cpu import dense as cpu
+from pushstep.optim.ops import rows
+from pushstep.optim.ops import streaming as arriving
+from pushstep.optim.ops.digest import xxh3_64
+from pushstep.optim.ops.quantise import code_bytes, dequantise, dequantise_rows, quantise
+from pushstep.optim.ops.select import select
+from pushstep.optim.ops.sums import weighted_sum
+from pushstep.optim.step.operands import OperandError
+from pushstep.optim.step.step import RowStep, Step
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 ROWS, WIDTH, COUNT = 10, 4, 3

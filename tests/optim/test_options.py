@@ -7,10 +7,11 @@ import copy
 import pytest
 import torch
 
-from pushstep.optim import RULES, eager
-from pushstep.optim import cpu as backend
-from pushstep.optim.operands import STATES
-from pushstep.optim.step import RowStep, Step
+from pushstep.optim import RULES
+from pushstep.optim.backends import reference as eager
+from pushstep.optim.cpu import dense as backend
+from pushstep.optim.step.operands import STATES
+from pushstep.optim.step.step import RowStep, Step
 
 OPTIONS = [
     {},

@@ -7,9 +7,10 @@ import copy
 import pytest
 import torch
 
-from pushstep.optim import Adadelta, Adagrad, keras, mlx
-from pushstep.optim import cpu as backend
-from pushstep.optim.overlaps import waves_of
+from pushstep.optim import Adadelta, Adagrad, mlx
+from pushstep.optim import keras as keras
+from pushstep.optim.cpu import dense as backend
+from pushstep.optim.step.overlaps import waves_of
 
 N = 60_000
 MAKES = {

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from pushstep.optim import RULES, Adadelta, Adagrad, norms, rows
+from pushstep.optim import RULES, Adadelta, Adagrad
+from pushstep.optim.ops import norms, rows
 
 ROW_RULES = ("adadelta", "adagrad")  # Keras has none over rows
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pushstep.optim.samples import LEAST_LINES, SPREAD, Samples, is_one_run
+from pushstep.optim.ops.samples import LEAST_LINES, SPREAD, Samples, is_one_run
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SIZES = [1, 3, 17, 1000, LEAST_LINES * 16, 40_001, 1_000_003]

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pushstep.optim import select as room
-from pushstep.optim.select import select
+from pushstep.optim.ops import select as room
+from pushstep.optim.ops.select import select
 
 EDGES = [0.0, -0.0, 1e-45, -1e-45, 1e-38, 1.0, -1.0, 1.0000001, 3.4e38, np.inf, -np.inf, np.nan]
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from pushstep.optim import RULES, Adadelta, Adagrad
-from pushstep.optim import cpu as backend
-from pushstep.optim.operands import STATES
-from pushstep.optim.step import Step
+from pushstep.optim.cpu import dense as backend
+from pushstep.optim.step.operands import STATES
+from pushstep.optim.step.step import Step
 
 SIZES = [1, 7, 4096, 0, 65537, 300_001, 1000, 16]
 OPTIONS = {

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pushstep.optim.norms import square_sums
-from pushstep.optim.sums import weighted_sum
+from pushstep.optim.ops.norms import square_sums
+from pushstep.optim.ops.sums import weighted_sum
 
 WEIGHTS = [1.0, 3.7, 0.1, 12.0, 1e-3]
 

@@ -7,7 +7,7 @@ from google.protobuf.message import DecodeError
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pushstep.optim.varints import Varints
+from pushstep.optim.ops.varints import Varints
 from pushstep.proto.training_pb2 import PullRowsRequest
 
 FIELD = PullRowsRequest.IDS_FIELD_NUMBER

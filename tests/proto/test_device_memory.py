@@ -7,9 +7,9 @@ import ctypes
 import pytest
 import torch
 
-from pushstep.proto import device_memory
-from pushstep.proto.device_memory import HANDLE_BYTES, UUID_BYTES, CudaDriver, checked
 from pushstep.proto.errors import NoSharedMemory
+from pushstep.proto.shared_memory import cuda_ipc as device_memory
+from pushstep.proto.shared_memory.cuda_ipc import HANDLE_BYTES, UUID_BYTES, CudaDriver, checked
 from pushstep.proto.types_pb2 import DeviceMemory
 
 UUID = bytes(range(UUID_BYTES))

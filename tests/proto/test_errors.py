@@ -14,6 +14,7 @@ from typing import Any
 
 import grpc
 import pytest
+from problems import from_problem
 
 from pushstep.proto import errors
 from pushstep.proto.errors import (
@@ -28,7 +29,13 @@ from pushstep.proto.errors import (
     Refused,
     Unavailable,
 )
-from pushstep.proto.status import TRAILER, from_problem, from_rpc_error, named, to_problem, to_trailer
+from pushstep.proto.errors.status import (
+    TRAILER,
+    from_rpc_error,
+    named,
+    to_problem,
+    to_trailer,
+)
 
 KINDS = sorted(CATALOGUE.values(), key=lambda kind: kind.code)
 CROSSING = [kind for kind in KINDS if not issubclass(kind, Misuse)]

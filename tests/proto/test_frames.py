@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pushstep.proto import dtypes
 from pushstep.proto import training_pb2 as pb
 from pushstep.proto.errors import MalformedFrame, MessageTooLarge, PushstepError, WrongLength
-from pushstep.proto.frames import (
+from pushstep.proto.types_pb2 import DType, Segment
+from pushstep.proto.wire import dtypes
+from pushstep.proto.wire.frames import (
     CHUNK_BYTES,
     MAX_CHUNK_BYTES,
     MAX_MESSAGE_BYTES,
@@ -27,7 +28,6 @@ from pushstep.proto.frames import (
     pack,
     unpack,
 )
-from pushstep.proto.types_pb2 import DType, Segment
 
 KINDS = (pb.PushRequest, pb.PullResponse, pb.UploadRequest)
 PREFIX_BYTES = 24

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pushstep.proto import layout as public
 from pushstep.proto.errors import (
     InvalidManifest,
     MalformedFrame,
@@ -18,8 +19,8 @@ from pushstep.proto.errors import (
     WrongDtype,
     WrongLength,
 )
-from pushstep.proto.layout import MAX_DIMENSIONS, Layout, check_body, with_group
 from pushstep.proto.types_pb2 import DType, Manifest, Parameter, ParamGroup, Segment
+from pushstep.proto.wire.layout import MAX_DIMENSIONS, Layout, check_body, with_group
 
 F32, F64, BF16, F16 = (
     DType.DTYPE_FLOAT32,
@@ -28,6 +29,10 @@ F32, F64, BF16, F16 = (
     DType.DTYPE_FLOAT16,
 )
 MANY = 1 << 62
+
+
+def test_programs_outside_find_it_by_its_public_path() -> None:
+    assert public.Layout is Layout
 
 
 def parameter(name: str, shape: Sequence[int], group: int = 0, dtype: int = F32, **more: Any) -> Parameter:

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from hostile_fields import Case, cases, request_kinds
 
-from pushstep.proto import limits
 from pushstep.proto import training_pb2 as pb
 from pushstep.proto.errors import InvalidText, PushstepError
 from pushstep.proto.types_pb2 import Receipt
+from pushstep.proto.wire import limits
 
 KINDS = request_kinds()
 

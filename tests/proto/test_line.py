@@ -5,9 +5,16 @@ from __future__ import annotations
 import pytest
 
 from pushstep.proto.errors import MalformedFrame, MessageTooLarge, NoSharedMemory
-from pushstep.proto.frames import MAX_MESSAGE_BYTES
-from pushstep.proto.line import HEAD_BYTES, Method, Status, framed, method_of, status_of
-from pushstep.proto.status import from_status, to_trailer
+from pushstep.proto.errors.status import from_status, to_trailer
+from pushstep.proto.shared_memory.local_socket import (
+    HEAD_BYTES,
+    Method,
+    Status,
+    framed,
+    method_of,
+    status_of,
+)
+from pushstep.proto.wire.frames import MAX_MESSAGE_BYTES
 
 
 @pytest.mark.parametrize("kind", [*Method, *Status])

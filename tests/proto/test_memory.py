@@ -9,7 +9,7 @@ import threading
 import pytest
 import torch
 
-from pushstep.proto.memory import SMALLEST_POOLED_BYTES, BufferPool, MessagePool, MessageRing
+from pushstep.proto.wire.buffers import SMALLEST_POOLED_BYTES, BufferPool, MessagePool, MessageRing
 
 SIZE = SMALLEST_POOLED_BYTES
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from pushstep.proto.errors import InvalidManifest
-from pushstep.proto.layout import Layout, with_group
-from pushstep.proto.names import check_parameter_name
 from pushstep.proto.types_pb2 import Manifest, ParamGroup
+from pushstep.proto.wire.layout import Layout, with_group
+from pushstep.proto.wire.names import check_parameter_name
 
 
 @pytest.mark.parametrize("name", ["w", "0.0", "a/b", "größe", "a b", "x" * 1000, "...", "__metadata"])

@@ -11,15 +11,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pushstep.client.compression import Compression
-from pushstep.client.gradients import push_body
+from pushstep.client.gradients.body import push_body
+from pushstep.client.gradients.compression import Compression
 from pushstep.proto.errors import InvalidRequest, MalformedFrame, PushstepError, WrongDtype, WrongLength
-from pushstep.proto.frames import Assembly, BodyDigest, Piece, pack, unpack
-from pushstep.proto.layout import Layout, check_body
-from pushstep.proto.memory import BufferPool
 from pushstep.proto.training_pb2 import PushRequest
 from pushstep.proto.types_pb2 import DType, Manifest, Parameter, ParamGroup, Segment
-from pushstep.server.unpack import dense_part, rows_part
+from pushstep.proto.wire.buffers import BufferPool
+from pushstep.proto.wire.frames import Assembly, BodyDigest, Piece, pack, unpack
+from pushstep.proto.wire.layout import Layout, check_body
+from pushstep.server.staging.unpack import dense_part, rows_part
 
 INT8, F32, F64 = DType.DTYPE_INT8, DType.DTYPE_FLOAT32, DType.DTYPE_FLOAT64
 LAYOUT = Layout(

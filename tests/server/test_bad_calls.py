@@ -17,8 +17,8 @@ from wire import RawWorker, Wire, created, named, untouched
 
 from pushstep.client import Session
 from pushstep.proto import training_pb2 as pb
-from pushstep.proto.frames import Piece, pack
 from pushstep.proto.types_pb2 import DType, Hyperparameter, Manifest, Parameter, ParamGroup, Segment
+from pushstep.proto.wire.frames import Piece, pack
 
 MODEL = "bad-calls"
 _workers = itertools.count()

@@ -18,8 +18,8 @@ from wire import BULK_IN, STREAMED_OUT, UNARY, NotRefused, RawWorker, Wire, crea
 from pushstep.client import Session
 from pushstep.proto import training_pb2 as pb
 from pushstep.proto.errors import PushstepError
-from pushstep.proto.frames import CHUNK_BYTES, MAX_MESSAGE_BYTES, TRANSPORT_LIMIT_BYTES
 from pushstep.proto.types_pb2 import DType, Segment
+from pushstep.proto.wire.frames import CHUNK_BYTES, MAX_MESSAGE_BYTES, TRANSPORT_LIMIT_BYTES
 
 NAN, INF = float("nan"), float("inf")
 MODEL = "bad-input"

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from harness import RunningServer, running_server, wait_until
 from test_shared_memory import files_of, regions_of
-from wire import RawLine, RawWorker, Wire, created, untouched
+from wire import RawLocalSocket, RawWorker, Wire, created, untouched
 
 from pushstep.client import Outcome
 from pushstep.proto import training_pb2 as pb
 from pushstep.proto.errors import NoSharedMemory
-from pushstep.proto.line import Method
-from pushstep.proto.status import from_rpc_error
+from pushstep.proto.errors.status import from_rpc_error
+from pushstep.proto.shared_memory.local_socket import Method
 
 ELEMENTS = 4_000_000  # long enough to make that a caller can go away meanwhile
 
@@ -89,7 +89,7 @@ def test_a_call_over_the_local_socket_names_its_region(
     created(server, model_name)
     with contextlib.closing(Wire(server.grpc)) as wire:
         raw = RawWorker(wire, model_name)
-        with contextlib.closing(RawLine(raw)) as line:
+        with contextlib.closing(RawLocalSocket(raw)) as line:
             header = raw.header(
                 [] if wanted.get("skip") else [raw.dense("bias")], skip=bool(wanted.get("skip"))
             )

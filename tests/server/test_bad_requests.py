@@ -12,12 +12,12 @@ import httpx
 import numpy as np
 import pytest
 from harness import RunningServer
+from problems import from_problem
 from wire import created, untouched
 
 from pushstep.client import Session
 from pushstep.proto.errors import CATALOGUE
-from pushstep.proto.status import from_problem
-from pushstep.server.rest_door.app import MAX_BODY_BYTES
+from pushstep.server.operator_door.app import MAX_BODY_BYTES
 
 MODEL = "bad-requests"
 ROOT = f"/v1/models/{MODEL}"

@@ -77,7 +77,7 @@ def test_a_worker_is_told_by_name(
     """As the policy of a model that it creates; the name stays free."""
     session = server.connect(model_name)
     with monkeypatch.context() as patch, pytest.raises((InvalidSettings, InvalidText, TooLong)):
-        patch.setattr("pushstep.client.attendance.to_wire", lambda _: body)
+        patch.setattr("pushstep.client.membership.membership.to_wire", lambda _: body)
         session.create(PARAMETERS, GROUPS)
     session.create(PARAMETERS, GROUPS)
 

@@ -17,7 +17,6 @@ from wire import GROUPS, PARAMETERS, RawWorker, Wire, created, untouched
 from pushstep.client import Session
 from pushstep.proto import training_pb2 as pb
 from pushstep.proto.errors import PushstepError
-from pushstep.proto.frames import Piece, pack
 from pushstep.proto.types_pb2 import (
     DType,
     GroupValues,
@@ -27,6 +26,7 @@ from pushstep.proto.types_pb2 import (
     ParamGroup,
     Segment,
 )
+from pushstep.proto.wire.frames import Piece, pack
 
 MODEL = "bad-uploads"
 F32 = DType.DTYPE_FLOAT32

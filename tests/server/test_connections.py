@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from harness import SERVER, RunningServer, running_server, wait_until
+from operators import checkpoints_held
 from wire import created, untouched
 
-from pushstep.server.descriptors import MOST_HTTP
-from pushstep.server.rest_door.app import MOST_REQUESTS
-from pushstep.server.snapshots import EXPORT_PREFIX
+from pushstep.server.operator_door.app import MOST_REQUESTS
+from pushstep.server.process.descriptors import MOST_HTTP
 
 STALL_S = 1.0
 MODEL = "m"
@@ -101,8 +101,8 @@ def test_a_caller_that_does_not_read_is_dropped(quick: RunningServer, model_name
     session.create({"w": np.zeros(4_000_000, np.float32)})
     with connected(quick) as connection:
         connection.sendall(request(f"/v1/models/{model_name}/export"))
-        wait_until(lambda: list(quick.data.glob(f"{EXPORT_PREFIX}*")))
-        wait_until(lambda: not list(quick.data.glob(f"{EXPORT_PREFIX}*")), 20)
+        wait_until(lambda: checkpoints_held(quick) == 1)
+        wait_until(lambda: checkpoints_held(quick) == 0, 20)
 
 
 REFUSED = {

@@ -17,8 +17,8 @@ from bounded import run
 from harness import RunningServer, forget_peak, memory_bytes, running_server, wait_until
 
 from pushstep.proto.errors import ExportsBusy
-from pushstep.server.copies import Copies
-from pushstep.server.statistics import BLOCK_ELEMENTS, statistics
+from pushstep.server.arenas.statistics import BLOCK_ELEMENTS, statistics
+from pushstep.server.models.copies import Copies
 
 MIB = 1 << 20
 

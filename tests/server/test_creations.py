@@ -12,10 +12,10 @@ from wire import Wire
 
 from pushstep.proto import training_pb2 as pb
 from pushstep.proto.errors import BeingCreated, NoCreationTicket
-from pushstep.proto.layout import Layout
 from pushstep.proto.training_pb2 import Process
 from pushstep.proto.types_pb2 import DType, Manifest, Parameter, ParamGroup
-from pushstep.server.creations import (
+from pushstep.proto.wire.layout import Layout
+from pushstep.server.models.creations import (
     CREATION_S,
     TICKET_BYTES,
     TICKETS_BYTES,

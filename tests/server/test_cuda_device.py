@@ -20,20 +20,23 @@ import torch
 from harness import wait_until
 from torch import Tensor
 
-from pushstep.proto.frames import CHUNK_BYTES, Assembly, Chunk, Piece, pack, unpack
-from pushstep.proto.layout import Layout
-from pushstep.proto.region import Places
+from pushstep.proto.shared_memory.slots import Places
 from pushstep.proto.training_pb2 import PullResponse, PushCommit, PushHeader, PushRequest
 from pushstep.proto.types_pb2 import DType, Identity, Manifest, Parameter, ParamGroup
-from pushstep.server import cuda_device, policies
-from pushstep.server.catalog import Catalog
+from pushstep.proto.wire.frames import CHUNK_BYTES, Assembly, Chunk, Piece, pack, unpack
+from pushstep.proto.wire.layout import Layout
+from pushstep.server.arenas.publisher import Published
 from pushstep.server.config import Config
-from pushstep.server.host_memory import HostMemory
-from pushstep.server.intake import Intake
-from pushstep.server.model import Model
-from pushstep.server.publish import Published
-from pushstep.server.region import Region
-from pushstep.server.shared_answer import SharedAnswer
+from pushstep.server.coordinator.policies import catalogue as policies
+from pushstep.server.devices import cuda as cuda_device
+from pushstep.server.devices.host_memory import HostMemory
+from pushstep.server.models.catalog import Catalog
+from pushstep.server.models.model import Model
+from pushstep.server.requests.push import answer, hand_in
+from pushstep.server.requests.push_call import PushCall
+from pushstep.server.requests.receiving import Receiving, admit
+from pushstep.server.shared_memory.answer import SharedAnswer
+from pushstep.server.shared_memory.region import Region
 
 # Large enough for pinned memory and for several chunks and fetches; small enough for a hundred steps a second.
 ELEMENTS: Final = 700_000
@@ -67,7 +70,7 @@ class House:
     def identity(self, worker: str) -> Identity:
         known = self.model.sessions.workers.get(worker)
         if known is None:
-            known, _ = self.model.judge.join(worker, time.monotonic(), takeover=False)
+            known, _ = self.model.coordinator.join(worker, time.monotonic(), takeover=False)
         self.sequences[worker] = self.sequences.get(worker, 0) + 1
         number = self.sequences[worker]
         return Identity(
@@ -97,20 +100,20 @@ class House:
             segments=[segment for segment, _ in body],
             samples=1 + len(worker),
         )
-        intake = Intake(self.model, header)
+        receiving = await admit(PushCall(self.model, header))
         try:
-            await intake.admit()
             frames = list(pack([pieces for _, pieces in body]))
             for frame in frames if whole else frames[:-1]:
-                await placed(intake, unpack(frame, PushRequest)[1])
+                await placed(receiving, unpack(frame, PushRequest)[1])
             if not whole:
                 self.sequences[worker] -= 1
                 return 0.0
-            receipt = await intake.commit(PushCommit())
-            stream = getattr(self.model.arenas.lane, "_stream", None)
+            await hand_in(receiving, PushCommit())
+            receipt = await answer(receiving.call)
+            stream = getattr(self.model.arenas.device_stream, "_stream", None)
             return receipt.gradient_norm if stream is None or stream.query() else TOO_EARLY
         finally:
-            intake.release()
+            receiving.release()
 
     async def pull(self, have: int | None = None, wire: torch.dtype | None = None) -> bytes:
         published = await self.model.publisher.newest(1, have, wire)
@@ -131,18 +134,26 @@ class House:
         """The parameters as a worker on this host reads them."""
         places = Places(LAYOUT, None)
         memory = HostMemory(self.model.device)
-        region = Region(self.model, self.identity("a"), places, places, self.catalog.staging, memory)
+        region = Region(
+            self.model.uid,
+            self.model.has_live,
+            self.identity("a"),
+            places,
+            places,
+            self.catalog.staging,
+            memory,
+        )
         self.sequences["a"] -= 1
         region.allocate()
-        answer = SharedAnswer(self.model, region, 1, None)
+        answer = SharedAnswer("m", self.model.arenas, self.model.writer, region, 1, None)
         await answer.newest()
         held = region.parameters.memory.clone().numpy().tobytes()
         region.bytes_reserved = 0  # nobody set them aside
         return held
 
 
-async def placed(intake: Intake, chunk: Chunk | None) -> None:
-    if chunk is not None and (moving := intake.place(chunk)) is not None:
+async def placed(receiving: Receiving, chunk: Chunk | None) -> None:
+    if chunk is not None and (moving := receiving.take(chunk)) is not None:
         await moving
 
 
@@ -235,7 +246,11 @@ MISTAKES: dict[str, tuple[Any, str, Any]] = {
     "frames are made before they are fetched": (streams.Event, "synchronize", lambda event: None),
     "memory is given back at once": (cuda_device.CudaDevice, "retire", lambda *_: None),
     "what is fetched is not a copy": (Tensor, "to", lambda tensor, dtype, copy: tensor),
-    "a step does not wait for its push": (cuda_device.CudaLane, "over", lambda lane, pushes: lane.here()),
+    "a step does not wait for its push": (
+        cuda_device.CudaLane,
+        "over",
+        lambda device_stream, pushes: device_stream.here(),
+    ),
 }
 
 

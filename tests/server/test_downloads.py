@@ -18,7 +18,7 @@ from safetensors.torch import load
 
 from pushstep.client import Session
 from pushstep.proto.errors import RangeNotSatisfiable
-from pushstep.server.rest_door.download import part_of
+from pushstep.server.operator_door.download import part_of
 
 ELEMENTS = 50_000
 ONES = {"a": np.ones(ELEMENTS, np.float32), "b": np.ones(ELEMENTS, np.float32)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from pushstep.server.events import EVENT_BYTES, EVENTS_BYTES, EVENTS_KEPT, Events
+from pushstep.server.models.events import EVENT_BYTES, EVENTS_BYTES, EVENTS_KEPT, Events
 
 
 def test_the_last_are_kept_in_order() -> None:

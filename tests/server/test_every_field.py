@@ -12,13 +12,13 @@ from good_requests import push, requests
 from harness import WATCHED, RunningServer, running_server
 from hostile_fields import cases
 from watched_server import TOLD
-from wire import RawLine, RawWorker, Wire, created, named, untouched
+from wire import RawLocalSocket, RawWorker, Wire, created, named, untouched
 
 from pushstep.proto import training_pb2 as pb
 from pushstep.proto.errors import CATALOGUE, Broken, MessageTooLarge, PushstepError, TooLong
-from pushstep.proto.frames import MAX_MESSAGE_BYTES
-from pushstep.proto.line import Method, Status
-from pushstep.proto.status import from_status
+from pushstep.proto.errors.status import from_status
+from pushstep.proto.shared_memory.local_socket import Method, Status
+from pushstep.proto.wire.frames import MAX_MESSAGE_BYTES
 
 MODEL = "fields"
 
@@ -107,7 +107,7 @@ def test_at_its_limit_a_field_is_answered_or_refused_by_name(
 
 @pytest.mark.parametrize("method", list(Method))
 def test_the_same_over_the_local_socket(method: Method, watched: RunningServer, raw: RawWorker) -> None:
-    with contextlib.closing(RawLine(raw)) as line:
+    with contextlib.closing(RawLocalSocket(raw)) as line:
         base = push(raw)
         base.header.region = base.header.pull.region = line.region
         base.ClearField("payload")
@@ -132,7 +132,7 @@ HEADS = {"no method": (0, 4), "an unknown method": (9, 4), "a length beyond": (1
 def test_a_head_of_the_local_socket(head: str, watched: RunningServer, raw: RawWorker) -> None:
     """What follows it cannot be told any more: it is refused by name, and the line ends."""
     number, length = HEADS[head]
-    with contextlib.closing(RawLine(raw)) as line, untouched(watched, MODEL):
+    with contextlib.closing(RawLocalSocket(raw)) as line, untouched(watched, MODEL):
         status, answer = line.send_head(number, length)
         assert status is Status.REFUSED
         assert from_status(answer).code in ("malformed_frame", "message_too_large")

@@ -13,7 +13,7 @@ import torch
 from driven import Pusher, made
 from judged import LAYOUT
 
-from pushstep.optim.rule import Rule
+from pushstep.optim.rules.rule import Rule
 from pushstep.proto.errors import (
     InvalidHyperparameter,
     ManifestChanged,
@@ -23,14 +23,14 @@ from pushstep.proto.errors import (
     SparseNotSupported,
     StepFailed,
 )
-from pushstep.proto.hyperparameters import wire_values
-from pushstep.proto.layout import Layout
 from pushstep.proto.training_pb2 import GroupEdit
 from pushstep.proto.types_pb2 import Manifest, Outcome, Receipt
-from pushstep.server import policies
-from pushstep.server.catalog import Catalog
+from pushstep.proto.wire.hyperparameters import wire_values
+from pushstep.proto.wire.layout import Layout
 from pushstep.server.config import Config
-from pushstep.server.model import Model
+from pushstep.server.coordinator.policies import catalogue as policies
+from pushstep.server.models.catalog import Catalog
+from pushstep.server.models.model import Model
 
 BOTH = {"a": torch.ones(2), "b": torch.ones(1)}
 ROWS = {"a": (torch.tensor([1]), torch.ones(1, 1))}
@@ -132,7 +132,7 @@ def test_nothing_is_applied_behind_a_step_that_broke_off_half_way(
                 await reading()
         model.failed = None  # the writer does not go by what the loop knows
         with pytest.raises(ModelFailed):
-            await model.stepper.submit(lambda: None)
+            await model.writer.submit(lambda: None)
         assert bits(model) == torn
         await model.close()
 
@@ -148,7 +148,7 @@ def test_a_torn_model_is_brought_back_from_its_newest_snapshot(
         model = catalog.new_model("m", LAYOUT)
         catalog.models["m"] = model
         catalog.loaded = True
-        model.uid = model.judge.uid = b"uid"
+        model.uid = model.coordinator.uid = b"uid"
         worker = Pusher(model)
         await worker.push(BOTH)
         if snapshotted:
@@ -231,13 +231,13 @@ def test_a_write_is_done_although_nobody_waits_for_it_any_more() -> None:
         model = made()
         done: list[int] = []
         go_on = threading.Event()
-        blocked = model.stepper.submit(go_on.wait)
-        writing = asyncio.ensure_future(model.stepper.write(lambda: done.append(1)))
+        blocked = model.writer.submit(go_on.wait)
+        writing = asyncio.ensure_future(model.writer.write(lambda: done.append(1)))
         await asyncio.sleep(0)
         writing.cancel()
         go_on.set()
         await blocked
-        await model.stepper.submit(lambda: None)
+        await model.writer.submit(lambda: None)
         assert done == [1]
         await model.close()
 
@@ -253,7 +253,7 @@ def test_a_hook_with_a_defect_refuses_the_push_by_name(monkeypatch: pytest.Monke
         error = await refusal(worker.push(BOTH))
         assert isinstance(error, RejectedByHook)
         assert (hook.failures, model.version) == (1, 0)
-        monkeypatch.setattr(model.ledger, "_context", lambda order: {}["key"])
+        monkeypatch.setattr(model.commits, "_context", lambda order: {}["key"])
         assert isinstance(await refusal(worker.push(BOTH)), StepFailed)
         assert kinds(model)[-2:] == ["step_failed", "push_rejected"]
         await model.close()

@@ -15,9 +15,9 @@ from operators import add_hook, restore, show_model, take_snapshot
 from wire import created
 
 from pushstep.proto.errors import InvalidHyperparameter
-from pushstep.server import finite_watch
-from pushstep.server.hooks import Point
-from pushstep.server.model import Model
+from pushstep.server.arenas import finite_watch
+from pushstep.server.coordinator.hooks.hook import Point
+from pushstep.server.models.model import Model
 
 NAN, INF = float("nan"), float("inf")
 GOOD: Gradients = {"a": torch.ones(2), "b": torch.ones(1)}

@@ -14,27 +14,30 @@ import pytest
 import torch
 from torch import Tensor
 
-from pushstep.proto import dtypes
 from pushstep.proto.errors import (
     MalformedFrame,
     NonfiniteGradient,
     RowOutOfRange,
     SparseNotSupported,
 )
-from pushstep.proto.frames import Assembly, BodyDigest, Piece, pack, unpack
-from pushstep.proto.layout import Layout
-from pushstep.proto.memory import BufferPool
 from pushstep.proto.training_pb2 import PushCommit, PushHeader, PushRequest
 from pushstep.proto.types_pb2 import DType, Identity, Manifest, Parameter, ParamGroup, Segment
-from pushstep.server.catalog import Catalog
+from pushstep.proto.wire import dtypes
+from pushstep.proto.wire.buffers import BufferPool
+from pushstep.proto.wire.frames import Assembly, BodyDigest, Piece, pack, unpack
+from pushstep.proto.wire.layout import Layout
 from pushstep.server.config import Config
-from pushstep.server.gate import Nonfinite, check_header, decide, inspect, require_steppable
-from pushstep.server.groups import Group, ParamGroups
-from pushstep.server.hooks.chain import HookChain
-from pushstep.server.intake import Intake
-from pushstep.server.model import Model
-from pushstep.server.quality import Quality
-from pushstep.server.staging import DensePart, RowsPart, StagedPush
+from pushstep.server.coordinator.admission import Admission, Nonfinite, decide
+from pushstep.server.coordinator.groups import Group, ParamGroups
+from pushstep.server.coordinator.hooks.chain import HookChain
+from pushstep.server.models.catalog import Catalog
+from pushstep.server.models.model import Model
+from pushstep.server.requests.push import answer, hand_in
+from pushstep.server.requests.push_call import PushCall
+from pushstep.server.requests.push_header import check_header
+from pushstep.server.requests.receiving import admit
+from pushstep.server.staging.gradient import DensePart, RowsPart, StagedPush
+from pushstep.server.staging.inspect import inspect
 
 NAN, INF = float("nan"), float("inf")
 LAYOUT = Layout(
@@ -173,11 +176,11 @@ def test_the_values_that_a_step_is_planned_with_decide(
     edits = {0: group.changed(planned)} if planned else {}
     rows = inspected(("table", ids(2), torch.full((1, 2), NAN)))
     if allowed:
-        require_steppable(rows, ParamGroups([group]), edits)
+        ParamGroups([group]).require_steppable(rows, edits)
     else:
         with pytest.raises(SparseNotSupported, match="weight_decay"):
-            require_steppable(rows, ParamGroups([group]), edits)
-    require_steppable(inspected(("table", torch.ones(6, 2))), ParamGroups([group]), edits)
+            ParamGroups([group]).require_steppable(rows, edits)
+    ParamGroups([group]).require_steppable(inspected(("table", torch.ones(6, 2))), edits)
 
 
 @pytest.mark.parametrize(
@@ -188,7 +191,7 @@ def test_the_last_finite_guard_sets_nonfinite(wishes: Sequence[str], setting: st
     chain = HookChain()
     for wish in wishes:
         chain.add("finite_guard", "step_pre", {"action": wish}, groups(), "m")
-    assert Quality().nonfinite(chain.nonfinite()) is Nonfinite(setting)
+    assert Admission().nonfinite(chain.nonfinite()) is Nonfinite(setting)
     for hook in list(chain.list):
         chain.remove(hook.hook_id, groups(), "m")
     assert chain.nonfinite() is None
@@ -226,22 +229,22 @@ def test_a_stored_verdict_does_not_hold_on_to_the_body(data: Path) -> None:
         identity = Identity(model_uid=model.uid, timeline=1, worker="w", epoch=worker.epoch, sequence=1)
         header = PushHeader(identity=identity, manifest_hash=LAYOUT.manifest_hash, segments=[segment])
         for _ in range(2):  # the retry is answered with the stored verdict
-            intake = Intake(model, header)
-            await intake.admit()
+            receiving = await admit(PushCall(model, header))
             (frame,) = pack([[Piece(torch.full((3,), NAN), torch.float32)]])
             chunk = unpack(frame, PushRequest)[1]
             assert chunk is not None
-            assert intake.place(chunk) is None  # small: done at once
+            assert receiving.take(chunk) is None  # small: done at once
+            await hand_in(receiving, PushCommit())
             with pytest.raises(NonfiniteGradient):
-                await intake.commit(PushCommit())
-            intake.release()
-        body = weakref.ref(intake._body)
+                await answer(receiving.call)
+            receiving.release()
+        body = weakref.ref(receiving._body)
         await model.close()
         return model, body
 
     model, body = asyncio.run(refused())
     gc.collect()
-    (verdict,) = model.sessions.workers["w"].verdicts
-    assert isinstance(verdict.error, NonfiniteGradient)
-    assert verdict.receipt.duplicates == 1
+    (decided,) = model.sessions.workers["w"].decided_pushes
+    assert isinstance(decided.error, NonfiniteGradient)
+    assert decided.receipt.duplicates == 1
     assert body() is None

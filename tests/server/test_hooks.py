@@ -26,11 +26,12 @@ from pushstep.proto.errors import (
     UnknownHook,
 )
 from pushstep.proto.types_pb2 import ParamGroup
-from pushstep.server.groups import Group, ParamGroups
-from pushstep.server.hooks import CATALOGUE, Hook, Point, chain
-from pushstep.server.hooks.chain import MAX_HOOKS, HookChain
-from pushstep.server.hooks.hook import StepContext
-from pushstep.server.hooks.schedulers import KINDS
+from pushstep.server.coordinator.groups import Group, ParamGroups
+from pushstep.server.coordinator.hooks.catalogue import CATALOGUE
+from pushstep.server.coordinator.hooks.chain import MAX_HOOKS, HookChain
+from pushstep.server.coordinator.hooks.hook import Hook, Point, StepContext
+from pushstep.server.coordinator.hooks.schedulers import KINDS
+from pushstep.server.models import observers
 
 ONES = {"bias": np.ones(4, np.float32)}
 
@@ -381,7 +382,7 @@ class Failing(Hook):
     def step_post(self, context: StepContext, groups: ParamGroups) -> None:
         raise RuntimeError("not now")
 
-    def observe(self, event: Mapping[str, Any]) -> None:
+    def observe(self, event: Mapping[str, Any]) -> str | None:
         self.go.wait(10)
         self.seen.append(event)
         raise RuntimeError("blind")
@@ -409,17 +410,18 @@ def test_a_failing_hook_refuses_before_the_step_and_never_after(failing: type[Fa
 def test_observers_that_are_behind_cost_nothing_and_are_counted(
     failing: type[Failing], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chain, "OBSERVER_QUEUE", 5)
+    monkeypatch.setattr(observers, "OBSERVER_QUEUE", 5)
     installed = HookChain()
     hook = installed.add("failing", "step_post", {}, groups(), "m")
+    assert installed.observers(Point.STEP_PRE) == []
+    looking = observers.Observers()
     for number in range(20):
-        installed.tell(Point.STEP_POST, lambda n=number: {"n": n})
-        installed.tell(Point.STEP_PRE, lambda: pytest.fail("nobody looks there"))
-    assert 14 <= installed.dropped <= 15
+        looking.tell(installed.observers(Point.STEP_POST), {"n": number})
+    assert 14 <= looking.dropped <= 15
     failing.go.set()
-    wait_until(lambda: len(failing.seen) == 20 - installed.dropped)
+    wait_until(lambda: len(failing.seen) == 20 - looking.dropped)
     wait_until(lambda: hook.failures == len(failing.seen))
-    installed.close()
+    looking.close()
     assert [event["n"] for event in failing.seen] == sorted(event["n"] for event in failing.seen)
 
 

@@ -9,17 +9,17 @@ import pytest
 from driven import made
 from judged import LEASE_S, Court
 
-from pushstep.proto.hyperparameters import wire_values
 from pushstep.proto.training_pb2 import GroupEdit
-from pushstep.server.session import Sessions
-from pushstep.server.worker import WorkerState
+from pushstep.proto.wire.hyperparameters import wire_values
+from pushstep.server.coordinator.sessions import Sessions
+from pushstep.server.coordinator.worker import WorkerState
 
 POLICIES = [{"policy": "async"}, {"policy": "bounded", "bound": 8}, {"policy": "sync"}]
 EDIT = GroupEdit(group=0, values=wire_values({"lr": 0.5}))
 
 
 def lr(court: Court) -> float | bool:
-    return court.ledger.groups.list[0].values["lr"]
+    return court.commits.groups.list[0].values["lr"]
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy["policy"])
@@ -29,8 +29,8 @@ def test_a_lead_that_died_leads_no_longer(policy: dict[str, object], ticks: bool
     court = Court(**policy)
     court.join("lead", "next")
     court.wait(LEASE_S - 1)
-    court.do(court.judge.heard(court.identity("next"), court.now_s))
-    assert court.judge.next_s() == LEASE_S
+    court.do(court.coordinator.on_heartbeat(court.identity("next"), court.now_s))
+    assert court.coordinator.next_s() == LEASE_S
     if policy["policy"] != "sync":  # there it would wait for the lead
         early = court.push("next", edits=[EDIT])
         assert list(court.receipt(early).ignored_edits) == ["0.lr"]
@@ -38,7 +38,7 @@ def test_a_lead_that_died_leads_no_longer(policy: dict[str, object], ticks: bool
     court.now_s += 2
     if ticks:
         court.wait(0)
-        assert court.judge.sessions.workers["lead"].state is WorkerState.EXPIRED
+        assert court.coordinator.sessions.workers["lead"].state is WorkerState.EXPIRED
     late = court.push("next", edits=[EDIT])
     assert court.outcome(late) == "applied"
     assert not court.receipt(late).ignored_edits
@@ -52,12 +52,12 @@ def test_nothing_has_to_happen_for_a_lease_to_end() -> None:
         model = made()
         model.sessions.lease_s = 0.1
         for name in ("lead", "next"):
-            _, decisions = model.judge.join(name, time.monotonic(), takeover=False)
-            model.executor.carry_out(decisions)
+            _, decisions = model.coordinator.join(name, time.monotonic(), takeover=False)
+            model.executor.apply(decisions)
         lead, following = model.sessions.workers.values()
         while lead.state is WorkerState.LIVE:
-            _, decisions = model.judge.join("next", time.monotonic(), takeover=True)
-            model.executor.carry_out(decisions)
+            _, decisions = model.coordinator.join("next", time.monotonic(), takeover=True)
+            model.executor.apply(decisions)
             await asyncio.sleep(0.01)
         assert following.state is WorkerState.LIVE
         assert model.sessions.leads(following)

@@ -6,7 +6,7 @@ import pytest
 from judged import Court
 
 from pushstep.proto.types_pb2 import Outcome
-from pushstep.server import policies
+from pushstep.server.coordinator.policies import catalogue as policies
 
 ASYNC = policies.read({"policy": "async"})
 
@@ -26,12 +26,12 @@ ASYNC = policies.read({"policy": "async"})
 def test_what_a_model_holds(
     lineage: list[tuple[int, int]], held: list[tuple[int, int]], undone: list[tuple[int, int]]
 ) -> None:
-    ledger = Court().ledger
+    commits = Court().commits
     if lineage:
-        ledger.go_back(lineage, lineage[-1][0] + 1)
-        assert ledger.version == lineage[-1][1]
-    assert [ledger.holds(*push) for push in held] == [True] * len(held)
-    assert [ledger.holds(*push) for push in undone] == [False] * len(undone)
+        commits.go_back(lineage, lineage[-1][0] + 1)
+        assert commits.version == lineage[-1][1]
+    assert [commits.holds(*push) for push in held] == [True] * len(held)
+    assert [commits.holds(*push) for push in undone] == [False] * len(undone)
 
 
 def test_a_join_tells_what_restores_have_undone() -> None:
@@ -42,7 +42,7 @@ def test_a_join_tells_what_restores_have_undone() -> None:
 
     def told() -> list[tuple[int, int]]:
         court.join("a", takeover=True)
-        receipts = court.judge.receipts_of(court.judge.sessions.workers["a"])
+        receipts = court.coordinator.receipts_of(court.coordinator.sessions.workers["a"])
         return [(int(receipt.version), receipt.outcome) for receipt in receipts]
 
     applied, rejected, undone = (
@@ -56,5 +56,5 @@ def test_a_join_tells_what_restores_have_undone() -> None:
         (3, [(1, 1)], undone, undone),
         (4, [(1, 3)], applied, applied),  # an operator has thought better of it
     ):
-        court.do(court.judge.restored(lineage, timeline, ASYNC, court.now_s))
+        court.do(court.coordinator.restored(lineage, timeline, ASYNC, court.now_s))
         assert told() == [(1, applied), (2, second), (2, rejected), (3, third)]

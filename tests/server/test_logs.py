@@ -12,8 +12,8 @@ import httpx
 import pytest
 from harness import COMMANDS, DEVICE
 
-from pushstep.server import logs
-from pushstep.server.logs import LogWriter
+from pushstep.server.process import logs
+from pushstep.server.process.logs import LogWriter
 
 
 @pytest.fixture

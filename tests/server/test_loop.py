@@ -15,9 +15,9 @@ from wire import RawWorker, Wire, created
 
 from pushstep.proto import training_pb2 as pb
 from pushstep.proto.errors import PushstepError
-from pushstep.proto.layout import MAX_DIMENSIONS, MAX_GROUPS
 from pushstep.proto.types_pb2 import DType, Manifest, Segment
-from pushstep.server.rest_door.app import MAX_BODY_BYTES
+from pushstep.proto.wire.layout import MAX_DIMENSIONS, MAX_GROUPS
+from pushstep.server.operator_door.app import MAX_BODY_BYTES
 
 F32 = DType.DTYPE_FLOAT32
 MODEL = "honest"

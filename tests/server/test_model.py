@@ -11,14 +11,14 @@ import pytest
 import torch
 from driven import Pusher, made
 
-from pushstep.optim import kernel_cache
+from pushstep.optim.kernels import cache as kernel_cache
 from pushstep.proto.errors import NonfiniteGradient
-from pushstep.proto.hyperparameters import wire_values
 from pushstep.proto.training_pb2 import GroupEdit
 from pushstep.proto.types_pb2 import Identity, Outcome, Receipt
-from pushstep.server import gate
-from pushstep.server.hooks.hook import StepContext
-from pushstep.server.worker import Verdict
+from pushstep.proto.wire.hyperparameters import wire_values
+from pushstep.server.coordinator.hooks.hook import StepContext
+from pushstep.server.coordinator.worker import Decided
+from pushstep.server.requests import receiving
 
 
 def test_what_a_snapshot_will_hold_stays_while_training_goes_on() -> None:
@@ -38,7 +38,7 @@ def test_what_a_snapshot_will_hold_stays_while_training_goes_on() -> None:
         def one_more_step(metric: float) -> None:
             error = NonfiniteGradient(parameter="a", worker="w")
             receipt = Receipt(outcome=Outcome.OUTCOME_APPLIED, identity=Identity(worker="w", epoch=1))
-            model.sessions.consume(worker, Verdict(1, receipt, error=error))
+            model.sessions.consume(worker, Decided(1, receipt, error=error))
             error.fields["consumed"] = str(metric)
             context = StepContext("w", 0, 1, 0, metric, {}, {})
             model.hooks.step_post(context, model.groups)
@@ -67,7 +67,7 @@ def test_the_first_push_of_a_kind_is_not_taken_on_the_event_loop(monkeypatch: py
 
         return run
 
-    monkeypatch.setattr(gate, "inspect", noted("inspected", gate.inspect))
+    monkeypatch.setattr(receiving, "inspect", noted("inspected", receiving.inspect))
 
     async def scenario() -> None:
         model = made()

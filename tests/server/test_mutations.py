@@ -12,11 +12,11 @@ import pytest
 from good_requests import requests
 from harness import WATCHED, RunningServer, running_server
 from watched_server import TOLD
-from wire import RawLine, RawWorker, Wire, created, named, state_of
+from wire import RawLocalSocket, RawWorker, Wire, created, named, state_of
 
 from pushstep.proto.errors import Broken
-from pushstep.proto.line import Method, Status
-from pushstep.proto.status import from_status
+from pushstep.proto.errors.status import from_status
+from pushstep.proto.shared_memory.local_socket import Method, Status
 
 SEED = 20_240
 IN_A_TEST, IN_A_SOAK = 5_000, 100_000
@@ -66,7 +66,7 @@ def mutate(server: RunningServer, count: int) -> None:
             raw = RawWorker(wire, model, f"raw-{first}")
             whole = [(method, base.SerializeToString()) for method, base in requests(raw).values()]
             others = [message for _, message in whole]
-            with contextlib.closing(RawLine(raw)) as line:
+            with contextlib.closing(RawLocalSocket(raw)) as line:
                 for number in range(first, min(first + ROUND, count)):
                     method, base = draw.choice(whole)
                     message = mutated(draw, base, others)

@@ -13,7 +13,7 @@ from harness import RunningServer, running_server
 from operators import add_hook, take_snapshot
 from wire import created
 
-from pushstep.server.rest_door.openapi import FILE
+from pushstep.server.operator_door.openapi import FILE
 
 SCHEMATHESIS = Path(sys.executable).with_name("schemathesis")
 DELETE_MODEL = "delete_model_v1_models__m__delete"
@@ -34,7 +34,7 @@ def described() -> dict[str, Any]:
 
 def test_the_committed_description_is_fresh(server: RunningServer) -> None:
     served = server.rest("GET", "/openapi.json").json()
-    assert served == described(), "run: python -m pushstep.server.rest_door"
+    assert served == described(), "run: python -m pushstep.server.operator_door"
 
 
 def test_every_error_has_the_one_shape_and_every_model_may_be_missing() -> None:

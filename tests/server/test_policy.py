@@ -11,9 +11,9 @@ from simulation.seeded_bugs import Bug, found_by
 
 from pushstep.proto.errors import InvalidSettings
 from pushstep.proto.training_pb2 import PushHeader
-from pushstep.server import policies
-from pushstep.server.candidate import Candidate
-from pushstep.server.decision import Offer
+from pushstep.server.coordinator.decision import Offer
+from pushstep.server.coordinator.policies import catalogue as policies
+from pushstep.server.coordinator.push import PendingPush
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_async_accepts_scales_or_refuses_by_staleness(
     court.join("fast", "slow")
     for _ in range(stale):
         court.push("fast", groups="a" if "max_staleness" not in settings else groups)
-    version = court.ledger.version
+    version = court.commits.version
     push = court.push("slow", base=0, groups=groups)
     receipt = court.receipt(push)
     assert (court.outcome(push), receipt.staleness) == (outcome, stale)
@@ -51,8 +51,8 @@ def test_async_accepts_scales_or_refuses_by_staleness(
         assert receipt.version == version + 1
         assert list(receipt.contributors) == ["slow"]
     else:
-        assert court.ledger.version == version
-        assert court.judge.sessions.workers["slow"].sequence == 1  # the verdict took the sequence
+        assert court.commits.version == version
+        assert court.coordinator.sessions.workers["slow"].sequence == 1  # the verdict took the sequence
         assert receipt.reason == "too_stale"
         assert f"staleness {stale}" in receipt.notes[0]
 
@@ -63,7 +63,7 @@ def test_bounded_lets_a_worker_run_ahead_as_far_as_the_bound() -> None:
     for _ in range(3):  # at clocks 0, 1 and 2
         court.push("a")
     assert court.offer(court.header("a")) is Offer.WAIT
-    assert not court.judge.sessions.workers["a"].coming  # what waits holds nothing
+    assert not court.coordinator.sessions.workers["a"].receiving  # what waits holds nothing
     court.push("b")
     court.push("a")
     assert court.offer(court.header("a")) is Offer.WAIT
@@ -77,17 +77,17 @@ def test_bounded_waits_for_nobody_who_is_gone(gone: str) -> None:
     header = court.header("a")
     assert court.offer(header) is Offer.WAIT
     if gone == "leaves":
-        court.do(court.judge.left(court.identity("b"), 0)[1])
+        court.do(court.coordinator.on_leave(court.identity("b"), 0)[1])
     elif gone == "is evicted":
-        court.do(court.judge.evicted("b", 0))
+        court.do(court.coordinator.evicted("b", 0))
     elif gone == "is quarantined":
-        court.judge.sessions.workers["b"].refused_in_row = 19
+        court.coordinator.sessions.workers["b"].refused_in_row = 19
         court.push("b", float("nan"))
-        assert court.judge.sessions.workers["b"].quarantined
+        assert court.coordinator.sessions.workers["b"].quarantined
     else:
         court.wait(29)
         assert court.offer(header) is Offer.WAIT
-        assert court.judge.next_s() == 30
+        assert court.coordinator.next_s() == 30
         court.wait(1.001)
     assert court.offer(header) is Offer.READ
 
@@ -100,12 +100,12 @@ def test_joiners_and_returners_start_at_the_slowest_clock() -> None:
         court.push("b")
     court.push("a")  # 6 and 5
     court.join("c")
-    view = court.judge.docket.view(0)
-    clocks = {w.name: court.judge.policy.shown(view)(w)["clock"] for w in view.members}
+    view = court.coordinator.pending_pushes.view(0)
+    clocks = {w.name: court.coordinator.policy.shown(view)(w)["clock"] for w in view.members}
     assert clocks == {"a": 6, "b": 5, "c": 5}
     court.join("a", takeover=True)
-    view = court.judge.docket.view(0)
-    assert court.judge.policy.shown(view)(court.judge.sessions.workers["a"]) == {
+    view = court.coordinator.pending_pushes.view(0)
+    assert court.coordinator.policy.shown(view)(court.coordinator.sessions.workers["a"]) == {
         "clock": 5,
         "clocks_ahead": 0,
     }
@@ -117,7 +117,7 @@ def test_retries_never_tick() -> None:
     first = court.push("a")
     for _ in range(3):
         again = court.push("a", sequence=1)
-        assert not again.taken
+        assert not again.accepted
     assert court.receipt(first).duplicates == 3
     assert court.offer(court.header("a")) is Offer.WAIT
     court.push("b")
@@ -153,9 +153,9 @@ class Schedule:
     def go(self, name: str) -> None:
         """In order, by an operator's hand, or without a word."""
         if self.draw.random() < 0.5:
-            self.court.do(self.court.judge.left(self.court.identity(name), self.court.now_s)[1])
+            self.court.do(self.court.coordinator.on_leave(self.court.identity(name), self.court.now_s)[1])
         else:
-            self.court.do(self.court.judge.evicted(name, self.court.now_s))
+            self.court.do(self.court.coordinator.evicted(name, self.court.now_s))
         del self.clocks[name], self.bodies[name]
 
     def offer(self, name: str) -> None:
@@ -165,7 +165,7 @@ class Schedule:
             self.bodies[name].append(header)
 
     def header(self, name: str) -> PushHeader:
-        decided = self.court.judge.sessions.workers[name].sequence
+        decided = self.court.coordinator.sessions.workers[name].sequence
         return self.court.header(name, sequence=decided + 1 + len(self.bodies[name]))
 
     def arrive(self, name: str) -> None:
@@ -173,17 +173,17 @@ class Schedule:
         header = self.bodies[name].pop(0)
         ahead = self.clocks[name] - min(self.clocks.values())
         value = 1.0 if self.draw.random() < 0.9 else math.nan
-        self.court.judge.withdrawn(header.identity)
-        candidate = Candidate(header, digest=1, push=dense(value))
-        self.court.do(self.court.judge.staged(candidate, self.court.now_s))
-        outcome = self.court.outcome(candidate)
+        self.court.coordinator.on_stream_end(header.identity)
+        pending = PendingPush(header, digest=1, push=dense(value))
+        self.court.do(self.court.coordinator.on_body(pending, self.court.now_s))
+        outcome = self.court.outcome(pending)
         assert outcome == ("applied" if value == 1.0 else "rejected")
         assert ahead <= self.bound, f"{name} was applied {ahead} clocks ahead, the bound is {self.bound}"
         self.applied += outcome == "applied"
         self.clocks[name] += 1
         again = self.court.header(name, sequence=header.identity.sequence)
         if self.draw.random() < 0.2 and self.court.offer(again) is Offer.READ:  # a retry never ticks
-            self.court.judge.withdrawn(again.identity)
+            self.court.coordinator.on_stream_end(again.identity)
 
     def event(self) -> None:
         drawn, name = self.draw.random(), self.draw.choice(self.names)
@@ -204,7 +204,7 @@ class Schedule:
             header = self.header(name)
             offer = self.court.offer(header)
             if offer is Offer.READ:
-                self.court.judge.withdrawn(header.identity)
+                self.court.coordinator.on_stream_end(header.identity)
             ahead = clock + len(self.bodies[name]) - slowest
             assert (offer is Offer.WAIT) == (ahead > self.bound), (
                 f"{name} would be {ahead} clocks ahead, the bound is {self.bound}: {offer}"

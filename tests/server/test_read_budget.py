@@ -14,11 +14,11 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from pushstep.proto.errors import OverBudget, OverCapacity
-from pushstep.server.catalog import Catalog
 from pushstep.server.config import Config
-from pushstep.server.read_budget import MAX_WAITING, ReadBudget
-from pushstep.server.rest_door import create_app
-from pushstep.server.rest_door.outlet import PART_BYTES, Outlet
+from pushstep.server.models.catalog import Catalog
+from pushstep.server.operator_door.app import create_app
+from pushstep.server.operator_door.outlet import PART_BYTES, Outlet
+from pushstep.server.staging.read_budget import MAX_WAITING, ReadBudget
 
 
 async def turns() -> None:

@@ -7,10 +7,10 @@ from functools import partial
 import pytest
 import torch
 
-from pushstep.proto.layout import Layout
 from pushstep.proto.types_pb2 import DType, Manifest
-from pushstep.server import reduction
-from pushstep.server.staging import DensePart
+from pushstep.proto.wire.layout import Layout
+from pushstep.server.staging import reduction
+from pushstep.server.staging.gradient import DensePart
 
 LAYOUT = Layout(
     Manifest(

@@ -14,16 +14,17 @@ import numpy as np
 import pytest
 import torch
 from harness import RunningServer, wait_until
+from problems import from_problem
 from safetensors import safe_open
 from wire import PARAMETERS, created, state_of
 
 from pushstep.client import Session
 from pushstep.proto.errors import CATALOGUE
-from pushstep.proto.status import from_problem
-from pushstep.server.arena import PARAMETER_BYTES
-from pushstep.server.catalog import Catalog
+from pushstep.server.arenas.arena import PARAMETER_BYTES
 from pushstep.server.config import Config
-from pushstep.server.rest_door import create_app
+from pushstep.server.models.catalog import Catalog
+from pushstep.server.models.saved_models import SavedModels
+from pushstep.server.operator_door.app import create_app
 
 ONES = {"bias": np.ones(4, np.float32)}
 
@@ -392,7 +393,7 @@ def test_not_ready_before_loading_and_while_draining(data: Path) -> None:
 
     assert asyncio.run(ask("/readyz")) == 503
     assert asyncio.run(ask("/healthz")) == 200
-    asyncio.run(catalog.load())
+    asyncio.run(SavedModels(catalog).load())
     assert asyncio.run(ask("/readyz")) == 200
     catalog.ready = False
     assert asyncio.run(ask("/readyz")) == 503

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pushstep.server import reduction
-from pushstep.server.staging import StagedPush
-from pushstep.server.sync_round import SyncSettings
+from pushstep.server.coordinator.policies.synchronous import SyncSettings
+from pushstep.server.staging import reduction
+from pushstep.server.staging.gradient import StagedPush
 
 
 def parameters() -> dict[str, Tensor | tuple[Tensor, Tensor]]:

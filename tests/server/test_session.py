@@ -24,7 +24,7 @@ from pushstep.proto.errors import (
     UnknownWorker,
 )
 from pushstep.proto.types_pb2 import Identity, Outcome, Receipt
-from pushstep.server.session import (
+from pushstep.server.coordinator.sessions import (
     FORGET_AFTER_S,
     LAST_SEQUENCE,
     RECEIPT_BYTES,
@@ -32,7 +32,7 @@ from pushstep.server.session import (
     WORKER_BYTES,
     Sessions,
 )
-from pushstep.server.worker import RECEIPTS_KEPT, Verdict, Worker, WorkerState
+from pushstep.server.coordinator.worker import RECEIPTS_KEPT, Decided, Worker, WorkerState
 
 LEASE_S = 30.0
 
@@ -53,11 +53,11 @@ def identity(worker: Worker | str, epoch: int | None = None, sequence: int | Non
     )
 
 
-def consume(sessions: Sessions, worker: Worker, digest: int = 1, **more: Any) -> Verdict:
+def consume(sessions: Sessions, worker: Worker, digest: int = 1, **more: Any) -> Decided:
     receipt = Receipt(outcome=Outcome.OUTCOME_APPLIED, identity=identity(worker), version=worker.sequence + 1)
-    verdict = Verdict(digest, receipt, **more)
-    sessions.consume(worker, verdict)
-    return verdict
+    decided = Decided(digest, receipt, **more)
+    sessions.consume(worker, decided)
+    return decided
 
 
 def test_each_join_is_the_next_epoch_from_sequence_0(sessions: Sessions) -> None:
@@ -67,7 +67,7 @@ def test_each_join_is_the_next_epoch_from_sequence_0(sessions: Sessions) -> None
     sessions.leave(identity(worker), 1)
     assert sessions.join("w", 2, takeover=False) is worker
     assert (worker.epoch, worker.sequence) == (2, 0)
-    assert len(worker.verdicts) == 1
+    assert len(worker.decided_pushes) == 1
 
 
 @pytest.mark.parametrize(("at_s", "left_s"), [(0, 30.0), (10.5, 19.5), (30.0, 0.001)])
@@ -102,14 +102,14 @@ def test_takeover_fences_the_old_epoch(sessions: Sessions) -> None:
 
 def test_evicted_is_fenced_until_it_joins_by_hand(sessions: Sessions) -> None:
     worker = sessions.join("w", 0, takeover=False)
-    verdict = consume(sessions, worker)
+    decided = consume(sessions, worker)
     sessions.evict("w")
     for at_s in (0.0, 1000.0):
         with pytest.raises(Fenced, match="evicted"):
             sessions.require(identity(worker), at_s)
     sessions.leave(identity(worker), 1)
     assert worker.state is WorkerState.EVICTED
-    assert list(worker.verdicts) == [verdict]
+    assert list(worker.decided_pushes) == [decided]
     sessions.join("w", 1001, takeover=False)
     with pytest.raises(Fenced):
         sessions.require(identity(worker, epoch=1), 1001)
@@ -183,14 +183,15 @@ def test_sequences_are_judged_in_order(sessions: Sessions) -> None:
 
 def test_the_last_eight_receipts_are_kept(sessions: Sessions) -> None:
     worker = sessions.join("w", 0, takeover=False)
-    verdicts = [consume(sessions, worker, digest=n) for n in range(1, 12)]
+    decided_pushes = [consume(sessions, worker, digest=n) for n in range(1, 12)]
     for sequence in range(1, 4):
         with pytest.raises(TooOld) as caught:
             sessions.judged(worker, identity(worker, sequence=sequence), sequence)
         assert caught.value.fields["oldest"] == "4"
     for sequence in range(4, 12):
         assert (
-            sessions.judged(worker, identity(worker, sequence=sequence), sequence) is verdicts[sequence - 1]
+            sessions.judged(worker, identity(worker, sequence=sequence), sequence)
+            is decided_pushes[sequence - 1]
         )
     assert RECEIPTS_KEPT == 8
 
@@ -203,17 +204,17 @@ def test_a_receipt_of_an_earlier_epoch_is_no_verdict_of_this_one(sessions: Sessi
     assert sessions.judged(worker, identity(worker), 2) is None
     second = consume(sessions, worker, digest=2)
     assert sessions.judged(worker, identity(worker, sequence=1), 2) is second
-    assert list(worker.verdicts) == [first, second]
+    assert list(worker.decided_pushes) == [first, second]
 
 
 def test_duplicates_and_outcomes_are_counted(sessions: Sessions) -> None:
     worker = sessions.join("w", 0, takeover=False)
-    verdict = consume(sessions, worker)
+    decided = consume(sessions, worker)
     for _ in range(3):
-        sessions.duplicate(worker, verdict)
-    assert (worker.duplicates, verdict.receipt.duplicates) == (3, 3)
+        sessions.duplicate(worker, decided)
+    assert (worker.duplicates, decided.receipt.duplicates) == (3, 3)
     receipt = Receipt(outcome=Outcome.OUTCOME_REJECTED, identity=identity(worker))
-    sessions.consume(worker, Verdict(1, receipt))
+    sessions.consume(worker, Decided(1, receipt))
     assert worker.outcomes == {"applied": 1, "rejected": 1}
 
 
@@ -346,17 +347,17 @@ def test_the_table_survives_as_json(sessions: Sessions) -> None:
         del entry["attempts"], entry["forgotten"], entry["since"]
     kept = Sessions(LEASE_S, 100)
     kept.parse(earlier, 1000)
-    assert [len(worker.verdicts) for worker in kept.workers.values()] == [8, 1]
+    assert [len(worker.decided_pushes) for worker in kept.workers.values()] == [8, 1]
     restored = Sessions(LEASE_S, 100)
     restored.parse(json.loads(json.dumps(sessions.dump())), 1000)
     assert restored.dump() == sessions.dump()
     a2, b2 = restored.workers["a"], restored.workers["b"]
     assert restored.leads(a2)
     assert a2.lease_until_s == 1000 + LEASE_S
-    assert restored.judged(a2, identity(a2, sequence=10), 2**64 - 10) is a2.verdicts[-1]
+    assert restored.judged(a2, identity(a2, sequence=10), 2**64 - 10) is a2.decided_pushes[-1]
     with pytest.raises(TooOld):
         restored.judged(a2, identity(a2, sequence=2))
-    got = b2.verdicts[0].error
+    got = b2.decided_pushes[0].error
     assert isinstance(got, NonfiniteGradient)
     assert (got.message, got.fields, got.consumed) == (error.message, error.fields, True)
     with pytest.raises(Fenced):
@@ -415,7 +416,7 @@ class Model(RuleBasedStateMachine):
             assert seen.receipt.identity == sent
             return
         self.sessions.consume(
-            worker, Verdict(digest, Receipt(outcome=Outcome.OUTCOME_APPLIED, identity=sent))
+            worker, Decided(digest, Receipt(outcome=Outcome.OUTCOME_APPLIED, identity=sent))
         )
         self.applied.append((who.worker, worker.epoch, sequence))
 
@@ -439,7 +440,7 @@ class Model(RuleBasedStateMachine):
         assert len(set(self.applied)) == len(self.applied)
         assert sum(self.sessions.leads(worker) for worker in self.sessions.workers.values()) <= 1
         for worker in self.sessions.workers.values():
-            assert len(worker.verdicts) <= RECEIPTS_KEPT
+            assert len(worker.decided_pushes) <= RECEIPTS_KEPT
 
 
 TestModel = Model.TestCase
@@ -478,7 +479,7 @@ def test_the_bytes_of_the_table_are_those_of_what_it_holds(sessions: Sessions) -
     loaded.parse(json.loads(json.dumps(sessions.dump())), 1)
     metrics = sum(SPREAD * (len(name) + 8) for worker in sessions.workers.values() for name in worker.metrics)
     assert sessions.kept_bytes == loaded.kept_bytes + metrics  # which are not saved
-    receipts = [v.receipt.ByteSize() for worker in sessions.workers.values() for v in worker.verdicts]
+    receipts = [v.receipt.ByteSize() for worker in sessions.workers.values() for v in worker.decided_pushes]
     states = sum(len(worker.worker_state) for worker in sessions.workers.values())
     fixed = 3 * WORKER_BYTES + len(receipts) * RECEIPT_BYTES
     assert loaded.kept_bytes == fixed + SPREAD * (sum(receipts) + states)

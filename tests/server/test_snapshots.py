@@ -22,14 +22,14 @@ from wire import created, state_of
 from pushstep.optim import RULES
 from pushstep.proto import types_pb2
 from pushstep.proto.errors import ModelNotLoaded, SnapshotDamaged, StorageFailed, UnknownSnapshot
-from pushstep.proto.layout import Layout
-from pushstep.server import files as files_module
-from pushstep.server import snapshots as module
-from pushstep.server.arena import ArenasCopy
-from pushstep.server.export import write as write_export
-from pushstep.server.files import write_durably
-from pushstep.server.quality import Quality
-from pushstep.server.snapshots import KEPT_AUTOMATIC, Snapshots
+from pushstep.proto.wire.layout import Layout
+from pushstep.server.arenas.arena import ArenasCopy
+from pushstep.server.coordinator.admission import Admission
+from pushstep.server.storage import files as files_module
+from pushstep.server.storage import snapshots as module
+from pushstep.server.storage.checkpoints import write as write_export
+from pushstep.server.storage.files import write_durably
+from pushstep.server.storage.snapshots import KEPT_AUTOMATIC, Snapshots
 
 LAYOUT = Layout(
     types_pb2.Manifest(
@@ -44,7 +44,7 @@ FACTS = {
     "uid": "00",
     "edit": 0,
     "policy": {"policy": "async"},
-    "gate": Quality().dump(),
+    "gate": Admission().dump(),
     # numbers that JSON can write in more than one way
     "groups": [
         {

@@ -9,8 +9,8 @@ import pytest
 from bounded import run
 
 from pushstep.proto.errors import MemoryShort, OverBudget, OverCapacity
-from pushstep.server.staging import (
-    INLINE_BYTES,
+from pushstep.server.process.inline import INLINE_BYTES
+from pushstep.server.staging.budget import (
     MAX_WAITING,
     READING_BYTES,
     RETRY_AFTER_S,

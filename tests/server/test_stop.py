@@ -17,8 +17,10 @@ from judged import LAYOUT
 from wire import created, state_of
 
 from pushstep.proto.training_pb2 import Process
-from pushstep.server.catalog import Catalog, propose
 from pushstep.server.config import Config
+from pushstep.server.models.catalog import Catalog
+from pushstep.server.models.creations import propose
+from pushstep.server.models.saved_models import SavedModels
 from pushstep.server.service import ExitStatus
 
 HARMED = Path(__file__).parents[1] / "harmed_server.py"
@@ -147,17 +149,17 @@ def test_told_to_stop_while_it_starts_what_was_loaded_keeps_its_clean_stop(data:
             await first.finish_creation(
                 name, first.begin_creation(name, "w0", propose(LAYOUT.manifest), 0.0, 0, Process()), model
             )
-        assert await first.stop()
+        assert await SavedModels(first).save()
         asked = iter([False, False, True])
         second = Catalog(Config(data=data))
-        await second.load(lambda: next(asked))
+        await SavedModels(second).load(lambda: next(asked))
         assert list(second.models) == ["a", "b"]
         assert not second.ready
-        assert await second.stop()
+        assert await SavedModels(second).save()
         third = Catalog(Config(data=data))
-        await third.load()
+        await SavedModels(third).load()
         assert {name: model.timeline for name, model in third.models.items()} == {"a": 1, "b": 1, "c": 1}
-        assert await third.stop()
+        assert await SavedModels(third).save()
 
     asyncio.run(scenario())
 
@@ -172,6 +174,6 @@ def test_the_last_snapshot_takes_no_memory(data: Path) -> None:
             "m", catalog.begin_creation("m", "w0", propose(LAYOUT.manifest), 0.0, 0, Process()), model
         )
         model.arenas.copy = failing  # type: ignore[method-assign]
-        assert await catalog.stop()
+        assert await SavedModels(catalog).save()
 
     asyncio.run(scenario())

@@ -6,9 +6,9 @@ import pytest
 from judged import Court
 
 from pushstep.proto.errors import NonfiniteGradient
-from pushstep.server import policies
-from pushstep.server.hooks.hook import Hook, Point, Settings, StepContext
-from pushstep.server.staging import DensePart
+from pushstep.server.coordinator.hooks.hook import Hook, Point, Settings, StepContext
+from pushstep.server.coordinator.policies import catalogue as policies
+from pushstep.server.staging.gradient import DensePart
 
 
 def sync(*workers: str, **settings: object) -> Court:
@@ -32,7 +32,7 @@ def test_a_round_is_one_step_of_everybody_in_name_order() -> None:
     court = sync("b", "c", "a")
     pushes = [court.push(name, number) for name, number in (("c", 4.0), ("a", 1.0), ("b", 1.0))]
     assert [court.outcome(push) for push in pushes] == ["applied"] * 3
-    assert (court.ledger.version, names(court), value(court)) == (1, ["a", "b", "c"], 2.0)
+    assert (court.commits.version, names(court), value(court)) == (1, ["a", "b", "c"], 2.0)
     for push in pushes:
         receipt = court.receipt(push)
         assert (receipt.version, receipt.staleness, list(receipt.contributors)) == (1, 0, ["a", "b", "c"])
@@ -90,19 +90,19 @@ def test_nobody_waits_for_who_is_gone(gone: str, pushed: bool) -> None:
     assert court.outcome(first) == "pending"
     who = "b" if pushed else "c"
     if gone == "leaves":
-        court.do(court.judge.left(court.identity(who), court.now_s)[1])
+        court.do(court.coordinator.on_leave(court.identity(who), court.now_s)[1])
     elif gone == "is evicted":
-        court.do(court.judge.evicted(who, court.now_s))
+        court.do(court.coordinator.evicted(who, court.now_s))
     elif gone == "is quarantined":
-        court.judge.sessions.workers[who].refused_in_row = 19
+        court.coordinator.sessions.workers[who].refused_in_row = 19
         court.push(who, float("nan"))
     else:
         for _ in range(3):
             court.wait(10)
             for name in {"a", "b", "c"} - {who}:
-                court.do(court.judge.heard(court.identity(name), court.now_s))
+                court.do(court.coordinator.on_heartbeat(court.identity(name), court.now_s))
         assert court.outcome(first) == "pending"
-        assert court.judge.next_s() == 30
+        assert court.coordinator.next_s() == 30
         court.wait(0.001)
     assert court.outcome(first) == "applied"
     assert value(court) == (3.0 if pushed else 2.0)
@@ -117,16 +117,16 @@ def test_what_a_worker_had_handed_in(goes: str, stays: bool) -> None:
     court = sync("a", "b", timeout_s=None)
     handed_in = court.push("b", 9.0)
     if goes == "leaves":
-        court.do(court.judge.left(court.identity("b", epoch=1), 0)[1])
+        court.do(court.coordinator.on_leave(court.identity("b", epoch=1), 0)[1])
     elif goes == "is evicted":
-        court.do(court.judge.evicted("b", 0))
+        court.do(court.coordinator.evicted("b", 0))
     elif goes == "joins anew":
         court.join("b", takeover=True)
         assert court.outcome(handed_in) == "fenced"
         court.push("b", 5.0)
     else:
         court.wait(20)
-        court.do(court.judge.heard(court.identity("a"), court.now_s))
+        court.do(court.coordinator.on_heartbeat(court.identity("a"), court.now_s))
         court.wait(11)
     last = court.push("a", 1.0)
     assert court.outcome(last) == "applied"
@@ -154,13 +154,15 @@ def test_min_workers_gates_opening_only() -> None:
     court = sync("a", min_workers=2)
     first = court.push("a", 1.0)
     court.wait(20)
-    assert (court.outcome(first), court.judge.next_s()) == ("pending", 30)
+    assert (court.outcome(first), court.coordinator.next_s()) == ("pending", 30)
     court.join("b")
     second = court.push("b", 3.0)
     assert [court.outcome(push) for push in (first, second)] == ["applied"] * 2
     court.push("a", 1.0)
-    court.do(court.judge.left(court.identity("b"), court.now_s)[1])  # one is left, in a round that is open
-    assert court.ledger.version == 2
+    court.do(
+        court.coordinator.on_leave(court.identity("b"), court.now_s)[1]
+    )  # one is left, in a round that is open
+    assert court.commits.version == 2
     assert court.outcome(court.push("a", 1.0)) == "pending"
 
 
@@ -169,7 +171,7 @@ def test_quorum_closes_and_stragglers_are_late(late: str) -> None:
     court = sync("a", "b", "c", quorum=2, late=late)
     court.push("a", 1.0)
     court.push("b", 3.0)
-    assert (court.ledger.version, value(court)) == (1, 2.0)
+    assert (court.commits.version, value(court)) == (1, 2.0)
     straggler = court.push("c", 10.0, base=0)
     if late == "drop":
         assert court.outcome(straggler) == "dropped_late"
@@ -203,7 +205,7 @@ def test_the_time_out_counts_from_the_first_push() -> None:
     court = sync("a", "b", timeout_s=5.0)
     court.wait(20)
     push = court.push("a", 1.0)
-    assert court.judge.next_s() == 25
+    assert court.coordinator.next_s() == 25
     court.wait(4.999)
     assert court.outcome(push) == "pending"
     court.wait(0.001)
@@ -243,7 +245,7 @@ def test_skip_pushes_are_present_and_contribute_nothing() -> None:
     assert court.receipt(skip).version == 1  # what its worker goes on from
     both = [court.push(name, skip=True) for name in ("a", "b")]
     assert [court.outcome(push) for push in both] == ["skipped"] * 2
-    assert court.ledger.version == 1
+    assert court.commits.version == 1
 
 
 def test_a_rejected_push_is_absent_until_the_time_out() -> None:
@@ -268,13 +270,13 @@ def test_finite_pushes_that_add_up_to_infinity_are_rejected_together() -> None:
     court = sync("a", "b", reduce="sum")
     pushes = [court.push(name, 3e38) for name in ("a", "b")]
     assert [court.outcome(push) for push in pushes] == ["rejected"] * 2
-    assert court.ledger.version == 0
-    settle = court.settled["a", 1, 1]
-    assert settle.verdict is not None
-    assert isinstance(settle.verdict.error, NonfiniteGradient)
-    assert settle.verdict.error.consumed
+    assert court.commits.version == 0
+    resolve = court.settled["a", 1, 1]
+    assert resolve.decided is not None
+    assert isinstance(resolve.decided.error, NonfiniteGradient)
+    assert resolve.decided.error.consumed
     # whoever of them it was: nobody is quarantined for what came of all
-    assert [worker.refused_in_row for worker in court.judge.sessions.workers.values()] == [0, 0]
+    assert [worker.refused_in_row for worker in court.coordinator.sessions.workers.values()] == [0, 0]
 
 
 def test_a_guard_rejects_a_round_whole() -> None:
@@ -285,10 +287,10 @@ def test_a_guard_rejects_a_round_whole() -> None:
             raise ValueError(f"norm {context.gradient_norm:.3f}")
 
     court = sync("a", "b")
-    court.ledger.hooks.list.append(Never("never-1", Point.STEP_PRE, Settings()))
+    court.commits.hooks.list.append(Never("never-1", Point.STEP_PRE, Settings()))
     pushes = [court.push(name, 1.0) for name in ("a", "b")]
     assert [court.outcome(push) for push in pushes] == ["rejected"] * 2
-    assert (court.ledger.version, court.judge.sessions.workers["a"].sequence) == (0, 1)
+    assert (court.commits.version, court.coordinator.sessions.workers["a"].sequence) == (0, 1)
 
 
 def test_what_arrives_while_a_round_is_added_up_waits_for_the_next() -> None:
@@ -302,7 +304,7 @@ def test_what_arrives_while_a_round_is_added_up_waits_for_the_next() -> None:
     assert court.outcome(late) == "pending"
     court.holds_back = False
     court.add_up()
-    assert (court.ledger.version, value(court)) == (1, 2.0)
+    assert (court.commits.version, value(court)) == (1, 2.0)
     assert court.outcome(late) == "dropped_late"
 
 
@@ -312,7 +314,7 @@ def test_who_is_fenced_while_a_round_is_added_up_is_taken_out_of_it(fences: str)
     court.holds_back = True
     pushes = [court.push("a", 1.0), court.push("b", 3.0)]
     if fences == "evicts":
-        court.do(court.judge.evicted("b", 0))
+        court.do(court.coordinator.evicted("b", 0))
     else:
         court.join("b", takeover=True)
     assert len(court.combines) == 2
@@ -327,11 +329,11 @@ def test_a_restore_ends_what_is_held() -> None:
     court.holds_back = True
     for name in "abc":
         court.push(name, 1.0)
-    court.do(court.judge.restored([(1, 0)], 2, policies.read({"policy": "sync"}), 0))
+    court.do(court.coordinator.restored([(1, 0)], 2, policies.read({"policy": "sync"}), 0))
     court.holds_back = False
     court.add_up()
-    assert [settle.error.code for settle in court.settled.values() if settle.error] == ["superseded"] * 3
-    assert (court.ledger.version, court.tickets) == (0, [])
+    assert [resolve.error.code for resolve in court.settled.values() if resolve.error] == ["superseded"] * 3
+    assert (court.commits.version, court.tickets) == (0, [])
     court.join("a")
     assert court.outcome(court.push("a", 2.0)) == "applied"
 
@@ -352,9 +354,9 @@ def test_a_switch_loses_nothing(
 ) -> None:
     court = sync("a", "b", "c", "d", quorum=quorum)
     pushes = [court.push(name, number) for name, number in zip(pushed, (3.0, 1.0), strict=True)]
-    court.do(court.judge.switch(policies.read(to, court.judge.policy.settings), 0))
+    court.do(court.coordinator.switch(policies.read(to, court.coordinator.policy.settings), 0))
     assert [court.outcome(push) for push in pushes] == outcomes
-    assert court.ledger.version == versions
+    assert court.commits.version == versions
     if versions == 2:
         assert [ticket.identity.worker for ticket in court.tickets] == ["a", "b"]
 
@@ -363,30 +365,30 @@ def test_a_switch_at_quorum_steps_under_the_old_policy() -> None:
     """The quorum can be there with the round still open only when it was lowered in the same breath."""
     court = sync("a", "b", "c")
     pushes = [court.push(name, number) for name, number in (("b", 3.0), ("a", 1.0))]
-    court.judge.policy.adopt(policies.read({"policy": "sync", "quorum": 2}))
-    court.do(court.judge.switch(policies.read({"policy": "async"}), 0))
+    court.coordinator.policy.adopt(policies.read({"policy": "sync", "quorum": 2}))
+    court.do(court.coordinator.switch(policies.read({"policy": "async"}), 0))
     assert [court.outcome(push) for push in pushes] == ["applied"] * 2
-    assert (court.ledger.version, names(court), value(court)) == (1, ["a", "b"], 2.0)
-    assert court.judge.policy.name == "async"
+    assert (court.commits.version, names(court), value(court)) == (1, ["a", "b"], 2.0)
+    assert court.coordinator.policy.name == "async"
 
 
 def test_a_switch_while_a_round_is_added_up_keeps_the_round() -> None:
     court = sync("a", "b")
     court.holds_back = True
     pushes = [court.push(name, 1.0) for name in ("a", "b")]
-    court.do(court.judge.switch(policies.read({"policy": "async"}), 0))
+    court.do(court.coordinator.switch(policies.read({"policy": "async"}), 0))
     court.join("c")
     alone = court.push("c", 1.0)
     assert court.outcome(alone) == "applied"  # async waits for nobody, not even for that
     court.holds_back = False
     court.add_up()
     assert [court.outcome(push) for push in pushes] == ["applied"] * 2
-    assert court.ledger.version == 2
+    assert court.commits.version == 2
 
 
 def test_edits_count_from_the_lead_of_a_round_only() -> None:
-    from pushstep.proto.hyperparameters import wire_values
     from pushstep.proto.training_pb2 import GroupEdit
+    from pushstep.proto.wire.hyperparameters import wire_values
 
     court = sync("a", "b", "c", "d")
     pushes = [

@@ -22,7 +22,7 @@ from harness import SERVER, RunningServer, running_server, start_server
 from wire import created, state_of
 
 from pushstep.proto.errors import ModelLost, ModelNotLoaded
-from pushstep.server.snapshot_manifest import arena_file
+from pushstep.server.storage.snapshot_manifest import arena_file
 
 Tamper = Callable[[Path], None]
 FAULTY = Path(__file__).parents[1] / "faulty_server.py"

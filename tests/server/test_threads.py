@@ -9,8 +9,8 @@ import time
 import pytest
 
 from pushstep.proto.errors import Busy
-from pushstep.server import threads
-from pushstep.server.threads import DISK, PULLS, PUSHES, READS, REQUESTS, Share, Threads
+from pushstep.server.process import threads
+from pushstep.server.process.threads import DISK, PULLS, PUSHES, READS, REQUESTS, Share, Threads
 
 
 def test_a_kind_whose_threads_are_all_at_work_keeps_no_other_waiting() -> None:

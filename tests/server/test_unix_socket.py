@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from harness import SERVER, running_server
 
-from pushstep.server.unix_socket import UnixSocket
+from pushstep.server.process.unix_socket import UnixSocket
 
 
 @pytest.fixture

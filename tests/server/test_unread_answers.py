@@ -254,7 +254,7 @@ def test_a_local_socket_s_call_that_never_ends(scene: Scene) -> None:
     assert session.push(DENSE).outcome is Outcome.APPLIED
     region = session.memory.region
     assert region is not None
-    line = region.line
+    line = region.local_socket
     line._connection.sendall(b"\x01\xff")
     wait_until(lambda: not line.is_open(), timeout_s=5 * STALL_S)
     assert session.push(DENSE).outcome is Outcome.APPLIED

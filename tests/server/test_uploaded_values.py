@@ -20,8 +20,8 @@ from wire import RawWorker, Wire, untouched
 
 from pushstep.client import Session
 from pushstep.proto import training_pb2 as pb
-from pushstep.proto.layout import Layout
 from pushstep.proto.types_pb2 import DType, Manifest, Parameter, ParamGroup, Segment
+from pushstep.proto.wire.layout import Layout
 
 MIB = 1 << 20
 MAX_BYTES = 48 * MIB

@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from pushstep.proto.types_pb2 import Identity
-from pushstep.server import reduction
-from pushstep.server.candidate import Candidate
-from pushstep.server.decision import Combine, Decision, Note, Settle, Step
+from pushstep.server.coordinator.decision import Decision, Note, Reduce, Resolve, Step
+from pushstep.server.coordinator.push import PendingPush
+from pushstep.server.staging import reduction
 
 from .intake import BODY_BYTES, Answer, Stream
 from .story import Key, key_of
@@ -31,8 +31,8 @@ class Executor:
     def __init__(self, house: House) -> None:
         self._house = house
         # what the judge holds, and who waits for it; its bytes are set aside until it is settled
-        self.answers: dict[Key, tuple[list[Stream], Candidate]] = {}
-        self.held: set[Candidate] = set()
+        self.answers: dict[Key, tuple[list[Stream], PendingPush]] = {}
+        self.held: set[PendingPush] = set()
         self._jobs: list[Callable[[], None]] = []
         self._stepping = False
         self._clock: float | None = None
@@ -42,22 +42,22 @@ class Executor:
         """The process ends: what it had still to do is not done."""
         self._closed = True
 
-    def keep(self, candidate: Candidate) -> None:
+    def keep(self, pending: PendingPush) -> None:
         """The judge has taken it."""
-        self.held.add(candidate)
-        self.answers[key_of(candidate.identity)] = [], candidate
+        self.held.add(pending)
+        self.answers[key_of(pending.identity)] = [], pending
 
     def waiters(self, identity: Identity) -> list[Stream] | None:
         """Who waits for a push that is held; None if it is not."""
         found = self.answers.get(key_of(identity))
         return None if found is None else found[0]
 
-    def waited_for(self, stream: Stream) -> Candidate | None:
+    def waited_for(self, stream: Stream) -> PendingPush | None:
         """What a stream waits for."""
-        streams, candidate = self.answers.get(key_of(stream.header.identity), ((), None))
-        return candidate if stream in streams else None
+        streams, pending = self.answers.get(key_of(stream.header.identity), ((), None))
+        return pending if stream in streams else None
 
-    def carry_out(self, decisions: Sequence[Decision]) -> None:
+    def apply(self, decisions: Sequence[Decision]) -> None:
         """In order; then whoever waits asks again, and the clock is set."""
         house = self._house
         house.witness.decided(decisions)
@@ -65,9 +65,9 @@ class Executor:
             match decision:
                 case Note():
                     pass
-                case Settle():
+                case Resolve():
                     self._settle(decision)
-                case Combine():
+                case Reduce():
                     self._combine(decision)
                 case Step():
                     self._step(decision)
@@ -75,34 +75,34 @@ class Executor:
             house.agenda.after(0.0, lambda stream=stream, intake=house.intake: intake.offer_again(stream))
         self._set_clock()
 
-    def _settle(self, settle: Settle) -> None:
+    def _settle(self, resolve: Resolve) -> None:
         house = self._house
-        streams, _ = self.answers.pop(key_of(settle.candidate.identity), ([], None))
-        if settle.candidate in self.held:
-            self.held.remove(settle.candidate)
+        streams, _ = self.answers.pop(key_of(resolve.pending.identity), ([], None))
+        if resolve.pending in self.held:
+            self.held.remove(resolve.pending)
             house.budget.release(BODY_BYTES)
         for stream in list(streams):
-            if settle.verdict is None:
-                house.intake.end(stream, Answer(copy.copy(settle.error)))
+            if resolve.decided is None:
+                house.intake.end(stream, Answer(copy.copy(resolve.error)))
             else:
-                house.intake.answer(stream, settle.verdict)
+                house.intake.answer(stream, resolve.decided)
 
-    def _combine(self, combine: Combine) -> None:
+    def _combine(self, reduce: Reduce) -> None:
         house = self._house
-        pushes = [candidate.push for candidate in combine.candidates if candidate.push is not None]
+        pushes = [pending.push for pending in reduce.pushes if pending.push is not None]
 
         def finish() -> None:
             if not self._closed:
-                result = reduction.add_up(pushes, combine.weights, combine.divisor)
-                self.carry_out(house.judge.combined(combine, result, house.agenda.now_s))
+                result = reduction.add_up(pushes, reduce.weights, reduce.divisor)
+                self.apply(house.coordinator.reduced(reduce, result, house.agenda.now_s))
 
         house.work("adding up", finish)
 
     def _step(self, step: Step) -> None:
         def execute() -> None:
             self._house.arenas.step(step.ticket, step.push.parts)
-            for settle in step.settles:
-                self._settle(settle)
+            for resolve in step.resolves:
+                self._settle(resolve)
 
         self.submit(execute)
 
@@ -122,7 +122,7 @@ class Executor:
 
     def _set_clock(self) -> None:
         house = self._house
-        due_s = house.judge.next_s()
+        due_s = house.coordinator.next_s()
         if due_s is None or (self._clock is not None and self._clock <= due_s):
             return
         self._clock = due_s
@@ -131,4 +131,4 @@ class Executor:
     def _tick(self, due_s: float) -> None:
         if not self._closed and self._clock == due_s:
             self._clock = None
-            self.carry_out(self._house.judge.tick(self._house.agenda.now_s))
+            self.apply(self._house.coordinator.tick(self._house.agenda.now_s))

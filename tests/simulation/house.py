@@ -11,17 +11,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pushstep.server import policies
-from pushstep.server.arena import Arenas, ArenasCopy
-from pushstep.server.device import Device
-from pushstep.server.groups import Group, ParamGroups
-from pushstep.server.hooks.chain import HookChain
-from pushstep.server.judge import Judge
-from pushstep.server.ledger import Ledger
-from pushstep.server.quality import Quality
-from pushstep.server.quality import read as read_quality
-from pushstep.server.session import Sessions
-from pushstep.server.staging import Budget
+from pushstep.server.arenas.arena import Arenas, ArenasCopy
+from pushstep.server.coordinator.admission import Admission
+from pushstep.server.coordinator.admission import read as read_gate
+from pushstep.server.coordinator.commits import Commits
+from pushstep.server.coordinator.coordinator import Coordinator
+from pushstep.server.coordinator.groups import Group, ParamGroups
+from pushstep.server.coordinator.hooks.chain import HookChain
+from pushstep.server.coordinator.policies import catalogue as policies
+from pushstep.server.coordinator.sessions import Sessions
+from pushstep.server.devices.device import Device
+from pushstep.server.staging.budget import Budget
 
 from .agenda import Action, Agenda
 from .executor import Executor
@@ -56,7 +56,7 @@ class House:
         network: Network,
         work: Work,
         max_workers: int,
-        quality: dict[str, Any],
+        admission: dict[str, Any],
     ) -> None:
         self.agenda = agenda
         self.network = network
@@ -64,7 +64,7 @@ class House:
         self.max_workers = max_workers
         self.witness = Witness(agenda)
         self.timeline = 1
-        self.quality = quality
+        self.admission = admission
         self._start({"policy": "async"})
         self.arenas.timeline = 1
         self.snapshot: Snapshot | None = None
@@ -76,26 +76,26 @@ class House:
         groups = ParamGroups(Group.make(group) for group in LAYOUT.manifest.groups)
         for group in groups.list:
             group.values["lr"] = FIRST_LR
-        self.ledger = Ledger("m", self.timeline, groups, HookChain())
-        self.judge = Judge(UID, self.ledger, Sessions(LEASE_S, self.max_workers, "m"))
-        self.judge.quality.settings = read_quality(self.quality, self.judge.quality.settings)
+        self.commits = Commits("m", self.timeline, groups, HookChain())
+        self.coordinator = Coordinator(UID, self.commits, Sessions(LEASE_S, self.max_workers, "m"))
+        self.coordinator.admission.settings = read_gate(self.admission, self.coordinator.admission.settings)
         self.arenas = Arenas(LAYOUT, Device())
         self.budget = Budget(STAGING_BYTES)
         self.intake = Intake(self)
         self.executor = Executor(self)
-        self.judge.switch(policies.read(policy), self.agenda.now_s)
-        self.witness.attend(self.judge)
+        self.coordinator.switch(policies.read(policy), self.agenda.now_s)
+        self.witness.attend(self.coordinator)
 
     def facts(self) -> dict[str, Any]:
         """What a snapshot's manifest holds."""
         facts = {
-            "version": self.ledger.version,
+            "version": self.commits.version,
             "timeline": self.timeline,
-            "policy": self.judge.policy.settings.model_dump(mode="json"),
-            "gate": self.judge.quality.dump(),
-            "groups": self.ledger.groups.dump(),
-            "workers": self.judge.sessions.dump(),
-            "forgotten_epoch": self.judge.sessions.forgotten_epoch,
+            "policy": self.coordinator.policy.settings.model_dump(mode="json"),
+            "gate": self.coordinator.admission.dump(),
+            "groups": self.commits.groups.dump(),
+            "workers": self.coordinator.sessions.dump(),
+            "forgotten_epoch": self.coordinator.sessions.forgotten_epoch,
         }
         read: dict[str, Any] = json.loads(json.dumps(facts))
         return read
@@ -104,7 +104,7 @@ class House:
         """Another process: with everything, or with what the last snapshot held, on a new timeline."""
         if orderly:
             self.executor.run_jobs()
-            copy = replace(self.arenas.copy(), lineage=tuple(self.ledger.lineage))
+            copy = replace(self.arenas.copy(), lineage=tuple(self.commits.lineage))
             self.snapshot = Snapshot(self.facts(), copy, self.witness.books.copy())
         kept = self.snapshot
         if kept is None:
@@ -113,13 +113,15 @@ class House:
         self.intake.close()
         self.executor.close()
         self._start(kept.facts["policy"])
-        self.ledger.groups.list[:] = ParamGroups.parse(kept.facts["groups"]).list
-        self.ledger.version, self.ledger.lineage = kept.copy.version, list(kept.copy.lineage)
-        self.judge.sessions.parse(kept.facts["workers"], self.agenda.now_s, kept.facts["forgotten_epoch"])
-        self.judge.quality = Quality.parsed(kept.facts["gate"])
+        self.commits.groups.list[:] = ParamGroups.parse(kept.facts["groups"]).list
+        self.commits.version, self.commits.lineage = kept.copy.version, list(kept.copy.lineage)
+        self.coordinator.sessions.parse(
+            kept.facts["workers"], self.agenda.now_s, kept.facts["forgotten_epoch"]
+        )
+        self.coordinator.admission = Admission.parsed(kept.facts["gate"])
         if not orderly:
-            self.ledger.go_back(kept.copy.lineage_here, self.timeline)
-            self.judge.sessions.close_epochs()
+            self.commits.go_back(kept.copy.lineage_here, self.timeline)
+            self.coordinator.sessions.close_epochs()
             self.witness.fenced.clear()  # what it held of that may be lost
         self.witness.goes_back(kept.books, self.timeline)
         self.arenas.load(kept.copy, self.timeline)
@@ -128,7 +130,7 @@ class House:
 
     def take_snapshot(self) -> None:
         """Behind everything that has been decided."""
-        facts, books, lineage = self.facts(), self.witness.books.copy(), tuple(self.ledger.lineage)
+        facts, books, lineage = self.facts(), self.witness.books.copy(), tuple(self.commits.lineage)
 
         def keep() -> None:
             self.snapshot = Snapshot(facts, replace(self.arenas.copy(), lineage=lineage), books)
@@ -141,20 +143,20 @@ class House:
         if kept is None:
             return
         self.timeline += 1
-        self.ledger.groups.list[:] = ParamGroups.parse(kept.facts["groups"]).list
-        self.judge.quality = Quality.parsed(kept.facts["gate"])
+        self.commits.groups.list[:] = ParamGroups.parse(kept.facts["groups"]).list
+        self.coordinator.admission = Admission.parsed(kept.facts["gate"])
         self.witness.goes_back(kept.books, self.timeline)
         settings = policies.read(kept.facts["policy"])
         timeline = self.timeline
-        decisions = self.judge.restored(kept.copy.lineage_here, timeline, settings, self.agenda.now_s)
-        self.executor.carry_out(decisions)
+        decisions = self.coordinator.restored(kept.copy.lineage_here, timeline, settings, self.agenda.now_s)
+        self.executor.apply(decisions)
         self.executor.submit(lambda: self.arenas.load(kept.copy, timeline))
 
     def switch(self, settings: policies.Settings) -> None:
         """Another policy, or other settings of this one."""
-        self.executor.carry_out(self.judge.switch(settings, self.agenda.now_s))
+        self.executor.apply(self.coordinator.switch(settings, self.agenda.now_s))
 
     def patch(self, lr: float, *, hold: bool) -> None:
         """An operator's lr, held against the workers' schedulers or not."""
-        self.ledger.groups.patch(0, {"lr": lr}, hold, "m")
+        self.commits.groups.patch(0, {"lr": lr}, hold, "m")
         self.witness.patched(lr, held=hold)

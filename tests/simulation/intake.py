@@ -23,9 +23,9 @@ from pushstep.proto.errors import (
 )
 from pushstep.proto.training_pb2 import PushHeader
 from pushstep.proto.types_pb2 import GroupValues, Identity, Receipt
-from pushstep.server.candidate import Candidate
-from pushstep.server.decision import Offer
-from pushstep.server.worker import Verdict
+from pushstep.server.coordinator.decision import Offer
+from pushstep.server.coordinator.push import PendingPush
+from pushstep.server.coordinator.worker import Decided
 
 from .intent import Intent
 
@@ -97,28 +97,30 @@ class Intake:
         """As membership.py: who has the name may join over itself."""
         house = self._house
         try:
-            worker, decisions = house.judge.join(name, house.agenda.now_s, takeover, attempt, epoch or 0)
+            worker, decisions = house.coordinator.join(
+                name, house.agenda.now_s, takeover, attempt, epoch or 0
+            )
         except (AlreadyJoined, Fenced, OverCapacity) as error:
             reply(error)
             return
         house.witness.heard(name)
         house.witness.joined(worker, attempt, epoch or 0)
-        house.executor.carry_out(decisions)
+        house.executor.apply(decisions)
         identity = Identity(
-            model_uid=house.judge.uid, timeline=house.timeline, worker=name, epoch=worker.epoch
+            model_uid=house.coordinator.uid, timeline=house.timeline, worker=name, epoch=worker.epoch
         )
-        receipts = copy.deepcopy(house.judge.receipts_of(worker))
+        receipts = copy.deepcopy(house.coordinator.receipts_of(worker))
         house.witness.reminded(worker, receipts)
-        lead = house.judge.sessions.leads(worker)
-        groups = house.ledger.groups.messages()
-        reply(Joined(identity, house.ledger.version, receipts, worker.forgotten, groups, lead))
+        lead = house.coordinator.sessions.leads(worker)
+        groups = house.commits.groups.messages()
+        reply(Joined(identity, house.commits.version, receipts, worker.forgotten, groups, lead))
 
     def heartbeat(self, identity: Identity) -> None:
         """A sign of life."""
         house = self._house
         house.witness.heard(identity.worker)
         with contextlib.suppress(PushstepError):  # the worker's next push finds out
-            house.executor.carry_out(house.judge.heard(identity, house.agenda.now_s))
+            house.executor.apply(house.coordinator.on_heartbeat(identity, house.agenda.now_s))
 
     def leave(self, identity: Identity, lr: float | None = None) -> None:
         """A worker goes, with an lr that no push of its has carried."""
@@ -126,8 +128,8 @@ class Intake:
         if lr is not None:
             house.witness.leaves(identity, lr)
         edits = None if lr is None else {0: {"lr": lr}}
-        _, decisions = house.judge.left(identity, house.agenda.now_s, edits)
-        house.executor.carry_out(decisions)
+        _, decisions = house.coordinator.on_leave(identity, house.agenda.now_s, edits)
+        house.executor.apply(decisions)
 
     # Streams.
 
@@ -140,7 +142,7 @@ class Intake:
         house.agenda.after(HOLD_S, lambda: self._pending(stream))
         if header.held_digest:
             try:
-                house.judge.reattached(header, house.agenda.now_s)
+                house.coordinator.on_retry(header, house.agenda.now_s)
             except PushstepError as error:
                 self.end(stream, Answer(error))
             else:
@@ -162,7 +164,7 @@ class Intake:
     def _offer(self, stream: Stream) -> None:
         house = self._house
         try:
-            offer = house.judge.offered(stream.header, house.agenda.now_s)
+            offer = house.coordinator.on_header(stream.header, house.agenda.now_s)
         except PushstepError as error:
             self.end(stream, Answer(error))
             return
@@ -185,17 +187,17 @@ class Intake:
             return
         house = self._house
         house.witness.heard(stream.header.identity.worker)
-        candidate = Candidate(stream.header, stream.intent.digest, push=stream.intent.staged())
+        pending = PendingPush(stream.header, stream.intent.digest, push=stream.intent.staged())
         house.witness.comes(stream.header.identity, stream.intent)
         try:
-            decisions = house.judge.staged(candidate, house.agenda.now_s)
+            decisions = house.coordinator.on_body(pending, house.agenda.now_s)
         except PushstepError as error:
             self.end(stream, Answer(error))
             return
-        if candidate.taken:
+        if pending.accepted:
             stream.reserved = False  # handed over
-            house.executor.keep(candidate)
-        house.executor.carry_out(decisions)
+            house.executor.keep(pending)
+        house.executor.apply(decisions)
         self._await(stream)
 
     def _await(self, stream: Stream) -> None:
@@ -204,32 +206,32 @@ class Intake:
         if waiters is not None:
             waiters.append(stream)
             return  # until it is settled, or the time is up
-        verdict = self._house.judge.verdict_of(identity)
-        if verdict is None:
+        decided = self._house.coordinator.decided_of(identity)
+        if decided is None:
             self.end(stream, Answer(NotHeld(worker=identity.worker, sequence=identity.sequence)))
         else:
-            self.answer(stream, verdict)
+            self.answer(stream, decided)
 
     def _pending(self, stream: Stream) -> None:
         identity = stream.header.identity
-        candidate = self._house.executor.waited_for(stream)
-        if candidate is None and stream not in self.waiting:
+        pending = self._house.executor.waited_for(stream)
+        if pending is None and stream not in self.waiting:
             return  # answered; or its body is under way, and not broken off
         error = PushPending(
             worker=identity.worker,
-            policy=self._house.judge.policy.name,
+            policy=self._house.coordinator.policy.name,
             why="simulated",
-            digest=0 if candidate is None else candidate.digest,
+            digest=0 if pending is None else pending.digest,
             retry_after_s=0.0,
         )
         self.end(stream, Answer(error))
 
-    def answer(self, stream: Stream, verdict: Verdict) -> None:
+    def answer(self, stream: Stream, decided: Decided) -> None:
         """A push has been decided."""
-        if verdict.error is not None:
-            self.end(stream, Answer(copy.copy(verdict.error)))
+        if decided.error is not None:
+            self.end(stream, Answer(copy.copy(decided.error)))
         else:
-            self.end(stream, Answer(None, verdict.receipt))
+            self.end(stream, Answer(None, decided.receipt))
 
     def end(self, stream: Stream, answer: Answer | None) -> None:
         """Once. None: its connection is gone."""
@@ -241,7 +243,7 @@ class Intake:
         if stream in self.waiting:
             self.waiting.remove(stream)
         if stream.offered:
-            house.judge.withdrawn(stream.header.identity)
+            house.coordinator.on_stream_end(stream.header.identity)
         if stream.reserved:
             house.budget.release(BODY_BYTES)
         if answer is not None:

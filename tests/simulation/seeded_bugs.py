@@ -13,21 +13,21 @@ from typing import Any, Final
 import pytest
 
 from pushstep.client import Outcome
-from pushstep.client.attendance import Attendance, own_receipt
-from pushstep.client.compression import Compression
-from pushstep.client.participant import Participant
+from pushstep.client.gradients.compression import Compression
+from pushstep.client.membership.membership import Membership, own_receipt
+from pushstep.client.worker.worker import Worker as ClientWorker
 from pushstep.proto.errors import ModelLost
 from pushstep.proto.types_pb2 import Identity
-from pushstep.server.bounded import BoundedPolicy
-from pushstep.server.candidate import Candidate
-from pushstep.server.decision import Combine
-from pushstep.server.docket import Docket
-from pushstep.server.judge import Judge
-from pushstep.server.ledger import Ledger
-from pushstep.server.policy import Move, View
-from pushstep.server.session import Sessions
-from pushstep.server.sync_round import SyncPolicy
-from pushstep.server.worker import Worker, WorkerState
+from pushstep.server.coordinator.commits import Commits
+from pushstep.server.coordinator.coordinator import Coordinator
+from pushstep.server.coordinator.decision import Reduce
+from pushstep.server.coordinator.pending import PendingPushes
+from pushstep.server.coordinator.policies.bounded import BoundedPolicy
+from pushstep.server.coordinator.policies.policy import Move, View
+from pushstep.server.coordinator.policies.synchronous import SyncPolicy
+from pushstep.server.coordinator.push import PendingPush
+from pushstep.server.coordinator.sessions import Sessions
+from pushstep.server.coordinator.worker import Worker, WorkerState
 
 Patch = pytest.MonkeyPatch
 
@@ -79,49 +79,49 @@ def time_out_counts_twice(patch: Patch) -> None:
 
 def left_behind_stays(patch: Patch) -> None:
     """A push whose worker has joined anew stays in the round."""
-    patch.setattr(SyncPolicy, "drop", lambda self, candidate: None)
+    patch.setattr(SyncPolicy, "drop", lambda self, pending: None)
 
 
 def mean_is_over_members(patch: Patch) -> None:
     """The sum is divided by the number of members instead of by the contributors' weight."""
-    combine = Docket._combine
+    reduce = PendingPushes._combine
     members: list[int] = []
 
-    def counting(self: Docket, order: Combine) -> None:
+    def counting(self: PendingPushes, order: Reduce) -> None:
         members.append(len(self.sessions.members()))
-        combine(self, order)
+        reduce(self, order)
 
-    patch.setattr(Docket, "_combine", counting)
-    patch.setattr(Combine, "divisor", property(lambda self: float(members[-1] or 1) if self.mean else 1.0))
+    patch.setattr(PendingPushes, "_combine", counting)
+    patch.setattr(Reduce, "divisor", property(lambda self: float(members[-1] or 1) if self.mean else 1.0))
 
 
 def old_timeline_is_applied(patch: Patch) -> None:
     """A restore leaves the epochs, and with them the pushes, of the timeline that it ends."""
 
-    def require_current(self: Judge, identity: Identity) -> None:
+    def require_current(self: Coordinator, identity: Identity) -> None:
         if identity.model_uid != self.uid:
             raise ModelLost(model=self.name)
 
-    patch.setattr(Judge, "require_current", require_current)
+    patch.setattr(Coordinator, "require_current", require_current)
     patch.setattr(Sessions, "close_epochs", lambda self: None)
 
 
 def waiting_push_survives_a_restore(patch: Patch) -> None:
     """What waits in a round at a restore is stepped after it."""
-    restored = Judge.restored
+    restored = Coordinator.restored
 
-    def start_over(self: Docket, policy: Any) -> None:
+    def start_over(self: PendingPushes, policy: Any) -> None:
         policy._queue = getattr(self.policy, "_queue", [])
         policy.round = getattr(self.policy, "round", None)
         self.policy, self.combining = policy, None
 
     def keeping(*arguments: Any) -> Any:
         with Patch.context() as meanwhile:
-            meanwhile.setattr(Docket, "start_over", start_over)
-            meanwhile.setattr(Docket, "drop", lambda *_: None)
+            meanwhile.setattr(PendingPushes, "start_over", start_over)
+            meanwhile.setattr(PendingPushes, "drop", lambda *_: None)
             return restored(*arguments)
 
-    patch.setattr(Judge, "restored", keeping)
+    patch.setattr(Coordinator, "restored", keeping)
 
 
 def every_scheduler_counts(patch: Patch) -> None:
@@ -131,21 +131,25 @@ def every_scheduler_counts(patch: Patch) -> None:
 
 def last_edits_are_lost(patch: Patch) -> None:
     """What the lead's scheduler did after its last push goes with it and is not taken."""
-    left = Judge.left
-    patch.setattr(Judge, "left", lambda self, identity, now_s, edits=None: left(self, identity, now_s))
+    left = Coordinator.on_leave
+    patch.setattr(
+        Coordinator, "on_leave", lambda self, identity, now_s, edits=None: left(self, identity, now_s)
+    )
 
 
 def retries_tick(patch: Patch) -> None:
     """A push that comes again moves its worker's clock."""
-    who = Judge._who
+    who = Coordinator._who
 
-    def ticking(self: Judge, identity: Identity, digest: int | None, now_s: float) -> tuple[Worker, Any]:
+    def ticking(
+        self: Coordinator, identity: Identity, digest: int | None, now_s: float
+    ) -> tuple[Worker, Any]:
         worker, seen = who(self, identity, digest, now_s)
         if seen is not None:
             self.policy.consumed(worker)
         return worker, seen
 
-    patch.setattr(Judge, "_who", ticking)
+    patch.setattr(Coordinator, "_who", ticking)
 
 
 def bound_is_off_by_one(patch: Patch) -> None:
@@ -220,7 +224,7 @@ def receipts_are_forgotten(patch: Patch) -> None:
         self: Sessions, name: str, now_s: float, takeover: bool, attempt: int, old_epoch: int
     ) -> Worker:
         worker = join(self, name, now_s, takeover, attempt, old_epoch)
-        worker.verdicts.clear()
+        worker.decided_pushes.clear()
         return worker
 
     patch.setattr(Sessions, "join", emptied)
@@ -256,9 +260,9 @@ def restores_lift_fences(patch: Patch) -> None:
 
 def later_parameters_are_never_pushed(patch: Patch) -> None:
     """A step on parameters that a pull brought from after a restore is superseded, and the next one, and the next."""
-    step = Participant.step
+    step = ClientWorker.step
 
-    def unsent(self: Participant, gradients: Any, held: Any, *given: Any, **options: Any) -> Any:
+    def unsent(self: ClientWorker, gradients: Any, held: Any, *given: Any, **options: Any) -> Any:
         member = self.member()
         if held is None or held[0] == member.timeline:
             return step(self, gradients, held, *given, **options)
@@ -266,42 +270,42 @@ def later_parameters_are_never_pushed(patch: Patch) -> None:
         push.timeline = held[0]
         return self._told(own_receipt(Outcome.SUPERSEDED, "superseded", push, member.version)), None
 
-    patch.setattr(Participant, "step", unsent)
+    patch.setattr(ClientWorker, "step", unsent)
 
 
 def restores_are_taken_for_known(patch: Patch) -> None:
     """Whoever joins again after a restore is not told, for it was the session that did."""
-    rejoin = Attendance.rejoin
+    rejoin = Membership.rejoin
 
-    def quietly(self: Attendance) -> Any:
+    def quietly(self: Membership) -> Any:
         member = rejoin(self)
         self._heard = member.timeline
         return member
 
-    patch.setattr(Attendance, "rejoin", quietly)
+    patch.setattr(Membership, "rejoin", quietly)
 
 
 def restores_undo_everything(patch: Patch) -> None:
     """What a restored snapshot holds of an ended timeline is said to be undone."""
-    patch.setattr(Ledger, "holds", lambda self, timeline, version: timeline == self.timeline)
+    patch.setattr(Commits, "holds", lambda self, timeline, version: timeline == self.timeline)
 
 
 def restores_undo_nothing(patch: Patch) -> None:
     """What came after a restored snapshot is said to be applied still."""
-    patch.setattr(Ledger, "holds", lambda self, timeline, version: True)
+    patch.setattr(Commits, "holds", lambda self, timeline, version: True)
 
 
 def held_push_is_taken_twice(patch: Patch) -> None:
     """A retry of a push that waits is a push of its own."""
-    staged = Judge.staged
+    staged = Coordinator.on_body
 
-    def greedy(self: Judge, candidate: Candidate, now_s: float) -> Any:
-        worker = self.sessions.workers.get(candidate.worker)
+    def greedy(self: Coordinator, pending: PendingPush, now_s: float) -> Any:
+        worker = self.sessions.workers.get(pending.worker)
         if worker is not None:
-            worker.held.pop(int(candidate.identity.sequence), None)
-        return staged(self, candidate, now_s)
+            worker.undecided.pop(int(pending.identity.sequence), None)
+        return staged(self, pending, now_s)
 
-    patch.setattr(Judge, "staged", greedy)
+    patch.setattr(Coordinator, "on_body", greedy)
 
 
 def busy_is_ignored(patch: Patch) -> None:

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from pushstep.proto.errors import PushstepError, UnknownWorker
-from pushstep.server import policies
-from pushstep.server.sync_round import SyncSettings
-from pushstep.server.worker import WorkerState
+from pushstep.server.coordinator.policies import catalogue as policies
+from pushstep.server.coordinator.policies.synchronous import SyncSettings
+from pushstep.server.coordinator.worker import WorkerState
 
 from .agenda import Agenda
 from .house import LEASE_S, House, Work
@@ -38,7 +38,7 @@ class Plan:
     weather: Weather = field(default_factory=Weather)
     habits: list[Habits] = field(default_factory=list)
     policy: Settings = field(default_factory=lambda: {"policy": "async"})
-    quality: Settings = field(default_factory=dict)
+    admission: Settings = field(default_factory=dict)
     # of a push: to be non-finite, to be skipped, to say how many samples it is over
     poison: float = 0.0
     skips: float = 0.0
@@ -56,7 +56,7 @@ class Simulation:
         self.chance = chance
         self.agenda = agenda
         self.network = network
-        self.house = House(agenda, network, work, plan.max_workers, plan.quality)
+        self.house = House(agenda, network, work, plan.max_workers, plan.admission)
         self.intents: list[Intent] = []
         self._drawn: dict[str, int] = {}
         self.processes: dict[str, Process] = {}
@@ -133,21 +133,21 @@ class Simulation:
 
     def switch(self, settings: Settings) -> None:
         """Another policy, or other settings."""
-        current = self.house.judge.policy.settings
+        current = self.house.coordinator.policy.settings
         self.house.switch(policies.read(settings, current))
 
     def evict(self, name: str) -> None:
         """An operator fences a worker."""
-        worker = self.house.judge.sessions.workers.get(name)
+        worker = self.house.coordinator.sessions.workers.get(name)
         if worker is not None:
             self.house.witness.evicted.add((self.house.timeline, name, worker.epoch))
             self.house.witness.fenced.add((name, worker.epoch))
-            self.house.executor.carry_out(self.house.judge.evicted(name, self.agenda.now_s))
+            self.house.executor.apply(self.house.coordinator.evicted(name, self.agenda.now_s))
 
     def release(self, name: str) -> None:
         """An operator lets a worker out of quarantine."""
         with contextlib.suppress(UnknownWorker):  # it has not come yet, or was forgotten
-            self.house.executor.carry_out(self.house.judge.released(name, self.agenda.now_s))
+            self.house.executor.apply(self.house.coordinator.released(name, self.agenda.now_s))
 
     # The end.
 
@@ -159,7 +159,9 @@ class Simulation:
         """Nothing goes wrong any more: everybody gets on, all is decided, and the state is what was told."""
         self.network.calm()
         self.poison = 0.0
-        self.house.max_workers = self.house.judge.sessions.max_workers = 100  # there is room for everybody
+        self.house.max_workers = self.house.coordinator.sessions.max_workers = (
+            100  # there is room for everybody
+        )
         for name in self.names:
             self.release(name)
         self._kept = 0
@@ -187,14 +189,14 @@ class Simulation:
             if not self.processes[name].alive:
                 self.start(name)
                 goals[name] = 0
-            worker = self.house.judge.sessions.workers.get(name)
+            worker = self.house.coordinator.sessions.workers.get(name)
             if worker is not None and worker.quarantined:
                 self.release(name)
         return all(self.processes[name].done >= goals[name] + LAST_STEPS for name in missing)
 
     def _let_rounds_open(self) -> None:
         """Somebody has come to an end and goes: there may be too few for a round from here on."""
-        settings = self.house.judge.policy.settings
+        settings = self.house.coordinator.policy.settings
         if isinstance(settings, SyncSettings) and settings.min_workers > 1:
             self.switch({"policy": "sync", "min_workers": 1})
 
@@ -214,20 +216,22 @@ class Simulation:
         require(not house.executor.answers and not house.executor.held, "pushes are left without a verdict")
         require(not house.intake.waiting and not house.intake.streams, "streams are left open")
         require(house.budget.used_bytes == 0, f"{house.budget.used_bytes} bytes are still set aside")
-        house.judge.sessions.expire(self.agenda.now_s)  # of whoever joined for a process that had gone
-        for worker in house.judge.sessions.workers.values():
-            require(not worker.held and not worker.coming, f"{worker.name} still has something under way")
+        house.coordinator.sessions.expire(self.agenda.now_s)  # of whoever joined for a process that had gone
+        for worker in house.coordinator.sessions.workers.values():
+            require(
+                not worker.undecided and not worker.receiving, f"{worker.name} still has something under way"
+            )
             require(
                 worker.state is not WorkerState.LIVE or worker.name not in self.names, f"{worker.name} stays"
             )
-        require(house.arenas.version == house.ledger.version, "the arenas have not reached the version")
+        require(house.arenas.version == house.commits.version, "the arenas have not reached the version")
         self.check_state()
         house.witness.check_told()
 
     def check_state(self) -> None:
         """What has been stepped is what the story makes."""
         arenas, witness = self.house.arenas, self.house.witness
-        witness.check_lr(float(self.house.ledger.groups.list[0].values["lr"]))
+        witness.check_lr(float(self.house.commits.groups.list[0].values["lr"]))
         if arenas.timeline == self.house.timeline:  # or a restore is still to be done
             states = [
                 torch.cat([arenas.view(slot, state).reshape(-1) for slot in arenas.layout.slots])

@@ -54,7 +54,7 @@ class Story(RuleBasedStateMachine):
             workers=len(NAMES),
             habits=[Habits(window=window, pulls=1.0, retry_for_s=6.0, by_hand=True) for _ in NAMES],
             policy=policy,
-            quality={"quarantine_after": 2, "nonfinite": nonfinite},
+            admission={"quarantine_after": 2, "nonfinite": nonfinite},
         )
         self.simulation = Simulation(random.Random(0), plan, agenda, self.hand, self.hand.work)
         self.flow()

@@ -12,18 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pushstep.proto.hyperparameters import plain_values
 from pushstep.proto.training_pb2 import PushHeader
 from pushstep.proto.types_pb2 import Identity, Outcome, Receipt
-from pushstep.server.async_policy import AsyncSettings
-from pushstep.server.bounded import BoundedSettings
-from pushstep.server.candidate import Candidate
-from pushstep.server.decision import Combine, Decision, Offer, Settle, Step
-from pushstep.server.judge import Judge
-from pushstep.server.policy import Policy
-from pushstep.server.session import LAST_SEQUENCE
-from pushstep.server.sync_round import SyncSettings
-from pushstep.server.worker import Worker
+from pushstep.proto.wire.hyperparameters import plain_values
+from pushstep.server.coordinator.coordinator import Coordinator
+from pushstep.server.coordinator.decision import Decision, Offer, Reduce, Resolve, Step
+from pushstep.server.coordinator.policies.asynchronous import AsyncSettings
+from pushstep.server.coordinator.policies.bounded import BoundedSettings
+from pushstep.server.coordinator.policies.policy import Policy
+from pushstep.server.coordinator.policies.synchronous import SyncSettings
+from pushstep.server.coordinator.push import PendingPush
+from pushstep.server.coordinator.sessions import LAST_SEQUENCE
+from pushstep.server.coordinator.worker import Worker
 
 from .agenda import Agenda
 from .intent import Intent, times_applied
@@ -75,17 +75,17 @@ class Witness:
         # the epochs of sessions that were evicted, or whose name another one has taken
         self.fenced: set[tuple[str, int]] = set()
 
-    def attend(self, judge: Judge) -> None:
+    def attend(self, coordinator: Coordinator) -> None:
         """Watch a server process from its start."""
-        self.judge = judge
+        self.coordinator = coordinator
         self._began_s = self.agenda.now_s
         # under `bounded`: the policy that counts, and each clock by name and epoch
         self.clocks: dict[tuple[str, int], int] = {}
-        self._counting: object = judge.policy
+        self._counting: object = coordinator.policy
         self._admitted: dict[Key, tuple[object, int]] = {}
         # the policy after the last event: it may have been another one that this event ended
-        self._policy: Policy = judge.policy
-        self._rounds: dict[int, tuple[Combine, Policy]] = {}
+        self._policy: Policy = coordinator.policy
+        self._rounds: dict[int, tuple[Reduce, Policy]] = {}
         self._last_round: list[tuple[Policy, int]] = []
         # policies that have let late pushes in; a round that is open keeps them when that ends
         self._carry: list[Policy] = []
@@ -149,9 +149,9 @@ class Witness:
 
     def _slowest(self) -> int:
         """Newcomers start at the slowest clock; who is not there does not count."""
-        if self._counting is not self.judge.policy:
-            self._counting, self.clocks = self.judge.policy, {}
-        present = [(worker.name, worker.epoch) for worker in self.judge.sessions.members()]
+        if self._counting is not self.coordinator.policy:
+            self._counting, self.clocks = self.coordinator.policy, {}
+        present = [(worker.name, worker.epoch) for worker in self.coordinator.sessions.members()]
         self.clocks = {who: self.clocks[who] for who in present if who in self.clocks}
         slowest = min(self.clocks.values(), default=0)
         for who in present:
@@ -161,13 +161,13 @@ class Witness:
     def offered(self, header: PushHeader, offer: Offer) -> None:
         """The fastest worker waits exactly when it must; of an epoch that is over nothing is let in."""
         self._is_current(header.identity)
-        settings = self.judge.policy.settings
-        worker = self.judge.sessions.workers[header.identity.worker]
+        settings = self.coordinator.policy.settings
+        worker = self.coordinator.sessions.workers[header.identity.worker]
         sequence = int(header.identity.sequence)
         if (
             not isinstance(settings, BoundedSettings)
             or sequence <= worker.sequence
-            or sequence in worker.held
+            or sequence in worker.undecided
         ):
             require(offer is Offer.READ, f"{header.identity.worker} waits for nothing")
             return
@@ -180,88 +180,87 @@ class Witness:
         )
         # a copy that has to wait says nothing of one that was let in under another policy
         if offer is Offer.READ:
-            self._admitted[key_of(header.identity)] = self.judge.policy, settings.bound
+            self._admitted[key_of(header.identity)] = self.coordinator.policy, settings.bound
 
     # Decisions.
 
     def decided(self, decisions: Sequence[Decision]) -> None:
         """In the order in which they were made."""
-        policy = self.judge.policy
+        policy = self.coordinator.policy
         carries = isinstance(policy.settings, SyncSettings) and policy.settings.late == "carry"
         if carries and not any(known is policy for known in self._carry):
             self._carry.append(policy)
         for decision in decisions:
             match decision:
-                case Combine():
+                case Reduce():
                     self._round(decision)
                 case Step():
                     self._step(decision)
-                case Settle():
+                case Resolve():
                     self._settle(decision)
                 case _:
                     pass
         self._slowest()
-        self._policy = self.judge.policy
+        self._policy = self.coordinator.policy
         self._nobody_hangs()
 
-    def _settle(self, settle: Settle) -> None:
-        if settle.verdict is None:
+    def _settle(self, resolve: Resolve) -> None:
+        if resolve.decided is None:
             self.outcomes["dropped"] = self.outcomes.get("dropped", 0) + 1
             return
-        receipt = settle.verdict.receipt
+        receipt = resolve.decided.receipt
         require(receipt.outcome != Outcome.OUTCOME_APPLIED, "applied without a step")
-        self._consumed(settle.candidate, Outcome.Name(receipt.outcome), int(receipt.version))
+        self._consumed(resolve.pending, Outcome.Name(receipt.outcome), int(receipt.version))
 
-    def _consumed(self, candidate: Candidate, outcome: str, version: int) -> None:
+    def _consumed(self, pending: PendingPush, outcome: str, version: int) -> None:
         self.outcomes[outcome] = self.outcomes.get(outcome, 0) + 1
-        self._told[_who(candidate.identity)] = version
-        key, who = key_of(candidate.identity), (candidate.worker, int(candidate.identity.epoch))
+        self._told[_who(pending.identity)] = version
+        key, who = key_of(pending.identity), (pending.worker, int(pending.identity.epoch))
         policy, bound = self._admitted.get(key, (None, 0))
         slowest = self._slowest()
-        if policy is self.judge.policy and who in self.clocks:
+        if policy is self.coordinator.policy and who in self.clocks:
             ahead = self.clocks[who] - slowest
-            require(ahead <= bound, f"{candidate.worker} was decided {ahead} clocks ahead, bound {bound}")
+            require(ahead <= bound, f"{pending.worker} was decided {ahead} clocks ahead, bound {bound}")
         if who in self.clocks:
             self.clocks[who] += 1
 
-    def _round(self, combine: Combine) -> None:
-        names = [candidate.worker for candidate in combine.candidates]
+    def _round(self, reduce: Reduce) -> None:
+        names = [pending.worker for pending in reduce.pushes]
         require(names == sorted(set(names)), f"a round adds up {names}")
-        require(not set(names) & {c.worker for c in combine.skips}, "a worker counts twice in a round")
+        require(not set(names) & {c.worker for c in reduce.skips}, "a worker counts twice in a round")
         # what is added up again, without somebody, may be a round that an earlier policy closed
         earlier = [
-            policy for old, policy in self._rounds.values() if set(names) < {c.worker for c in old.candidates}
+            policy for old, policy in self._rounds.values() if set(names) < {c.worker for c in old.pushes}
         ]
-        policies = [*earlier, self._policy, self.judge.policy]
+        policies = [*earlier, self._policy, self.coordinator.policy]
         closed_by = [
             policy
             for policy in policies
-            if isinstance(policy.settings, SyncSettings)
-            and (policy.settings.reduce == "mean") == combine.mean
+            if isinstance(policy.settings, SyncSettings) and (policy.settings.reduce == "mean") == reduce.mean
         ]
         require(bool(closed_by), "a round was closed as no policy says")
-        self._rounds[id(combine)] = combine, closed_by[0]
+        self._rounds[id(reduce)] = reduce, closed_by[0]
 
     def _step(self, step: Step) -> None:
         ticket = step.ticket
-        candidates = [settle.candidate for settle in step.settles]
+        pushes = [resolve.pending for resolve in step.resolves]
         version = self.story[-1].version if self.story else 0
         require(ticket.version == version + 1, f"version {ticket.version} follows {version}")
         require((self.timeline, ticket.version) not in self.chapters, f"version {ticket.version} came again")
-        for candidate in candidates:
-            self._is_current(candidate.identity)
+        for pending in pushes:
+            self._is_current(pending.identity)
         divisor = 1.0
         if ticket.contributions:
-            divisor = self._check_round(step, candidates)
+            divisor = self._check_round(step, pushes)
             weights = [float(c.weight) for c in ticket.contributions]
         else:
-            require(len(candidates) == 1, "pushes were added up without a word")
-            self._check_staleness(step, candidates[0])
+            require(len(pushes) == 1, "pushes were added up without a word")
+            self._check_staleness(step, pushes[0])
             weights = [1.0]
-        lr = self.books.lr = self._expected_lr(candidates)
+        lr = self.books.lr = self._expected_lr(pushes)
         got = plain_values(ticket.groups[0].values)["lr"]
         require(got == lr, f"version {ticket.version} has lr {got}, the lead's edits make {lr}")
-        intents = [self.intents[key_of(candidate.identity)] for candidate in candidates]
+        intents = [self.intents[key_of(pending.identity)] for pending in pushes]
         chapter = Chapter(
             self.timeline,
             ticket.version,
@@ -269,7 +268,7 @@ class Witness:
             ticket.lr_scale,
             divisor,
             tuple(zip(intents, weights, strict=True)),
-            tuple(key_of(candidate.identity) for candidate in candidates),
+            tuple(key_of(pending.identity) for pending in pushes),
         )
         for intent in intents:
             require(
@@ -278,9 +277,9 @@ class Witness:
             self.books.applied.add(intent)
         self.story.append(chapter)
         self.chapters[self.timeline, ticket.version] = chapter
-        for settle in step.settles:
-            require(settle.verdict is not None, "a step without a verdict")
-            self._consumed(settle.candidate, "OUTCOME_APPLIED", ticket.version)
+        for resolve in step.resolves:
+            require(resolve.decided is not None, "a step without a verdict")
+            self._consumed(resolve.pending, "OUTCOME_APPLIED", ticket.version)
 
     def _is_current(self, identity: Identity) -> None:
         who = f"{identity.worker}'s push of timeline {identity.timeline}, epoch {identity.epoch}"
@@ -289,29 +288,29 @@ class Witness:
         fenced = (identity.timeline, identity.worker, identity.epoch)
         require(fenced not in self.evicted, f"{who} is let in after its eviction")
 
-    def _check_round(self, step: Step, candidates: Sequence[Candidate]) -> float:
-        found = [entry for entry in self._rounds.values() if list(entry[0].candidates) == candidates]
+    def _check_round(self, step: Step, pushes: Sequence[PendingPush]) -> float:
+        found = [entry for entry in self._rounds.values() if list(entry[0].pushes) == pushes]
         require(bool(found), "a round was stepped that nobody closed")
-        combine, policy = found[-1]
-        del self._rounds[id(combine)]
-        weights = [candidate.header.samples or 1.0 for candidate in candidates]
+        reduce, policy = found[-1]
+        del self._rounds[id(reduce)]
+        weights = [pending.header.samples or 1.0 for pending in pushes]
         require(
             [c.weight for c in step.ticket.contributions] == weights, "a weight is not what its worker said"
         )
-        divisor = sum(weights) if combine.mean else 1.0
+        divisor = sum(weights) if reduce.mean else 1.0
         require(step.ticket.divisor == divisor, f"divided by {step.ticket.divisor} instead of {divisor}")
         since = max((version for known, version in self._last_round if known is policy), default=0)
         if not any(known is policy for known in self._carry):
             known = {
-                c.worker: max(c.header.base_version, self._told.get(_who(c.identity), 0)) for c in candidates
+                c.worker: max(c.header.base_version, self._told.get(_who(c.identity), 0)) for c in pushes
             }
             require(min(known.values()) >= since, f"pushes on {known} are in a round after version {since}")
         self._last_round.append((policy, step.ticket.version))
         return divisor
 
-    def _check_staleness(self, step: Step, candidate: Candidate) -> None:
-        settings = self.judge.policy.settings
-        stale = step.ticket.version - 1 - candidate.header.base_version
+    def _check_staleness(self, step: Step, pending: PendingPush) -> None:
+        settings = self.coordinator.policy.settings
+        stale = step.ticket.version - 1 - pending.header.base_version
         scale = 1.0
         if isinstance(settings, AsyncSettings):
             bound = settings.max_staleness
@@ -322,37 +321,37 @@ class Witness:
     def leaves(self, identity: Identity, lr: float) -> None:
         """A worker is about to go with an lr of its own, which counts once if it leads; of an epoch that is over, not."""
         current = identity.epoch == self.epochs.get(identity.worker) and identity.timeline == self.timeline
-        quarantined = self.judge.sessions.workers[identity.worker].quarantined if current else True
+        quarantined = self.coordinator.sessions.workers[identity.worker].quarantined if current else True
         if identity.worker == self._lead() and not quarantined and not self.books.held:
             self.books.lr = lr
 
     def _lead(self) -> str | None:
-        live = [worker.name for worker in self.judge.sessions.live()]
+        live = [worker.name for worker in self.coordinator.sessions.live()]
         return min(live, key=lambda name: self.join_order[name], default=None)
 
     def check_lr(self, lr: float) -> None:
         """The groups say what the lead's edits and an operator's make."""
         require(lr == self.books.lr, f"the lr is {lr}, the lead's edits make {self.books.lr}")
 
-    def _expected_lr(self, candidates: Sequence[Candidate]) -> float:
+    def _expected_lr(self, pushes: Sequence[PendingPush]) -> float:
         """The lead's edits count, and nobody else's; none while an operator holds the lr."""
         if self.books.held:
             return self.books.lr
         lead = self._lead()
         lr = self.books.lr
-        for candidate in candidates:
-            if candidate.worker == lead:
-                lr = candidate.edits().get(0, {}).get("lr", lr)
+        for pending in pushes:
+            if pending.worker == lead:
+                lr = pending.edits().get(0, {}).get("lr", lr)
         return float(lr)
 
     # Waiting.
 
     def _nobody_hangs(self) -> None:
         """What a round holds is decided within the time-out, or else a lease, once enough workers are there."""
-        settings, now_s = self.judge.policy.settings, self.agenda.now_s
-        if not self.judge.policy.waits:
+        settings, now_s = self.coordinator.policy.settings, self.agenda.now_s
+        if not self.coordinator.policy.waits:
             return
-        members, lease_s = self.judge.sessions.members(), self.judge.sessions.lease_s
+        members, lease_s = self.coordinator.sessions.members(), self.coordinator.sessions.lease_s
         for worker in members:
             silent_s = now_s - max(self.last_heard_s.get(worker.name, 0.0), self._began_s)
             require(
@@ -362,9 +361,9 @@ class Witness:
             self._waits.clear()
             return
         held = {
-            key_of(candidate.identity)
-            for worker in self.judge.sessions.workers.values()
-            for sequence, candidate in worker.held.items()
+            key_of(pending.identity)
+            for worker in self.coordinator.sessions.workers.values()
+            for sequence, pending in worker.undecided.items()
             if sequence == worker.sequence + 1
         }
         if settings is not self._waits_under:  # other settings promise from now on

@@ -26,10 +26,10 @@ from pushstep.proto.errors import (
     Unavailable,
     UnknownWorker,
 )
-from pushstep.proto.hyperparameters import plain_values, wire_values
 from pushstep.proto.training_pb2 import GroupEdit, PushHeader
 from pushstep.proto.types_pb2 import GroupValues, Identity, Outcome, Receipt
-from pushstep.server.worker import RECEIPTS_KEPT
+from pushstep.proto.wire.hyperparameters import plain_values, wire_values
+from pushstep.server.coordinator.worker import RECEIPTS_KEPT
 
 from .agenda import Agenda
 from .house import LEASE_S, House

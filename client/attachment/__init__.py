@@ -1,0 +1,1 @@
+"""What an attached optimizer brings: names, parameters, groups, buffers."""

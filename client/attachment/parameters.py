@@ -1,0 +1,288 @@
+"""The parameters of an attached optimizer, by the model's names, and the version that they hold.
+
+They are the user's own tensors. Pulled values are copied into them. The next pull would overwrite any other change, so
+changes are found before the next push (see `client/attachment/local_edits.py`). Several tensors that are the same view of
+one memory are one parameter, whose gradient is the sum of theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from itertools import chain
+from operator import is_
+
+import torch
+from torch import Tensor
+
+from pushstep.optim.ops.copies import copy
+from pushstep.proto.errors import UnsupportedModule, WrongDtype, WrongShape
+from pushstep.proto.wire.layout import Layout, Slot
+
+from ..gradients.body import Rows, as_gradient
+from ..transport.streams import Pulled
+from .local_edits import NOTHING, LocalEdits, same_bits
+from .tensors import check_parameter, firsts
+
+
+class Parameters:
+    """Owns the tensors by name; `at` is the (timeline, version) that they hold, None before the first pull."""
+
+    def __init__(self, model: str, *, watch_whole: bool = False) -> None:
+        self.at: tuple[int, int] | None = None
+        # names whose tensor was replaced in its group: their state begins anew with the next version
+        self.fresh: list[str] = []
+        # names that `edited` has found written to, even with equal values
+        self.written: set[str] = set()
+        self._model = model
+        self._lists: list[list[Tensor]] = []
+        self._by_name: dict[str, Tensor] = {}
+        self._names: dict[int, str] = {}
+        # by name, the further tensors over the same memory
+        self._others: dict[str, list[Tensor]] = {}
+        self._places: dict[str, list[int]] = {}
+        self._edits = LocalEdits(whole=watch_whole)
+        self._placed: tuple[Layout | None, list[tuple[Slot, Tensor, Sequence[Tensor]]]] = (None, [])
+
+    def add(self, lists: Sequence[Sequence[Tensor]], names: Sequence[Sequence[str]]) -> None:
+        """Add the tensors of whole groups, with their names; tensors of one name are one parameter."""
+        for tensors, named in zip(lists, names, strict=True):
+            self._lists.append(list(tensors))  # first, because `keep` undoes a broken-off add by this list
+            for tensor, name in zip(tensors, named, strict=True):
+                self._names[id(tensor)] = name
+                if self._by_name.setdefault(name, tensor) is not tensor:
+                    self._others.setdefault(name, []).append(tensor)
+        self._watch()
+
+    def keep(self, groups: int) -> None:
+        """Keep only the first `groups` groups: the others were not added after all."""
+        for tensor in chain.from_iterable(self._lists[groups:]):
+            name = self._names.pop(id(tensor), "")
+            self._by_name.pop(name, None)
+            self._others.pop(name, None)
+        del self._lists[groups:]
+        self._watch()
+
+    def _watch(self) -> None:
+        self._placed = None, []
+        self._places = {name: [] for name in self._by_name}
+        tensors = list(chain.from_iterable(self._lists))
+        for place, tensor in enumerate(tensors):
+            self._places[self._names[id(tensor)]].append(place)
+        self._edits.watch(tensors)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._by_name[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._by_name
+
+    @property
+    def by_name(self) -> Mapping[str, Tensor]:
+        """The parameters by name; of several tensors over one memory, the first."""
+        return self._by_name
+
+    def single(self) -> list[Tensor]:
+        """Return the parameters that are one tensor each."""
+        return [tensor for name, tensor in self._by_name.items() if name not in self._others]
+
+    def name_of(self, parameter: Tensor) -> str:
+        """Return the model's name of a parameter."""
+        return self._names[id(parameter)]
+
+    def slot_of(self, parameter: Tensor, layout: Layout) -> Slot:
+        """Return a parameter's slot in the model."""
+        return layout.slot(self.name_of(parameter), self._model)
+
+    def values(self, layout: Layout, names: Collection[str] | None = None) -> dict[tuple[Slot, str], Tensor]:
+        """Return all or some parameters by (slot, "") for an upload. Raises WrongShape or WrongDtype on a change."""
+        found = {}
+        for name in self._by_name if names is None else names:
+            slot, tensor = layout.slot(name, self._model), self._by_name[name]
+            _check_same_kind(slot, tensor)
+            found[slot, ""] = tensor
+        return found
+
+    def gradients(self, layout: Layout) -> dict[Slot, Tensor | Rows]:
+        """Return the gradients of the parameters that have one."""
+        if self._placed[0] is not layout:
+            slots = ((layout.slot(name, self._model), name) for name in self._by_name)
+            self._placed = layout, [(s, self._by_name[n], self._others.get(n, ())) for s, n in slots]
+        found: dict[Slot, Tensor | Rows] = {}
+        for slot, parameter, others in self._placed[1]:
+            gradient = parameter.grad
+            if others:
+                gradient = _summed([p.grad for p in (parameter, *others) if p.grad is not None])
+            if gradient is not None:
+                found[slot] = as_gradient(gradient, slot)
+        return found
+
+    # Tensors that are replaced in the groups.
+
+    def follow(
+        self, lists: Sequence[Sequence[Tensor]], layout: Callable[[], Layout]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Take up tensors that replaced others in the groups; return the pairs (old, new).
+
+        Raises UnsupportedModule, WrongShape or WrongDtype, naming the parameter, if the new one cannot stand for it.
+        """
+        if len(lists) == len(self._lists) and all(map(_are_same, lists, self._lists)):
+            return []
+        if list(map(len, lists)) != list(map(len, self._lists)):
+            here, there = list(map(len, lists)), list(map(len, self._lists))
+            raise UnsupportedModule(
+                problem=f"the groups have {here} parameters here and {there} in the model: add_param_group() adds a group, "
+                "and a parameter without a gradient is not stepped"
+            )
+        replaced = [
+            (old, new)
+            for now, known in zip(lists, self._lists, strict=True)
+            for old, new in zip(known, now, strict=True)
+            if old is not new
+        ]
+        self._check_replaced(replaced, lists, layout())
+        for number, now in enumerate(lists):
+            self._lists[number] = list(now)
+        for old, new in replaced:
+            name = self._names.pop(id(old))
+            self._names[id(new)] = name
+            self._by_name[name] = new
+            self._edits.replace(self._places[name][0], new)
+            if name not in self.fresh:
+                self.fresh.append(name)
+        self._placed = None, []
+        return replaced
+
+    def _check_replaced(
+        self, replaced: Sequence[tuple[Tensor, Tensor]], lists: Sequence[Sequence[Tensor]], layout: Layout
+    ) -> None:
+        for old, new in replaced:
+            name = self._names[id(old)]
+            if id(new) in self._names or sum(new is other for _, other in replaced) > 1:
+                raise UnsupportedModule(
+                    problem=f"in the groups another parameter stands in the place of {name!r}: their order is the model's"
+                )
+            if name in self._others:
+                raise UnsupportedModule(
+                    problem=f"{name!r} is one memory under several names, of which one alone cannot be replaced"
+                )
+            check_parameter(new, name)
+            _check_same_kind(layout.slot(name, self._model), new)
+        names = self._names | {id(new): self._names[id(old)] for old, new in replaced}
+        _check_apart([(names[id(tensor)], tensor) for tensor in chain.from_iterable(lists)])
+
+    # Local writes.
+
+    def seem_written(self) -> bool:
+        """True if a parameter has changed, or may have, since the parameters were last taken or sent."""
+        seen = self._edits.look()
+        return bool(seen.changed or seen.doubtful)
+
+    def edited(self, newest: Callable[[], Pulled], layout: Callable[[], Layout]) -> list[str]:
+        """Return the names of the parameters that differ from the server's version.
+
+        If a write is known, but not whether it changed anything, the parameter is compared with the `newest` version: a
+        checkpoint that is loaded at the version of its save changes nothing. Raises WrongShape or WrongDtype if an edited
+        parameter has changed its own, and UnsupportedModule if tensors share memory otherwise than at attach.
+        """
+        seen = self._edits.look()
+        self.written = {self._name_at(place) for place in seen.written}
+        if seen is NOTHING:
+            return []
+        found = {self._name_at(place) for place in seen.changed}
+        unsure = {self._name_at(place) for place in seen.doubtful} - found
+        if unsure:
+            found |= unsure - self._equal(unsure, newest())
+        names = [name for name in self._by_name if name in found]
+        for name in names:
+            _check_same_kind(layout().slot(name, self._model), self._by_name[name])
+        if seen.moved:
+            self._check_tied()
+        if not names:
+            self._edits.settle()
+        return names
+
+    def _name_at(self, place: int) -> str:
+        for tensors in self._lists:
+            if place < len(tensors):
+                return self._names[id(tensors[place])]
+            place -= len(tensors)
+        raise IndexError(place)
+
+    def _equal(self, names: Collection[str], pulled: Pulled) -> set[str]:
+        """Return the names whose values equal the pulled ones; none if the pull has another version than `at`."""
+        if (pulled.header.timeline, pulled.header.version) != self.at:
+            return set()
+        return {
+            slot.name
+            for slot, _, values in pulled.dense()
+            if slot.name in names and same_bits(self._by_name[slot.name], values.to(slot.dtype))
+        }
+
+    def _check_tied(self) -> None:
+        """Raise UnsupportedModule unless the same tensors share memory as at attach."""
+        _check_apart([(self._names[id(tensor)], tensor) for tensor in chain.from_iterable(self._lists)])
+        for name, others in self._others.items():
+            if any(other.data_ptr() != self._by_name[name].data_ptr() for other in others):
+                raise UnsupportedModule(
+                    problem=f"the tensors of {name!r} were one memory at attach, and are not any more: they cannot be "
+                    "stepped apart"
+                )
+
+    def note(self, timeline: int, version: int) -> None:
+        """Take the current values as those of this version."""
+        self.at = (timeline, version)
+        self._edits.settle()
+
+    def settle(self) -> None:
+        """Take the current values as the expected ones; `at` stays."""
+        self._edits.settle()
+
+    @torch.no_grad()
+    def take(self, pulled: Pulled) -> None:
+        """Copy pulled values into the parameters and move `at` to their version."""
+        # another worker may have added a group that this one lacks: skip it, the next push reports it
+        for slot, _, values in pulled.dense():
+            if slot.name in self._by_name:
+                copy(self._by_name[slot.name], values)
+        came: dict[int, Tensor] = {}
+        for slot, ids, rows in pulled.rows():
+            if slot.name not in self._by_name:
+                continue
+            parameter = self._by_name[slot.name]
+            parameter.index_copy_(0, ids.to(parameter.device), rows.to(parameter.device, parameter.dtype))
+            came[self._places[slot.name][0]] = ids
+        self.at = (pulled.header.timeline, pulled.header.version)
+        self._edits.settle(came)
+
+
+def _are_same(now: Sequence[Tensor], known: Sequence[Tensor]) -> bool:
+    return len(now) == len(known) and all(map(is_, now, known))
+
+
+def _check_apart(named: Sequence[tuple[str, Tensor]]) -> None:
+    """Raise UnsupportedModule if parameters of different names lie over one memory."""
+    for place, first in enumerate(firsts(named)):
+        if named[first][0] != named[place][0]:
+            raise UnsupportedModule(
+                problem=f"{named[place][0]!r} lies over the memory of {named[first][0]!r} now, and did not at attach: "
+                "give it memory of its own"
+            )
+
+
+def _check_same_kind(slot: Slot, tensor: Tensor) -> None:
+    """Raise WrongShape or WrongDtype if a tensor no longer has its parameter's shape and dtype."""
+    what = f"parameter {slot.name!r}"
+    if tuple(tensor.shape) != slot.shape:
+        raise WrongShape(what=what, got=tuple(tensor.shape), expected=f"{slot.shape}, as it was attached")
+    if tensor.dtype != slot.dtype:
+        raise WrongDtype(what=what, got=tensor.dtype, expected=f"{slot.dtype}, as it was attached")
+
+
+def _summed(gradients: Sequence[Tensor]) -> Tensor | None:
+    """Return the sum of the gradients, in order; dense if one of them is; None if there is none."""
+    if not gradients:
+        return None
+    total = gradients[0]
+    for gradient in gradients[1:]:
+        total = gradient + total if total.is_sparse and not gradient.is_sparse else total + gradient
+    return total

@@ -1,0 +1,1 @@
+"""Gradients as the body of a push."""

@@ -1,0 +1,149 @@
+"""Turns what the user holds (arrays, tensors, row-sparse pairs) into segments and pieces of one body."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pushstep.optim.ops.rows import coalesce
+from pushstep.optim.state_dict import tensor_of
+from pushstep.proto.errors import NotAttached, RowOutOfRange, UnsupportedModule, WrongDtype, WrongShape
+from pushstep.proto.types_pb2 import Segment
+from pushstep.proto.wire import dtypes
+from pushstep.proto.wire.frames import Piece, Source
+from pushstep.proto.wire.layout import Layout, Slot
+
+from ..transport.streams import Body
+from .compression import Compression
+
+Rows = tuple[Tensor, Tensor]
+
+
+def as_gradient(value: Any, slot: Slot) -> Tensor | Rows:
+    """A gradient as a dense tensor of the slot's shape, or as (ids, rows): int64 ids and one row for each.
+
+    Takes a numpy array, a torch tensor (strided or sparse COO with one sparse dimension), or a pair (ids, rows).
+    WrongShape, WrongDtype or RowOutOfRange, naming the parameter, for anything else.
+    """
+    if isinstance(value, tuple):
+        ids, rows = map(tensor_of, value)
+        return _checked_rows(ids, rows, slot)
+    tensor = tensor_of(value)
+    if tensor.is_sparse:
+        if tensor.sparse_dim() != 1:
+            raise WrongShape(
+                what=f"gradient of {slot.name!r}", got=f"{tensor.sparse_dim()} sparse dimensions", expected=1
+            )
+        return _checked_rows(tensor._indices()[0], tensor._values(), slot)
+    if tuple(tensor.shape) != slot.shape:
+        raise WrongShape(what=f"gradient of {slot.name!r}", got=tuple(tensor.shape), expected=slot.shape)
+    _check_floating(tensor, slot)
+    return tensor
+
+
+def _checked_rows(ids: Tensor, rows: Tensor, slot: Slot) -> Rows:
+    _check_floating(rows, slot)
+    if ids.dtype not in (torch.int64, torch.int32) or ids.dim() != 1:
+        raise WrongDtype(
+            what=f"row ids of {slot.name!r}", got=f"{ids.dim()}-d {ids.dtype}", expected="1-d int64"
+        )
+    expected = (ids.numel(), *slot.shape[1:])
+    if not slot.shape or tuple(rows.shape) != expected:
+        raise WrongShape(what=f"gradient rows of {slot.name!r}", got=tuple(rows.shape), expected=expected)
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < slot.rows:
+        wrong = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
+        raise RowOutOfRange(parameter=slot.name, row=wrong, rows=slot.rows)
+    return ids.to(torch.int64), rows
+
+
+def _check_floating(tensor: Tensor, slot: Slot) -> None:
+    if tensor.dtype not in dtypes.WIRE:
+        raise WrongDtype(
+            what=f"gradient of {slot.name!r}", got=tensor.dtype, expected=", ".join(dtypes.NAMES.values())
+        )
+
+
+def push_body(layout: Layout, gradients: Mapping[Slot, Tensor | Rows], compression: Compression) -> Body:
+    """The body of a push: a segment per run of neighbouring dense gradients, then one per row-sparse one.
+
+    NotAttached if there are no gradients.
+    """
+    if not gradients:
+        raise NotAttached(problem="a push needs at least one gradient")
+    segments: list[Segment] = []
+    pieces: list[list[Source]] = []
+    dense = {slot: g for slot, g in gradients.items() if isinstance(g, Tensor)}
+    whole = [slot for slot, g in gradients.items() if isinstance(g, Tensor) or slot.start == slot.stop]
+    for segment, slots in layout.dense_segments(whole, compression.wire, of_push=True):
+        segments.append(segment)
+        if segment.HasField("parameter"):
+            pieces.append([])
+        elif compression.may_select(slots):
+            indices, values = compression.select(slots, dense)
+            segment.elements = indices.numel()
+            # the wire has uint32; int32 has the same bits
+            pieces.append([Piece(indices, torch.int32), Piece(values, values.dtype)])
+        else:
+            pieces.append([compression.dense(slot, dense[slot]) for slot in slots])
+    for slot, gradient in gradients.items():
+        if isinstance(gradient, tuple) and slot.start < slot.stop:
+            # duplicate rows are summed here, in order of appearance, so that they cost no bytes
+            ids, rows = coalesce(gradient[0].cpu(), gradient[1].cpu())
+            segments.append(
+                Segment(
+                    arena=slot.arena,
+                    start=slot.start,
+                    stop=slot.stop,
+                    dtype=dtypes.to_push(compression.dtype_of(slot), "segment"),
+                    rows=ids.numel(),
+                )
+            )
+            pieces.append([Piece(ids, torch.int64), compression.rows(slot, ids, rows)])
+    return Body(segments, pieces)
+
+
+def values_body(layout: Layout, values: Mapping[tuple[Slot, str], Tensor]) -> Body:
+    """The body of an upload: whole parameters and states, by (slot, state name or "")."""
+    segments: list[Segment] = []
+    pieces: list[list[Piece]] = []
+    for state in dict.fromkeys(state for _, state in values):
+        slots = [slot for slot, name in values if name == state]
+        for segment, run in layout.dense_segments(slots, state=state):
+            dtype = dtypes.to_torch(segment.dtype, "segment")
+            segments.append(segment)
+            pieces.append([Piece(values[slot, state], dtype) for slot in run])
+    return Body(segments, pieces)
+
+
+def as_array(tensor: Tensor) -> np.ndarray[Any, Any]:
+    """A numpy copy; bfloat16, which numpy lacks, as float32."""
+    wide = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
+    return np.array(wide.numpy())
+
+
+def by_slot(grads: Mapping[str, Any], layout: Layout, model: str) -> dict[Slot, Tensor | Rows]:
+    """A user's gradients by slot. UnsupportedModule if two names mean one parameter."""
+    found: dict[Slot, Tensor | Rows] = {}
+    for name, gradient in grads.items():
+        slot = layout.slot(name, model)
+        if slot in found:
+            raise UnsupportedModule(
+                problem=f"{name!r} is another name of {slot.name!r}, of which a push has one gradient: add them up"
+            )
+        found[slot] = as_gradient(gradient, slot)
+    return found
+
+
+def row_ids(ids: Any, slot: Slot) -> list[int]:
+    """A user's row numbers of one parameter, as ints. WrongDtype or RowOutOfRange for others."""
+    rows = np.asarray(ids)
+    if rows.size and rows.dtype.kind not in "iu":
+        raise WrongDtype(what=f"row ids of {slot.name!r}", got=rows.dtype, expected="integers")
+    outside = [row for row in rows.ravel().tolist() if not 0 <= row < slot.rows]
+    if outside:
+        raise RowOutOfRange(parameter=slot.name, row=outside[0], rows=slot.rows)
+    return [int(row) for row in rows.ravel()]

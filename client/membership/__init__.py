@@ -1,0 +1,1 @@
+"""A worker's membership in a model, and the outcomes of its pushes."""

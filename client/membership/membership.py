@@ -1,0 +1,389 @@
+"""A worker's membership in one model: joins, rejoins, the outcome of a push without an answer, and uploads.
+
+A push in doubt is resolved by joining again. The new epoch ensures that the push is not applied from then on, and the
+join brings its receipt if it was decided before. So a push is never sent under another epoch while it may have been
+applied. An upload of parameters consumes a sequence as a push does, and is resolved in the same way.
+
+A rejoin may also find that the model was restored. The caller is told of a restore once, by the next step or upload,
+whichever call has joined again: `_heard` is the timeline that the caller knows of.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from pushstep.proto import training_pb2 as pb
+from pushstep.proto.errors import (
+    FateUnknown,
+    Fenced,
+    ForkedSession,
+    LeaseExpired,
+    ManifestChanged,
+    ModelLost,
+    NoAnswer,
+    NotAttached,
+    OverCapacity,
+    PushstepError,
+    SessionClosed,
+    Superseded,
+    TooLong,
+    Unavailable,
+    UnknownWorker,
+)
+from pushstep.proto.types_pb2 import Identity, Manifest
+from pushstep.proto.wire.hyperparameters import wire_values
+from pushstep.proto.wire.layout import Layout, Slot, with_group
+
+from ..gradients.compression import Compression
+from ..transport.attempts import Attempts
+from ..transport.channel import Transport
+from ..transport.retry import Retry, TransportFailure, answered
+from ..warn import warn
+from . import uploads
+from .heartbeat import Heartbeat
+from .member import Member, join
+from .policy import Policy, depends_on_who_is_first, difference, to_wire
+from .receipt import Outcome, Receipt
+
+log = logging.getLogger("pushstep.client")
+
+
+class Membership:
+    """Owns the membership and its heartbeat, and knows which push is in doubt."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        model: str,
+        worker: str,
+        compression: Compression,
+        retry_for_s: float,
+        takeover: bool,
+    ) -> None:
+        self.model = model
+        self.worker = worker
+        self.compression = compression
+        self.last_receipt: Receipt | None = None
+        self._transport = transport
+        self._retry = Retry(transport.wait, retry_for_s)
+        transport.wait.who = f"worker {worker!r} of model {model!r}"
+        self._takeover = takeover
+        self._pid = os.getpid()
+        self._closed = False
+        self._heard = 0
+        # of the model that this session joined or read first: a later model of the same name is another one
+        self._uid = b""
+        # the attempt number of a join without an answer: a retry of it must not fence the membership that the first got
+        self._joining = 0
+        self._manifest: Manifest | None = None
+        # what `undo_join` restores: the membership, `_uid` and `_heard`
+        self._before: tuple[Member | None, bytes, int] = (None, b"", 0)
+        self._in_doubt: Identity | None = None
+        self._worker_state: bytes | None = None
+        self._worker_state_due = False
+        self._heartbeat = Heartbeat(transport, model)
+
+    @property
+    def _member(self) -> Member | None:
+        """The membership. The heartbeat holds it, since the heartbeat outlives a session that is dropped."""
+        return self._heartbeat.member
+
+    @_member.setter
+    def _member(self, member: Member | None) -> None:
+        self._heartbeat.member = member
+
+    def _check_usable(self) -> None:
+        if os.getpid() != self._pid:
+            raise ForkedSession(parent=self._pid)
+        if self._closed:
+            raise SessionClosed()
+
+    # Joining.
+
+    def join_or_create(
+        self,
+        manifest: Manifest | None,
+        values: Any,
+        steps: Sequence[int] = (),
+        policy: Policy | None = None,
+        extras: Mapping[str, Tensor] | None = None,
+    ) -> bool:
+        """Join under the manifest, or create the model from `values(layout)`. True if created."""
+        wanted = to_wire(policy)
+        self._before = self._member, self._uid, self._heard
+        self._manifest = manifest
+
+        def create(ticket: pb.CreationTicket) -> Member:
+            layout = Layout(ticket.manifest)
+            header, body = uploads.creation(self.model, ticket, layout, values(layout), steps, extras or {})
+            header.policy = wanted
+            return Member(self._transport.upload(header, body).member, layout)
+
+        created = self._join(manifest, create, takeover=self._takeover)
+        member = self._joined()
+        self._heard = self._heard or member.timeline
+        self._heartbeat.start()
+        if not created and member.version:
+            log.warning(
+                "worker %r continues model %r from version %d", self.worker, self.model, member.version
+            )
+        other = difference(wanted, member.policy)
+        if other:
+            warn(f"model {self.model!r} has a policy of its own ({other}); the server's holds")
+        if depends_on_who_is_first(wanted, member.policy):
+            warn(
+                "policy='sync' waits for whoever is there when a round begins, so who starts first steps alone: say how many "
+                "there are, as policy='sync', workers=N"
+            )
+        return created
+
+    def _join(
+        self,
+        manifest: Manifest | None,
+        create: Callable[[pb.CreationTicket], Member] | None = None,
+        *,
+        takeover: bool = False,
+    ) -> bool:
+        self._joining = self._joining or secrets.randbits(63) + 1
+        try:
+            self._member, created = join(
+                self._transport,
+                self._retry,
+                self.model,
+                self.worker,
+                manifest,
+                takeover,
+                self._joining,
+                self._member,
+                create,
+            )
+        except PushstepError as error:
+            if not isinstance(error, (NoAnswer, Unavailable)):
+                self._joining = 0
+            raise
+        self._joining = 0
+        self._know(self._joined().uid)
+        return created
+
+    def undo_join(self) -> None:
+        """Undo the last `join_or_create`, here and on the server, whether or not it was answered.
+
+        The server deletes a model that this join created, unless the model has changed or another worker has joined it.
+        If the server cannot be reached, the lease ends the membership.
+        """
+        member, attempt = self._member, self._joining
+        before, uid, heard = self._before
+        if member is before and not attempt:
+            return  # the join was refused
+        self._heartbeat.rest()
+        self._manifest, self._joining = None, 0
+        self._uid, self._heard, self._in_doubt = uid, heard, None
+        request = pb.LeaveRequest(model=self.model, undo=True, attempt=attempt)
+        request.identity.CopyFrom(Identity(worker=self.worker) if member is None else member.identity())
+        with contextlib.suppress(PushstepError, TransportFailure):
+            answered(partial(self._transport.leave, request))
+
+    def member(self) -> Member:
+        """The membership. Joins first if there is none, and resolves a push or a join in doubt."""
+        self._check_usable()
+        if self._member is None:
+            self.join_or_create(None, None)
+        if self._in_doubt is not None:
+            self.settle()
+        elif self._joining:  # that join may have been accepted, which has ended the known epoch
+            self.rejoin()
+        return self._joined()
+
+    def rejoin(self) -> Member:
+        """Join again: after a restore, an expired lease or a changed manifest."""
+        self._join(self._manifest)
+        self._worker_state_due = self._worker_state is not None
+        return self._joined()
+
+    def _know(self, uid: bytes) -> None:
+        """Remember the first model's uid. ModelLost if a later uid is another one."""
+        self._uid = self._uid or uid
+        if uid != self._uid:
+            raise ModelLost(model=self.model)
+
+    def _joined(self) -> Member:
+        if self._member is None:
+            raise NotAttached(problem="the session has not joined")
+        return self._member
+
+    def adopt(self, message: pb.Membership, layout: Layout) -> Member:
+        """Take the membership from an upload's answer; the caller then knows of its timeline."""
+        member = self._member = Member(message, layout)
+        self._heard = member.timeline
+        return member
+
+    def tell_restore(self) -> bool:
+        """Whether the caller has to be told of a restore; it counts as told from then on."""
+        told = self._heard != self._joined().timeline
+        self._heard = self._joined().timeline
+        return told
+
+    def leave_untold(self, timeline: int) -> None:
+        """Have the next step tell the caller of a restore: the caller knows of `timeline` only."""
+        self._heard = timeline
+
+    def leave(self, edits: Mapping[int, Mapping[str, float | bool]]) -> Sequence[str]:
+        """Leave with the edits and worker state that no push has carried; the ignored edits' names."""
+        request = pb.LeaveRequest(
+            model=self.model,
+            identity=self._joined().identity(),
+            worker_state=self._worker_state if self._worker_state_due else None,
+            edits=edit_messages(edits),
+        )
+        try:
+            answer = answered(partial(self._transport.leave, request))
+        except (TooLong, OverCapacity) as error:
+            # the server does not keep that many bytes: leave without them
+            warn(f"the last worker_state is lost: {error.message}")
+            request.ClearField("worker_state")
+            answer = answered(partial(self._transport.leave, request))
+        return list(answer.ignored_edits)
+
+    # The outcome of a push.
+
+    def settle(self) -> Receipt | None:
+        """Resolve the push in doubt: its receipt; None if there is none, or it will never be applied."""
+        self._check_usable()
+        settled = self.find_out(self._in_doubt) if self._in_doubt is not None else None
+        return None if settled is None else self.note(settled)
+
+    def find_out(self, push: Identity, *, in_doubt: bool = True) -> Receipt | None:
+        """Join again; the receipt of an earlier push, or None: it was not applied and never will be.
+
+        The outcome is `superseded` if a restore undid the push or came before it. FateUnknown if the push is `in_doubt`
+        and the server has forgotten its receipt. If the join is not answered, the push stays in doubt.
+        """
+        self._in_doubt = push if in_doubt else None
+        member = self.rejoin()
+        self._in_doubt = None
+        found = member.receipt_of(push)
+        if found is not None:
+            return found
+        if in_doubt and member.has_forgotten(push):
+            self.compression.settle(applied=False)
+            raise FateUnknown(sequence=push.sequence, worker=self.worker)
+        if member.timeline != push.timeline:
+            return own_receipt(Outcome.SUPERSEDED, "superseded", push, member.version)
+        self.compression.settle(applied=False)
+        return None
+
+    def note(self, receipt: Receipt) -> Receipt:
+        """Record the receipt of a push, here and in the compression's residuals; return it."""
+        self.compression.settle(applied=receipt.outcome is Outcome.APPLIED)
+        self.last_receipt = receipt
+        return receipt
+
+    # Uploading.
+
+    def upload_values(self, values: Mapping[tuple[Slot, str], Tensor], fresh: Sequence[str] = ()) -> int:
+        """Send whole parameters by slot, which the server makes a version of their own; that version.
+
+        `fresh`: the names of the parameters whose optimizer state starts anew. Superseded, once, after a restore;
+        FateUnknown if this session is fenced or its receipt forgotten while the upload is in doubt.
+        """
+        while True:
+            member = self._member_now()
+            placed = {
+                (member.layout.slot(slot.name, self.model), state): v for (slot, state), v in values.items()
+            }
+            header, body = uploads.parameters(self.model, member, placed, fresh)
+            attempts = Attempts(partial(self._transport.upload, header, body))
+            try:
+                answer = self._retry.run(attempts)
+            except (Superseded, LeaseExpired, ManifestChanged, UnknownWorker):
+                settled = self.find_out(header.identity, in_doubt=attempts.in_doubt)
+                if settled is not None:
+                    self.note(settled)
+                    self._member_now()
+                    return settled.version
+            except Fenced as error:
+                if attempts.in_doubt:
+                    raise FateUnknown(sequence=header.identity.sequence, worker=self.worker) from error
+                raise
+            except BaseException as error:
+                if attempts.in_doubt or not isinstance(error, PushstepError):
+                    self._in_doubt = header.identity
+                raise
+            else:
+                member.sequence = header.identity.sequence
+                member.version = answer.version
+                return int(answer.version)
+
+    def add_group(self, added: Manifest, values: Mapping[str, Tensor]) -> Member:
+        """Add one param group, or join it if another worker has added it already; the membership."""
+        layout = with_group(self._member_now().layout, added)
+        answer = self._send(lambda member: uploads.group(self.model, member, added, layout, values))
+        self._manifest = layout.manifest
+        return self.adopt(answer.member, layout)
+
+    def replace_state(self, header: pb.UploadHeader, values: Mapping[tuple[Slot, str], Tensor]) -> Member:
+        """Replace the optimizer state. `header` is complete except for the identity, hash and segments."""
+        answer = self._send(lambda member: uploads.state(self.model, member, header, values))
+        return self.adopt(answer.member, self._joined().layout)
+
+    def upload_extras(self, tensors: Mapping[str, Tensor], *, are_all: bool) -> int:
+        """Send a module's buffers and frozen values; their version then. Only the lead's count."""
+        upload = uploads.extras(self.model, self.member(), tensors, are_all=are_all)
+        return int(self._retry.run(partial(self._transport.upload, *upload)).extras_version)
+
+    def pull_extras(self) -> tuple[int, dict[str, Tensor]]:
+        """The version and the values, by name, of the buffers and frozen values that the model holds."""
+        return self._retry.run(partial(self._transport.pull_extras, pb.PullExtrasRequest(model=self.model)))
+
+    def _send(self, make: Callable[[Member], uploads.Upload]) -> pb.UploadResponse:
+        """Send the upload that `make` builds for the membership; after a rejoin build and send it again."""
+        while True:
+            upload = make(self._member_now())
+            try:
+                return self._retry.run(partial(self._transport.upload, *upload))
+            except (Superseded, LeaseExpired, UnknownWorker):
+                self.rejoin()
+
+    def _member_now(self) -> Member:
+        """The membership, for an upload. Superseded, once, after a restore: the values are older."""
+        heard, member = self._heard, self.member()
+        if self.tell_restore():
+            raise Superseded(model=self.model, timeline=member.timeline, got=heard)
+        return member
+
+    # The worker's own bytes.
+
+    @property
+    def worker_state(self) -> bytes:
+        """Up to 64 KiB of this worker's own bytes, such as its place in the data or its random state.
+
+        A value that is set here travels with the next push. The server keeps it with the model, in its snapshots too. A
+        session that joins under this worker's name finds the value of the last push under that name.
+        """
+        if self._worker_state is None and self._member is not None:
+            return bytes(self._member.worker_state)
+        return self._worker_state or b""
+
+    @worker_state.setter
+    def worker_state(self, value: bytes) -> None:
+        if not isinstance(value, bytes):
+            raise TypeError(f"worker_state is bytes, not {type(value).__name__}")
+        self._worker_state, self._worker_state_due = value, True
+
+
+def own_receipt(outcome: Outcome, reason: str, push: Identity, version: int) -> Receipt:
+    """A receipt made here, for a push for which the server holds none."""
+    return Receipt(outcome, reason, push.worker, push.epoch, push.sequence, push.timeline, version)
+
+
+def edit_messages(edits: Mapping[int, Mapping[str, float | bool]]) -> list[pb.GroupEdit]:
+    """Edits by group and name, as messages."""
+    return [pb.GroupEdit(group=group, values=wire_values(values)) for group, values in edits.items()]

@@ -1,0 +1,1 @@
+"""Memory that this worker and the server share."""

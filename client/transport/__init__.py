@@ -1,0 +1,1 @@
+"""The channel to the server: attempts, time limits, retries."""

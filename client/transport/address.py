@@ -1,0 +1,112 @@
+"""Checks the addresses that `connect` takes, and finds out what listens there if it is not a pushstep server.
+
+A wrong address is found here, before gRPC retries it over and over. gRPC cannot distinguish a server that is missing,
+one that is about to start, and one that speaks another protocol.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import socket
+from typing import Final
+
+from pushstep.proto.errors import InvalidAddress
+
+# Address schemes that gRPC takes beside HOST:PORT.
+_GRPC_S_OWN: Final = ("dns:", "ipv4:", "ipv6:", "unix-abstract:", "vsock:")
+_PROBE_S: Final = 2.0
+
+
+class Address:
+    """An address that was checked. InvalidAddress, which says what to write, for a malformed one."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self._host: tuple[str, int] | None = None
+        self._path = ""
+        if not isinstance(text, str):
+            raise InvalidAddress(address=text, problem="an address is a str, HOST:PORT or unix:/path")
+        scheme, slashes, rest = text.partition("://")
+        if text.startswith("unix:"):
+            self._path = rest if slashes and scheme == "unix" else text.removeprefix("unix:")
+            if not self._path:
+                raise InvalidAddress(address=text, problem="it names no socket: write unix:/path")
+        elif slashes and f"{scheme}:" not in _GRPC_S_OWN:
+            raise InvalidAddress(address=text, problem=_of_url(scheme, rest))
+        elif not text.startswith(_GRPC_S_OWN):
+            self._host = _host_and_port(text)
+
+    def why_nobody_listens(self) -> str | None:
+        """The system's error of a connection there; None if something accepts it, or it is not known."""
+        try:
+            with contextlib.closing(self._connected()):
+                return None
+        except (TimeoutError, _NotTried):
+            return None
+        except OSError as error:
+            return error.strerror or str(error)
+
+    def what_speaks_http(self) -> str | None:
+        """In words, which HTTP server listens there; None if none does."""
+        if self._host is None:
+            return None
+        host, port = self._host
+        connection = http.client.HTTPConnection(host, port, timeout=_PROBE_S)
+        try:
+            connection.request("GET", "/v1")
+            body = connection.getresponse().read(1 << 16)
+        except (OSError, http.client.HTTPException):
+            return None
+        finally:
+            connection.close()
+        try:
+            grpc = str(json.loads(body)["grpc"])
+        except (ValueError, TypeError, KeyError):
+            return "it speaks HTTP: workers connect to the address that pushstep-server prints behind grpc="
+        return (
+            f"it is a pushstep server's REST door, for operators: workers connect to {_seen_from(host, grpc)}"
+        )
+
+    def _connected(self) -> socket.socket:
+        if self._host is not None:
+            return socket.create_connection(self._host, timeout=_PROBE_S)
+        if not self._path:
+            raise _NotTried
+        made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            made.settimeout(_PROBE_S)
+            made.connect(self._path)
+        except BaseException:
+            made.close()
+            raise
+        return made
+
+
+class _NotTried(Exception):
+    """The address has one of gRPC's own schemes, and no connection was tried."""
+
+
+def _host_and_port(text: str) -> tuple[str, int]:
+    host, colon, port = text.rpartition(":")
+    if not colon:
+        raise InvalidAddress(address=text, problem=f"it has no port: write {text or 'HOST'}:7070")
+    if not port.isdecimal() or not 0 < int(port) < 1 << 16:
+        raise InvalidAddress(address=text, problem=f"{port!r} is no port: write HOST:PORT")
+    bracketed = host.startswith("[") and host.endswith("]")
+    if not host or (":" in host and not bracketed):
+        raise InvalidAddress(address=text, problem="write HOST:PORT, an IPv6 host as [::1]:PORT")
+    return (host[1:-1] if bracketed else host), int(port)
+
+
+def _of_url(scheme: str, rest: str) -> str:
+    where = rest.split("/")[0] or "HOST:PORT"
+    if scheme in ("http", "https"):
+        return f"URLs are for the REST door; workers connect to the gRPC port as HOST:PORT, such as {where.rpartition(':')[0] or where}:7070"
+    return f"it is written without {scheme}://, as {where}"
+
+
+def _seen_from(host: str, grpc: str) -> str:
+    """The server's gRPC address: its own port, with the host under which the server was reached."""
+    return f"{f'[{host}]' if ':' in host else host}:{grpc.rpartition(':')[2]}"

@@ -1,0 +1,215 @@
+"""The client's gRPC channel to one server: one method per call of the service."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any, Final
+from urllib.parse import quote
+
+import grpc
+import torch
+from grpc.experimental import ChannelOptions
+from safetensors.torch import load
+from torch import Tensor
+
+from pushstep.proto import training_pb2 as pb
+from pushstep.proto.errors import MessageTooLarge
+from pushstep.proto.errors.status import from_rpc_error
+from pushstep.proto.types_pb2 import Segment
+from pushstep.proto.wire.buffers import BufferPool, keep_freed_blocks
+from pushstep.proto.wire.frames import (
+    TRANSPORT_LIMIT_BYTES,
+    Assembly,
+    Source,
+)
+from pushstep.proto.wire.layout import Layout
+from pushstep.proto.wire.parts import WHOLE_BYTES, Parts, parts_of
+
+from .progress import Progress, Watchdog
+from .streams import Body, Exchange, Messages, Pulled, assembled, breakable, fill, first, only
+from .waiting import Wait
+
+SERVICE: Final = "/pushstep.v1.TrainingService/"
+OPTIONS: Final = (
+    ("grpc.max_receive_message_length", TRANSPORT_LIMIT_BYTES),
+    ("grpc.max_send_message_length", TRANSPORT_LIMIT_BYTES),
+    ("grpc.http2.max_frame_size", 4 << 20),
+    ("grpc.http2.lookahead_bytes", 8 << 20),
+    # gRPC's own retries stop at 256 KiB and do not know push identities; ours are in retry.py
+    ("grpc.enable_retries", 0),
+    # the waiting thread itself reads the answers of a stream: 64 MiB in 28 ms instead of 34
+    (ChannelOptions.SingleThreadedUnaryStream, 1),
+    ("grpc.enable_http_proxy", 0),
+    # a connection per session: the server ends that of a quarantined worker, and must not hit another session
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.keepalive_time_ms", 60_000),
+    # intervals of reconnects to a server that went away; gRPC's default goes up to 2 minutes
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 500),
+)
+# Limit of the memory that is kept for the bodies of answers.
+KEPT_BYTES: Final = 1 << 30
+
+
+class Transport:
+    """One channel to one server.
+
+    `timeout_s` bounds each attempt: its whole time if it is one small message each way, otherwise the time in which
+    nothing of it moves. Calls raise grpc.RpcError; a bulk call that stalls raises TransportFailure.
+    """
+
+    def __init__(self, address: str, timeout_s: float) -> None:
+        """Make the channel. No request is sent yet."""
+        self.address = address
+        self.timeout_s = timeout_s
+        self.wait = Wait(address)
+        self.watchdog = Watchdog(timeout_s, self.wait.moved)
+        # the memory of the last answer's body, for the next answer
+        self._buffers = BufferPool(KEPT_BYTES)
+        keep_freed_blocks()
+        self._channel = grpc.insecure_channel(_target(address), options=OPTIONS)
+
+    def describe(self, timeout_s: float, *, wait_for_ready: bool) -> pb.DescribeResponse:
+        """Describe."""
+        answer: pb.DescribeResponse = self._ask(
+            "Describe", pb.DescribeRequest(), pb.DescribeResponse, timeout_s, wait_for_ready=wait_for_ready
+        )
+        return answer
+
+    def _call(
+        self, method: str, request: bytes | Iterator[bytes], timeout_s: float | None = None, **options: Any
+    ) -> Any:
+        """Start a call, to be iterated for its answers. A request of bytes needs no thread of gRPC's."""
+        make: Any = self._channel.unary_stream if isinstance(request, bytes) else self._channel.stream_stream
+        call = make(SERVICE + method, request_serializer=None, response_deserializer=None)
+        return call(request, timeout=timeout_s, **options)
+
+    def _ask(self, method: str, request: Any, answer: Any, timeout_s: float, **options: Any) -> Any:
+        """The single answer to a single message."""
+        call = self._call(method, request.SerializeToString(), timeout_s, **options)
+        return only(breakable(call), answer)
+
+    def join(self, request: pb.JoinRequest) -> pb.JoinResponse:
+        """Join; in parts if the request or the answer has a long manifest."""
+        if request.ByteSize() <= WHOLE_BYTES:
+            try:
+                answer: pb.JoinResponse = self._ask("Join", request, pb.JoinResponse, self.timeout_s)
+                return answer
+            except grpc.RpcError as error:
+                if not isinstance(from_rpc_error(error), MessageTooLarge):
+                    raise
+        return self._join_in_parts(request)
+
+    def _join_in_parts(self, request: pb.JoinRequest) -> pb.JoinResponse:
+        parts = Parts("a join's answer")
+        with self.watchdog.over(self.watchdog.begin()) as progress:
+            asked = (pb.JoinPart(part=p).SerializeToString() for p in parts_of(request.SerializeToString()))
+            for message in breakable(progress.of(self._call("JoinInParts", asked))):
+                progress.moved()
+                parts.add(pb.JoinPart.FromString(message).part)
+        return pb.JoinResponse.FromString(parts.take())
+
+    def heartbeat(self, request: pb.HeartbeatRequest) -> pb.HeartbeatResponse:
+        """Heartbeat."""
+        answer: pb.HeartbeatResponse = self._ask("Heartbeat", request, pb.HeartbeatResponse, self.timeout_s)
+        return answer
+
+    def leave(self, request: pb.LeaveRequest) -> pb.LeaveResponse:
+        """Leave."""
+        answer: pb.LeaveResponse = self._ask("Leave", request, pb.LeaveResponse, min(5.0, self.timeout_s))
+        return answer
+
+    def open_region(self, request: pb.OpenRegionRequest) -> pb.OpenRegionResponse:
+        """OpenRegion."""
+        answer: pb.OpenRegionResponse = self._ask(
+            "OpenRegion", request, pb.OpenRegionResponse, self.timeout_s
+        )
+        return answer
+
+    def push(self, header: pb.PushHeader, body: Body, commit: pb.PushCommit) -> pb.PushResponse:
+        """Push."""
+        messages = Messages(pb.PushRequest(header=header), body.segments, body.pieces, lambda _: commit)
+        single = body.single(messages)
+        if single is None:
+            sent: pb.PushResponse = self._stream_in("Push", messages, pb.PushResponse)
+            return sent
+        call = self._call("Push", single, self.timeout_s)
+        answer: pb.PushResponse = messages.sent(lambda: only(breakable(call), pb.PushResponse))
+        return answer
+
+    def _stream_in(self, method: str, messages: Messages, answer: Any) -> Any:
+        with self.watchdog.over(self.watchdog.begin()) as progress:
+            call = progress.of(self._call(method, messages.watched(progress)))
+            return messages.sent(lambda: only(breakable(call), answer))
+
+    def exchange(self, header: pb.PushHeader, body: Body, commit: pb.PushCommit, layout: Layout) -> Pulled:
+        """Exchange."""
+        messages = Messages(pb.PushRequest(header=header), body.segments, body.pieces, lambda _: commit)
+        return self._exchange(messages, body.single(messages), layout).result()
+
+    def begin_exchange(
+        self,
+        header: pb.PushHeader,
+        segments: Sequence[Segment],
+        pieces: Iterable[Sequence[Source]],
+        commit: Callable[[int], pb.PushCommit | None],
+        layout: Layout,
+    ) -> Exchange:
+        """Start an Exchange. Another thread iterates `pieces` and calls `commit`; both may block there."""
+        messages = Messages(pb.PushRequest(header=header), segments, pieces, commit)
+        return self._exchange(messages, None, layout)
+
+    def _exchange(self, messages: Messages, single: bytes | None, layout: Layout) -> Exchange:
+        progress = self.watchdog.begin()
+        request = messages.watched(progress) if single is None else single
+        call = progress.of(self._call("Exchange", request))
+        return Exchange(call, messages, partial(self._received, layout=layout), self.watchdog, progress)
+
+    def upload(self, header: pb.UploadHeader, body: Body) -> pb.UploadResponse:
+        """Upload."""
+        messages = Messages(pb.UploadRequest(header=header), body.segments, body.pieces, None)
+        answer: pb.UploadResponse = self._stream_in("Upload", messages, pb.UploadResponse)
+        return answer
+
+    def pull(self, request: pb.PullRequest, layout: Layout | None) -> Pulled:
+        """Pull; if `layout` is None the answer brings its manifest."""
+        return self._pulled("Pull", request, layout)
+
+    def pull_rows(self, request: pb.PullRowsRequest, layout: Layout) -> Pulled:
+        """PullRows."""
+        return self._pulled("PullRows", request, layout)
+
+    def pull_state(self, request: pb.PullStateRequest) -> Pulled:
+        """PullState."""
+        return self._pulled("PullState", request, None)
+
+    def pull_extras(self, request: pb.PullExtrasRequest) -> tuple[int, dict[str, Tensor]]:
+        """PullExtras: the version, and the tensors by name."""
+        with self.watchdog.over(self.watchdog.begin()) as progress:
+            messages = breakable(progress.of(self._call("PullExtras", request.SerializeToString())))
+            header, chunk = first(messages, progress.moved)
+            body = Assembly([header.extras_bytes])
+            fill(body, chunk, messages, progress.moved)
+        content = body.part(0, torch.uint8).numpy().tobytes()
+        return int(header.extras_version), load(content) if content else {}
+
+    def _pulled(self, method: str, request: Any, layout: Layout | None) -> Pulled:
+        with self.watchdog.over(self.watchdog.begin()) as progress:
+            call = progress.of(self._call(method, request.SerializeToString()))
+            return self._received(call, progress, layout)
+
+    def _received(self, call: Any, progress: Progress, layout: Layout | None) -> Pulled:
+        return assembled(breakable(call), layout, self._buffers, progress.moved)
+
+    def close(self) -> None:
+        """Close the channel."""
+        self.watchdog.close()
+        self._channel.close()
+
+
+def _target(address: str) -> str:
+    """The address as gRPC reads it: a Unix socket's path is part of a URI, so it is percent-encoded."""
+    scheme, colon, path = address.partition(":")
+    return f"unix:{quote(path)}" if colon and scheme == "unix" else address

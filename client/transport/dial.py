@@ -1,0 +1,71 @@
+"""The first contact with a server: is something listening, is it a pushstep server, and its description."""
+
+from __future__ import annotations
+
+import time
+from typing import Final, cast
+
+import grpc
+
+from pushstep.proto.errors import InvalidAddress, MalformedFrame, NoAnswer, ServerUnavailable
+from pushstep.proto.training_pb2 import DescribeResponse
+
+from .address import Address
+from .channel import Transport
+from .retry import Retry, TransportFailure, answered
+from .shield import shield
+
+# Interval of attempts to reach a server that is starting.
+_LOOK_S: Final = 0.2
+
+
+def dial(address: str, timeout_s: float, wait_s: float = 0.0) -> tuple[Transport, DescribeResponse]:
+    """A channel to the server at an address, and the server's description.
+
+    `wait_s`: how long to wait until something listens there. A listener then has `timeout_s` to answer, however often
+    connections break. ServerUnavailable if nothing listens or answers; InvalidAddress if the address is malformed or
+    the listener is not a pushstep server.
+    """
+    checked = Address(address)
+    transport = Transport(address, timeout_s)
+    try:
+        with transport.wait:
+            _wait_for_listener(checked, transport, wait_s)
+            return transport, _described(checked, transport)
+    except BaseException:
+        transport.close()
+        raise
+
+
+def _wait_for_listener(address: Address, transport: Transport, wait_s: float) -> None:
+    begun_s = time.monotonic()
+    while (problem := address.why_nobody_listens()) is not None:
+        if time.monotonic() >= begun_s + wait_s:
+            raise ServerUnavailable(address=address.text, seconds=wait_s, problem=problem)
+        transport.wait.told(problem)
+        shield.pause(_LOOK_S)
+
+
+def _described(address: Address, transport: Transport) -> DescribeResponse:
+    until_s = time.monotonic() + transport.timeout_s
+
+    def describe(*, first: bool) -> DescribeResponse:
+        # first without waiting: a broken connection is a reason to look at what listens there
+        return transport.describe(max(until_s - time.monotonic(), 0.0), wait_for_ready=not first)
+
+    try:
+        try:
+            return answered(lambda: describe(first=True))
+        except TransportFailure:
+            left_s = until_s - time.monotonic()
+            what = address.what_speaks_http() if left_s > 0 else None
+        if what is not None:
+            raise InvalidAddress(address=address.text, problem=what)
+        return Retry(transport.wait, left_s).run(lambda: describe(first=False))
+    except MalformedFrame as error:
+        problem = "it is a gRPC server, and not one of pushstep"
+        raise InvalidAddress(address=address.text, problem=problem) from error
+    except (NoAnswer, grpc.RpcError) as error:
+        # what answers there may not be a pushstep server at all
+        why = error.__cause__ if isinstance(error, NoAnswer) else cast(grpc.Call, error).details()
+        raise ServerUnavailable(address=address.text, seconds=transport.timeout_s, problem=why) from error

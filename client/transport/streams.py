@@ -1,0 +1,243 @@
+"""The messages of bulk calls: bodies that go out, answers that come in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import grpc
+import torch
+from torch import Tensor
+
+from pushstep.proto import training_pb2 as pb
+from pushstep.proto.errors import MalformedFrame
+from pushstep.proto.shared_memory.slots import SharedBody
+from pushstep.proto.types_pb2 import Segment
+from pushstep.proto.wire import dtypes
+from pushstep.proto.wire.buffers import BufferPool, MessageRing
+from pushstep.proto.wire.frames import (
+    CHUNK_BYTES,
+    Assembly,
+    BodyDigest,
+    Chunk,
+    Source,
+    pack,
+    unpack,
+)
+from pushstep.proto.wire.layout import ID_BYTES, Layout, Slot, check_body
+from pushstep.proto.wire.parts import Parts, header_messages
+
+from .progress import Progress, Watchdog
+from .shield import shield
+
+# A push of up to this size goes out as one message; the server also copies and steps it without another thread.
+SMALL_BYTES: Final = 64 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class Body:
+    """What an upload or push carries: segments, and the pieces of each."""
+
+    segments: Sequence[Segment]
+    pieces: Sequence[Sequence[Source]]
+
+    def single(self, messages: Messages) -> bytes | None:
+        """All messages of a small body as one; None if the body is not small.
+
+        gRPC sends a stream's messages from its own thread, which takes a third of a small push's time.
+        """
+        small = sum(piece.nbytes for pieces in self.pieces for piece in pieces) <= SMALL_BYTES
+        return messages.joined() if small else None
+
+
+@dataclass(frozen=True, slots=True)
+class Pulled:
+    """A complete answer: its header, its layout and the segments' bytes."""
+
+    header: pb.PullHeader
+    layout: Layout
+    body: Assembly | SharedBody
+
+    def dense(self) -> Iterator[tuple[Slot, str, Tensor]]:
+        """(slot, state name or "", values in the slot's shape) of every slot in a dense segment."""
+        for index, segment in enumerate(self.header.segments):
+            if not segment.HasField("rows"):
+                dtype = dtypes.to_torch(segment.dtype, "segment")
+                for slot in self.layout.slots_of(segment):
+                    start = (slot.start - segment.start) * dtype.itemsize
+                    values = self.body.part(index, dtype, start, slot.stop - slot.start)
+                    yield (
+                        slot,
+                        segment.state,
+                        values if len(slot.shape) == 1 else values.view(slot.shape),
+                    )
+
+    def rows(self) -> Iterator[tuple[Slot, Tensor, Tensor]]:
+        """(slot, ids, rows) of every row-sparse segment."""
+        for index, segment in enumerate(self.header.segments):
+            if segment.HasField("rows"):
+                slot, count = self.layout.slots_of(segment)[0], int(segment.rows)
+                ids = self.body.part(index, torch.int64, 0, count)
+                rows = self.body.part(index, dtypes.to_torch(segment.dtype, "segment"), count * ID_BYTES)
+                yield slot, ids, rows.view(count, *slot.shape[1:])
+
+
+def breakable(call: Any) -> Iterator[bytes]:
+    """The answers of a call. While the caller waits for them, a signal may cancel the call."""
+    shield.breaks(call.cancel)
+    try:
+        yield from call
+    finally:
+        shield.breaks(None)
+
+
+def only(messages: Iterator[bytes], kind: Any) -> Any:
+    """The single message of an answer, parsed. MalformedFrame if there are more or none."""
+    found = list(messages)
+    if len(found) != 1:
+        raise MalformedFrame(problem=f"the server's answer is {len(found)} messages, not one")
+    return kind.FromString(found[0])
+
+
+class Exchange:
+    """An exchange under way, whose messages leave as they become ready."""
+
+    def __init__(
+        self,
+        call: Any,
+        messages: Messages,
+        received: Callable[[Any, Progress], Pulled],
+        watchdog: Watchdog,
+        progress: Progress,
+    ) -> None:
+        self._call = call
+        self._messages = messages
+        self._received = received
+        self._watchdog = watchdog
+        self._progress = progress
+
+    def result(self) -> Pulled:
+        """Wait for the answer and return it."""
+        with self._watchdog.over(self._progress) as progress:
+            answer: Pulled = self._messages.sent(lambda: self._received(self._call, progress))
+            return answer
+
+    def when_over(self, then: Callable[[], None]) -> None:
+        """Call `then` when the call has ended, for whatever reason; at once if it has ended."""
+        if not self._call.add_callback(then):
+            then()
+
+    def cancel(self) -> None:
+        """End the call; does nothing if it has ended."""
+        self._watchdog.end(self._progress)
+        self._call.cancel()
+
+
+class Messages:
+    """The messages of one outgoing stream. gRPC's own thread iterates them, so errors are kept here.
+
+    `commit` makes the last message from the body's digest, which is also added to it. There is no such message if
+    `commit` is None or returns None.
+    """
+
+    def __init__(
+        self,
+        first: pb.PushRequest | pb.UploadRequest,
+        segments: Sequence[Segment],
+        pieces: Iterable[Sequence[Source]],
+        commit: Callable[[int], pb.PushCommit | None] | None,
+    ) -> None:
+        self._first = first
+        self._segments = segments
+        self._pieces = pieces
+        self._commit = commit
+        self._fault: Exception | None = None
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self._made(lambda: CHUNK_BYTES)
+
+    def watched(self, progress: Progress) -> Iterator[bytes]:
+        """The messages, in sizes that the link carries. `progress` notes when each is asked for and made."""
+        messages = self._made(lambda: progress.chunk_bytes)
+        while True:
+            progress.asked()
+            message = next(messages, None)
+            progress.handed()
+            if message is None:
+                return
+            yield message
+
+    def _made(self, chunk_bytes: Callable[[], int]) -> Iterator[bytes]:
+        try:
+            yield from header_messages(self._first)
+            digest = BodyDigest(self._segments)
+            yield from pack(self._pieces, digest, take=MessageRing().take, chunk_bytes=chunk_bytes)
+            commit = self._commit(digest.value) if self._commit is not None else None
+            if commit is not None:
+                commit.digest = digest.value
+                yield pb.PushRequest(commit=commit).SerializeToString()
+        except Exception as error:
+            self._fault = error
+            raise
+
+    def joined(self) -> bytes | None:
+        """The whole stream as one message, if it has one chunk; None otherwise.
+
+        Concatenated protobuf messages parse as one, so the parts are only joined; the payload goes last.
+        """
+        parts = list(self)
+        if len(parts) != 3:
+            return None
+        header, chunk, commit = parts
+        return b"".join((header, commit, chunk))
+
+    def sent(self, call: Callable[[], Any]) -> Any:
+        """Run the call. If making a message failed, raise that error instead of gRPC's."""
+        try:
+            return call()
+        except grpc.RpcError as error:
+            if self._fault is not None:
+                raise self._fault from error
+            raise
+
+
+def assembled(
+    messages: Iterator[bytes], layout: Layout | None, buffers: BufferPool, moved: Callable[[], None]
+) -> Pulled:
+    """A complete answer; calls `moved` when some of it has come. MalformedFrame if it does not fit."""
+    header, chunk = first(messages, moved)
+    if layout is None or (header.manifest.parameters and layout.manifest_hash != header.manifest_hash):
+        layout = Layout(header.manifest)
+    elif layout.manifest_hash != header.manifest_hash:
+        raise MalformedFrame(problem="the server's answer is of another manifest")
+    # the server sets the body's size, without a limit here; the segments have to fit this model
+    body = Assembly(check_body(layout, header.segments, 1 << 62), take=buffers.take)
+    fill(body, chunk, messages, moved)
+    return Pulled(header, layout, body)
+
+
+def first(messages: Iterator[bytes], moved: Callable[[], None]) -> tuple[pb.PullHeader, Chunk | None]:
+    """The header that begins an answer, in parts if it is long, and the chunk that may follow it."""
+    parts = Parts("the header of an answer")
+    fields, chunk = unpack(next(messages, b""), pb.PullResponse)
+    moved()
+    while fields is not None and fields.header_part and not fields.HasField("header"):
+        parts.add(fields.header_part)
+        fields, chunk = unpack(next(messages, b""), pb.PullResponse)
+        moved()
+    if fields is None or not fields.HasField("header"):
+        raise MalformedFrame(problem="the server's answer does not begin with a header")
+    return pb.PullHeader.FromString(parts.take()) if parts.size_bytes else fields.header, chunk
+
+
+def fill(body: Assembly, chunk: Chunk | None, messages: Iterator[bytes], moved: Callable[[], None]) -> None:
+    """Place `chunk` and all chunks that follow into `body`, and finish it."""
+    if chunk is not None:
+        body.place(chunk)
+    for message in messages:
+        moved()
+        _, chunk = unpack(message, pb.PullResponse)
+        if chunk is not None:
+            body.place(chunk)
+    body.finish()

@@ -1,0 +1,1 @@
+"""One worker in one model: its pushes and pulls."""

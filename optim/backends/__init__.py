@@ -1,0 +1,1 @@
+"""Which path takes a step, and the path in plain torch operations."""

@@ -1,0 +1,1 @@
+"""The CPU backend: numba's kernels, run by a pool of threads."""

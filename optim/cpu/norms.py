@@ -1,0 +1,67 @@
+"""Sums of squares on the CPU, block by block; `ops/norms.py` calls them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+from itertools import pairwise
+from typing import Any, Final
+
+import numpy as np
+from torch import Tensor
+
+from ..kernels.cache import compiled
+from ..kernels.norms import BLOCK_ELEMENTS, SIGNATURE, block_sums
+from ..step.operands import run_of
+from .pointer_table import KIND
+from .pool import over_slices
+
+SLICE_BLOCKS: Final = 64
+INLINE_BLOCKS: Final = 32
+
+
+def square_sums(tensors: Sequence[Tensor], *, threads: int | None = None) -> list[float]:
+    """Float64 sums of squares of CPU tensors, one per tensor, in the order that `kernels/norms.py` states."""
+    if len(tensors) == 1 and _is_flat(tensors[0]):
+        return [_square_sum(tensors[0], threads)]
+    totals = [0.0] * len(tensors)
+    for dtype in {t.dtype for t in tensors}:
+        members = [k for k, t in enumerate(tensors) if t.dtype == dtype]
+        # One more view of each tensor would cost as much as the kernel over some thousand elements.
+        flat = [t if _is_flat(t) else run_of(t.detach()) for t in map(tensors.__getitem__, members)]
+        addresses = np.array([t.data_ptr() for t in flat], np.int64)
+        sizes = np.array([t.numel() for t in flat], np.int64)
+        starts = np.zeros(len(flat) + 1, np.int64)
+        np.cumsum(-(-sizes // BLOCK_ELEMENTS), out=starts[1:])
+        blocks = int(starts[-1])
+        sums = np.zeros(blocks)
+        kernel = compiled(block_sums, SIGNATURE, KIND[dtype])
+
+        work = partial(kernel, addresses, sizes, starts, sums)
+        over_slices(work, blocks, threads=threads, slice_size=SLICE_BLOCKS, inline=INLINE_BLOCKS)
+        for k, total in zip(members, added_in_order(sums, starts), strict=True):
+            totals[k] = total
+    return totals
+
+
+def _square_sum(tensor: Tensor, threads: int | None) -> float:
+    """The sum of squares of one flat tensor: 12 us for 10,000 elements, where the code for lists takes 17."""
+    size = tensor.numel()
+    blocks = -(-size // BLOCK_ELEMENTS)
+    table = np.array(((tensor.data_ptr(), 0), (size, 0), (0, blocks)), np.int64)
+    sums = np.zeros(blocks)
+    kernel = compiled(block_sums, SIGNATURE, KIND[tensor.dtype])
+    work = partial(kernel, table[0, :1], table[1, :1], table[2], sums)
+    over_slices(work, blocks, threads=threads, slice_size=SLICE_BLOCKS, inline=INLINE_BLOCKS)
+    return added_in_order(sums, (0, blocks))[0]
+
+
+def _is_flat(tensor: Tensor) -> bool:
+    return tensor.is_contiguous() and not tensor.is_neg() and not tensor._is_zerotensor()
+
+
+def added_in_order(sums: np.ndarray[Any, Any], starts: Iterable[int]) -> list[float]:
+    """Each tensor's block sums, added in block order. starts: (tensors + 1,) first block of each tensor."""
+    parts = (sums[start:stop] for start, stop in pairwise(starts))
+    # cumsum adds in order; sum does not
+    return [float(np.cumsum(part)[-1]) if len(part) else 0.0 for part in parts]

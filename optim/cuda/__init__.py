@@ -1,0 +1,1 @@
+"""The CUDA backend: kernels in Triton, and the code that launches them."""

@@ -1,0 +1,169 @@
+"""The interface of an update rule over tensors that the caller owns. Every step is taken through it.
+
+A rule has hyperparameters, state names and two in-place steps: over a dense gradient, and over the rows of a
+row-sparse one. It holds no tensors. The caller owns the memory: a local optimizer has a list of tensors, the server has
+ranges of its arenas. A step is elementwise, so any split of the same elements gives the same bits. Both steps turn
+their arguments into a `Step` or a `RowStep` and hand that to the tensor's backend.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..backends import reference as eager
+from ..backends.dispatch import Backend, backend
+from ..step.step import RowStep, Step
+
+Hyperparameters = Mapping[str, float | bool]
+
+
+class Rule(ABC):
+    """An update rule. A subclass declares its name, its states and its hyperparameters."""
+
+    name: ClassVar[str]
+    """The rule's name on the wire and over REST."""
+    kernel: ClassVar[str] = ""
+    """What `dispatch` calls the arithmetic; empty: as the rule."""
+    counter: ClassVar[str] = ""
+    """The key under which a param group counts the steps of all its parameters; empty: each has its own `step`."""
+    state_names: ClassVar[tuple[str, ...]]
+    """torch's names of the per-element states, in the order in which `step_dense` takes them."""
+    defaults: ClassVar[Mapping[str, float | bool]]
+    """Every hyperparameter with torch's default."""
+    ranges: ClassVar[Mapping[str, tuple[str, float]]]
+    """What torch calls each hyperparameter in its errors, and its upper bound; the lower is 0."""
+
+    def validate(self, hyperparameters: Hyperparameters) -> None:
+        """Raise torch's ValueError for a value out of range or NaN, and KeyError for an unknown name."""
+        if unknown := hyperparameters.keys() - self.defaults.keys():
+            raise KeyError(f"{self.name} has no {min(unknown)!r}; it has {', '.join(self.defaults)}")
+        for name, (label, upper) in self.ranges.items():
+            if name in hyperparameters and not 0.0 <= hyperparameters[name] <= upper:
+                raise ValueError(f"Invalid {label}: {hyperparameters[name]}")
+
+    @abstractmethod
+    def initial_value(self, state_name: str, hyperparameters: Hyperparameters) -> float:
+        """The value that fills a fresh state."""
+
+    @abstractmethod
+    def effective_lr(self, hyperparameters: Hyperparameters, step: int) -> float:
+        """The learning rate that step number `step` (from 1) applies."""
+
+    @abstractmethod
+    def arguments(self, hyperparameters: Hyperparameters) -> dict[str, Any]:
+        """The hyperparameters as the fields of `Step` and `RowStep` that they set."""
+
+    def check_rows(self, hyperparameters: Hyperparameters) -> None:  # noqa: B027 - most rules refuse nothing
+        """Raise if the rule refuses row-sparse gradients with these hyperparameters."""
+
+    def plan_dense(
+        self,
+        param: Tensor,
+        grad: Tensor,
+        state: Sequence[Tensor],
+        hyperparameters: Hyperparameters,
+        *,
+        step: int,
+        factor: float = 1.0,
+        decoupled: bool = False,
+        clip_value: float | None = None,
+        zero_grad: bool = False,
+        ema: Tensor | None = None,
+        ema_momentum: float = 0.99,
+        copy_out: Tensor | None = None,
+        threads: int | None = None,
+    ) -> Callable[[], None]:
+        """Prepare an in-place step of `param` and `state`. A call of the result takes it.
+
+        What can fail fails here, before anything is written.
+
+        All tensors have one shape; a row-wise state has shape (rows, 1). `grad` may have any real floating dtype. The
+        arithmetic runs in the state's dtype (float32 for half states). `step` counts from 1. `factor` multiplies the
+        gradient first, then `clip_value` bounds it. `decoupled` takes weight decay off the parameter instead of adding
+        it to the gradient. The same pass does three more things if asked: `ema` moves towards the new parameter,
+        `copy_out` receives the new parameter in its own dtype, and `zero_grad` clears the gradient. At most `threads`
+        threads are used (None: torch.get_num_threads()); their number changes no bit. Several Python threads may call
+        this at once.
+        """
+        described = Step(
+            rule=self.kernel or self.name,
+            params=[param],
+            grads=[grad],
+            states=[[tensor] for tensor in state],
+            step=step,
+            factor=factor,
+            clip_value=clip_value,
+            zero_grad=zero_grad,
+            ema=None if ema is None else [ema],
+            ema_momentum=ema_momentum,
+            copy_out=None if copy_out is None else [copy_out],
+            threads=threads,
+            # a rule may choose its own kind of decay
+            **{"decoupled": decoupled, **self.arguments(hyperparameters)},
+        )
+        return self._counted(backend_of(param).plan(described), described)
+
+    def plan_rows(
+        self,
+        param: Tensor,
+        ids: Tensor,
+        rows: Tensor,
+        state: Sequence[Tensor],
+        hyperparameters: Hyperparameters,
+        *,
+        step: int,
+        factor: float = 1.0,
+        unique: bool = True,
+        threads: int | None = None,
+    ) -> Callable[[], None]:
+        """Prepare an in-place step of only the rows `ids` (int64) of `param` and `state`. A call takes it.
+
+        `rows` has shape (len(ids), *param.shape[1:]). Rows that are not named do not move, nor does their state. With
+        `unique` the caller guarantees that no id comes twice; otherwise rows of equal id are summed first, as
+        `ops.rows.coalesce` does. IndexError for an id outside the table; `check_rows` raises if the rule refuses.
+        """
+        self.check_rows(hyperparameters)
+        described = RowStep(
+            rule=self.kernel or self.name,
+            param=param,
+            ids=ids,
+            rows=rows,
+            unique=unique,
+            states=state,
+            step=step,
+            factor=factor,
+            threads=threads,
+            **self.arguments(hyperparameters),
+        )
+        return self._counted(backend_of(param).plan_rows(described), described)
+
+    @staticmethod
+    def _counted(take: Callable[[], None], described: Step | RowStep) -> Callable[[], None]:
+        """The step followed by an increment of the version counters, by which autograd notices it."""
+
+        def run() -> None:
+            take()
+            torch.autograd.graph.increment_version(described.written())
+
+        return run
+
+    def step_dense(self, *tensors: Any, **options: Any) -> None:
+        """Prepare a step with `plan_dense` and take it. The arguments are those of `plan_dense`."""
+        self.plan_dense(*tensors, **options)()
+
+    def step_rows(self, *tensors: Any, **options: Any) -> None:
+        """Prepare a step with `plan_rows` and take it. The arguments are those of `plan_rows`."""
+        self.plan_rows(*tensors, **options)()
+
+
+def backend_of(param: Tensor) -> Backend:
+    """The backend that steps this tensor: its device's kernels if they take it, else torch operations."""
+    found = backend(param.device.type)
+    if found is None or found.refuses(param) is not None:
+        return eager
+    return found

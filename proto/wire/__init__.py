@@ -1,0 +1,1 @@
+"""What travels between workers and the server: dtypes, layouts, frames, limits, names."""

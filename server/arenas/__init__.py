@@ -1,0 +1,1 @@
+"""Parameters held, stepped, and sent."""

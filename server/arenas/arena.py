@@ -1,0 +1,375 @@
+"""A model's flat buffers: parameters, optimizer state, step counts, and the versions of the last changes.
+
+Only the model's writer thread touches them (`arenas/writer.py`), so nothing here locks. For a parameter that receives
+row-sparse gradients, the version of each row's last change is kept, so that readers can be sent the rows they lack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from pushstep.optim import RULES, Rule
+from pushstep.proto.types_pb2 import Ticket
+from pushstep.proto.wire import dtypes
+from pushstep.proto.wire.hyperparameters import values_of
+from pushstep.proto.wire.layout import Layout, Slot
+
+from ..devices.device import Device
+from ..process.memory import copy_of, take
+from ..staging.gradient import DensePart, RowsPart
+from .extras import Extras
+from .finite_watch import FiniteWatch
+
+# New hyperparameters of a group are tried on this before they are accepted.
+TRIED_ELEMENTS: Final = 256
+TRIED_GRADIENTS: Final = (0.0, 1.0, -1.0)
+TRIED_STEPS: Final = 2
+# Charged for a parameter beside its elements: its name, place and step count. A million of them take 800 MB.
+PARAMETER_BYTES: Final = 1 << 10
+
+
+class Arenas:
+    """The buffers of one model at one version."""
+
+    def __init__(self, layout: Layout, device: Device) -> None:
+        self.layout = layout
+        self.device_stream = device.device_stream()
+        self.device = device.where
+        self.parameters, self.states = self._made(layout, 0)
+        # integers: a count in float32 stops at 2**24
+        self.steps = [0] * len(layout.slots)
+        self.version = 0
+        self.timeline = 1
+        self.changed = [0] * len(layout.slots)
+        self.row_changed: dict[int, Tensor] = {}
+        self.watch = FiniteWatch()
+        # between two versions: a write has begun and was not finished
+        self.torn = False
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """A block that replaces one version by another. After an error the arenas are torn until a load."""
+        self.torn = True
+        yield
+        self.torn = False
+
+    def _made(self, layout: Layout, first: int) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+        """Parameters and states, all zeros, for the arenas of a layout from `first` on. OutOfMemory."""
+        parameters: list[Tensor] = []
+        states: list[dict[str, Tensor]] = []
+        with self.device_stream.here():
+            for arena in layout.arenas[first:]:
+                rule, dtype = rule_of(layout, arena.group), dtypes.state_dtype(arena.dtype)
+                parameters.append(self._zeros(arena.elements, arena.dtype))
+                states.append({name: self._zeros(arena.elements, dtype) for name in rule.state_names})
+        return parameters, states
+
+    def _zeros(self, elements: int, dtype: torch.dtype) -> Tensor:
+        what = "the model's parameters and optimizer state"
+        return take(elements, dtype, what, device=self.device, zeros=True)
+
+    @staticmethod
+    def bytes_needed(layout: Layout) -> int:
+        """Bytes that the buffers of a model with this layout take."""
+        total = 0
+        for arena in layout.arenas:
+            states = len(rule_of(layout, arena.group).state_names)
+            total += arena.elements * (
+                arena.dtype.itemsize + states * dtypes.state_dtype(arena.dtype).itemsize
+            )
+        return total
+
+    @staticmethod
+    def bytes_charged(layout: Layout) -> int:
+        """Bytes that a model with this layout counts for.
+
+        They are its buffers, what its tied weights add to a checkpoint, its layout, and each row's last-changed version.
+        """
+        return (
+            Arenas.bytes_needed(layout)
+            + layout.alias_bytes
+            + PARAMETER_BYTES * len(layout.slots)
+            + torch.int64.itemsize * layout.rows
+        )
+
+    def flat(self, arena: int, state: str = "") -> Tensor:
+        """A whole arena: the parameters, or one of their states."""
+        return self.states[arena][state] if state else self.parameters[arena]
+
+    def view(self, slot: Slot, state: str = "") -> Tensor:
+        """One parameter (or its state) in its own shape."""
+        return self.flat(slot.arena, state)[slot.start : slot.stop].view(slot.shape)
+
+    def state_names(self, slot: Slot) -> tuple[str, ...]:
+        """torch's names of a parameter's states."""
+        return rule_of(self.layout, slot.group).state_names
+
+    def fill_initial_state(self, values: Sequence[Mapping[str, float | bool]]) -> None:
+        """Fill the states with their rules' initial values. values: the hyperparameters of all groups."""
+        with self.device_stream.here():
+            fill_initial(self.layout, self.states, values, 0)
+
+    def begin_anew(self, slots: Iterable[Slot], values: Sequence[Mapping[str, float | bool]]) -> None:
+        """Reset the states and step counts of parameters. values: the hyperparameters of all groups."""
+        with self.device_stream.here():
+            for slot in slots:
+                rule = rule_of(self.layout, slot.group)
+                for name in rule.state_names:
+                    self.view(slot, name).fill_(rule.initial_value(name, values[slot.group]))
+                self.steps[slot.index] = 0
+
+    def step(
+        self,
+        ticket: Ticket,
+        parts: Sequence[DensePart | RowsPart],
+        copy_out: Sequence[Tensor] | None = None,
+    ) -> set[int]:
+        """Execute a ticket. Nothing is decided here: equal buffers and an equal ticket give equal bits.
+
+        Everything is prepared before the first write. An error until then changes no value; the arenas are at the
+        ticket's version, which then moved nothing. `copy_out`, one tensor for each arena, receives the new parameters
+        of the dense parts in the same pass. Returns the indices of the slots that were written there.
+        """
+        values = [values_of(group) for group in ticket.groups]
+        for group in values:
+            group["lr"] = float(group["lr"]) * ticket.lr_scale
+        try:
+            steps = list(self._planned(parts, values, ticket, copy_out))
+        finally:
+            self.version = ticket.version
+        with self.writing():
+            for step in steps:
+                step()
+            written: set[int] = set()
+            for part in parts:
+                if isinstance(part, RowsPart):
+                    self._count_rows(part, ticket.version)
+                else:
+                    for slot in part.slots:
+                        self.steps[slot.index] += 1
+                        self.mark_changed(slot, ticket.version)
+                    if copy_out is not None:
+                        written.update(slot.index for slot in part.slots)
+        self.watch.stepped(self.layout, self.parameters, parts)
+        return written
+
+    def _planned(
+        self,
+        parts: Sequence[DensePart | RowsPart],
+        values: Sequence[Mapping[str, float | bool]],
+        ticket: Ticket,
+        copy_out: Sequence[Tensor] | None,
+    ) -> Iterator[Callable[[], None]]:
+        for part in parts:
+            if isinstance(part, RowsPart):
+                yield self._planned_rows(part, values, ticket)
+            else:
+                for run in _equal_runs(part.slots, lambda slot: self.steps[slot.index]):
+                    if run[0].start < run[-1].stop:  # without elements only the step is counted, as in torch
+                        yield self._planned_dense(part, run, values, ticket, copy_out)
+
+    def _planned_dense(
+        self,
+        part: DensePart,
+        run: list[Slot],
+        values: Sequence[Mapping[str, float | bool]],
+        ticket: Ticket,
+        copy_out: Sequence[Tensor] | None,
+    ) -> Callable[[], None]:
+        arena, start, stop = part.arena, run[0].start, run[-1].stop
+        rule = rule_of(self.layout, run[0].group)
+        return rule.plan_dense(
+            _between(self.parameters[arena], start, stop),
+            _between(part.gradient, start - part.start, stop - part.start),
+            [_between(self.states[arena][name], start, stop) for name in rule.state_names],
+            values[run[0].group],
+            step=self.steps[run[0].index] + 1,
+            factor=ticket.factor,
+            copy_out=None if copy_out is None else _between(copy_out[arena], start, stop),
+        )
+
+    def _planned_rows(
+        self, part: RowsPart, values: Sequence[Mapping[str, float | bool]], ticket: Ticket
+    ) -> Callable[[], None]:
+        slot = part.slot
+        rule = rule_of(self.layout, slot.group)
+        if slot.index not in self.row_changed:
+            self.row_changed[slot.index] = torch.full(
+                (slot.rows,), self.changed[slot.index], dtype=torch.int64, device=self.device
+            )
+        return rule.plan_rows(
+            self.view(slot),
+            part.ids,
+            part.rows,
+            [self.view(slot, name) for name in rule.state_names],
+            values[slot.group],
+            step=self.steps[slot.index] + 1,
+            factor=ticket.factor,
+        )
+
+    def _count_rows(self, part: RowsPart, version: int) -> None:
+        self.steps[part.slot.index] += 1
+        self.row_changed[part.slot.index][part.ids] = version
+
+    def applied_lrs(self, ticket: Ticket) -> dict[int, float]:
+        """Each group's learning rate in the step just taken, by the step count of its first parameter."""
+        lrs: dict[int, float] = {}
+        for group, slot in self.layout.first_of_group.items():
+            if group < len(ticket.groups):
+                values = values_of(ticket.groups[group])
+                rule = rule_of(self.layout, group)
+                lrs[group] = rule.effective_lr(values, max(1, self.steps[slot.index])) * ticket.lr_scale
+        return lrs
+
+    def mark_changed(self, slot: Slot, version: int) -> None:
+        """Note that every element of a parameter may have changed in `version`."""
+        self.changed[slot.index] = version
+        if slot.index in self.row_changed:
+            self.row_changed[slot.index].fill_(version)
+
+    def extended(self, layout: Layout, values: Sequence[Mapping[str, float | bool]]) -> ArenasCopy:
+        """These arenas with fresh ones for the further groups of `layout`. OutOfMemory.
+
+        `adopt` takes the result and cannot fail any more. Call it in any thread: it reads and writes no element of the
+        present arenas.
+        """
+        first = len(self.parameters)
+        parameters, states = self._made(layout, first)
+        extension = ArenasCopy(
+            layout, self.timeline, self.version, [*self.parameters, *parameters], [*self.states, *states], []
+        )
+        with self.device_stream.here():
+            fill_initial(layout, extension.states, values, first)
+        return extension
+
+    def adopt(self, extension: ArenasCopy) -> None:
+        """Use the arenas that `extended` made, once their values have been filled in."""
+        self.layout = extension.layout
+        self.parameters, self.states = extension.parameters, extension.states
+        added = len(self.layout.slots) - len(self.steps)
+        self.steps += [0] * added
+        self.changed += [self.version] * added
+
+    def stays_finite(self, group: int, values: Mapping[str, float | bool]) -> bool:
+        """True if trial steps with these hyperparameters keep a sample of finite elements finite."""
+        rule = rule_of(self.layout, group)
+        for arena in self.layout.arenas:
+            if arena.group != group or not arena.elements:
+                continue
+            stride = -(-arena.elements // TRIED_ELEMENTS)
+            for gradient in TRIED_GRADIENTS:
+                flats = [self.parameters[arena.index], *self.states[arena.index].values()]
+                param, *state = (flat[::stride].clone() for flat in flats)
+                was = torch.isfinite(param)
+                for step in range(1, 1 + TRIED_STEPS):
+                    at = self.steps[arena.slots[0].index] + step
+                    rule.step_dense(param, torch.full_like(param, gradient), state, values, step=at)
+                if bool((was & ~torch.isfinite(param)).any()):
+                    return False
+        return True
+
+    def copy(self) -> ArenasCopy:
+        """A copy of everything at this version, in memory of its own on the CPU. OutOfMemory."""
+        what = "a copy of the model"
+        return self._copied(lambda flat: copy_of(flat, what))
+
+    def as_copy(self) -> ArenasCopy:
+        """Like `copy`, but arenas on the CPU are shared and not copied.
+
+        Only if nobody writes to them any more.
+        """
+        return self._copied(lambda flat: flat if flat.is_cpu else copy_of(flat, "a copy of the model"))
+
+    def _copied(self, make: Callable[[Tensor], Tensor]) -> ArenasCopy:
+        return ArenasCopy(
+            self.layout,
+            self.timeline,
+            self.version,
+            [make(flat) for flat in self.parameters],
+            [{name: make(flat) for name, flat in states.items()} for states in self.states],
+            list(self.steps),
+        )
+
+    def load(self, copy: ArenasCopy, timeline: int) -> None:
+        """Become `copy`, on `timeline`. Readers of any earlier timeline must fetch everything again."""
+        with self.writing():
+            for flat, source in zip(self.parameters, copy.parameters, strict=True):
+                flat.copy_(source)
+            for states, sources in zip(self.states, copy.states, strict=True):
+                for name, flat in states.items():
+                    flat.copy_(sources[name])
+            self.steps = list(copy.steps)
+            self.version, self.timeline = copy.version, timeline
+            for slot in self.layout.slots:
+                self.mark_changed(slot, copy.version)
+        self.watch.look(self.layout, self.parameters)
+
+
+@dataclass(frozen=True, slots=True)
+class ArenasCopy:
+    """What Arenas held at one version. Nobody writes to it."""
+
+    layout: Layout
+    timeline: int
+    version: int
+    parameters: list[Tensor]
+    states: list[dict[str, Tensor]]
+    steps: list[int]
+    # buffers and frozen values, by name: kept, not stepped
+    extras: Extras = field(default_factory=Extras)
+    # the (timeline, version) that each restore before it continued from
+    lineage: Sequence[tuple[int, int]] = ()
+
+    @property
+    def lineage_here(self) -> list[tuple[int, int]]:
+        """The lineage of a timeline that continues from here."""
+        return [*self.lineage, (self.timeline, self.version)]
+
+    def view(self, slot: Slot, state: str = "") -> Tensor:
+        """One parameter (or its state) in its own shape."""
+        flat = self.states[slot.arena][state] if state else self.parameters[slot.arena]
+        return flat[slot.start : slot.stop].view(slot.shape)
+
+
+def rule_of(layout: Layout, group: int) -> Rule:
+    """The update rule of a group."""
+    return RULES[layout.manifest.groups[group].rule]
+
+
+def fill_initial(
+    layout: Layout,
+    states: Sequence[Mapping[str, Tensor]],
+    values: Sequence[Mapping[str, float | bool]],
+    first: int,
+) -> None:
+    """Fill the states of the arenas from `first` on with their rules' initial values."""
+    for arena in layout.arenas[first:]:
+        rule = rule_of(layout, arena.group)
+        for name, flat in states[arena.index].items():
+            flat.fill_(rule.initial_value(name, values[arena.group]))
+
+
+def _between(flat: Tensor, start: int, stop: int) -> Tensor:
+    """Elements [start, stop).
+
+    `flat` itself if that is all of it: a view takes as long as a step of some hundred.
+    """
+    return flat if stop - start == flat.numel() else flat[start:stop]
+
+
+def _equal_runs(slots: Sequence[Slot], key: Callable[[Slot], int]) -> Iterator[list[Slot]]:
+    """Neighbouring slots with an equal key, grouped: each group is one kernel call."""
+    run: list[Slot] = []
+    for slot in slots:
+        if run and key(slot) != key(run[-1]):
+            yield run
+            run = []
+        run.append(slot)
+    if run:
+        yield run

@@ -1,0 +1,337 @@
+"""Sends parameters out: one version's frames are encoded once per wire dtype and shared by all readers.
+
+A pull never reads a version that is being written, because encoding runs in the writer thread between two steps. (A GPU's
+parameters are copied there, and encoded in another thread.) The first frames are sent while the last are being encoded.
+Readers that ask while the writer is busy are answered together. Row-sparse parameters are sent as the rows that changed
+since the reader's version, or whole where that is smaller. Readers that have the same version share those frames, which
+count in the readers' budget.
+
+Frames of older versions live on while readers are being sent them, at most LIVE_VERSIONS. A version of which no reader
+has taken anything for SLOW_S moves into the readers' budget and out of that count. So readers that are slow, or do not
+read at all, hold up no others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import threading
+import time
+import weakref
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Final
+
+import torch
+
+from pushstep.proto.errors.status import untrace
+from pushstep.proto.types_pb2 import Segment
+from pushstep.proto.wire import dtypes
+from pushstep.proto.wire.buffers import MessagePool
+from pushstep.proto.wire.frames import Piece, Source, pack
+from pushstep.proto.wire.layout import ID_BYTES, Layout, Slot
+
+from ..process.inline import INLINE_BYTES
+from ..staging.read_budget import ReadBudget
+from .arena import Arenas
+from .version_frames import DenseFrames, RowFrames
+from .writer import ModelWriter
+
+# Versions whose frames exist at once, per wire dtype. Beyond that the next version waits.
+LIVE_VERSIONS: Final = 3
+CROWDED_RETRY_S: Final = 0.01
+# A reader on this host takes a message in milliseconds, one on a link of 4 MB/s in half a second.
+SLOW_S: Final = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """What one reader is sent: all of one version, or nothing because the reader has it."""
+
+    timeline: int
+    version: int
+    layout: Layout
+    unchanged: bool
+    segments: list[Segment]
+    dense: DenseFrames | None
+    rows: RowFrames | None
+    # the segments lie in the reader's own region: nothing is sent
+    shared: bool = False
+
+    async def frames(self) -> AsyncIterator[bytes]:
+        """All frames, in the order of the segments."""
+        if self.dense is not None:
+            async for frame in self.dense:
+                yield frame
+        if self.rows is not None:
+            for frame in self.rows.frames:
+                yield frame
+
+
+@dataclass(slots=True)
+class _Request:
+    timeline: int | None
+    have_version: int | None
+    wire: torch.dtype | None
+    answer: asyncio.Future[Published]
+    # how long it may wait for room
+    until_s: float
+
+
+class Publisher:
+    """Publishes the versions of one model to its readers."""
+
+    def __init__(self, arenas: Arenas, writer: ModelWriter, budget: ReadBudget) -> None:
+        self._arenas = arenas
+        self._stepper = writer
+        self._budget = budget
+        self._lock = threading.Lock()  # guards _waiting and _scheduled, between the loop and the writer
+        self._waiting: list[_Request] = []
+        self._scheduled = False
+        self._current: dict[torch.dtype | None, tuple[tuple[int, int], DenseFrames]] = {}
+        self._live: dict[torch.dtype | None, weakref.WeakSet[DenseFrames]] = {}
+        # by wire dtype and the version that its readers have
+        self._rows: weakref.WeakValueDictionary[tuple[torch.dtype | None, int | None], RowFrames] = (
+            weakref.WeakValueDictionary()
+        )
+        self._rows_of = (0, 0)
+        self._memory = MessagePool()
+
+    async def newest(
+        self, timeline: int | None, have_version: int | None, wire: torch.dtype | None
+    ) -> Published:
+        """The newest version when the writer gets to the request, for a reader that has `have_version`.
+
+        OverBudget if other readers hold so many versions, or so many bytes, that there is no room for it soon.
+        """
+        loop = asyncio.get_running_loop()
+        until_s = time.monotonic() + self._budget.wait_s
+        request = _Request(timeline, have_version, wire, loop.create_future(), until_s)
+        with self._lock:
+            self._waiting.append(request)
+        self._schedule(loop)
+        return await request.answer
+
+    def _schedule(self, loop: asyncio.AbstractEventLoop) -> None:
+        with self._lock:
+            if self._scheduled or not self._waiting:
+                return
+            self._scheduled = True
+        small = sum(flat.nbytes for flat in self._arenas.parameters) <= INLINE_BYTES
+        self._stepper.submit(lambda: self._publish(loop), small=small).add_done_callback(self._published)
+
+    def _published(self, job: asyncio.Future[None]) -> None:
+        """Pass on the error of a job that was refused or failed, or its readers would wait for ever."""
+        error = None if job.cancelled() else job.exception()
+        if error is not None:
+            with self._lock:
+                requests, self._waiting = self._waiting, []
+                self._scheduled = False
+            untrace(error)
+            for request in requests:
+                _settle(request, copy.copy(error))
+
+    def _publish(self, loop: asyncio.AbstractEventLoop) -> None:
+        with self._lock:
+            requests, self._waiting = self._waiting, []
+            self._scheduled = False
+        unmade: list[tuple[DenseFrames, list[Sequence[Source]]]] = []
+        crowded = []
+        for request in requests:
+            if request.answer.done():  # its reader has gone
+                continue
+            try:
+                published = self._answer_to(request, unmade)
+                if published is None and time.monotonic() > request.until_s:
+                    raise self._budget.over(sum(flat.nbytes for flat in self._arenas.parameters))
+            except Exception as error:  # noqa: BLE001 - whatever it is belongs to the reader, not to the writer
+                untrace(error)
+                loop.call_soon_threadsafe(_settle, request, error)
+            else:
+                if published is None:
+                    crowded.append(request)
+                else:
+                    loop.call_soon_threadsafe(_settle, request, published)
+        for frames, bodies in unmade:
+            self._arenas.device_stream.publish(partial(self._make, frames, bodies, loop))
+        if crowded:
+            with self._lock:
+                self._waiting += crowded
+            loop.call_soon_threadsafe(loop.call_later, CROWDED_RETRY_S, self._schedule, loop)
+
+    def _make(
+        self, frames: DenseFrames, bodies: Sequence[Sequence[Source]], loop: asyncio.AbstractEventLoop
+    ) -> None:
+        try:
+            frames.make(bodies, loop.call_soon_threadsafe)
+        except Exception as error:  # noqa: BLE001 - its readers are told
+            untrace(error)
+            self.forget()
+
+    def _answer_to(
+        self, request: _Request, unmade: list[tuple[DenseFrames, list[Sequence[Source]]]]
+    ) -> Published | None:
+        """The answer to a request, in the writer thread.
+
+        None if there is no room, because others are still read.
+        """
+        arenas = self._arenas
+        have = request.have_version if request.timeline == arenas.timeline else None
+        if have == arenas.version:
+            return Published(*self._now(), True, [], None, None)
+        dense = self._dense(request.wire, unmade)
+        if dense is None:
+            return None
+        if not arenas.row_changed:
+            return Published(*self._now(), False, dense.segments, dense, None)
+        rows = self._row_tracked(have, request.wire, len(dense.segments))
+        if rows is None:
+            return None
+        return Published(*self._now(), False, dense.segments + rows.segments, dense, rows)
+
+    def _now(self) -> tuple[int, int, Layout]:
+        """Timeline, version and layout as the writer has them; the model's may be ahead."""
+        return self._arenas.timeline, self._arenas.version, self._arenas.layout
+
+    def _dense(
+        self, wire: torch.dtype | None, unmade: list[tuple[DenseFrames, list[Sequence[Source]]]]
+    ) -> DenseFrames | None:
+        """The frames of this version; new ones are added to `unmade` with their sources.
+
+        None if there is no room.
+        """
+        arenas = self._arenas
+        now = (arenas.timeline, arenas.version)
+        if wire in self._current and self._current[wire][0] == now:
+            return self._current[wire][1]
+        self._current.pop(wire, None)
+        live = self._live.setdefault(wire, weakref.WeakSet())
+        if len(live) >= LIVE_VERSIONS and not self._retire(live):
+            return None
+        runs = dense_runs(arenas, wire)
+        bodies = [
+            arenas.device_stream.outgoing(
+                arenas.flat(s.arena)[s.start : s.stop], dtypes.to_torch(s.dtype, "")
+            )
+            for s, _ in runs
+        ]
+        frames = DenseFrames([segment for segment, _ in runs], self._memory)
+        live.add(frames)
+        self._current[wire] = (now, frames)
+        unmade.append((frames, bodies))
+        return frames
+
+    def _retire(self, live: weakref.WeakSet[DenseFrames]) -> bool:
+        """Move the version that was read the longest ago into the readers' budget, if that is slow.
+
+        True: there is room.
+        """
+        slowest = min(live, key=lambda frames: frames.moved_s, default=None)
+        if slowest is None:  # all have gone meanwhile
+            return True
+        nbytes = slowest.nbytes
+        # sooner than the time that the next version's readers may wait
+        slow_s = min(SLOW_S, self._budget.wait_s / 2)
+        if time.monotonic() - slowest.moved_s < slow_s or not self._budget.take(nbytes):
+            return False
+        live.discard(slowest)
+        weakref.finalize(slowest, self._budget.give_back, nbytes).atexit = False
+        return True
+
+    def _row_tracked(self, have: int | None, wire: torch.dtype | None, first: int) -> RowFrames | None:
+        """What is sent by rows to readers that have version `have`.
+
+        None if there is no room now; OverCapacity if never.
+        """
+        arenas = self._arenas
+        now = (arenas.timeline, arenas.version)
+        if now != self._rows_of:
+            self._rows_of = now
+            self._rows.clear()
+        known = self._rows.get((wire, have))
+        if known is not None:
+            return known
+        ids = {
+            index: None if have is None else torch.nonzero(changed > have).flatten()
+            for index, changed in sorted(arenas.row_changed.items())
+        }
+        nbytes = sum(rows_bytes(arenas.layout.slots[index], found, wire) for index, found in ids.items())
+        if not self._budget.take(nbytes):
+            if nbytes > self._budget.total_bytes:
+                raise self._budget.too_large(nbytes)
+            return None
+        try:
+            segments: list[Segment] = []
+            made = list(pack(self._rows_bodies(ids, wire, segments), first=first))
+            self._rows[wire, have] = rows = RowFrames(segments, made, self._budget, nbytes)
+        except BaseException:
+            self._budget.give_back(nbytes)
+            raise
+        return rows
+
+    def _rows_bodies(
+        self, ids: Mapping[int, torch.Tensor | None], wire: torch.dtype | None, segments: list[Segment]
+    ) -> Iterator[Sequence[Source]]:
+        """The bodies, one parameter at a time, so that only one copy exists at once.
+
+        Adds each segment to `segments`.
+        """
+        for index, found in ids.items():
+            segment, body = rows_body(self._arenas, self._arenas.layout.slots[index], found, wire)
+            segments.append(segment)
+            yield fetched(self._arenas, body)
+
+    def forget(self) -> None:
+        """Drop the encoded frames: the arenas were replaced."""
+        self._current.clear()
+        self._rows.clear()
+
+
+def _settle(request: _Request, result: Published | BaseException) -> None:
+    if request.answer.done():
+        return
+    if isinstance(result, Published):
+        request.answer.set_result(result)
+    else:
+        request.answer.set_exception(result)
+
+
+def fetched(arenas: Arenas, body: Sequence[Piece]) -> list[Source]:
+    """The sources of frames for pieces that may lie on the device."""
+    return [source for piece in body for source in arenas.device_stream.outgoing(piece.source, piece.dtype)]
+
+
+def dense_runs(arenas: Arenas, wire: torch.dtype | None) -> list[tuple[Segment, list[Slot]]]:
+    """The segments of the parameters that are not sent by rows, each with its slots. Do not write to them."""
+    if not arenas.row_changed:
+        return arenas.layout.whole(wire)
+    plain = [slot for slot in arenas.layout.slots if slot.index not in arenas.row_changed]
+    return arenas.layout.dense_segments(plain, wire)
+
+
+def rows_bytes(slot: Slot, ids: torch.Tensor | None, wire: torch.dtype | None) -> int:
+    """Bytes of a segment with some rows of a parameter, or with all if that is smaller or `ids` is None."""
+    itemsize = (wire or slot.dtype).itemsize
+    whole_bytes = slot.rows * slot.row_elements * itemsize
+    return (
+        whole_bytes
+        if ids is None
+        else min(whole_bytes, ids.numel() * (ID_BYTES + slot.row_elements * itemsize))
+    )
+
+
+def rows_body(
+    arenas: Arenas, slot: Slot, ids: torch.Tensor | None, wire: torch.dtype | None
+) -> tuple[Segment, list[Piece]]:
+    """A segment that carries some rows of a parameter, or all of it when that is smaller or `ids` is None."""
+    dtype = wire or slot.dtype
+    segment = Segment(
+        arena=slot.arena, start=slot.start, stop=slot.stop, dtype=dtypes.to_wire(dtype, "segment")
+    )
+    table = arenas.view(slot)
+    whole_bytes = table.numel() * dtype.itemsize
+    if ids is None or ids.numel() * (ID_BYTES + slot.row_elements * dtype.itemsize) >= whole_bytes:
+        return segment, [Piece(table, dtype)]
+    segment.rows = ids.numel()
+    return segment, [Piece(ids, torch.int64), Piece(table.index_select(0, ids), dtype)]

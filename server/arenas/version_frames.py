@@ -1,0 +1,92 @@
+"""The frames of one version of the parameters, made once for all readers: dense ones, and rows."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import io
+import time
+import weakref
+from collections.abc import AsyncIterator, Callable, Sequence
+
+from pushstep.proto.types_pb2 import Segment
+from pushstep.proto.wire import dtypes
+from pushstep.proto.wire.buffers import MessagePool
+from pushstep.proto.wire.frames import Source, pack
+
+from ..staging.read_budget import ReadBudget
+
+
+class DenseFrames:
+    """The frames of one version's dense parameters: sent as they are made, kept while a reader needs them."""
+
+    def __init__(self, segments: list[Segment], memory: MessagePool) -> None:
+        self.segments = segments
+        # when a reader last took a frame, or a frame was made
+        self.moved_s = time.monotonic()
+        self._memory = memory
+        self._buffers: list[io.BytesIO] = []
+        self._made: list[bytes] = []
+        self._complete = False
+        self._fault: Exception | None = None
+        self._readers: list[asyncio.Future[None]] = []
+        weakref.finalize(self, memory.give_back, self._buffers).atexit = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the elements in all frames."""
+        return sum((s.stop - s.start) * dtypes.to_torch(s.dtype, "segment").itemsize for s in self.segments)
+
+    def _take(self, size_bytes: int) -> io.BytesIO:
+        self._buffers.append(self._memory.take(size_bytes))
+        return self._buffers[-1]
+
+    def make(self, bodies: Sequence[Sequence[Source]], wake: Callable[[Callable[[], None]], object]) -> None:
+        """Make all frames, outside the event loop (`DeviceStream.publish`).
+
+        `wake` runs a call on the event loop.
+        """
+        try:
+            for frame in pack(bodies, take=self._take):
+                self._made.append(frame)
+                self.moved_s = time.monotonic()
+                wake(self._wake)
+        except Exception as error:
+            self._fault = error
+            raise
+        finally:
+            self._complete = True
+            wake(self._wake)
+
+    def _wake(self) -> None:
+        readers, self._readers = self._readers, []
+        for reader in readers:
+            if not reader.done():
+                reader.set_result(None)
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        sent = 0
+        # in this order: when `_complete` is seen to be set, every frame is there
+        while not (self._complete and sent == len(self._made)):
+            if sent < len(self._made):
+                yield self._made[sent]
+                self.moved_s = time.monotonic()
+                sent += 1
+            else:
+                reader = asyncio.get_running_loop().create_future()
+                self._readers.append(reader)
+                await reader
+        if self._fault is not None:
+            raise copy.copy(self._fault)
+
+
+class RowFrames:
+    """The frames of what is sent by rows, for readers that have the same version.
+
+    The budget counts them while they exist.
+    """
+
+    def __init__(self, segments: list[Segment], frames: list[bytes], budget: ReadBudget, nbytes: int) -> None:
+        self.segments = segments
+        self.frames = frames
+        weakref.finalize(self, budget.give_back, nbytes).atexit = False

@@ -1,0 +1,1 @@
+"""The hooks: they change, refuse or observe a step."""

@@ -1,0 +1,290 @@
+"""The pending pushes of one model, and how each gets its outcome: gate, policy, ticket.
+
+Part of the coordinator's state machine (see coordinator.py): no await, thread, clock or I/O. Pending pushes of one
+worker pass the gate and reach the policy in the order of their sequences, one at a time. The policy's moves are
+executed here. A move is an outcome without a step, a ticket for one push, or a `Reduce` of several pushes. The ticket
+of a round is written when its sum has come back.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from pushstep.proto.errors import (
+    LeaseExpired,
+    MalformedFrame,
+    NonfiniteGradient,
+    PushstepError,
+    Quarantined,
+    StepFailed,
+)
+from pushstep.proto.types_pb2 import Outcome, Receipt
+
+from ..staging.gradient import StagedPush
+from .admission import Admission, decide
+from .commits import Commits, Order
+from .decision import Decision, Note, Reduce, Resolve, Step
+from .policies.asynchronous import AsyncPolicy
+from .policies.policy import Move, Policy, Refuse, Round, Single, View
+from .push import PendingPush
+from .sessions import Sessions
+from .worker import Decided, Worker, WorkerState
+
+
+class PendingPushes:
+    """Owns the policy and the gate. Collects its decisions until `conclude` returns them."""
+
+    def __init__(self, commits: Commits, sessions: Sessions) -> None:
+        self.commits = commits
+        self.sessions = sessions
+        self.policy: Policy = AsyncPolicy()
+        self.admission = Admission()
+        # the round that is being added up
+        self.combining: Reduce | None = None
+        # pushes that wait for an earlier push of their worker, which is undecided or has not come
+        self.parked: list[PendingPush] = []
+        self._decisions: list[Decision] = []
+
+    def reduced(self, reduce: Reduce, result: StagedPush | PushstepError, now_s: float) -> None:
+        """Take a round's sum, or the error of adding it up. Ignored if the round has changed meanwhile."""
+        if reduce is not self.combining:
+            return
+        self.combining = None
+        if isinstance(result, PushstepError):
+            self._reject(reduce.pushes, result, now_s, blamed=False)
+        else:
+            self._step(Order(reduce.pushes, result, 1.0, reduce.divisor, reduce.notes), now_s)
+        self._skip(reduce.skips, now_s)
+
+    def replace_policy(self, policy: Policy, now_s: float) -> None:
+        """Close the policy, and hand the pushes that it leaves to another one."""
+        moves, left = self.policy.close(self.view(now_s))
+        self.policy = policy
+        for move in moves:
+            self._play(move, now_s)
+        for pending in left:
+            self.policy.take(pending)
+
+    def start_over(self, policy: Policy) -> None:
+        """Replace the policy. Forgets the pushes that it holds and the round that is being added up."""
+        self.policy, self.combining = policy, None
+
+    def view(self, now_s: float) -> View:
+        """The state that the policy may look at."""
+        members = self.sessions.members() if self.policy.waits else ()
+        return View(now_s, self.commits.version, members, self.combining is not None)
+
+    def conclude(self, now_s: float) -> list[Decision]:
+        """Review until the policy has no move left. Returns everything decided since the last event."""
+        self.sessions.expire(now_s)
+        for worker in self.sessions.take_expired():
+            self.note("worker_expired", "server", worker=worker.name, epoch=worker.epoch)
+        if self.parked:
+            self._clear_parked()
+        while moves := self.policy.review(self.view(now_s)):
+            for move in moves:
+                self._play(move, now_s)
+        decisions, self._decisions = self._decisions, []
+        return decisions
+
+    def _clear_parked(self) -> None:
+        """Drop parked pushes of workers that are not live: the push before them will never come."""
+        waiting = [c for c in self.parked if self._is_parked(c)]
+        gone = [c for c in waiting if self.sessions.workers[c.worker].state is not WorkerState.LIVE]
+        self.parked = [c for c in waiting if c not in gone]
+        for pending in gone:
+            del self.sessions.workers[pending.worker].undecided[int(pending.identity.sequence)]
+        lease_s = self.sessions.lease_s
+        self.drop(gone, lambda c: LeaseExpired(worker=c.worker, seconds=lease_s))
+
+    def _is_parked(self, pending: PendingPush) -> bool:
+        worker = self.sessions.workers.get(pending.worker)
+        if worker is None:
+            return False
+        sequence = int(pending.identity.sequence)
+        return worker.undecided.get(sequence) is pending and sequence > worker.sequence + 1
+
+    def _play(self, move: Move, now_s: float) -> None:
+        match move:
+            case Single(pending, lr_scale, notes):
+                if pending.push is None or pending.skips:
+                    self._skip([pending], now_s)
+                else:
+                    self._step(Order([pending], pending.push, lr_scale, notes=notes), now_s)
+            case Refuse(pending, outcome, reason, notes):
+                receipt = self._receipt(pending, now_s, outcome, reason)
+                receipt.notes.extend(notes)
+                self._consume(pending, Decided(pending.digest, receipt))
+            case Round((), _, skips):
+                self._skip(skips, now_s)
+            case Round(pushes, mean, skips, notes):
+                self._combine(Reduce(pushes, skips, mean, notes))
+
+    def _combine(self, reduce: Reduce) -> None:
+        self.combining = reduce
+        self._decisions.append(reduce)
+
+    def pass_on(self, pending: PendingPush) -> None:
+        """Pass a push through the gate and on to the policy."""
+        worker = self.sessions.workers[pending.worker]
+        worker.base_version = pending.header.base_version
+        pending.known_version = max(worker.base_version, worker.last_receipt_version)
+        commits = self.commits
+        try:
+            if pending.fault is not None:
+                # a copy: the traceback of the fault would hold `pending`, which holds the fault
+                raise copy.copy(pending.fault)
+            if pending.header.base_version > commits.version:
+                raise MalformedFrame(
+                    problem=f"base_version {pending.header.base_version} is ahead of version {commits.version}"
+                )
+            planned, _ = commits.groups.plan_worker_edits(
+                pending.edits(), self.sessions.leads(worker), commits.name
+            )
+            if pending.push is None:
+                pending.skips, pending.skip_reason = True, "skip_push"
+            else:
+                commits.groups.require_steppable(pending.push, planned)
+                if not self.admission.decide(pending.push, commits.hooks.nonfinite()):
+                    pending.skips, pending.skip_reason = True, NonfiniteGradient.code
+        except PushstepError as error:
+            self._reject([pending], error, pending.staged_s)
+        else:
+            self.policy.take(pending)
+
+    def _step(self, order: Order, now_s: float) -> None:
+        """Write the ticket, unless the step is refused after all. Then the pushes are skipped or rejected."""
+        receipts = [self._receipt(pending, now_s) for pending in order.pushes]
+        try:
+            if order.divisor is not None and not self._still_finite(order.push):
+                self._skip(order.pushes, now_s, NonfiniteGradient.code)
+                return
+            ticket, facts = self.commits.write(order, receipts)
+        except PushstepError as error:
+            self._reject(order.pushes, error, now_s, blamed=order.divisor is None)
+            return
+        except Exception as error:  # noqa: BLE001 - a defect must not leave the pushes without an answer for ever
+            failed = StepFailed(
+                model=self.commits.name, version=self.commits.version + 1, problem=repr(error)
+            )
+            self.note(failed.code, "server", problem=repr(error))
+            self._reject(order.pushes, failed, now_s, blamed=False)
+            return
+        pairs = zip(order.pushes, receipts, strict=True)
+        resolves = [self._settle(pending, Decided(pending.digest, receipt)) for pending, receipt in pairs]
+        self._decisions.append(Step(ticket, order.push, tuple(resolves), facts))
+        for pending in order.pushes:
+            self._pass_on_next(pending)
+
+    def _still_finite(self, push: StagedPush) -> bool:
+        """`admission.decide` for a round's sum, which no gate has seen: finite pushes may sum to infinity."""
+        return decide(push, self.admission.nonfinite(self.commits.hooks.nonfinite()))
+
+    def _receipt(
+        self,
+        pending: PendingPush,
+        now_s: float,
+        outcome: Outcome = Outcome.OUTCOME_UNSPECIFIED,
+        reason: str = "",
+    ) -> Receipt:
+        """The receipt of a pending push. One with an `outcome` is of a push that changes nothing."""
+        worker = self.sessions.workers[pending.worker]
+        receipt = self.commits.receipt(pending.identity, self.policy.name, lead=self.sessions.leads(worker))
+        receipt.outcome, receipt.reason = outcome, reason
+        receipt.staleness = max(0, self.commits.version - pending.header.base_version)
+        receipt.times.receive_s = pending.receive_s
+        receipt.times.wait_s = pending.waited_s + now_s - pending.staged_s
+        if pending.push is not None:
+            receipt.gradient_norm = pending.push.norm
+        if outcome:
+            receipt.groups.extend(self.commits.groups.messages())
+        return receipt
+
+    def _skip(self, pushes: Sequence[PendingPush], now_s: float, reason: str = "") -> None:
+        """Resolve pushes as skipped: their workers count as present, and nothing is applied."""
+        for pending in pushes:
+            why = reason or pending.skip_reason
+            receipt = self._receipt(pending, now_s, Outcome.OUTCOME_SKIPPED, why)
+            self._consume(pending, Decided(pending.digest, receipt))
+
+    def _reject(
+        self, pushes: Sequence[PendingPush], error: PushstepError, now_s: float, *, blamed: bool = True
+    ) -> None:
+        """Resolve pushes as rejected.
+
+        `blamed` False: the cause is a round's sum or a failed step, so no worker's count of refusals grows.
+        """
+        for pending in pushes:
+            receipt = self._receipt(pending, now_s, Outcome.OUTCOME_REJECTED, error.code)
+            self.note("push_rejected", pending.worker, code=error.code)
+            # a copy: the traceback of the raised error holds the push's whole body
+            self._consume(pending, Decided(pending.digest, receipt, refuse_consumed(copy.copy(error))))
+            if blamed:
+                self.count_refused(self.sessions.workers[pending.worker])
+
+    def _consume(self, pending: PendingPush, decided: Decided) -> None:
+        self._decisions.append(self._settle(pending, decided))
+        self._pass_on_next(pending)
+
+    def _settle(self, pending: PendingPush, decided: Decided) -> Resolve:
+        """Store the outcome. From here on the push counts as seen."""
+        worker = self.sessions.workers[pending.worker]
+        self.sessions.consume(worker, decided)
+        self.policy.consumed(worker)
+        if decided.receipt.outcome != Outcome.OUTCOME_REJECTED:
+            worker.refused_in_row = 0
+        worker.staleness = decided.receipt.staleness
+        header = pending.header
+        state = header.worker_state if header.HasField("worker_state") else None
+        self.sessions.carry(worker, header.metrics, state)
+        return Resolve(pending, decided)
+
+    def _pass_on_next(self, pending: PendingPush) -> None:
+        """Pass on the worker's next push, if it is here already."""
+        worker = self.sessions.workers[pending.worker]
+        following = worker.undecided.get(worker.sequence + 1)
+        if following is not None:
+            self.pass_on(following)
+
+    def count_refused(self, worker: Worker) -> None:
+        """Count one more refused push in a row. At the limit quarantine the worker and drop its pushes."""
+        worker.refused_in_row += 1
+        limit = self.admission.settings.quarantine_after
+        if limit is not None and worker.refused_in_row >= limit and not worker.quarantined:
+            worker.quarantined = True
+            worker.quarantines += 1
+            self.note("worker_quarantined", "server", worker=worker.name, refused=worker.refused_in_row)
+            held, worker.undecided = list(worker.undecided.values()), {}
+            self.drop(held, lambda _: self.quarantined(worker))
+
+    def quarantined(self, worker: Worker) -> Quarantined:
+        """The error that a quarantined worker gets."""
+        return Quarantined(
+            worker=worker.name, count=worker.refused_in_row, model=self.commits.name, times=worker.quarantines
+        )
+
+    def drop(self, pushes: Sequence[PendingPush], why: Callable[[PendingPush], PushstepError]) -> None:
+        """Resolve pushes that will never have an outcome, each with the error of `why`."""
+        for pending in pushes:
+            self.policy.drop(pending)
+            self._decisions.append(Resolve(pending, None, why(pending)))
+        old = self.combining
+        if old is None or not any(c in pushes for c in (*old.pushes, *old.skips)):
+            return
+        # the round is added up again without them
+        self.combining = None
+        kept = tuple(c for c in old.pushes if c not in pushes)
+        skips = tuple(c for c in old.skips if c not in pushes)
+        self._play(Round(kept, old.mean, skips, old.notes), pushes[0].staged_s)
+
+    def note(self, kind: str, by: str, **facts: Any) -> None:
+        """Add an entry to the model's events."""
+        self._decisions.append(Note(kind, by, facts))
+
+
+def refuse_consumed(error: PushstepError) -> PushstepError:
+    """Mark an error as an outcome: its push took its sequence, and a retry gets the same error."""
+    error.fields["consumed"] = "True"
+    return error

@@ -1,0 +1,1 @@
+"""The policies: they decide when a push is applied."""

@@ -1,0 +1,53 @@
+"""A push whose body is complete and whose outcome is not decided yet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pushstep.proto.errors import PushstepError
+from pushstep.proto.training_pb2 import PushHeader
+from pushstep.proto.types_pb2 import Identity
+from pushstep.proto.wire.hyperparameters import Values, plain_values
+
+from ..staging.gradient import StagedPush
+
+
+@dataclass(slots=True, eq=False)
+class PendingPush:
+    """One push that waits for its outcome. Its worker holds it by sequence until then."""
+
+    header: PushHeader
+    digest: int
+    # None for a skip push, and for one whose body is at fault
+    push: StagedPush | None = None
+    fault: PushstepError | None = None
+    staged_s: float = 0.0
+    receive_s: float = 0.0
+    # how long it waited before its body was read
+    waited_s: float = 0.0
+    # the newest version that its worker knew of: its base version, or that of the last receipt before it
+    known_version: int = 0
+    # its worker counts as present, and nothing is applied
+    skips: bool = False
+    skip_reason: str = ""
+    # the coordinator holds it and will resolve it
+    accepted: bool = False
+
+    @property
+    def identity(self) -> Identity:
+        """The identity in its header: model, timeline, worker, epoch and sequence."""
+        return self.header.identity
+
+    @property
+    def worker(self) -> str:
+        """Its worker's name, by which a round orders and counts it."""
+        return self.header.identity.worker
+
+    @property
+    def weight(self) -> float:
+        """Its weight in a round: the number of samples of its gradient, or 1 if that is not given."""
+        return self.header.samples or 1.0
+
+    def edits(self) -> dict[int, Values]:
+        """The hyperparameters that its worker changed, by group index."""
+        return {edit.group: plain_values(edit.values) for edit in self.header.edits}

@@ -1,0 +1,371 @@
+"""The workers of one model: their leases, epochs and sequences, and the receipts that make a retry harmless.
+
+A synchronous state machine: events and the time go in, answers come out. There is no clock, thread or I/O inside. A
+push is (worker, epoch, sequence). The next sequence is decided. A sequence that was decided before is answered with
+the stored outcome. A gap or an old epoch is refused. A few sequences may be in flight at once; they are decided in
+order. An epoch is never given out twice: a new name starts above the epochs of all workers that were forgotten.
+"""
+
+from __future__ import annotations
+
+import heapq
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
+
+from pushstep.proto.errors import (
+    AlreadyJoined,
+    Conflict,
+    Fenced,
+    LeaseExpired,
+    OutOfOrder,
+    OverCapacity,
+    TooManyInFlight,
+    TooOld,
+    UnknownWorker,
+)
+from pushstep.proto.types_pb2 import Identity, Outcome
+
+from .worker import RECEIPTS_KEPT, Decided, Worker, WorkerState
+
+IN_FLIGHT: Final = 8
+FORGET_AFTER_S: Final = 24 * 3600.0
+LAST_SEQUENCE: Final = 2**64 - 1
+# Estimated memory of a worker beside what it sends, and of a receipt beside its message. SPREAD is memory per byte on
+# the wire: a message takes four times its size, and so do bytes when a snapshot's manifest is made of them.
+WORKER_BYTES: Final = 4096
+RECEIPT_BYTES: Final = 1024
+SPREAD: Final = 4
+
+
+class Sessions:
+    """The worker table of one model."""
+
+    def __init__(
+        self, lease_s: float, max_workers: int, model: str = "", max_bytes: int = sys.maxsize
+    ) -> None:
+        self.model = model
+        self.lease_s = lease_s
+        self.max_workers = max_workers
+        self.max_bytes = max_bytes
+        self.workers: dict[str, Worker] = {}
+        # estimated memory of all workers together
+        self.kept_bytes = 0
+        # the highest epoch of any worker that was forgotten
+        self.forgotten_epoch = 0
+        self._joins = 0
+        self._lead: Worker | None = None
+        # heap of (time, name) for each live worker, whose lease cannot have run out before that time
+        self._leases: list[tuple[float, str]] = []
+        # workers whose leases ran out since the last `take_expired`
+        self._expired: list[Worker] = []
+
+    def join(self, name: str, now_s: float, takeover: bool, attempt: int = 0, old_epoch: int = 0) -> Worker:
+        """Open the next epoch under a name. AlreadyJoined while another session holds it, without `takeover`.
+
+        An `attempt` that has come before opens no epoch: it gets the epoch that it opened, or Fenced if that is over.
+        `old_epoch`: the epoch of a caller that joins again. Such a caller needs no `takeover`. It is Fenced if it was
+        evicted, or if another session has joined under the name since. OverCapacity if there is no room for a worker.
+        """
+        self.expire(now_s)
+        worker = self.workers.get(name)
+        if worker is None:
+            self._require_room()
+            self._forget(now_s)
+            self._require_bytes(WORKER_BYTES)
+            worker = self.workers[name] = Worker(name, epoch=self.forgotten_epoch)
+            self._count(worker, WORKER_BYTES)
+            if self.forgotten_epoch:
+                worker.forgotten = self.forgotten_epoch, LAST_SEQUENCE
+        elif attempt and attempt in worker.attempts:
+            return self._joined_before(worker, attempt, now_s)
+        itself = self._is_itself(worker, old_epoch)
+        if worker.state is WorkerState.LIVE and not (takeover or itself):
+            left_s = round(worker.lease_until_s - now_s, 3)
+            raise AlreadyJoined(worker=name, retry_after_s=max(left_s, 0.001))
+        if worker.state is not WorkerState.LIVE:
+            self._require_room()
+        worker.epoch += 1
+        worker.session_epoch = worker.session_epoch if itself else worker.epoch
+        worker.attempts.append(attempt)
+        worker.sequence = 0
+        worker.undecided, worker.receiving = {}, {}
+        worker.state = WorkerState.LIVE
+        self._joins += 1
+        worker.joined = self._joins
+        if self._lead is worker:
+            self._lead = None  # a worker that joins again comes last in the order of joins
+        self._touch(worker, now_s)
+        self._watch(worker)
+        return worker
+
+    def _require_room(self) -> None:
+        """OverCapacity if `max_workers` workers are live."""
+        live = self.live_count()
+        if live >= self.max_workers:
+            raise OverCapacity(
+                problem=f"{live} workers of model {self.model!r} are live, no more are taken",
+                setting="max-workers",
+            )
+
+    def _is_itself(self, worker: Worker, old_epoch: int) -> bool:
+        """True if `old_epoch` belongs to the session that has the name.
+
+        Fenced if another session has the name, or the worker was evicted. A restore does not lift a fence.
+        """
+        if not 0 < old_epoch <= worker.epoch:
+            return False
+        if old_epoch < worker.session_epoch:
+            raise Fenced(worker=worker.name, epoch=old_epoch, why="another session joined under this name")
+        if worker.state is WorkerState.EVICTED:
+            raise Fenced(worker=worker.name, epoch=old_epoch, why="evicted by an operator")
+        return True
+
+    def _joined_before(self, worker: Worker, attempt: int, now_s: float) -> Worker:
+        if attempt != worker.attempts[-1]:
+            raise Fenced(
+                worker=worker.name, epoch=0, why="this join was answered, and another one came after it"
+            )
+        if worker.state is WorkerState.EVICTED:
+            raise Fenced(worker=worker.name, epoch=worker.epoch, why="evicted by an operator")
+        if worker.state is WorkerState.LIVE:
+            self._touch(worker, now_s)
+        return worker
+
+    def require(self, identity: Identity, now_s: float) -> Worker:
+        """The live worker of `identity`, with its lease renewed. UnknownWorker, Fenced or LeaseExpired."""
+        self.expire(now_s)
+        worker = self.workers.get(identity.worker)
+        if worker is None or identity.epoch > worker.epoch:
+            raise UnknownWorker(model=self.model, worker=identity.worker)
+        if worker.state is WorkerState.EVICTED:
+            raise Fenced(worker=worker.name, epoch=identity.epoch, why="evicted by an operator")
+        if identity.epoch < worker.epoch:
+            raise Fenced(
+                worker=worker.name, epoch=identity.epoch, why="another session joined under this name"
+            )
+        if worker.state is not WorkerState.LIVE:
+            raise LeaseExpired(worker=worker.name, seconds=self.lease_s)
+        self._touch(worker, now_s)
+        return worker
+
+    def renew(self, identity: Identity, now_s: float) -> None:
+        """Renew a lease that has not run out. Does nothing for a worker without one."""
+        worker = self.workers.get(identity.worker)
+        if worker is None or worker.epoch != identity.epoch or worker.state is not WorkerState.LIVE:
+            return
+        if now_s <= worker.lease_until_s:
+            self._touch(worker, now_s)
+
+    def judged(self, worker: Worker, identity: Identity, digest: int | None = None) -> Decided | None:
+        """The stored outcome of a sequence seen before, or None if it is one of the next.
+
+        `digest` None: not known yet (only the header has arrived). Otherwise raises TooOld, OutOfOrder,
+        TooManyInFlight, or Conflict if the stored digest differs.
+        """
+        if identity.sequence > worker.sequence:
+            self._require_in_window(worker, int(identity.sequence))
+            return None
+        if identity.sequence == 0:
+            raise OutOfOrder(worker=worker.name, got=0, expected=worker.sequence + 1)
+        decided = self.stored(worker, identity)
+        if decided is not None:
+            if digest is not None and digest != decided.digest:
+                raise Conflict(worker=worker.name, sequence=identity.sequence)
+            return decided
+        oldest = worker.sequence - len(worker.decided_pushes) + 1
+        raise TooOld(worker=worker.name, got=identity.sequence, oldest=oldest)
+
+    def stored(self, worker: Worker, identity: Identity) -> Decided | None:
+        """The outcome of a push; None if it has none or it is no longer kept."""
+        return next((v for v in reversed(worker.decided_pushes) if v.receipt.identity == identity), None)
+
+    def _require_in_window(self, worker: Worker, sequence: int) -> None:
+        """OutOfOrder if a sequence before this one is unknown. TooManyInFlight if it is too far ahead."""
+        expected = worker.sequence + 1
+        while expected < sequence and (expected in worker.undecided or expected in worker.receiving):
+            expected += 1
+        if expected < sequence:
+            raise OutOfOrder(worker=worker.name, got=sequence, expected=expected)
+        if sequence > worker.sequence + IN_FLIGHT:
+            raise TooManyInFlight(worker=worker.name, limit=IN_FLIGHT, retry_after_s=0.05)
+
+    def consume(self, worker: Worker, decided: Decided) -> None:
+        """Store the outcome of the worker's next sequence."""
+        worker.sequence = decided.receipt.identity.sequence
+        worker.undecided.pop(worker.sequence, None)
+        if len(worker.decided_pushes) == RECEIPTS_KEPT:
+            oldest = worker.decided_pushes[0].receipt.identity
+            worker.forgotten = max(worker.forgotten, (int(oldest.epoch), int(oldest.sequence)))
+            self._count(worker, -worker.decided_pushes[0].kept_bytes)
+        self._count_verdict(worker, decided)
+        worker.decided_pushes.append(decided)
+        outcome = Outcome.Name(decided.receipt.outcome).removeprefix("OUTCOME_").lower()
+        worker.outcomes[outcome] = worker.outcomes.get(outcome, 0) + 1
+
+    def _count_verdict(self, worker: Worker, decided: Decided) -> None:
+        decided.kept_bytes = RECEIPT_BYTES + SPREAD * decided.receipt.ByteSize()
+        self._count(worker, decided.kept_bytes)
+
+    def carry(self, worker: Worker, metrics: Mapping[str, float], state: bytes | None) -> None:
+        """Keep the metrics and the worker state that a push brought. `state` None: the old state stays."""
+        before = _carried_bytes(worker)
+        worker.metrics = dict(metrics)
+        worker.worker_state = worker.worker_state if state is None else state
+        self._count(worker, _carried_bytes(worker) - before)
+
+    def require_room_for_state(self, worker: Worker, state: bytes, now_s: float) -> None:
+        """OverCapacity if a larger state cannot be kept, even after absent workers are forgotten."""
+        more = SPREAD * (len(state) - len(worker.worker_state))
+        if more > 0 and self.kept_bytes + more > self.max_bytes:
+            self._forget(now_s, more, but=worker)
+            self._require_bytes(more)
+
+    def _require_bytes(self, more_bytes: int) -> None:
+        if self.kept_bytes + more_bytes > self.max_bytes:
+            raise OverCapacity(
+                problem=f"the workers of model {self.model!r}, their receipts and states take {self.kept_bytes} of "
+                f"{self.max_bytes} bytes",
+                setting="worker-bytes",
+            )
+
+    def _count(self, worker: Worker, more_bytes: int) -> None:
+        worker.kept_bytes += more_bytes
+        self.kept_bytes += more_bytes
+
+    def duplicate(self, worker: Worker, decided: Decided) -> None:
+        """Count a push that came again."""
+        worker.duplicates += 1
+        decided.receipt.duplicates += 1
+
+    def leaving(self, identity: Identity) -> Worker | None:
+        """The live worker of `identity`; None if that epoch is over."""
+        worker = self.workers.get(identity.worker)
+        there = worker is not None and worker.epoch == identity.epoch and worker.state is WorkerState.LIVE
+        return worker if there else None
+
+    def leave(self, identity: Identity, now_s: float) -> None:
+        """End an epoch. Leaving twice, or after expiry, changes nothing."""
+        worker = self.leaving(identity)
+        if worker is not None:
+            worker.state = WorkerState.LEFT
+            worker.last_seen_s = now_s
+
+    def evict(self, name: str) -> Worker:
+        """Fence a worker for an operator. It may join again in a new session. UnknownWorker."""
+        worker = self.workers.get(name)
+        if worker is None:
+            raise UnknownWorker(model=self.model, worker=name)
+        worker.state = WorkerState.EVICTED
+        return worker
+
+    def close_epochs(self) -> None:
+        """End every epoch after a restore: each worker has to join again."""
+        for worker in self.workers.values():
+            worker.undecided, worker.receiving = {}, {}
+            if worker.state is WorkerState.LIVE:
+                worker.state = WorkerState.LEFT
+
+    def expire(self, now_s: float) -> None:
+        """Mark the live workers whose leases have run out as expired."""
+        while (first := self._first()) is not None and first.lease_until_s < now_s:
+            first.state = WorkerState.EXPIRED
+            self._expired.append(first)
+
+    def take_expired(self) -> list[Worker]:
+        """The workers whose leases ran out since the last call."""
+        expired, self._expired = self._expired, []
+        return expired
+
+    def _first(self) -> Worker | None:
+        """The live worker whose lease ends first. Each is visited about once per lease, however many."""
+        leases = self._leases
+        while leases:
+            due_s, name = leases[0]
+            worker = self.workers.get(name)
+            if worker is None or worker.state is not WorkerState.LIVE or worker.watched_s != due_s:
+                heapq.heappop(leases)
+            elif worker.lease_until_s > due_s:
+                worker.watched_s = worker.lease_until_s
+                heapq.heapreplace(leases, (worker.watched_s, name))
+            else:
+                return worker
+        return None
+
+    def _watch(self, worker: Worker) -> None:
+        """Put a live worker on the heap, or else its lease never ends."""
+        worker.watched_s = worker.lease_until_s
+        heapq.heappush(self._leases, (worker.watched_s, worker.name))
+
+    def live_count(self) -> int:
+        """The number of live workers."""
+        return sum(worker.state is WorkerState.LIVE for worker in self.workers.values())
+
+    def live(self) -> list[Worker]:
+        """The live workers, longest joined first."""
+        found = [worker for worker in self.workers.values() if worker.state is WorkerState.LIVE]
+        return sorted(found, key=lambda worker: worker.joined)
+
+    def members(self) -> list[Worker]:
+        """The workers that a policy counts: live and not quarantined, longest joined first."""
+        return [worker for worker in self.live() if not worker.quarantined]
+
+    def leads(self, worker: Worker) -> bool:
+        """True for the lead, the longest-joined live worker. Only its hyperparameter edits count."""
+        if self._lead is None or self._lead.state is not WorkerState.LIVE:
+            # searched for only when the last lead is gone: this is called on every push
+            live = self.live()
+            self._lead = live[0] if live else None
+        return self._lead is worker
+
+    def dump(self) -> list[dict[str, Any]]:
+        """The table as JSON, without times of this process's clock. It shares no object with the workers."""
+        return [worker.dump() for worker in self.workers.values()]
+
+    def parse(self, dumped: Iterable[Mapping[str, Any]], now_s: float, forgotten_epoch: int = 0) -> None:
+        """Load the table that `dump` wrote. Workers that were live get a fresh lease."""
+        self.forgotten_epoch = forgotten_epoch
+        for entry in dumped:
+            worker = Worker.parsed(entry)
+            for decided in worker.decided_pushes:
+                self._count_verdict(worker, decided)
+            self._count(worker, WORKER_BYTES + _carried_bytes(worker))
+            self._touch(worker, now_s)
+            self._joins = max(self._joins, worker.joined)
+            self.workers[worker.name] = worker
+            if worker.state is WorkerState.LIVE:
+                self._watch(worker)
+
+    def first_lease_s(self) -> float | None:
+        """When the first lease of a live worker runs out if nothing renews it. None without a live worker."""
+        first = self._first()
+        return None if first is None else first.lease_until_s
+
+    def _touch(self, worker: Worker, now_s: float) -> None:
+        worker.last_seen_s = now_s
+        worker.lease_until_s = now_s + self.lease_s
+
+    def _forget(self, now_s: float, more_bytes: int = WORKER_BYTES, but: Worker | None = None) -> None:
+        """Forget workers absent for `FORGET_AFTER_S`, and the longest absent while there is no room.
+
+        There is room for `max_workers` workers, and for `max_bytes` with `more_bytes`. `but` is not forgotten.
+        """
+        absent = sorted(
+            (
+                w
+                for w in self.workers.values()
+                if w.state is not WorkerState.LIVE and not w.undecided and w is not but
+            ),
+            key=lambda worker: worker.last_seen_s,
+        )
+        surplus = len(self.workers) + 1 - self.max_workers
+        for index, worker in enumerate(absent):
+            is_crowded = index < surplus or self.kept_bytes + more_bytes > self.max_bytes
+            if is_crowded or now_s - worker.last_seen_s > FORGET_AFTER_S:
+                self.forgotten_epoch = max(self.forgotten_epoch, worker.epoch)
+                self._count(worker, -worker.kept_bytes)
+                del self.workers[worker.name]
+
+
+def _carried_bytes(worker: Worker) -> int:
+    return SPREAD * (len(worker.worker_state) + sum(len(name) + 8 for name in worker.metrics))

@@ -1,0 +1,64 @@
+"""Settings of operators, workers and snapshots: JSON, read strictly into pydantic models.
+
+Numbers are finite and have a range. Texts have a largest length. No value is converted: neither "1e3" nor 1.0 is a
+whole number, and neither "yes" nor 1 is a flag.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Final, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pushstep.proto.errors import InvalidRequest, InvalidSettings
+
+# The largest whole number that every JSON reader represents exactly.
+LARGEST_WHOLE: Final = 2**53
+LARGEST_S: Final = 1e9
+# Limit for one whole policy or gate as JSON.
+MAX_SETTINGS_BYTES: Final = 64 << 10
+
+
+Whole = Annotated[int, Field(ge=0, le=LARGEST_WHOLE)]
+Positive = Annotated[int, Field(ge=1, le=LARGEST_WHOLE)]
+Seconds = Annotated[float, Field(gt=0, le=LARGEST_S)]
+# Any finite number. The field that uses it sets the range.
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+# The rule of limits.check_text. `read_json` has refused lone surrogates already.
+Text = Annotated[str, Field(max_length=200, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
+
+
+class Settings(BaseModel):
+    """Base of all settings. An unknown field is refused, and no value is converted."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
+
+
+S = TypeVar("S", bound=BaseModel)
+
+
+def read(
+    kind: type[S],
+    values: Mapping[str, Any],
+    what: str,
+    error: type[InvalidRequest] = InvalidSettings,
+    most_bytes: int = MAX_SETTINGS_BYTES,
+) -> S:
+    """Validate `values`, as parsed from JSON, as settings of `kind`.
+
+    Raises `error` with the problems, or if they take more than `most_bytes` as JSON.
+    """
+    text = json.dumps(values)
+    if len(text) > most_bytes:
+        raise error(problem=f"{what}: at most {most_bytes} bytes, not {len(text)}")
+    try:
+        return kind.model_validate_json(text)
+    except ValidationError as invalid:
+        raise error(problem=f"{what}: {problems(invalid)}") from invalid
+
+
+def problems(invalid: ValidationError) -> str:
+    """All validation problems in one line."""
+    return "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in invalid.errors())

@@ -1,0 +1,1 @@
+"""Models as running things: found by name, driven, observed."""

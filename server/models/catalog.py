@@ -1,0 +1,373 @@
+"""The models of this server: created by their first worker, found by name, brought back at start.
+
+A model's timeline is written to disk before it is used (`storage/model_folder.py`), and is never used again, whatever
+is restored. While the server runs, the model's identity file names no clean version. Only an orderly stop writes one,
+after it has snapshotted the last version: that snapshot holds every acknowledged push. A start that cannot prove that
+begins a new timeline.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import copy
+import logging
+import secrets
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+
+from pushstep.proto.errors import (
+    Draining,
+    InvalidManifest,
+    ManifestChanged,
+    ModelExists,
+    ModelLost,
+    ModelNotLoaded,
+    NoCreationTicket,
+    OutOfMemory,
+    OverCapacity,
+    PushstepError,
+    SnapshotDamaged,
+    Starting,
+    Superseded,
+    UnknownModel,
+    UnknownSnapshot,
+)
+from pushstep.proto.training_pb2 import Process
+from pushstep.proto.wire.layout import Layout
+
+from ..arenas.arena import Arenas, ArenasCopy
+from ..config import Config
+from ..coordinator.groups import Group, ParamGroups
+from ..coordinator.hooks.hook import Point
+from ..coordinator.sessions import Sessions
+from ..devices.choose import device
+from ..process import garbage
+from ..process.threads import DISK
+from ..staging.budget import Budget, charge
+from ..staging.read_budget import ReadBudget
+from ..storage.model_folder import IdentityFile, ModelFolder
+from ..storage.snapshot_manifest import require_understood
+from ..storage.snapshots import Snapshots
+from .copies import COPIES_AT_ONCE
+from .creations import Creation, Creations, Proposal
+from .model import Model
+
+log = logging.getLogger("pushstep.catalog")
+T = TypeVar("T")
+
+
+class Catalog:
+    """Owns the models by name: creates, finds, snapshots, restores and deletes them."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.device = device(config.device)
+        # for pushes and uploads of all models, until they are stepped
+        self.staging = Budget(config.staging_bytes, config.stall_s / 4, self.device.fresh_memory)
+        # for what readers of all models are sent
+        self.reading = ReadBudget(config.reading_bytes(), config.stall_s / 4)
+        self.models: dict[str, Model] = {}
+        # models whose files could not be loaded at the start, and why; their names are not free
+        self.not_loaded: dict[str, ModelNotLoaded] = {}
+        self.ready = False
+        self.loaded = False
+        # no new work is taken: the server stops
+        self.draining = False
+        self._creations = Creations()
+        self._promised_bytes = 0
+        # A snapshot or restore holds a copy of a whole model, so few run at once. The two have a semaphore each, because
+        # a restore waits for the snapshot of its model that is being written.
+        self._snapshotting = asyncio.Semaphore(COPIES_AT_ONCE)
+        self.replacing = asyncio.Semaphore(COPIES_AT_ONCE)
+        # by model name: held while its folder is written to or removed
+        self._folders: dict[str, asyncio.Lock] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    def get(self, name: str, uid: bytes = b"") -> Model:
+        """The model of a name; else Starting, ModelNotLoaded, ModelLost (if `uid` is given), UnknownModel."""
+        model = self.models.get(name)
+        if model is None:
+            self.require_loaded()
+            self.require_free(name)
+            if uid:
+                raise ModelLost(model=name[:200])
+            raise UnknownModel(model=name[:200])
+        return model
+
+    def require_loaded(self) -> None:
+        """Starting while models are still being loaded: a model that is not found may yet be loaded."""
+        if not self.loaded:
+            raise Starting()
+
+    def require_open(self) -> None:
+        """Starting, or Draining, while no new work is taken."""
+        self.require_loaded()
+        if self.draining:
+            raise Draining()
+
+    def require_free(self, name: str) -> None:
+        """ModelNotLoaded if the name belongs to a model whose files could not be loaded."""
+        if name in self.not_loaded:
+            raise copy.copy(self.not_loaded[name])
+
+    def snapshots(self, name: str) -> Snapshots:
+        """A model's snapshots."""
+        return self.folder(name).snapshots
+
+    def folder(self, name: str) -> ModelFolder:
+        """A model's folder, which need not exist."""
+        return ModelFolder(self.config.data / "models" / name)
+
+    def alone(self, name: str) -> asyncio.Lock:
+        """The lock of a model's folder: hold it to write into the folder or to remove it."""
+        return self._folders.setdefault(name, asyncio.Lock())
+
+    # Creation: a ticket, then the values, then the model.
+
+    def begin_creation(
+        self,
+        name: str,
+        worker: str,
+        proposal: Proposal,
+        now_s: float,
+        attempt: int,
+        process: Process,
+        peer: str = "",
+    ) -> Creation:
+        """Give the first caller a ticket to create a model. ModelNotLoaded, OverCapacity.
+
+        BeingCreated for other callers, until the ticket runs out or the process that has it is gone.
+        """
+        self.require_free(name)
+        self._require_place(proposal.bytes_needed)
+        push_bytes = charge(proposal.push_bytes)
+        if push_bytes > self.config.staging_bytes:
+            raise OverCapacity(
+                problem=f"one push of this model takes {push_bytes} bytes, staging has {self.config.staging_bytes}",
+                setting="staging-bytes",
+            )
+        needed = proposal.bytes_needed
+        return self._creations.begin(name, worker, proposal.manifest, needed, now_s, attempt, peer, process)
+
+    def _require_place(self, need_bytes: int) -> None:
+        """OverCapacity unless one more model, of `need_bytes`, may be held."""
+        coming = self._creations.with_places()
+        if len(self.models) + len(coming) >= self.config.max_models:
+            raise OverCapacity(
+                problem=f"this server holds at most {self.config.max_models} models", setting="max-models"
+            )
+        self.require_room(need_bytes, sum(creation.bytes_needed for creation in coming))
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of --max-bytes that all models take, with what is promised."""
+        return self._promised_bytes + sum(model.held_bytes for model in self.models.values())
+
+    @contextlib.contextmanager
+    def promised(self, need_bytes: int) -> Iterator[None]:
+        """Reserve room for values that are on their way, for a block. OverCapacity if there is none."""
+        self.require_room(need_bytes)
+        self._promised_bytes += need_bytes
+        try:
+            yield
+        finally:
+            self._promised_bytes -= need_bytes
+
+    def require_room(self, need_bytes: int, promised_bytes: int = 0) -> None:
+        """OverCapacity unless `need_bytes` more of parameters, state and extras may be held."""
+        held = self.held_bytes
+        if held + promised_bytes + need_bytes > self.config.max_bytes:
+            raise OverCapacity(
+                problem=f"{need_bytes} bytes more are needed, {held} of {self.config.max_bytes} are taken",
+                setting="max-bytes",
+            )
+
+    def creation(self, name: str, ticket: int, now_s: float) -> Creation:
+        """The creation whose upload begins now; call `end_creation` later. NoCreationTicket, ModelExists."""
+        if name in self.models:
+            raise ModelExists(model=name)
+        return self._creations.begin_upload(name, ticket, now_s)
+
+    def take_place(self, name: str, creation: Creation) -> None:
+        """Count a creation as a model: its values are there. NoCreationTicket, ModelExists, OverCapacity."""
+        if name in self.models:
+            raise ModelExists(model=name)
+        if self._creations.get(name) is not creation or creation.has_place:
+            raise NoCreationTicket(model=name)
+        self._require_place(creation.bytes_needed)
+        self._creations.take_place(name, creation)
+
+    def end_creation(
+        self, name: str, creation: Creation, now_s: float, *, had_place: bool, comes_again: bool
+    ) -> None:
+        """Note the end of an upload. Unless it made the model or is retried, others may create the model."""
+        self._creations.end_upload(name, creation, now_s, had_place=had_place, comes_again=comes_again)
+
+    async def withdraw_creation(self, name: str, worker: str, attempt: int) -> None:
+        """Withdraw the ticket that a join was given. A creation that is being finished is waited for."""
+        current = self._creations.get(name)
+        if current is None or not attempt or (current.worker, current.attempt) != (worker, attempt):
+            return
+        async with self.alone(name):
+            if self._creations.get(name) is current:
+                self._creations.end(name)
+
+    async def finish_creation(self, name: str, creation: Creation, model: Model) -> None:
+        """Write the identity of a filled model with a place, and make it visible to all. NoCreationTicket."""
+        async with self.alone(name):  # the folder of an earlier model of this name may still be being removed
+            if self._creations.get(name) is not creation:  # withdrawn
+                raise NoCreationTicket(model=name)
+            await DISK.run(self.folder(name).set_aside)
+            await self.write_identity(model, clean_version=None)
+        self._creations.end(name)
+        self.models[name] = model
+        garbage.set_aside(len(model.layout.slots))
+        model.record("created", creation.worker)
+        log.info("model %s created by %s: %d parameters", name, creation.worker, len(model.layout.slots))
+
+    def new_model(self, name: str, layout: Layout) -> Model:
+        """A model with a new uid and initial optimizer state, not yet visible. OutOfMemory."""
+        groups = ParamGroups(Group.make(group) for group in layout.manifest.groups)
+        try:
+            model = self.made(name, secrets.token_bytes(16), 1, layout, groups)
+            model.arenas.fill_initial_state([group.values for group in groups.list])
+            return model
+        except (OutOfMemory, torch.OutOfMemoryError):
+            need = Arenas.bytes_needed(layout)
+        # raised outside the handler: the first error's traceback holds the memory that was allocated
+        raise OutOfMemory(what=f"model {name} on {self.device.where}", need=need)
+
+    def made(self, name: str, uid: bytes, timeline: int, layout: Layout, groups: ParamGroups) -> Model:
+        """A model with this server's limits, not yet visible."""
+        sessions = Sessions(self.config.lease_s, self.config.max_workers, name, self.config.worker_bytes)
+        model = Model(name, uid, timeline, layout, groups, sessions, self.device, self.staging, self.reading)
+        model.on_failed = self._failed
+        return model
+
+    async def delete(self, name: str, by: str) -> None:
+        """Delete a model and its snapshots; files that were not loaded are only set aside. UnknownModel."""
+        if name in self.not_loaded:
+            async with self.alone(name):
+                await DISK.run(self.folder(name).set_aside)
+                self.not_loaded.pop(name, None)
+            return
+        model = self.get(name)
+        model.record("deleted", by)
+        model.deleted = True
+        del self.models[name]
+        async with self.alone(name):  # or a snapshot that is being written would create the folder again
+            await model.close()
+            garbage.look_again()
+            await DISK.run(self.folder(name).remove)
+        log.info("model %s deleted by %s", name, by)
+
+    # Snapshots and restores.
+
+    async def snapshot(self, name: str, by: str, *, automatic: bool = False) -> dict[str, Any]:
+        """Take a snapshot of the model at its current version. Returns the snapshot's manifest."""
+        model = self.get(name)
+        async with self.alone(name), self._snapshotting:
+            model.tell(Point.STATE_DICT_PRE)
+            facts, copy = await model.copy()
+            manifest = await DISK.run(self.snapshots(name).write, facts, copy, automatic=automatic)
+            model.tell(Point.STATE_DICT_POST, snapshot=manifest["id"])
+            model.record("snapshot_taken", by, snapshot=manifest["id"])
+            return manifest
+
+    async def restore(self, name: str, snapshot: str, by: str) -> int:
+        """Restore a snapshot on a new timeline. Returns the snapshot's version."""
+        model = self.get(name)
+        return await self.whole(self._restore(model, snapshot, by))
+
+    async def _restore(self, model: Model, snapshot: str, by: str) -> int:
+        async with self.replacing:
+            try:
+                manifest, copy = await DISK.run(self.snapshots(model.name).read, snapshot)
+            except (SnapshotDamaged, UnknownSnapshot):
+                model.require_here()  # a model deleted meanwhile has no snapshots: that is the error to report
+                raise
+            await DISK.run(require_understood, manifest, model.name)
+            if copy.layout.manifest_hash != model.layout.manifest_hash:
+                raise InvalidManifest(
+                    problem=f"snapshot {snapshot} holds other parameters or groups than the model has now"
+                )
+            await self.replace(model, copy, manifest, by)
+            return copy.version
+
+    async def replace(self, model: Model, copy: ArenasCopy, saved: dict[str, Any] | None, by: str) -> None:
+        """Replace what the model holds by `copy`, on a new timeline that is written to disk first.
+
+        `saved`: the manifest of the snapshot; None if `copy` was made from the model itself. ManifestChanged if a group
+        was added since, Superseded if a restore came since.
+        """
+        async with self.alone(model.name):
+            model.require_here()
+            if saved is None and copy.timeline != model.timeline:  # a restore came after it was copied
+                raise Superseded(model=model.name, timeline=model.timeline, got=copy.timeline)
+            model.tell(Point.LOAD_STATE_DICT_PRE)
+            timeline = model.timeline + 1
+            await self.write_identity(model, None, timeline, copy.lineage_here)
+            try:
+                if copy.layout.manifest_hash != model.layout.manifest_hash:  # a group was added meanwhile
+                    raise ManifestChanged(model=model.name)
+                loading = model.restore(copy, saved, timeline, by)
+            except BaseException:
+                await self.write_identity(model, None)  # the model stays on its old timeline
+                raise
+            try:
+                await loading
+            except Exception as error:
+                model.fail_if_torn(error)
+                raise
+            model.tell(Point.LOAD_STATE_DICT_POST)
+
+    async def whole(self, work: Coroutine[Any, Any, T], then: Callable[[], None] = lambda: None) -> T:
+        """Run `work` and `then` to the end, even if the caller is cancelled: no edit may stop half way."""
+        return await asyncio.shield(self._start(work, then))
+
+    def _start(
+        self, work: Coroutine[Any, Any, T], then: Callable[[], None] = lambda: None
+    ) -> asyncio.Task[T]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)  # without a reference it may be collected while it runs
+        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(lambda _: then())
+        return task
+
+    def _failed(self, model: Model) -> None:
+        """Start to restore a model that a failed write has left torn."""
+        self._start(self._bring_back(model))
+
+    async def _bring_back(self, model: Model) -> None:
+        try:
+            async with self.replacing:
+                found = await DISK.run(self.snapshots(model.name).newest, model.commits.holds)
+                if found is None:
+                    log.error("model %s failed and has no snapshot that verifies", model.name)
+                    return
+                manifest, copy = found
+                await DISK.run(require_understood, manifest, model.name)
+                await self.replace(model, copy, manifest, "server")
+                log.warning("model %s failed and goes on from snapshot %s", model.name, manifest["id"])
+        except PushstepError as error:
+            log.error("model %s failed and could not be brought back: %s", model.name, error.message)
+
+    async def until_whole(self, timeout_s: float) -> None:
+        """Wait, for at most `timeout_s`, for edits that are under way, also those whose callers have gone."""
+        if self._tasks:
+            await asyncio.wait(set(self._tasks), timeout=timeout_s)
+
+    async def write_identity(
+        self,
+        model: Model,
+        clean_version: int | None,
+        timeline: int | None = None,
+        lineage: Sequence[tuple[int, int]] | None = None,
+    ) -> None:
+        """Write a model's identity to disk. `timeline` and `lineage`: those that it is about to have."""
+        stands_on = list(model.commits.lineage if lineage is None else lineage)
+        identity = IdentityFile(model.uid, timeline or model.timeline, clean_version, stands_on)
+        await DISK.run(self.folder(model.name).write_identity, identity)

@@ -1,0 +1,259 @@
+"""The application: the routers, the one shape of errors, and the limits on requests."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Collection
+from functools import cache
+from importlib.metadata import version as installed_version
+from re import Pattern
+from typing import Any, Final
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
+from starlette.routing import compile_path
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from pushstep.proto.errors import (
+    Busy,
+    HostNotAllowed,
+    InvalidSettings,
+    MessageTooLarge,
+    MethodNotAllowed,
+    PushstepError,
+    RangeNotSatisfiable,
+    UnknownRoute,
+)
+from pushstep.proto.errors.status import PROBLEM_TYPE, named, to_problem, untrace
+
+from ..coordinator.read_json import read_json
+from ..models.catalog import Catalog
+from ..models.copies import COPIES_AT_ONCE, Copies, ModelCopies
+from ..models.downloads import Downloads
+from ..process.threads import REQUESTS, RETRY_AFTER_S
+from ..streams.received import INLINE_MESSAGE_BYTES
+from . import openapi
+from .outlet import Outlet
+from .resources import (
+    events,
+    export,
+    health,
+    hooks,
+    models,
+    param_groups,
+    parameters,
+    policy,
+    root,
+    snapshots,
+    workers,
+)
+
+log = logging.getLogger("pushstep.rest")
+# Twice the size of a policy that names every group that a model may have. A body of 256 KiB with as many parts as
+# possible would hold the event loop for 90 ms while it is validated.
+MAX_BODY_BYTES: Final = 128 << 10
+OPENAPI_PATH: Final = "/openapi.json"
+# The most requests under way at once, downloads included.
+MOST_REQUESTS: Final = 200
+# Health checks are answered however many requests are under way.
+ALWAYS_ANSWERED: Final = frozenset({"/healthz", "/readyz"})
+
+
+RESOURCES: Final = (
+    root,
+    models,
+    param_groups,
+    parameters,
+    hooks,
+    policy,
+    workers,
+    snapshots,
+    export,
+    events,
+)
+
+
+def create_app(catalog: Catalog, allowed_hosts: Collection[str] | None, grpc_address: str = "") -> FastAPI:
+    """The REST interface over `catalog`. With `allowed_hosts` None, requests for any Host are answered."""
+    app = FastAPI(
+        title="pushstep",
+        version=installed_version("pushstep"),
+        description="Look at and steer the models of a pushstep server.",
+        # FastAPI's pages run scripts from other sites in this origin, where they could steer the models
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=OPENAPI_PATH,
+        redirect_slashes=False,  # a redirect is no answer in the shape of errors
+    )
+    openapi.describe(app)
+    app.state.catalog = catalog
+    app.state.grpc_address = grpc_address
+    app.state.copies = ModelCopies(COPIES_AT_ONCE)
+    app.state.looks = Copies(COPIES_AT_ONCE)
+    app.state.downloads = Downloads()
+    app.include_router(health.router)
+    for resource in RESOURCES:
+        app.include_router(resource.router, prefix="/v1")
+    app.add_exception_handler(PushstepError, _answer_error)
+    app.add_exception_handler(RequestValidationError, _answer_error)
+    app.add_exception_handler(HTTPException, _answer_error)
+    app.add_middleware(Outlet, budget=catalog.reading)
+    app.add_middleware(Entrance, allowed_hosts=allowed_hosts)
+    return app
+
+
+async def _answer_error(request: Request, error: Exception) -> JSONResponse:
+    answer = problem_response(_translated(request, error))
+    if answer.status_code == MethodNotAllowed.http_status:
+        answer.headers["Allow"] = ", ".join(_methods(request))
+    return answer
+
+
+def _methods(request: Request) -> list[str]:
+    """The methods of the resource at a request's path, of all its routes together."""
+    path = request.scope["path"]
+    return sorted(
+        {method for pattern, methods in _methods_by_path() if pattern.match(path) for method in methods}
+    )
+
+
+@cache
+def _methods_by_path() -> list[tuple[Pattern[str], Collection[str]]]:
+    routers = [("", health.router), *(("/v1", resource.router) for resource in RESOURCES)]
+    routes: list[tuple[str, Collection[str]]] = [
+        (prefix + route.path, route.methods or ())
+        for prefix, router in routers
+        for route in router.routes
+        if isinstance(route, APIRoute)
+    ]
+    routes.append((OPENAPI_PATH, ("GET", "HEAD")))
+    return [(compile_path(path)[0], methods) for path, methods in routes]
+
+
+def _translated(request: Request, error: Exception) -> PushstepError:
+    if isinstance(error, PushstepError):
+        return named(error, log)
+    untrace(error)
+    if isinstance(error, RequestValidationError):
+        problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        return InvalidSettings(problem="; ".join(problems))
+    if isinstance(error, HTTPException):
+        # such as a body over the limit, which FastAPI passes on in this way
+        if isinstance(error.__cause__, PushstepError):
+            return named(error.__cause__, log)
+        kind = {404: UnknownRoute, 405: MethodNotAllowed}.get(error.status_code)
+        if kind is None:
+            return InvalidSettings(problem=str(error.detail))
+        return kind(method=request.method, path=request.url.path)
+    return named(error, log)
+
+
+def problem_response(error: PushstepError) -> JSONResponse:
+    """An error as problem+json, with Retry-After and Content-Range where they apply."""
+    wait_s = error.retry_after_s
+    headers = {} if wait_s is None else {"Retry-After": str(max(1, round(wait_s)))}
+    if isinstance(error, RangeNotSatisfiable):
+        headers["Content-Range"] = f"bytes */{error.fields['size']}"
+    return JSONResponse(to_problem(error), error.http_status, headers, media_type=PROBLEM_TYPE)
+
+
+class Entrance:
+    """Refuses too many requests at once, bodies over the limit, and foreign Host and Origin headers.
+
+    It also answers the errors that the application has not answered. A page in an operator's browser can be made to
+    send requests to this address, under another host name or under the server's own. Without the checks of Host and
+    Origin it could steer the server.
+    """
+
+    def __init__(self, app: ASGIApp, allowed_hosts: Collection[str] | None) -> None:
+        self._app = app
+        self._allowed_hosts = allowed_hosts
+        self._under_way = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on to the application, or answer it here."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = False
+        self._under_way += 1
+
+        async def watched_send(message: Message) -> None:
+            nonlocal started
+            started = started or message["type"] == "http.response.start"
+            await send(message)
+
+        try:
+            headers = dict(scope["headers"])
+            host = headers.get(b"host", b"").decode("latin-1")
+            self._check_host(host)
+            if self._under_way > MOST_REQUESTS and scope["path"] not in ALWAYS_ANSWERED:
+                raise Busy(what="requests", waiting=self._under_way - 1, retry_after_s=RETRY_AFTER_S)
+            origin = headers.get(b"origin")
+            if origin is not None and scope["method"] not in ("GET", "HEAD", "OPTIONS"):
+                self._check_origin(origin.decode("latin-1"), host)
+            declared = headers.get(b"content-length", b"0")
+            if declared.isdigit() and int(declared) > MAX_BODY_BYTES:
+                raise MessageTooLarge(got=int(declared), limit=MAX_BODY_BYTES)
+            await self._app(scope, await _read(scope, _limited(receive)), watched_send)
+            return
+        except Exception as error:
+            if started:
+                raise
+            refusal = named(error, log)
+        finally:
+            self._under_way -= 1
+        await problem_response(refusal)(scope, receive, send)
+
+    def _check_host(self, host: str) -> None:
+        name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
+        if self._allowed_hosts is not None and name.strip("[]").lower() not in self._allowed_hosts:
+            raise HostNotAllowed(host=host[:200])
+
+    def _check_origin(self, origin: str, host: str) -> None:
+        """HostNotAllowed for another site's page: browsers send Origin with a change, programs do not."""
+        came_from = origin.partition("://")[2]
+        if came_from.lower() != host.lower():
+            raise HostNotAllowed(host=origin[:200])
+
+
+async def _read(scope: Scope, receive: Receive) -> Receive:
+    """Read the whole body and check it, and return a `receive` that gives it to the application.
+
+    InvalidSettings or InvalidText for a body that is no JSON or has two meanings.
+    """
+    if scope["method"] in ("GET", "HEAD", "OPTIONS"):
+        return receive
+    message = await receive()
+    parts = [message.get("body", b"")]
+    while message.get("more_body"):
+        message = await receive()
+        parts.append(message.get("body", b""))
+    body = b"".join(parts)
+    if body.strip():
+        await REQUESTS.run_unless(len(body) <= INLINE_MESSAGE_BYTES, read_json, body)
+    whole: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+    if message["type"] == "http.disconnect":
+        whole = [message]
+
+    async def replay() -> Message:
+        return whole.pop() if whole else await receive()
+
+    return replay
+
+
+def _limited(receive: Callable[[], Awaitable[Any]]) -> Receive:
+    seen = 0
+
+    async def receive_limited() -> Message:
+        nonlocal seen
+        message: Message = await receive()
+        seen += len(message.get("body", b""))
+        if seen > MAX_BODY_BYTES:
+            raise MessageTooLarge(got=seen, limit=MAX_BODY_BYTES)
+        return message
+
+    return receive_limited

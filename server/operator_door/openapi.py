@@ -1,0 +1,111 @@
+"""The description in /openapi.json: FastAPI's, with each route's errors and the content of downloads.
+
+The description is committed as `openapi.json` beside this file, for those who generate a client from it. A test fails
+when it is stale. `python -m pushstep.server.operator_door` writes it anew.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any, Final
+
+from fastapi import FastAPI
+
+from pushstep.proto.errors.status import PROBLEM_TYPE
+
+from ..coordinator.admission import GateSettings
+from ..coordinator.policies.catalogue import POLICIES
+from ..coordinator.settings import Settings
+
+FILE: Final = Path(__file__).with_name("openapi.json")
+# For any request: malformed, foreign host, too slow, the server's own fault, too much at once.
+_ALWAYS: Final = (400, 403, 408, 500, 503)
+_OF_A_MODEL: Final = (404, 409)
+_WITH_A_CONDITION: Final = 412
+_DOWNLOADS: Final = ("/export", "/content")
+_BINARY: Final = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+# Routes whose body is of one of these types; which one, the body says. Every field is optional.
+_SETTINGS: Final[Mapping[str, Sequence[type[Settings]]]] = {
+    "/v1/models/{m}/gate": [GateSettings],
+    "/v1/models/{m}/policy": list(POLICIES),
+}
+_PROBLEM: Final = {
+    "type": "object",
+    "title": "Problem",
+    "description": "RFC 9457, with the catalogue's code and what fills its message.",
+    "required": ["type", "title", "status", "detail", "code", "fields"],
+    "properties": {
+        "type": {"type": "string"},
+        "title": {"type": "string"},
+        "status": {"type": "integer"},
+        "detail": {"type": "string"},
+        "code": {"type": "string", "description": "of the error catalogue, such as unknown_model"},
+        "fields": {"type": "object", "additionalProperties": {"type": "string"}},
+    },
+}
+
+
+def describe(app: FastAPI) -> None:
+    """Have `app.openapi()` return this description."""
+    plain: Callable[[], dict[str, Any]] = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            app.openapi_schema = _with_problems(plain())
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _with_problems(schema: dict[str, Any]) -> dict[str, Any]:
+    problems: dict[str, Any] = {}
+    schemas = schema["components"]["schemas"]
+    for path, operations in schema["paths"].items():
+        for method, operation in operations.items():
+            responses = operation["responses"]
+            for status in _statuses(path, method, operation):
+                responses[str(status)] = {"$ref": f"#/components/responses/{status}"}
+                problems[str(status)] = _problem(status)
+            if path.endswith(_DOWNLOADS):
+                responses["200"]["content"] = _BINARY
+            if method == "patch" and path in _SETTINGS:
+                for kind in _SETTINGS[path]:
+                    made = kind.model_json_schema(ref_template="#/components/schemas/{model}")
+                    schemas.update(made.pop("$defs", {}))
+                    schemas[kind.__name__] = made
+                references = [{"$ref": f"#/components/schemas/{kind.__name__}"} for kind in _SETTINGS[path]]
+                body = operation["requestBody"]["content"]["application/json"]
+                body["schema"] = {"anyOf": references, "examples": body["schema"]["examples"]}
+            if path == "/readyz":  # its 503 is an ordinary answer, not a problem
+                responses["503"] = {**responses["200"], "description": "It does not yet, or not any more"}
+            operation["responses"] = dict(sorted(responses.items()))
+    schema["components"]["responses"] = dict(sorted(problems.items()))
+    for replaced in ("HTTPValidationError", "ValidationError"):
+        schemas.pop(replaced, None)
+    schemas["Problem"] = _PROBLEM
+    return schema
+
+
+def _statuses(path: str, method: str, operation: dict[str, Any]) -> Iterable[int]:
+    yield from _ALWAYS
+    if "{m}" in path:
+        yield from _OF_A_MODEL
+    if operation.get("parameters") or "requestBody" in operation:
+        yield 422
+    if method in ("post", "patch", "delete"):
+        yield from (413, 422)
+    if any(parameter["name"] == "if-match" for parameter in operation.get("parameters", ())):
+        yield _WITH_A_CONDITION
+
+
+def _problem(status: int) -> dict[str, Any]:
+    content = {PROBLEM_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    return {"description": HTTPStatus(status).phrase, "content": content}
+
+
+def as_committed(schema: dict[str, Any]) -> str:
+    """The description as the text of `openapi.json`."""
+    return json.dumps(schema, indent=1) + "\n"

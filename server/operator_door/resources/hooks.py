@@ -1,0 +1,90 @@
+"""Hooks: the catalogue, and the installed hooks: listed, added, removed."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Body
+from pydantic import BaseModel, ConfigDict, Field
+
+from ...coordinator.hooks.catalogue import CATALOGUE
+from ...coordinator.hooks.hook import Hook
+from ...coordinator.settings import Text
+from ..depends import OPERATOR, ModelHere
+
+router = APIRouter(tags=["hooks"])
+
+
+class NewHook(BaseModel):
+    """A hook to install."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    name: Text = Field(description="a name of the catalogue")
+    point: Text = Field(description="one of torch's six points, where the hook may be installed")
+    settings: dict[str, Any] = Field(default_factory=dict)
+    prepend: bool = Field(False, description="before the hooks that are there, as torch's `prepend`")
+
+
+def _show(hook: Hook) -> dict[str, Any]:
+    return {
+        "id": hook.hook_id,
+        "name": hook.name,
+        "kind": hook.kind,
+        "point": hook.point,
+        "settings": hook.settings.model_dump(mode="json"),
+        "failures": hook.failures,
+    }
+
+
+@router.get("/hooks", summary="List the hook catalogue")
+async def list_catalogue() -> dict[str, Any]:
+    """Every hook that can be installed, with its points and the schema of its settings."""
+    return {
+        "hooks": [
+            {
+                "name": kind.name,
+                "kind": kind.kind,
+                "points": sorted(kind.points),
+                "description": (kind.__doc__ or "").strip(),
+                "settings": kind.settings_type.model_json_schema(),
+            }
+            for _, kind in sorted(CATALOGUE.items())
+        ]
+    }
+
+
+@router.get("/models/{m}/hooks", summary="List the installed hooks")
+async def list_hooks(model: ModelHere) -> dict[str, Any]:
+    """The installed hooks in order. Those at the same point run from first to last."""
+    return {
+        "hooks": [_show(hook) for hook in model.hooks.list],
+        "dropped_events": model.observers.dropped,
+        "effective_version": model.version + 1,
+    }
+
+
+@router.post("/models/{m}/hooks", status_code=201, summary="Install a hook")
+async def add_hook(
+    model: ModelHere,
+    new: Annotated[
+        NewHook,
+        Body(examples=[{"name": "clip_grad_norm", "point": "step_pre", "settings": {"max_norm": 1.0}}]),
+    ],
+) -> dict[str, Any]:
+    """The reply's `effective_version` is the first version that the hook sees."""
+    hook, version = model.add_hook(new.name, new.point, new.settings, new.prepend, OPERATOR)
+    return {**_show(hook), "effective_version": version}
+
+
+@router.get("/models/{m}/hooks/{hook_id}", summary="Show an installed hook")
+async def show_hook(model: ModelHere, hook_id: str) -> dict[str, Any]:
+    """One installed hook, with its state."""
+    hook = model.hooks.find(hook_id, model.name)
+    return {**_show(hook), "state": hook.state()}
+
+
+@router.delete("/models/{m}/hooks/{hook_id}", summary="Remove a hook")
+async def remove_hook(model: ModelHere, hook_id: str) -> dict[str, Any]:
+    """The reply's `effective_version` is the first version without the hook."""
+    return {"id": hook_id, "effective_version": model.remove_hook(hook_id, OPERATOR)}

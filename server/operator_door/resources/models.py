@@ -1,0 +1,92 @@
+"""Models: listed, shown, deleted; and the capacity of the server."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Response
+
+from ...models.model import NAMES_SHOWN, Model
+from ..depends import OPERATOR, CatalogHere, ModelHere
+from ..numbers import finite
+
+router = APIRouter(tags=["models"])
+
+
+def describe(model: Model) -> dict[str, Any]:
+    """A model as JSON: its identity, size, policy and last step."""
+    receipt = model.last_receipt
+    return {
+        "name": model.name,
+        "uid": model.uid.hex(),
+        "timeline": model.timeline,
+        "version": model.version,
+        "edit": model.edit,
+        "parameters": len(model.layout.slots),
+        "elements": sum(arena.elements for arena in model.layout.arenas),
+        "bytes": model.held_bytes,
+        "groups": len(model.groups.list),
+        "hooks": len(model.hooks.list),
+        "policy": model.coordinator.policy.settings.model_dump(mode="json"),
+        "nonfinite": model.coordinator.admission.nonfinite(model.hooks.nonfinite()),
+        "workers_live": model.sessions.live_count(),
+        "parameters_nonfinite": list(model.nonfinite[:NAMES_SHOWN]),
+        "failed": None if model.failed is None else model.failed.message,
+        "last_step": None
+        if receipt is None
+        else {
+            "version": receipt.version,
+            "worker": receipt.identity.worker,
+            "staleness": receipt.staleness,
+            "gradient_norm": finite(receipt.gradient_norm),
+            "clip_factor": finite(receipt.clip_factor),
+        },
+    }
+
+
+@router.get("/models", summary="List the models")
+async def list_models(catalog: CatalogHere) -> dict[str, Any]:
+    """Every model of this server.
+
+    `not_loaded` lists those whose files could not be loaded when the server started, each with the reason.
+    """
+    return {
+        "models": [describe(model) for _, model in sorted(catalog.models.items())],
+        "not_loaded": [
+            {"name": name, "problem": error.fields["problem"]}
+            for name, error in sorted(catalog.not_loaded.items())
+        ],
+    }
+
+
+@router.get("/models/{m}", summary="Show a model")
+async def show_model(model: ModelHere) -> dict[str, Any]:
+    """One model."""
+    return describe(model)
+
+
+@router.delete("/models/{m}", status_code=204, summary="Delete a model and its snapshots")
+async def delete_model(m: str, catalog: CatalogHere) -> Response:
+    """Deletes the model for good. Its workers are told `model_lost`.
+
+    The files of a model that could not be loaded are not deleted: they are put aside in the data folder, under
+    `.lost-` and its name, and the name is free again.
+    """
+    await catalog.delete(m, OPERATOR)
+    return Response(status_code=204)
+
+
+@router.get("/capacity", summary="Show how full the server is")
+async def show_capacity(catalog: CatalogHere) -> dict[str, Any]:
+    """The limits of the server, and how much of them is in use."""
+    return {
+        "models": {
+            "held": len(catalog.models),
+            "limit": catalog.config.max_models,
+            "not_loaded": len(catalog.not_loaded),
+        },
+        "bytes": {"held": catalog.held_bytes, "limit": catalog.config.max_bytes},
+        "staging_bytes": {"limit": catalog.config.staging_bytes},
+        "read_bytes": {"held": catalog.reading.used_bytes, "limit": catalog.reading.total_bytes},
+        "device": str(catalog.device.where),
+    }

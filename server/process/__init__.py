@@ -1,0 +1,1 @@
+"""What belongs to the process: threads, memory, descriptors, sockets, the log."""

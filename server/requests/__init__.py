@@ -1,0 +1,1 @@
+"""Handles the workers' requests, from gRPC or the local socket: join, leave, push, pull and upload."""

@@ -1,0 +1,134 @@
+"""Answers to pulls: the version that is sent, its header, and the messages that carry it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import torch
+
+from pushstep.proto import training_pb2 as pb
+from pushstep.proto.types_pb2 import DType, Identity, Segment
+from pushstep.proto.wire import dtypes
+from pushstep.proto.wire.frames import Piece
+from pushstep.proto.wire.parts import header_messages
+
+from ..arenas.arena import Arenas, ArenasCopy
+from ..arenas.extras import Extras
+from ..arenas.publisher import Published
+from ..models.model import Model
+from ..process.inline import INLINE_BYTES, INLINE_PARTS
+from ..process.threads import PULLS
+from ..shared_memory.answer import SharedAnswer
+from ..shared_memory.regions import SharedMemory
+from .join import fill_in
+
+
+async def newest(
+    model: Model, options: pb.PullOptions, timeline: int, shared: SharedAnswer | None = None
+) -> Published:
+    """The newest version: as frames, or in the worker's region if there is `shared`.
+
+    The step of an exchange may have written it into the region already.
+    """
+    if shared is not None:
+        return shared.published or await shared.newest()
+    return await model.publisher.newest(timeline, have_version(options), wire_of(options.dtype))
+
+
+def shared_answer(
+    model: Model, memory: SharedMemory, options: pb.PullOptions, identity: Identity
+) -> SharedAnswer | None:
+    """The answer in the caller's region, if it names one that is its own."""
+    region = memory.of(identity, options.region)
+    if region is None:
+        return None
+    have = have_version(options)
+    return SharedAnswer(model.name, model.arenas, model.writer, region, identity.timeline, have)
+
+
+def have_version(options: pb.PullOptions) -> int | None:
+    """The version that the caller holds; None if it holds none."""
+    return options.have_version if options.HasField("have_version") else None
+
+
+def wire_of(dtype: int) -> torch.dtype | None:
+    """The torch dtype of an enum value; None means each parameter's own. UnsupportedFormat or WrongDtype."""
+    return None if dtype == DType.DTYPE_UNSPECIFIED else dtypes.to_torch(dtype, "the answer asked for")
+
+
+async def published_header(model: Model, published: Published, known_manifest: int) -> pb.PullHeader:
+    """The header of an answer. It has the manifest unless its hash is `known_manifest`, the caller's."""
+    header = header_of(model, published, published.segments)
+    if header.manifest_hash != known_manifest:
+        await fill_in(header, published.layout)
+    header.unchanged = published.unchanged
+    header.shared = published.shared
+    return header
+
+
+async def published_messages(published: Published, header: pb.PullHeader) -> AsyncIterator[bytes]:
+    """An answer's messages: the header, then the frames as they are encoded."""
+    *parts, first = await header_frames(header)
+    for part in parts:
+        yield part
+    async for frame in published.frames():
+        if first and len(frame) <= INLINE_BYTES:
+            # one message instead of two: two serialised protobuf messages, one after the other, parse as one
+            frame = first + frame
+            first = b""
+        elif first:
+            yield first
+            first = b""
+        yield frame
+    if first:
+        yield first
+
+
+async def header_frames(header: pb.PullHeader) -> list[bytes]:
+    """The messages that carry an answer's header."""
+    few = len(header.segments) + len(header.manifest.parameters) <= INLINE_PARTS
+    return await PULLS.run_unless(few, lambda: list(header_messages(pb.PullResponse(header=header))))
+
+
+def state_header(model: Model, copy: ArenasCopy, segments: list[Segment]) -> pb.PullHeader:
+    """The header of a PullState answer, without the groups."""
+    header = header_of(model, copy, segments)
+    header.steps.extend(copy.steps)
+    header.manifest.CopyFrom(copy.layout.manifest)
+    return header
+
+
+def header_of(model: Model, at: Arenas | ArenasCopy | Published, segments: list[Segment]) -> pb.PullHeader:
+    """What every answer says: model, timeline, version, segments, and the layout that `at` was read with."""
+    return pb.PullHeader(
+        model_uid=model.uid,
+        timeline=at.timeline,
+        version=at.version,
+        segments=segments,
+        manifest_hash=at.layout.manifest_hash,
+    )
+
+
+def extras_header(model: Model, extras: Extras, file_bytes: int) -> pb.PullHeader:
+    """The header of a PullExtras answer: the buffers, in a safetensors file of `file_bytes` bytes."""
+    return pb.PullHeader(
+        model_uid=model.uid,
+        timeline=model.timeline,
+        version=model.version,
+        extras_version=extras.version,
+        extras_bytes=file_bytes,
+    )
+
+
+def state_bodies(copy: ArenasCopy) -> tuple[list[Segment], list[list[Piece]]]:
+    """Parameters and optimizer state of a whole model: the segments, and the pieces of each."""
+    segments, bodies = [], []
+    for arena in copy.layout.arenas:
+        for state, flat in {"": copy.parameters[arena.index], **copy.states[arena.index]}.items():
+            if arena.elements:
+                dtype = dtypes.to_wire(flat.dtype, "segment")
+                segments.append(
+                    Segment(arena=arena.index, start=0, stop=arena.elements, dtype=dtype, state=state)
+                )
+                bodies.append([Piece(flat, flat.dtype)])
+    return segments, bodies

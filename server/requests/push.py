@@ -1,0 +1,104 @@
+"""Takes one push from its header to its receipt, whichever door it came through.
+
+`take` is the walk: the header is admitted, the body received and inspected, the complete push decided on by the
+coordinator, and the executor's answer awaited. A retry of a push that the server holds already has no body.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+
+from pushstep.proto import training_pb2 as pb
+from pushstep.proto.errors import InvalidRequest
+from pushstep.proto.training_pb2 import PushCommit
+from pushstep.proto.types_pb2 import Receipt
+
+from ..arenas.publisher import Published
+from ..models.catalog import Catalog
+from ..shared_memory.regions import SharedMemory
+from ..streams.bulk import BulkStream
+from .pull import newest, published_header, shared_answer, wire_of
+from .push_call import PushCall
+from .receiving import Receiving, admit
+
+
+class PushHandler:
+    """Push and Exchange, from a stream of gRPC or the local socket."""
+
+    def __init__(self, catalog: Catalog, memory: SharedMemory) -> None:
+        self._catalog = catalog
+        self._memory = memory
+
+    async def push(self, stream: BulkStream[pb.PushRequest]) -> pb.PushResponse:
+        """The receipt of one gradient."""
+        with stream:
+            _, receipt = await self._taken(stream)
+        return pb.PushResponse(receipt=receipt)
+
+    async def exchange(self, stream: BulkStream[pb.PushRequest]) -> tuple[Published, pb.PullHeader]:
+        """A push, answered with a version of the parameters and the answer's header, which has the receipt."""
+        with stream:
+            call, receipt = await self._taken(stream, pulls=True)
+        begun_s = time.monotonic()
+        model, header = call.model, call.header
+        published = await newest(model, header.pull, header.identity.timeline, call.answer)
+        answer = await published_header(model, published, header.manifest_hash)
+        answer.receipt.CopyFrom(receipt)
+        answer.groups.extend(receipt.groups)
+        answer.receipt.times.publish_s = time.monotonic() - begun_s
+        return published, answer
+
+    async def _taken(
+        self, stream: BulkStream[pb.PushRequest], *, pulls: bool = False
+    ) -> tuple[PushCall, Receipt]:
+        self._catalog.require_open()
+        header = (await stream.header()).header
+        if pulls:
+            wire_of(header.pull.dtype)  # an answer that cannot be given is refused before the push is stepped
+        model = self._catalog.get(header.model, header.identity.model_uid)
+        call = PushCall(model, header, self._memory.of(header.identity, header.region))
+        if pulls:
+            call.answer = shared_answer(model, self._memory, header.pull, header.identity)
+        return call, await take(call, stream)
+
+
+async def take(call: PushCall, stream: BulkStream[pb.PushRequest]) -> Receipt:
+    """One push, from its header to its receipt. Raises the error that it was refused with."""
+    call.model.require_whole()
+    if call.header.held_digest:
+        call.model.coordinator.on_retry(call.header, call.started_s)
+        return await answer(call)
+    receiving = await admit(call)
+    try:
+        with call.faulting():
+            commit = await stream.feed(receiving.take)
+        await hand_in(receiving, commit)
+        return await answer(call)
+    finally:
+        receiving.release()
+
+
+async def hand_in(receiving: Receiving, commit: PushCommit | None) -> None:
+    """Hand a complete push to the coordinator, and have its decisions applied."""
+    call, model = receiving.call, receiving.call.model
+    try:
+        pending = await receiving.finish(commit)
+        model.require_whole()
+        decisions = model.coordinator.on_body(pending, time.monotonic())
+    except InvalidRequest as error:
+        # a cancelled stream also ends without a commit, and is no fault
+        if commit is not None:
+            call.fault(error)
+        raise
+    if pending.accepted:
+        model.executor.keep(pending, receiving.hand_over(), call.answer)
+    model.executor.apply(decisions)
+
+
+async def answer(call: PushCall) -> Receipt:
+    """The receipt of a push that the server holds. Raises the error that it was refused with; PushPending."""
+    decided = await call.model.executor.answer(call.header.identity, call.hold_s)
+    if decided.error is not None:
+        raise copy.copy(decided.error)
+    return decided.receipt

@@ -1,0 +1,53 @@
+"""One push as its caller made it: of which model, with which header, and where its gradients lie."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from pushstep.proto.errors import InvalidRequest
+from pushstep.proto.training_pb2 import PushHeader
+
+from ..models.executor import HOLD_S
+from ..models.model import Model
+from ..shared_memory.answer import SharedAnswer
+from ..shared_memory.region import Region
+
+
+@dataclass(slots=True, eq=False)
+class PushCall:
+    """A push that is asked for."""
+
+    model: Model
+    header: PushHeader
+    # where gradients lie that are not sent
+    region: Region | None = None
+    # what the step writes for the worker, where they share memory
+    answer: SharedAnswer | None = None
+    started_s: float = field(default_factory=time.monotonic)
+
+    @property
+    def hold_s(self) -> float:
+        """How long the caller lets it wait for other workers."""
+        return min(self.header.hold_s or HOLD_S, HOLD_S)
+
+    @property
+    def until_s(self) -> float:
+        """When that is over."""
+        return self.started_s + self.hold_s
+
+    def fault(self, error: InvalidRequest) -> None:
+        """Count against the worker a push that broke a rule before its body was complete."""
+        coordinator, now_s = self.model.coordinator, time.monotonic()
+        self.model.executor.apply(coordinator.on_fault(self.header.identity, error, now_s))
+
+    @contextmanager
+    def faulting(self) -> Iterator[None]:
+        """A block in which an InvalidRequest counts against the worker."""
+        try:
+            yield
+        except InvalidRequest as error:
+            self.fault(error)
+            raise

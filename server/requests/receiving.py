@@ -1,0 +1,242 @@
+"""The body of one push, from its admission to a complete `PendingPush`.
+
+`admit` checks a header, waits if the policy says so, claims the body's bytes and makes a `Receiving`, which takes chunks
+in and is finished at the end of the stream. Nothing is decided here. A stream that breaks off leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import copy
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from pushstep.optim.kernels.cache import NotCompiled, only_compiled
+from pushstep.proto.errors import DigestMismatch, InvalidRequest, MalformedFrame
+from pushstep.proto.shared_memory.slots import SharedBody
+from pushstep.proto.training_pb2 import PushCommit
+from pushstep.proto.wire.dtypes import INT8
+from pushstep.proto.wire.frames import Assembly, BodyDigest, Chunk
+from pushstep.proto.wire.layout import Layout
+
+from ..coordinator.decision import Offer
+from ..coordinator.push import PendingPush
+from ..devices.exported_memory import ExportedBody
+from ..process.inline import INLINE_BYTES, INLINE_PARTS
+from ..process.threads import PUSHES
+from ..shared_memory.region import Region
+from ..staging.budget import Budget
+from ..staging.gradient import StagedPush
+from ..staging.incoming import IncomingBody
+from ..staging.inspect import inspect
+from .push_call import PushCall
+from .push_header import Declared, close_header, declared, require_plausible
+
+
+def place(take_in: Callable[[Chunk], None], chunk: Chunk) -> asyncio.Future[None] | None:
+    """Take in a chunk: at once (None), or in a thread. The caller awaits the future before the next one."""
+    if len(chunk.payload) <= INLINE_BYTES:
+        take_in(chunk)
+        return None
+    return PUSHES.start(take_in, chunk)
+
+
+class Held:
+    """What a push holds until it is resolved: bytes of the staging budget, and regions."""
+
+    def __init__(self, budget: Budget) -> None:
+        self._budget = budget
+        self._regions: list[Region] = []
+        self.reserved_bytes = 0
+
+    def hold(self, *regions: Region | None) -> None:
+        """Hold the regions that the gate and the step use. NoSharedMemory if one was closed."""
+        for region in regions:
+            if region is not None:
+                region.require_memory()
+                region.hold()
+                self._regions.append(region)
+
+    async def claim(self, owner: str, need_bytes: int) -> None:
+        """Claim bytes of the budget. OverBudget."""
+        self.reserved_bytes = await self._budget.claim(owner, need_bytes)
+
+    def give_back(self) -> None:
+        """Give everything back. Calling it twice does nothing."""
+        self._budget.release(self.reserved_bytes)
+        self.reserved_bytes = 0
+        while self._regions:
+            self._regions.pop().let_go()
+
+
+async def admit(call: PushCall) -> Receiving:
+    """Check the header, wait if the policy says so, and claim the body's bytes.
+
+    A push that is refused here raises before any of its body is read. `Receiving.release` follows every success.
+    """
+    model, header, layout = call.model, call.header, call.model.layout
+    require_plausible(layout, header.segments, header.edits)
+    while model.coordinator.on_header(header, time.monotonic()) is Offer.WAIT:
+        await model.executor.change(call.until_s, header.identity.worker)
+    held = Held(model.staging)
+    try:
+        with call.faulting():
+            found = await _declared(call, layout)
+        few = found.parameters <= INLINE_PARTS
+        is_small = few and found.bytes_needed <= INLINE_BYTES and model.arenas.device_stream.takes_small
+        held.hold(call.region, None if call.answer is None else call.answer.region)
+        return await _received(call, layout, found, held, few=few, is_small=is_small)
+    except BaseException:
+        held.give_back()
+        model.coordinator.on_stream_end(header.identity)
+        raise
+
+
+async def _declared(call: PushCall, layout: Layout) -> Declared:
+    """What the header declares; computed in a thread if many parameters are involved."""
+    header, model = call.header, call.model
+    quantised = any(segment.dtype == INT8 for segment in header.segments[:INLINE_PARTS])
+    parts = len(header.segments) + (len(layout.slots) if quantised else 0)
+    limit_bytes = model.staging.total_bytes
+    return await PUSHES.run_unless(parts <= INLINE_PARTS, declared, layout, header, model.name, limit_bytes)
+
+
+async def _received(
+    call: PushCall, layout: Layout, found: Declared, held: Held, *, few: bool, is_small: bool
+) -> Receiving:
+    """What the body is received into, or where it lies; its bytes are claimed first."""
+    model, header = call.model, call.header
+    owner = f"{model.name}/{header.identity.worker}"
+    make = partial(Receiving, call, layout, held, is_small=is_small)
+    if call.region is not None:
+        if found.segments_bytes:
+            await held.claim(owner, found.segments_bytes)
+        with call.faulting():
+            return await PUSHES.run_unless(few, lambda region: make(region.body(header), None), call.region)
+    await held.claim(owner, found.bytes_needed + found.segments_bytes)
+
+    def allocated() -> Receiving:
+        digest = BodyDigest(header.segments)
+        try:
+            take = model.staging.buffer
+            return make(model.device.body(found.lengths, digest, take, stepped=found.is_plain), digest)
+        except torch.OutOfMemoryError as error:  # the device's
+            raise model.staging.short(found.bytes_needed) from error
+
+    return await model.device.prepared(allocated, small=few)
+
+
+class Receiving:
+    """One push whose body is being received. Owns what it holds until the executor takes that over."""
+
+    def __init__(
+        self,
+        call: PushCall,
+        layout: Layout,
+        held: Held,
+        body: Assembly | SharedBody,
+        digest: BodyDigest | None,
+        *,
+        is_small: bool,
+    ) -> None:
+        """`digest`: of a body that is sent, computed as it comes. None for one that lies in shared memory."""
+        self.call = call
+        self._layout = layout
+        self._held = held
+        self._body = body
+        self._digest = digest
+        self._is_small = is_small
+        self._take = call.model.staging.buffer
+        self._incoming: IncomingBody | None = None
+        if not is_small and not isinstance(body, ExportedBody):
+            self._incoming = IncomingBody(layout, call.header.segments, body, self._take)
+        self._handed_over = False
+        self._waited_s = time.monotonic() - call.started_s
+
+    def take(self, chunk: Chunk) -> asyncio.Future[None] | None:
+        """Copy a chunk into staging.
+
+        Quarantined if the worker was quarantined meanwhile. MalformedFrame if the body lies in shared memory.
+        """
+        coordinator, identity = self.call.model.coordinator, self.call.header.identity
+        coordinator.require_open(identity)
+        coordinator.on_progress(identity, time.monotonic())
+        if isinstance(self._body, SharedBody):
+            raise MalformedFrame(problem="a push whose gradients lie in shared memory carries no chunks")
+        body, incoming = self._body, self._incoming
+
+        def take_in(chunk: Chunk) -> None:
+            body.place(chunk)
+            if incoming is not None:
+                incoming.advance(chunk.segment, chunk.offset + len(chunk.payload))
+
+        return place(take_in, chunk)
+
+    async def finish(self, commit: PushCommit | None) -> PendingPush:
+        """The complete push. MalformedFrame, DigestMismatch; a body at fault is in the result."""
+        call = self.call
+        if isinstance(self._body, Assembly):
+            self._body.finish()
+        if commit is None:
+            raise MalformedFrame(problem="the stream ended without a commit")
+        close_header(self._layout, call.header, commit)
+        receive_s = time.monotonic() - call.started_s - self._waited_s
+        digest, push, fault = await self._look()
+        if commit.digest not in (0, digest):
+            raise DigestMismatch(got=digest, expected=commit.digest)
+        if push is not None:
+            push.staged.digest = digest
+        pending = PendingPush(call.header, digest, receive_s=receive_s, waited_s=self._waited_s)
+        pending.push, pending.fault = push, fault
+        return pending
+
+    def hand_over(self) -> Callable[[], None]:
+        """Leave what the push holds to the caller; what gives it back."""
+        self._handed_over = True
+        return self._held.give_back
+
+    def release(self) -> None:
+        """End the stream. Gives back what was not handed over. Called once, however the push ended."""
+        self.call.model.coordinator.on_stream_end(self.call.header.identity)
+        if not self._handed_over:
+            self._held.give_back()
+
+    async def _look(self) -> tuple[int, StagedPush | None, InvalidRequest | None]:
+        """The complete body's digest, the staged push (None for a skip), and the error of an invalid body."""
+        if self._is_small:
+            # the first push of a kind may have to compile kernels, which takes seconds: a thread does that
+            with contextlib.suppress(NotCompiled), only_compiled():
+                return self._read()
+        reading = PUSHES.start(self._read)
+        if self.call.region is None:
+            return await reading
+        # the thread goes on reading when the call was cancelled, so the memory must stay
+        self.call.region.hold_until(reading)
+        reading.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return await asyncio.shield(reading)
+
+    def _read(self) -> tuple[int, StagedPush | None, InvalidRequest | None]:
+        model = self.call.model
+        try:
+            with model.device.reading(self._body):
+                if isinstance(self._body, SharedBody):
+                    digest = self._body.digest(None if self._incoming is None else self._incoming.advance)
+                else:
+                    digest = 0 if self._digest is None else self._digest.value
+                return digest, *self._inspected()
+        except torch.OutOfMemoryError as error:  # the device's
+            raise model.staging.short(self._held.reserved_bytes) from error
+
+    def _inspected(self) -> tuple[StagedPush | None, InvalidRequest | None]:
+        header = self.call.header
+        try:
+            if header.skip:
+                return None, None
+            push = inspect(self._layout, header, self._body, self._take, self._incoming)
+            return self.call.model.device.bring(push, self._body), None
+        except InvalidRequest as error:
+            return None, copy.copy(error)  # the traceback of the raised error keeps the whole body in memory

@@ -1,0 +1,381 @@
+"""Uploads of whole tensors: a new model, edited parameters, a replaced optimizer state, a new group, buffers.
+
+As with a push, nothing of the model changes before the body is complete and checked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import Final
+
+import torch
+
+from pushstep.optim import RULES
+from pushstep.proto.errors import (
+    InvalidManifest,
+    InvalidState,
+    MalformedFrame,
+    ManifestChanged,
+    OtherWorkersLive,
+    Unavailable,
+    WrongLength,
+)
+from pushstep.proto.training_pb2 import (
+    UPLOAD_KIND_CREATE,
+    UPLOAD_KIND_EXTRAS,
+    UPLOAD_KIND_GROUP,
+    UPLOAD_KIND_PARAMETERS,
+    UPLOAD_KIND_STATE,
+    UploadHeader,
+    UploadKind,
+    UploadResponse,
+)
+from pushstep.proto.types_pb2 import Manifest
+from pushstep.proto.wire import dtypes
+from pushstep.proto.wire.frames import Assembly, BodyDigest, Chunk
+from pushstep.proto.wire.hyperparameters import plain_values
+from pushstep.proto.wire.layout import Layout, check_body, with_group
+from pushstep.proto.wire.parts import WHOLE_BYTES
+
+from ..arenas.arena import Arenas, ArenasCopy
+from ..arenas.extras import Extras
+from ..coordinator.groups import Group
+from ..coordinator.policies import catalogue as policies
+from ..coordinator.worker import Worker
+from ..models.catalog import Catalog
+from ..models.creations import Creation
+from ..models.model import Model
+from ..process import garbage
+from ..process.inline import INLINE_PARTS
+from ..process.threads import PUSHES, REQUESTS
+from ..streams.received import INLINE_MESSAGE_BYTES
+from . import push_header
+from .join import fill_in, membership
+from .receiving import place
+from .upload_content import check_exact, extras_in, is_accumulated
+
+_MOST_STATES: Final = max(len(rule.state_names) for rule in RULES.values())
+_OF_A_MODEL = (UPLOAD_KIND_PARAMETERS, UPLOAD_KIND_STATE, UPLOAD_KIND_GROUP, UPLOAD_KIND_EXTRAS)
+
+
+class Upload:
+    """One upload, from its header to its response. Owns its budget bytes and its creation ticket."""
+
+    def __init__(self, catalog: Catalog, header: UploadHeader) -> None:
+        self._catalog = catalog
+        self._header = header
+        self._budget = catalog.staging
+        self._model: Model | None = None
+        self._creation: Creation | None = None
+        self._again = False
+        # the sender was told to come again, with the same ticket
+        self._comes_again = False
+        self._reserved = 0
+        self._committing = False
+        self._promise = contextlib.ExitStack()
+        self._has_place = False
+
+    async def admit(self) -> None:
+        """Check the header and claim the body's bytes. Raises before any of the body is read."""
+        try:
+            await self._admit()
+        except Unavailable:
+            self._comes_again = True
+            raise
+
+    async def _admit(self) -> None:
+        catalog, header = self._catalog, self._header
+        now_s = time.monotonic()
+        if header.kind == UPLOAD_KIND_CREATE:
+            self._creation = catalog.creation(header.model, header.ticket, now_s)
+            manifest = self._creation.manifest
+            few = len(manifest) <= INLINE_MESSAGE_BYTES
+            self._layout = await REQUESTS.run_unless(few, _laid_out, manifest)
+            self._policy = policies.from_wire(header.policy)
+        elif header.kind in _OF_A_MODEL:
+            self._model = catalog.get(header.model, header.identity.model_uid)
+            self._again = header.kind == UPLOAD_KIND_STATE and self._model.replaced_by == header.identity
+            if not self._again:
+                self._model.require_current(header.identity)
+                self._model.sessions.require(header.identity, now_s)
+            self._layout = self._base = self._model.layout
+            if header.kind == UPLOAD_KIND_GROUP:
+                few = len(self._layout.slots) + len(header.manifest.parameters) <= INLINE_PARTS
+                self._layout = await REQUESTS.run_unless(few, with_group, self._layout, header.manifest)
+            elif header.kind != UPLOAD_KIND_EXTRAS and header.manifest_hash != self._layout.manifest_hash:
+                raise ManifestChanged(model=header.model)
+        else:
+            raise MalformedFrame(problem=f"upload kind {header.kind} does not exist")
+        few = len(self._layout.slots) + len(header.segments) <= INLINE_PARTS
+        lengths = await REQUESTS.run_unless(few, self._check_header)
+        if header.kind in (UPLOAD_KIND_EXTRAS, UPLOAD_KIND_CREATE) and header.extras_bytes:
+            # counted beside the buffers that they replace: a reader may still hold those
+            self._promise.enter_context(catalog.promised(header.extras_bytes))
+        # the worker of a creation is taken from its ticket: nothing has checked the header's identity
+        worker = header.identity.worker if self._creation is None else self._creation.worker
+        self._reserved = await self._budget.claim(f"{header.model}/{worker}", sum(lengths))
+        made = partial(Assembly, lengths, self._digest, self._budget.buffer)
+        self._body = await self._catalog.device.prepared(made, small=few)
+
+    def _check_header(self) -> list[int]:
+        """The byte length of each segment. Raises a named error if the layout does not allow the header."""
+        header = self._header
+        push_header.require_plausible(self._layout, header.segments, header.groups, states=_MOST_STATES)
+        for segment in header.segments:
+            check_exact(self._layout, segment)
+        lengths = check_body(self._layout, header.segments, self._catalog.config.max_bytes)
+        if header.kind in (UPLOAD_KIND_EXTRAS, UPLOAD_KIND_CREATE) and header.extras_bytes:
+            lengths.append(header.extras_bytes)
+        self._check_complete()
+        self._digest = BodyDigest(header.segments)
+        return lengths
+
+    def _check_complete(self) -> None:
+        kind, header = self._header.kind, self._header
+        if header.steps and len(header.steps) != len(self._layout.slots):
+            raise WrongLength(what="steps", got=len(header.steps), expected=len(self._layout.slots))
+        covered = {slot.index for s in header.segments if not s.state for slot in self._layout.slots_of(s)}
+        if kind == UPLOAD_KIND_CREATE:
+            wanted = {slot.index for slot in self._layout.slots if slot.stop > slot.start}
+            if covered != wanted:
+                missing = [self._layout.slots[i].name for i in sorted(wanted - covered)][:5]
+                raise InvalidManifest(problem=f"the upload lacks the values of {', '.join(missing)}")
+        if kind == UPLOAD_KIND_GROUP:
+            added = {s.index for s in self._layout.slots if s.group == len(self._layout.manifest.groups) - 1}
+            held = {s.index for s in self._layout.slots if s.index in added and s.stop > s.start}
+            if covered != held or any(segment.state for segment in header.segments):
+                raise InvalidManifest(
+                    problem="the upload must carry the values of the added group, all and no others"
+                )
+        if kind == UPLOAD_KIND_EXTRAS and (header.segments or not header.extras_bytes):
+            raise MalformedFrame(problem="an extras upload carries one safetensors file and no segments")
+        if any(index >= len(self._layout.slots) for index in header.fresh):
+            raise MalformedFrame(
+                problem=f"there is no parameter {max(header.fresh)} whose state could begin anew"
+            )
+
+    def place(self, chunk: Chunk) -> asyncio.Future[None] | None:
+        """Copy a chunk into staging, and renew the worker's lease.
+
+        So neither the lease nor the creation ticket runs out while bytes come.
+        """
+        if self._model is not None:
+            self._model.coordinator.on_progress(self._header.identity, time.monotonic())
+        return place(self._body.place, chunk)
+
+    def release(self) -> None:
+        """Give everything back, however the upload ended. A commit that has begun does so when it ends."""
+        if not self._committing:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        self._budget.release(self._reserved)
+        self._promise.close()
+        if self._creation is not None:
+            self._catalog.end_creation(
+                self._header.model,
+                self._creation,
+                time.monotonic(),
+                had_place=self._has_place,
+                comes_again=self._comes_again,
+            )
+
+    async def commit(self) -> UploadResponse:
+        """Apply the whole upload, even if its sender goes away. WrongLength if the body is incomplete."""
+        self._body.finish()
+        self._committing = True
+        return await self._catalog.whole(self._commit(), self._let_go)
+
+    async def _commit(self) -> UploadResponse:
+        kind = self._header.kind
+        if any(segment.state for segment in self._header.segments):
+            await PUSHES.run(self._check_state)
+        if kind == UPLOAD_KIND_CREATE:
+            return await self._create()
+        if self._model is None:
+            raise MalformedFrame(problem="no model")
+        if self._again:  # applied already: its answer was lost
+            return await self._joined(self._model)
+        self._model.require_current(self._header.identity)
+        return await self._replace(self._model)
+
+    async def _replace(self, model: Model) -> UploadResponse:
+        match self._header.kind:
+            case UploadKind.UPLOAD_KIND_PARAMETERS:
+                return await self._replace_parameters(model)
+            case UploadKind.UPLOAD_KIND_STATE:
+                return await self._replace_state(model)
+            case UploadKind.UPLOAD_KIND_EXTRAS:
+                return await self._replace_extras(model)
+            case _:
+                return await self._add_group(model)
+
+    def _check_state(self) -> None:
+        """Raise InvalidState unless steps can have left this state: all values finite, none negative.
+
+        One NaN or -1 would spoil every later step.
+        """
+        for index, segment in enumerate(self._header.segments):
+            if not segment.state:
+                continue
+            values = self._body.part(index, dtypes.to_torch(segment.dtype, "segment"))
+            if is_accumulated(values):
+                continue
+            for slot in self._layout.slots_of(segment):
+                own = values[slot.start - segment.start : slot.stop - segment.start]
+                if not is_accumulated(own):
+                    lowest, highest = (float(bound) for bound in torch.aminmax(own))
+                    got = lowest if not 0 <= lowest < math.inf else highest
+                    raise InvalidState(state=segment.state, parameter=slot.name, got=got)
+
+    async def _create(self) -> UploadResponse:
+        if self._creation is None:
+            raise MalformedFrame(problem="no creation ticket")
+        header, worker, attempt = self._header, self._creation.worker, self._creation.attempt
+        extras = await self._extras(Extras())
+        self._catalog.take_place(header.model, self._creation)
+        self._has_place = True
+        model = await PUSHES.run(self._catalog.new_model, header.model, self._layout)
+        model.extras = extras
+        await model.writer.submit(lambda: self._fill(model.arenas, header.steps))
+        model.begin_under(self._policy)
+        await self._catalog.finish_creation(header.model, self._creation, model)
+        self._promise.close()  # from here on the model counts its buffers itself
+        self._join(model, worker, attempt)
+        model.sessions.workers[worker].process = self._creation.process
+        return await self._answer(model, model.sessions.workers[worker], 0)
+
+    def _fill(self, arenas: Arenas | ArenasCopy, steps: Sequence[int]) -> None:
+        """Write the body into arenas (in the writer thread) or into a copy of them."""
+        for index, segment in enumerate(self._header.segments):
+            part = self._body.part(index, dtypes.to_torch(segment.dtype, "segment"))
+            if segment.state:
+                flat = arenas.states[segment.arena][segment.state]
+            else:
+                flat = arenas.parameters[segment.arena]
+            flat[segment.start : segment.stop].copy_(part)
+        if steps:
+            arenas.steps[:] = [int(step) for step in steps]
+
+    async def _replace_parameters(self, model: Model) -> UploadResponse:
+        identity = self._header.identity
+        decided, decisions = model.coordinator.uploaded(identity, self._digest.value, time.monotonic())
+        version = int(decided.receipt.version)
+        if decisions is None:
+            return UploadResponse(version=version, timeline=model.timeline)
+        model.record("parameters_uploaded", identity.worker)
+
+        fresh = [model.layout.slots[index] for index in self._header.fresh]
+        values = [group.values for group in model.groups.list]
+
+        def write() -> None:
+            with model.arenas.writing():
+                model.arenas.version = version
+                self._fill(model.arenas, [])
+                model.arenas.begin_anew(fresh, values)
+                for segment in self._header.segments:
+                    for slot in model.layout.slots_of(segment):
+                        model.arenas.mark_changed(slot, version)
+            model.arenas.watch.look(model.arenas.layout, model.arenas.parameters)
+
+        writing = model.executor.write(write, decided)
+        model.executor.apply(decisions)  # after the write: pushes that it lets in step on top of it
+        await writing
+        return UploadResponse(version=version, timeline=model.timeline)
+
+    async def _replace_state(self, model: Model) -> UploadResponse:
+        header = self._header
+        others = [w.name for w in model.sessions.live() if w.name != header.identity.worker]
+        if others and not header.force:
+            raise OtherWorkersLive(count=len(others), workers=", ".join(others[:5]))
+        planned = {
+            entry.group: model.groups.changed(entry.group, plain_values(entry.values), model.name)
+            for entry in header.groups
+        }
+        async with self._catalog.replacing:
+            _, copy = await model.copy()
+            await PUSHES.run(self._fill, copy, header.steps)
+            await self._catalog.replace(model, copy, None, header.identity.worker)
+        model.groups.write(planned)
+        model.replaced_by = header.identity
+        self._join(model, header.identity.worker, old_epoch=header.identity.epoch)
+        return await self._joined(model)
+
+    def _join(self, model: Model, worker: str, attempt: int = 0, old_epoch: int = 0) -> None:
+        now_s = time.monotonic()
+        _, decisions = model.coordinator.join(
+            worker, now_s, takeover=True, attempt=attempt, old_epoch=old_epoch
+        )
+        model.executor.apply(decisions)
+
+    async def _joined(self, model: Model) -> UploadResponse:
+        worker = model.sessions.workers[self._header.identity.worker]
+        return await self._answer(model, worker, model.version)
+
+    async def _answer(self, model: Model, worker: Worker, version: int) -> UploadResponse:
+        """The answer with the worker's membership.
+
+        A manifest that is too long for one message is left out: the caller has uploaded it, or knew it before.
+        """
+        layout = model.layout
+        member = membership(model, worker)
+        response = UploadResponse(member=member, version=version, timeline=model.timeline)
+        if layout.manifest_bytes <= WHOLE_BYTES:
+            await fill_in(response.member, layout)
+        return response
+
+    async def _extras(self, held: Extras) -> Extras:
+        """The buffers after this upload: the body's last part updates or replaces `held`. MalformedFrame."""
+        if not self._header.extras_bytes:
+            return held
+        part = self._body.part(len(self._header.segments), torch.uint8)
+        sent = await PUSHES.run(extras_in, part)
+        known = {name for slot in self._layout.slots for name in (slot.name, *slot.aliases)}
+        if not known.isdisjoint(sent):
+            raise MalformedFrame(problem=f"extras name a parameter: {sorted(known & set(sent))[0]!r}")
+        all_of_them = sent if self._header.extras_all else {**held, **sent}
+        return await PUSHES.run(Extras, all_of_them, held)
+
+    async def _replace_extras(self, model: Model) -> UploadResponse:
+        held: Extras | None = None
+        while held is not model.extras:  # another upload replaced them while these were read
+            held = model.extras
+            extras = await self._extras(held)
+            model.require_current(self._header.identity)
+        if model.sessions.leads(model.sessions.require(self._header.identity, time.monotonic())):
+            model.replace_extras(extras)
+        return UploadResponse(
+            version=model.version, timeline=model.timeline, extras_version=model.extras.version
+        )
+
+    async def _add_group(self, model: Model) -> UploadResponse:
+        identity = self._header.identity
+        if self._layout.manifest_hash != model.layout.manifest_hash:
+            added = [Group.make(group) for group in self._header.manifest.groups]
+            grown = Arenas.bytes_charged(self._layout) - Arenas.bytes_charged(model.layout)
+            with self._catalog.promised(grown):
+                extension = await PUSHES.run(self._extended, model, added)
+            model.require_current(identity)
+            if model.layout is not self._base:  # another group was added first: these slots are taken
+                raise ManifestChanged(model=model.name)
+            adopting = model.add_groups(extension, added)
+            model.record("param_group_added", identity.worker, group=len(model.groups.list) - 1)
+            await adopting
+            garbage.set_aside(len(model.layout.slots))
+        worker = model.sessions.require(identity, time.monotonic())
+        return await self._answer(model, worker, model.version + 1)
+
+    def _extended(self, model: Model, added: Sequence[Group]) -> ArenasCopy:
+        values = [group.values for group in (*model.groups.list, *added)]
+        extension = model.arenas.extended(self._layout, values)
+        self._fill(extension, [])
+        return extension
+
+
+def _laid_out(manifest: bytes) -> Layout:
+    return Layout(Manifest.FromString(manifest))

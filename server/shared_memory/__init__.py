@@ -1,0 +1,1 @@
+"""Memory that a worker and the server share."""

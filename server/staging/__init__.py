@@ -1,0 +1,1 @@
+"""A gradient on its way in, within a budget."""

@@ -1,0 +1,75 @@
+"""A push's gradient once it is complete and checked: dense parts and rows, norms and finiteness."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pushstep.proto.types_pb2 import Staged
+from pushstep.proto.wire.layout import Slot
+
+from ..process.inline import INLINE_PARTS
+
+
+@dataclass(frozen=True, slots=True)
+class DensePart:
+    """The gradient of neighbouring parameters: elements [start, stop) of an arena, flat."""
+
+    arena: int
+    start: int
+    slots: tuple[Slot, ...]
+    gradient: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class RowsPart:
+    """The gradient of some rows of one parameter.
+
+    ids: (n,) int64, ascending and unique; rows: (n, *row shape).
+    """
+
+    slot: Slot
+    ids: Tensor
+    rows: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class StagedPush:
+    """A complete push: its gradient, and what the gate's one pass has measured."""
+
+    staged: Staged
+    parts: Sequence[DensePart | RowsPart]
+    nonfinite_parameter: str | None
+    # L2 over all parameters, their sums of squares added in manifest order
+    norm: float
+    # what the device waits for before it reads the parts, in a type of the device's own
+    arrival: object = None
+
+    @property
+    def kind(self) -> frozenset[tuple[int, bool, torch.dtype]]:
+        """What selects the kernels that step it. A part without elements needs none."""
+        return frozenset(
+            (part.slot.arena, True, part.rows.dtype)
+            if isinstance(part, RowsPart)
+            else (part.arena, False, part.gradient.dtype)
+            for part in self.parts
+            if (part.rows if isinstance(part, RowsPart) else part.gradient).numel()
+        )
+
+    @property
+    def groups(self) -> list[int]:
+        """The param groups that it touches. An arena belongs to one group, so any slot of a part tells."""
+        return sorted({(p.slot if isinstance(p, RowsPart) else p.slots[0]).group for p in self.parts})
+
+    @property
+    def is_of_few(self) -> bool:
+        """True if it has so few parameters that the event loop may look at each."""
+        return len(self.staged.norms) <= INLINE_PARTS
+
+    def bytes(self) -> int:
+        """Bytes of its gradients, without row ids."""
+        tensors = [part.rows if isinstance(part, RowsPart) else part.gradient for part in self.parts]
+        return sum(tensor.numel() * tensor.itemsize for tensor in tensors)

@@ -1,0 +1,205 @@
+"""One model's folder on disk: its snapshots, and the file with its identity.
+
+A model's identity (uid and timeline) lies outside its snapshots and is fsynced before use, so that no restore brings
+an old timeline back. A folder is renamed before it is removed, so that a half-removed one never comes back at a start.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pushstep.proto.errors import ModelNotLoaded
+
+from ..arenas.arena import ArenasCopy
+from ..coordinator.commits import is_before
+from . import files
+from .snapshot_manifest import ID, Count, in_words, require_understood
+from .snapshots import Snapshots
+
+log = logging.getLogger("pushstep.model_folder")
+TRASH_PREFIX: Final = ".trash-"
+# A restore adds some 20 bytes.
+LONGEST_IDENTITY_BYTES: Final = 64 << 20
+DAMAGED_SHOWN: Final = 3
+
+
+class _Saved(BaseModel):
+    """identity.json."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    uid: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+    timeline: Annotated[Count, Field(ge=1)]
+    clean: bool
+    version: Count | None = None
+    # None in files written before it was kept
+    lineage: list[Annotated[list[Count], Field(min_length=2, max_length=2)]] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class IdentityFile:
+    """Who a model is.
+
+    `clean_version`: the version whose snapshot holds every acknowledged push; None: unknown. `lineage`: the
+    (timeline, version) that each restore continued from; None in files written before it was kept.
+    """
+
+    uid: bytes
+    timeline: int
+    clean_version: int | None
+    lineage: Sequence[tuple[int, int]] | None
+
+    def dump(self) -> str:
+        """As JSON."""
+        return json.dumps(
+            {
+                "uid": self.uid.hex(),
+                "timeline": self.timeline,
+                "clean": self.clean_version is not None,
+                "version": self.clean_version,
+                "lineage": self.lineage,
+            }
+        )
+
+    @staticmethod
+    def parse(text: bytes) -> IdentityFile:
+        """What `dump` wrote. ValidationError if it is something else."""
+        saved = _Saved.model_validate_json(text)
+        lineage = None if saved.lineage is None else [(ended, at) for ended, at in saved.lineage]
+        return IdentityFile(
+            bytes.fromhex(saved.uid), saved.timeline, saved.version if saved.clean else None, lineage
+        )
+
+    def made_of(self, timeline: int, version: int) -> bool:
+        """True if the model descends from (timeline, version), or its lineage is unknown.
+
+        False if a restore undid it.
+        """
+        return timeline == self.timeline or self.lineage is None or is_before(self.lineage, timeline, version)
+
+
+@dataclass(frozen=True, slots=True)
+class Recovered:
+    """What a start finds of a model: its identity, and the snapshot from which it continues."""
+
+    identity: IdentityFile
+    manifest: dict[str, Any]
+    copy: ArenasCopy
+
+
+class ModelFolder:
+    """The folder of a name, which need not exist yet.
+
+    Only one caller at a time may write into it or remove it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._name = path.name
+        self._identity = path / "identity.json"
+        self.snapshots = Snapshots(path / "snapshots")
+
+    def recover(self) -> Recovered | None:
+        """The verified snapshot to continue from. None if there is no model, or one without a snapshot.
+
+        ModelNotLoaded, or another named error, if there is something that cannot be loaded.
+        """
+        if not self._path.is_dir():
+            raise ModelNotLoaded(model=self._name, problem=f"models/{self._name} is no folder")
+        files.sweep(self._path, f".{self._identity.name}-*")
+        self.snapshots.sweep()
+        ids = self.snapshots.ids()
+        identity = self._read_identity(bool(ids))
+        if identity is None:
+            return None
+        if not ids:
+            # its workers get model_lost, which is true; the folder stays as it is
+            log.warning("model %s has no snapshot: not loaded", self._name)
+            return None
+        last = max(int(match[1]) for snapshot in ids if (match := ID.fullmatch(snapshot)))
+        if last > identity.timeline:
+            problem = f"its snapshots go to timeline {last}, identity.json says {identity.timeline}"
+            raise ModelNotLoaded(model=self._name, problem=problem)
+        damaged: list[str] = []
+        found = self.snapshots.newest(identity.made_of)
+        if found is None:
+            found = self.snapshots.newest(damaged=damaged)
+            if found is not None:
+                log.error(
+                    "model %s: only a snapshot that a restore had undone verifies: loading it", self._name
+                )
+        if found is None:
+            problem = f"none of its {len(ids)} snapshots verifies: {'; '.join(damaged[:DAMAGED_SHOWN])}"
+            raise ModelNotLoaded(model=self._name, problem=problem)
+        require_understood(found[0], self._name)
+        return Recovered(identity, *found)
+
+    def _read_identity(self, is_needed: bool) -> IdentityFile | None:
+        """The identity file.
+
+        None if it is missing and not needed: a creation broke off before anyone was told of it. ModelNotLoaded if it
+        is needed, or cannot be read.
+        """
+        try:
+            return IdentityFile.parse(files.read_small(self._identity, LONGEST_IDENTITY_BYTES))
+        except FileNotFoundError as error:
+            if not is_needed:
+                return None
+            raise ModelNotLoaded(model=self._name, problem="identity.json is missing") from error
+        except OSError as error:
+            raise ModelNotLoaded(model=self._name, problem=f"identity.json: {files.reason(error)}") from error
+        except ValidationError as error:
+            raise ModelNotLoaded(model=self._name, problem=f"identity.json: {in_words(error)}") from error
+
+    def write_identity(self, identity: IdentityFile) -> None:
+        """Write the identity to disk. StorageFailed."""
+        folder, name = self._path, f"models/{self._name}/{self._identity.name}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for parent in (folder.parent, folder.parent.parent):
+                files.fsync(parent)  # the names of new folders must be durable, too
+        except OSError as error:
+            raise files.refusal(name, error, folder.parent) from error
+        files.write_durably(self._identity, identity.dump(), name)
+
+    def set_aside(self) -> None:
+        """Rename the folder of a model that is not loaded, so that a new model can have its name.
+
+        StorageFailed.
+        """
+        aside = self._path.with_name(f".lost-{self._name}-{secrets.token_hex(4)}")
+        try:
+            if os.path.lexists(self._path):
+                os.replace(self._path, aside)
+                log.warning("what was left of an earlier model %s is now models/%s", self._name, aside.name)
+        except OSError as error:
+            raise files.refusal(f"models/{self._name}", error, self._path.parent) from error
+
+    def remove(self) -> None:
+        """Remove the folder with everything in it. StorageFailed."""
+        trash = self._path.with_name(f"{TRASH_PREFIX}{secrets.token_hex(8)}")
+        try:
+            os.replace(self._path, trash)
+            files.remove(trash)
+        except OSError as error:
+            raise files.refusal(f"models/{self._name}", error, self._path.parent) from error
+
+
+def model_folders(models: Path) -> list[str]:
+    """The names in the models' folder, except hidden ones. StorageFailed if it cannot be read."""
+    files.sweep(models, f"{TRASH_PREFIX}*")  # left by a process that died while it removed them
+    try:
+        return sorted(name for name in os.listdir(models) if not name.startswith("."))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise files.unreadable("models", error) from error

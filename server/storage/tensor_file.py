@@ -1,0 +1,164 @@
+"""The server's safetensors files. The bytes that are loaded from one are the very bytes that were verified.
+
+The file is read once, into memory of its own, and its digest is taken on the way. safetensors' own `load_file` maps the
+file: it may change after it was verified, and if the disk cannot read it, the mapping ends the process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Final
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from torch import Tensor
+
+from ..process.memory import take
+from .files import opened
+
+READ_BYTES: Final = 8 << 20
+# Element types by their names in a file. A module's buffers may have these types, too.
+_DTYPES: Final[Mapping[str, torch.dtype]] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
+_NAMES: Final = {dtype: name for name, dtype in _DTYPES.items()}
+_LENGTH_BYTES: Final = 8
+# Room for some 40,000 tensors. A parsed header takes ten times as much as itself.
+LONGEST_HEADER_BYTES: Final = 4 << 20
+_Count = Annotated[int, Field(ge=0)]
+
+
+class _Entry(BaseModel):
+    """One tensor's entry in the header."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    dtype: str
+    shape: Annotated[list[_Count], Field(max_length=64)]
+    data_offsets: Annotated[list[_Count], Field(min_length=2, max_length=2)]
+
+
+_HEADER: Final = TypeAdapter(dict[str, _Entry])
+
+
+class OtherBytes(Exception):
+    """The file is not the one that was written."""
+
+
+def digest_of(path: Path) -> str:
+    """The SHA-256 of a regular file. OSError if it cannot be read."""
+    digest = hashlib.sha256()
+    block = bytearray(READ_BYTES)
+    with opened(path) as descriptor:
+        while count := os.readv(descriptor, [block]):
+            digest.update(memoryview(block)[:count])
+    return digest.hexdigest()
+
+
+def read_tensors(path: Path, size_bytes: int, sha256: str) -> dict[str, Tensor]:
+    """The tensors of a file of this length and digest, by name, in memory of their own.
+
+    OSError if it cannot be read, OtherBytes if it is another file, ValueError if it is not a safetensors file,
+    OutOfMemory.
+    """
+    with opened(path) as descriptor:
+        if os.fstat(descriptor).st_size != size_bytes:
+            raise OtherBytes("has another length")
+        memory = take(size_bytes, torch.uint8, f"the snapshot's file {path.name}")
+        content = memory.numpy().data if size_bytes else memoryview(b"")
+        digest, filled = hashlib.sha256(), 0
+        while filled < size_bytes:
+            count = os.readv(descriptor, [content[filled : filled + READ_BYTES]])
+            if not count:
+                raise OtherBytes("has another length")
+            digest.update(content[filled : filled + count])
+            filled += count
+    if digest.hexdigest() != sha256:
+        raise OtherBytes("has other bytes")
+    return tensors_in(memory)
+
+
+def tensors_in(memory: Tensor) -> dict[str, Tensor]:
+    """The tensors of a file that lies in memory, most of them in place.
+
+    ValueError if it is not a safetensors file.
+    """
+    content = memory.numpy().data if memory.numel() else memoryview(b"")
+    length = int.from_bytes(content[:_LENGTH_BYTES], "little")
+    start = _LENGTH_BYTES + length
+    if start > len(content) or length > LONGEST_HEADER_BYTES:
+        raise ValueError(f"its header is longer than the file, or than {LONGEST_HEADER_BYTES} bytes")
+    try:
+        header = json.loads(bytes(content[_LENGTH_BYTES:start]))
+        if isinstance(header, dict):
+            header.pop("__metadata__", None)
+        entries = _HEADER.validate_python(header)
+    except (ValueError, RecursionError, ValidationError) as error:
+        raise ValueError("its header is not that of a safetensors file") from error
+    places = [entry.data_offsets for entry in entries.values()]
+    if sum(max(0, end - begin) for begin, end in places) > len(content) - start:
+        raise ValueError("its tensors overlap")  # copies of such tensors could be larger than the file
+    return {name: _tensor(name, entry, memory[start:]) for name, entry in entries.items()}
+
+
+def _tensor(name: str, entry: _Entry, data: Tensor) -> Tensor:
+    dtype, (begin, end) = _DTYPES.get(entry.dtype), entry.data_offsets
+    if dtype is None:
+        raise ValueError(f"{name!r} is of an unknown type {entry.dtype[:20]!r}")
+    if not begin <= end <= data.numel() or end - begin != math.prod(entry.shape) * dtype.itemsize:
+        raise ValueError(f"the place of {name!r} is not that of its shape")
+    if begin == end:
+        return torch.empty(entry.shape, dtype=dtype, device="cpu")
+    found = data[begin:end]
+    # a view in another dtype needs an aligned address
+    aligned = found if found.data_ptr() % dtype.itemsize == 0 else found.clone()
+    return aligned.view(dtype).view(entry.shape)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write tensors into a file, straight from where they lie. One under two names is written twice. OSError.
+
+    safetensors' own `save_file` refuses tensors that share memory, so tied weights would be copied first.
+    """
+    # the largest element size first, so that each tensor is aligned
+    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name in names:
+        tensor, begin = tensors[name], end
+        end += tensor.nbytes
+        header[name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _LENGTH_BYTES)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(_LENGTH_BYTES, "little") + text)
+        for name in names:
+            if tensors[name].numel():
+                file.write(tensors[name].reshape(-1).view(torch.uint8).numpy().data)

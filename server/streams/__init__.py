@@ -1,0 +1,1 @@
+"""Messages from and to a caller, bounded in time and in bytes."""

@@ -1,0 +1,138 @@
+"""Reads a client's bulk stream: a header, then chunks, then the commit.
+
+One message may carry all three, and a long header comes in several messages. A push counts only with its commit: gRPC
+reports a cancelled stream as a closed one, so the end of a stream proves nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable
+from typing import Any, Generic, Self, TypeVar
+
+from pushstep.proto.errors import MalformedFrame
+from pushstep.proto.training_pb2 import PushCommit, PushRequest, UploadRequest
+from pushstep.proto.wire.frames import Chunk, chunk_in, chunk_of, fields_bytes
+
+from ..staging.budget import Budget
+from .counted_parts import CountedParts
+from .received import INLINE_MESSAGE_BYTES, received
+from .timed_messages import TimedMessages
+
+M = TypeVar("M", bound=PushRequest | UploadRequest)
+# Copies a chunk: at once (None), or in a thread (a future). The next message is read while the thread copies.
+Place = Callable[[Chunk], "asyncio.Future[None] | None"]
+
+
+class BulkStream(Generic[M]):
+    """One stream of messages of type `kind`, as raw bytes from gRPC."""
+
+    def __init__(self, messages: AsyncIterator[bytes], kind: type[M], stall_s: float, budget: Budget) -> None:
+        """A long header counts in `budget` until the end of the stream's `with` block."""
+        self._messages = TimedMessages(messages, stall_s)
+        self._kind = kind
+        self._parts = CountedParts("a header", budget)
+        self._first: tuple[M, Chunk | None] | None = None
+        self._commit: PushCommit | None = None
+        self._moving: asyncio.Future[None] | None = None
+
+    async def header(self) -> M:
+        """The message with the complete header. It may carry a chunk and the commit too. MalformedFrame."""
+        if self._first is not None:
+            return self._first[0]
+        self._messages.begin_window()
+        fields, chunk = await self._fields(await self._next() or b"")
+        in_parts = False
+        while fields is not None and fields.header_part and not fields.HasField("header"):
+            in_parts = True
+            self._parts.add(fields.header_part)
+            fields, chunk = await self._fields(await self._next() or b"")
+        if fields is None or not fields.HasField("header"):
+            raise MalformedFrame(problem="the first message of a stream must carry the header")
+        if in_parts:
+            await self._complete(fields)
+        self._first = fields, chunk
+        return fields
+
+    async def _complete(self, fields: M) -> None:
+        header: Any = fields.header
+        header.CopyFrom(await self._parts.parsed(type(header), header))
+        self._messages.begin_window()
+
+    def __enter__(self) -> Self:
+        """The end of the block gives back the budget bytes of a long header."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._parts.release()
+
+    async def feed(self, place: Place) -> PushCommit | None:
+        """Hand every chunk to `place`, one after the other, and return the commit.
+
+        None if the stream ends without a commit: the push then does not count. MalformedFrame for a second header, and
+        for a message with neither a chunk nor a commit.
+        """
+        if self._first is None:
+            raise MalformedFrame(problem="no header")
+        self._messages.begin_window()  # the client did not cause the wait since the header
+        try:
+            await self._take(*self._first, place)
+            # nothing after the commit is read, not even the end: that would cost one more pass through gRPC
+            while self._commit is None and (message := await self._next()) is not None:
+                fields, chunk = await self._fields(message)
+                if fields is not None and (fields.HasField("header") or fields.header_part):
+                    raise MalformedFrame(problem="a second header")
+                if not await self._take(fields, chunk, place):
+                    # such messages bring no bytes, and would keep the stream alive and its staging held
+                    raise MalformedFrame(problem="a message with neither a chunk nor a commit")
+            await self._moved()
+        finally:
+            if self._moving is not None:  # the stream broke off: the result of the last copy does not matter
+                self._moving.add_done_callback(lambda moved: moved.cancelled() or moved.exception())
+        return self._commit
+
+    async def _take(self, fields: M | None, chunk: Chunk | None, place: Place) -> bool:
+        """Take in a message's chunk and commit. False if it brings no bytes and no commit."""
+        if chunk is not None:
+            await self._moved()
+            self._moving = place(chunk)
+        if isinstance(fields, PushRequest) and fields.HasField("commit"):
+            self._commit = fields.commit
+            return True
+        return chunk is not None and len(chunk.payload) > 0
+
+    async def _fields(self, message: bytes) -> tuple[M | None, Chunk | None]:
+        """A message as (fields, chunk). Either may be None."""
+        chunk = chunk_of(message)
+        if chunk is not None:
+            return None, chunk
+        parsed_bytes = fields_bytes(message)
+        fields = await received(self._kind, message, len(message) - parsed_bytes)
+        if parsed_bytes > INLINE_MESSAGE_BYTES:
+            self._messages.begin_window()  # parsing may have waited for a thread, which the client did not cause
+        return fields, chunk_in(fields)
+
+    async def _moved(self) -> None:
+        if self._moving is not None:
+            await self._moving
+            self._moving = None
+
+    async def _next(self) -> bytes | None:
+        return await self._messages.next()
+
+
+class OneMessage(BulkStream[M]):
+    """A stream that consists of one message, which is already here: it never waits."""
+
+    def __init__(self, message: bytes, kind: type[M], budget: Budget) -> None:
+        super().__init__(_nothing(), kind, 0.0, budget)
+        self._message: bytes | None = message
+
+    async def _next(self) -> bytes | None:
+        message, self._message = self._message, None
+        return message
+
+
+async def _nothing(messages: Iterable[bytes] = ()) -> AsyncIterator[bytes]:
+    for message in messages:
+        yield message

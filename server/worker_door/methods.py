@@ -1,0 +1,123 @@
+"""Makes gRPC handlers of methods: parses and writes messages, and answers every error by the catalogue."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from functools import partial
+from typing import Any, Final
+
+import grpc
+from google.protobuf.message import Message
+
+from pushstep.proto.errors import PushstepError, StreamStalled
+from pushstep.proto.errors.status import named, untrace
+
+from ..streams.readers import Context, Reader, Readers
+from ..streams.received import received
+
+log = logging.getLogger("pushstep.grpc")
+# A call's one message must arrive within this time: 4 MiB at 70 KB/s.
+REQUEST_S: Final = 60.0
+Refuse = Callable[[Context, PushstepError], Awaitable[None]]
+
+
+def serialize(message: Any) -> bytes:
+    """The bytes of a message."""
+    return bytes(message.SerializeToString())
+
+
+def answered(
+    method: Callable[[Any], Awaitable[Any]], kind: type[Message]
+) -> Callable[[AsyncIterator[bytes]], Awaitable[Any]]:
+    """A method of one message of type `kind`, as a method of raw bytes.
+
+    If gRPC parsed the bytes, it would answer malformed ones with an error of its own.
+    """
+
+    async def call(messages: AsyncIterator[bytes]) -> Any:
+        return await method(await received(kind, await only(messages)))
+
+    return call
+
+
+def streamed(
+    method: Callable[[Any], AsyncGenerator[bytes, None]], kind: type[Message]
+) -> Callable[[AsyncIterator[bytes]], AsyncGenerator[bytes, None]]:
+    """The same for a method that answers with a stream."""
+
+    async def call(messages: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
+        async with aclosing(method(await received(kind, await only(messages)))) as answers:
+            async for answer in answers:
+                yield answer
+
+    return call
+
+
+async def only(messages: AsyncIterator[bytes]) -> bytes:
+    """The one message of a call. Raises StreamStalled after REQUEST_S; gRPC itself has no limit."""
+    try:
+        async with asyncio.timeout(REQUEST_S):
+            return await anext(messages, b"")
+    except TimeoutError as error:
+        raise StreamStalled(seconds=REQUEST_S) from error
+
+
+def answering(
+    method: Callable[[Any], Awaitable[Any]], refuse: Refuse, readers: Readers
+) -> Callable[[Any, Context], Awaitable[bytes | None]]:
+    """A gRPC handler with a unary answer. Errors go to `refuse` as errors of the catalogue."""
+
+    async def call(request: Any, context: Context) -> bytes | None:
+        try:
+            answer = serialize(await method(request))
+            await Reader(readers, context).last(answer)
+            return answer
+        except Exception as error:  # noqa: BLE001 - the one place where errors become statuses
+            refusal = named(error, log)
+        await refuse(context, refusal)
+        return None
+
+    return call
+
+
+def streaming(
+    method: Callable[[Any], AsyncGenerator[bytes, None]], refuse: Refuse, readers: Readers
+) -> Callable[[Any, Context], Awaitable[None]]:
+    """A gRPC handler with a stream of answers. Errors go to `refuse` as errors of the catalogue."""
+
+    async def call(request: Any, context: Context) -> None:
+        try:
+            reader = Reader(readers, context)
+            # close the generator at once, and release what it holds, however the reader ends
+            async with aclosing(method(request)) as messages:
+                async for message in messages:
+                    await reader.take(message)
+            await reader.last()
+            return
+        except Exception as error:  # noqa: BLE001 - the one place where errors become statuses
+            refusal = named(error, log)
+        await refuse(context, refusal)
+
+    return call
+
+
+async def abort(
+    context: Context, code: grpc.StatusCode, details: str, trailer: tuple[tuple[str, bytes], ...]
+) -> None:
+    """`context.abort` without its leak: the call keeps the exception, whose traceback keeps the call."""
+    try:
+        await context.abort(code, details, trailer)
+    except grpc.aio.AbortError as aborted:
+        task = asyncio.current_task()
+        if task is not None:
+            task.add_done_callback(partial(_forget, aborted))
+        raise
+    except grpc.aio.InternalError:
+        return  # its caller has gone
+
+
+def _forget(aborted: grpc.aio.AbortError, _: asyncio.Task[Any]) -> None:
+    untrace(aborted)
