@@ -73,6 +73,8 @@ class CudaDevice(Device):
         self._told = False
         # a SimpleQueue, because a finalizer puts into it, in any thread at any moment
         self._ended: queue.SimpleQueue[tuple[Callable[[], object], Any]] = queue.SimpleQueue()
+        # kept, because a finalizer makes events too, however late: the runtime of its streams has to make them
+        self._event_after = partial(_event, cuda.Event, blocking=True)
 
     def open(self) -> None:
         """Find the device and make the streams that all models share. OSError if torch does not find it."""
@@ -134,7 +136,7 @@ class CudaDevice(Device):
 
     def retire(self, stream: cuda.Stream, held: Sequence[Tensor]) -> None:
         """Release memory once the copies that are queued on `stream` now are done."""
-        self._ended.put((_event(stream, blocking=True).synchronize, held))
+        self._ended.put((self._event_after(stream).synchronize, held))
 
     def _give_back(self) -> None:
         cuda.set_device(self.where)
@@ -166,12 +168,12 @@ class CudaDevice(Device):
         It carries the event after the last copy.
         """
         if isinstance(body, ExportedBody):
-            return replace(push, arrival=Arrival(_event(self.gate), ()))
+            return replace(push, arrival=Arrival(_event(cuda.Event, self.gate), ()))
         twin = body.twin() if isinstance(body, TwinnedAssembly) else None
         copies = [] if twin is None else [twin]
         with cuda.stream(self.inward):
             parts = [self._brought(part, twin, copies) for part in push.parts]
-            event = _event(self.inward)
+            event = _event(cuda.Event, self.inward)
         return replace(push, parts=parts, arrival=Arrival(event, copies))
 
     def _brought(
@@ -289,7 +291,7 @@ class CudaLane(DeviceStream):
         stream = self._device.outward
         with self.here():
             there = source.detach().reshape(-1).to(dtype, copy=True)
-            copied = _event(self._stream)
+            copied = _event(cuda.Event, self._stream)
         here = self._device.fetched.take(there.nbytes).view(dtype)
         copies = Copies(self._device, stream, here, there)
         pieces = []
@@ -298,7 +300,7 @@ class CudaLane(DeviceStream):
             for start in range(0, here.numel(), FETCH_BYTES // dtype.itemsize):
                 piece = here[start : start + FETCH_BYTES // dtype.itemsize]
                 piece.copy_(there[start : start + piece.numel()], non_blocking=True)
-                pieces.append(Fetched(piece, _event(stream, blocking=True), copies))
+                pieces.append(Fetched(piece, _event(cuda.Event, stream, blocking=True), copies))
         return pieces
 
     def publish(self, make: Callable[[], None]) -> None:
@@ -340,8 +342,8 @@ def _stream(where: torch.device, *, priority: int = 0) -> cuda.Stream:
     return cuda.Stream(where, priority)  # type: ignore[no-untyped-call]
 
 
-def _event(stream: cuda.Stream, *, blocking: bool = False) -> cuda.Event:
+def _event(make: type[cuda.Event], stream: cuda.Stream, *, blocking: bool = False) -> cuda.Event:
     """An event after all that is queued on `stream` now. `blocking`: a thread that waits for it sleeps."""
-    event = cuda.Event(blocking=blocking)  # type: ignore[no-untyped-call]
+    event = make(blocking=blocking)
     event.record(stream)
     return event

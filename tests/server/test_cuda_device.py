@@ -10,6 +10,7 @@ import asyncio
 import gc
 import threading
 import time
+import weakref
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Final
@@ -238,6 +239,20 @@ def test_memory_is_unpinned_by_the_runtime_that_pinned_it() -> None:
     del memory
     gc.collect()
     wait_until(lambda: not faults.pinned)
+
+
+def test_what_ends_late_is_waited_for_by_the_runtime_that_made_it() -> None:
+    """As above, for a body whose copies are waited for when it is let go of."""
+    with pytest.MonkeyPatch.context() as patch:
+        streams.install(patch.setattr)
+        device = cuda_device.CudaDevice(0)
+        device.open()
+        stream = device.inward
+        memory = torch.zeros(4)
+        held = weakref.ref(memory)
+    device.retire(stream, (memory,))
+    del memory
+    wait_until(lambda: held() is None)
 
 
 MISTAKES: dict[str, tuple[Any, str, Any]] = {
