@@ -60,7 +60,8 @@ def mutate(server: RunningServer, count: int) -> None:
     reference = state_of(server, "honest")
     with contextlib.closing(Wire(server.grpc)) as wire:
         for first in range(0, count, ROUND):
-            model = f"target-{first // (10 * ROUND)}"
+            # names far apart: a mutated join must not ask for the next one
+            model = f"target-{random.Random(first // (10 * ROUND)).getrandbits(64):016x}"
             if first % (10 * ROUND) == 0:
                 created(server, model).close()
             raw = RawWorker(wire, model, f"raw-{first}")
