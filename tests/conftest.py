@@ -7,8 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from harness import RunningServer, running_server
 from hypothesis.internal.conjecture import providers
+
+from pushstep.client import Session
 
 _numbers = itertools.count()
 
@@ -44,3 +47,17 @@ def model_name(request: pytest.FixtureRequest) -> str:
 def data(tmp_path: Path) -> Path:
     """A data folder of the test's own."""
     return tmp_path / "data"
+
+
+@pytest.fixture
+def session(server: RunningServer, model_name: str) -> Iterator[Session]:
+    """A session of the test's own model, which is not there yet."""
+    with server.connect(model_name) as joined:
+        yield joined
+
+
+@pytest.fixture
+def quiet_sparse_tensors() -> Iterator[None]:
+    """torch's sparse Adagrad warns until somebody decides; the gradients here are autograd's own."""
+    with torch.sparse.check_sparse_tensor_invariants(enable=False):
+        yield

@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import preloaded
 import pytest
-from preloaded import ServerProcess
+from forked import Forked, serve
 
 from pushstep.client import Session, connect
 
@@ -41,7 +40,7 @@ _numbers = itertools.count()
 class RunningServer:
     """A server process and how to reach it."""
 
-    process: subprocess.Popen[str] | ServerProcess
+    process: subprocess.Popen[str] | Forked
     grpc: str
     http: str
     unix: str
@@ -107,7 +106,7 @@ def start_server(
     data.mkdir(parents=True, exist_ok=True)
     log = data / f"server-{next(_numbers)}.log"
     arguments = ["--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0", "--data", str(data), *options]
-    process: subprocess.Popen[str] | ServerProcess
+    process: subprocess.Popen[str] | Forked
     started = tuple(command or COMMANDS[DEVICE])
     with log.open("w") as stderr:
         if started != (SERVER,) or environment is not None:
@@ -119,7 +118,7 @@ def start_server(
                 env=environment,
             )
         else:
-            process = preloaded.start(arguments, stderr)
+            process = serve(arguments, stderr)
     if process.stdout is None:
         raise RuntimeError("no pipe")
     line = process.stdout.readline()

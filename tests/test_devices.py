@@ -22,7 +22,6 @@ import test_snapshots_end_to_end
 import torch
 from harness import RunningServer, running_server
 from test_deaths import short  # noqa: F401 - fixtures of what runs here
-from test_end_to_end import quiet_sparse_tensors, session  # noqa: F401
 from test_shared_memory_kills import tight, victims  # noqa: F401
 from test_snapshots_end_to_end import socket  # noqa: F401
 
@@ -44,6 +43,7 @@ MODELLED = {
         "test_a_restore_and_a_new_epoch_open_another_region",
     ),
 }
+pytestmark = pytest.mark.usefixtures("quiet_sparse_tensors")
 _modelled: set[Callable[..., object]] = set()
 for module in MODULES:
     subject = module.__name__.removeprefix("test_")

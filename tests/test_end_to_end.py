@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -57,17 +57,7 @@ CASES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def quiet_sparse_tensors() -> Iterator[None]:
-    """torch's sparse Adagrad warns until somebody decides; the gradients here are autograd's own."""
-    with torch.sparse.check_sparse_tensor_invariants(enable=False):
-        yield
-
-
-@pytest.fixture
-def session(server: RunningServer, model_name: str) -> Iterator[Session]:
-    with server.connect(model_name) as joined:
-        yield joined
+pytestmark = pytest.mark.usefixtures("quiet_sparse_tensors")
 
 
 def attached(session: Session, rule: str, settings: dict[str, Any]) -> tuple[Network, RemoteOptimizer]:

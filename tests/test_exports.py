@@ -6,7 +6,6 @@ import copy
 import io
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,17 +31,7 @@ from pushstep.client import Session
 PLAIN_TORCH = Path(__file__).with_name("plain_torch.py")
 
 
-@pytest.fixture(autouse=True)
-def quiet_sparse_tensors() -> Iterator[None]:
-    """torch's sparse Adagrad warns until somebody decides; the gradients here are autograd's own."""
-    with torch.sparse.check_sparse_tensor_invariants(enable=False):
-        yield
-
-
-@pytest.fixture
-def session(server: RunningServer, model_name: str) -> Iterator[Session]:
-    with server.connect(model_name) as joined:
-        yield joined
+pytestmark = pytest.mark.usefixtures("quiet_sparse_tensors")
 
 
 EXPORTS = {

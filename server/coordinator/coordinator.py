@@ -36,7 +36,7 @@ from .commits import Commits
 from .decision import Decision, Offer, Reduce
 from .pending import PendingPushes
 from .policies import catalogue as policies
-from .policies.policy import Policy
+from .policies.policy import Policy, PolicySettings
 from .push import PendingPush
 from .sessions import Sessions
 from .worker import Decided, Worker
@@ -285,7 +285,7 @@ class Coordinator:
         self.policy.consumed(worker)
         return decided, self.pending_pushes.conclude(now_s)
 
-    def switch(self, settings: policies.Settings, now_s: float) -> list[Decision]:
+    def switch(self, settings: PolicySettings, now_s: float) -> list[Decision]:
         """Continue under another policy, or under other settings of this one. No push is lost."""
         if settings.policy == self.policy.name:
             self.policy.adopt(settings)
@@ -297,7 +297,7 @@ class Coordinator:
         self,
         lineage: Sequence[tuple[int, int]],
         timeline: int,
-        settings: policies.Settings,
+        settings: PolicySettings,
         now_s: float,
     ) -> list[Decision]:
         """The model was restored to the end of `lineage`. Every epoch ends; pending pushes get Superseded."""

@@ -240,12 +240,12 @@ class Model:
         self.hooks.remove(hook_id, self.groups, self.name)
         return self._edited("hook_removed", by, hook=hook_id)
 
-    def begin_under(self, settings: policies.Settings) -> None:
+    def begin_under(self, settings: PolicySettings) -> None:
         """Set the policy that the model is created with. OverCapacity if a round does not fit."""
         self._require_round_fits(settings, 0)
         self.coordinator.switch(settings, time.monotonic())
 
-    def set_policy(self, settings: policies.Settings, by: str) -> int:
+    def set_policy(self, settings: PolicySettings, by: str) -> int:
         """Use another policy or other settings from the next version on. OverCapacity as `begin_under`."""
         self._require_round_fits(settings, self.sessions.live_count())
         decisions = self.coordinator.switch(settings, time.monotonic())

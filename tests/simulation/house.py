@@ -19,6 +19,7 @@ from pushstep.server.coordinator.coordinator import Coordinator
 from pushstep.server.coordinator.groups import Group, ParamGroups
 from pushstep.server.coordinator.hooks.chain import HookChain
 from pushstep.server.coordinator.policies import catalogue as policies
+from pushstep.server.coordinator.policies.policy import PolicySettings
 from pushstep.server.coordinator.sessions import Sessions
 from pushstep.server.devices.device import Device
 from pushstep.server.staging.budget import Budget
@@ -152,7 +153,7 @@ class House:
         self.executor.apply(decisions)
         self.executor.submit(lambda: self.arenas.load(kept.copy, timeline))
 
-    def switch(self, settings: policies.Settings) -> None:
+    def switch(self, settings: PolicySettings) -> None:
         """Another policy, or other settings of this one."""
         self.executor.apply(self.coordinator.switch(settings, self.agenda.now_s))
 

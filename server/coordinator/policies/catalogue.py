@@ -14,9 +14,8 @@ from .bounded import BoundedPolicy, BoundedSettings
 from .policy import Policy, PolicySettings
 from .synchronous import SyncPolicy, SyncSettings
 
-Settings = PolicySettings
 # Each kind of settings, and the policy that is made with it.
-POLICIES: Final[Mapping[type[Settings], Callable[[Any], Policy]]] = {
+POLICIES: Final[Mapping[type[PolicySettings], Callable[[Any], Policy]]] = {
     AsyncSettings: AsyncPolicy,
     BoundedSettings: BoundedPolicy,
     SyncSettings: SyncPolicy,
@@ -24,7 +23,7 @@ POLICIES: Final[Mapping[type[Settings], Callable[[Any], Policy]]] = {
 _BY_NAME: Final = {kind.model_fields["policy"].default: kind for kind in POLICIES}
 
 
-def read(settings: Mapping[str, Any], current: Settings | None = None) -> Settings:
+def read(settings: Mapping[str, Any], current: PolicySettings | None = None) -> PolicySettings:
     """Validate settings. A field that is left out keeps its value in `current` if that is of the same policy.
 
     Otherwise it takes its default. InvalidSettings if the result is not valid.
@@ -37,7 +36,7 @@ def read(settings: Mapping[str, Any], current: Settings | None = None) -> Settin
     return read_settings(kind, {**kept, **settings, "policy": name}, f"policy {name}")
 
 
-def from_wire(text: str) -> Settings:
+def from_wire(text: str) -> PolicySettings:
     """Settings as a worker sends them at creation: JSON, or nothing. InvalidSettings or InvalidText."""
     found = read_json(text or "{}")
     if not isinstance(found, dict):
@@ -45,6 +44,6 @@ def from_wire(text: str) -> Settings:
     return read(found)
 
 
-def make(settings: Settings) -> Policy:
+def make(settings: PolicySettings) -> Policy:
     """Make a policy that holds no push yet."""
     return POLICIES[type(settings)](settings)
