@@ -367,6 +367,7 @@ class Training(RuleBasedStateMachine):
         module.load_state_dict(copy.deepcopy(saved))
         self._attach(0, module, shared_memory, edits, overlap)
         worker = self._worker(0)
+        timeline = worker.session.member().timeline
         with self._said(*LOADED) as said:
             worker.remote.load_state_dict(copy.deepcopy(state))
         if any(STAYS in words for words in said):
@@ -374,7 +375,8 @@ class Training(RuleBasedStateMachine):
             worker.check()
             return
         write(self.mirror.model, {name: saved[name] for name in STEPPED})
-        self.mirror.load(local)
+        if worker.session.member().timeline != timeline:  # or its hyperparameters are still to be sent
+            self.mirror.load(local)
         self._load_groups(worker, local)
         write(worker.view, saved)
         worker.came_with(values_of(self.mirror.model))
