@@ -102,6 +102,13 @@ class Hyperparameters:
                 elif group.settings.get(name) != value:
                     group.settings[name] = value
 
+    def write_around_edits(self, groups: Sequence[Group], values: Iterable[GroupValues]) -> None:
+        """Write the server's values where this worker has changed none, after a push that was not applied.
+
+        Its edits stay differences, and travel with the next push.
+        """
+        self.write(groups, values, self._known)
+
     def copies(self, groups: Sequence[Group]) -> list[dict[str, Any]]:
         """Return copies of the groups' settings, without their parameters."""
         return [

@@ -220,8 +220,9 @@ class RemoteOptimizer(torch.optim.Optimizer):
         if pulled is not None:
             self._hyperparameters.leads = receipt.lead
         if pulled is not None and receipt.outcome is Outcome.APPLIED:
-            # if it was not applied, the edits stay differences here and travel with the next push
             self._hyperparameters.write(self._attached.groups, pulled.header.groups, since)
+        elif pulled is not None:
+            self._hyperparameters.write_around_edits(self._attached.groups, pulled.header.groups)
         self._hyperparameters.warn_ignored(receipt)
         self._attached.extras.stepped()
 

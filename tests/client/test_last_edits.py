@@ -166,3 +166,19 @@ def test_a_skipped_last_step_keeps_its_edit_for_the_leave(server: RunningServer,
     assert remote.last_receipt is not None and remote.last_receipt.outcome == "skipped"
     session.close()
     assert _groups(server, model_name)[0]["lr"] == 0.3
+
+
+def test_a_skipped_step_brings_what_others_changed(server: RunningServer, model_name: str) -> None:
+    """Not over an edit of one's own, which still travels."""
+    _, lead = _attached(server, model_name, "w0")
+    session, network = server.connect(model_name, "w1"), Network()
+    second = session.attach(Adagrad(network.parameters(), lr=0.1), module=network)
+    server.rest("PATCH", f"/v1/models/{model_name}/gate", json={"nonfinite": "skip"})
+    patch_group(server, model_name, 0, eps=1e-3)
+    for optimizer, lr in ((second, 0.1), (lead, 0.3)):
+        if optimizer is lead:
+            lead.param_groups[0]["lr"] = lr
+        optimizer.param_groups[0]["params"][-1].grad = torch.full((1,), float("nan"))
+        optimizer.step()
+        assert optimizer.last_receipt is not None and optimizer.last_receipt.outcome == "skipped"
+        assert (optimizer.param_groups[0]["eps"], optimizer.param_groups[0]["lr"]) == (1e-3, lr)
