@@ -122,6 +122,17 @@ class SnapshotDamaged(Broken):
     template = "snapshot {snapshot!r} is damaged: {problem}"
 
 
+class JournalDamaged(Broken):
+    """A journal of which a record that was on the disk has other bytes, or is missing. It is kept, and not replayed."""
+
+    code = "journal_damaged"
+    grpc_status = Status.DATA_LOSS
+    template = (
+        "record {record} of the journal of model {model!r} is damaged ({file}: {problem}); `pushstep check` shows what is "
+        "there, and `pushstep check --repair` cuts the journal off in front of that record"
+    )
+
+
 class SnapshotUnsupported(Broken):
     """A snapshot that is whole, and that this build cannot load. It is kept; an older one is not taken for it."""
 

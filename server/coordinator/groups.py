@@ -111,6 +111,10 @@ class ParamGroups:
         self.list[:] = others.list
         self._by_rows.clear()
 
+    def replace(self, others: ParamGroups) -> None:
+        """Take over the groups of `others`, which belong to the same parameters as these."""
+        self.list[:] = others.list
+
     def at(self, index: int, model: str) -> Group:
         """The group at an index. UnknownGroup if there is none."""
         if not 0 <= index < len(self.list):

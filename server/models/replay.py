@@ -1,0 +1,176 @@
+"""Replays a journal over a model that was loaded from a snapshot: the same kernels over the same bytes, nothing decided.
+
+Every record holds what was decided: the ticket of a step with the gradients as they were received, the outcomes that
+workers were given, and what else of the manifest has changed. So the model is afterwards, to the bit, what it was.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from typing import Any, Final
+
+from pushstep.proto.errors import JournalDamaged, PushstepError
+from pushstep.proto.journal_pb2 import JournalRecord
+from pushstep.proto.types_pb2 import Outcome
+from pushstep.proto.wire.hyperparameters import values_of
+
+from ..arenas.extras import Extras
+from ..coordinator.admission import Admission
+from ..coordinator.groups import ParamGroups
+from ..coordinator.policies import catalogue as policies
+from ..coordinator.worker import Decided
+from ..staging import reduction
+from ..storage.journal_chain import JournalChain
+from ..storage.journal_file import Record
+from ..storage.tensor_file import tensors_in
+from .journal_records import PayloadReader, decided_of, error_of, on_device
+from .model import Model
+
+log = logging.getLogger("pushstep.replay")
+PROGRESS_EVERY_S: Final = 5.0
+
+
+class Replay:
+    """Brings one model forward by its journal. It blocks, and nothing else may touch the model meanwhile."""
+
+    def __init__(
+        self,
+        model: Model,
+        chain: JournalChain,
+        after: int,
+        made_of: Callable[[int, int], bool],
+        until: int | None = None,
+    ) -> None:
+        """A replay of the records behind number `after`.
+
+        made_of: whether the model descends from a (timeline, version); what a restore has undone ends the replay.
+        until: the last version to replay; None for all.
+        """
+        self._model = model
+        self._chain = chain
+        self._made_of = made_of
+        self._until = until
+        self._after = after
+        # the number of the last record that was replayed
+        self.last = after
+        # True if the replay came to the journal's end
+        self.is_complete = True
+
+    def run(self) -> None:
+        """Replay. JournalDamaged, also for a record that does not fit the model; OutOfMemory."""
+        failures = self._chain.failures(self._after)
+        begun_s = said_s = time.monotonic()
+        for record in self._chain.records(self._after):
+            message = record.message
+            at = int(message.timeline), int(message.version)
+            if not self._made_of(*at) or (self._until is not None and at[1] > self._until):
+                self.is_complete = False
+                break
+            try:
+                self._apply(record, failed=at in failures)
+            except (ValueError, KeyError, IndexError, TypeError, PushstepError) as error:
+                raise JournalDamaged(
+                    model=self._model.name, file="", record=record.number, problem=f"it does not fit: {error}"
+                ) from error
+            self.last = record.number
+            if time.monotonic() - said_s >= PROGRESS_EVERY_S:
+                said_s = time.monotonic()
+                log.info("model %s: replayed up to version %d", self._model.name, self._model.version)
+        log.info(
+            "model %s: replayed %d records of its journal, to version %d, in %.1f s",
+            self._model.name,
+            self.last - self._after,
+            self._model.version,
+            time.monotonic() - begun_s,
+        )
+
+    def _apply(self, record: Record, *, failed: bool) -> None:
+        message, model = record.message, self._model
+        outcomes = [decided_of(outcome) for outcome in message.outcomes]
+        payload = PayloadReader(record.payload)
+        match message.WhichOneof("change"):
+            case "step":
+                self._step(message, payload, outcomes, failed=failed)
+            case "failure":
+                self._fail(message)
+            case "values":
+                self._upload(message, payload)
+            case "extras":
+                held = {} if message.extras.all else model.extras
+                file = payload.take_bytes(int(message.extras.file_bytes))
+                tensors = {name: tensor.clone() for name, tensor in tensors_in(file).items()}
+                model.extras = Extras({**held, **tensors}, model.extras)
+        for outcome, decided in zip(message.outcomes, outcomes, strict=True):
+            worker = model.sessions.workers[decided.receipt.identity.worker]
+            model.sessions.consume(worker, decided)
+            state = outcome.worker_state if outcome.HasField("worker_state") else None
+            model.sessions.carry(worker, {}, state)
+            worker.refused_in_row = int(outcome.refused_in_row)
+        if message.changed:
+            self._change(json.loads(message.changed))
+        model.commits.version = int(message.version)
+
+    def _step(
+        self, message: JournalRecord, payload: PayloadReader, outcomes: list[Decided], *, failed: bool
+    ) -> None:
+        model, ticket = self._model, message.step.ticket
+        device = model.arenas.device
+        pushes = [on_device(payload.push(g, model.layout), device) for g in message.step.gradients]
+        push = pushes[0]
+        if ticket.contributions:
+            weights = [contribution.weight for contribution in ticket.contributions]
+            push = reduction.add_up(pushes, weights, ticket.divisor)
+        model.groups.note_rows(push.parts)
+        for group, now in zip(model.groups.list, outcomes[0].receipt.groups, strict=True):
+            group.values = values_of(now)
+        if failed:
+            model.arenas.version = int(ticket.version)
+            return
+        with model.arenas.device_stream.over([push]):
+            model.arenas.step(ticket, push.parts)
+        lrs = model.arenas.applied_lrs(ticket)
+        for decided in outcomes:
+            for group_now in decided.receipt.groups:
+                group_now.effective_lr = lrs.get(group_now.group, group_now.effective_lr)
+
+    def _fail(self, message: JournalRecord) -> None:
+        """The step of a version failed: its pushes were answered with an error after all."""
+        for worker in self._model.sessions.workers.values():
+            for decided in worker.decided_pushes:
+                receipt = decided.receipt
+                if receipt.version == message.version and receipt.outcome == Outcome.OUTCOME_APPLIED:
+                    decided.error = error_of(message.failure)
+                    receipt.outcome, receipt.reason = Outcome.OUTCOME_REJECTED, message.failure.code
+
+    def _upload(self, message: JournalRecord, payload: PayloadReader) -> None:
+        model, arenas, version = self._model, self._model.arenas, int(message.version)
+        with arenas.writing():
+            arenas.version = version
+            for segment, values in payload.values(message.values.segments):
+                flat = arenas.flat(segment.arena, segment.state)
+                flat[segment.start : segment.stop].copy_(values)
+                for slot in model.layout.slots_of(segment):
+                    arenas.mark_changed(slot, version)
+            fresh = [model.layout.slots[index] for index in message.values.fresh]
+            arenas.begin_anew(fresh, [group.values for group in model.groups.list])
+
+    def _change(self, changed: dict[str, Any]) -> None:
+        """Take over the entries of the manifest that a record brings."""
+        model = self._model
+        if "groups" in changed or "hooks" in changed:
+            groups = ParamGroups.parse(changed.get("groups") or model.groups.dump())
+            hooks = model.hooks.parsed(changed.get("hooks", model.hooks.dump()), groups, model.name)
+            model.groups.replace(groups)
+            model.hooks.list[:] = hooks
+        if "gate" in changed:
+            model.coordinator.admission = Admission.parsed(changed["gate"])
+        if "policy" in changed:
+            model.coordinator.switch(policies.read(changed["policy"]), time.monotonic())
+        if "edit" in changed:
+            model.edit = int(changed["edit"])
+        model.sessions.forgotten_epoch = int(changed.get("forgotten_epoch", model.sessions.forgotten_epoch))
+        for name, row in changed.get("workers", {}).items():
+            model.sessions.put(name, row, time.monotonic())

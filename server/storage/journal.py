@@ -1,0 +1,264 @@
+"""A model's journal as it is written: one record for each change, in files that snapshots make superfluous.
+
+Records are appended by the model's writer thread and forced to the disk by the server's one syncing thread
+(`storage/journal_sync.py`). Room for a push's record is taken before the push is decided on, so a full disk refuses
+pushes and loses nothing. What is not in the journal (a restore, a group that was added) is bridged by a snapshot: until
+that is on the disk, no later record counts as durable.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import os
+import threading
+from collections import deque
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Final
+
+from pushstep.proto.errors import DiskFull
+from pushstep.proto.journal_pb2 import JournalRecord
+
+from . import files
+from .journal_chain import MARKER, marker
+from .journal_file import Heading, JournalFile, record_bytes
+
+log = logging.getLogger("pushstep.journal")
+# A file's room grows by several pushes at a time, within these bounds. A fallocate takes 0.1 ms, whatever its length.
+PUSHES_OF_ROOM: Final = 8
+LEAST_GROWTH_BYTES: Final = 1 << 20
+MOST_GROWTH_BYTES: Final = 64 << 20
+# Room that pushes leave to the records of joins, leaves and edits, which nobody can refuse.
+SPARE_BYTES: Final = 1 << 20
+# A record's message, beside its gradients and what a worker sends with it.
+MESSAGE_BYTES: Final = 4 << 10
+RETRY_AFTER_S: Final = 2.0
+
+
+class Level(StrEnum):
+    """How safe a push is when it is acknowledged."""
+
+    APPLIED = "applied"
+    EVERYSEC = "everysec"
+    DURABLE = "durable"
+
+
+LEVELS: Final = tuple(Level)
+
+
+def boot() -> bytes:
+    """The machine's boot: what a process wrote before it died is still there, while this stays the same."""
+    text = Path("/proc/sys/kernel/random/boot_id").read_text()
+    return bytes.fromhex(text.strip().replace("-", ""))
+
+
+class Journal:
+    """Appends records, counts the room that is promised, and knows what is on the disk.
+
+    `append` and `roll` belong to the model's writer thread, `sync` to the syncing thread, the rest to the event loop.
+    """
+
+    def __init__(
+        self, folder: Path, uid: bytes, level: Level, last: int, push_bytes: int, *, after_gap: bool
+    ) -> None:
+        """A journal that goes on behind record `last`. DiskFull, StorageFailed.
+
+        push_bytes: the gradients of a push of all parameters.
+        after_gap: the next record does not follow from the last one, because something that is not in the journal came
+        between; a snapshot has to be taken, and `based` called.
+        """
+        self.folder = folder
+        self.level = level
+        self.model = folder.parent.name
+        self._uid = uid
+        # the last record that was appended, and the last one on the disk
+        self.appended = self.synced = last + after_gap
+        # True unless a snapshot that follows record `_awaited_base` has to be taken first
+        self._based = not after_gap
+        self._awaited_base = self.appended
+        # (record, version) of what has been appended and is not on the disk yet
+        self._versions: deque[tuple[int, int]] = deque()
+        self.durable_version = 0
+        self._promised_bytes = 0
+        self._growth_bytes = min(MOST_GROWTH_BYTES, max(LEAST_GROWTH_BYTES, PUSHES_OF_ROOM * push_bytes))
+        # between the writer, who changes the file, and the syncing thread and the loop
+        self._lock = threading.Lock()
+        self._closed = False
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = self._made(last, self.appended, self._growth_bytes)
+        files.fsync(folder)
+        files.fsync(folder.parent)
+        self._marker = os.open(folder / MARKER, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+
+    def _made(self, previous: int, last: int, room_bytes: int) -> JournalFile:
+        heading = Heading(self._uid, boot(), last + 1, previous, LEVELS.index(self.level))
+        try:
+            return JournalFile(self.folder, heading, room_bytes)
+        except OSError as error:
+            raise self._refusal(error, room_bytes) from error
+
+    def _refusal(self, error: OSError, need_bytes: int) -> Exception:
+        found = files.refusal(f"models/{self.model}/journal", error, self.folder, need_bytes)
+        if isinstance(found, DiskFull):
+            found.fields["retry_after_s"] = str(RETRY_AFTER_S)
+        return found
+
+    # Room.
+
+    def has_room(self, need_bytes: int) -> bool:
+        """True, with the room promised, if a record of so many bytes fits in what is allocated."""
+        if not self._lock.acquire(blocking=False):
+            return False  # a thread allocates: the event loop does not wait for the disk
+        try:
+            left = self._file.room - self._file.end - self._promised_bytes - SPARE_BYTES
+            if left < need_bytes + MESSAGE_BYTES:
+                return False
+            self._promised_bytes += need_bytes + MESSAGE_BYTES
+            return True
+        finally:
+            self._lock.release()
+
+    def take_room(self, need_bytes: int) -> None:
+        """Promise room for a record of so many bytes. It blocks. DiskFull, with nothing promised."""
+        with self._lock:
+            promised = self._promised_bytes + need_bytes + MESSAGE_BYTES
+            try:
+                self._file.allocate(self._file.end + promised + SPARE_BYTES + self._growth_bytes)
+            except OSError as error:
+                raise self._refusal(error, need_bytes) from error
+            self._promised_bytes = promised
+
+    def give_back_room(self, need_bytes: int) -> None:
+        """Take a promise back: the record has been appended, or will not be."""
+        with self._lock:
+            self._promised_bytes -= need_bytes + MESSAGE_BYTES
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes in the present file."""
+        return self._file.end
+
+    # Writing.
+
+    def append(self, record: JournalRecord, payload: Sequence[memoryview] = ()) -> int:
+        """Append a record; its number. DiskFull, StorageFailed: then it is as if it had not been tried."""
+        message = record.SerializeToString()
+        number = self.appended + 1
+        try:
+            self._file.write(number, self.synced, message, payload)
+        except OSError as error:
+            need_bytes = record_bytes(len(message), sum(part.nbytes for part in payload))
+            raise self._refusal(error, need_bytes) from error
+        with self._lock:
+            self.appended = number
+            self._versions.append((number, record.version))
+        return number
+
+    def roll(self) -> int:
+        """Begin a new file, so that the present one can be removed later; the last record's number.
+
+        The present file is forced to the disk first. Raises what the disk does; then nothing has changed.
+        """
+        if self._file.end > self._file.begin:
+            self._roll(self.appended, self.appended)
+        return self.appended
+
+    def skip(self) -> int:
+        """Note that something came that is not in the journal; the number that its snapshot has to name.
+
+        Nothing counts as durable from here on until `based` is called. Raises what the disk does.
+        """
+        previous = self.appended
+        self._roll(previous, previous + 1)
+        with self._lock:
+            self.appended = self._awaited_base = previous + 1
+            self._based = False
+        return self.appended
+
+    def set_level(self, level: Level) -> None:
+        """Go on at another level, in a new file."""
+        self.level = level
+        self._roll(self.appended, self.appended)
+
+    def _roll(self, previous: int, last: int) -> None:
+        """Go on in a new file behind record `last`, of which `previous` was the one before it in the journal."""
+        self._file.sync()
+        file = self._made(previous, last, self._promised_bytes + SPARE_BYTES + self._growth_bytes)
+        files.fsync(self.folder)
+        with self._lock:
+            file.allocate(file.end + self._promised_bytes + SPARE_BYTES)  # more may be promised by now
+            ended, self._file = self._file, file
+        ended.close()
+
+    # The disk.
+
+    def sync(self) -> int:
+        """Force everything appended so far to the disk; the last such record's number.
+
+        OSError: then nothing is known of what is on the disk, and nothing may be acknowledged any more.
+        """
+        with self._lock:
+            number, file = self.appended, self._file
+            if self._closed:
+                return self.synced
+            descriptor = file.duplicate()
+        try:
+            os.fdatasync(descriptor)
+        finally:
+            os.close(descriptor)
+        with self._lock:
+            if not self._closed:
+                self._note_synced(number)
+        return number
+
+    def _note_synced(self, number: int) -> None:
+        self.synced = max(self.synced, number)
+        with contextlib.suppress(OSError):  # it only helps to tell damage from a torn tail
+            os.pwrite(self._marker, marker(self.synced, self._uid), 0)
+
+    def note_durable(self) -> int:
+        """Move `durable_version` on to what is on the disk; the last record that counts as durable."""
+        with self._lock:
+            if not self._based:
+                return min(self.synced, self._awaited_base - 1)
+            while self._versions and self._versions[0][0] <= self.synced:
+                self.durable_version = max(self.durable_version, self._versions.popleft()[1])
+            return self.synced
+
+    def based(self, number: int, version: int) -> None:
+        """A snapshot that follows record `number`, of this version, is on the disk."""
+        with self._lock:
+            if number >= self._awaited_base:
+                self._based = True
+                self.durable_version = max(self.durable_version, version)
+
+    @property
+    def is_based(self) -> bool:
+        """True unless a snapshot has to be taken before anything counts as durable."""
+        return self._based
+
+    def prune(self, number: int) -> None:
+        """Remove the files of which no record is behind number `number`. StorageFailed."""
+        paths = sorted(self.folder.glob("*.journal"))
+        for path, following in itertools.pairwise(paths):
+            if int(following.name.partition(".")[0]) - 1 <= number and path != self._file.path:
+                try:
+                    path.unlink()
+                except OSError as error:
+                    raise self._refusal(error, 0) from error
+
+    def close(self) -> None:
+        """Force everything to the disk and close the files. OSError if the disk refuses."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            try:
+                self._file.sync()
+                self._note_synced(self.appended)
+            finally:
+                self._file.close()
+                os.close(self._marker)
