@@ -13,7 +13,7 @@ from pushstep.proto.types_pb2 import DType, Identity, Manifest, Parameter, Param
 from pushstep.proto.wire.layout import Layout
 from pushstep.server.coordinator.commits import Commits
 from pushstep.server.coordinator.coordinator import Coordinator
-from pushstep.server.coordinator.decision import Decision, Note, Offer, Reduce, Resolve, Step
+from pushstep.server.coordinator.decision import Decision, Event, Offer, Reduce, Resolve, Step
 from pushstep.server.coordinator.groups import Group, ParamGroups
 from pushstep.server.coordinator.hooks.chain import HookChain
 from pushstep.server.coordinator.policies import catalogue as policies
@@ -49,7 +49,7 @@ class Court:
         self.combines: list[Reduce] = []
         self.tickets: list[Ticket] = []
         self.stepped: list[StagedPush] = []
-        self.notes: list[Note] = []
+        self.notes: list[Event] = []
         self.settled: dict[tuple[str, int, int], Resolve] = {}
         if policy:
             self.do(self.coordinator.switch(policies.read(policy), self.now_s))
@@ -58,7 +58,7 @@ class Court:
         """Carry decisions out."""
         for decision in decisions:
             match decision:
-                case Note():
+                case Event():
                     self.notes.append(decision)
                 case Resolve():
                     self._settle(decision)

@@ -1,15 +1,17 @@
 """What a request may hold: every number, text and length in it is checked here, once, before any use.
 
 The limits stand in the .proto, as options of the fields (limits.proto), so callers in every language read them there.
-The checks of a message type are made from its descriptor at its first use. A number or a text without a limit is a
-TypeError then, so a new field cannot be forgotten. Whether a number fits a model, such as a row id or an arena's
-index, is checked by the code that knows the model.
+The check of a message type is made from its descriptor at its first use. A number or a text without a limit is a
+TypeError then, so a new field cannot be forgotten. The check runs for every message and every segment, so it reads all fields that
+have a limit at once, and looks only at those that are not empty. Whether a number fits a model, such as a row id or an
+arena's index, is checked by the code that knows the model.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any, Final
 
 from google.protobuf.descriptor import FieldDescriptor
@@ -34,12 +36,13 @@ _TEXTS: Final = frozenset({FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_BYT
 # Code that looks up an enum's number finds its name or refuses it.
 _UNLIMITED: Final = frozenset({FieldDescriptor.TYPE_BOOL, FieldDescriptor.TYPE_ENUM})
 
-_checks: dict[Any, list[Check]] = {}
+_checks: dict[Any, Check | None] = {}
 
 
 def check(request: Message) -> None:
     """NumberOutOfRange, TooLong or InvalidText if a field of a request is outside its limit."""
-    for checked in checks_of(request.DESCRIPTOR):
+    checked = check_of(request.DESCRIPTOR)
+    if checked is not None:
         checked(request)
 
 
@@ -52,12 +55,14 @@ def check_text(what: str, text: str) -> None:
         raise InvalidText(what=what, character=f"U+{ord(found[0]):04X}")
 
 
-def checks_of(kind: Any) -> list[Check]:
-    """The checks of a message type, by its descriptor. TypeError if a field of it has no limit."""
-    found = _checks.get(kind)
-    if found is None:
-        found = _checks[kind] = [made for field in kind.fields if (made := _field_check(field)) is not None]
-    return found
+def check_of(kind: Any) -> Check | None:
+    """The check of a message type, by its descriptor. TypeError if a field of it has no limit.
+
+    None if it holds nothing to check.
+    """
+    if kind not in _checks:
+        _checks[kind] = _whole_check(kind)
+    return _checks[kind]
 
 
 def limit_of(kind: type[Message], field: str) -> Limit:
@@ -70,41 +75,59 @@ def _limit_of(field: Any) -> Limit:
     return found
 
 
-def _field_check(field: Any) -> Check | None:
-    own = _limit_of(field)
-    name, what = field.name, f"{field.containing_type.name}.{field.name}"
-    if field.type == FieldDescriptor.TYPE_MESSAGE and field.message_type.GetOptions().map_entry:
-        return _map_check(name, what, field, own)
-    one = _value_check(what, field, own)
-    if field.is_repeated:
-        return _repeated_check(name, what, one, _required(own.count, what))
-    if one is None:
+def _whole_check(kind: Any) -> Check | None:
+    """The check of a whole message, or None if there is nothing to check."""
+    plain: list[tuple[str, Check]] = []
+    if_set: list[tuple[str, Callable[[Any], Any], Check]] = []
+    for field in kind.fields:
+        one = _field_check(field)
+        if one is not None and _needs_presence(field):
+            if_set.append((field.name, attrgetter(field.name), one))
+        elif one is not None:
+            plain.append((field.name, one))
+    if not plain and not if_set:
         return None
-    if field.has_presence:
+    read, checks = _reader([name for name, _ in plain]), [one for _, one in plain]
 
-        def check_if_set(message: Any) -> None:
+    def check_message(message: Any) -> None:
+        for value, one in zip(read(message), checks, strict=True):
+            if value:
+                one(value)
+        for name, part, one in if_set:
             if message.HasField(name):
-                one(getattr(message, name))
+                one(part(message))
 
-        return check_if_set
+    return check_message
 
-    def check_unless_zero(message: Any) -> None:
-        if value := getattr(message, name):
-            one(value)
 
-    return check_unless_zero
+def _reader(names: Sequence[str]) -> Callable[[Any], Sequence[Any]]:
+    """What reads these fields of a message at once."""
+    if len(names) > 1:
+        return attrgetter(*names)
+    return (lambda message: (getattr(message, names[0]),)) if names else (lambda message: ())
+
+
+def _needs_presence(field: Any) -> bool:
+    """True if an empty value may not mean that the field was left out: a message, or a number that 0 is beyond."""
+    if field.is_repeated or not field.has_presence or field.type in _TEXTS:
+        return False
+    return field.type == FieldDescriptor.TYPE_MESSAGE or not _limit_of(field).least <= 0
+
+
+def _field_check(field: Any) -> Check | None:
+    """The check of a field's value: not empty, unless the field `_needs_presence`."""
+    own = _limit_of(field)
+    what = f"{field.containing_type.name}.{field.name}"
+    if field.type == FieldDescriptor.TYPE_MESSAGE and field.message_type.GetOptions().map_entry:
+        return _map_check(what, field, own)
+    one = _value_check(what, field, own)
+    return _repeated_check(what, one, _required(own.count, what)) if field.is_repeated else one
 
 
 def _value_check(what: str, field: Any, own: Limit) -> Check | None:
     """The check of one value, or None if there is nothing to check."""
     if field.type == FieldDescriptor.TYPE_MESSAGE:
-        inner = checks_of(field.message_type)
-
-        def check_message(message: Any) -> None:
-            for checked in inner:
-                checked(message)
-
-        return check_message if inner else None
+        return check_of(field.message_type)
     if field.type in _TEXTS:
         is_shown = field.type == FieldDescriptor.TYPE_STRING and not own.any
         return _text_check(what, _required(own.bytes, what), is_shown=is_shown)
@@ -132,15 +155,15 @@ def _text_check(what: str, most_bytes: int, *, is_shown: bool) -> Check:
             raise TooLong(what=what, got=length, unit="bytes", most=most_bytes)
 
     def check_shown(value: str) -> None:
-        check_length(value)
-        check_text(what, value)
+        if len(value) > most_bytes or not (value.isascii() and value.isprintable()):
+            check_length(value)
+            check_text(what, value)
 
     return check_shown if is_shown else check_length
 
 
-def _repeated_check(name: str, what: str, one: Check | None, most: int) -> Check:
-    def check_repeated(message: Any) -> None:
-        values = getattr(message, name)
+def _repeated_check(what: str, one: Check | None, most: int) -> Check:
+    def check_repeated(values: Any) -> None:
         _check_count(what, len(values), most)
         if one is not None:
             for value in values:
@@ -149,13 +172,12 @@ def _repeated_check(name: str, what: str, one: Check | None, most: int) -> Check
     return check_repeated
 
 
-def _map_check(name: str, what: str, field: Any, own: Limit) -> Check:
+def _map_check(what: str, field: Any, own: Limit) -> Check:
     key = _text_check(what, _required(own.bytes, what), is_shown=True)
     one = _value_check(what, field.message_type.fields_by_name["value"], own)
     most = _required(own.count, what)
 
-    def check_map(message: Any) -> None:
-        entries = getattr(message, name)
+    def check_map(entries: Any) -> None:
         _check_count(what, len(entries), most)
         for entry in entries:
             key(entry)

@@ -1,4 +1,4 @@
-"""The committed state of one model: version, groups and hooks. Tickets and receipts are written from it.
+"""The committed state of one model: version, groups and hooks. Tickets are written from it, and receipts (receipts.py).
 
 Writing a ticket makes a version: the pushes' edits are applied, the hooks run over what is stepped, and the version
 goes up by one. A refusal before that changes nothing.
@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from pushstep.proto.errors import PushstepError
-from pushstep.proto.types_pb2 import Contribution, Durability, Identity, Outcome, Receipt, Ticket
+from pushstep.proto.types_pb2 import Contribution, Ticket
 from pushstep.proto.wire.hyperparameters import Values
 
 from ..staging.gradient import StagedPush
-from .groups import ParamGroups
+from .groups import EditPlan, ParamGroups
 from .hooks.chain import HookChain
 from .hooks.hook import StepContext
 from .push import PendingPush
@@ -39,6 +39,29 @@ class Order:
     # the number that a round's weighted sum was divided by; None outside a round
     divisor: float | None = None
     notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A ticket that was written, and what the receipts of its pushes and the observers are told."""
+
+    ticket: Ticket
+    context: StepContext
+    # for each push: whether its worker is the lead, and the names of its edits that do not count
+    leads: Sequence[bool]
+    ignored: Sequence[Sequence[str]]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """For observers."""
+        context = self.context
+        return {
+            "worker": context.worker,
+            "staleness": context.staleness,
+            "gradient_norm": context.gradient_norm,
+            "factor": context.factor,
+            "metrics": dict(context.metrics),
+        }
 
 
 class Commits:
@@ -65,25 +88,26 @@ class Commits:
         self.lineage, self.timeline = list(lineage), timeline
         self.version = self.lineage[-1][1]
 
-    def receipt(self, identity: Identity, policy: str, *, lead: bool) -> Receipt:
-        """A new receipt: without an outcome yet, at the current version."""
-        return Receipt(
-            identity=identity,
-            version=self.version,
-            lead=lead,
-            durability=Durability.DURABILITY_APPLIED,
-            clip_factor=1.0,
-            lr_scale=1.0,
-            policy=policy,
-        )
+    def plan(
+        self, pending: PendingPush, *, lead: bool, before: Mapping[int, Values] | None = None
+    ) -> EditPlan:
+        """What a push's edits do to the groups. Writes nothing.
 
-    def write(self, order: Order, receipts: Sequence[Receipt]) -> tuple[Ticket, dict[str, Any]]:
-        """Write the next version's ticket and complete the receipts. Returns it and the facts for observers.
+        The gate plans, and the ticket takes the same plan, unless the groups or the lead have changed in between.
+        before: what the earlier pushes of the same round have planned. Raises UnknownGroup or InvalidHyperparameter.
+        """
+        plan = pending.plan
+        if plan is None or before or not plan.holds(self.groups, lead):
+            plan = pending.plan = self.groups.plan(pending.edits(), lead, self.name, before)
+        return plan
+
+    def write(self, order: Order, leads: Sequence[bool]) -> Written:
+        """Write the next version's ticket. `leads`: for each push, whether its worker is the lead.
 
         Raises a named error and changes nothing if a hook refuses the step (RejectedByHook), or a group refuses the
         gradient (SparseNotSupported).
         """
-        planned = self._planned(order, receipts)
+        planned, ignored = self._planned(order, leads)
         context = self._context(order)
         self.hooks.step_pre(context)
         self.groups.write(planned)
@@ -100,26 +124,17 @@ class Commits:
             ticket.contributions.extend(
                 Contribution(identity=pending.identity, weight=pending.weight) for pending in order.pushes
             )
-        self.version = ticket.version
+        self.version = context.version
         self.hooks.step_post(context, self.groups)
-        for receipt in receipts:
-            self._complete(receipt, order, context)
-        facts = {
-            "worker": context.worker,
-            "staleness": context.staleness,
-            "gradient_norm": context.gradient_norm,
-            "factor": context.factor,
-            "metrics": dict(context.metrics),
-        }
-        return ticket, facts
+        return Written(ticket, context, leads, ignored)
 
     def _context(self, order: Order) -> StepContext:
-        bases = [pending.header.base_version for pending in order.pushes]
+        base = min([pending.header.base_version for pending in order.pushes])
         return StepContext(
-            worker="+".join(pending.worker for pending in order.pushes),
-            base_version=min(bases),
+            worker="+".join([pending.worker for pending in order.pushes]),
+            base_version=base,
             version=self.version + 1,
-            staleness=max(0, self.version - min(bases)),
+            staleness=max(0, self.version - base),
             gradient_norm=order.push.norm,
             metrics=_mean_metrics(order.pushes),
         )
@@ -130,46 +145,43 @@ class Commits:
         The names are of the form "group.name". If the groups refuse the edits, none is applied and all names return.
         """
         try:
-            planned, ignored = self.groups.plan_worker_edits(edits, lead, self.name)
-            self.groups.check_rows(planned)
+            plan = self.groups.plan(edits, lead, self.name)
+            self.groups.check_rows(plan.planned)
         except PushstepError:
-            return [f"{index}.{name}" for index, edit in edits.items() for name in edit]
-        self.groups.write(planned)
-        return ignored
+            return _names(edits)
+        self.groups.write(plan.planned)
+        return list(plan.ignored)
 
-    def _planned(self, order: Order, receipts: Sequence[Receipt]) -> dict[int, Values]:
-        """The values that the step is taken with. The names of edits that do not count go into the receipts.
+    def _planned(
+        self, order: Order, leads: Sequence[bool]
+    ) -> tuple[Mapping[int, Values], list[Sequence[str]]]:
+        """The values that the step is taken with, and for each push the names of its edits that do not count.
 
         SparseNotSupported if a group refuses the gradient under these values.
         """
-        planned: dict[int, Values] = {}
-        for pending, receipt in zip(order.pushes, receipts, strict=True):
-            edits = pending.edits()
+        planned: Mapping[int, Values] = {}
+        ignored: list[Sequence[str]] = []
+        for pending, lead in zip(order.pushes, leads, strict=True):
+            if not pending.header.edits:
+                ignored.append(())
+                continue
             try:
-                with_edits, ignored = self.groups.plan_worker_edits(edits, receipt.lead, self.name, planned)
-                if with_edits != planned:
-                    self.groups.require_steppable(order.push, with_edits)
+                plan = self.plan(pending, lead=lead, before=planned)
+                if plan.planned != planned:
+                    self.groups.require_steppable(order.push, plan.planned)
             except PushstepError:
                 # valid when the push came; an operator or another push of the round has contradicted it since
-                ignored = [f"{index}.{name}" for index, edit in edits.items() for name in edit]
+                ignored.append(_names(pending.edits()))
             else:
-                planned = with_edits
-            receipt.ignored_edits.extend(ignored)
+                planned = plan.planned
+                ignored.append(plan.ignored)
         self.groups.require_steppable(order.push, planned)
-        return planned
+        return planned, ignored
 
-    def _complete(self, receipt: Receipt, order: Order, context: StepContext) -> None:
-        receipt.outcome = Outcome.OUTCOME_APPLIED
-        receipt.version = self.version
-        receipt.clip_factor = context.factor
-        receipt.step_norm = context.gradient_norm
-        receipt.lr_scale = order.lr_scale
-        receipt.contributors.extend(pending.worker for pending in order.pushes)
-        receipt.notes.extend(order.notes)
-        if context.factor != 1:
-            receipt.notes.append(f"gradient scaled by {context.factor:.6g} ({self.hooks.transforms()})")
-        receipt.groups.extend(self.groups.messages())
-        receipt.missing_metrics.extend(self.hooks.missing_metrics())
+
+def _names(edits: Mapping[int, Values]) -> list[str]:
+    """The names of edits, of the form "group.name"."""
+    return [f"{index}.{name}" for index, edit in edits.items() for name in edit]
 
 
 def _mean_metrics(pushes: Sequence[PendingPush]) -> Mapping[str, float]:

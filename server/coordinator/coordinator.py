@@ -27,7 +27,7 @@ from pushstep.proto.errors import (
     UnknownWorker,
 )
 from pushstep.proto.training_pb2 import PushHeader
-from pushstep.proto.types_pb2 import Identity, Outcome, Receipt
+from pushstep.proto.types_pb2 import OUTCOME_APPLIED, Identity, Receipt
 from pushstep.proto.wire.hyperparameters import Values
 
 from ..staging.gradient import StagedPush
@@ -38,6 +38,7 @@ from .pending import PendingPushes
 from .policies import catalogue as policies
 from .policies.policy import Policy, PolicySettings
 from .push import PendingPush
+from .receipts import superseded
 from .sessions import Sessions
 from .worker import Decided, Worker
 
@@ -162,7 +163,7 @@ class Coordinator:
         """A push broke a rule before its body was complete. It consumes no sequence and counts as refused."""
         worker = self.sessions.workers.get(identity.worker)
         if worker is not None and worker.epoch == identity.epoch and not worker.quarantined:
-            self.pending_pushes.note("push_refused", worker.name, code=error.code)
+            self.pending_pushes.record("push_refused", worker.name, code=error.code)
             self.pending_pushes.count_refused(worker)
         return self.pending_pushes.conclude(now_s)
 
@@ -189,13 +190,10 @@ class Coordinator:
         return [self._as_of_now(decided.receipt) for decided in worker.decided_pushes]
 
     def _as_of_now(self, receipt: Receipt) -> Receipt:
-        applied = receipt.outcome == Outcome.OUTCOME_APPLIED
+        applied = receipt.outcome == OUTCOME_APPLIED
         if not applied or self.commits.holds(receipt.identity.timeline, receipt.version):
             return receipt
-        undone = Receipt()
-        undone.CopyFrom(receipt)
-        undone.outcome, undone.reason = Outcome.OUTCOME_SUPERSEDED, Superseded.code
-        return undone
+        return superseded(receipt)
 
     def on_heartbeat(self, identity: Identity, now_s: float) -> list[Decision]:
         """A worker shows that it lives. Renews its lease. Raises what `on_header` raises about identity."""
@@ -255,8 +253,15 @@ class Coordinator:
 
     def next_s(self) -> float | None:
         """When to `tick` if no event comes: at a round's time-out or the end of a lease. None without."""
-        due = self.policy.deadline_s(), self.sessions.first_lease_s()
-        return min((due_s for due_s in due if due_s is not None), default=None)
+        deadline_s, lease_s = self.policy.deadline_s(), self.sessions.first_lease_s()
+        if deadline_s is None or lease_s is None:
+            return lease_s if deadline_s is None else deadline_s
+        return min(deadline_s, lease_s)
+
+    def not_due_before_s(self) -> float:
+        """A time before which no `tick` is due. It costs less than `next_s`, and may be too early."""
+        deadline_s, lease_s = self.policy.deadline_s(), self.sessions.leases_end_after_s
+        return lease_s if deadline_s is None else min(deadline_s, lease_s)
 
     # Edits.
 
@@ -277,10 +282,7 @@ class Coordinator:
         if identity.sequence != worker.sequence + 1:
             raise OutOfOrder(worker=worker.name, got=identity.sequence, expected=worker.sequence + 1)
         self.commits.version += 1
-        receipt = self.commits.receipt(identity, self.policy.name, lead=self.sessions.leads(worker))
-        receipt.outcome = Outcome.OUTCOME_APPLIED
-        receipt.groups.extend(self.commits.groups.messages())
-        decided = Decided(digest, receipt)
+        decided = Decided(digest, self.pending_pushes.receipts.of_upload(identity, worker, self.policy.name))
         self.sessions.consume(worker, decided)
         self.policy.consumed(worker)
         return decided, self.pending_pushes.conclude(now_s)
@@ -315,7 +317,7 @@ class Coordinator:
     def _who(self, identity: Identity, digest: int | None, now_s: float) -> tuple[Worker, Decided | None]:
         self.require_current(identity)
         worker = self.sessions.require(identity, now_s)
-        seen = self.sessions.judged(worker, identity, digest)
+        seen = self.sessions.decided_before(worker, identity, digest)
         if seen is not None and digest is not None:
             self.sessions.duplicate(worker, seen)
         return worker, seen

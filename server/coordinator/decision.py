@@ -67,7 +67,7 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
-class Note:
+class Event:
     """An entry for the model's events: what happened and who did it."""
 
     kind: str
@@ -75,4 +75,4 @@ class Note:
     facts: Mapping[str, Any]
 
 
-Decision = Resolve | Reduce | Step | Note
+Decision = Resolve | Reduce | Step | Event

@@ -31,19 +31,24 @@ from ..staging.gradient import DensePart, RowsPart, StagedPush
 LARGEST: Final = torch.finfo(torch.float32).max
 
 
+# The values of a group, the fields that an operator has pinned, and the hook that holds its lr.
+Basis = tuple[Values, set[str], str | None]
+
+
 @dataclass(slots=True)
 class Group:
     """One param group: its rule, its values, and who holds which of them."""
 
     rule: Rule
     optimizer: int
+    # values and pinned: an edit replaces them and never writes to them
     values: Values
     pinned: set[str] = field(default_factory=set)
     # id of the hook that sets lr at every version
     scheduled_by: str | None = None
     # number of REST edits, the ETag. Worker edits do not count, or else they make an operator's edit stale
     revision: int = 1
-    # the last message made, and the values that it shows. An edit replaces the values and never writes to them
+    # the last message made, and the values that it shows
     _sent: tuple[Values, GroupValues] | None = None
 
     @classmethod
@@ -80,6 +85,15 @@ class Group:
             )
         return self._sent[1]
 
+    def basis(self) -> Basis:
+        """What a plan of edits depends on: the values, and who holds which of them."""
+        return self.values, self.pinned, self.scheduled_by
+
+    def is_at(self, basis: Basis) -> bool:
+        """True if nothing has replaced the values, or who holds them, since `basis` was taken."""
+        values, pinned, scheduled_by = basis
+        return self.values is values and self.pinned is pinned and self.scheduled_by == scheduled_by
+
     def require_name(self, name: str) -> None:
         """InvalidHyperparameter if the rule has no hyperparameter of that name."""
         if name not in self.rule.defaults:
@@ -96,6 +110,25 @@ class Group:
         if not abs(value) <= LARGEST:
             raise InvalidHyperparameter(problem=f"{name} must be a finite float32, not {value!r}")
         return value if wants_flag else float(value)
+
+
+@dataclass(frozen=True, slots=True)
+class EditPlan:
+    """What a worker's edits do to the groups."""
+
+    # the values after them, by group
+    planned: Mapping[int, Values]
+    # the edits that do not count, of the form "group.name"
+    ignored: Sequence[str]
+    lead: bool
+    # by edited group: what the plan depends on
+    basis: Mapping[int, Basis]
+
+    def holds(self, groups: ParamGroups, lead: bool) -> bool:
+        """True if the plan would be the same now."""
+        return lead == self.lead and all(
+            groups.list[index].is_at(basis) for index, basis in self.basis.items()
+        )
 
 
 class ParamGroups:
@@ -174,17 +207,17 @@ class ParamGroups:
                 for index in [index for index in self._by_rows if first <= index <= last]:
                     del self._by_rows[index]
 
-    def plan_worker_edits(
+    def plan(
         self,
         edits: Mapping[int, Mapping[str, Any]],
         lead: bool,
         model: str,
         before: Mapping[int, Values] | None = None,
-    ) -> tuple[dict[int, Values], list[str]]:
-        """The groups' values after a worker's edits, and the edits that do not count. Writes nothing.
+    ) -> EditPlan:
+        """What a worker's edits do to the groups. Writes nothing.
 
-        The latter are of the form "group.name". Only the lead's edits count, and no edit of a held field does. before:
-        the values that a round's earlier pushes have planned already. Raises UnknownGroup or InvalidHyperparameter.
+        Only the lead's edits count, and no edit of a held field does. before: the values that a round's earlier pushes
+        have planned already. Raises UnknownGroup or InvalidHyperparameter.
         """
         planned: dict[int, Values] = dict(before or {})
         ignored: list[str] = []
@@ -200,10 +233,10 @@ class ParamGroups:
                     ignored.append(f"{index}.{name}")
             if counted:
                 planned[index] = group.changed(counted, planned.get(index))
-        return planned, ignored
+        return EditPlan(planned, ignored, lead, {index: self.list[index].basis() for index in edits})
 
     def write(self, planned: Mapping[int, Values]) -> None:
-        """Write what `plan_worker_edits` planned."""
+        """Write what `plan` planned."""
         for index, values in planned.items():
             self.list[index].values = values
 

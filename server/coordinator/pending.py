@@ -9,7 +9,7 @@ of a round is written when its sum has come back.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pushstep.proto.errors import (
@@ -20,15 +20,17 @@ from pushstep.proto.errors import (
     Quarantined,
     StepFailed,
 )
-from pushstep.proto.types_pb2 import Outcome, Receipt
+from pushstep.proto.types_pb2 import OUTCOME_REJECTED, OUTCOME_SKIPPED
+from pushstep.proto.wire.hyperparameters import Values
 
 from ..staging.gradient import StagedPush
 from .admission import Admission, decide
 from .commits import Commits, Order
-from .decision import Decision, Note, Reduce, Resolve, Step
+from .decision import Decision, Event, Reduce, Resolve, Step
 from .policies.asynchronous import AsyncPolicy
 from .policies.policy import Move, Policy, Refuse, Round, Single, View
 from .push import PendingPush
+from .receipts import Receipts, refuse_consumed
 from .sessions import Sessions
 from .worker import Decided, Worker, WorkerState
 
@@ -41,17 +43,18 @@ class PendingPushes:
         self.sessions = sessions
         self.policy: Policy = AsyncPolicy()
         self.admission = Admission()
+        self.receipts = Receipts(commits, sessions)
         # the round that is being added up
-        self.combining: Reduce | None = None
+        self.reducing: Reduce | None = None
         # pushes that wait for an earlier push of their worker, which is undecided or has not come
         self.parked: list[PendingPush] = []
         self._decisions: list[Decision] = []
 
     def reduced(self, reduce: Reduce, result: StagedPush | PushstepError, now_s: float) -> None:
         """Take a round's sum, or the error of adding it up. Ignored if the round has changed meanwhile."""
-        if reduce is not self.combining:
+        if reduce is not self.reducing:
             return
-        self.combining = None
+        self.reducing = None
         if isinstance(result, PushstepError):
             self._reject(reduce.pushes, result, now_s, blamed=False)
         else:
@@ -69,18 +72,19 @@ class PendingPushes:
 
     def start_over(self, policy: Policy) -> None:
         """Replace the policy. Forgets the pushes that it holds and the round that is being added up."""
-        self.policy, self.combining = policy, None
+        self.policy, self.reducing = policy, None
 
     def view(self, now_s: float) -> View:
         """The state that the policy may look at."""
         members = self.sessions.members() if self.policy.waits else ()
-        return View(now_s, self.commits.version, members, self.combining is not None)
+        return View(now_s, self.commits.version, members, self.reducing is not None)
 
     def conclude(self, now_s: float) -> list[Decision]:
         """Review until the policy has no move left. Returns everything decided since the last event."""
         self.sessions.expire(now_s)
-        for worker in self.sessions.take_expired():
-            self.note("worker_expired", "server", worker=worker.name, epoch=worker.epoch)
+        if self.sessions.expired:
+            for worker in self.sessions.take_expired():
+                self.record("worker_expired", "server", worker=worker.name, epoch=worker.epoch)
         if self.parked:
             self._clear_parked()
         while moves := self.policy.review(self.view(now_s)):
@@ -114,16 +118,15 @@ class PendingPushes:
                 else:
                     self._step(Order([pending], pending.push, lr_scale, notes=notes), now_s)
             case Refuse(pending, outcome, reason, notes):
-                receipt = self._receipt(pending, now_s, outcome, reason)
-                receipt.notes.extend(notes)
+                receipt = self.receipts.without_step(pending, self.policy.name, now_s, outcome, reason, notes)
                 self._consume(pending, Decided(pending.digest, receipt))
             case Round((), _, skips):
                 self._skip(skips, now_s)
             case Round(pushes, mean, skips, notes):
-                self._combine(Reduce(pushes, skips, mean, notes))
+                self._reduce(Reduce(pushes, skips, mean, notes))
 
-    def _combine(self, reduce: Reduce) -> None:
-        self.combining = reduce
+    def _reduce(self, reduce: Reduce) -> None:
+        self.reducing = reduce
         self._decisions.append(reduce)
 
     def pass_on(self, pending: PendingPush) -> None:
@@ -140,9 +143,9 @@ class PendingPushes:
                 raise MalformedFrame(
                     problem=f"base_version {pending.header.base_version} is ahead of version {commits.version}"
                 )
-            planned, _ = commits.groups.plan_worker_edits(
-                pending.edits(), self.sessions.leads(worker), commits.name
-            )
+            planned: Mapping[int, Values] = {}
+            if pending.header.edits:
+                planned = commits.plan(pending, lead=self.sessions.leads(worker)).planned
             if pending.push is None:
                 pending.skips, pending.skip_reason = True, "skip_push"
             else:
@@ -156,12 +159,13 @@ class PendingPushes:
 
     def _step(self, order: Order, now_s: float) -> None:
         """Write the ticket, unless the step is refused after all. Then the pushes are skipped or rejected."""
-        receipts = [self._receipt(pending, now_s) for pending in order.pushes]
+        sessions = self.sessions
         try:
             if order.divisor is not None and not self._still_finite(order.push):
                 self._skip(order.pushes, now_s, NonfiniteGradient.code)
                 return
-            ticket, facts = self.commits.write(order, receipts)
+            leads = [sessions.leads(sessions.workers[pending.worker]) for pending in order.pushes]
+            written = self.commits.write(order, leads)
         except PushstepError as error:
             self._reject(order.pushes, error, now_s, blamed=order.divisor is None)
             return
@@ -169,12 +173,13 @@ class PendingPushes:
             failed = StepFailed(
                 model=self.commits.name, version=self.commits.version + 1, problem=repr(error)
             )
-            self.note(failed.code, "server", problem=repr(error))
+            self.record(failed.code, "server", problem=repr(error))
             self._reject(order.pushes, failed, now_s, blamed=False)
             return
+        receipts = self.receipts.of_step(order, written, self.policy.name, now_s)
         pairs = zip(order.pushes, receipts, strict=True)
-        resolves = [self._settle(pending, Decided(pending.digest, receipt)) for pending, receipt in pairs]
-        self._decisions.append(Step(ticket, order.push, tuple(resolves), facts))
+        resolves = [self._resolve(pending, Decided(pending.digest, receipt)) for pending, receipt in pairs]
+        self._decisions.append(Step(written.ticket, order.push, tuple(resolves), written.facts))
         for pending in order.pushes:
             self._pass_on_next(pending)
 
@@ -182,31 +187,11 @@ class PendingPushes:
         """`admission.decide` for a round's sum, which no gate has seen: finite pushes may sum to infinity."""
         return decide(push, self.admission.nonfinite(self.commits.hooks.nonfinite()))
 
-    def _receipt(
-        self,
-        pending: PendingPush,
-        now_s: float,
-        outcome: Outcome = Outcome.OUTCOME_UNSPECIFIED,
-        reason: str = "",
-    ) -> Receipt:
-        """The receipt of a pending push. One with an `outcome` is of a push that changes nothing."""
-        worker = self.sessions.workers[pending.worker]
-        receipt = self.commits.receipt(pending.identity, self.policy.name, lead=self.sessions.leads(worker))
-        receipt.outcome, receipt.reason = outcome, reason
-        receipt.staleness = max(0, self.commits.version - pending.header.base_version)
-        receipt.times.receive_s = pending.receive_s
-        receipt.times.wait_s = pending.waited_s + now_s - pending.staged_s
-        if pending.push is not None:
-            receipt.gradient_norm = pending.push.norm
-        if outcome:
-            receipt.groups.extend(self.commits.groups.messages())
-        return receipt
-
     def _skip(self, pushes: Sequence[PendingPush], now_s: float, reason: str = "") -> None:
         """Resolve pushes as skipped: their workers count as present, and nothing is applied."""
         for pending in pushes:
             why = reason or pending.skip_reason
-            receipt = self._receipt(pending, now_s, Outcome.OUTCOME_SKIPPED, why)
+            receipt = self.receipts.without_step(pending, self.policy.name, now_s, OUTCOME_SKIPPED, why)
             self._consume(pending, Decided(pending.digest, receipt))
 
     def _reject(
@@ -217,28 +202,31 @@ class PendingPushes:
         `blamed` False: the cause is a round's sum or a failed step, so no worker's count of refusals grows.
         """
         for pending in pushes:
-            receipt = self._receipt(pending, now_s, Outcome.OUTCOME_REJECTED, error.code)
-            self.note("push_rejected", pending.worker, code=error.code)
+            receipt = self.receipts.without_step(
+                pending, self.policy.name, now_s, OUTCOME_REJECTED, error.code
+            )
+            self.record("push_rejected", pending.worker, code=error.code)
             # a copy: the traceback of the raised error holds the push's whole body
             self._consume(pending, Decided(pending.digest, receipt, refuse_consumed(copy.copy(error))))
             if blamed:
                 self.count_refused(self.sessions.workers[pending.worker])
 
     def _consume(self, pending: PendingPush, decided: Decided) -> None:
-        self._decisions.append(self._settle(pending, decided))
+        self._decisions.append(self._resolve(pending, decided))
         self._pass_on_next(pending)
 
-    def _settle(self, pending: PendingPush, decided: Decided) -> Resolve:
+    def _resolve(self, pending: PendingPush, decided: Decided) -> Resolve:
         """Store the outcome. From here on the push counts as seen."""
         worker = self.sessions.workers[pending.worker]
         self.sessions.consume(worker, decided)
         self.policy.consumed(worker)
-        if decided.receipt.outcome != Outcome.OUTCOME_REJECTED:
+        if decided.receipt.outcome != OUTCOME_REJECTED:
             worker.refused_in_row = 0
         worker.staleness = decided.receipt.staleness
         header = pending.header
-        state = header.worker_state if header.HasField("worker_state") else None
-        self.sessions.carry(worker, header.metrics, state)
+        self.sessions.carry(
+            worker, header.metrics, header.worker_state if header.HasField("worker_state") else None
+        )
         return Resolve(pending, decided)
 
     def _pass_on_next(self, pending: PendingPush) -> None:
@@ -255,7 +243,7 @@ class PendingPushes:
         if limit is not None and worker.refused_in_row >= limit and not worker.quarantined:
             worker.quarantined = True
             worker.quarantines += 1
-            self.note("worker_quarantined", "server", worker=worker.name, refused=worker.refused_in_row)
+            self.record("worker_quarantined", "server", worker=worker.name, refused=worker.refused_in_row)
             held, worker.undecided = list(worker.undecided.values()), {}
             self.drop(held, lambda _: self.quarantined(worker))
 
@@ -270,21 +258,15 @@ class PendingPushes:
         for pending in pushes:
             self.policy.drop(pending)
             self._decisions.append(Resolve(pending, None, why(pending)))
-        old = self.combining
+        old = self.reducing
         if old is None or not any(c in pushes for c in (*old.pushes, *old.skips)):
             return
         # the round is added up again without them
-        self.combining = None
+        self.reducing = None
         kept = tuple(c for c in old.pushes if c not in pushes)
         skips = tuple(c for c in old.skips if c not in pushes)
         self._play(Round(kept, old.mean, skips, old.notes), pushes[0].staged_s)
 
-    def note(self, kind: str, by: str, **facts: Any) -> None:
+    def record(self, kind: str, by: str, **facts: Any) -> None:
         """Add an entry to the model's events."""
-        self._decisions.append(Note(kind, by, facts))
-
-
-def refuse_consumed(error: PushstepError) -> PushstepError:
-    """Mark an error as an outcome: its push took its sequence, and a retry gets the same error."""
-    error.fields["consumed"] = "True"
-    return error
+        self._decisions.append(Event(kind, by, facts))

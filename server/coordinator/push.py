@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pushstep.proto.errors import PushstepError
 from pushstep.proto.training_pb2 import PushHeader
@@ -10,6 +10,7 @@ from pushstep.proto.types_pb2 import Identity
 from pushstep.proto.wire.hyperparameters import Values, plain_values
 
 from ..staging.gradient import StagedPush
+from .groups import EditPlan
 
 
 @dataclass(slots=True, eq=False)
@@ -18,6 +19,10 @@ class PendingPush:
 
     header: PushHeader
     digest: int
+    # the identity in its header: model, timeline, worker, epoch and sequence
+    identity: Identity = field(init=False)
+    # its worker's name, by which a round orders and counts it
+    worker: str = field(init=False)
     # None for a skip push, and for one whose body is at fault
     push: StagedPush | None = None
     fault: PushstepError | None = None
@@ -32,16 +37,12 @@ class PendingPush:
     skip_reason: str = ""
     # the coordinator holds it and will resolve it
     accepted: bool = False
+    # what its edits do to the groups, as last planned
+    plan: EditPlan | None = None
 
-    @property
-    def identity(self) -> Identity:
-        """The identity in its header: model, timeline, worker, epoch and sequence."""
-        return self.header.identity
-
-    @property
-    def worker(self) -> str:
-        """Its worker's name, by which a round orders and counts it."""
-        return self.header.identity.worker
+    def __post_init__(self) -> None:
+        self.identity = self.header.identity
+        self.worker = self.identity.worker
 
     @property
     def weight(self) -> float:

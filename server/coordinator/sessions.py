@@ -9,6 +9,7 @@ order. An epoch is never given out twice: a new name starts above the epochs of 
 from __future__ import annotations
 
 import heapq
+import math
 import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
@@ -36,6 +37,8 @@ LAST_SEQUENCE: Final = 2**64 - 1
 WORKER_BYTES: Final = 4096
 RECEIPT_BYTES: Final = 1024
 SPREAD: Final = 4
+# The outcomes as counted for a worker.
+OUTCOMES: Final = {number: name.removeprefix("OUTCOME_").lower() for name, number in Outcome.items()}
 
 
 class Sessions:
@@ -58,7 +61,7 @@ class Sessions:
         # heap of (time, name) for each live worker, whose lease cannot have run out before that time
         self._leases: list[tuple[float, str]] = []
         # workers whose leases ran out since the last `take_expired`
-        self._expired: list[Worker] = []
+        self.expired: list[Worker] = []
 
     def join(self, name: str, now_s: float, takeover: bool, attempt: int = 0, old_epoch: int = 0) -> Worker:
         """Open the next epoch under a name. AlreadyJoined while another session holds it, without `takeover`.
@@ -157,7 +160,7 @@ class Sessions:
         if now_s <= worker.lease_until_s:
             self._touch(worker, now_s)
 
-    def judged(self, worker: Worker, identity: Identity, digest: int | None = None) -> Decided | None:
+    def decided_before(self, worker: Worker, identity: Identity, digest: int | None = None) -> Decided | None:
         """The stored outcome of a sequence seen before, or None if it is one of the next.
 
         `digest` None: not known yet (only the header has arrived). Otherwise raises TooOld, OutOfOrder,
@@ -178,7 +181,10 @@ class Sessions:
 
     def stored(self, worker: Worker, identity: Identity) -> Decided | None:
         """The outcome of a push; None if it has none or it is no longer kept."""
-        return next((v for v in reversed(worker.decided_pushes) if v.receipt.identity == identity), None)
+        for decided in reversed(worker.decided_pushes):
+            if decided.receipt.identity == identity:
+                return decided
+        return None
 
     def _require_in_window(self, worker: Worker, sequence: int) -> None:
         """OutOfOrder if a sequence before this one is unknown. TooManyInFlight if it is too far ahead."""
@@ -198,17 +204,19 @@ class Sessions:
             oldest = worker.decided_pushes[0].receipt.identity
             worker.forgotten = max(worker.forgotten, (int(oldest.epoch), int(oldest.sequence)))
             self._count(worker, -worker.decided_pushes[0].kept_bytes)
-        self._count_verdict(worker, decided)
+        self._count_decided(worker, decided)
         worker.decided_pushes.append(decided)
-        outcome = Outcome.Name(decided.receipt.outcome).removeprefix("OUTCOME_").lower()
+        outcome = OUTCOMES[decided.receipt.outcome]
         worker.outcomes[outcome] = worker.outcomes.get(outcome, 0) + 1
 
-    def _count_verdict(self, worker: Worker, decided: Decided) -> None:
+    def _count_decided(self, worker: Worker, decided: Decided) -> None:
         decided.kept_bytes = RECEIPT_BYTES + SPREAD * decided.receipt.ByteSize()
         self._count(worker, decided.kept_bytes)
 
     def carry(self, worker: Worker, metrics: Mapping[str, float], state: bytes | None) -> None:
         """Keep the metrics and the worker state that a push brought. `state` None: the old state stays."""
+        if state is None and not metrics and not worker.metrics:
+            return
         before = _carried_bytes(worker)
         worker.metrics = dict(metrics)
         worker.worker_state = worker.worker_state if state is None else state
@@ -268,14 +276,21 @@ class Sessions:
 
     def expire(self, now_s: float) -> None:
         """Mark the live workers whose leases have run out as expired."""
+        if self.leases_end_after_s >= now_s:
+            return  # this is called on every event
         while (first := self._first()) is not None and first.lease_until_s < now_s:
             first.state = WorkerState.EXPIRED
-            self._expired.append(first)
+            self.expired.append(first)
 
     def take_expired(self) -> list[Worker]:
         """The workers whose leases ran out since the last call."""
-        expired, self._expired = self._expired, []
+        expired, self.expired = self.expired, []
         return expired
+
+    @property
+    def leases_end_after_s(self) -> float:
+        """A time before which no lease of a live worker runs out; infinite without one."""
+        return self._leases[0][0] if self._leases else math.inf
 
     def _first(self) -> Worker | None:
         """The live worker whose lease ends first. Each is visited about once per lease, however many."""
@@ -328,7 +343,7 @@ class Sessions:
         for entry in dumped:
             worker = Worker.parsed(entry)
             for decided in worker.decided_pushes:
-                self._count_verdict(worker, decided)
+                self._count_decided(worker, decided)
             self._count(worker, WORKER_BYTES + _carried_bytes(worker))
             self._touch(worker, now_s)
             self._joins = max(self._joins, worker.joined)

@@ -13,7 +13,8 @@ import copy
 import logging
 import time
 from asyncio import FIRST_COMPLETED
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence, Set
+from collections.abc import Awaitable, Callable, Coroutine, Sequence, Set
+from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 import torch
@@ -21,15 +22,15 @@ from torch import Tensor
 
 from pushstep.proto.errors import NotHeld, PushPending, PushstepError
 from pushstep.proto.errors.status import named
-from pushstep.proto.types_pb2 import Identity, Outcome, Receipt, ServerTimes
+from pushstep.proto.types_pb2 import Identity, Receipt, ServerTimes
 
 from ..arenas.arena import Arenas
 from ..arenas.writer import ModelWriter
 from ..coordinator.coordinator import Coordinator
-from ..coordinator.decision import Decision, Note, Reduce, Resolve, Step
+from ..coordinator.decision import Decision, Event, Reduce, Resolve, Step
 from ..coordinator.hooks.hook import Point
-from ..coordinator.pending import refuse_consumed
 from ..coordinator.push import PendingPush
+from ..coordinator.receipts import complete
 from ..coordinator.worker import Decided
 from ..devices.device import DeviceStream
 from ..process.inline import INLINE_STEP_BYTES
@@ -51,6 +52,18 @@ Key = tuple[int, str, int, int]
 
 def _key(identity: Identity) -> Key:
     return identity.timeline, identity.worker, identity.epoch, identity.sequence
+
+
+@dataclass(slots=True, eq=False)
+class _Kept:
+    """A push until it is resolved, and what it is resolved with."""
+
+    pending: PendingPush
+    resolved: asyncio.Future[Resolve]
+    # gives back the bytes that the push holds
+    release: Callable[[], None]
+    # what its step writes into shared memory
+    answer: Answer | None
 
 
 class Owner(Protocol):
@@ -101,19 +114,16 @@ class Executor:
         model: Owner,
     ) -> None:
         """`adding`: the device stream on which the gradients of a round are added up."""
-        self._judge = coordinator
+        self._coordinator = coordinator
         self._arenas = arenas
-        self._stepper = writer
+        self._writer = writer
         self._staging = staging
         self._adding = adding
         self._model = model
         # the last round's sum, and the bytes that the budget counts for it
         self._sum: StagedPush | None = None
         self._sum_bytes = 0
-        self._waiting: dict[Key, tuple[asyncio.Future[Resolve], PendingPush]] = {}
-        self._releases: dict[PendingPush, Callable[[], None]] = {}
-        # by push: the answer that its step writes into shared memory
-        self._answers: dict[PendingPush, Answer] = {}
+        self._kept: dict[Key, _Kept] = {}
         self._moved: asyncio.Future[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         # the time that the timer is set for
@@ -126,11 +136,8 @@ class Executor:
 
     def keep(self, pending: PendingPush, release: Callable[[], None], answer: Answer | None) -> None:
         """Hold a push that the coordinator has accepted until it is resolved, then call `release`."""
-        future = asyncio.get_running_loop().create_future()
-        self._waiting[_key(pending.identity)] = future, pending
-        self._releases[pending] = release
-        if answer is not None:
-            self._answers[pending] = answer
+        resolved = asyncio.get_running_loop().create_future()
+        self._kept[_key(pending.identity)] = _Kept(pending, resolved, release, answer)
 
     def apply(self, decisions: Sequence[Decision]) -> None:
         """Apply decisions in order, wake all that wait for a change, and set the timer."""
@@ -138,12 +145,12 @@ class Executor:
             return
         for decision in decisions:
             match decision:
-                case Note(kind, by, facts):
+                case Event(kind, by, facts):
                     self._model.record(kind, by, **facts)
                 case Resolve():
-                    self._settle(decision)
+                    self._resolve(decision)
                 case Reduce():
-                    self._start(self._combine(decision))
+                    self._start(self._reduce(decision))
                 case Step():
                     self._step(decision)
         self._wake()
@@ -156,27 +163,27 @@ class Executor:
 
         NotHeld if the push is unknown; the error that it was resolved with, if it has no outcome.
         """
-        found = self._waiting.get(_key(identity))
-        if found is None:
-            decided = self._judge.decided_of(identity)
+        kept = self._kept.get(_key(identity))
+        if kept is None:
+            decided = self._coordinator.decided_of(identity)
             if decided is None:
                 raise NotHeld(worker=identity.worker, sequence=identity.sequence)
             return decided
-        future, pending = found
+        future = kept.resolved
         until_s = time.monotonic() + hold_s
         while not future.done() and (left_s := until_s - time.monotonic()) > 0:
-            if self._let_go and self._judge.decided_of(identity) is None:
+            if self._let_go and self._coordinator.decided_of(identity) is None:
                 break  # a step that is under way is still waited for
             waits: set[asyncio.Future[Any]] = {future, self._next_move()}
             await asyncio.wait(waits, timeout=left_s, return_when=FIRST_COMPLETED)
         if not future.done():
             self._model.require_whole()
-            stepped = self._judge.decided_of(identity) is not None
-            raise self.pending(identity.worker, pending.digest, stepped=stepped)
-        settled = future.result()
-        if settled.decided is None:
-            raise copy.copy(settled.error or NotHeld(worker=identity.worker, sequence=identity.sequence))
-        return settled.decided
+            stepped = self._coordinator.decided_of(identity) is not None
+            raise self.pending(identity.worker, kept.pending.digest, stepped=stepped)
+        resolved = future.result()
+        if resolved.decided is None:
+            raise copy.copy(resolved.error or NotHeld(worker=identity.worker, sequence=identity.sequence))
+        return resolved.decided
 
     async def change(self, until_s: float, worker: str) -> None:
         """Return after the next event. PushPending if `until_s` comes first, or if the server stops."""
@@ -189,8 +196,8 @@ class Executor:
 
     def pending(self, worker: str, digest: int, *, stepped: bool = False) -> PushPending:
         """The error for a push that waits for others. `digest`: of its body if that is held, else 0."""
-        policy = self._judge.policy
-        missing = policy.missing(self._judge.pending_pushes.view(time.monotonic()))
+        policy = self._coordinator.policy
+        missing = policy.missing(self._coordinator.pending_pushes.view(time.monotonic()))
         why = "its step is being taken" if stepped else missing
         return PushPending(worker=worker, policy=policy.name, why=why, digest=digest, retry_after_s=0.0)
 
@@ -210,21 +217,18 @@ class Executor:
 
     # Doing.
 
-    def _settle(self, resolve: Resolve) -> None:
-        future, _ = self._waiting.pop(_key(resolve.pending.identity), (None, None))
-        self._answers.pop(resolve.pending, None)
-        if future is not None:
-            future.set_result(resolve)
-        release = self._releases.pop(resolve.pending, None)
-        if release is not None:
-            release()
+    def _resolve(self, resolve: Resolve) -> None:
+        kept = self._kept.pop(_key(resolve.pending.identity), None)
+        if kept is not None:
+            kept.resolved.set_result(resolve)
+            kept.release()
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)  # without a reference it may be collected while it runs
         task.add_done_callback(self._tasks.discard)
 
-    async def _combine(self, reduce: Reduce) -> None:
+    async def _reduce(self, reduce: Reduce) -> None:
         pushes = [pending.push for pending in reduce.pushes if pending.push is not None]
         result: StagedPush | PushstepError
         self._forget_sum()
@@ -237,7 +241,7 @@ class Executor:
             result = named(error, log)
         del pushes
         self._sum = result if isinstance(result, StagedPush) else None
-        self.apply(self._judge.reduced(reduce, result, time.monotonic()))
+        self.apply(self._coordinator.reduced(reduce, result, time.monotonic()))
 
     def _add_up(self, pushes: Sequence[StagedPush], reduce: Reduce) -> StagedPush:
         with self._adding.over(pushes):
@@ -252,8 +256,11 @@ class Executor:
         """Queue a ticket with the model's writer, behind all earlier tickets."""
         model, arenas, times = self._model, self._arenas, ServerTimes()
         queued_s = time.monotonic()
-        answers = [self._answers.get(resolve.pending) for resolve in step.resolves]
-        shared = [answer for answer in answers if answer is not None]
+        shared: list[Answer] = []
+        for resolve in step.resolves:
+            kept = self._kept.get(_key(resolve.pending.identity))
+            if kept is not None and kept.answer is not None:
+                shared.append(kept.answer)
 
         def execute() -> dict[int, float]:
             begun_s = time.monotonic()
@@ -270,10 +277,10 @@ class Executor:
         for point in (Point.STEP_PRE, Point.STEP_POST):
             model.tell(point, **step.facts)
         # the step is taken even if its callers go away: their retries will ask for the receipts
-        nbytes = step.push.bytes() + sum(answer.nbytes for answer in shared)
+        nbytes = step.push.bytes() + sum([answer.nbytes for answer in shared])
         kernels = self._kernels_of(step, shared)
         small = nbytes <= INLINE_STEP_BYTES and kernels in self._stepped and step.push.is_of_few
-        job = self._stepper.submit(execute, small=small)
+        job = self._writer.submit(execute, small=small)
         if len(self._stepped) >= KINDS_KEPT:
             self._stepped.clear()
         self._stepped.add(kernels)  # later steps run after this one, which has compiled the kernels by then
@@ -284,10 +291,10 @@ class Executor:
 
     def _kernels_of(self, step: Step, shared: Sequence[Answer]) -> int:
         """A hash of what selects the kernels of a step: dtypes, and which hyperparameters are off."""
-        groups = self._judge.commits.groups.list
-        switches = {group: tuple(map(bool, groups[group].values.values())) for group in step.push.groups}
+        groups, kind = self._coordinator.commits.groups.list, step.push.kind
+        switches = [(group, *map(bool, groups[group].values.values())) for group, *_ in kind]
         copied = shared[0].wire if shared else False
-        return hash((step.push.kind, tuple(switches.items()), copied, step.ticket.factor == 1))
+        return hash((kind, frozenset(switches), copied, step.ticket.factor == 1))
 
     def _finish(self, job: asyncio.Future[dict[int, float]], step: Step, times: ServerTimes) -> None:
         model = self._model
@@ -302,16 +309,16 @@ class Executor:
             failure = model.broke_off(broken, step.ticket.version)
         for resolve in step.resolves:
             if resolve.decided is not None:
-                _complete(resolve.decided, lrs, times, failure)
+                complete(resolve.decided, lrs, times, failure)
                 model.last_receipt = resolve.decided.receipt if failure is None else model.last_receipt
-            self._settle(resolve)
+            self._resolve(resolve)
 
     def write(self, job: Callable[[], None], decided: Decided) -> Awaitable[None]:
         """Queue a write whose outcome is stored already.
 
         If it fails, that outcome becomes a rejection; the error is raised.
         """
-        return self._written(self._stepper.write(job), decided)
+        return self._written(self._writer.write(job), decided)
 
     async def _written(self, job: asyncio.Future[None], decided: Decided) -> None:
         try:
@@ -319,13 +326,15 @@ class Executor:
             self._model.note_nonfinite()
         except Exception as error:  # noqa: BLE001 - whatever it was, its sender is told and the model goes on
             failure = self._model.broke_off(error, decided.receipt.version)
-            _complete(decided, {}, ServerTimes(), failure)
+            complete(decided, {}, ServerTimes(), failure)
             raise failure from None
 
     # The timer.
 
     def _set_clock(self) -> None:
-        next_s = self._judge.next_s()
+        if self._timer is not None and self._due_s <= self._coordinator.not_due_before_s():
+            return  # the usual case, after every push
+        next_s = self._coordinator.next_s()
         if next_s is None or (self._timer is not None and self._due_s <= next_s):
             return  # an early wake-up sets it again: that costs less than a timer for each push
         if self._timer is not None:
@@ -337,7 +346,7 @@ class Executor:
 
     def _tick(self) -> None:
         self._timer = None
-        self.apply(self._judge.tick(time.monotonic()))
+        self.apply(self._coordinator.tick(time.monotonic()))
 
     def close(self) -> None:
         """Stop the timer and end every wait. No decision is applied any more."""
@@ -355,20 +364,6 @@ class Executor:
         """
         if self._tasks:
             await asyncio.wait(self._tasks)
-        self._answers.clear()
-        while self._releases:
-            self._releases.popitem()[1]()
+        while self._kept:
+            self._kept.popitem()[1].release()
         self._forget_sum()
-
-
-def _complete(
-    decided: Decided, lrs: Mapping[int, float], times: ServerTimes, failure: PushstepError | None
-) -> None:
-    """Add to a stored outcome what only the step could tell: its times, learning rates and failure."""
-    receipt = decided.receipt
-    receipt.times.queue_s, receipt.times.step_s = times.queue_s, times.step_s
-    for group in receipt.groups:
-        group.effective_lr = lrs.get(group.group, group.effective_lr)
-    if failure is not None:
-        decided.error = refuse_consumed(copy.copy(failure))
-        receipt.outcome, receipt.reason = Outcome.OUTCOME_REJECTED, failure.code

@@ -15,6 +15,7 @@ from pushstep.proto.training_pb2 import PushCommit
 from pushstep.proto.types_pb2 import Receipt
 
 from ..arenas.publisher import Published
+from ..coordinator.receipts import fill_published
 from ..models.catalog import Catalog
 from ..shared_memory.regions import SharedMemory
 from ..streams.bulk import BulkStream
@@ -44,9 +45,8 @@ class PushHandler:
         model, header = call.model, call.header
         published = await newest(model, header.pull, header.identity.timeline, call.answer)
         answer = await published_header(model, published, header.manifest_hash)
-        answer.receipt.CopyFrom(receipt)
         answer.groups.extend(receipt.groups)
-        answer.receipt.times.publish_s = time.monotonic() - begun_s
+        fill_published(answer.receipt, receipt, time.monotonic() - begun_s)
         return published, answer
 
     async def _taken(

@@ -49,15 +49,19 @@ class StagedPush:
     arrival: object = None
 
     @property
-    def kind(self) -> frozenset[tuple[int, bool, torch.dtype]]:
-        """What selects the kernels that step it. A part without elements needs none."""
-        return frozenset(
-            (part.slot.arena, True, part.rows.dtype)
-            if isinstance(part, RowsPart)
-            else (part.arena, False, part.gradient.dtype)
-            for part in self.parts
-            if (part.rows if isinstance(part, RowsPart) else part.gradient).numel()
-        )
+    def kind(self) -> frozenset[tuple[int, int, bool, torch.dtype]]:
+        """What selects the kernels that step it: group, arena, by rows or not, dtype.
+
+        A part without elements needs none.
+        """
+        found = set()
+        for part in self.parts:
+            if isinstance(part, RowsPart):
+                if part.rows.numel():
+                    found.add((part.slot.group, part.slot.arena, True, part.rows.dtype))
+            elif part.gradient.numel():
+                found.add((part.slots[0].group, part.arena, False, part.gradient.dtype))
+        return frozenset(found)
 
     @property
     def groups(self) -> list[int]:
@@ -72,4 +76,4 @@ class StagedPush:
     def bytes(self) -> int:
         """Bytes of its gradients, without row ids."""
         tensors = [part.rows if isinstance(part, RowsPart) else part.gradient for part in self.parts]
-        return sum(tensor.numel() * tensor.itemsize for tensor in tensors)
+        return sum([tensor.nbytes for tensor in tensors])

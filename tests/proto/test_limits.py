@@ -25,14 +25,14 @@ def every_case() -> Iterator[Any]:
 def test_every_request_of_the_service_is_known() -> None:
     assert {kind.DESCRIPTOR.name for kind in KINDS} >= {"JoinRequest", "PushRequest", "UploadRequest"}
     for kind in KINDS:
-        limits.checks_of(kind.DESCRIPTOR)
+        limits.check_of(kind.DESCRIPTOR)
 
 
 def test_a_field_without_a_limit_cannot_be_served() -> None:
     """As those of answers have none: whoever adds a field to a request is told to state one."""
     for kind in (Receipt, pb.Membership):
         with pytest.raises(TypeError, match="limit"):
-            limits.checks_of(kind.DESCRIPTOR)
+            limits.check_of(kind.DESCRIPTOR)
 
 
 @pytest.mark.parametrize("case", list(every_case()))

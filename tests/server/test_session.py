@@ -169,16 +169,16 @@ def test_sequences_are_judged_in_order(sessions: Sessions) -> None:
     worker = sessions.join("w", 0, takeover=False)
     for gap in (0, 2, 3, 2**64 - 1):
         with pytest.raises(OutOfOrder) as caught:
-            sessions.judged(worker, identity(worker, sequence=gap))
+            sessions.decided_before(worker, identity(worker, sequence=gap))
         assert caught.value.fields["expected"] == "1"
-    assert sessions.judged(worker, identity(worker)) is None
+    assert sessions.decided_before(worker, identity(worker)) is None
     first = consume(sessions, worker, digest=7)
     seen = identity(worker, sequence=1)
-    assert sessions.judged(worker, seen) is first
-    assert sessions.judged(worker, seen, 7) is first
+    assert sessions.decided_before(worker, seen) is first
+    assert sessions.decided_before(worker, seen, 7) is first
     with pytest.raises(Conflict):
-        sessions.judged(worker, seen, 8)
-    assert sessions.judged(worker, identity(worker)) is None
+        sessions.decided_before(worker, seen, 8)
+    assert sessions.decided_before(worker, identity(worker)) is None
 
 
 def test_the_last_eight_receipts_are_kept(sessions: Sessions) -> None:
@@ -186,11 +186,11 @@ def test_the_last_eight_receipts_are_kept(sessions: Sessions) -> None:
     decided_pushes = [consume(sessions, worker, digest=n) for n in range(1, 12)]
     for sequence in range(1, 4):
         with pytest.raises(TooOld) as caught:
-            sessions.judged(worker, identity(worker, sequence=sequence), sequence)
+            sessions.decided_before(worker, identity(worker, sequence=sequence), sequence)
         assert caught.value.fields["oldest"] == "4"
     for sequence in range(4, 12):
         assert (
-            sessions.judged(worker, identity(worker, sequence=sequence), sequence)
+            sessions.decided_before(worker, identity(worker, sequence=sequence), sequence)
             is decided_pushes[sequence - 1]
         )
     assert RECEIPTS_KEPT == 8
@@ -201,9 +201,9 @@ def test_a_receipt_of_an_earlier_epoch_is_no_verdict_of_this_one(sessions: Sessi
     worker = sessions.join("w", 0, takeover=False)
     first = consume(sessions, worker, digest=1)
     worker = sessions.join("w", 0, takeover=True)
-    assert sessions.judged(worker, identity(worker), 2) is None
+    assert sessions.decided_before(worker, identity(worker), 2) is None
     second = consume(sessions, worker, digest=2)
-    assert sessions.judged(worker, identity(worker, sequence=1), 2) is second
+    assert sessions.decided_before(worker, identity(worker, sequence=1), 2) is second
     assert list(worker.decided_pushes) == [first, second]
 
 
@@ -354,9 +354,9 @@ def test_the_table_survives_as_json(sessions: Sessions) -> None:
     a2, b2 = restored.workers["a"], restored.workers["b"]
     assert restored.leads(a2)
     assert a2.lease_until_s == 1000 + LEASE_S
-    assert restored.judged(a2, identity(a2, sequence=10), 2**64 - 10) is a2.decided_pushes[-1]
+    assert restored.decided_before(a2, identity(a2, sequence=10), 2**64 - 10) is a2.decided_pushes[-1]
     with pytest.raises(TooOld):
-        restored.judged(a2, identity(a2, sequence=2))
+        restored.decided_before(a2, identity(a2, sequence=2))
     got = b2.decided_pushes[0].error
     assert isinstance(got, NonfiniteGradient)
     assert (got.message, got.fields, got.consumed) == (error.message, error.fields, True)
@@ -408,7 +408,7 @@ class Model(RuleBasedStateMachine):
         sent = Identity(worker=who.worker, epoch=who.epoch, sequence=sequence)
         try:
             worker = self.sessions.require(sent, self.now_s)
-            seen = self.sessions.judged(worker, sent, digest)
+            seen = self.sessions.decided_before(worker, sent, digest)
         except PushstepError:
             return
         if seen is not None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from pushstep.proto.types_pb2 import Identity
-from pushstep.server.coordinator.decision import Decision, Note, Reduce, Resolve, Step
+from pushstep.server.coordinator.decision import Decision, Event, Reduce, Resolve, Step
 from pushstep.server.coordinator.push import PendingPush
 from pushstep.server.staging import reduction
 
@@ -63,7 +63,7 @@ class Executor:
         house.witness.decided(decisions)
         for decision in decisions:
             match decision:
-                case Note():
+                case Event():
                     pass
                 case Resolve():
                     self._settle(decision)

@@ -33,15 +33,15 @@ Patch = pytest.MonkeyPatch
 
 
 def dedupe_is_dropped(patch: Patch) -> None:
-    """A push that comes again is judged again."""
-    judged = Sessions.judged
+    """A push that comes again is decided again."""
+    decided_before = Sessions.decided_before
 
     def forgetful(self: Sessions, worker: Worker, identity: Identity, digest: int | None = None) -> Any:
         if self.stored(worker, identity) is not None:
             worker.sequence = int(identity.sequence) - 1
-        return judged(self, worker, identity, digest)
+        return decided_before(self, worker, identity, digest)
 
-    patch.setattr(Sessions, "judged", forgetful)
+    patch.setattr(Sessions, "decided_before", forgetful)
 
 
 def eviction_is_ignored(patch: Patch) -> None:
@@ -84,14 +84,14 @@ def left_behind_stays(patch: Patch) -> None:
 
 def mean_is_over_members(patch: Patch) -> None:
     """The sum is divided by the number of members instead of by the contributors' weight."""
-    reduce = PendingPushes._combine
+    reduce = PendingPushes._reduce
     members: list[int] = []
 
     def counting(self: PendingPushes, order: Reduce) -> None:
         members.append(len(self.sessions.members()))
         reduce(self, order)
 
-    patch.setattr(PendingPushes, "_combine", counting)
+    patch.setattr(PendingPushes, "_reduce", counting)
     patch.setattr(Reduce, "divisor", property(lambda self: float(members[-1] or 1) if self.mean else 1.0))
 
 
@@ -113,7 +113,7 @@ def waiting_push_survives_a_restore(patch: Patch) -> None:
     def start_over(self: PendingPushes, policy: Any) -> None:
         policy._queue = getattr(self.policy, "_queue", [])
         policy.round = getattr(self.policy, "round", None)
-        self.policy, self.combining = policy, None
+        self.policy, self.reducing = policy, None
 
     def keeping(*arguments: Any) -> Any:
         with Patch.context() as meanwhile:

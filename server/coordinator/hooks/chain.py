@@ -64,6 +64,8 @@ class HookChain:
 
     def nonfinite(self) -> Nonfinite | None:
         """The last finite guard's choice, which overrides the setting `nonfinite`; None without a guard."""
+        if not self.list:
+            return None
         wishes = [wish for hook in self.list if (wish := hook.nonfinite()) is not None]
         return wishes[-1] if wishes else None
 
@@ -73,7 +75,7 @@ class HookChain:
 
     def step_pre(self, context: StepContext) -> None:
         """Run transforms and guards before a step. RejectedByHook if a guard refuses it or a hook fails."""
-        for hook in self._at(Point.STEP_PRE):
+        for hook in self._at(Point.STEP_PRE) if self.list else ():
             try:
                 hook.step_pre(context)
             except RejectedByHook:
@@ -84,7 +86,7 @@ class HookChain:
 
     def step_post(self, context: StepContext, groups: ParamGroups) -> None:
         """Run transforms after a step's ticket was written."""
-        for hook in self._at(Point.STEP_POST):
+        for hook in self._at(Point.STEP_POST) if self.list else ():
             try:
                 hook.step_post(context, groups)
             except Exception as error:  # noqa: BLE001 - the step is decided: a scheduler past its last step keeps the lr
@@ -94,15 +96,17 @@ class HookChain:
 
     def missing_metrics(self) -> list[str]:
         """The names of metrics that hooks wait for and no push has reported yet."""
+        if not self.list:
+            return []
         found = [hook.missing_metric() for hook in self._at(Point.STEP_POST)]
         return sorted({metric for metric in found if metric is not None})
 
     def observers(self, point: Point) -> list[Hook]:
         """The observers at a point."""
-        return [hook for hook in self._at(point) if hook.kind == "observer"]
+        return [hook for hook in self._at(point) if hook.kind == "observer"] if self.list else []
 
     def _at(self, point: Point) -> Iterable[Hook]:
-        return [hook for hook in self.list if hook.point is point] if self.list else ()
+        return [hook for hook in self.list if hook.point is point]
 
     def dump(self) -> list[dict[str, Any]]:
         """The chain as JSON, each hook with its state."""

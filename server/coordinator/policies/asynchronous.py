@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from pushstep.proto.types_pb2 import Outcome
+from pushstep.proto.types_pb2 import OUTCOME_TOO_STALE
 from pushstep.proto.wire.layout import MAX_GROUPS
 
 from ..push import PendingPush
@@ -67,16 +67,18 @@ class AsyncPolicy:
 
     def review(self, view: View) -> list[Move]:
         """The move for the first push that has arrived. Its version counts in the next push's staleness."""
-        return [self._judge(self._incoming.pop(0), view.version)] if self._incoming else []
+        return [self._move(self._incoming.pop(0), view.version)] if self._incoming else []
 
-    def _judge(self, pending: PendingPush, version: int) -> Move:
+    def _move(self, pending: PendingPush, version: int) -> Move:
         stale = version - pending.header.base_version
-        for group in pending.push.groups if pending.push is not None else ():
-            bound = self.settings.max_staleness_by_group.get(group, self.settings.max_staleness)
+        settings = self.settings
+        is_bound = settings.max_staleness is not None or settings.max_staleness_by_group
+        for group in pending.push.groups if pending.push is not None and is_bound else ():
+            bound = settings.max_staleness_by_group.get(group, settings.max_staleness)
             if bound is not None and stale > bound:
                 note = f"staleness {stale} is above the bound {bound} of group {group}"
-                return Refuse(pending, Outcome.OUTCOME_TOO_STALE, "too_stale", (note,))
-        if not self.settings.scale or stale == 0:
+                return Refuse(pending, OUTCOME_TOO_STALE, "too_stale", (note,))
+        if not settings.scale or stale == 0:
             return Single(pending)
         return Single(pending, 1 / (1 + stale), (f"lr scaled by 1/{1 + stale} for staleness {stale}",))
 

@@ -1,0 +1,154 @@
+"""Writes receipts: what the sender of a push or an upload is told about its outcome. All of them are written here.
+
+A receipt is made when the outcome is decided. What only the step can tell, such as its times, is added after the step.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pushstep.proto.errors import PushstepError, Superseded
+from pushstep.proto.types_pb2 import (
+    DURABILITY_APPLIED,
+    OUTCOME_APPLIED,
+    OUTCOME_REJECTED,
+    OUTCOME_SUPERSEDED,
+    Identity,
+    Outcome,
+    Receipt,
+    ServerTimes,
+)
+
+from .commits import Commits, Order, Written
+from .push import PendingPush
+from .sessions import Sessions
+from .worker import Decided, Worker
+
+
+class Receipts:
+    """Writes the receipts of one model, from its committed state."""
+
+    def __init__(self, commits: Commits, sessions: Sessions) -> None:
+        self._commits = commits
+        self._sessions = sessions
+
+    def of_upload(self, identity: Identity, worker: Worker, policy: str) -> Receipt:
+        """Of an upload, which has made the current version."""
+        return self._receipt(identity, policy, lead=self._sessions.leads(worker), outcome=OUTCOME_APPLIED)
+
+    def without_step(
+        self,
+        pending: PendingPush,
+        policy: str,
+        now_s: float,
+        outcome: Outcome,
+        reason: str,
+        notes: Sequence[str] = (),
+    ) -> Receipt:
+        """Of a push that changes nothing."""
+        lead = self._sessions.leads(self._sessions.workers[pending.worker])
+        version = self._commits.version
+        return self._receipt(
+            pending.identity,
+            policy,
+            lead=lead,
+            outcome=outcome,
+            reason=reason,
+            notes=notes,
+            **_of_push(pending, version, now_s),
+        )
+
+    def of_step(self, order: Order, written: Written, policy: str, now_s: float) -> list[Receipt]:
+        """Of the pushes of a step, whose ticket has made the current version."""
+        context, hooks = written.context, self._commits.hooks
+        notes = [*order.notes]
+        if context.factor != 1:
+            notes.append(f"gradient scaled by {context.factor:.6g} ({hooks.transforms()})")
+        contributors = [pending.worker for pending in order.pushes]
+        missing = hooks.missing_metrics()
+        return [
+            self._receipt(
+                pending.identity,
+                policy,
+                lead=lead,
+                outcome=OUTCOME_APPLIED,
+                clip_factor=context.factor,
+                lr_scale=order.lr_scale,
+                step_norm=context.gradient_norm,
+                contributors=contributors,
+                notes=notes,
+                ignored_edits=ignored,
+                missing_metrics=missing,
+                **_of_push(pending, context.version - 1, now_s),
+            )
+            for pending, lead, ignored in zip(order.pushes, written.leads, written.ignored, strict=True)
+        ]
+
+    def _receipt(
+        self,
+        identity: Identity,
+        policy: str,
+        *,
+        lead: bool,
+        outcome: Outcome,
+        clip_factor: float = 1.0,
+        lr_scale: float = 1.0,
+        **fields: Any,
+    ) -> Receipt:
+        commits = self._commits
+        return Receipt(
+            identity=identity,
+            version=commits.version,
+            outcome=outcome,
+            lead=lead,
+            durability=DURABILITY_APPLIED,
+            clip_factor=clip_factor,
+            lr_scale=lr_scale,
+            policy=policy,
+            groups=commits.groups.messages(),
+            **fields,
+        )
+
+
+def _of_push(pending: PendingPush, version: int, now_s: float) -> dict[str, Any]:
+    """The fields of every push's receipt. `version`: the current one when the push was decided."""
+    return {
+        "staleness": max(0, version - pending.header.base_version),
+        "gradient_norm": 0.0 if pending.push is None else pending.push.norm,
+        "times": ServerTimes(receive_s=pending.receive_s, wait_s=pending.waited_s + now_s - pending.staged_s),
+    }
+
+
+def complete(
+    decided: Decided, lrs: Mapping[int, float], times: ServerTimes, failure: PushstepError | None
+) -> None:
+    """Add to a stored outcome what only the step could tell: its times, learning rates and failure."""
+    receipt = decided.receipt
+    receipt.times.queue_s, receipt.times.step_s = times.queue_s, times.step_s
+    for group in receipt.groups:
+        group.effective_lr = lrs.get(group.group, group.effective_lr)
+    if failure is not None:
+        decided.error = refuse_consumed(copy.copy(failure))
+        receipt.outcome, receipt.reason = OUTCOME_REJECTED, failure.code
+
+
+def superseded(receipt: Receipt) -> Receipt:
+    """The receipt of a push whose step a restore has undone."""
+    undone = Receipt()
+    undone.CopyFrom(receipt)
+    undone.outcome, undone.reason = OUTCOME_SUPERSEDED, Superseded.code
+    return undone
+
+
+def fill_published(sent: Receipt, receipt: Receipt, publish_s: float) -> None:
+    """Fill in the receipt that an exchange sends: the stored one, with the time that publishing took."""
+    sent.CopyFrom(receipt)
+    sent.times.publish_s = publish_s
+
+
+def refuse_consumed(error: PushstepError) -> PushstepError:
+    """Mark an error as an outcome: its push took its sequence, and a retry gets the same error."""
+    error.fields["consumed"] = "True"
+    return error
