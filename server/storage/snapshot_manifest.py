@@ -25,6 +25,7 @@ from ..coordinator.groups import ParamGroups
 from ..coordinator.hooks.chain import HookChain
 from ..coordinator.policies import catalogue as policies
 from ..coordinator.sessions import Sessions
+from ..coordinator.settings import problems
 
 FORMAT: Final = 1
 EXTRAS: Final = "extras.safetensors"
@@ -180,9 +181,7 @@ def checked(snapshot: str, manifest: Mapping[str, Any]) -> None:
 def in_words(error: ValidationError) -> str:
     """The first problems that a schema has found, as text."""
     found = error.errors(include_url=False, include_context=False, include_input=False)
-    shown = [f"{'.'.join(map(str, e['loc'])) or 'all of it'}: {e['msg']}" for e in found[:PROBLEMS_SHOWN]]
-    more = len(found) - PROBLEMS_SHOWN
-    return "; ".join(shown) + (f"; and {more} more" if more > 0 else "")
+    return problems(found, whole="all of it", most=PROBLEMS_SHOWN)
 
 
 def layout_of(snapshot: str, manifest: Mapping[str, Any]) -> Layout:
