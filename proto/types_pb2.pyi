@@ -221,30 +221,6 @@ class Receipt(_message.Message):
     missing_metrics: _containers.RepeatedScalarFieldContainer[str]
     def __init__(self, outcome: _Optional[_Union[Outcome, str]] = ..., reason: _Optional[str] = ..., identity: _Optional[_Union[Identity, _Mapping]] = ..., version: _Optional[int] = ..., staleness: _Optional[int] = ..., gradient_norm: _Optional[float] = ..., clip_factor: _Optional[float] = ..., groups: _Optional[_Iterable[_Union[GroupValues, _Mapping]]] = ..., ignored_edits: _Optional[_Iterable[str]] = ..., lead: bool = ..., durability: _Optional[_Union[Durability, str]] = ..., times: _Optional[_Union[ServerTimes, _Mapping]] = ..., duplicates: _Optional[int] = ..., contributors: _Optional[_Iterable[str]] = ..., lr_scale: _Optional[float] = ..., step_norm: _Optional[float] = ..., notes: _Optional[_Iterable[str]] = ..., policy: _Optional[str] = ..., missing_metrics: _Optional[_Iterable[str]] = ...) -> None: ...
 
-class Staged(_message.Message):
-    __slots__ = ("identity", "digest", "base_version", "finite", "norms", "segments")
-    IDENTITY_FIELD_NUMBER: _ClassVar[int]
-    DIGEST_FIELD_NUMBER: _ClassVar[int]
-    BASE_VERSION_FIELD_NUMBER: _ClassVar[int]
-    FINITE_FIELD_NUMBER: _ClassVar[int]
-    NORMS_FIELD_NUMBER: _ClassVar[int]
-    SEGMENTS_FIELD_NUMBER: _ClassVar[int]
-    identity: Identity
-    digest: int
-    base_version: int
-    finite: bool
-    norms: _containers.RepeatedCompositeFieldContainer[ParameterNorm]
-    segments: _containers.RepeatedCompositeFieldContainer[Segment]
-    def __init__(self, identity: _Optional[_Union[Identity, _Mapping]] = ..., digest: _Optional[int] = ..., base_version: _Optional[int] = ..., finite: bool = ..., norms: _Optional[_Iterable[_Union[ParameterNorm, _Mapping]]] = ..., segments: _Optional[_Iterable[_Union[Segment, _Mapping]]] = ...) -> None: ...
-
-class ParameterNorm(_message.Message):
-    __slots__ = ("parameter", "square_sum")
-    PARAMETER_FIELD_NUMBER: _ClassVar[int]
-    SQUARE_SUM_FIELD_NUMBER: _ClassVar[int]
-    parameter: int
-    square_sum: float
-    def __init__(self, parameter: _Optional[int] = ..., square_sum: _Optional[float] = ...) -> None: ...
-
 class Ticket(_message.Message):
     __slots__ = ("identity", "version", "factor", "lr_scale", "groups", "contributions", "divisor")
     IDENTITY_FIELD_NUMBER: _ClassVar[int]

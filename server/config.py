@@ -17,6 +17,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from .coordinator.settings import problems
 from .devices.choose import split_device
 
 MAX_UNIX_PATH_BYTES = 107  # sun_path has 108 with the final zero
@@ -95,8 +96,7 @@ class Config(BaseSettings):
         try:
             return _with_file(cls, from_file)(**arguments)
         except ValidationError as error:
-            problems = [f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}" for e in error.errors()]
-            raise ValueError("; ".join(problems)) from error
+            raise ValueError(problems(error.errors(), whole="settings")) from error
 
     @field_validator("grpc", "http")
     @classmethod

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from pushstep.proto.training_pb2 import PushHeader
-from pushstep.proto.types_pb2 import DType, Identity, Manifest, Parameter, ParamGroup, Receipt, Staged, Ticket
+from pushstep.proto.types_pb2 import DType, Identity, Manifest, Parameter, ParamGroup, Receipt, Ticket
 from pushstep.proto.wire.layout import Layout
 from pushstep.server.coordinator.commits import Commits
 from pushstep.server.coordinator.coordinator import Coordinator
@@ -160,4 +160,4 @@ def dense(value: float, names: str = "a") -> StagedPush:
         slot = LAYOUT.slot(name, "m")
         gradient = torch.full((slot.stop - slot.start,), value)
         parts.append(DensePart(slot.arena, slot.start, (slot,), gradient))
-    return measured(Staged(), parts)
+    return measured(parts)

@@ -62,7 +62,7 @@ ARROWS = {
         "streams": {"staging", "process"},
         "staging": {"process"},
         "process": set[str](),
-        "config": {"devices"},
+        "config": {"coordinator", "devices"},
     },
     "client": {
         "__init__": {"session", "optimizer", "membership"},

@@ -7,7 +7,7 @@ whole number, and neither "yes" nor 1 is a flag.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Final, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -56,9 +56,14 @@ def read(
     try:
         return kind.model_validate_json(text)
     except ValidationError as invalid:
-        raise error(problem=f"{what}: {problems(invalid)}") from invalid
+        raise error(problem=f"{what}: {problems(invalid.errors())}") from invalid
 
 
-def problems(invalid: ValidationError) -> str:
-    """All validation problems in one line."""
-    return "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in invalid.errors())
+def problems(found: Sequence[Mapping[str, Any]], whole: str = "", most: int | None = None) -> str:
+    """What pydantic's `errors()` found, in one line: the place and the problem of each, at most `most` of them.
+
+    `whole` is the place of a problem of all fields together.
+    """
+    shown = [f"{'.'.join(map(str, each['loc'])) or whole}: {each['msg']}" for each in found[:most]]
+    more = len(found) - len(shown)
+    return "; ".join(shown) + (f"; and {more} more" if more else "")

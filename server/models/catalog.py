@@ -49,7 +49,7 @@ from ..process.threads import DISK
 from ..staging.budget import Budget, charge
 from ..staging.read_budget import ReadBudget
 from ..storage.model_folder import IdentityFile, ModelFolder
-from ..storage.snapshot_manifest import require_understood
+from ..storage.saved_state import SavedState, saved_state
 from ..storage.snapshots import Snapshots
 from .copies import COPIES_AT_ONCE
 from .creations import Creation, Creations, Proposal
@@ -289,18 +289,18 @@ class Catalog:
             except (SnapshotDamaged, UnknownSnapshot):
                 model.require_here()  # a model deleted meanwhile has no snapshots: that is the error to report
                 raise
-            await DISK.run(require_understood, manifest, model.name)
+            state = await DISK.run(saved_state, manifest, copy, model.name)
             if copy.layout.manifest_hash != model.layout.manifest_hash:
                 raise InvalidManifest(
                     problem=f"snapshot {snapshot} holds other parameters or groups than the model has now"
                 )
-            await self.replace(model, copy, manifest, by)
+            await self.replace(model, copy, state, by)
             return copy.version
 
-    async def replace(self, model: Model, copy: ArenasCopy, saved: dict[str, Any] | None, by: str) -> None:
+    async def replace(self, model: Model, copy: ArenasCopy, saved: SavedState | None, by: str) -> None:
         """Replace what the model holds by `copy`, on a new timeline that is written to disk first.
 
-        `saved`: the manifest of the snapshot; None if `copy` was made from the model itself. ManifestChanged if a group
+        `saved`: the snapshot that `copy` is of; None if `copy` was made from the model itself. ManifestChanged if a group
         was added since, Superseded if a restore came since.
         """
         async with self.alone(model.name):
@@ -348,10 +348,9 @@ class Catalog:
                 if found is None:
                     log.error("model %s failed and has no snapshot that verifies", model.name)
                     return
-                manifest, copy = found
-                await DISK.run(require_understood, manifest, model.name)
-                await self.replace(model, copy, manifest, "server")
-                log.warning("model %s failed and goes on from snapshot %s", model.name, manifest["id"])
+                state = await DISK.run(saved_state, *found, model.name)
+                await self.replace(model, state.copy, state, "server")
+                log.warning("model %s failed and goes on from snapshot %s", model.name, state.snapshot)
         except PushstepError as error:
             log.error("model %s failed and could not be brought back: %s", model.name, error.message)
 

@@ -33,13 +33,11 @@ from ..arenas.extras import Extras
 from ..arenas.publisher import Publisher
 from ..arenas.writer import ModelWriter
 from ..coordinator import admission as admission
-from ..coordinator.admission import Admission
 from ..coordinator.commits import Commits
 from ..coordinator.coordinator import Coordinator
 from ..coordinator.groups import Group, ParamGroups
 from ..coordinator.hooks.chain import HookChain
 from ..coordinator.hooks.hook import Hook, Point
-from ..coordinator.policies import catalogue as policies
 from ..coordinator.policies.policy import PolicySettings
 from ..coordinator.policies.synchronous import SyncSettings
 from ..coordinator.sessions import Sessions
@@ -48,6 +46,7 @@ from ..devices.device import Device
 from ..process.logs import in_short
 from ..staging.budget import Budget
 from ..staging.read_budget import ReadBudget
+from ..storage.saved_state import SavedState
 from .events import Events
 from .executor import Executor
 from .observers import Observers
@@ -298,27 +297,28 @@ class Model:
         self.extras = extras
         self._extras_seen += 1
 
+    def adopt(self, saved: SavedState) -> None:
+        """Take over a snapshot's groups, hooks, gate, extras and number of edits."""
+        self.groups.become(saved.groups)
+        self.hooks.become(saved.hooks)
+        self.coordinator.admission = saved.admission
+        self.extras = saved.copy.extras
+        self.edit = saved.edit
+
     def restore(
-        self, copy: ArenasCopy, saved: Mapping[str, Any] | None, timeline: int, by: str
+        self, copy: ArenasCopy, saved: SavedState | None, timeline: int, by: str
     ) -> asyncio.Future[None]:
         """Become `copy` on a new timeline that is on disk already.
 
-        `saved`: the snapshot's manifest; None keeps groups, hooks, policy and gate. It is parsed before anything changes,
-        and applies from the next ticket on. All epochs close: a push of the old timeline, also a pending one, gets
-        `superseded`. The future is done when the arenas are loaded.
+        `saved`: the snapshot that `copy` is of; None keeps groups, hooks, policy and gate. It applies from the next
+        ticket on. All epochs close: a push of the old timeline, also a pending one, gets `superseded`. The future is
+        done when the arenas are loaded.
         """
-        held = self.coordinator.policy.settings.model_dump() if saved is None else saved["policy"]
-        settings = policies.read(held)
+        settings = self.coordinator.policy.settings if saved is None else saved.policy
         if saved is not None:
-            groups = ParamGroups.parse(saved["groups"])
-            hooks = self.hooks.parsed(saved["hooks"], groups, self.name)
-            gate = Admission.parsed(saved["gate"])
-            for group, before in zip(groups.list, self.groups.list, strict=False):
+            for group, before in zip(saved.groups.list, self.groups.list, strict=False):
                 group.revision = before.revision + 1
-            self.groups.become(groups)
-            self.hooks.list[:] = hooks
-            self.coordinator.admission = gate
-            self.edit = int(saved["edit"])
+            self.adopt(saved)
         self.failed = None
         self.replaced_by = None  # that upload is undone
         self.extras = copy.extras

@@ -15,9 +15,6 @@ from pushstep.proto.errors import ModelNotLoaded, PushstepError
 from pushstep.proto.errors.status import named
 from pushstep.proto.wire.identifiers import is_name
 
-from ..coordinator.admission import Admission
-from ..coordinator.groups import ParamGroups
-from ..coordinator.policies import catalogue as policies
 from ..process import garbage
 from ..process.threads import DISK
 from ..storage import files
@@ -70,12 +67,12 @@ class SavedModels:
             return
         model = await DISK.run(self._recovered, name, found)
         try:
-            await model.writer.submit(partial(model.arenas.load, found.copy, model.timeline))
+            await model.writer.submit(partial(model.arenas.load, found.state.copy, model.timeline))
             await self._catalog.write_identity(model, clean_version=None)
         except BaseException:
             await model.close()
             raise
-        snapshot = found.manifest["id"]
+        snapshot = found.state.snapshot
         model.record("loaded", "server", snapshot=snapshot)
         self._catalog.models[name] = model
         garbage.set_aside(len(model.layout.slots))
@@ -85,22 +82,18 @@ class SavedModels:
 
     def _recovered(self, name: str, found: Recovered) -> Model:
         """The model that was found, except for the content of its arenas."""
-        identity, manifest, copied = found.identity, found.manifest, found.copy
+        identity, state, copied = found.identity, found.state, found.state.copy
         proven = (identity.timeline, identity.clean_version) == (copied.timeline, copied.version)
         timeline = identity.timeline + (not proven)
-        groups = ParamGroups.parse(manifest["groups"])
-        model = self._catalog.made(name, identity.uid, timeline, copied.layout, groups)
+        model = self._catalog.made(name, identity.uid, timeline, copied.layout, state.groups)
         model.commits.version, model.commits.lineage = copied.version, list(copied.lineage)
         if not proven:
             model.commits.go_back(copied.lineage_here, timeline)
         model.begun_at = timeline, copied.version
-        model.edit = int(manifest["edit"])
-        model.extras = copied.extras
-        model.hooks.list[:] = model.hooks.parsed(manifest["hooks"], groups, name)
-        model.sessions.parse(manifest["workers"], time.monotonic(), manifest.get("forgotten_epoch", 0))
-        model.coordinator.admission = Admission.parsed(manifest["gate"])
+        model.adopt(state)
+        model.sessions.parse(state.workers, time.monotonic(), state.forgotten_epoch)
         # without the check that a round fits in staging: a smaller budget must not keep the model from loading
-        model.coordinator.switch(policies.read(manifest["policy"]), time.monotonic())
+        model.coordinator.switch(state.policy, time.monotonic())
         if not proven:
             model.sessions.close_epochs()
         return model

@@ -30,6 +30,7 @@ from pushstep.proto.errors import (
 from pushstep.proto.errors.status import PROBLEM_TYPE, named, to_problem, untrace
 
 from ..coordinator.read_json import read_json
+from ..coordinator.settings import problems
 from ..models.catalog import Catalog
 from ..models.copies import COPIES_AT_ONCE, Copies, ModelCopies
 from ..models.downloads import Downloads
@@ -138,8 +139,7 @@ def _translated(request: Request, error: Exception) -> PushstepError:
         return named(error, log)
     untrace(error)
     if isinstance(error, RequestValidationError):
-        problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-        return InvalidSettings(problem="; ".join(problems))
+        return InvalidSettings(problem=problems(error.errors()))
     if isinstance(error, HTTPException):
         # such as a body over the limit, which FastAPI passes on in this way
         if isinstance(error.__cause__, PushstepError):

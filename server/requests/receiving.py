@@ -188,8 +188,6 @@ class Receiving:
         digest, push, fault = await self._look()
         if commit.digest not in (0, digest):
             raise DigestMismatch(got=digest, expected=commit.digest)
-        if push is not None:
-            push.staged.digest = digest
         pending = PendingPush(call.header, digest, receive_s=receive_s, waited_s=self._waited_s)
         pending.push, pending.fault = push, fault
         return pending

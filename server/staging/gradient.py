@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from pushstep.proto.types_pb2 import Staged
 from pushstep.proto.wire.layout import Slot
 
 from ..process.inline import INLINE_PARTS
@@ -40,7 +39,8 @@ class RowsPart:
 class StagedPush:
     """A complete push: its gradient, and what the gate's one pass has measured."""
 
-    staged: Staged
+    # of its gradient in float64, by each parameter's index in the manifest
+    square_sums: Mapping[int, float]
     parts: Sequence[DensePart | RowsPart]
     nonfinite_parameter: str | None
     # L2 over all parameters, their sums of squares added in manifest order
@@ -71,7 +71,7 @@ class StagedPush:
     @property
     def is_of_few(self) -> bool:
         """True if it has so few parameters that the event loop may look at each."""
-        return len(self.staged.norms) <= INLINE_PARTS
+        return len(self.square_sums) <= INLINE_PARTS
 
     def bytes(self) -> int:
         """Bytes of its gradients, without row ids."""

@@ -15,7 +15,6 @@ from torch import Tensor
 from pushstep.optim.ops.norms import square_sums
 from pushstep.proto.shared_memory.slots import SharedBody
 from pushstep.proto.training_pb2 import PushHeader
-from pushstep.proto.types_pb2 import ParameterNorm, Staged
 from pushstep.proto.wire import dtypes
 from pushstep.proto.wire.frames import Assembly
 from pushstep.proto.wire.layout import Layout
@@ -40,12 +39,6 @@ def inspect(
     RowOutOfRange, MalformedFrame. They are raised if the body names rows or elements that do not exist. take:
     allocates memory for what is unpacked.
     """
-    staged = Staged(
-        identity=header.identity,
-        base_version=header.base_version,
-        finite=True,
-        segments=header.segments,
-    )
     parts: list[DensePart | RowsPart] = []
     sums: Sequence[float] | None
     known: list[Sequence[float] | None] = []
@@ -60,11 +53,10 @@ def inspect(
             part, sums = unpack(segment, slots, body, index, take)
             parts.append(part)
         known.append(sums)
-    return measured(staged, parts, known)
+    return measured(parts, known)
 
 
 def measured(
-    staged: Staged,
     parts: Sequence[DensePart | RowsPart],
     known: Sequence[Sequence[float] | None] | None = None,
 ) -> StagedPush:
@@ -73,6 +65,7 @@ def measured(
     known: for each part, its parameters' sums of squares if they were taken before.
     """
     nonfinite = None
+    square_sums_of: dict[int, float] = {}
     for part, sums in zip(parts, known or [None] * len(parts), strict=True):
         if isinstance(part, RowsPart):
             slots, pieces = [part.slot], [part.rows]
@@ -83,15 +76,13 @@ def measured(
                 pieces = [part.gradient[slot.start - part.start : slot.stop - part.start] for slot in slots]
         norms = square_sums(pieces) if sums is None else sums
         for slot, piece, norm in zip(slots, pieces, norms, strict=True):
-            staged.norms.append(ParameterNorm(parameter=slot.index, square_sum=norm))
+            square_sums_of[slot.index] = norm
             stepped = dtypes.state_dtype(slot.dtype)
             narrowed = piece.dtype.itemsize > stepped.itemsize  # a finite float64 may be an infinite float32
             if (narrowed or not math.isfinite(norm)) and not _all_finite(piece, stepped):
                 nonfinite = nonfinite or slot.name
-    staged.finite = nonfinite is None
-    sums_of = {norm.parameter: norm.square_sum for norm in staged.norms}
-    norm = math.sqrt(sum(sums_of[index] for index in sorted(sums_of)))
-    return StagedPush(staged, parts, nonfinite, norm)
+    total = math.sqrt(sum(square_sums_of[index] for index in sorted(square_sums_of)))
+    return StagedPush(square_sums_of, parts, nonfinite, total)
 
 
 def _all_finite(values: Tensor, stepped: torch.dtype) -> bool:

@@ -13,16 +13,16 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Final
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pushstep.proto.errors import ModelNotLoaded
 
-from ..arenas.arena import ArenasCopy
 from ..coordinator.commits import is_before
 from . import files
-from .snapshot_manifest import ID, Count, in_words, require_understood
+from .saved_state import SavedState, saved_state
+from .snapshot_manifest import ID, Count, in_words
 from .snapshots import Snapshots
 
 log = logging.getLogger("pushstep.model_folder")
@@ -92,8 +92,7 @@ class Recovered:
     """What a start finds of a model: its identity, and the snapshot from which it continues."""
 
     identity: IdentityFile
-    manifest: dict[str, Any]
-    copy: ArenasCopy
+    state: SavedState
 
 
 class ModelFolder:
@@ -140,8 +139,7 @@ class ModelFolder:
         if found is None:
             problem = f"none of its {len(ids)} snapshots verifies: {'; '.join(damaged[:DAMAGED_SHOWN])}"
             raise ModelNotLoaded(model=self._name, problem=problem)
-        require_understood(found[0], self._name)
-        return Recovered(identity, *found)
+        return Recovered(identity, saved_state(*found, self._name))
 
     def _read_identity(self, is_needed: bool) -> IdentityFile | None:
         """The identity file.

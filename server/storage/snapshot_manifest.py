@@ -1,8 +1,8 @@
-"""The schema of a snapshot's manifest, and whether this build can use what it says.
+"""The schema of a snapshot's manifest, and the layout that it describes.
 
 `storage/snapshots.py` checks before that its bytes are the ones that were written. But a manifest with a good digest may
 come from another build, or from another author. Its schema is checked on every reading. What its hooks, workers, policy
-and gate keep has no schema here: it is tried on separate objects before a model is made of it.
+and gate keep has no schema here: `storage/saved_state.py` makes them, before a model takes anything over.
 """
 
 from __future__ import annotations
@@ -20,11 +20,7 @@ from pushstep.proto.types_pb2 import Manifest, ParamGroup
 from pushstep.proto.wire import dtypes
 from pushstep.proto.wire.layout import MAX_DIMENSIONS, MAX_PARAMETERS, Layout
 
-from ..coordinator.admission import Admission
-from ..coordinator.groups import ParamGroups
-from ..coordinator.hooks.chain import HookChain
-from ..coordinator.policies import catalogue as policies
-from ..coordinator.sessions import Sessions
+from ..coordinator.settings import problems
 
 FORMAT: Final = 1
 EXTRAS: Final = "extras.safetensors"
@@ -180,9 +176,7 @@ def checked(snapshot: str, manifest: Mapping[str, Any]) -> None:
 def in_words(error: ValidationError) -> str:
     """The first problems that a schema has found, as text."""
     found = error.errors(include_url=False, include_context=False, include_input=False)
-    shown = [f"{'.'.join(map(str, e['loc'])) or 'all of it'}: {e['msg']}" for e in found[:PROBLEMS_SHOWN]]
-    more = len(found) - PROBLEMS_SHOWN
-    return "; ".join(shown) + (f"; and {more} more" if more > 0 else "")
+    return problems(found, whole="all of it", most=PROBLEMS_SHOWN)
 
 
 def layout_of(snapshot: str, manifest: Mapping[str, Any]) -> Layout:
@@ -227,19 +221,3 @@ def parameters_of(layout: Layout) -> list[dict[str, Any]]:
         }
         for slot in layout.slots
     ]
-
-
-def require_understood(manifest: Mapping[str, Any], model: str) -> None:
-    """SnapshotUnsupported unless a model can be made of a checked manifest. It is tried without a model."""
-    try:
-        groups = ParamGroups.parse(manifest["groups"])
-        HookChain().parsed(manifest["hooks"], groups, model)
-        Admission.parsed(manifest["gate"])
-        policies.read(manifest["policy"])
-        Sessions(1.0, 1, model).parse(manifest["workers"], 0.0, manifest.get("forgotten_epoch", 0))
-    except PushstepError as error:
-        raise SnapshotUnsupported(snapshot=manifest["id"], problem=error.message) from error
-    except Exception as error:  # a manifest by another author may break any of them in any way
-        raise SnapshotUnsupported(
-            snapshot=manifest["id"], problem=f"its hooks, gate or workers ({type(error).__name__}: {error})"
-        ) from error

@@ -20,6 +20,7 @@ from pushstep.proto.errors import (
     ModelFailed,
     PushstepError,
     RejectedByHook,
+    SnapshotUnsupported,
     SparseNotSupported,
     StepFailed,
 )
@@ -31,6 +32,7 @@ from pushstep.server.config import Config
 from pushstep.server.coordinator.policies import catalogue as policies
 from pushstep.server.models.catalog import Catalog
 from pushstep.server.models.model import Model
+from pushstep.server.storage.saved_state import saved_state
 
 BOTH = {"a": torch.ones(2), "b": torch.ones(1)}
 ROWS = {"a": (torch.tensor([1]), torch.ones(1, 1))}
@@ -196,7 +198,7 @@ def test_a_failed_load_is_told_and_can_be_done_again(data: Path, monkeypatch: py
     asyncio.run(scenario())
 
 
-def test_a_restore_of_what_has_changed_meanwhile_is_refused_whole(data: Path) -> None:
+def test_a_restore_of_what_does_not_fit_is_refused_whole(data: Path) -> None:
     """A group was added, or a hook of the snapshot is not in this build: the model goes on as it was."""
 
     async def scenario() -> None:
@@ -207,16 +209,15 @@ def test_a_restore_of_what_has_changed_meanwhile_is_refused_whole(data: Path) ->
         model.groups.list[0].values["lr"] = 0.5
         hooks = [{"id": "x-1", "name": "x", "point": "step_pre", "settings": {}, "state": {}}]
         before = model.dump()
-        for saved in ({**manifest, "hooks": hooks}, {**manifest, "policy": {"policy": "x"}}):
-            with pytest.raises(PushstepError):
-                await catalog.replace(model, copy, saved, "test")
-            assert model.dump() == before
+        for wrong in ({"hooks": hooks}, {"policy": {"policy": "x"}}, {"gate": {}}, {"workers": [{}]}):
+            with pytest.raises(SnapshotUnsupported):
+                saved_state({**manifest, **wrong}, copy, "m")
         added = Manifest()
         added.CopyFrom(LAYOUT.manifest)
         added.parameters[0].aliases.append("c")
         model.layout = Layout(added)
         with pytest.raises(ManifestChanged):
-            await catalog.replace(model, copy, manifest, "test")
+            await catalog.replace(model, copy, saved_state(manifest, copy, "m"), "test")
         model.layout = LAYOUT
         assert model.dump() == before
         await model.close()

@@ -90,9 +90,8 @@ def test_a_good_push_is_found_out_whole() -> None:
     assert isinstance(sparse, RowsPart)
     assert dense.gradient.tolist() == [1, 2, 2]
     assert sparse.ids.tolist() == [1, 4]
-    assert {n.parameter: n.square_sum for n in push.staged.norms} == {1: 9.0, 0: 1.0}
-    assert (push.staged.finite, push.nonfinite_parameter) == (True, None)
-    assert push.staged.identity.worker == "w"
+    assert push.square_sums == {1: 9.0, 0: 1.0}
+    assert push.nonfinite_parameter is None
 
 
 def test_duplicate_rows_are_summed_before_anything_is_measured() -> None:
@@ -101,13 +100,13 @@ def test_duplicate_rows_are_summed_before_anything_is_measured() -> None:
     assert isinstance(part, RowsPart)
     assert part.ids.tolist() == [1, 3]
     assert part.rows.tolist() == [[5, 5], [3, 4]]
-    assert push.staged.norms[0].square_sum == 75.0
+    assert push.square_sums == {0: 75.0}
 
 
 def test_no_rows_are_a_gradient_of_nothing() -> None:
     push = inspected(("table", ids(), torch.empty(0, 2)))
-    assert push.staged.finite
-    assert push.staged.norms[0].square_sum == 0
+    assert push.nonfinite_parameter is None
+    assert push.square_sums == {0: 0.0}
 
 
 @pytest.mark.parametrize("wrong", [6, -1, 2**63 - 1, -(2**63)])
@@ -147,7 +146,6 @@ def test_nonfinite_is_decided_by_the_setting(piece: tuple[str, Tensor]) -> None:
     """Also what only becomes infinite in the dtype that is stepped, or in a sum of duplicates."""
     good = ("wide", torch.zeros(2)) if piece[0] == "weight" else ("weight", torch.zeros(3))
     push = inspected(good, piece)
-    assert not push.staged.finite
     assert push.nonfinite_parameter == piece[0]
     with pytest.raises(NonfiniteGradient) as caught:
         decide(push, Nonfinite.REJECT)
@@ -215,8 +213,8 @@ def test_a_header_is_refused_before_its_body() -> None:
 
 def test_a_gradient_norm_may_overflow_where_its_elements_do_not() -> None:
     push = inspected(("wide", torch.tensor([1e308, 1e308], dtype=torch.float64)))
-    assert math.isinf(push.staged.norms[0].square_sum)
-    assert push.staged.finite
+    assert math.isinf(push.norm)
+    assert push.nonfinite_parameter is None
 
 
 def test_a_stored_verdict_does_not_hold_on_to_the_body(data: Path) -> None:

@@ -214,12 +214,8 @@ def test_schedulers_are_torchs_also_over_a_snapshot(name: str) -> None:
         optimizer.step()
         expected.step(loss) if name == "ReduceLROnPlateau" else expected.step()
         if number == 3:
-            dumped, of, installed = (
-                json.loads(json.dumps(installed.dump())),
-                ParamGroups.parse(of.dump()),
-                HookChain(),
-            )
-            installed.list[:] = installed.parsed(dumped, of, "m")
+            dumped, of = json.loads(json.dumps(installed.dump())), ParamGroups.parse(of.dump())
+            installed = HookChain.parsed(dumped, of, "m")
         installed.step_post(context(metrics={"loss": loss}), of)
     assert [group.values["lr"] for group in of.list] == [group["lr"] for group in optimizer.param_groups]
     assert moved

@@ -15,7 +15,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from pushstep.proto.types_pb2 import DType, Identity, Manifest, Parameter, ParamGroup, Staged
+from pushstep.proto.types_pb2 import DType, Identity, Manifest, Parameter, ParamGroup
 from pushstep.proto.wire.layout import Layout
 from pushstep.server.staging.gradient import DensePart, StagedPush
 from pushstep.server.staging.inspect import measured
@@ -88,7 +88,7 @@ def _staged(element: int, value: float, both: bool) -> StagedPush:
         for slot, gradient in zip(LAYOUT.slots, _gradients(element, value, both), strict=True)
         if gradient is not None
     ]
-    return measured(Staged(), parts)
+    return measured(parts)
 
 
 def element_of(worker: str, number: int) -> int:

@@ -121,21 +121,24 @@ class HookChain:
             for hook in self.list
         ]
 
-    def parsed(self, dumped: Iterable[Mapping[str, Any]], groups: ParamGroups, model: str) -> list[Hook]:
-        """Make the hooks that `dump` wrote and install them on `groups`. InvalidHook.
-
-        The chain's own list stays as it is.
-        """
-        hooks = []
+    @classmethod
+    def parsed(cls, dumped: Iterable[Mapping[str, Any]], groups: ParamGroups, model: str) -> HookChain:
+        """The chain that `dump` wrote, installed on `groups`. InvalidHook."""
+        chain = cls()
         for entry in dumped:
             hook = made(entry["id"], entry["name"], entry["point"], entry["settings"])
             hook.install(groups, model)
             hook.load_state(entry["state"], groups)
-            hooks.append(hook)
+            chain.list.append(hook)
             number = entry["id"].rpartition("-")[2]
             if number.isdigit():
-                self._next = max(self._next, int(number) + 1)
-        return hooks
+                chain._next = max(chain._next, int(number) + 1)
+        return chain
+
+    def become(self, other: HookChain) -> None:
+        """Take over the hooks of `other`, in place. No id of either is given again."""
+        self.list[:] = other.list
+        self._next = max(self._next, other._next)
 
 
 def made(hook_id: str, name: str, point: str, settings: Mapping[str, Any]) -> Hook:

@@ -1,0 +1,63 @@
+"""A verified snapshot as what a model is made of, or takes over."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pushstep.proto.errors import PushstepError, SnapshotUnsupported
+
+from ..arenas.arena import ArenasCopy
+from ..coordinator.admission import Admission
+from ..coordinator.groups import ParamGroups
+from ..coordinator.hooks.chain import HookChain
+from ..coordinator.policies import catalogue as policies
+from ..coordinator.policies.policy import PolicySettings
+from ..coordinator.sessions import Sessions
+
+
+@dataclass(frozen=True, slots=True)
+class SavedState:
+    """What a snapshot holds. One model takes it over: its groups, hooks and gate are live objects.
+
+    `workers` and `forgotten_epoch` are as `Sessions.parse` takes them. A restore leaves them out.
+    """
+
+    snapshot: str
+    copy: ArenasCopy
+    edit: int
+    groups: ParamGroups
+    hooks: HookChain
+    admission: Admission
+    policy: PolicySettings
+    workers: Sequence[Mapping[str, Any]]
+    forgotten_epoch: int
+
+
+def saved_state(manifest: Mapping[str, Any], copy: ArenasCopy, model: str) -> SavedState:
+    """The state in a verified snapshot. SnapshotUnsupported if this build cannot make a model of it."""
+    workers, forgotten_epoch = manifest["workers"], manifest.get("forgotten_epoch", 0)
+    try:
+        groups = ParamGroups.parse(manifest["groups"])
+        hooks = HookChain.parsed(manifest["hooks"], groups, model)
+        admission = Admission.parsed(manifest["gate"])
+        policy = policies.read(manifest["policy"])
+        Sessions(1.0, 1, model).parse(workers, 0.0, forgotten_epoch)
+    except PushstepError as error:
+        raise SnapshotUnsupported(snapshot=manifest["id"], problem=error.message) from error
+    except Exception as error:  # a manifest by another author may break any of them in any way
+        raise SnapshotUnsupported(
+            snapshot=manifest["id"], problem=f"its hooks, gate or workers ({type(error).__name__}: {error})"
+        ) from error
+    return SavedState(
+        manifest["id"],
+        copy,
+        int(manifest["edit"]),
+        groups,
+        hooks,
+        admission,
+        policy,
+        workers,
+        forgotten_epoch,
+    )
