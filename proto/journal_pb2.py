@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from pushstep.proto import types_pb2 as pushstep_dot_proto_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cpushstep/proto/journal.proto\x12\x0bpushstep.v1\x1a\x1apushstep/proto/types.proto\"\xb2\x02\n\rJournalRecord\x12\x10\n\x08timeline\x18\x01 \x01(\x04\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12(\n\x04step\x18\x03 \x01(\x0b\x32\x18.pushstep.v1.JournalStepH\x00\x12.\n\x07\x66\x61ilure\x18\x04 \x01(\x0b\x32\x1b.pushstep.v1.JournalFailureH\x00\x12,\n\x06values\x18\x05 \x01(\x0b\x32\x1a.pushstep.v1.JournalValuesH\x00\x12,\n\x06\x65xtras\x18\x06 \x01(\x0b\x32\x1a.pushstep.v1.JournalExtrasH\x00\x12-\n\x08outcomes\x18\x07 \x03(\x0b\x32\x1b.pushstep.v1.JournalOutcome\x12\x0f\n\x07\x63hanged\x18\x08 \x01(\x0c\x42\x08\n\x06\x63hange\"c\n\x0bJournalStep\x12#\n\x06ticket\x18\x01 \x01(\x0b\x32\x13.pushstep.v1.Ticket\x12/\n\tgradients\x18\x02 \x03(\x0b\x32\x1c.pushstep.v1.JournalGradient\"O\n\x0fJournalGradient\x12&\n\x08segments\x18\x01 \x03(\x0b\x32\x14.pushstep.v1.Segment\x12\x14\n\x0c\x62\x61se_version\x18\x02 \x01(\x04\"\x97\x01\n\x0eJournalFailure\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x37\n\x06\x66ields\x18\x03 \x03(\x0b\x32\'.pushstep.v1.JournalFailure.FieldsEntry\x1a-\n\x0b\x46ieldsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"F\n\rJournalValues\x12&\n\x08segments\x18\x01 \x03(\x0b\x32\x14.pushstep.v1.Segment\x12\r\n\x05\x66resh\x18\x02 \x03(\r\"0\n\rJournalExtras\x12\x12\n\nfile_bytes\x18\x01 \x01(\x04\x12\x0b\n\x03\x61ll\x18\x02 \x01(\x08\"\xb7\x01\n\x0eJournalOutcome\x12%\n\x07receipt\x18\x01 \x01(\x0b\x32\x14.pushstep.v1.Receipt\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x06\x12*\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x1b.pushstep.v1.JournalFailure\x12\x19\n\x0cworker_state\x18\x04 \x01(\x0cH\x00\x88\x01\x01\x12\x16\n\x0erefused_in_row\x18\x05 \x01(\x04\x42\x0f\n\r_worker_stateb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cpushstep/proto/journal.proto\x12\x0bpushstep.v1\x1a\x1apushstep/proto/types.proto\"\xb2\x02\n\rJournalRecord\x12\x10\n\x08timeline\x18\x01 \x01(\x04\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12(\n\x04step\x18\x03 \x01(\x0b\x32\x18.pushstep.v1.JournalStepH\x00\x12.\n\x07\x66\x61ilure\x18\x04 \x01(\x0b\x32\x1b.pushstep.v1.JournalFailureH\x00\x12,\n\x06values\x18\x05 \x01(\x0b\x32\x1a.pushstep.v1.JournalValuesH\x00\x12,\n\x06\x65xtras\x18\x06 \x01(\x0b\x32\x1a.pushstep.v1.JournalExtrasH\x00\x12-\n\x08outcomes\x18\x07 \x03(\x0b\x32\x1b.pushstep.v1.JournalOutcome\x12\x0f\n\x07\x63hanged\x18\x08 \x01(\x0c\x42\x08\n\x06\x63hange\"c\n\x0bJournalStep\x12#\n\x06ticket\x18\x01 \x01(\x0b\x32\x13.pushstep.v1.Ticket\x12/\n\tgradients\x18\x02 \x03(\x0b\x32\x1c.pushstep.v1.JournalGradient\"9\n\x0fJournalGradient\x12&\n\x08segments\x18\x01 \x03(\x0b\x32\x14.pushstep.v1.Segment\"\x97\x01\n\x0eJournalFailure\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x37\n\x06\x66ields\x18\x03 \x03(\x0b\x32\'.pushstep.v1.JournalFailure.FieldsEntry\x1a-\n\x0b\x46ieldsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"F\n\rJournalValues\x12&\n\x08segments\x18\x01 \x03(\x0b\x32\x14.pushstep.v1.Segment\x12\r\n\x05\x66resh\x18\x02 \x03(\r\"0\n\rJournalExtras\x12\x12\n\nfile_bytes\x18\x01 \x01(\x04\x12\x0b\n\x03\x61ll\x18\x02 \x01(\x08\"\xb7\x01\n\x0eJournalOutcome\x12%\n\x07receipt\x18\x01 \x01(\x0b\x32\x14.pushstep.v1.Receipt\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x06\x12*\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x1b.pushstep.v1.JournalFailure\x12\x19\n\x0cworker_state\x18\x04 \x01(\x0cH\x00\x88\x01\x01\x12\x16\n\x0erefused_in_row\x18\x05 \x01(\x04\x42\x0f\n\r_worker_stateb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,15 +39,15 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_JOURNALSTEP']._serialized_start=382
   _globals['_JOURNALSTEP']._serialized_end=481
   _globals['_JOURNALGRADIENT']._serialized_start=483
-  _globals['_JOURNALGRADIENT']._serialized_end=562
-  _globals['_JOURNALFAILURE']._serialized_start=565
-  _globals['_JOURNALFAILURE']._serialized_end=716
-  _globals['_JOURNALFAILURE_FIELDSENTRY']._serialized_start=671
-  _globals['_JOURNALFAILURE_FIELDSENTRY']._serialized_end=716
-  _globals['_JOURNALVALUES']._serialized_start=718
-  _globals['_JOURNALVALUES']._serialized_end=788
-  _globals['_JOURNALEXTRAS']._serialized_start=790
-  _globals['_JOURNALEXTRAS']._serialized_end=838
-  _globals['_JOURNALOUTCOME']._serialized_start=841
-  _globals['_JOURNALOUTCOME']._serialized_end=1024
+  _globals['_JOURNALGRADIENT']._serialized_end=540
+  _globals['_JOURNALFAILURE']._serialized_start=543
+  _globals['_JOURNALFAILURE']._serialized_end=694
+  _globals['_JOURNALFAILURE_FIELDSENTRY']._serialized_start=649
+  _globals['_JOURNALFAILURE_FIELDSENTRY']._serialized_end=694
+  _globals['_JOURNALVALUES']._serialized_start=696
+  _globals['_JOURNALVALUES']._serialized_end=766
+  _globals['_JOURNALEXTRAS']._serialized_start=768
+  _globals['_JOURNALEXTRAS']._serialized_end=816
+  _globals['_JOURNALOUTCOME']._serialized_start=819
+  _globals['_JOURNALOUTCOME']._serialized_end=1002
 # @@protoc_insertion_point(module_scope)

@@ -36,12 +36,10 @@ class JournalStep(_message.Message):
     def __init__(self, ticket: _Optional[_Union[_types_pb2.Ticket, _Mapping]] = ..., gradients: _Optional[_Iterable[_Union[JournalGradient, _Mapping]]] = ...) -> None: ...
 
 class JournalGradient(_message.Message):
-    __slots__ = ("segments", "base_version")
+    __slots__ = ("segments",)
     SEGMENTS_FIELD_NUMBER: _ClassVar[int]
-    BASE_VERSION_FIELD_NUMBER: _ClassVar[int]
     segments: _containers.RepeatedCompositeFieldContainer[_types_pb2.Segment]
-    base_version: int
-    def __init__(self, segments: _Optional[_Iterable[_Union[_types_pb2.Segment, _Mapping]]] = ..., base_version: _Optional[int] = ...) -> None: ...
+    def __init__(self, segments: _Optional[_Iterable[_Union[_types_pb2.Segment, _Mapping]]] = ...) -> None: ...
 
 class JournalFailure(_message.Message):
     __slots__ = ("code", "message", "fields")

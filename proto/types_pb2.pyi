@@ -180,7 +180,7 @@ class ServerTimes(_message.Message):
     def __init__(self, receive_s: _Optional[float] = ..., queue_s: _Optional[float] = ..., wait_s: _Optional[float] = ..., step_s: _Optional[float] = ..., publish_s: _Optional[float] = ...) -> None: ...
 
 class Receipt(_message.Message):
-    __slots__ = ("outcome", "reason", "identity", "version", "staleness", "gradient_norm", "clip_factor", "groups", "ignored_edits", "lead", "durability", "times", "duplicates", "contributors", "lr_scale", "step_norm", "notes", "policy", "missing_metrics")
+    __slots__ = ("outcome", "reason", "identity", "version", "staleness", "gradient_norm", "clip_factor", "groups", "ignored_edits", "lead", "durability", "times", "duplicates", "contributors", "lr_scale", "step_norm", "notes", "policy", "missing_metrics", "durable_version")
     OUTCOME_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     IDENTITY_FIELD_NUMBER: _ClassVar[int]
@@ -200,6 +200,7 @@ class Receipt(_message.Message):
     NOTES_FIELD_NUMBER: _ClassVar[int]
     POLICY_FIELD_NUMBER: _ClassVar[int]
     MISSING_METRICS_FIELD_NUMBER: _ClassVar[int]
+    DURABLE_VERSION_FIELD_NUMBER: _ClassVar[int]
     outcome: Outcome
     reason: str
     identity: Identity
@@ -219,7 +220,8 @@ class Receipt(_message.Message):
     notes: _containers.RepeatedScalarFieldContainer[str]
     policy: str
     missing_metrics: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, outcome: _Optional[_Union[Outcome, str]] = ..., reason: _Optional[str] = ..., identity: _Optional[_Union[Identity, _Mapping]] = ..., version: _Optional[int] = ..., staleness: _Optional[int] = ..., gradient_norm: _Optional[float] = ..., clip_factor: _Optional[float] = ..., groups: _Optional[_Iterable[_Union[GroupValues, _Mapping]]] = ..., ignored_edits: _Optional[_Iterable[str]] = ..., lead: bool = ..., durability: _Optional[_Union[Durability, str]] = ..., times: _Optional[_Union[ServerTimes, _Mapping]] = ..., duplicates: _Optional[int] = ..., contributors: _Optional[_Iterable[str]] = ..., lr_scale: _Optional[float] = ..., step_norm: _Optional[float] = ..., notes: _Optional[_Iterable[str]] = ..., policy: _Optional[str] = ..., missing_metrics: _Optional[_Iterable[str]] = ...) -> None: ...
+    durable_version: int
+    def __init__(self, outcome: _Optional[_Union[Outcome, str]] = ..., reason: _Optional[str] = ..., identity: _Optional[_Union[Identity, _Mapping]] = ..., version: _Optional[int] = ..., staleness: _Optional[int] = ..., gradient_norm: _Optional[float] = ..., clip_factor: _Optional[float] = ..., groups: _Optional[_Iterable[_Union[GroupValues, _Mapping]]] = ..., ignored_edits: _Optional[_Iterable[str]] = ..., lead: bool = ..., durability: _Optional[_Union[Durability, str]] = ..., times: _Optional[_Union[ServerTimes, _Mapping]] = ..., duplicates: _Optional[int] = ..., contributors: _Optional[_Iterable[str]] = ..., lr_scale: _Optional[float] = ..., step_norm: _Optional[float] = ..., notes: _Optional[_Iterable[str]] = ..., policy: _Optional[str] = ..., missing_metrics: _Optional[_Iterable[str]] = ..., durable_version: _Optional[int] = ...) -> None: ...
 
 class Ticket(_message.Message):
     __slots__ = ("identity", "version", "factor", "lr_scale", "groups", "contributions", "divisor")

@@ -17,7 +17,8 @@ from pushstep.proto.errors import PushstepError
 
 from .config import Config
 from .process import logs
-from .service import DataFolderLocked, ExitStatus, Service
+from .process.exit_status import ExitStatus
+from .service import DataFolderLocked, Service
 
 log = logging.getLogger("pushstep.server")
 

@@ -17,8 +17,10 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from .coordinator.settings import problems
+from .coordinator.settings import LARGEST_S, problems
 from .devices.choose import split_device
+from .journal.durability import DurabilitySettings
+from .journal.journal import Level
 
 MAX_UNIX_PATH_BYTES = 107  # sun_path has 108 with the final zero
 # Room for a few messages to each of a few readers.
@@ -69,6 +71,16 @@ class Config(BaseSettings):
         20_000,
         ge=1,
         description="workers' connections held at once; fewer if this process may not open as many files",
+    )
+    durability: Literal["applied", "everysec", "durable"] = Field(
+        "applied", description="how safe a push of a new model is when it is acknowledged"
+    )
+    snapshot_every_s: float = Field(
+        60.0,
+        gt=0,
+        le=LARGEST_S,
+        allow_inf_nan=False,
+        description="a new model is saved so often while something changes",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what is logged")
 
@@ -126,6 +138,10 @@ class Config(BaseSettings):
     def reading_bytes(self) -> int:
         """Bytes that may be held for all readers together."""
         return self.read_bytes or max(self.staging_bytes, LEAST_READ_BYTES)
+
+    def durability_settings(self) -> DurabilitySettings:
+        """How a new model is kept on the disk."""
+        return DurabilitySettings(level=Level(self.durability), snapshot_every_s=self.snapshot_every_s)
 
     def unix_path(self) -> str | None:
         """The path of the Unix socket; None for no socket, also when the default path is too long."""

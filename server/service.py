@@ -16,7 +16,6 @@ import socket
 import stat
 import sys
 from collections.abc import Awaitable
-from enum import IntEnum
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote
@@ -30,12 +29,13 @@ from pushstep.proto.wire.buffers import keep_freed_blocks
 from pushstep.proto.wire.frames import MAX_MESSAGE_BYTES, TRANSPORT_LIMIT_BYTES
 
 from .config import Config, is_loopback, split_address
+from .devices.warmup import warm_kernels
 from .models.catalog import Catalog
 from .models.saved_models import SavedModels
-from .models.warmup import warm_kernels
 from .operator_door.app import create_app
 from .operator_door.http_server import HttpServer
 from .process.descriptors import Spare, shared_out
+from .process.exit_status import ExitStatus
 from .process.threads import PUSHES, REQUESTS
 from .process.unix_socket import UnixSocket
 from .shared_memory.regions import SharedMemory
@@ -83,16 +83,6 @@ GRPC_OPTIONS: Final = (
 SWITCH_S: Final = 200e-6
 # Connections that may wait until the loop accepts them.
 BACKLOG: Final = 2048
-
-
-class ExitStatus(IntEnum):
-    """How a server's process ended. The README has the same table."""
-
-    SAVED = 0
-    NOT_STARTED = 1
-    BAD_SETTINGS = 2
-    NOT_ALL_SAVED = 3
-    BROKEN_OFF = 4
 
 
 class DataFolderLocked(RuntimeError):
@@ -215,6 +205,13 @@ class Service:
 
     async def _serve(self) -> None:
         """Serve until told to stop. Raises what ends the HTTP door; RuntimeError if it just closes."""
+        snapshots = asyncio.create_task(self.catalog.take_due_snapshots())
+        try:
+            await self._until_stopped()
+        finally:
+            snapshots.cancel()
+
+    async def _until_stopped(self) -> None:
         await self._say(health_pb2.HealthCheckResponse.SERVING)
         unix = f" unix={self.unix_path}" if self.unix_path else ""
         try:
@@ -235,7 +232,7 @@ class Service:
         self.catalog.draining = True
         self.catalog.ready = False
         for model in self.catalog.models.values():
-            model.executor.let_go()
+            model.held.let_go()
         whole = await self._part("health", self._health.enter_graceful_shutdown())
         whole &= await self._part("gRPC", self._grpc.stop(self.config.drain_s))
         whole &= await self._part("shared memory", self.memory.stop())
@@ -254,6 +251,7 @@ class Service:
 
     async def _let_go(self) -> None:
         """Release what the process holds outside itself: sockets, shared memory, the data folder's lock."""
+        self.catalog.close()
         await self._part("gRPC", self._grpc.stop(None))
         await self._part("shared memory", self.memory.stop())
         if self._serving is not None and not self._serving.done():

@@ -44,7 +44,7 @@ ARROWS = {
         "__init__": set[str](),
         "__main__": {"service", "config", "process"},
         "service": {
-            "worker_door", "operator_door", "shared_memory", "models", "staging", "process", "config",
+            "worker_door", "operator_door", "shared_memory", "models", "devices", "staging", "process", "config",
         },
         "worker_door": {"requests", "shared_memory", "models", "streams", "arenas", "process"},
         "operator_door": {
@@ -54,7 +54,8 @@ ARROWS = {
             "shared_memory", "models", "storage", "coordinator", "arenas", "devices", "streams", "staging", "process",
         },
         "shared_memory": {"models", "arenas", "devices", "staging", "process"},
-        "models": {"storage", "coordinator", "arenas", "devices", "staging", "process", "config"},
+        "models": {"journal", "storage", "coordinator", "arenas", "devices", "staging", "process", "config"},
+        "journal": {"storage", "coordinator", "arenas", "staging", "process"},
         "storage": {"coordinator", "arenas", "process"},
         "coordinator": {"staging"},
         "arenas": {"devices", "staging", "process"},

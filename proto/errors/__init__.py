@@ -102,6 +102,7 @@ from .refused import (
     UnknownSnapshot,
     UnknownWorker,
     VersionMoved,
+    VersionNotKept,
 )
 
 __all__ = [
@@ -121,7 +122,6 @@ __all__ = [
     "HeldByHook",
     "HostNotAllowed",
     "InternalError",
-    "JournalDamaged",
     "InvalidAddress",
     "InvalidHook",
     "InvalidHyperparameter",
@@ -131,6 +131,7 @@ __all__ = [
     "InvalidSettings",
     "InvalidState",
     "InvalidText",
+    "JournalDamaged",
     "LeaseExpired",
     "LocalParameterEdit",
     "MalformedFrame",
@@ -193,6 +194,7 @@ __all__ = [
     "UnsupportedFormat",
     "UnsupportedModule",
     "VersionMoved",
+    "VersionNotKept",
     "WrongDtype",
     "WrongLength",
     "WrongShape",

@@ -49,6 +49,16 @@ class UnknownSnapshot(NotFound):
     template = "model {model!r} has no snapshot {snapshot!r}; GET /v1/models/{model}/snapshots lists them"
 
 
+class VersionNotKept(NotFound):
+    """No snapshot holds this version, and no journal reaches it."""
+
+    code = "version_not_kept"
+    template = (
+        "version {version} of model {model!r} is in no snapshot, nor in the journal behind one; "
+        "GET /v1/models/{model}/durability says which versions are kept"
+    )
+
+
 class UnknownRoute(NotFound):
     """No resource lies at this path."""
 

@@ -30,23 +30,25 @@ class ModelWriter:
         self._takes_small = arenas.device_stream.takes_small
         self._unfinished = 0
 
-    def submit(self, job: Callable[[], T], *, small: bool = False, mends: bool = False) -> asyncio.Future[T]:
+    def submit(
+        self, job: Callable[[], T], *, small: bool = False, mends: bool = False, reads: bool = True
+    ) -> asyncio.Future[T]:
         """Queue a job behind all earlier ones. The future has its result, or what it raised.
 
         A small job with no job before it runs at once in the calling thread. Only the event loop submits jobs, so the
         writer thread stays idle meanwhile, and the way there and back costs 0.15 ms, more than a small step. ModelFailed
-        if the arenas are torn when the job's turn comes, unless it `mends` them.
+        if the arenas are torn when the job's turn comes, unless it `mends` them, or has nothing to do with them.
         """
         loop = asyncio.get_running_loop()
         if small and self._takes_small and not self._unfinished:
             done: asyncio.Future[T] = loop.create_future()
             try:
-                done.set_result(self._done(job, mends))
+                done.set_result(self._done(job, mends or not reads))
             except Exception as error:  # noqa: BLE001 - it belongs to whoever awaits the future
                 done.set_exception(error)
             return done
         self._unfinished += 1
-        queued = loop.run_in_executor(self._thread, self._done, job, mends)
+        queued = loop.run_in_executor(self._thread, self._done, job, mends or not reads)
         queued.add_done_callback(self._finished)
         return queued
 

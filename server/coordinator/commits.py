@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pushstep.proto.errors import PushstepError
-from pushstep.proto.types_pb2 import Contribution, Ticket
+from pushstep.proto.types_pb2 import Contribution, Durability, Ticket
 from pushstep.proto.wire.hyperparameters import Values
 
 from ..staging.gradient import StagedPush
@@ -78,6 +78,8 @@ class Commits:
         self.lineage: list[tuple[int, int]] = []
         self.groups = groups
         self.hooks = hooks
+        # how safe a push is when it is acknowledged, as receipts say
+        self.durability: Durability = Durability.DURABILITY_APPLIED
 
     def holds(self, timeline: int, version: int) -> bool:
         """True if the current state descends from (timeline, version); False if a restore has undone it."""

@@ -245,6 +245,7 @@ class Coordinator:
         if worker is None:
             raise UnknownWorker(model=self.name, worker=name)
         worker.quarantined, worker.refused_in_row = False, 0
+        self.sessions.mark_changed(name)
         return self.pending_pushes.conclude(now_s)
 
     def tick(self, now_s: float) -> list[Decision]:
@@ -260,7 +261,7 @@ class Coordinator:
 
     def not_due_before_s(self) -> float:
         """A time before which no `tick` is due. It costs less than `next_s`, and may be too early."""
-        deadline_s, lease_s = self.policy.deadline_s(), self.sessions.leases_end_after_s
+        deadline_s, lease_s = self.policy.deadline_s(), self.sessions.leases.end_after_s
         return lease_s if deadline_s is None else min(deadline_s, lease_s)
 
     # Edits.

@@ -243,6 +243,7 @@ class PendingPushes:
         if limit is not None and worker.refused_in_row >= limit and not worker.quarantined:
             worker.quarantined = True
             worker.quarantines += 1
+            self.sessions.mark_changed(worker.name)
             self.record("worker_quarantined", "server", worker=worker.name, refused=worker.refused_in_row)
             held, worker.undecided = list(worker.undecided.values()), {}
             self.drop(held, lambda _: self.quarantined(worker))

@@ -11,7 +11,6 @@ from typing import Any
 
 from pushstep.proto.errors import PushstepError, Superseded
 from pushstep.proto.types_pb2 import (
-    DURABILITY_APPLIED,
     OUTCOME_APPLIED,
     OUTCOME_REJECTED,
     OUTCOME_SUPERSEDED,
@@ -103,7 +102,7 @@ class Receipts:
             version=commits.version,
             outcome=outcome,
             lead=lead,
-            durability=DURABILITY_APPLIED,
+            durability=commits.durability,
             clip_factor=clip_factor,
             lr_scale=lr_scale,
             policy=policy,

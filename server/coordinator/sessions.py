@@ -8,8 +8,6 @@ order. An epoch is never given out twice: a new name starts above the epochs of 
 
 from __future__ import annotations
 
-import heapq
-import math
 import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
@@ -27,6 +25,7 @@ from pushstep.proto.errors import (
 )
 from pushstep.proto.types_pb2 import Identity, Outcome
 
+from .leases import Leases
 from .worker import RECEIPTS_KEPT, Decided, Worker, WorkerState
 
 IN_FLIGHT: Final = 8
@@ -56,12 +55,15 @@ class Sessions:
         self.kept_bytes = 0
         # the highest epoch of any worker that was forgotten
         self.forgotten_epoch = 0
+        # epochs up to here may have been given to workers that a crash has undone
+        self.first_epoch = 0
         self._joins = 0
         self._lead: Worker | None = None
-        # heap of (time, name) for each live worker, whose lease cannot have run out before that time
-        self._leases: list[tuple[float, str]] = []
+        self.leases = Leases(self.workers)
         # workers whose leases ran out since the last `take_expired`
         self.expired: list[Worker] = []
+        # names of workers whose rows have changed since `take_changed`, other than by an outcome or a receipt's count
+        self._changed: set[str] = set()
 
     def join(self, name: str, now_s: float, takeover: bool, attempt: int = 0, old_epoch: int = 0) -> Worker:
         """Open the next epoch under a name. AlreadyJoined while another session holds it, without `takeover`.
@@ -76,7 +78,7 @@ class Sessions:
             self._require_room()
             self._forget(now_s)
             self._require_bytes(WORKER_BYTES)
-            worker = self.workers[name] = Worker(name, epoch=self.forgotten_epoch)
+            worker = self.workers[name] = Worker(name, epoch=max(self.forgotten_epoch, self.first_epoch))
             self._count(worker, WORKER_BYTES)
             if self.forgotten_epoch:
                 worker.forgotten = self.forgotten_epoch, LAST_SEQUENCE
@@ -99,7 +101,8 @@ class Sessions:
         if self._lead is worker:
             self._lead = None  # a worker that joins again comes last in the order of joins
         self._touch(worker, now_s)
-        self._watch(worker)
+        self.leases.watch(worker)
+        self._changed.add(name)
         return worker
 
     def _require_room(self) -> None:
@@ -258,6 +261,7 @@ class Sessions:
         if worker is not None:
             worker.state = WorkerState.LEFT
             worker.last_seen_s = now_s
+            self._changed.add(worker.name)
 
     def evict(self, name: str) -> Worker:
         """Fence a worker for an operator. It may join again in a new session. UnknownWorker."""
@@ -265,52 +269,32 @@ class Sessions:
         if worker is None:
             raise UnknownWorker(model=self.model, worker=name)
         worker.state = WorkerState.EVICTED
+        self._changed.add(name)
         return worker
 
-    def close_epochs(self) -> None:
-        """End every epoch after a restore: each worker has to join again."""
+    def close_epochs(self, first_epoch: int = 0) -> None:
+        """End every epoch: each worker has to join again, above `first_epoch`, which a crash may have undone."""
+        self.first_epoch = max(self.first_epoch, first_epoch)
         for worker in self.workers.values():
+            worker.epoch = max(worker.epoch, first_epoch)
             worker.undecided, worker.receiving = {}, {}
             if worker.state is WorkerState.LIVE:
                 worker.state = WorkerState.LEFT
+            self._changed.add(worker.name)
 
     def expire(self, now_s: float) -> None:
         """Mark the live workers whose leases have run out as expired."""
-        if self.leases_end_after_s >= now_s:
+        if self.leases.end_after_s >= now_s:
             return  # this is called on every event
-        while (first := self._first()) is not None and first.lease_until_s < now_s:
+        while (first := self.leases.first()) is not None and first.lease_until_s < now_s:
             first.state = WorkerState.EXPIRED
+            self._changed.add(first.name)
             self.expired.append(first)
 
     def take_expired(self) -> list[Worker]:
         """The workers whose leases ran out since the last call."""
         expired, self.expired = self.expired, []
         return expired
-
-    @property
-    def leases_end_after_s(self) -> float:
-        """A time before which no lease of a live worker runs out; infinite without one."""
-        return self._leases[0][0] if self._leases else math.inf
-
-    def _first(self) -> Worker | None:
-        """The live worker whose lease ends first. Each is visited about once per lease, however many."""
-        leases = self._leases
-        while leases:
-            due_s, name = leases[0]
-            worker = self.workers.get(name)
-            if worker is None or worker.state is not WorkerState.LIVE or worker.watched_s != due_s:
-                heapq.heappop(leases)
-            elif worker.lease_until_s > due_s:
-                worker.watched_s = worker.lease_until_s
-                heapq.heapreplace(leases, (worker.watched_s, name))
-            else:
-                return worker
-        return None
-
-    def _watch(self, worker: Worker) -> None:
-        """Put a live worker on the heap, or else its lease never ends."""
-        worker.watched_s = worker.lease_until_s
-        heapq.heappush(self._leases, (worker.watched_s, worker.name))
 
     def live_count(self) -> int:
         """The number of live workers."""
@@ -337,6 +321,31 @@ class Sessions:
         """The table as JSON, without times of this process's clock. It shares no object with the workers."""
         return [worker.dump() for worker in self.workers.values()]
 
+    def mark_changed(self, *names: str) -> None:
+        """Have the next `take_changed` return the rows of these workers, too."""
+        self._changed.update(names)
+
+    def take_changed(self) -> dict[str, dict[str, Any] | None]:
+        """The rows that have changed since the last call, by name; None for a worker that was forgotten."""
+        if not self._changed:
+            return {}
+        names, self._changed = self._changed, set()
+        return {name: self.workers[name].dump() if name in self.workers else None for name in sorted(names)}
+
+    def put(self, name: str, row: Mapping[str, Any] | None, now_s: float) -> None:
+        """Replace a worker by what `take_changed` returned. Outcomes that are known already stay as they are."""
+        known = self.workers.pop(name, None)
+        if known is not None:
+            self._count(known, -known.kept_bytes)
+        self._lead = None
+        if row is None:
+            return
+        held = {} if known is None else {_key(decided): decided for decided in known.decided_pushes}
+        self.parse([row], now_s, self.forgotten_epoch)
+        worker = self.workers[name]
+        for index, decided in enumerate(worker.decided_pushes):
+            worker.decided_pushes[index] = held.get(_key(decided), decided)
+
     def parse(self, dumped: Iterable[Mapping[str, Any]], now_s: float, forgotten_epoch: int = 0) -> None:
         """Load the table that `dump` wrote. Workers that were live get a fresh lease."""
         self.forgotten_epoch = forgotten_epoch
@@ -349,11 +358,11 @@ class Sessions:
             self._joins = max(self._joins, worker.joined)
             self.workers[worker.name] = worker
             if worker.state is WorkerState.LIVE:
-                self._watch(worker)
+                self.leases.watch(worker)
 
     def first_lease_s(self) -> float | None:
         """When the first lease of a live worker runs out if nothing renews it. None without a live worker."""
-        first = self._first()
+        first = self.leases.first()
         return None if first is None else first.lease_until_s
 
     def _touch(self, worker: Worker, now_s: float) -> None:
@@ -380,6 +389,11 @@ class Sessions:
                 self.forgotten_epoch = max(self.forgotten_epoch, worker.epoch)
                 self._count(worker, -worker.kept_bytes)
                 del self.workers[worker.name]
+                self._changed.add(worker.name)
+
+
+def _key(decided: Decided) -> tuple[int, int]:
+    return decided.receipt.identity.epoch, decided.receipt.identity.sequence
 
 
 def _carried_bytes(worker: Worker) -> int:

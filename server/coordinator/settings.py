@@ -1,24 +1,32 @@
 """Settings of operators, workers and snapshots: JSON, read strictly into pydantic models.
 
 Numbers are finite and have a range. Texts have a largest length. No value is converted: neither "1e3" nor 1.0 is a
-whole number, and neither "yes" nor 1 is a flag.
+whole number, and neither "yes" nor 1 is a flag. JSON that is ambiguous or cannot be shown is refused: names that come twice,
+NaN and infinity (which JSON does not have), numbers of thousands of digits, unlimited nesting, and control characters and
+lone surrogates in texts.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Final, TypeVar
+from typing import Annotated, Any, Final, NoReturn, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pushstep.proto.errors import InvalidRequest, InvalidSettings
+from pushstep.proto.wire.limits import check_text
 
 # The largest whole number that every JSON reader represents exactly.
 LARGEST_WHOLE: Final = 2**53
 LARGEST_S: Final = 1e9
 # Limit for one whole policy or gate as JSON.
 MAX_SETTINGS_BYTES: Final = 64 << 10
+MAX_DEPTH: Final = 32
+# Limit for one object or list. A policy may name every param group that a model may have. The error text describes each
+# invalid entry, which takes 15 us.
+MAX_ENTRIES: Final = 5000
 
 
 Whole = Annotated[int, Field(ge=0, le=LARGEST_WHOLE)]
@@ -67,3 +75,51 @@ def problems(found: Sequence[Mapping[str, Any]], whole: str = "", most: int | No
     shown = [f"{'.'.join(map(str, each['loc'])) or whole}: {each['msg']}" for each in found[:most]]
     more = len(found) - len(shown)
     return "; ".join(shown) + (f"; and {more} more" if more else "")
+
+
+def read_json(text: str | bytes) -> Any:
+    """Parse a JSON text. InvalidSettings or InvalidText if it is refused."""
+    try:
+        found = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse)
+    except (ValueError, RecursionError) as error:  # deep nesting raises RecursionError
+        raise InvalidSettings(problem="what was sent is not JSON") from error
+    _check(found)
+    return found
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise InvalidSettings(problem=f"{name[:50]!r} is given twice")
+            seen.add(name)
+    return found
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise InvalidSettings(problem=f"{constant} is not JSON")
+
+
+def _check(found: Any) -> None:
+    """Check every value, level by level. With recursion the input would choose the depth of the calls."""
+    level = [found]
+    for _ in range(MAX_DEPTH):
+        below: list[Any] = []
+        for value in level:
+            if isinstance(value, (dict, list)) and len(value) > MAX_ENTRIES:
+                raise InvalidSettings(problem=f"an object or a list has more than {MAX_ENTRIES} entries")
+            if isinstance(value, str):
+                check_text("a text", value)
+            elif isinstance(value, float) and not math.isfinite(value):
+                raise InvalidSettings(problem="a number is larger than a float64 can be")
+            elif isinstance(value, dict):
+                below += value.keys()
+                below += value.values()
+            elif isinstance(value, list):
+                below += value
+        if not below:
+            return
+        level = below
+    raise InvalidSettings(problem=f"what was sent is nested more than {MAX_DEPTH} deep")

@@ -13,49 +13,49 @@ import contextlib
 import copy
 import logging
 import secrets
-from collections.abc import Callable, Coroutine, Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any, Final, TypeVar
 
 import torch
 
 from pushstep.proto.errors import (
     Draining,
-    InvalidManifest,
-    ManifestChanged,
     ModelExists,
     ModelLost,
     ModelNotLoaded,
     NoCreationTicket,
     OutOfMemory,
     OverCapacity,
-    PushstepError,
-    SnapshotDamaged,
     Starting,
-    Superseded,
     UnknownModel,
-    UnknownSnapshot,
 )
 from pushstep.proto.training_pb2 import Process
 from pushstep.proto.wire.layout import Layout
 
-from ..arenas.arena import Arenas, ArenasCopy
+from ..arenas.arena import Arenas
 from ..config import Config
 from ..coordinator.groups import Group, ParamGroups
-from ..coordinator.hooks.hook import Point
 from ..coordinator.sessions import Sessions
 from ..devices.choose import device
+from ..journal.durability import DurabilitySettings
+from ..journal.sync import JournalSync
 from ..process import garbage
+from ..process.exit_status import disk_failed
 from ..process.threads import DISK
 from ..staging.budget import Budget, charge
 from ..staging.read_budget import ReadBudget
-from ..storage.model_folder import IdentityFile, ModelFolder
-from ..storage.saved_state import SavedState, saved_state
+from ..storage.model_folder import ModelFolder
+from ..storage.saved_state import SavedState
 from ..storage.snapshots import Snapshots
 from .copies import COPIES_AT_ONCE
 from .creations import Creation, Creations, Proposal
 from .model import Model
+from .restores import Restores
+from .snapshotter import TICK_S, Snapshotter
 
 log = logging.getLogger("pushstep.catalog")
+# Joins under one name between two writes of a model's identity.
+EPOCHS_AHEAD: Final = 1000
 T = TypeVar("T")
 
 
@@ -78,10 +78,10 @@ class Catalog:
         self.draining = False
         self._creations = Creations()
         self._promised_bytes = 0
-        # A snapshot or restore holds a copy of a whole model, so few run at once. The two have a semaphore each, because
-        # a restore waits for the snapshot of its model that is being written.
-        self._snapshotting = asyncio.Semaphore(COPIES_AT_ONCE)
-        self.replacing = asyncio.Semaphore(COPIES_AT_ONCE)
+        self._journal_sync = JournalSync(disk_failed)
+        # each with a number at once of its own, because a restore waits for the snapshot of its model that is being written
+        self.snapshotter = Snapshotter(COPIES_AT_ONCE)
+        self.restores = Restores(COPIES_AT_ONCE, self.snapshotter, self.folder, self.alone, self._scratch)
         # by model name: held while its folder is written to or removed
         self._folders: dict[str, asyncio.Lock] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -221,7 +221,12 @@ class Catalog:
             if self._creations.get(name) is not creation:  # withdrawn
                 raise NoCreationTicket(model=name)
             await DISK.run(self.folder(name).set_aside)
-            await self.write_identity(model, clean_version=None)
+            folder = self.folder(name)
+            model.epochs = EPOCHS_AHEAD
+            await DISK.run(folder.write_identity, model.identity(None))
+            # no later crash may leave it without a snapshot
+            await self.snapshotter.open_journal(model, folder, 0, after_gap=False)
+            await self.snapshotter.take(model, folder, "server", automatic=True)
         self._creations.end(name)
         self.models[name] = model
         garbage.set_aside(len(model.layout.slots))
@@ -243,9 +248,27 @@ class Catalog:
     def made(self, name: str, uid: bytes, timeline: int, layout: Layout, groups: ParamGroups) -> Model:
         """A model with this server's limits, not yet visible."""
         sessions = Sessions(self.config.lease_s, self.config.max_workers, name, self.config.worker_bytes)
-        model = Model(name, uid, timeline, layout, groups, sessions, self.device, self.staging, self.reading)
+        model = Model(
+            name,
+            uid,
+            timeline,
+            layout,
+            groups,
+            sessions,
+            self.device,
+            self.staging,
+            self.reading,
+            self._journal_sync,
+            self.config.durability_settings(),
+        )
         model.on_failed = self._failed
         return model
+
+    def _scratch(self, model: Model, saved: SavedState) -> Model:
+        """Another model with the content of a snapshot, that is not served. It blocks."""
+        made = self.made(model.name, model.uid, saved.copy.timeline, saved.copy.layout, saved.groups)
+        made.load(saved, saved.copy.timeline)
+        return made
 
     async def delete(self, name: str, by: str) -> None:
         """Delete a model and its snapshots; files that were not loaded are only set aside. UnknownModel."""
@@ -269,60 +292,52 @@ class Catalog:
     async def snapshot(self, name: str, by: str, *, automatic: bool = False) -> dict[str, Any]:
         """Take a snapshot of the model at its current version. Returns the snapshot's manifest."""
         model = self.get(name)
-        async with self.alone(name), self._snapshotting:
-            model.tell(Point.STATE_DICT_PRE)
-            facts, copy = await model.copy()
-            manifest = await DISK.run(self.snapshots(name).write, facts, copy, automatic=automatic)
-            model.tell(Point.STATE_DICT_POST, snapshot=manifest["id"])
-            model.record("snapshot_taken", by, snapshot=manifest["id"])
-            return manifest
+        async with self.alone(name):
+            return await self.snapshotter.take(model, self.folder(name), by, automatic=automatic)
 
     async def restore(self, name: str, snapshot: str, by: str) -> int:
         """Restore a snapshot on a new timeline. Returns the snapshot's version."""
+        return await self.whole(self.restores.restore(self.get(name), snapshot, by))
+
+    async def restore_version(self, name: str, version: int, by: str) -> int:
+        """Restore a version that a snapshot or the journal holds, on a new timeline. VersionNotKept."""
+        return await self.whole(self.restores.restore_version(self.get(name), version, by))
+
+    async def keep_epoch(self, model: Model, epoch: int) -> None:
+        """Have it on the disk that this epoch may have been given out. StorageFailed."""
+        while epoch > model.epochs:
+            async with self.alone(model.name):
+                model.require_here()
+                before, model.epochs = model.epochs, max(model.epochs, epoch + EPOCHS_AHEAD)
+                try:
+                    await DISK.run(self.folder(model.name).write_identity, model.identity(None))
+                except BaseException:
+                    model.epochs = before
+                    raise
+
+    async def set_durability(self, name: str, settings: DurabilitySettings, by: str) -> None:
+        """Keep a model on the disk in another way; another level holds when this returns."""
         model = self.get(name)
-        return await self.whole(self._restore(model, snapshot, by))
 
-    async def _restore(self, model: Model, snapshot: str, by: str) -> int:
-        async with self.replacing:
-            try:
-                manifest, copy = await DISK.run(self.snapshots(model.name).read, snapshot)
-            except (SnapshotDamaged, UnknownSnapshot):
-                model.require_here()  # a model deleted meanwhile has no snapshots: that is the error to report
-                raise
-            state = await DISK.run(saved_state, manifest, copy, model.name)
-            if copy.layout.manifest_hash != model.layout.manifest_hash:
-                raise InvalidManifest(
-                    problem=f"snapshot {snapshot} holds other parameters or groups than the model has now"
-                )
-            await self.replace(model, copy, state, by)
-            return copy.version
+        async def change() -> None:
+            async with self.alone(name):
+                model.require_here()
+                await self.snapshotter.set_durability(model, self.folder(name), settings, by)
 
-    async def replace(self, model: Model, copy: ArenasCopy, saved: SavedState | None, by: str) -> None:
-        """Replace what the model holds by `copy`, on a new timeline that is written to disk first.
+        await self.whole(change())
 
-        `saved`: the snapshot that `copy` is of; None if `copy` was made from the model itself. ManifestChanged if a group
-        was added since, Superseded if a restore came since.
-        """
+    async def bridge(self, model: Model) -> None:
+        """Take the snapshot that stands for what is not in the journal."""
         async with self.alone(model.name):
-            model.require_here()
-            if saved is None and copy.timeline != model.timeline:  # a restore came after it was copied
-                raise Superseded(model=model.name, timeline=model.timeline, got=copy.timeline)
-            model.tell(Point.LOAD_STATE_DICT_PRE)
-            timeline = model.timeline + 1
-            await self.write_identity(model, None, timeline, copy.lineage_here)
-            try:
-                if copy.layout.manifest_hash != model.layout.manifest_hash:  # a group was added meanwhile
-                    raise ManifestChanged(model=model.name)
-                loading = model.restore(copy, saved, timeline, by)
-            except BaseException:
-                await self.write_identity(model, None)  # the model stays on its old timeline
-                raise
-            try:
-                await loading
-            except Exception as error:
-                model.fail_if_torn(error)
-                raise
-            model.tell(Point.LOAD_STATE_DICT_POST)
+            await self.snapshotter.bridge(model, self.folder(model.name))
+
+    async def take_due_snapshots(self) -> None:
+        """Take the automatic snapshots of all models when they are due, until this is cancelled."""
+        while True:
+            for name, model in list(self.models.items()):
+                if self.snapshotter.is_due(model) and not self.draining:
+                    self._start(self.snapshotter.take_due(model, self.folder(name), self.alone(name)))
+            await asyncio.sleep(TICK_S)
 
     async def whole(self, work: Coroutine[Any, Any, T], then: Callable[[], None] = lambda: None) -> T:
         """Run `work` and `then` to the end, even if the caller is cancelled: no edit may stop half way."""
@@ -339,34 +354,13 @@ class Catalog:
 
     def _failed(self, model: Model) -> None:
         """Start to restore a model that a failed write has left torn."""
-        self._start(self._bring_back(model))
+        self._start(self.restores.bring_back(model))
 
-    async def _bring_back(self, model: Model) -> None:
-        try:
-            async with self.replacing:
-                found = await DISK.run(self.snapshots(model.name).newest, model.commits.holds)
-                if found is None:
-                    log.error("model %s failed and has no snapshot that verifies", model.name)
-                    return
-                state = await DISK.run(saved_state, *found, model.name)
-                await self.replace(model, state.copy, state, "server")
-                log.warning("model %s failed and goes on from snapshot %s", model.name, state.snapshot)
-        except PushstepError as error:
-            log.error("model %s failed and could not be brought back: %s", model.name, error.message)
+    def close(self) -> None:
+        """End the thread that forces journals to the disk."""
+        self._journal_sync.close()
 
     async def until_whole(self, timeout_s: float) -> None:
         """Wait, for at most `timeout_s`, for edits that are under way, also those whose callers have gone."""
         if self._tasks:
             await asyncio.wait(set(self._tasks), timeout=timeout_s)
-
-    async def write_identity(
-        self,
-        model: Model,
-        clean_version: int | None,
-        timeline: int | None = None,
-        lineage: Sequence[tuple[int, int]] | None = None,
-    ) -> None:
-        """Write a model's identity to disk. `timeline` and `lineage`: those that it is about to have."""
-        stands_on = list(model.commits.lineage if lineage is None else lineage)
-        identity = IdentityFile(model.uid, timeline or model.timeline, clean_version, stands_on)
-        await DISK.run(self.folder(model.name).write_identity, identity)

@@ -80,7 +80,9 @@ async def copy_of(copies: ModelCopies, model: Model) -> AsyncIterator[tuple[dict
 
     async def make() -> tuple[dict[str, Any], ArenasCopy]:
         model.tell(Point.STATE_DICT_PRE)
-        return await model.copy()
+        facts, copied = await model.copy()
+        await model.recorder.until_shown(copied.version)
+        return facts, copied
 
     async with copies.shared(model.content, make) as copy:
         yield copy

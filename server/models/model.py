@@ -11,16 +11,16 @@ import asyncio
 import copy
 import logging
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
+from torch import Tensor
+
 from pushstep.proto.errors import (
     Draining,
-    InvalidHyperparameter,
     ModelFailed,
     ModelLost,
-    OverCapacity,
     PushstepError,
     StepFailed,
 )
@@ -39,17 +39,22 @@ from ..coordinator.groups import Group, ParamGroups
 from ..coordinator.hooks.chain import HookChain
 from ..coordinator.hooks.hook import Hook, Point
 from ..coordinator.policies.policy import PolicySettings
-from ..coordinator.policies.synchronous import SyncSettings
+from ..coordinator.policies.synchronous import require_round_fits
 from ..coordinator.sessions import Sessions
 from ..coordinator.worker import WorkerState
 from ..devices.device import Device
+from ..journal.durability import DurabilitySettings, read_durability
+from ..journal.recorder import Recorder
+from ..journal.sync import JournalSync
+from ..process.exit_status import disk_failed
 from ..process.logs import in_short
 from ..staging.budget import Budget
 from ..staging.read_budget import ReadBudget
+from ..storage.model_folder import IdentityFile
 from ..storage.saved_state import SavedState
-from .events import Events
+from .events import Events, Observers
 from .executor import Executor
-from .observers import Observers
+from .held_pushes import HeldPushes
 
 log = logging.getLogger("pushstep.model")
 NAMES_SHOWN: Final = 10
@@ -69,6 +74,8 @@ class Model:
         device: Device,
         staging: Budget,
         reading: ReadBudget,
+        journal_sync: JournalSync,
+        durability: DurabilitySettings,
     ) -> None:
         self.name = name
         self.staging = staging
@@ -94,6 +101,12 @@ class Model:
         self._extras_seen = 0
         self.events = Events()
         self.last_receipt: Receipt | None = None
+        self.durability = durability
+        # the highest epoch that may be given out before a higher one is written to the disk
+        self.epochs = 0
+        # what the newest snapshot holds, and when it was taken
+        self.saved: Hashable = None
+        self.saved_s = time.monotonic()
         # the last upload that replaced the optimizer state: its retry is answered and not refused
         self.replaced_by: Identity | None = None
         # names of parameters with NaN or infinity, as the writer has found them
@@ -105,8 +118,17 @@ class Model:
         # held while rows are gathered for a reader, so a step waits for one reader at most
         self.gathering = asyncio.Lock()
         self.publisher = Publisher(self.arenas, self.writer, reading)
+        self.recorder = Recorder(self, journal_sync, disk_failed)
+        self.held = HeldPushes(self.coordinator, self.require_whole)
         self.executor = Executor(
-            self.coordinator, self.arenas, self.writer, staging, device.device_stream(), self
+            self.coordinator,
+            self.arenas,
+            self.writer,
+            staging,
+            device.device_stream(),
+            self.recorder,
+            self.held,
+            self,
         )
 
     @property
@@ -166,20 +188,12 @@ class Model:
         self.sessions.expire(time.monotonic())
         known = self.sessions.workers.get(worker)
         is_live = known is not None and known.state is WorkerState.LIVE
-        self._require_round_fits(self.coordinator.policy.settings, self.sessions.live_count() + (not is_live))
+        self.require_round_fits(self.coordinator.policy.settings, self.sessions.live_count() + (not is_live))
 
-    def _require_round_fits(self, settings: PolicySettings, workers: int) -> None:
-        """OverCapacity if a round does not fit: it holds all pushes until the last, and then their sum."""
-        if not isinstance(settings, SyncSettings):
-            return
+    def require_round_fits(self, settings: PolicySettings, workers: int) -> None:
+        """OverCapacity if a round of so many workers does not fit in the staging budget."""
         gradient_bytes = sum(arena.elements * arena.dtype.itemsize for arena in self.layout.arenas)
-        buffers = max(workers, settings.min_workers) + 1
-        if buffers * gradient_bytes > self.staging.total_bytes:
-            raise OverCapacity(
-                problem=f"a round of {buffers - 1} workers holds {buffers} buffers of {gradient_bytes} bytes, staging "
-                f"has {self.staging.total_bytes}",
-                setting="staging-bytes",
-            )
+        require_round_fits(settings, workers, gradient_bytes, self.staging.total_bytes)
 
     def broke_off(self, problem: BaseException, version: int) -> PushstepError:
         """The error for the pushes of a step that failed. If it had begun to write, the model fails too."""
@@ -212,69 +226,10 @@ class Model:
                     "model %s: %d parameters are NaN or infinite: %s", self.name, len(found), found[0]
                 )
 
-    # Edits. Each returns the first version that it applies to.
-
-    async def try_group(self, index: int, values: Mapping[str, Any]) -> None:
-        """InvalidHyperparameter if a step with these values would make parameters NaN or infinite."""
-        changed = self.groups.changed(index, values, self.name)
-        if not await self.writer.submit(lambda: self.arenas.stays_finite(index, changed)):
-            raise InvalidHyperparameter(
-                problem=f"{dict(values)}: the next step would make NaN or infinity of parameters of group {index}"
-            )
-
-    def patch_group(self, index: int, values: Mapping[str, Any], hold: bool, by: str) -> tuple[Group, int]:
-        """Change a group's hyperparameters from the next version on."""
-        group = self.groups.patch(index, values, hold, self.name)
-        return group, self._edited("param_group_changed", by, group=index, values=dict(values), hold=hold)
-
-    def add_hook(
-        self, name: str, point: str, settings: Mapping[str, Any], prepend: bool, by: str
-    ) -> tuple[Hook, int]:
-        """Install a hook from the next version on."""
-        hook = self.hooks.add(name, point, settings, self.groups, self.name, prepend)
-        return hook, self._edited("hook_added", by, hook=hook.hook_id, point=point)
-
-    def remove_hook(self, hook_id: str, by: str) -> int:
-        """Remove a hook from the next version on."""
-        self.hooks.remove(hook_id, self.groups, self.name)
-        return self._edited("hook_removed", by, hook=hook_id)
-
     def begin_under(self, settings: PolicySettings) -> None:
         """Set the policy that the model is created with. OverCapacity if a round does not fit."""
-        self._require_round_fits(settings, 0)
+        self.require_round_fits(settings, 0)
         self.coordinator.switch(settings, time.monotonic())
-
-    def set_policy(self, settings: PolicySettings, by: str) -> int:
-        """Use another policy or other settings from the next version on. OverCapacity as `begin_under`."""
-        self._require_round_fits(settings, self.sessions.live_count())
-        decisions = self.coordinator.switch(settings, time.monotonic())
-        version = self._edited("policy_changed", by, **settings.model_dump(mode="json"))
-        self.executor.apply(decisions)
-        return version
-
-    def set_gate(self, settings: admission.GateSettings, by: str) -> int:
-        """Change the settings of the gate."""
-        self.coordinator.admission.settings = settings
-        return self._edited("gate_changed", by, **settings.model_dump(mode="json"))
-
-    def evict(self, worker: str, by: str) -> int:
-        """Fence a worker."""
-        decisions = self.coordinator.evicted(worker, time.monotonic())
-        version = self._edited("worker_evicted", by, worker=worker)
-        self.executor.apply(decisions)
-        return version
-
-    def release(self, worker: str, by: str) -> int:
-        """Let a worker out of quarantine."""
-        decisions = self.coordinator.released(worker, time.monotonic())
-        version = self._edited("worker_released", by, worker=worker)
-        self.executor.apply(decisions)
-        return version
-
-    def _edited(self, kind: str, by: str, **facts: Any) -> int:
-        self.edit += 1
-        self.record(kind, by, **facts)
-        return self.version + 1
 
     def record(self, kind: str, by: str, **facts: Any) -> None:
         """Note an event: who did what, after which version."""
@@ -292,10 +247,11 @@ class Model:
 
     # Replacing what the model is.
 
-    def replace_extras(self, extras: Extras) -> None:
-        """Replace the buffers and frozen values. This adds no version."""
+    def replace_extras(self, extras: Extras, file: Tensor, *, are_all: bool) -> None:
+        """Replace the buffers and frozen values, which came in a safetensors file. This adds no version."""
         self.extras = extras
         self._extras_seen += 1
+        self.executor.record(self.recorder.extras(file.clone(), are_all=are_all))
 
     def adopt(self, saved: SavedState) -> None:
         """Take over a snapshot's groups, hooks, gate, extras and number of edits."""
@@ -304,6 +260,21 @@ class Model:
         self.coordinator.admission = saved.admission
         self.extras = saved.copy.extras
         self.edit = saved.edit
+
+    def load(self, saved: SavedState, timeline: int) -> None:
+        """Become what a snapshot holds, before anything else uses the model. It blocks."""
+        copy = saved.copy
+        self.commits.version, self.commits.lineage = copy.version, list(copy.lineage)
+        if timeline != copy.timeline:
+            self.commits.go_back(copy.lineage_here, timeline)
+        self.adopt(saved)
+        if saved.durability is not None:
+            self.durability = read_durability(saved.durability, self.durability)
+        self.sessions.parse(saved.workers, time.monotonic(), saved.forgotten_epoch)
+        self.sessions.first_epoch = saved.first_epoch
+        # without the check that a round fits in staging: a smaller budget must not keep the model from loading
+        self.coordinator.switch(saved.policy, time.monotonic())
+        self.arenas.load(copy, timeline)
 
     def restore(
         self, copy: ArenasCopy, saved: SavedState | None, timeline: int, by: str
@@ -325,11 +296,12 @@ class Model:
         decisions = self.coordinator.restored(copy.lineage_here, timeline, settings, time.monotonic())
         self.record("restored", by)
         self.executor.apply(decisions)
-        arenas, publisher = self.arenas, self.publisher
+        arenas, publisher, recorder = self.arenas, self.publisher, self.recorder
 
         def load() -> None:
             arenas.load(copy, timeline)
             publisher.forget()
+            recorder.skip()
 
         loading = self.writer.write(load, mends=True)
         loading.add_done_callback(lambda _: self.note_nonfinite())
@@ -343,6 +315,7 @@ class Model:
         def adopt() -> None:
             self.arenas.adopt(extension)
             self.publisher.forget()  # the version stays the same, but its frames lack the groups
+            self.recorder.skip()
 
         return self.writer.write(adopt)
 
@@ -362,7 +335,29 @@ class Model:
             "hooks": self.hooks.dump(),
             "workers": self.sessions.dump(),
             "forgotten_epoch": self.sessions.forgotten_epoch,
+            "first_epoch": self.sessions.first_epoch,
+            "durability": self.durability.model_dump(mode="json"),
         }
+
+    def as_it_is(self) -> tuple[dict[str, Any], ArenasCopy]:
+        """What `copy` returns, without a copy: for a model that nobody steps."""
+        copy = self.arenas.as_copy()
+        return self.dump(), replace(copy, extras=self.extras, lineage=tuple(self.commits.lineage))
+
+    def identity(
+        self,
+        clean_version: int | None,
+        timeline: int | None = None,
+        lineage: Sequence[tuple[int, int]] | None = None,
+    ) -> IdentityFile:
+        """Who the model is, for the disk. `timeline` and `lineage`: those that it is about to have."""
+        stands_on = list(self.commits.lineage if lineage is None else lineage)
+        return IdentityFile(self.uid, timeline or self.timeline, clean_version, stands_on, self.epochs)
+
+    @property
+    def version_before_failure(self) -> int:
+        """The last version that was whole, of a model that a write has left torn."""
+        return self.arenas.version - 1
 
     def end(self) -> None:
         """Decide and step nothing more. ModelFailed if a write has left it between two versions."""
@@ -370,15 +365,22 @@ class Model:
         self.ended = True
         self.executor.close()
 
-    async def copy(self, *, last: bool = False) -> tuple[dict[str, Any], ArenasCopy]:
+    async def copy(self, *, last: bool = False, rolls: bool = False) -> tuple[dict[str, Any], ArenasCopy]:
         """Groups, hooks and workers, with the arenas of exactly the same version. OutOfMemory.
 
-        `last`: the model has ended, so the arenas themselves serve as the copy where they lie on the CPU.
+        `last`: the model has ended, so the arenas themselves serve as the copy where they lie on the CPU. `rolls`: for a
+        snapshot, behind which the journal begins a new file. StorageFailed.
         """
         if not last:
             self.require_whole()
         facts, extras, lineage = self.dump(), self.extras, tuple(self.commits.lineage)
-        copy = await self.writer.submit(self.arenas.as_copy if last else self.arenas.copy)
+        journal = self.recorder.journal if rolls else None
+
+        def make() -> tuple[ArenasCopy, int]:
+            number = self.recorder.number if journal is None else journal.roll()
+            return self.arenas.as_copy() if last else self.arenas.copy(), number
+
+        copy, facts["journal"] = await self.writer.submit(make)
         return facts, replace(copy, extras=extras, lineage=lineage)
 
     def tell(self, point: Point, **facts: Any) -> None:
@@ -392,6 +394,7 @@ class Model:
         """Finish what is queued and end the model's threads."""
         self.executor.close()
         await self.writer.close()
+        await self.recorder.close()
         await self.executor.give_back()
         self.observers.close()
 

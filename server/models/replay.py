@@ -20,13 +20,15 @@ from pushstep.proto.wire.hyperparameters import values_of
 from ..arenas.extras import Extras
 from ..coordinator.admission import Admission
 from ..coordinator.groups import ParamGroups
+from ..coordinator.hooks.chain import HookChain
 from ..coordinator.policies import catalogue as policies
 from ..coordinator.worker import Decided
+from ..journal.chain import JournalChain
+from ..journal.durability import read_durability
+from ..journal.file import Record
+from ..journal.records import PayloadReader, decided_of, error_of, on_device
 from ..staging import reduction
-from ..storage.journal_chain import JournalChain
-from ..storage.journal_file import Record
 from ..storage.tensor_file import tensors_in
-from .journal_records import PayloadReader, decided_of, error_of, on_device
 from .model import Model
 
 log = logging.getLogger("pushstep.replay")
@@ -161,16 +163,17 @@ class Replay:
         """Take over the entries of the manifest that a record brings."""
         model = self._model
         if "groups" in changed or "hooks" in changed:
-            groups = ParamGroups.parse(changed.get("groups") or model.groups.dump())
-            hooks = model.hooks.parsed(changed.get("hooks", model.hooks.dump()), groups, model.name)
+            groups = ParamGroups.parse(changed.get("groups", model.groups.dump()))
+            hooks = HookChain.parsed(changed.get("hooks", model.hooks.dump()), groups, model.name)
             model.groups.replace(groups)
-            model.hooks.list[:] = hooks
+            model.hooks.become(hooks)
         if "gate" in changed:
             model.coordinator.admission = Admission.parsed(changed["gate"])
         if "policy" in changed:
             model.coordinator.switch(policies.read(changed["policy"]), time.monotonic())
-        if "edit" in changed:
-            model.edit = int(changed["edit"])
+        if "durability" in changed:
+            model.durability = read_durability(changed["durability"], model.durability)
+        model.edit = int(changed.get("edit", model.edit))
         model.sessions.forgotten_epoch = int(changed.get("forgotten_epoch", model.sessions.forgotten_epoch))
         for name, row in changed.get("workers", {}).items():
             model.sessions.put(name, row, time.monotonic())

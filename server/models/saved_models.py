@@ -7,21 +7,22 @@ from __future__ import annotations
 
 import copy
 import logging
-import time
 from collections.abc import Callable
-from functools import partial
 
 from pushstep.proto.errors import ModelNotLoaded, PushstepError
 from pushstep.proto.errors.status import named
 from pushstep.proto.wire.identifiers import is_name
 
+from ..journal.chain import JournalChain
+from ..journal.journal import Level, boot
 from ..process import garbage
 from ..process.threads import DISK
 from ..storage import files
-from ..storage.model_folder import Recovered, model_folders
+from ..storage.model_folder import ModelFolder, Recovered, model_folders
 from ..storage.snapshots import EXPORT_PREFIX
 from .catalog import Catalog
 from .model import Model
+from .replay import Replay
 
 log = logging.getLogger("pushstep.catalog")
 
@@ -62,41 +63,64 @@ class SavedModels:
         log.error("model %s was not loaded: %s", name, found.fields["problem"])
 
     async def _load_model(self, name: str) -> None:
-        found = await DISK.run(self._catalog.folder(name).recover)
+        folder = self._catalog.folder(name)
+        found = await DISK.run(folder.recover)
         if found is None:
             return
-        model = await DISK.run(self._recovered, name, found)
+        state, identity = found.state, found.identity
+        model = self._catalog.made(name, identity.uid, state.copy.timeline, state.copy.layout, state.groups)
         try:
-            await model.writer.submit(partial(model.arenas.load, found.state.copy, model.timeline))
-            await self._catalog.write_identity(model, clean_version=None)
+            last = await DISK.run(self._brought_forward, model, found, folder)
+            proven = model.timeline == identity.timeline
+            model.begun_at = model.timeline, model.version
+            model.epochs = identity.epochs
+            await DISK.run(folder.write_identity, model.identity(None))
+            await self._catalog.snapshotter.open_journal(model, folder, last, after_gap=not proven)
+            if not proven:
+                await self._catalog.snapshotter.bridge(model, folder)
         except BaseException:
             await model.close()
             raise
-        snapshot = found.state.snapshot
-        model.record("loaded", "server", snapshot=snapshot)
+        model.record("loaded", "server", snapshot=state.snapshot)
         self._catalog.models[name] = model
         garbage.set_aside(len(model.layout.slots))
         log.info(
-            "model %s at version %d, timeline %d, from %s", name, model.version, model.timeline, snapshot
+            "model %s at version %d, timeline %d, from %s",
+            name,
+            model.version,
+            model.timeline,
+            state.snapshot,
         )
 
-    def _recovered(self, name: str, found: Recovered) -> Model:
-        """The model that was found, except for the content of its arenas."""
-        identity, state, copied = found.identity, found.state, found.state.copy
-        proven = (identity.timeline, identity.clean_version) == (copied.timeline, copied.version)
-        timeline = identity.timeline + (not proven)
-        model = self._catalog.made(name, identity.uid, timeline, copied.layout, state.groups)
-        model.commits.version, model.commits.lineage = copied.version, list(copied.lineage)
-        if not proven:
-            model.commits.go_back(copied.lineage_here, timeline)
-        model.begun_at = timeline, copied.version
-        model.adopt(state)
-        model.sessions.parse(state.workers, time.monotonic(), state.forgotten_epoch)
-        # without the check that a round fits in staging: a smaller budget must not keep the model from loading
-        model.coordinator.switch(state.policy, time.monotonic())
-        if not proven:
-            model.sessions.close_epochs()
-        return model
+    def _brought_forward(self, model: Model, found: Recovered, folder: ModelFolder) -> int:
+        """Load a model from its snapshot and its journal. Returns the journal's last record. It blocks.
+
+        On a new timeline, unless that is proven to be all that was acknowledged.
+        """
+        identity, state = found.identity, found.state
+        model.load(state, state.copy.timeline)
+        chain = JournalChain(folder.journal, identity.uid)
+        last, whole = state.journal, False
+        if chain.continues(last):
+            replay = Replay(model, chain, last, identity.made_of)
+            replay.run()
+            last = replay.last
+            whole = replay.is_complete and chain.is_at_end and self._keeps_all(model, chain)
+        clean = (identity.timeline, identity.clean_version) == (model.timeline, model.version)
+        if not clean and not (whole and model.timeline == identity.timeline):
+            copy = model.as_it_is()[1]
+            model.commits.go_back(copy.lineage_here, identity.timeline + 1)
+            model.arenas.timeline = model.timeline
+            model.sessions.close_epochs(identity.epochs)
+            last = max(last, chain.last_number())
+        return last
+
+    def _keeps_all(self, model: Model, chain: JournalChain) -> bool:
+        """True if nothing that was acknowledged can be missing at the end of a journal."""
+        heading, level = chain.heading, model.durability.level
+        if heading is None or level is Level.APPLIED:
+            return False
+        return level is Level.DURABLE or heading.boot == boot()
 
     async def save(self) -> bool:
         """Snapshot every model, and record on disk that nothing is missing.
@@ -131,12 +155,12 @@ class SavedModels:
         """
         model.end()
         facts, copied = await model.copy(last=True)
-        snapshots = self._catalog.snapshots(name)
-        manifest = await DISK.run(snapshots.write, facts, copied, automatic=True)
+        folder = self._catalog.folder(name)
+        manifest = await DISK.run(folder.snapshots.write, facts, copied, automatic=True)
         log.info("model %s saved at version %d: %s", name, copied.version, manifest["id"])
         try:
-            await self._catalog.write_identity(model, clean_version=copied.version)
-            await DISK.run(snapshots.prune)
+            await DISK.run(folder.write_identity, model.identity(copied.version))
+            await self._catalog.snapshotter.prune(model, folder, manifest["id"])
         except PushstepError as error:
             log.warning("model %s: after its last snapshot: %s", name, error.message)
 

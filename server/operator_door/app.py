@@ -29,16 +29,16 @@ from pushstep.proto.errors import (
 )
 from pushstep.proto.errors.status import PROBLEM_TYPE, named, to_problem, untrace
 
-from ..coordinator.read_json import read_json
-from ..coordinator.settings import problems
+from ..coordinator.settings import problems, read_json
 from ..models.catalog import Catalog
 from ..models.copies import COPIES_AT_ONCE, Copies, ModelCopies
-from ..models.downloads import Downloads
 from ..process.threads import REQUESTS, RETRY_AFTER_S
 from ..streams.received import INLINE_MESSAGE_BYTES
 from . import openapi
+from .downloads import Downloads
 from .outlet import Outlet
 from .resources import (
+    durability,
     events,
     export,
     health,
@@ -72,6 +72,7 @@ RESOURCES: Final = (
     policy,
     workers,
     snapshots,
+    durability,
     export,
     events,
 )

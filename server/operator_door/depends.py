@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..models.catalog import Catalog
 from ..models.copies import Copies, ModelCopies
-from ..models.downloads import Downloads
 from ..models.model import Model
+from .downloads import Downloads
 
 # The author of changes through this door, in audit events.
 OPERATOR: Final = "operator"

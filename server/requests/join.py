@@ -70,7 +70,10 @@ async def _join(catalog: Catalog, request: JoinRequest, peer: str) -> tuple[Join
         if request.model_uid and request.model_uid != model.uid:
             raise ModelLost(model=model.name)
         if not request.HasField("manifest") or model.layout is same_as:
-            return _joined(model, request)
+            worker = _joined(model, request)
+            await catalog.keep_epoch(model, worker.epoch)
+            await model.recorder.until_safe()
+            return JoinResponse(member=membership(model, worker)), model.layout
         same_as = model.layout
         await _looked_at(request.manifest, partial(_check_same, model.name, same_as))
     catalog.require_free(request.model)
@@ -100,7 +103,7 @@ async def _looked_at(manifest: Manifest, look: Callable[[Manifest], T]) -> T:
     return await REQUESTS.run_unless(few, look, manifest)
 
 
-def _joined(model: Model, request: JoinRequest) -> tuple[JoinResponse, Layout]:
+def _joined(model: Model, request: JoinRequest) -> Worker:
     """Join a model that exists: open the worker's next epoch, unless this attempt has opened it already."""
     now_s = time.monotonic()
     known = model.sessions.workers.get(request.worker)
@@ -114,7 +117,7 @@ def _joined(model: Model, request: JoinRequest) -> tuple[JoinResponse, Layout]:
         worker.process.CopyFrom(request.process)
         model.record("joined", worker.name, epoch=worker.epoch)
     model.executor.apply(decisions)
-    return JoinResponse(member=membership(model, worker)), model.layout
+    return worker
 
 
 def _has_ended(holder: Worker, caller: Process) -> bool:
@@ -140,6 +143,7 @@ async def leave(catalog: Catalog, request: LeaveRequest) -> LeaveResponse:
     if request.identity.worker in model.sessions.workers:
         model.record("left", request.identity.worker)
     model.executor.apply(decisions)
+    await model.recorder.until_safe()
     return LeaveResponse(ignored_edits=ignored)
 
 

@@ -31,8 +31,11 @@ async def newest(
     The step of an exchange may have written it into the region already.
     """
     if shared is not None:
-        return shared.published or await shared.newest()
-    return await model.publisher.newest(timeline, have_version(options), wire_of(options.dtype))
+        published = shared.published or await shared.newest()
+    else:
+        published = await model.publisher.newest(timeline, have_version(options), wire_of(options.dtype))
+    await model.recorder.until_shown(published.version)
+    return published
 
 
 def shared_answer(

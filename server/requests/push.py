@@ -92,13 +92,13 @@ async def hand_in(receiving: Receiving, commit: PushCommit | None) -> None:
             call.fault(error)
         raise
     if pending.accepted:
-        model.executor.keep(pending, receiving.hand_over(), call.answer)
+        model.held.keep(pending, receiving.hand_over(), call.answer)
     model.executor.apply(decisions)
 
 
 async def answer(call: PushCall) -> Receipt:
     """The receipt of a push that the server holds. Raises the error that it was refused with; PushPending."""
-    decided = await call.model.executor.answer(call.header.identity, call.hold_s)
+    decided = await call.model.held.answer(call.header.identity, call.hold_s)
     if decided.error is not None:
         raise copy.copy(decided.error)
     return decided.receipt

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pushstep.proto.errors import InvalidRequest
 from pushstep.proto.training_pb2 import PushHeader
 
-from ..models.executor import HOLD_S
+from ..models.held_pushes import HOLD_S
 from ..models.model import Model
 from ..shared_memory.answer import SharedAnswer
 from ..shared_memory.region import Region

@@ -16,6 +16,8 @@ from ..process.inline import INLINE_PARTS
 
 # Bytes of the views of one segment. They take 270 MB in a push of every second one of 100,000 parameters.
 SEGMENT_BYTES: Final = 6 << 10
+# Bytes of one segment in a journal's record, beside its gradients.
+RECORDED_SEGMENT_BYTES: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +33,11 @@ class Declared:
     def segments_bytes(self) -> int:
         """Bytes kept for the segments beside their content; the first INLINE_PARTS segments do not count."""
         return SEGMENT_BYTES * max(0, len(self.lengths) - INLINE_PARTS)
+
+    @property
+    def record_bytes(self) -> int:
+        """About the bytes of the push's record in a journal."""
+        return self.bytes_needed + RECORDED_SEGMENT_BYTES * len(self.lengths)
 
     @property
     def is_plain(self) -> bool:

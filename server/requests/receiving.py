@@ -26,11 +26,12 @@ from pushstep.proto.wire.layout import Layout
 from ..coordinator.decision import Offer
 from ..coordinator.push import PendingPush
 from ..devices.exported_memory import ExportedBody
+from ..journal.journal import Journal
 from ..process.inline import INLINE_BYTES, INLINE_PARTS
-from ..process.threads import PUSHES
+from ..process.threads import DISK, PUSHES
 from ..shared_memory.region import Region
 from ..staging.budget import Budget
-from ..staging.gradient import StagedPush
+from ..staging.gradient import StagedPush, own_copy
 from ..staging.incoming import IncomingBody
 from ..staging.inspect import inspect
 from .push_call import PushCall
@@ -51,6 +52,8 @@ class Held:
     def __init__(self, budget: Budget) -> None:
         self._budget = budget
         self._regions: list[Region] = []
+        self._journal: Journal | None = None
+        self._record_bytes = 0
         self.reserved_bytes = 0
 
     def hold(self, *regions: Region | None) -> None:
@@ -65,8 +68,19 @@ class Held:
         """Claim bytes of the budget. OverBudget."""
         self.reserved_bytes = await self._budget.claim(owner, need_bytes)
 
+    async def promise_record(self, journal: Journal | None, need_bytes: int) -> None:
+        """Have room in the journal for the push's record. DiskFull."""
+        if journal is None:
+            return
+        if not journal.has_room(need_bytes):
+            await DISK.run(journal.take_room, need_bytes)
+        self._journal, self._record_bytes = journal, need_bytes
+
     def give_back(self) -> None:
         """Give everything back. Calling it twice does nothing."""
+        if self._journal is not None:
+            self._journal.give_back_room(self._record_bytes)
+            self._journal = None
         self._budget.release(self.reserved_bytes)
         self.reserved_bytes = 0
         while self._regions:
@@ -81,7 +95,7 @@ async def admit(call: PushCall) -> Receiving:
     model, header, layout = call.model, call.header, call.model.layout
     require_plausible(layout, header.segments, header.edits)
     while model.coordinator.on_header(header, time.monotonic()) is Offer.WAIT:
-        await model.executor.change(call.until_s, header.identity.worker)
+        await model.held.change(call.until_s, header.identity.worker)
     held = Held(model.staging)
     try:
         with call.faulting():
@@ -89,6 +103,7 @@ async def admit(call: PushCall) -> Receiving:
         few = found.parameters <= INLINE_PARTS
         is_small = few and found.bytes_needed <= INLINE_BYTES and model.arenas.device_stream.takes_small
         held.hold(call.region, None if call.answer is None else call.answer.region)
+        await held.promise_record(model.recorder.journal, found.record_bytes)
         return await _received(call, layout, found, held, few=few, is_small=is_small)
     except BaseException:
         held.give_back()
@@ -113,8 +128,10 @@ async def _received(
     owner = f"{model.name}/{header.identity.worker}"
     make = partial(Receiving, call, layout, held, is_small=is_small)
     if call.region is not None:
-        if found.segments_bytes:
-            await held.claim(owner, found.segments_bytes)
+        # what is recorded must be what is stepped, and the worker can write to its region at any time
+        copy_bytes = found.bytes_needed if model.recorder.journal is not None else 0
+        if found.segments_bytes + copy_bytes:
+            await held.claim(owner, found.segments_bytes + copy_bytes)
         with call.faulting():
             return await PUSHES.run_unless(few, lambda region: make(region.body(header), None), call.region)
     await held.claim(owner, found.bytes_needed + found.segments_bytes)
@@ -235,6 +252,8 @@ class Receiving:
             if header.skip:
                 return None, None
             push = inspect(self._layout, header, self._body, self._take, self._incoming)
+            if self.call.region is not None and self.call.model.recorder.journal is not None:
+                push = own_copy(push, self._take)
             return self.call.model.device.bring(push, self._body), None
         except InvalidRequest as error:
             return None, copy.copy(error)  # the traceback of the raised error keeps the whole body in memory

@@ -35,7 +35,7 @@ from pushstep.proto.training_pb2 import (
     UploadKind,
     UploadResponse,
 )
-from pushstep.proto.types_pb2 import Manifest
+from pushstep.proto.types_pb2 import Manifest, Segment
 from pushstep.proto.wire import dtypes
 from pushstep.proto.wire.frames import Assembly, BodyDigest, Chunk
 from pushstep.proto.wire.hyperparameters import plain_values
@@ -250,10 +250,14 @@ class Upload:
         model.sessions.workers[worker].process = self._creation.process
         return await self._answer(model, model.sessions.workers[worker], 0)
 
+    def _values(self) -> list[tuple[Segment, torch.Tensor]]:
+        """The body by its segments."""
+        segments = self._header.segments
+        return [(s, self._body.part(i, dtypes.to_torch(s.dtype, "segment"))) for i, s in enumerate(segments)]
+
     def _fill(self, arenas: Arenas | ArenasCopy, steps: Sequence[int]) -> None:
         """Write the body into arenas (in the writer thread) or into a copy of them."""
-        for index, segment in enumerate(self._header.segments):
-            part = self._body.part(index, dtypes.to_torch(segment.dtype, "segment"))
+        for segment, part in self._values():
             if segment.state:
                 flat = arenas.states[segment.arena][segment.state]
             else:
@@ -283,7 +287,8 @@ class Upload:
                         model.arenas.mark_changed(slot, version)
             model.arenas.watch.look(model.arenas.layout, model.arenas.parameters)
 
-        writing = model.executor.write(write, decided)
+        entry = model.recorder.values(decided, self._values(), self._header.fresh)
+        writing = model.executor.write(write, decided, entry)
         model.executor.apply(decisions)  # after the write: pushes that it lets in step on top of it
         await writing
         return UploadResponse(version=version, timeline=model.timeline)
@@ -297,10 +302,10 @@ class Upload:
             entry.group: model.groups.changed(entry.group, plain_values(entry.values), model.name)
             for entry in header.groups
         }
-        async with self._catalog.replacing:
+        async with self._catalog.restores.turns:
             _, copy = await model.copy()
             await PUSHES.run(self._fill, copy, header.steps)
-            await self._catalog.replace(model, copy, None, header.identity.worker)
+            await self._catalog.restores.replace(model, copy, None, header.identity.worker)
         model.groups.write(planned)
         model.replaced_by = header.identity
         self._join(model, header.identity.worker, old_epoch=header.identity.epoch)
@@ -348,7 +353,9 @@ class Upload:
             extras = await self._extras(held)
             model.require_current(self._header.identity)
         if model.sessions.leads(model.sessions.require(self._header.identity, time.monotonic())):
-            model.replace_extras(extras)
+            file = self._body.part(len(self._header.segments), torch.uint8)
+            model.replace_extras(extras, file, are_all=self._header.extras_all)
+            await model.recorder.until_safe()
         return UploadResponse(
             version=model.version, timeline=model.timeline, extras_version=model.extras.version
         )
@@ -366,6 +373,7 @@ class Upload:
             adopting = model.add_groups(extension, added)
             model.record("param_group_added", identity.worker, group=len(model.groups.list) - 1)
             await adopting
+            await self._catalog.bridge(model)
             garbage.set_aside(len(model.layout.slots))
         worker = model.sessions.require(identity, time.monotonic())
         return await self._answer(model, worker, model.version + 1)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -77,3 +77,20 @@ class StagedPush:
         """Bytes of its gradients, without row ids."""
         tensors = [part.rows if isinstance(part, RowsPart) else part.gradient for part in self.parts]
         return sum([tensor.nbytes for tensor in tensors])
+
+
+def own_copy(push: StagedPush, take: Callable[[int], Tensor]) -> StagedPush:
+    """The push in memory that no worker can write to. take: allocates memory on the CPU."""
+
+    def copied(tensor: Tensor) -> Tensor:
+        if not tensor.is_cpu or not tensor.numel():
+            return tensor.clone()
+        return take(tensor.nbytes).view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+    parts = [
+        RowsPart(part.slot, copied(part.ids), copied(part.rows))
+        if isinstance(part, RowsPart)
+        else replace(part, gradient=copied(part.gradient))
+        for part in push.parts
+    ]
+    return replace(push, parts=parts)

@@ -43,6 +43,7 @@ class _Saved(BaseModel):
     version: Count | None = None
     # None in files written before it was kept
     lineage: list[Annotated[list[Count], Field(min_length=2, max_length=2)]] | None = None
+    epochs: Count = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,8 @@ class IdentityFile:
     timeline: int
     clean_version: int | None
     lineage: Sequence[tuple[int, int]] | None
+    # no worker was given a higher epoch; 0 in files written before it was kept
+    epochs: int = 0
 
     def dump(self) -> str:
         """As JSON."""
@@ -67,6 +70,7 @@ class IdentityFile:
                 "clean": self.clean_version is not None,
                 "version": self.clean_version,
                 "lineage": self.lineage,
+                "epochs": self.epochs,
             }
         )
 
@@ -76,7 +80,11 @@ class IdentityFile:
         saved = _Saved.model_validate_json(text)
         lineage = None if saved.lineage is None else [(ended, at) for ended, at in saved.lineage]
         return IdentityFile(
-            bytes.fromhex(saved.uid), saved.timeline, saved.version if saved.clean else None, lineage
+            bytes.fromhex(saved.uid),
+            saved.timeline,
+            saved.version if saved.clean else None,
+            lineage,
+            saved.epochs,
         )
 
     def made_of(self, timeline: int, version: int) -> bool:
@@ -106,6 +114,7 @@ class ModelFolder:
         self._name = path.name
         self._identity = path / "identity.json"
         self.snapshots = Snapshots(path / "snapshots")
+        self.journal = path / "journal"
 
     def recover(self) -> Recovered | None:
         """The verified snapshot to continue from. None if there is no model, or one without a snapshot.

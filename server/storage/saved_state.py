@@ -33,6 +33,11 @@ class SavedState:
     policy: PolicySettings
     workers: Sequence[Mapping[str, Any]]
     forgotten_epoch: int
+    # the last record of the journal before it, and how the model is kept; None in older snapshots
+    journal: int
+    # a new worker's epoch is above it
+    first_epoch: int
+    durability: Mapping[str, Any] | None
 
 
 def saved_state(manifest: Mapping[str, Any], copy: ArenasCopy, model: str) -> SavedState:
@@ -60,4 +65,7 @@ def saved_state(manifest: Mapping[str, Any], copy: ArenasCopy, model: str) -> Sa
         policy,
         workers,
         forgotten_epoch,
+        int(manifest.get("journal", 0)),
+        int(manifest.get("first_epoch", 0)),
+        manifest.get("durability"),
     )

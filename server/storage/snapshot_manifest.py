@@ -136,6 +136,9 @@ class SnapshotManifest(Saved):
     forgotten_epoch: Count = 0
     policy: dict[str, Any]
     gate: dict[str, Any]
+    journal: Number = 0
+    first_epoch: Count = 0
+    durability: dict[str, Any] | None = None
 
     @field_validator("files")
     @classmethod

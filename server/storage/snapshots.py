@@ -49,8 +49,6 @@ MANIFEST: Final = "manifest.json"
 LONGEST_MANIFEST_BYTES: Final = 2 << 30
 PARAMETER: Final = "parameter"
 EXPORT_PREFIX: Final = "tmp-export-"
-# Automatic snapshots that are kept, the newest ones. An operator's are kept until they are deleted.
-KEPT_AUTOMATIC: Final = 2
 
 
 class Snapshots:
@@ -214,24 +212,26 @@ class Snapshots:
         except OSError as error:
             raise files.refusal(self._name(snapshot), error, self.folder) from error
 
-    def prune(self) -> None:
-        """Delete all but the newest automatic snapshots.
+    def prune(self, keep: int, written: str = "") -> int:
+        """Delete all but the newest automatic snapshots. Returns the journal's record that the oldest of them follows.
 
-        Only those that verify to the last byte are counted or deleted.
+        Only those that verify to the last byte are counted or deleted. `written`: the one that was written just now,
+        and verified then.
         """
-        kept = 0
+        kept, record = 0, 0
         for entry in self.manifests():
             if not entry.get("automatic"):
                 continue
             try:
-                for file in entry["files"]:
+                for file in entry["files"] if entry["id"] != written else ():
                     self._verify_file(entry["id"], file)
             except SnapshotDamaged:
                 continue
-            if kept == KEPT_AUTOMATIC:
+            if kept == keep:
                 self.delete(entry["id"])
             else:
-                kept += 1
+                kept, record = kept + 1, entry.get("journal", 0)
+        return record if kept == keep else 0
 
     def sweep(self) -> None:
         """Remove what an interrupted write left behind."""

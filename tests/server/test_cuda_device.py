@@ -32,6 +32,7 @@ from pushstep.server.coordinator.policies import catalogue as policies
 from pushstep.server.devices import cuda as cuda_device
 from pushstep.server.devices.host_memory import HostMemory
 from pushstep.server.models.catalog import Catalog
+from pushstep.server.models.edits import Edits
 from pushstep.server.models.model import Model
 from pushstep.server.requests.push import answer, hand_in
 from pushstep.server.requests.push_call import PushCall
@@ -181,7 +182,7 @@ async def history(house: House) -> list[object]:
     seen += [await house.pull(have=4), await house.pull(have=3), await house.pull()]
     _, copy = await model.copy()
     seen.append([t.numpy().tobytes() for t in (*copy.parameters, *copy.states[0].values())])
-    model.set_policy(policies.read({"policy": "sync", "min_workers": 2}), "test")
+    Edits(model).set_policy(policies.read({"policy": "sync", "min_workers": 2}), "test")
     for _ in range(2):
         bodies = house.dense(), house.dense(torch.float16)
         seen += await asyncio.gather(house.push(bodies[0], "a"), house.push(bodies[1], "bb"))

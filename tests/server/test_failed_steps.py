@@ -31,6 +31,7 @@ from pushstep.proto.wire.layout import Layout
 from pushstep.server.config import Config
 from pushstep.server.coordinator.policies import catalogue as policies
 from pushstep.server.models.catalog import Catalog
+from pushstep.server.models.edits import Edits
 from pushstep.server.models.model import Model
 from pushstep.server.storage.saved_state import saved_state
 
@@ -249,7 +250,7 @@ def test_a_hook_with_a_defect_refuses_the_push_by_name(monkeypatch: pytest.Monke
     async def scenario() -> None:
         model = made()
         worker = Pusher(model)
-        hook, _ = model.add_hook("clip_grad_norm", "step_pre", {"max_norm": 1.0}, False, "test")
+        hook, _ = Edits(model).add_hook("clip_grad_norm", "step_pre", {"max_norm": 1.0}, False, "test")
         monkeypatch.setattr(hook, "step_pre", lambda context: {}["key"])
         error = await refusal(worker.push(BOTH))
         assert isinstance(error, RejectedByHook)
@@ -276,9 +277,9 @@ def test_edits_that_rows_cannot_be_stepped_with_are_refused_with_their_push() ->
         assert (await worker.push(ROWS, edits=edit(weight_decay=0.0))).version == 2
         # an operator is told as well, as long as the gradients are row-sparse
         with pytest.raises(InvalidHyperparameter, match="'a'"):
-            model.patch_group(0, {"weight_decay": 0.1}, False, "test")
+            Edits(model).patch_group(0, {"weight_decay": 0.1}, False, "test")
         assert (await worker.push(DENSE)).version == 3
-        model.patch_group(0, {"weight_decay": 0.1}, False, "test")
+        Edits(model).patch_group(0, {"weight_decay": 0.1}, False, "test")
         assert isinstance(await refusal(worker.push(ROWS)), SparseNotSupported)
         assert (await worker.push(ROWS, edits=edit(weight_decay=0.0))).version == 4
         await model.close()
@@ -290,7 +291,7 @@ def test_an_edit_that_a_rounds_other_rows_exclude_does_not_count() -> None:
     async def scenario() -> None:
         model = made()
         lead, other = Pusher(model, "lead"), Pusher(model, "other")
-        model.set_policy(policies.read({"policy": "sync"}), "test")
+        Edits(model).set_policy(policies.read({"policy": "sync"}), "test")
         pushes = asyncio.gather(
             lead.push({"b": torch.ones(1)}, edits=edit(weight_decay=0.1, lr=0.5)), other.push(ROWS)
         )

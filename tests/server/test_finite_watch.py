@@ -17,6 +17,7 @@ from wire import created
 from pushstep.proto.errors import InvalidHyperparameter
 from pushstep.server.arenas import finite_watch
 from pushstep.server.coordinator.hooks.hook import Point
+from pushstep.server.models.edits import Edits
 from pushstep.server.models.model import Model
 
 NAN, INF = float("nan"), float("inf")
@@ -41,7 +42,7 @@ def test_a_step_that_ruins_parameters_is_told_of_once(gradients: Gradients, name
     async def scenario() -> None:
         model = made()
         worker = Pusher(model)
-        model.add_hook("finite_guard", Point.STEP_PRE, {"action": "apply"}, False, "test")
+        Edits(model).add_hook("finite_guard", Point.STEP_PRE, {"action": "apply"}, False, "test")
         await worker.push(GOOD)
         assert told(model) == []
         await worker.push(gradients)
@@ -61,7 +62,7 @@ def test_one_element_among_many_is_found_in_the_end(monkeypatch: pytest.MonkeyPa
     async def scenario() -> None:
         model = made()
         worker = Pusher(model)
-        model.add_hook("finite_guard", Point.STEP_PRE, {"action": "apply"}, False, "test")
+        Edits(model).add_hook("finite_guard", Point.STEP_PRE, {"action": "apply"}, False, "test")
         await worker.push({"a": torch.tensor([NAN, 1.0])})
         await worker.push(GOOD)
         assert told(model) == []
@@ -109,9 +110,9 @@ def test_values_that_would_ruin_the_next_step_are_refused(values: Mapping[str, f
         before = model.dump()
         if refused:
             with pytest.raises(InvalidHyperparameter, match="group 0"):
-                await model.try_group(0, values)
+                await Edits(model).try_group(0, values)
         else:
-            await model.try_group(0, values)
+            await Edits(model).try_group(0, values)
         assert model.dump() == before
         assert model.arenas.parameters[0].tolist() == [2.0, 2.0]
         await model.close()

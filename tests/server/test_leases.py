@@ -83,8 +83,8 @@ def test_each_lease_is_looked_at_seldom() -> None:
         for worker in workers[:10]:
             sessions.join(worker.name, float(second), takeover=True)
     assert sum(worker.state is WorkerState.LIVE for worker in workers) == 1000
-    assert len(sessions._leases) < 3000
+    assert len(sessions.leases._heap) < 3000
     sessions.expire(1000.0)
     assert not sessions.live()
     assert sessions.first_lease_s() is None
-    assert not sessions._leases
+    assert not sessions.leases._heap

@@ -18,6 +18,7 @@ from pushstep.proto.types_pb2 import Identity, Outcome, Receipt
 from pushstep.proto.wire.hyperparameters import wire_values
 from pushstep.server.coordinator.hooks.hook import StepContext
 from pushstep.server.coordinator.worker import Decided
+from pushstep.server.models.edits import Edits
 from pushstep.server.requests import receiving
 
 
@@ -26,7 +27,7 @@ def test_what_a_snapshot_will_hold_stays_while_training_goes_on() -> None:
 
     async def scenario() -> None:
         model = made()
-        model.add_hook(
+        Edits(model).add_hook(
             "lr_scheduler",
             "step_post",
             {"scheduler": "MultiStepLR", "arguments": {"milestones": [1, 9]}},
@@ -86,7 +87,7 @@ def test_the_first_push_of_a_kind_is_not_taken_on_the_event_loop(monkeypatch: py
             assert await on_the_loop(wire) == (False, False)
             assert await on_the_loop(wire) == (True, True)
         # whoever changes a hyperparameter, the kernels are others only if it was off or is now
-        model.patch_group(0, {"weight_decay": 0.5}, False, "test")
+        Edits(model).patch_group(0, {"weight_decay": 0.5}, False, "test")
         assert await on_the_loop(torch.float32) == (True, False)
         assert await on_the_loop(torch.float32, weight_decay=0.25) == (True, True)
         assert await on_the_loop(torch.float32, weight_decay=0.0) == (True, True)  # as at first

@@ -7,8 +7,8 @@ from typing import Any, Final
 
 from pushstep.proto.errors import InvalidSettings
 
-from ..read_json import read_json
 from ..settings import read as read_settings
+from ..settings import read_json
 from .asynchronous import AsyncPolicy, AsyncSettings
 from .bounded import BoundedPolicy, BoundedSettings
 from .policy import Policy, PolicySettings

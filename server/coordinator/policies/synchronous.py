@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from pushstep.proto.errors import OverCapacity
 from pushstep.proto.types_pb2 import Outcome
 
 from ..push import PendingPush
@@ -195,3 +196,18 @@ class SyncPolicy:
             return {"round": "awaited" if worker.name in open_round.expected else "not expected"}
 
         return show
+
+
+def require_round_fits(
+    settings: PolicySettings, workers: int, gradient_bytes: int, staging_bytes: int
+) -> None:
+    """OverCapacity if a round does not fit in staging: it holds all pushes until the last, and then their sum."""
+    if not isinstance(settings, SyncSettings):
+        return
+    buffers = max(workers, settings.min_workers) + 1
+    if buffers * gradient_bytes > staging_bytes:
+        raise OverCapacity(
+            problem=f"a round of {buffers - 1} workers holds {buffers} buffers of {gradient_bytes} bytes, staging "
+            f"has {staging_bytes}",
+            setting="staging-bytes",
+        )

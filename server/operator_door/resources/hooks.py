@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ...coordinator.hooks.catalogue import CATALOGUE
 from ...coordinator.hooks.hook import Hook
 from ...coordinator.settings import Text
+from ...models.edits import Edits
 from ..depends import OPERATOR, ModelHere
 
 router = APIRouter(tags=["hooks"])
@@ -73,7 +74,7 @@ async def add_hook(
     ],
 ) -> dict[str, Any]:
     """The reply's `effective_version` is the first version that the hook sees."""
-    hook, version = model.add_hook(new.name, new.point, new.settings, new.prepend, OPERATOR)
+    hook, version = Edits(model).add_hook(new.name, new.point, new.settings, new.prepend, OPERATOR)
     return {**_show(hook), "effective_version": version}
 
 
@@ -87,4 +88,4 @@ async def show_hook(model: ModelHere, hook_id: str) -> dict[str, Any]:
 @router.delete("/models/{m}/hooks/{hook_id}", summary="Remove a hook")
 async def remove_hook(model: ModelHere, hook_id: str) -> dict[str, Any]:
     """The reply's `effective_version` is the first version without the hook."""
-    return {"id": hook_id, "effective_version": model.remove_hook(hook_id, OPERATOR)}
+    return {"id": hook_id, "effective_version": Edits(model).remove_hook(hook_id, OPERATOR)}

@@ -15,6 +15,7 @@ from pushstep.proto.wire.layout import Layout, Slot
 
 from ...coordinator.groups import Group
 from ...coordinator.settings import Number, Text
+from ...models.edits import Edits
 from ...models.model import Model
 from ..depends import OPERATOR, ModelHere
 from ..etags import require_match
@@ -82,9 +83,9 @@ async def patch_group(
 
     The reply's `effective_version` is the first version stepped with the new values.
     """
-    await model.try_group(index, values)
+    await Edits(model).try_group(index, values)
     group = model.groups.at(index, model.name)
     require_match(if_match, _etag(model, group), f"param group {index}")
-    group, version = model.patch_group(index, values, hold, OPERATOR)
+    group, version = Edits(model).patch_group(index, values, hold, OPERATOR)
     response.headers["ETag"] = _etag(model, group)
     return {**_show(model, index, group), "effective_version": version}

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Body
 
 from ...coordinator import admission as admission
 from ...coordinator.policies import catalogue as policies
+from ...models.edits import Edits
 from ...models.model import Model
 from ..depends import OPERATOR, ModelHere
 
@@ -49,7 +50,7 @@ async def change_policy(
     No push is lost. An open round closes: at its quorum with a step, otherwise its pushes are decided by the new
     policy.
     """
-    version = model.set_policy(policies.read(settings, model.coordinator.policy.settings), OPERATOR)
+    version = Edits(model).set_policy(policies.read(settings, model.coordinator.policy.settings), OPERATOR)
     return {**_policy(model), "effective_version": version}
 
 
@@ -67,5 +68,5 @@ async def change_gate(
     ],
 ) -> dict[str, Any]:
     """A setting that is left out stays as it is."""
-    version = model.set_gate(admission.read(settings, model.coordinator.admission.settings), OPERATOR)
+    version = Edits(model).set_gate(admission.read(settings, model.coordinator.admission.settings), OPERATOR)
     return {**_gate(model), "effective_version": version}

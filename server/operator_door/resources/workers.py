@@ -10,6 +10,7 @@ from typing import Annotated, Any, Final
 from fastapi import APIRouter, Query
 
 from ...coordinator.worker import Worker
+from ...models.edits import Edits
 from ...models.model import Model
 from ..depends import OPERATOR, ModelHere
 from ..numbers import finite_values
@@ -63,10 +64,10 @@ async def list_workers(
 @router.post("/models/{m}/workers/{worker}/release", summary="Let a worker out of quarantine")
 async def release_worker(model: ModelHere, worker: str) -> dict[str, Any]:
     """The worker's pushes are read again from now on."""
-    return {"name": worker, "effective_version": model.release(worker, OPERATOR)}
+    return {"name": worker, "effective_version": Edits(model).release(worker, OPERATOR)}
 
 
 @router.delete("/models/{m}/workers/{worker}", summary="Evict a worker")
 async def evict_worker(model: ModelHere, worker: str) -> dict[str, Any]:
     """Fences the worker at once. Its receipts are kept, and it may join again by hand."""
-    return {"name": worker, "effective_version": model.evict(worker, OPERATOR)}
+    return {"name": worker, "effective_version": Edits(model).evict(worker, OPERATOR)}

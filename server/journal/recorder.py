@@ -12,24 +12,37 @@ import asyncio
 import json
 from collections import deque
 from collections.abc import Callable, Sequence, Set
-from typing import Any, Final, Protocol
+from functools import partial
+from typing import Any, Final, NoReturn, Protocol
 
 from torch import Tensor
 
 from pushstep.proto.errors import PushstepError
 from pushstep.proto.journal_pb2 import JournalExtras, JournalRecord, JournalStep, JournalValues
-from pushstep.proto.types_pb2 import Segment
+from pushstep.proto.types_pb2 import Durability, Segment
 
 from ..arenas.writer import ModelWriter
 from ..coordinator.commits import Commits
 from ..coordinator.coordinator import Coordinator
 from ..coordinator.decision import Resolve, Step
 from ..coordinator.sessions import Sessions
-from ..storage.journal import Journal, Level
-from ..storage.journal_sync import JournalSync
-from .journal_records import failure_message, gradient_message, outcome_message, payload_of, tensors_of
+from ..coordinator.worker import Decided
+from ..process.threads import DISK
+from .durability import DurabilitySettings
+from .journal import Journal, Level
+from .records import failure_message, gradient_message, outcome_message, payload_of, tensors_of
+from .sync import JournalSync
 
 NOTHING: Final = b""
+DURABILITIES: Final = {
+    Level.APPLIED: Durability.DURABILITY_APPLIED,
+    Level.EVERYSEC: Durability.DURABILITY_EVERYSEC,
+    Level.DURABLE: Durability.DURABILITY_DURABLE,
+}
+
+
+# An outcome, and the worker state that its push brought.
+Given = tuple[Decided, bytes | None]
 
 
 class Owner(Protocol):
@@ -39,18 +52,17 @@ class Owner(Protocol):
     commits: Commits
     sessions: Sessions
     writer: ModelWriter
+    durability: DurabilitySettings
     edit: int
 
 
 class Entry:
     """One record, and how it is appended: in the writer thread, before anything that it is of is done."""
 
-    def __init__(self, journal: Journal, record: JournalRecord, tensors: Sequence[Tensor], room: int) -> None:
+    def __init__(self, journal: Journal, record: JournalRecord, tensors: Sequence[Tensor] = ()) -> None:
         self._journal = journal
         self.record = record
         self._tensors = tensors
-        # bytes that were promised for it
-        self._room = room
         # its number, once it was appended
         self.number = 0
 
@@ -60,20 +72,25 @@ class Entry:
             self.number = self._journal.append(self.record, payload_of(self._tensors))
         finally:
             self._tensors = ()
-            if self._room:
-                self._journal.give_back_room(self._room)
 
 
-class Journaling:
+class Recorder:
     """One model's way into its journal. Call it on the event loop only."""
 
-    def __init__(self, model: Owner, sync: JournalSync) -> None:
+    def __init__(self, model: Owner, sync: JournalSync, fail: Callable[[str, Exception], NoReturn]) -> None:
+        """`fail` ends the process: what was acknowledged could not be kept."""
+        self._fail = fail
         self._model = model
         self._sync = sync
         self.journal: Journal | None = None
+        # the last record's number, while there is no journal
+        self.last = 0
+        # the newest version of the present timeline in a snapshot
+        self.saved_version = 0
         # what the last record, or the snapshot before it, has said of the manifest
         self._said: dict[str, Any] = {}
         self._said_groups: list[tuple[object, Set[str]]] = []
+        self._said_settings: dict[str, object] = {}
         # by record: what is done once it is safe; and futures by the version that they wait for
         self._waiting: deque[tuple[int, Callable[[], None]]] = deque()
         self._versions: list[tuple[int, asyncio.Future[None]]] = []
@@ -83,83 +100,119 @@ class Journaling:
         """How safe a push is when it is acknowledged."""
         return Level.APPLIED if self.journal is None else self.journal.level
 
-    def begin(self, journal: Journal | None) -> None:
-        """Write into this journal from here on, or into none."""
+    def begin(self, journal: Journal) -> None:
+        """Write into this journal from here on."""
         self.journal = journal
         self.forget()
+        self.tell_level()
+
+    async def close(self) -> None:
+        """Write into none any more, once everything in the journal is on the disk. OSError if the disk refuses."""
+        journal = self.journal
+        if journal is None:
+            return
+        await DISK.run(journal.close)
+        self.last, self.journal = journal.appended, None
+        self.tell_level()
+        self._let_go()
+
+    def tell_level(self) -> None:
+        """Have receipts name the level that holds now."""
+        self._model.commits.durability = DURABILITIES[self.level]
+
+    @property
+    def durable_version(self) -> int:
+        """The newest version that is on the disk with all before it, by the journal or a snapshot."""
+        return self.saved_version if self.journal is None else self.journal.durable_version
+
+    def skip(self) -> None:
+        """Note that something came that is not in the journal. Call it in the writer thread."""
+        if self.journal is not None:
+            try:
+                self.journal.skip()
+            except (OSError, PushstepError) as error:
+                self._fail(self.journal.model, error)
+
+    @property
+    def number(self) -> int:
+        """The number of the last record that was appended. Call it in the writer thread."""
+        return self.last if self.journal is None else self.journal.appended
 
     def forget(self) -> None:
         """Have the next record say everything that it can: what was said before was not written."""
-        self._said, self._said_groups = {}, []
+        self._said, self._said_groups, self._said_settings = {}, [], {}
 
     # Records.
 
     def step(self, step: Step) -> Entry | None:
         """The record of a step and of its pushes' outcomes."""
-        journal = self.journal
-        if journal is None:
+        if self.journal is None:
             return None
         pushes = [resolve.pending.push or step.push for resolve in step.resolves]
         record = self._record(
             int(step.ticket.version),
-            step.resolves,
+            [_given(resolve) for resolve in step.resolves],
             step=JournalStep(ticket=step.ticket, gradients=map(gradient_message, pushes)),
         )
-        tensors = [tensor for push in pushes for tensor in tensors_of(push.parts)]
-        return Entry(journal, record, tensors, sum(resolve.pending.room_bytes for resolve in step.resolves))
+        return Entry(self.journal, record, [tensor for push in pushes for tensor in tensors_of(push.parts)])
 
     def outcome(self, resolve: Resolve) -> Entry | None:
-        """The record of an outcome without a step."""
+        """The record of an outcome without a step. None for a push that has none."""
         if self.journal is None or resolve.decided is None:
             return None
-        record = self._record(self._model.commits.version, [resolve])
-        return Entry(self.journal, record, (), resolve.pending.room_bytes)
+        return Entry(self.journal, self._record(self._model.commits.version, [_given(resolve)]))
 
     def values(
-        self, version: int, resolves: Sequence[Resolve], parts: Sequence[tuple[Segment, Tensor]], fresh: Sequence[int]
+        self, decided: Decided, parts: Sequence[tuple[Segment, Tensor]], fresh: Sequence[int]
     ) -> Entry | None:
-        """The record of uploaded values."""
+        """The record of uploaded values, which make a version."""
         if self.journal is None:
             return None
         message = JournalValues(segments=[segment for segment, _ in parts], fresh=fresh)
-        record = self._record(version, resolves, values=message)
-        return Entry(self.journal, record, [values for _, values in parts], 0)
+        record = self._record(int(decided.receipt.version), [(decided, None)], values=message)
+        return Entry(self.journal, record, [values for _, values in parts])
 
     def extras(self, file: Tensor, *, are_all: bool) -> Entry | None:
         """The record of buffers that were uploaded as a safetensors file."""
         if self.journal is None:
             return None
         message = JournalExtras(file_bytes=file.numel(), all=are_all)
-        record = self._record(self._model.commits.version, (), extras=message)
-        return Entry(self.journal, record, [file], 0)
+        return Entry(self.journal, self._record(self._model.commits.version, (), extras=message), [file])
 
     def failure(self, version: int, error: PushstepError) -> Entry | None:
         """The record of a step that has failed and moved nothing, though its record was written."""
         if self.journal is None:
             return None
-        return Entry(self.journal, self._record(version, (), failure=failure_message(error)), (), 0)
+        return Entry(self.journal, self._record(version, (), failure=failure_message(error)))
 
     def change(self) -> Entry | None:
         """The record of what else has changed since the last one. None if nothing has."""
         if self.journal is None:
             return None
         record = self._record(self._model.commits.version, ())
-        return Entry(self.journal, record, (), 0) if record.changed else None
+        return Entry(self.journal, record) if record.changed else None
 
-    def _record(self, version: int, resolves: Sequence[Resolve], **change: Any) -> JournalRecord:
+    def not_written(self, entry: Entry) -> None:
+        """A record could not be written: the next one says what it said, apart from a step, which was refused."""
+        rows = json.loads(entry.record.changed or b"{}").get("workers", {})
+        of_outcomes = [outcome.receipt.identity.worker for outcome in entry.record.outcomes]
+        self._model.sessions.mark_changed(*rows, *of_outcomes)
+        self.forget()
+
+    def _record(self, version: int, given: Sequence[Given], **change: Any) -> JournalRecord:
         workers = self._model.sessions.workers
-        outcomes = [
-            outcome_message(resolve, workers[resolve.pending.worker].refused_in_row) for resolve in resolves
-        ]
         return JournalRecord(
             timeline=self._model.commits.timeline,
             version=version,
-            outcomes=outcomes,
-            changed=self._changed(bool(outcomes and change)),
+            outcomes=[
+                outcome_message(decided, state, workers[decided.receipt.identity.worker].refused_in_row)
+                for decided, state in given
+            ],
+            changed=self._changed(is_step="step" in change),
             **change,
         )
 
-    def _changed(self, is_step: bool) -> bytes:
+    def _changed(self, *, is_step: bool) -> bytes:
         """As JSON, the entries of the manifest that the last record has not said. `is_step`: it says the values."""
         found: dict[str, Any] = {}
         for name, now in self._now().items():
@@ -187,10 +240,13 @@ class Journaling:
         }
         if hooks.list or self._said.get("hooks"):
             now["hooks"] = hooks.dump()
-        settings = model.coordinator.policy.settings
-        if self._said.get("settings") is not settings:
-            now["policy"] = settings.model_dump(mode="json")
-            self._said["settings"] = settings
+        for name, settings in (
+            ("policy", model.coordinator.policy.settings),
+            ("durability", model.durability),
+        ):
+            if self._said_settings.get(name) is not settings:
+                self._said_settings[name] = settings
+                now[name] = settings.model_dump(mode="json")
         return now
 
     # Waiting.
@@ -219,12 +275,14 @@ class Journaling:
 
     async def until_safe(self) -> None:
         """Wait until everything decided so far is as safe as the level says."""
-        journal = self.journal
-        if journal is None or journal.level is not Level.DURABLE:
-            return
-        number = await self._model.writer.submit(lambda: journal.appended)
+        if self.level is Level.DURABLE:
+            await self.drained()
+
+    async def drained(self) -> None:
+        """Wait until everything decided so far is in the journal and, at `durable`, on the disk."""
+        number = await self._model.writer.submit(lambda: self.number, reads=False)
         safe: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.when_safe(number, lambda: safe.done() or safe.set_result(None))
+        self.when_safe(number, partial(_set, safe))
         await safe
 
     def _synced(self, journal: Journal) -> Callable[[], None]:
@@ -245,16 +303,27 @@ class Journaling:
         version, waiting = journal.durable_version, self._versions
         self._versions = [(at, waits) for at, waits in waiting if at > version]
         for at, waits in waiting:
-            if at <= version and not waits.done():
-                waits.set_result(None)
+            if at <= version:
+                _set(waits)
         if self._waiting and journal.is_based:
             self._sync.request(journal, self._synced(journal))
 
-    def let_go(self) -> None:
-        """Do everything that waits: the journal has been closed, and everything is on the disk."""
+    def _let_go(self) -> None:
+        """Do everything that waits."""
         while self._waiting:
             self._waiting.popleft()[1]()
         for _, waits in self._versions:
-            if not waits.done():
-                waits.set_result(None)
+            _set(waits)
         self._versions = []
+
+
+def _set(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+def _given(resolve: Resolve) -> Given:
+    header = resolve.pending.header
+    if resolve.decided is None:
+        raise ValueError("a push without an outcome is in no record")
+    return resolve.decided, header.worker_state if header.HasField("worker_state") else None

@@ -23,7 +23,7 @@ from torch import Tensor
 from pushstep.proto.journal_pb2 import JournalRecord
 
 from ..process.memory import take
-from .files import opened
+from ..storage.files import opened
 
 SUFFIX: Final = ".journal"
 _MAGIC: Final = b"pushstep journal"

@@ -7,6 +7,7 @@ journal at all, because what follows the damage cannot be applied.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import struct
@@ -20,8 +21,8 @@ import xxhash
 from pushstep.proto.errors import JournalDamaged
 from pushstep.proto.journal_pb2 import JournalRecord
 
-from . import files
-from .journal_file import SUFFIX, Heading, JournalReader, NotARecord, Record
+from ..storage import files
+from .file import SUFFIX, Heading, JournalReader, NotARecord, Record
 
 log = logging.getLogger("pushstep.journal")
 MARKER: Final = "synced"
@@ -64,6 +65,8 @@ class JournalChain:
         self.places = list(self._placed())
         # the last record, once `records` has come to it
         self.end = 0
+        # True if no file is behind that record
+        self.is_at_end = False
 
     def _placed(self) -> Iterator[Place]:
         found: list[tuple[Path, Heading]] = []
@@ -115,6 +118,19 @@ class JournalChain:
             for place in self.places
         )
 
+    def last_number(self) -> int:
+        """The number of the last record that is whole, wherever gaps are before it; 0 if there is none."""
+        if not self.places:
+            return 0
+        place = self.places[-1]
+        number = place.heading.first
+        with JournalReader(place.path) as reader, contextlib.suppress(NotARecord):
+            at = reader.begin
+            while True:
+                at = reader.read(number, at).end
+                number += 1
+        return number - 1
+
     def failures(self, after: int) -> set[tuple[int, int]]:
         """(timeline, version) of the steps that failed, among the records behind number `after`."""
         return {
@@ -147,7 +163,8 @@ class JournalChain:
         for place in self._from(after):
             yield from self._records_of(place, after)
             reached = place
-        if reached is not None and reached is self.places[-1] and self.end < _marked(self.folder, self._uid):
+        self.is_at_end = reached is not None and reached is self.places[-1]
+        if reached is not None and self.is_at_end and self.end < _marked(self.folder, self._uid):
             problem = f"it was on the disk, and the journal ends at record {self.end}"
             raise JournalDamaged(
                 model=self._model, file=reached.path.name, record=self.end + 1, problem=problem

@@ -1,7 +1,7 @@
 """A model's journal as it is written: one record for each change, in files that snapshots make superfluous.
 
 Records are appended by the model's writer thread and forced to the disk by the server's one syncing thread
-(`storage/journal_sync.py`). Room for a push's record is taken before the push is decided on, so a full disk refuses
+(`journal/sync.py`). Room for a push's record is taken before the push is decided on, so a full disk refuses
 pushes and loses nothing. What is not in the journal (a restore, a group that was added) is bridged by a snapshot: until
 that is on the disk, no later record counts as durable.
 """
@@ -22,9 +22,9 @@ from typing import Final
 from pushstep.proto.errors import DiskFull
 from pushstep.proto.journal_pb2 import JournalRecord
 
-from . import files
-from .journal_chain import MARKER, marker
-from .journal_file import Heading, JournalFile, record_bytes
+from ..storage import files
+from .chain import MARKER, marker
+from .file import Heading, JournalFile, record_bytes
 
 log = logging.getLogger("pushstep.journal")
 # A file's room grows by several pushes at a time, within these bounds. A fallocate takes 0.1 ms, whatever its length.

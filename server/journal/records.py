@@ -9,21 +9,20 @@ from torch import Tensor
 
 from pushstep.proto.errors import CATALOGUE, PushstepError
 from pushstep.proto.journal_pb2 import JournalFailure, JournalGradient, JournalOutcome
-from pushstep.proto.types_pb2 import Segment, Staged
+from pushstep.proto.types_pb2 import Segment
 from pushstep.proto.wire import dtypes
 from pushstep.proto.wire.layout import Layout
 
-from ..coordinator.decision import Resolve
 from ..coordinator.worker import Decided
 from ..staging.gradient import DensePart, RowsPart, StagedPush
-from ..storage.journal_file import padded
+from .file import padded
 
 ID_BYTES = torch.int64.itemsize
 
 
 def gradient_message(push: StagedPush) -> JournalGradient:
     """What a push brought: a segment for each of its parts."""
-    return JournalGradient(segments=map(_segment, push.parts), base_version=push.staged.base_version)
+    return JournalGradient(segments=map(_segment, push.parts))
 
 
 def _segment(part: DensePart | RowsPart) -> Segment:
@@ -81,7 +80,7 @@ class PayloadReader:
     def push(self, message: JournalGradient, layout: Layout) -> StagedPush:
         """The gradient of one push."""
         parts = [self._part(segment, layout) for segment in message.segments]
-        return StagedPush(Staged(base_version=message.base_version), parts, None, 0.0)
+        return StagedPush({}, parts, None, 0.0)
 
     def _part(self, segment: Segment, layout: Layout) -> DensePart | RowsPart:
         slots = layout.slots_of(segment)
@@ -110,19 +109,14 @@ def on_device(push: StagedPush, device: torch.device) -> StagedPush:
             parts.append(RowsPart(part.slot, part.ids.to(device), part.rows.to(device)))
         else:
             parts.append(DensePart(part.arena, part.start, part.slots, part.gradient.to(device)))
-    return StagedPush(push.staged, parts, None, 0.0)
+    return StagedPush({}, parts, None, 0.0)
 
 
-def outcome_message(resolve: Resolve, refused_in_row: int) -> JournalOutcome:
-    """The outcome that a worker is given for a push."""
-    decided, header = resolve.decided, resolve.pending.header
-    if decided is None:
-        raise ValueError("a push without an outcome is not in the journal")
-    message = JournalOutcome(
-        receipt=decided.receipt, digest=decided.digest, refused_in_row=refused_in_row
-    )
-    if header.HasField("worker_state"):
-        message.worker_state = header.worker_state
+def outcome_message(decided: Decided, worker_state: bytes | None, refused_in_row: int) -> JournalOutcome:
+    """The outcome that a worker is given, and its worker state where the push brought one."""
+    message = JournalOutcome(receipt=decided.receipt, digest=decided.digest, refused_in_row=refused_in_row)
+    if worker_state is not None:
+        message.worker_state = worker_state
     if decided.error is not None:
         message.error.CopyFrom(failure_message(decided.error))
     return message
@@ -142,5 +136,3 @@ def failure_message(error: PushstepError) -> JournalFailure:
 def error_of(message: JournalFailure) -> PushstepError:
     """The error that `failure_message` wrote."""
     return CATALOGUE[message.code](message.message, **dict(message.fields))
-
-

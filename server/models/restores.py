@@ -1,0 +1,146 @@
+"""Replaces what a model holds: by a snapshot, by a version that the journal reaches, by a state that a worker has loaded.
+
+Each begins a new timeline, which is on the disk before anything changes. What comes into the model so is not in its
+journal: a snapshot is taken behind it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from pushstep.proto.errors import (
+    InvalidManifest,
+    ManifestChanged,
+    PushstepError,
+    SnapshotDamaged,
+    Superseded,
+    UnknownSnapshot,
+    VersionNotKept,
+)
+
+from ..arenas.arena import ArenasCopy
+from ..coordinator.hooks.hook import Point
+from ..journal.chain import JournalChain
+from ..process.threads import DISK
+from ..storage.model_folder import ModelFolder
+from ..storage.saved_state import SavedState, saved_state
+from .model import Model
+from .replay import Replay
+from .snapshotter import Snapshotter
+
+log = logging.getLogger("pushstep.restores")
+
+
+class Restores:
+    """Restores the models of a catalog. One holds a copy of a whole model, so few run at once."""
+
+    def __init__(
+        self,
+        at_once: int,
+        snapshotter: Snapshotter,
+        folder: Callable[[str], ModelFolder],
+        alone: Callable[[str], asyncio.Lock],
+        scratch: Callable[[Model, SavedState], Model],
+    ) -> None:
+        """`scratch` makes a model of a saved state that no other has, to replay a journal on."""
+        self.turns = asyncio.Semaphore(at_once)
+        self._snapshotter = snapshotter
+        self._folder = folder
+        self._alone = alone
+        self._scratch = scratch
+
+    async def restore(self, model: Model, snapshot: str, by: str) -> int:
+        """Restore a snapshot. Returns its version. UnknownSnapshot, SnapshotDamaged, InvalidManifest."""
+        async with self.turns:
+            try:
+                manifest, copy = await DISK.run(self._folder(model.name).snapshots.read, snapshot)
+            except (SnapshotDamaged, UnknownSnapshot):
+                model.require_here()  # a model deleted meanwhile has no snapshots: that is the error to report
+                raise
+            state = await DISK.run(saved_state, manifest, copy, model.name)
+            if copy.layout.manifest_hash != model.layout.manifest_hash:
+                raise InvalidManifest(
+                    problem=f"snapshot {snapshot} holds other parameters or groups than the model has now"
+                )
+            await self.replace(model, copy, state, by)
+            return copy.version
+
+    async def restore_version(self, model: Model, version: int, by: str) -> int:
+        """Restore a version of the present timeline that a snapshot holds, or the journal behind one.
+
+        VersionNotKept if none does.
+        """
+        async with self.turns:
+            await model.recorder.drained()
+            state = await DISK.run(self._state_at, model, version)
+            if state is None or state.copy.version != version:
+                raise VersionNotKept(model=model.name, version=version)
+            await self.replace(model, state.copy, state, by)
+            return version
+
+    async def replace(self, model: Model, copy: ArenasCopy, saved: SavedState | None, by: str) -> None:
+        """Replace what the model holds by `copy`, on a new timeline that is written to disk first.
+
+        `saved`: the snapshot that `copy` is of; None if `copy` was made from the model itself. ManifestChanged if a group
+        was added since, Superseded if a restore came since.
+        """
+        folder = self._folder(model.name)
+        async with self._alone(model.name):
+            model.require_here()
+            if saved is None and copy.timeline != model.timeline:  # a restore came after it was copied
+                raise Superseded(model=model.name, timeline=model.timeline, got=copy.timeline)
+            model.tell(Point.LOAD_STATE_DICT_PRE)
+            timeline = model.timeline + 1
+            identity = model.identity(None, timeline, copy.lineage_here)
+            await DISK.run(folder.write_identity, identity)
+            try:
+                if copy.layout.manifest_hash != model.layout.manifest_hash:  # a group was added meanwhile
+                    raise ManifestChanged(model=model.name)
+                loading = model.restore(copy, saved, timeline, by)
+            except BaseException:
+                # the model stays on its old timeline
+                await DISK.run(folder.write_identity, model.identity(None))
+                raise
+            try:
+                await loading
+            except Exception as error:
+                model.fail_if_torn(error)
+                raise
+            model.tell(Point.LOAD_STATE_DICT_POST)
+            await self._snapshotter.bridge(model, folder)
+
+    async def bring_back(self, model: Model) -> None:
+        """Restore a model that a failed write has left torn, to the last version before that write."""
+        try:
+            async with self.turns:
+                state = await DISK.run(self._state_at, model, model.version_before_failure)
+                if state is None:
+                    log.error("model %s failed and has no snapshot that verifies", model.name)
+                    return
+                await self.replace(model, state.copy, state, "server")
+                log.warning(
+                    "model %s failed and goes on from version %d (snapshot %s)",
+                    model.name,
+                    state.copy.version,
+                    state.snapshot,
+                )
+        except PushstepError as error:
+            log.error("model %s failed and could not be brought back: %s", model.name, error.message)
+
+    def _state_at(self, model: Model, version: int) -> SavedState | None:
+        """What the model held at a version, or as near before it as snapshots and journal reach. It blocks."""
+        folder, holds = self._folder(model.name), model.commits.holds
+        found = folder.snapshots.newest(lambda timeline, at: at <= version and holds(timeline, at))
+        if found is None:
+            return None
+        state = saved_state(*found, model.name)
+        chain = JournalChain(folder.journal, model.uid)
+        if state.copy.version == version or not chain.continues(state.journal):
+            return state
+        scratch = self._scratch(model, state)
+        replay = Replay(scratch, chain, state.journal, holds, until=version)
+        replay.run()
+        facts, copy = scratch.as_it_is()
+        return saved_state({**facts, "id": state.snapshot, "journal": replay.last}, copy, model.name)

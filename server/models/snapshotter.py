@@ -1,0 +1,132 @@
+"""Keeps models on the disk: a snapshot at creation, now and then, and after what the journal cannot hold; the journal between.
+
+A snapshot holds a model at one version, and the number of the last journal record before it. Once it is on the disk, the
+journal's files before the oldest snapshot that is kept are removed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from typing import Any, Final
+
+from pushstep.proto.errors import Draining, ModelFailed, ModelLost, PushstepError
+
+from ..coordinator.hooks.hook import Point
+from ..journal.durability import DurabilitySettings
+from ..journal.journal import Journal, Level
+from ..process.threads import DISK
+from ..storage.model_folder import ModelFolder
+from .edits import Edits
+from .model import Model
+
+log = logging.getLogger("pushstep.snapshotter")
+# How often the time of each model is looked at.
+TICK_S: Final = 0.25
+# A model whose snapshot failed is tried again after so long, or after its interval if that is shorter.
+RETRY_S: Final = 10.0
+# A journal longer than this, and than so many times its model, is cut short by a snapshot before its time.
+LONG_JOURNAL_BYTES: Final = 1 << 30
+LONG_JOURNAL_MODELS: Final = 4
+
+
+class Snapshotter:
+    """Takes the snapshots of all models of a catalog. A snapshot holds a copy of a whole model, so few run at once."""
+
+    def __init__(self, at_once: int) -> None:
+        self._turns = asyncio.Semaphore(at_once)
+
+    async def take(self, model: Model, folder: ModelFolder, by: str, *, automatic: bool) -> dict[str, Any]:
+        """Take a snapshot at the current version; its manifest. Hold the lock of the folder.
+
+        Automatic ones beyond those that are kept are removed, and what they needed of the journal.
+        """
+        async with self._turns:
+            model.tell(Point.STATE_DICT_PRE)
+            content = model.content
+            facts, copy = await model.copy(rolls=True)
+            manifest = await DISK.run(folder.snapshots.write, facts, copy, automatic=automatic)
+        model.tell(Point.STATE_DICT_POST, snapshot=manifest["id"])
+        model.record("snapshot_taken", by, snapshot=manifest["id"])
+        model.saved = content
+        model.saved_s = time.monotonic()
+        model.recorder.saved_version = copy.version
+        journal = model.recorder.journal
+        if journal is not None:
+            journal.based(manifest["journal"], copy.version)
+            model.recorder.note_durable(journal)
+        if automatic:
+            await self.prune(model, folder, manifest["id"])
+        return manifest
+
+    async def prune(self, model: Model, folder: ModelFolder, snapshot: str) -> None:
+        """Remove the automatic snapshots that are not kept, behind one that was just written, and the journal before."""
+        try:
+            oldest = await DISK.run(folder.snapshots.prune, model.durability.keep, snapshot)
+            if model.recorder.journal is not None:
+                await DISK.run(model.recorder.journal.prune, oldest)
+        except PushstepError as error:
+            log.warning("model %s: after its snapshot %s: %s", model.name, snapshot, error.message)
+
+    async def open_journal(self, model: Model, folder: ModelFolder, last: int, *, after_gap: bool) -> None:
+        """Have the model write a journal behind record `last`, if its level says so. DiskFull, StorageFailed."""
+        model.recorder.last = last
+        level = model.durability.level
+        if level is Level.APPLIED:
+            return
+        push_bytes = sum(arena.elements * arena.dtype.itemsize for arena in model.layout.arenas)
+        journal = await DISK.run(
+            Journal, folder.journal, model.uid, level, last, push_bytes, after_gap=after_gap
+        )
+        model.recorder.begin(journal)
+
+    async def bridge(self, model: Model, folder: ModelFolder) -> None:
+        """Take the snapshot that stands for what is not in the journal. Hold the lock of the folder."""
+        if model.recorder.journal is not None:
+            await self.take(model, folder, "server", automatic=True)
+
+    async def set_durability(
+        self, model: Model, folder: ModelFolder, settings: DurabilitySettings, by: str
+    ) -> None:
+        """Keep a model in another way. Another level holds when this returns. Hold the lock of the folder."""
+        level, journal = settings.level, model.recorder.journal
+        Edits(model).set_durability(settings, by)
+        if journal is not None and level is not Level.APPLIED:
+            if journal.level is not level:
+                await model.writer.submit(lambda: journal.set_level(level), reads=False)
+                model.recorder.tell_level()
+            await model.recorder.until_safe()
+        elif journal is not None:
+            await model.recorder.drained()
+            await model.recorder.close()
+        elif level is not Level.APPLIED:
+            await self.open_journal(model, folder, model.recorder.last, after_gap=True)
+            await self.take(model, folder, by, automatic=True)
+
+    def is_due(self, model: Model) -> bool:
+        """True if it is time for a snapshot of a model that has changed since the last one."""
+        journal = model.recorder.journal
+        if model.ended or model.deleted or model.failed is not None or model.saved == model.content:
+            return False
+        if journal is not None:
+            most = max(LONG_JOURNAL_BYTES, LONG_JOURNAL_MODELS * model.held_bytes)
+            if journal.file_bytes > most:
+                return True
+        return time.monotonic() - model.saved_s >= model.durability.snapshot_every_s
+
+    async def take_due(self, model: Model, folder: ModelFolder, alone: asyncio.Lock) -> None:
+        """Take a snapshot that is due. What prevents it is logged, and it is tried again."""
+        try:
+            async with alone:
+                if self.is_due(model):
+                    await self.take(model, folder, "server", automatic=True)
+        except (ModelLost, ModelFailed, Draining):
+            return
+        except Exception as error:  # noqa: BLE001 - whatever it was, the other models are saved, and this one later
+            wait_s = min(RETRY_S, model.durability.snapshot_every_s)
+            model.saved_s = time.monotonic() - model.durability.snapshot_every_s + wait_s
+            log.error("model %s: its snapshot failed, again in %.0f s: %s", model.name, wait_s, error)
+            with contextlib.suppress(PushstepError):
+                model.record("snapshot_failed", "server", problem=str(error))

@@ -1,0 +1,63 @@
+"""How a model is kept on the disk: its level, its snapshots' interval, and the versions that can be restored."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Body
+from pydantic import BaseModel, ConfigDict, Field
+
+from ...coordinator.settings import LARGEST_WHOLE
+from ...journal.durability import read_durability
+from ...models.model import Model
+from ..depends import OPERATOR, CatalogHere, ModelHere
+
+router = APIRouter(tags=["durability"])
+
+
+def _show(model: Model) -> dict[str, Any]:
+    journal = model.recorder.journal
+    return {
+        **model.durability.model_dump(mode="json"),
+        "version": model.version,
+        "durable_version": model.recorder.durable_version,
+        "journal_bytes": 0 if journal is None else journal.file_bytes,
+    }
+
+
+@router.get("/models/{m}/durability", summary="Show how the model is kept on the disk")
+async def show_durability(model: ModelHere) -> dict[str, Any]:
+    """The settings, and the newest version that no crash can undo."""
+    return _show(model)
+
+
+@router.patch("/models/{m}/durability", summary="Change how the model is kept on the disk")
+async def change_durability(
+    model: ModelHere,
+    catalog: CatalogHere,
+    settings: Annotated[
+        dict[str, Any],
+        Body(examples=[{"level": "durable"}, {"level": "everysec", "snapshot_every_s": 300.0, "keep": 3}]),
+    ],
+) -> dict[str, Any]:
+    """A setting that is left out stays as it is. Another level holds once this has answered."""
+    await catalog.set_durability(model.name, read_durability(settings, model.durability), OPERATOR)
+    return _show(model)
+
+
+class RestoreVersion(BaseModel):
+    """Which version to go back to."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    version: Annotated[int, Field(ge=0, le=LARGEST_WHOLE)]
+
+
+@router.post("/models/{m}/restore", summary="Restore a version")
+async def restore_version(m: str, wanted: RestoreVersion, catalog: CatalogHere) -> dict[str, Any]:
+    """Brings back a version that a snapshot holds, or the journal behind one, on a new timeline.
+
+    Everything but the worker table comes back. Workers are told, and go on from there.
+    """
+    version = await catalog.restore_version(m, wanted.version, OPERATOR)
+    return {"timeline": catalog.get(m).timeline, "effective_version": version}
