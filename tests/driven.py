@@ -18,7 +18,10 @@ from pushstep.proto.wire.layout import Slot
 from pushstep.server.coordinator.groups import Group, ParamGroups
 from pushstep.server.coordinator.sessions import Sessions
 from pushstep.server.devices.device import Device
+from pushstep.server.journal.durability import DurabilitySettings
+from pushstep.server.journal.sync import JournalSync
 from pushstep.server.models.model import Model
+from pushstep.server.process.exit_status import disk_failed
 from pushstep.server.requests.push import answer, hand_in
 from pushstep.server.requests.push_call import PushCall
 from pushstep.server.requests.receiving import admit
@@ -32,7 +35,17 @@ def made() -> Model:
     """A model of `judged.LAYOUT`."""
     groups = ParamGroups(Group.make(group) for group in LAYOUT.manifest.groups)
     return Model(
-        "m", UID, 1, LAYOUT, groups, Sessions(30, 100, "m"), Device(), Budget(1 << 20), ReadBudget(1 << 20)
+        "m",
+        UID,
+        1,
+        LAYOUT,
+        groups,
+        Sessions(30, 100, "m"),
+        Device(),
+        Budget(1 << 20),
+        ReadBudget(1 << 20),
+        JournalSync(disk_failed),
+        DurabilitySettings(),
     )
 
 

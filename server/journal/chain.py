@@ -47,11 +47,16 @@ def _marked(folder: Path, uid: bytes) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A file of the chain: its header, and the last record that counts in it, if a later file says which."""
+    """A file of the chain: its header, and the header of the file behind it."""
 
     path: Path
     heading: Heading
-    last: int | None
+    following: Heading | None
+
+    @property
+    def last(self) -> int | None:
+        """The last record that counts in it, if a later file says which."""
+        return None if self.following is None else self.following.previous
 
 
 class JournalChain:
@@ -63,8 +68,8 @@ class JournalChain:
         self._model = folder.parent.name
         self._uid = uid
         self.places = list(self._placed())
-        # the last record, once `records` has come to it
-        self.end = 0
+        # the last record and its checksum, once `records` has come to it
+        self.end = self.link = 0
         # True if no file is behind that record
         self.is_at_end = False
 
@@ -90,9 +95,9 @@ class JournalChain:
             if heading.uid != self._uid:
                 problem = "it is the journal of another model"
                 raise JournalDamaged(model=self._model, file=path.name, record=heading.first, problem=problem)
-            following = found[index + 1][1].previous if index + 1 < len(found) else None
-            if following is not None and following < heading.first - 1:
-                problem = f"the file behind it continues record {following}"
+            following = found[index + 1][1] if index + 1 < len(found) else None
+            if following is not None and following.previous < heading.first - 1:
+                problem = f"the file behind it continues record {following.previous}"
                 raise JournalDamaged(model=self._model, file=path.name, record=heading.first, problem=problem)
             yield Place(path, heading, following)
 
@@ -123,12 +128,12 @@ class JournalChain:
         if not self.places:
             return 0
         place = self.places[-1]
-        number = place.heading.first
+        number, self.link = place.heading.first, place.heading.link
         with JournalReader(place.path) as reader, contextlib.suppress(NotARecord):
             at = reader.begin
             while True:
-                at = reader.read(number, at).end
-                number += 1
+                record = reader.read(number, at)
+                at, self.link, number = record.end, record.checksum, number + 1
         return number - 1
 
     def failures(self, after: int) -> set[tuple[int, int]]:
@@ -145,7 +150,7 @@ class JournalChain:
                 number, at = place.heading.first, reader.begin
                 while place.last is None or number <= place.last:
                     try:
-                        message, at = reader.message(number, at)
+                        message, at, _ = reader.message(number, at)
                     except NotARecord:
                         break
                     if number > after:
@@ -186,14 +191,14 @@ class JournalChain:
     def _records_of(self, place: Place, after: int) -> Iterator[Record]:
         try:
             with JournalReader(place.path) as reader:
-                number, at = place.heading.first, reader.begin
+                number, at, self.link = place.heading.first, reader.begin, place.heading.link
                 while place.last is None or number <= place.last:
                     try:
                         if number <= after:
-                            _, at = reader.message(number, at)
+                            _, at, self.link = reader.message(number, at)
                         else:
                             record = reader.read(number, at)
-                            at, self.end = record.end, number
+                            at, self.end, self.link = record.end, number, record.checksum
                             yield record
                     except NotARecord as error:
                         self._require_torn(place, reader, number, at, error)
@@ -201,6 +206,9 @@ class JournalChain:
                     number += 1
         except OSError as error:
             raise self._unreadable(place.path, error) from error
+        if place.following is not None and place.following.link != self.link:
+            problem = "the file behind it continues another journal"
+            raise JournalDamaged(model=self._model, file=place.path.name, record=number - 1, problem=problem)
 
     def _require_torn(
         self, place: Place, reader: JournalReader, number: int, at: int, error: NotARecord

@@ -27,7 +27,7 @@ from ..storage.files import opened
 
 SUFFIX: Final = ".journal"
 _MAGIC: Final = b"pushstep journal"
-# magic, uid of the model, boot of the machine, first and previous record, level, checksum
+# magic, uid of the model, boot of the machine, first and previous record, the latter's checksum, checksum
 _HEADER: Final = struct.Struct("<16s16s16sQQQQ")
 _RECORD_MAGIC: Final = b"\xf5PSJ"
 # magic, bytes of the message, bytes of the payload, number, newest record on the disk, checksum
@@ -53,7 +53,8 @@ class Heading(NamedTuple):
     first: int
     # the last record before: `first` - 1, or less if something that is not in the journal came between
     previous: int
-    level: int
+    # the checksum of that record: another file of its name does not have it
+    link: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,7 @@ class Record:
     message: JournalRecord
     # its gradients or values, as bytes, each part aligned
     payload: Tensor
+    checksum: int
     # where the next record begins
     end: int
 
@@ -97,6 +99,8 @@ class JournalFile:
         """Create the file, with room for so many bytes. OSError; then nothing of it is left."""
         self.path = folder / name_of(heading.first)
         self.end = _HEADER.size
+        # the checksum of the last record
+        self.link = heading.link
         self._seed = _seed(heading.uid)
         packed = _HEADER.pack(_MAGIC, *heading, 0)[:-_CHECKSUM_BYTES]
         packed += xxhash.xxh3_64_intdigest(packed, self._seed).to_bytes(_CHECKSUM_BYTES, "little")
@@ -130,10 +134,11 @@ class JournalFile:
         digest = xxhash.xxh3_64(head, self._seed)
         for part in parts:
             digest.update(part)
-        head += digest.intdigest().to_bytes(_CHECKSUM_BYTES, "little")
+        checksum = digest.intdigest()
+        head += checksum.to_bytes(_CHECKSUM_BYTES, "little")
         end = self.end + record_bytes(len(message), size_bytes)
         _write(self._descriptor, [head, *parts], self.end)
-        self.end, self.room = end, max(self.room, end)
+        self.end, self.room, self.link = end, max(self.room, end), checksum
 
     def duplicate(self) -> int:
         """A descriptor of the file, which the caller closes."""
@@ -209,14 +214,14 @@ class JournalReader:
         """Where the first record begins."""
         return _HEADER.size
 
-    def message(self, number: int, at: int) -> tuple[JournalRecord, int]:
-        """The message of a record and where the next one begins, without a look at its payload.
+    def message(self, number: int, at: int) -> tuple[JournalRecord, int, int]:
+        """The message of a record, where the next one begins, and its checksum, which is not checked.
 
         OSError; NotARecord if there is no such record.
         """
-        length, payload_bytes, _, _ = self._head(number, at)
+        length, payload_bytes, _, checksum = self._head(number, at)
         text = os.pread(self._descriptor, length, at + _RECORD.size)
-        return _parsed(text), at + record_bytes(length, payload_bytes)
+        return _parsed(text), at + record_bytes(length, payload_bytes), checksum
 
     def read(self, number: int, at: int) -> Record:
         """The record with this number, whose first byte is at `at`. OSError, OutOfMemory.
@@ -232,7 +237,7 @@ class JournalReader:
             raise NotARecord("its checksum is that of other bytes")
         message = _parsed(bytes(body[:length].numpy().data))
         end = at + record_bytes(length, payload_bytes)
-        return Record(number, synced, message, body[padded(length) :], end)
+        return Record(number, synced, message, body[padded(length) :], checksum, end)
 
     def is_blank(self, at: int) -> bool:
         """True if nothing was ever written at a place."""

@@ -46,9 +46,6 @@ class Level(StrEnum):
     DURABLE = "durable"
 
 
-LEVELS: Final = tuple(Level)
-
-
 def boot() -> bytes:
     """The machine's boot: what a process wrote before it died is still there, while this stays the same."""
     text = Path("/proc/sys/kernel/random/boot_id").read_text()
@@ -62,9 +59,17 @@ class Journal:
     """
 
     def __init__(
-        self, folder: Path, uid: bytes, level: Level, last: int, push_bytes: int, *, after_gap: bool
+        self,
+        folder: Path,
+        uid: bytes,
+        level: Level,
+        last: int,
+        link: int,
+        push_bytes: int,
+        *,
+        after_gap: bool,
     ) -> None:
-        """A journal that goes on behind record `last`. DiskFull, StorageFailed.
+        """A journal that goes on behind record `last`, whose checksum is `link`. DiskFull, StorageFailed.
 
         push_bytes: the gradients of a push of all parameters.
         after_gap: the next record does not follow from the last one, because something that is not in the journal came
@@ -88,13 +93,13 @@ class Journal:
         self._lock = threading.Lock()
         self._closed = False
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = self._made(last, self.appended, self._growth_bytes)
+        self._file = self._made(last, self.appended, link, self._growth_bytes)
         files.fsync(folder)
         files.fsync(folder.parent)
         self._marker = os.open(folder / MARKER, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
 
-    def _made(self, previous: int, last: int, room_bytes: int) -> JournalFile:
-        heading = Heading(self._uid, boot(), last + 1, previous, LEVELS.index(self.level))
+    def _made(self, previous: int, last: int, link: int, room_bytes: int) -> JournalFile:
+        heading = Heading(self._uid, boot(), last + 1, previous, link)
         try:
             return JournalFile(self.folder, heading, room_bytes)
         except OSError as error:
@@ -135,6 +140,11 @@ class Journal:
         """Take a promise back: the record has been appended, or will not be."""
         with self._lock:
             self._promised_bytes -= need_bytes + MESSAGE_BYTES
+
+    @property
+    def link(self) -> int:
+        """The checksum of the last record."""
+        return self._file.link
 
     @property
     def file_bytes(self) -> int:
@@ -186,11 +196,14 @@ class Journal:
     def _roll(self, previous: int, last: int) -> None:
         """Go on in a new file behind record `last`, of which `previous` was the one before it in the journal."""
         self._file.sync()
-        file = self._made(previous, last, self._promised_bytes + SPARE_BYTES + self._growth_bytes)
+        file = self._made(
+            previous, last, self._file.link, self._promised_bytes + SPARE_BYTES + self._growth_bytes
+        )
         files.fsync(self.folder)
         with self._lock:
             file.allocate(file.end + self._promised_bytes + SPARE_BYTES)  # more may be promised by now
             ended, self._file = self._file, file
+            self._note_synced(previous)
         ended.close()
 
     # The disk.
@@ -222,11 +235,10 @@ class Journal:
     def note_durable(self) -> int:
         """Move `durable_version` on to what is on the disk; the last record that counts as durable."""
         with self._lock:
-            if not self._based:
-                return min(self.synced, self._awaited_base - 1)
-            while self._versions and self._versions[0][0] <= self.synced:
+            number = self.synced if self._based else min(self.synced, self._awaited_base - 1)
+            while self._versions and self._versions[0][0] <= number:
                 self.durable_version = max(self.durable_version, self._versions.popleft()[1])
-            return self.synced
+            return number
 
     def based(self, number: int, version: int) -> None:
         """A snapshot that follows record `number`, of this version, is on the disk."""

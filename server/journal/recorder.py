@@ -84,7 +84,7 @@ class Recorder:
         self._sync = sync
         self.journal: Journal | None = None
         # the last record's number, while there is no journal
-        self.last = 0
+        self.last = self.link = 0
         # the newest version of the present timeline in a snapshot
         self.saved_version = 0
         # what the last record, or the snapshot before it, has said of the manifest
@@ -112,7 +112,7 @@ class Recorder:
         if journal is None:
             return
         await DISK.run(journal.close)
-        self.last, self.journal = journal.appended, None
+        self.last, self.link, self.journal = journal.appended, journal.link, None
         self.tell_level()
         self._let_go()
 

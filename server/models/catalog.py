@@ -225,7 +225,7 @@ class Catalog:
             model.epochs = EPOCHS_AHEAD
             await DISK.run(folder.write_identity, model.identity(None))
             # no later crash may leave it without a snapshot
-            await self.snapshotter.open_journal(model, folder, 0, after_gap=False)
+            await self.snapshotter.open_journal(model, folder, after_gap=False)
             await self.snapshotter.take(model, folder, "server", automatic=True)
         self._creations.end(name)
         self.models[name] = model

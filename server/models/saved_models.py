@@ -70,12 +70,12 @@ class SavedModels:
         state, identity = found.state, found.identity
         model = self._catalog.made(name, identity.uid, state.copy.timeline, state.copy.layout, state.groups)
         try:
-            last = await DISK.run(self._brought_forward, model, found, folder)
+            await DISK.run(self._bring_forward, model, found, folder)
             proven = model.timeline == identity.timeline
             model.begun_at = model.timeline, model.version
             model.epochs = identity.epochs
             await DISK.run(folder.write_identity, model.identity(None))
-            await self._catalog.snapshotter.open_journal(model, folder, last, after_gap=not proven)
+            await self._catalog.snapshotter.open_journal(model, folder, after_gap=not proven)
             if not proven:
                 await self._catalog.snapshotter.bridge(model, folder)
         except BaseException:
@@ -92,8 +92,8 @@ class SavedModels:
             state.snapshot,
         )
 
-    def _brought_forward(self, model: Model, found: Recovered, folder: ModelFolder) -> int:
-        """Load a model from its snapshot and its journal. Returns the journal's last record. It blocks.
+    def _bring_forward(self, model: Model, found: Recovered, folder: ModelFolder) -> None:
+        """Load a model from its snapshot and its journal. It blocks.
 
         On a new timeline, unless that is proven to be all that was acknowledged.
         """
@@ -113,7 +113,7 @@ class SavedModels:
             model.arenas.timeline = model.timeline
             model.sessions.close_epochs(identity.epochs)
             last = max(last, chain.last_number())
-        return last
+        model.recorder.last, model.recorder.link = last, chain.link
 
     def _keeps_all(self, model: Model, chain: JournalChain) -> bool:
         """True if nothing that was acknowledged can be missing at the end of a journal."""

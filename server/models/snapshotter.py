@@ -70,17 +70,26 @@ class Snapshotter:
         except PushstepError as error:
             log.warning("model %s: after its snapshot %s: %s", model.name, snapshot, error.message)
 
-    async def open_journal(self, model: Model, folder: ModelFolder, last: int, *, after_gap: bool) -> None:
-        """Have the model write a journal behind record `last`, if its level says so. DiskFull, StorageFailed."""
-        model.recorder.last = last
-        level = model.durability.level
+    async def open_journal(self, model: Model, folder: ModelFolder, *, after_gap: bool) -> None:
+        """Have the model write a journal behind the recorder's last record, if its level says so.
+
+        DiskFull, StorageFailed.
+        """
+        level, recorder = model.durability.level, model.recorder
         if level is Level.APPLIED:
             return
         push_bytes = sum(arena.elements * arena.dtype.itemsize for arena in model.layout.arenas)
         journal = await DISK.run(
-            Journal, folder.journal, model.uid, level, last, push_bytes, after_gap=after_gap
+            Journal,
+            folder.journal,
+            model.uid,
+            level,
+            recorder.last,
+            recorder.link,
+            push_bytes,
+            after_gap=after_gap,
         )
-        model.recorder.begin(journal)
+        recorder.begin(journal)
 
     async def bridge(self, model: Model, folder: ModelFolder) -> None:
         """Take the snapshot that stands for what is not in the journal. Hold the lock of the folder."""
@@ -102,7 +111,7 @@ class Snapshotter:
             await model.recorder.drained()
             await model.recorder.close()
         elif level is not Level.APPLIED:
-            await self.open_journal(model, folder, model.recorder.last, after_gap=True)
+            await self.open_journal(model, folder, after_gap=True)
             await self.take(model, folder, by, automatic=True)
 
     def is_due(self, model: Model) -> bool:
