@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pushstep.proto.errors import ManifestMismatch, PushstepError
 from pushstep.proto.types_pb2 import Manifest
+from pushstep.proto.wire import dtypes
 from pushstep.proto.wire.names import check_parameter_name
 
 from ..membership.membership import Membership
@@ -231,4 +232,4 @@ def _why_not(value: Tensor) -> str:
         return "on the meta device"
     if value.is_inference():
         return "made in inference mode"
-    return "" if value.dtype in _DTYPES else str(value.dtype).removeprefix("torch.")
+    return "" if value.dtype in _DTYPES else dtypes.name_of(value.dtype)

@@ -85,10 +85,14 @@ class FusedOptimizer(torch.optim.Optimizer):
         for name in self.rule.state_names:
             state[name] = self._fresh(param, name, group)
 
+    def _is_widened(self, param: Tensor) -> bool:
+        """True if the states of `param` are float32 and the parameter is not."""
+        return param.dtype in _HALF and self.state_dtype is None
+
     def _fresh(self, param: Tensor, name: str, group: dict[str, Any]) -> Tensor:
         # As in torch, the constructor's initial value counts even where a group has its own.
         value: Any = self.rule.initial_value(name, self.defaults)
-        dtype = torch.float32 if param.dtype in _HALF and self.state_dtype is None else param.dtype
+        dtype = torch.float32 if self._is_widened(param) else param.dtype
         if self._option(group, "row_wise"):
             if param.is_complex():
                 raise RuntimeError("row_wise does not support complex parameters")
@@ -174,7 +178,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                         f"{name} is row-wise, shape {tuple(value.shape)}, for a parameter of shape "
                         f"{tuple(param.shape)}: load it with row_wise=True"
                     )
-                if param.dtype in _HALF and self.state_dtype is None:
+                if self._is_widened(param):
                     state["state"][param][name] = value.to(dtype=torch.float32, device=param.device)
 
     # ---- which path steps what ----------------------------------------------------------------------------------

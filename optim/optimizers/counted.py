@@ -159,7 +159,7 @@ class SharedCounterOptimizer(FusedOptimizer):
         if self.state_dtype is None:  # torch has rounded the states that the rule does not name
             saved_ids = itertools.chain.from_iterable(g["params"] for g in saved["param_groups"])
             for saved_id, param in zip(saved_ids, self._all_params(), strict=True):
-                if param.dtype in (torch.float16, torch.bfloat16):
+                if self._is_widened(param):
                     for name, value in saved["state"].get(saved_id, {}).items():
                         state["state"][param][name] = value.to(dtype=torch.float32, device=param.device)
 

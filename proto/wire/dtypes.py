@@ -1,4 +1,4 @@
-"""The element types that may cross the wire: the enum, torch's dtypes and their names, in one table.
+"""The element types that may cross the wire: the enum, torch's dtypes and their names, in one map each way.
 
 int8 is not in the table: it is a type of blocks of elements, and only gradients travel in it.
 """
@@ -12,6 +12,12 @@ import torch
 from ..errors import WrongDtype
 from ..types_pb2 import DType
 
+
+def name_of(dtype: torch.dtype) -> str:
+    """torch's name of any dtype, such as "float32"."""
+    return str(dtype).removeprefix("torch.")
+
+
 TORCH: Final[dict[int, torch.dtype]] = {
     DType.DTYPE_FLOAT32: torch.float32,
     DType.DTYPE_FLOAT64: torch.float64,
@@ -21,15 +27,13 @@ TORCH: Final[dict[int, torch.dtype]] = {
 WIRE: Final[dict[torch.dtype, DType]] = {dtype: cast("DType", wire) for wire, dtype in TORCH.items()}
 # a constant, since each segment of each push needs it and protobuf looks an enum's name up in Python
 INT8: Final = DType.DTYPE_INT8
-NAMES: Final[dict[torch.dtype, str]] = {dtype: str(dtype).removeprefix("torch.") for dtype in WIRE}
+NAMES: Final[dict[torch.dtype, str]] = {dtype: name_of(dtype) for dtype in WIRE}
+BY_NAME: Final[dict[str, torch.dtype]] = {name: dtype for dtype, name in NAMES.items()}
 
-
+# The number of elements that share one scale.
+# It divides the norms' block of 4096. Of normal gradients a block of 128, 256, 1024, 4096 takes 1.031, 1.016, 1.004, 1.001
+# bytes per element and errs by 0.65, 0.70, 0.79, 0.87 % (root mean square over the standard deviation).
 INT8_BLOCK: Final = 256
-"""Elements under one scale.
-
-It divides the norms' block of 4096. Of normal gradients a block of 128, 256, 1024, 4096 takes 1.031, 1.016, 1.004,
-1.001 bytes per element and errs by 0.65, 0.70, 0.79, 0.87 % (root mean square over the standard deviation).
-"""
 INT8_SCALE_BYTES: Final = 4
 
 
@@ -50,7 +54,7 @@ def to_push(dtype: torch.dtype, what: str) -> DType:
 
 def named(value: torch.dtype | str | None, what: str) -> torch.dtype | None:
     """A dtype given as itself or by its name; None stays None. WrongDtype for what cannot travel."""
-    allowed = {name: dtype for dtype, name in NAMES.items()} | {"int8": torch.int8}
+    allowed = BY_NAME | {"int8": torch.int8}
     if value is None or value in allowed.values():
         return value if isinstance(value, torch.dtype) else None
     if isinstance(value, str) and value in allowed:
@@ -72,11 +76,6 @@ def to_wire(dtype: torch.dtype, what: str) -> DType:
     if wire is None:
         raise WrongDtype(what=what, got=str(dtype), expected=", ".join(NAMES.values()))
     return wire
-
-
-def itemsize(dtype: torch.dtype) -> int:
-    """Bytes per element."""
-    return dtype.itemsize
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -22,6 +22,7 @@ from torch import Tensor
 from pushstep.optim.ops.norms import square_sum
 from pushstep.optim.state_dict import GroupState, ParameterState, torch_state_dict
 from pushstep.proto.errors import UnsupportedFormat
+from pushstep.proto.wire import dtypes
 
 from ..arenas.arena import ArenasCopy
 from . import files
@@ -147,6 +148,6 @@ def _describe(name: str, tensor: Tensor) -> float | dict[str, Any]:
     norm = math.sqrt(square_sum(tensor))
     return {
         "shape": list(tensor.shape),
-        "dtype": str(tensor.dtype).removeprefix("torch."),
+        "dtype": dtypes.name_of(tensor.dtype),
         "norm": norm if math.isfinite(norm) else None,
     }

@@ -11,7 +11,6 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal, Self
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pushstep.optim import RULES
@@ -194,7 +193,7 @@ def layout_of(snapshot: str, manifest: Mapping[str, Any]) -> Layout:
         message.parameters.add(
             name=entry["name"],
             shape=entry["shape"],
-            dtype=dtypes.to_wire(getattr(torch, entry["dtype"]), entry["name"]),
+            dtype=dtypes.WIRE[dtypes.BY_NAME[entry["dtype"]]],
             group=min(entry["group"], len(manifest["groups"])),
             aliases=entry["aliases"],
         )
