@@ -100,6 +100,7 @@ class Config(BaseSettings):
     def read(cls, arguments: dict[str, Any], file: Path | None) -> Config:
         """The settings of this process. ValueError, with a message for the user, if one is not valid."""
         from_file: dict[str, Any] = {}
+        # TomlConfigSettingsSource passes over a file that is missing, and over a pipe
         if file is not None:
             try:
                 from_file = tomllib.loads(file.read_text())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import singledispatch
 from typing import Any
 
 import torch
@@ -12,21 +13,28 @@ from torch import Tensor
 from ..attachment.local_edits import bits_of
 
 
+@singledispatch
 def digest_of(value: Any) -> Any:
     """Return the value with each tensor replaced by its dtype, shape and 128-bit digest.
 
     Equal results mean equal values, on whatever device the tensors lie. A sparse or meta tensor equals nothing.
     """
-    if isinstance(value, Tensor):
-        return _of_tensor(value)
-    if isinstance(value, Mapping):
-        return {key: digest_of(held) for key, held in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [digest_of(held) for held in value]
     return value
 
 
-def _of_tensor(tensor: Tensor) -> Any:
+@digest_of.register(Mapping)
+def _(value: Mapping[Any, Any]) -> Any:
+    return {key: digest_of(held) for key, held in value.items()}
+
+
+@digest_of.register(list)
+@digest_of.register(tuple)
+def _(value: Sequence[Any]) -> Any:
+    return [digest_of(held) for held in value]
+
+
+@digest_of.register
+def _(tensor: Tensor) -> Any:
     if tensor.layout is not torch.strided or tensor.is_meta:
         return object()  # equal to nothing
     content = bits_of(tensor).cpu().contiguous().reshape(-1).view(torch.uint8)

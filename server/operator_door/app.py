@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Collection
-from functools import cache
+from functools import cache, singledispatch
 from importlib.metadata import version as installed_version
 from re import Pattern
 from typing import Any, Final
@@ -108,7 +108,7 @@ def create_app(catalog: Catalog, allowed_hosts: Collection[str] | None, grpc_add
 
 
 async def _answer_error(request: Request, error: Exception) -> JSONResponse:
-    answer = problem_response(_translated(request, error))
+    answer = problem_response(_translated(error, request))
     if answer.status_code == MethodNotAllowed.http_status:
         answer.headers["Allow"] = ", ".join(_methods(request))
     return answer
@@ -135,21 +135,28 @@ def _methods_by_path() -> list[tuple[Pattern[str], Collection[str]]]:
     return [(compile_path(path)[0], methods) for path, methods in routes]
 
 
-def _translated(request: Request, error: Exception) -> PushstepError:
-    if isinstance(error, PushstepError):
-        return named(error, log)
-    untrace(error)
-    if isinstance(error, RequestValidationError):
-        return InvalidSettings(problem=problems(error.errors()))
-    if isinstance(error, HTTPException):
-        # such as a body over the limit, which FastAPI passes on in this way
-        if isinstance(error.__cause__, PushstepError):
-            return named(error.__cause__, log)
-        kind = {404: UnknownRoute, 405: MethodNotAllowed}.get(error.status_code)
-        if kind is None:
-            return InvalidSettings(problem=str(error.detail))
-        return kind(method=request.method, path=request.url.path)
+@singledispatch
+def _translated(error: Exception, request: Request) -> PushstepError:
+    """The error of the catalogue that stands for what a route, FastAPI or Starlette raised."""
     return named(error, log)
+
+
+@_translated.register
+def _(error: RequestValidationError, request: Request) -> PushstepError:
+    untrace(error)
+    return InvalidSettings(problem=problems(error.errors()))
+
+
+@_translated.register
+def _(error: HTTPException, request: Request) -> PushstepError:
+    untrace(error)
+    # such as a body over the limit, which FastAPI passes on in this way
+    if isinstance(error.__cause__, PushstepError):
+        return named(error.__cause__, log)
+    kind = {404: UnknownRoute, 405: MethodNotAllowed}.get(error.status_code)
+    if kind is None:
+        return InvalidSettings(problem=str(error.detail))
+    return kind(method=request.method, path=request.url.path)
 
 
 def problem_response(error: PushstepError) -> JSONResponse:
@@ -210,6 +217,11 @@ class Entrance:
         await problem_response(refusal)(scope, receive, send)
 
     def _check_host(self, host: str) -> None:
+        """HostNotAllowed for a foreign name.
+
+        Starlette's TrustedHostMiddleware has the same rule, but it answers in plain text, not in the shape of errors,
+        and may redirect to "www.". Older versions that FastAPI allows cut "[::1]:7071" at its first colon.
+        """
         name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
         if self._allowed_hosts is not None and name.strip("[]").lower() not in self._allowed_hosts:
             raise HostNotAllowed(host=host[:200])
