@@ -34,17 +34,17 @@ class Flights:
     """Every labelled flight as tensors, row by row, and which rows are for training."""
 
     codes: Tensor
-    """int64, (flights, categories): for each flight its row in each embedding table, in order of `CATEGORIES`."""
+    """int64, (flights, categories): each flight's row in each embedding table, in the order of `CATEGORIES`."""
     numbers: Tensor
     """float32, (flights, features): zero mean, unit variance over the training rows."""
     late: Tensor
     """float32, (flights,): 1 where the flight arrived more than `LATE_MINUTES` late."""
     vocabulary: dict[str, int]
-    """For each category the number of different values: the height of its embedding table."""
+    """The number of different values of each category. Its embedding table has as many rows."""
     train: Tensor
     """int64: the rows to learn from."""
     held_out: Tensor
-    """int64: the rows to be judged on."""
+    """int64: the rows that the model is tested on."""
 
 
 def load_flights() -> Flights:

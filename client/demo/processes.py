@@ -77,7 +77,7 @@ class Child:
 
 
 Line: TypeAlias = tuple[Child, str | None]
-"""Who printed, and what; None when its output ended."""
+"""A process and a line that it printed; None at the end of its output."""
 
 
 class Processes:

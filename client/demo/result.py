@@ -21,15 +21,15 @@ class PolicyRun:
     auc_remote: float
     auc_local: float
     local_batch: int
-    """Flights per step of the local training: under `sync` those of a whole round, otherwise those of a push."""
+    """Flights per step of the local training: as many as a round has under `sync`, else as many as a push has."""
     pushes: int
     """Pushes that the service applied."""
     pushes_per_s: float
-    """From the first receipt to the last: the workers' own computing is in it, their start is not."""
+    """Measured from the first receipt to the last. It includes the workers' computing, but not their start."""
     staleness: Mapping[int, int]
-    """How many applied pushes had which staleness."""
+    """The number of applied pushes by their staleness."""
     contributors: Mapping[int, int]
-    """How many versions were made of how many pushes."""
+    """The number of versions by the number of pushes in each."""
     checkpoint: Path
 
     def shortcomings(self) -> list[str]:

@@ -53,7 +53,7 @@ class ServedTraining:
     """The workers' reports, added up."""
 
     losses: list[float]
-    """Of each push, in the order of the versions that they made."""
+    """The loss of each push, in the order of the versions that the pushes made."""
     pushes: int
     pushes_per_s: float
     staleness: Counter[int]

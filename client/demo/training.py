@@ -26,7 +26,7 @@ class Stepper(Protocol):
     """The interface that the loop needs of an optimizer."""
 
     samples: float
-    """How many flights the next step's gradients are over: their weight where several pushes make one step."""
+    """The number of flights behind the next step's gradients. Where several pushes make one step, it is their weight."""
 
     def step(self) -> Any:
         """Take a step of the gradients."""
