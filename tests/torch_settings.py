@@ -21,6 +21,11 @@ def switched(get, set_, *values):
         set_(before)
 
 
+def threads_at_most(count):
+    """How many threads an operation may use, in this thread."""
+    return switched(torch.get_num_threads, torch.set_num_threads, count)
+
+
 @contextlib.contextmanager
 def deterministic():
     """What is not written is NaN, and what has no deterministic way raises."""
@@ -74,7 +79,7 @@ SETTINGS = {
     "no_grad": torch.no_grad,
     "inference_mode": torch.inference_mode,
     "deterministic algorithms": deterministic,
-    "seven threads": lambda: switched(torch.get_num_threads, torch.set_num_threads, 7),
+    "seven threads": lambda: threads_at_most(7),
     "swapped parameters": lambda: switched(
         torch.__future__.get_swap_module_params_on_conversion,
         torch.__future__.set_swap_module_params_on_conversion,

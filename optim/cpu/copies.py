@@ -38,7 +38,7 @@ def copy_bytes(target: Tensor, source: Tensor) -> None:
     if whole:
         kernel = compiled(lines, SIGNATURE, nbytes >= PAST_CACHE_BYTES)
         work = partial(kernel, to + head, of + head)
-        over_slices(work, whole, threads=None, slice_size=SLICE_LINES, inline=INLINE_LINES)
+        over_slices(work, whole, slice_size=SLICE_LINES, inline=INLINE_LINES)
     ctypes.memmove(to + end, of + end, max(0, nbytes - end))
 
 
@@ -50,4 +50,4 @@ def copy_wider(target: Tensor, source: Tensor) -> None:
     check_run("the target", target, source.numel(), torch.float32)
     check_run("the source", source, source.numel(), torch.bfloat16, torch.float16)
     work = partial(compiled(widen, SIGNATURE, KIND[source.dtype]), target.data_ptr(), source.data_ptr())
-    over_slices(work, target.numel(), threads=None, slice_size=SLICE_ELEMENTS, inline=INLINE_ELEMENTS)
+    over_slices(work, target.numel(), slice_size=SLICE_ELEMENTS, inline=INLINE_ELEMENTS)

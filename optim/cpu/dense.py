@@ -154,7 +154,6 @@ def _launch(step: Step, table: Table, per_tensor: Any) -> Callable[[], None]:
         over_slices,
         work,
         int(starts[-1]),
-        threads=step.threads,
         slice_size=SLICE_ELEMENTS,
         inline=INLINE_ELEMENTS,
     )

@@ -122,20 +122,18 @@ def _start_afresh() -> None:
 os.register_at_fork(after_in_child=_start_afresh)
 
 
-def over_slices(
-    work: Callable[[Any, int], None], total: int, *, threads: int | None, slice_size: int, inline: int
-) -> None:
+def over_slices(work: Callable[[Any, int], None], total: int, *, slice_size: int, inline: int) -> None:
     """Call `work(plan, worker)` in one or more threads, which together claim every slice of [0, total).
 
-    threads: the most threads to use, None for torch.get_num_threads(). If total is at most `inline`, the caller works
-    alone. RuntimeError if a helper thread failed.
+    At most torch.get_num_threads() threads are used. If total is at most `inline`, the caller works alone. RuntimeError
+    if a helper thread failed.
     """
     if floating_mode.flushes():
         with floating_mode.default():
-            over_slices(work, total, threads=threads, slice_size=slice_size, inline=inline)
+            over_slices(work, total, slice_size=slice_size, inline=inline)
         return
     slices = -(-total // slice_size)
-    workers = 1 if total <= inline else min(torch.get_num_threads() if threads is None else threads, slices)
+    workers = 1 if total <= inline else min(torch.get_num_threads(), slices)
     plan = np.zeros(STRIDE * (workers + 1), np.int64)
     plan[:3] = workers, slice_size, total
     # Each worker first walks a stretch of its own, then helps with the others' stretches. A stretch keeps the memory

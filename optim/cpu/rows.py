@@ -180,7 +180,7 @@ def _launch(
     operands = param, rows, *states
 
     def launch(_: Any = operands) -> None:  # keeps the tensors alive, whose addresses it uses
-        over_slices(work, count, threads=step.threads, slice_size=slice_rows, inline=inline)
+        over_slices(work, count, slice_size=slice_rows, inline=inline)
 
     return launch
 
@@ -202,7 +202,7 @@ def arrange(ids: Tensor, rows: int) -> tuple[Tensor, Tensor | None, Tensor]:
     return unique[:count], order, segments[: count + 1]
 
 
-def coalesce(ids: Tensor, rows: Tensor, *, threads: int | None = None) -> tuple[Tensor, Tensor]:
+def coalesce(ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     """`coalesce` of `ops/rows.py` for CPU tensors of a dtype that has kernels. IndexError for a negative id."""
     unique, order, segments = arrange(ids.contiguous(), 2**63 - 1)
     if order is None:
@@ -214,5 +214,5 @@ def coalesce(ids: Tensor, rows: Tensor, *, threads: int | None = None) -> tuple[
         kernel = compiled(row_kernels.merge, row_kernels.MERGE_SIGNATURE, KIND[rows.dtype])
         pointers = (rows.data_ptr(), merged.data_ptr(), order.numpy(), segments.numpy(), width)
         size = max(1, SLICE_ELEMENTS // width)
-        over_slices(partial(kernel, *pointers), unique.numel(), threads=threads, slice_size=size, inline=size)
+        over_slices(partial(kernel, *pointers), unique.numel(), slice_size=size, inline=size)
     return unique.clone(), merged

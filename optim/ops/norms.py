@@ -21,17 +21,17 @@ BLOCK_ELEMENTS: Final = 4096
 _KERNELS: Final = {"fused": None, "differentiable": False, "foreach": None}
 
 
-def square_sum(values: Tensor, *, threads: int | None = None) -> float:
+def square_sum(values: Tensor) -> float:
     """Sum of squares, in float64, of one parameter's gradient: any shape, read in row-major order."""
-    return square_sums([values], threads=threads)[0]
+    return square_sums([values])[0]
 
 
-def square_sums(tensors: Sequence[Tensor], *, threads: int | None = None) -> list[float]:
+def square_sums(tensors: Sequence[Tensor]) -> list[float]:
     """`square_sum` of each tensor. The threads work on all of them together."""
     if all(t.is_cpu and t.layout is torch.strided and t.dtype in FUSED_DTYPES for t in tensors):
         from ..cpu.norms import square_sums as on_cpu
 
-        return on_cpu(tensors, threads=threads)
+        return on_cpu(tensors)
     if all(path_of(t.new_empty(0), _KERNELS).backend == "cuda" for t in tensors):
         from ..cuda.steps import square_sums as on_cuda
 
@@ -39,10 +39,10 @@ def square_sums(tensors: Sequence[Tensor], *, threads: int | None = None) -> lis
     return [_in_torch(t) for t in tensors]
 
 
-def global_norm(tensors: Sequence[Tensor], *, threads: int | None = None) -> float:
+def global_norm(tensors: Sequence[Tensor]) -> float:
     """The 2-norm of all tensors together."""
     total = 0.0
-    for one in square_sums(tensors, threads=threads):
+    for one in square_sums(tensors):
         total += one
     return math.sqrt(total)
 

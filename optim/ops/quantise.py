@@ -53,7 +53,6 @@ def quantise(
     block: int,
     begin: int = 0,
     end: int | None = None,
-    threads: int | None = None,
 ) -> None:
     """Write the codes of `source + residual`, and what they lose, for blocks [begin, end) of all units.
 
@@ -78,24 +77,21 @@ def quantise(
     over_slices(
         work,
         stop - begin,
-        threads=threads,
         slice_size=max(1, SLICE_ELEMENTS // block),
         inline=INLINE_ELEMENTS // block,
     )
 
 
-def dequantise(
-    codes: Tensor, values: Tensor, lengths: Sequence[int], *, block: int, threads: int | None = None
-) -> list[float]:
+def dequantise(codes: Tensor, values: Tensor, lengths: Sequence[int], *, block: int) -> list[float]:
     """Write the float32 values of units, one after the other. Returns each unit's sum of squares, as `norms`.
 
     codes: uint8. lengths: elements of each unit. OperandError for tensors that do not fit.
     """
-    sums, starts = _dequantise(codes, values, np.asarray(lengths, np.int64), block, True, threads)
+    sums, starts = _dequantise(codes, values, np.asarray(lengths, np.int64), block, True)
     return added_in_order(sums, starts)
 
 
-def dequantise_rows(codes: Tensor, values: Tensor, *, block: int, threads: int | None = None) -> None:
+def dequantise_rows(codes: Tensor, values: Tensor, *, block: int) -> None:
     """Write the float32 values of rows, each a unit of its own.
 
     values: contiguous, of shape (rows, elements of a row). OperandError for tensors that do not fit.
@@ -103,11 +99,11 @@ def dequantise_rows(codes: Tensor, values: Tensor, *, block: int, threads: int |
     if values.dim() != 2:
         raise OperandError(f"rows of shape {tuple(values.shape)}; they must have two dimensions")
     rows, length = values.shape
-    _dequantise(codes, values, np.full(rows, length, np.int64), block, False, threads)
+    _dequantise(codes, values, np.full(rows, length, np.int64), block, False)
 
 
 def _dequantise(
-    codes: Tensor, values: Tensor, lengths: Array, block: int, summed: bool, threads: int | None
+    codes: Tensor, values: Tensor, lengths: Array, block: int, summed: bool
 ) -> tuple[Array, Array]:
     check_block(block)
     if (lengths < 0).any():
@@ -124,7 +120,6 @@ def _dequantise(
     over_slices(
         work,
         int(starts[-1]),
-        threads=threads,
         slice_size=SLICE_ELEMENTS // BLOCK_ELEMENTS,
         inline=INLINE_ELEMENTS // BLOCK_ELEMENTS,
     )

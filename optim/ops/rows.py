@@ -9,7 +9,7 @@ from ..step.operands import check_ids
 from ..step.step import FUSED_DTYPES
 
 
-def coalesce(ids: Tensor, rows: Tensor, *, threads: int | None = None) -> tuple[Tensor, Tensor]:
+def coalesce(ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Unique ascending ids and their rows, duplicates summed in order of appearance.
 
     ids: int64 of shape (n,); rows: (n, ...). Sums run in float32 for half rows (float64 for double) and are rounded
@@ -19,5 +19,5 @@ def coalesce(ids: Tensor, rows: Tensor, *, threads: int | None = None) -> tuple[
     if ids.is_cpu and rows.dtype in FUSED_DTYPES:
         from ..cpu.rows import coalesce as on_cpu  # numba is imported at the first step, not before
 
-        return on_cpu(ids, rows, threads=threads)
+        return on_cpu(ids, rows)
     return reference.coalesce(ids, rows)

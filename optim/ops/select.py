@@ -48,7 +48,6 @@ def select(
     k: int,
     *,
     wire: torch.dtype,
-    threads: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The k largest elements of `source + residual`: ascending int64 indices, and values in dtype `wire`.
 
@@ -64,7 +63,7 @@ def select(
     if not min(n, 1) <= k <= n:
         raise OperandError(f"the {k} largest of {n} elements")
     size = max(SLICE_ELEMENTS, -(-n // MOST_SLICES))
-    over = partial(over_slices, total=n, threads=threads, slice_size=size, inline=INLINE_ELEMENTS)
+    over = partial(over_slices, total=n, slice_size=size, inline=INLINE_ELEMENTS)
     slices = -(-n // size)
     owed = 0 if residual is None else residual.data_ptr()
     threshold = _threshold(source, owed, rest, k, slices, over)

@@ -57,5 +57,5 @@ def weighted_sum(
     work = partial(
         kernel, addresses, np.array(weights, np.float64), divisor, total.data_ptr(), borders, starts, sums
     )
-    over_slices(work, len(sums), threads=None, slice_size=SLICE_BLOCKS, inline=INLINE_BLOCKS)
+    over_slices(work, len(sums), slice_size=SLICE_BLOCKS, inline=INLINE_BLOCKS)
     return added_in_order(sums, starts)

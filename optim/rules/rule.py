@@ -70,13 +70,7 @@ class Rule(ABC):
         *,
         step: int,
         factor: float = 1.0,
-        decoupled: bool = False,
-        clip_value: float | None = None,
-        zero_grad: bool = False,
-        ema: Tensor | None = None,
-        ema_momentum: float = 0.99,
         copy_out: Tensor | None = None,
-        threads: int | None = None,
     ) -> Callable[[], None]:
         """Prepare an in-place step of `param` and `state`. A call of the result takes it.
 
@@ -84,11 +78,8 @@ class Rule(ABC):
 
         All tensors have one shape; a row-wise state has shape (rows, 1). `grad` may have any real floating dtype. The
         arithmetic runs in the state's dtype (float32 for half states). `step` counts from 1. `factor` multiplies the
-        gradient first, then `clip_value` bounds it. `decoupled` takes weight decay off the parameter instead of adding
-        it to the gradient. The same pass does three more things if asked: `ema` moves towards the new parameter,
-        `copy_out` receives the new parameter in its own dtype, and `zero_grad` clears the gradient. At most `threads`
-        threads are used (None: torch.get_num_threads()); their number changes no bit. Several Python threads may call
-        this at once.
+        gradient first. `copy_out` receives the new parameter in its own dtype in the same pass. The number of threads
+        (torch.get_num_threads()) changes no bit. Several Python threads may call this at once.
         """
         described = Step(
             rule=self.kernel or self.name,
@@ -97,14 +88,8 @@ class Rule(ABC):
             states=[[tensor] for tensor in state],
             step=step,
             factor=factor,
-            clip_value=clip_value,
-            zero_grad=zero_grad,
-            ema=None if ema is None else [ema],
-            ema_momentum=ema_momentum,
             copy_out=None if copy_out is None else [copy_out],
-            threads=threads,
-            # a rule may choose its own kind of decay
-            **{"decoupled": decoupled, **self.arguments(hyperparameters)},
+            **self.arguments(hyperparameters),
         )
         return self._counted(backend_of(param).plan(described), described)
 
@@ -118,14 +103,12 @@ class Rule(ABC):
         *,
         step: int,
         factor: float = 1.0,
-        unique: bool = True,
-        threads: int | None = None,
     ) -> Callable[[], None]:
         """Prepare an in-place step of only the rows `ids` (int64) of `param` and `state`. A call takes it.
 
-        `rows` has shape (len(ids), *param.shape[1:]). Rows that are not named do not move, nor does their state. With
-        `unique` the caller guarantees that no id comes twice; otherwise rows of equal id are summed first, as
-        `ops.rows.coalesce` does. IndexError for an id outside the table; `check_rows` raises if the rule refuses.
+        `rows` has shape (len(ids), *param.shape[1:]). No id comes twice: `ops.rows.coalesce` sees to that. Rows that are
+        not named do not move, nor does their state. IndexError for an id outside the table; `check_rows` raises if the
+        rule refuses.
         """
         self.check_rows(hyperparameters)
         described = RowStep(
@@ -133,11 +116,10 @@ class Rule(ABC):
             param=param,
             ids=ids,
             rows=rows,
-            unique=unique,
+            unique=True,
             states=state,
             step=step,
             factor=factor,
-            threads=threads,
             **self.arguments(hyperparameters),
         )
         return self._counted(backend_of(param).plan_rows(described), described)

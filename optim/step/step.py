@@ -50,7 +50,6 @@ class Step:
     copy_out: Sequence[Tensor] | None = None
     eps_inside_root: bool = False
     multiply_first: bool = False
-    threads: int | None = None
     memo: dict[str, Any] | None = None
     """Where a backend may keep what it learned about this list until its next step."""
     seen: Seen | None = None
@@ -130,7 +129,6 @@ class RowStep:
     grad_scale: Tensor | float | None = None
     """Divides the rows before they are summed, and in place: what `GradScaler.unscale_` does to them."""
     found_inf: Tensor | float | None = None
-    threads: int | None = None
 
     def written(self) -> Iterator[Tensor]:
         """Every tensor that the step writes to."""

@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from row_steps import row_step
 
 from pushstep.optim import RULES, Adadelta, Adagrad
 from pushstep.optim.backends import reference as eager
@@ -198,9 +199,7 @@ def test_a_step_over_rows(wrong, match):
         assert_refused(eager.step_rows, step, match)
     given = {name: getattr(step, name) for name in ("param", "ids", "rows")}
     with pytest.raises(OperandError) if step.steps.numel() == 1 else pytest.raises(AssertionError):
-        RULES["adadelta"].step_rows(
-            *given.values(), step.states, RULES["adadelta"].defaults, step=1, unique=False
-        )
+        cpu.step_rows(row_step(RULES["adadelta"], **given, states=step.states, unique=False))
         raise AssertionError("without counters it fits")
 
 

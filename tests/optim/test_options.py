@@ -126,9 +126,11 @@ def test_a_factor_for_each_tensor():
 
 
 def test_nan_goes_through_the_clip():
-    rule = RULES["adagrad"]
     p, g = torch.ones(3), torch.tensor([float("nan"), float("inf"), -5.0])
-    rule.step_dense(p, g, [torch.zeros(3)], {**rule.defaults, "lr": 1.0}, step=1, clip_value=2.0)
+    states = [[torch.zeros(3)]]
+    backend.step(
+        Step(rule="adagrad", params=[p], grads=[g], states=states, lr=1.0, eps=1e-10, clip_value=2.0)
+    )
     assert p[0].isnan()
     assert p[1:].tolist() == [0.0, 2.0]
 
@@ -136,7 +138,7 @@ def test_nan_goes_through_the_clip():
 def test_writes_through_the_rule_are_counted():
     rule = RULES["adadelta"]
     tensors = [torch.randn(4) for _ in range(5)]
-    p, g, v, u, ema = tensors
+    p, g, v, u, copied = tensors
     versions = [t._version for t in tensors]
-    rule.step_dense(p, g, [v, u], rule.defaults, step=1, ema=ema)
+    rule.step_dense(p, g, [v, u], rule.defaults, step=1, copy_out=copied)
     assert [t._version - before for t, before in zip(tensors, versions, strict=True)] == [1, 0, 1, 1, 1]

@@ -7,9 +7,11 @@ import copy
 import numpy as np
 import pytest
 import torch
+from row_steps import row_step
 
 from pushstep.optim import RULES, Adadelta, Adagrad
 from pushstep.optim.ops import norms, rows
+from pushstep.optim.rules.rule import backend_of
 
 ROW_RULES = ("adadelta", "adagrad")  # Keras has none over rows
 
@@ -111,7 +113,8 @@ def test_merging_here_or_there_gives_the_same_bits(name, dtype):
         param = torch.ones(300, 33, dtype=dtype)
         state = [torch.full((300, 33), 0.1) for _ in rule.state_names]
         some, their_rows = rows.coalesce(ids, values) if merge_first else (ids, values)
-        rule.step_rows(param, some, their_rows, state, rule.defaults, step=1, factor=0.5, unique=merge_first)
+        step = row_step(rule, param, some, their_rows, state, factor=0.5, unique=merge_first)
+        backend_of(param).step_rows(step)
         results.append([param, *state])
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
@@ -149,9 +152,8 @@ def test_an_id_outside_the_table_is_an_error_and_writes_nothing(unique, bad):
     rule = RULES["adagrad"]
     param, state = torch.ones(10, 4), [torch.zeros(10, 4)]
     with pytest.raises(IndexError, match=f"index {bad} is out of bounds for dimension 0 with size 10"):
-        rule.step_rows(
-            param, torch.tensor([3, bad]), torch.ones(2, 4), state, rule.defaults, step=1, unique=unique
-        )
+        step = row_step(rule, param, torch.tensor([3, bad]), torch.ones(2, 4), state, unique=unique)
+        backend_of(param).step_rows(step)
     assert (param == 1).all()
     assert not state[0].any()
 

@@ -6,9 +6,12 @@ import threading
 
 import pytest
 import torch
+from row_steps import row_step
+from torch_settings import threads_at_most
 
 from pushstep.optim import RULES, Adadelta, Adagrad
 from pushstep.optim.cpu import dense as backend
+from pushstep.optim.rules.rule import backend_of
 from pushstep.optim.step.operands import STATES
 from pushstep.optim.step.step import Step
 
@@ -46,7 +49,7 @@ def _views(arenas):
     return [list(arena.split(SIZES)) for arena in arenas]
 
 
-def _step(name, lists, options, threads=None):
+def _step(name, lists, options):
     rule = RULES[name]
     count = len(rule.state_names)
     more = {}
@@ -61,7 +64,6 @@ def _step(name, lists, options, threads=None):
             states=lists[2 : 2 + count],
             step=3,
             lr_decay=0.1,
-            threads=threads,
             **given,
             **more,
         )
@@ -81,12 +83,13 @@ def test_threads_splits_list_and_arena(name, dtype, options, monkeypatch):
     for threads, slice_size in ((1, 1 << 16), (2, 1 << 16), (7, 1 << 10), (3, 1001)):
         monkeypatch.setattr(backend, "SLICE_ELEMENTS", slice_size)
         monkeypatch.setattr(backend, "INLINE_ELEMENTS", 0)
-        arenas = _operands(name, dtype, extras)
-        _step(name, [[a] for a in arenas], OPTIONS[options], threads)  # one flat run
-        record(arenas)
-        arenas = _operands(name, dtype, extras)
-        _step(name, _views(arenas), OPTIONS[options], threads)  # a list of tensors
-        record(arenas)
+        with threads_at_most(threads):
+            arenas = _operands(name, dtype, extras)
+            _step(name, [[a] for a in arenas], OPTIONS[options])  # one flat run
+            record(arenas)
+            arenas = _operands(name, dtype, extras)
+            _step(name, _views(arenas), OPTIONS[options])  # a list of tensors
+            record(arenas)
     arenas = _operands(name, dtype, extras)
     for start in range(0, arenas[0].numel(), 77_777):  # ranges, as the server's shards are
         _step(name, [[a[start : start + 77_777]] for a in arenas], OPTIONS[options])
@@ -124,15 +127,17 @@ def test_several_python_threads_step_at_once(name):
 
     def work():
         own = [start.clone(), *(torch.zeros(n) for _ in rule.state_names)]
+        torch.set_num_threads(4)  # of this thread
         for step in range(1, 6):
-            rule.step_dense(own[0], grad, own[1:], rule.defaults, step=step, threads=4)
+            rule.step_dense(own[0], grad, own[1:], rule.defaults, step=step)
         results.append(own)
 
     threads = [threading.Thread(target=work) for _ in range(8)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
+    with threads_at_most(torch.get_num_threads()):
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join()
     assert len(results) == 8
     for own in results:
         for a, b in zip(own, expected, strict=True):
@@ -150,7 +155,8 @@ def test_rows_give_the_same_bits_for_any_number_of_threads(name, row_wise, threa
     for count in (1, threads):
         param = torch.ones(5000, 17)
         states = [torch.zeros(5000, 1 if row_wise else 17) for _ in rule.state_names]
-        rule.step_rows(param, ids, rows, states, rule.defaults, step=1, unique=False, threads=count)
+        with threads_at_most(count):
+            backend_of(param).step_rows(row_step(rule, param, ids, rows, states, unique=False))
         results.append([param, *states])
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
