@@ -56,7 +56,7 @@ class Terms(NamedTuple):
     rule: str
     accumulators: tuple[str, ...]
     known_by: frozenset[str]
-    """Group keys that only its state dicts have together."""
+    """Group keys by which its state dicts are known. No other terms have all of them."""
 
 
 _TERMS: Final = (
@@ -112,7 +112,7 @@ def convert(state_dict: StateDict, target: Optimizer, *, drop: Collection[str] =
         if held:
             states[k] = _state(k, held, source, aim, target, group, param, count, drop)
         else:
-            _check_fresh(k, groups, source, target, aim)
+            _check_fresh(k, groups, source, target)
     return {"state": states, "param_groups": _groups(target, aim, count)}
 
 
@@ -214,9 +214,7 @@ def _state_dtype(target: Optimizer, param: Tensor) -> torch.dtype:
     return torch.promote_types(param.dtype, torch.float32) if wide else param.dtype
 
 
-def _check_fresh(
-    k: int, groups: Sequence[Mapping[str, Any]], source: Terms, target: Optimizer, aim: Terms
-) -> None:
+def _check_fresh(k: int, groups: Sequence[Mapping[str, Any]], source: Terms, target: Optimizer) -> None:
     """ConversionError if the target would start parameter k's missing accumulator at another value."""
     start = groups[0].get("initial_accumulator_value", 0.0)
     target_start = target.defaults.get("initial_accumulator_value", 0.0)

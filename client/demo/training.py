@@ -63,10 +63,9 @@ def batches(
         yield shuffled[start : start + batch]
 
 
-def batch_count(flights: Flights, epochs: int, *, index: int = 0, of: int = 1, batch: int = BATCH) -> int:
+def batch_count(flights: Flights, epochs: int, *, batch: int = BATCH) -> int:
     """The number of steps that `train` takes with the same arguments."""
-    whole = -(-len(flights.train) // batch)
-    return epochs * len(range(index, whole, of))
+    return epochs * -(-len(flights.train) // batch)
 
 
 def train(

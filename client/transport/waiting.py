@@ -27,10 +27,10 @@ _LOOK_S: Final = 0.5
 class Wait:
     """The wait of one session: a context manager around it. Nested contexts are one wait."""
 
-    def __init__(self, address: str, who: str = "a session") -> None:
+    def __init__(self, address: str) -> None:
         self.address = address
         # the words that begin a log line
-        self.who = who
+        self.who = "a session"
         self._depth = 0
         self._since_s = 0.0
         # monotonic; when bytes moved last

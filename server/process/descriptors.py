@@ -61,14 +61,13 @@ def shared_out(most_grpc: int) -> Shares:
 class Spare:
     """Descriptors in reserve: one is closed when one is needed and none is left."""
 
-    def __init__(self, count: int = RESERVED) -> None:
-        self._count = count
+    def __init__(self) -> None:
         self._held: list[int] = []
 
     def refill(self) -> None:
         """Hold as many as there should be, or as many as can be opened."""
         with contextlib.suppress(OSError):
-            while len(self._held) < self._count:
+            while len(self._held) < RESERVED:
                 self._held.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
 
     def let_go(self) -> bool:

@@ -33,8 +33,8 @@ class BoundedPolicy:
     name: ClassVar[str] = "bounded"
     waits: ClassVar[bool] = True
 
-    def __init__(self, settings: BoundedSettings | None = None) -> None:
-        self.settings = settings or BoundedSettings()
+    def __init__(self, settings: BoundedSettings) -> None:
+        self.settings = settings
         # (epoch, clock) by name; the clock counts in that epoch only
         self._clocks: dict[str, tuple[int, int]] = {}
         self._incoming: list[PendingPush] = []

@@ -66,8 +66,8 @@ class SyncPolicy:
     name: ClassVar[str] = "sync"
     waits: ClassVar[bool] = True
 
-    def __init__(self, settings: SyncSettings | None = None) -> None:
-        self.settings = settings or SyncSettings()
+    def __init__(self, settings: SyncSettings) -> None:
+        self.settings = settings
         self.round: OpenRound | None = None
         # the version that the last round made; None until it exists. Before the first round it is 0, so nothing is late
         self._since: int | None = 0
