@@ -66,7 +66,7 @@ class Known(NamedTuple):
     counters: Counters | None
     table: Table
     waves: Waves | None
-    """What may be stepped at a time, where tensors overlap."""
+    """The waves in which the list is stepped; None if no tensors overlap."""
 
 
 def operands(step: Step) -> dict[int, Sequence[Tensor]]:

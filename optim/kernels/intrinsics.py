@@ -247,31 +247,34 @@ def _fold_line(_: Any, address: Any) -> Any:
 
 
 fold_line: Any = intrinsic(_fold_line)
-"""fold_line(address): the sum of the 64 bytes there, on any border: each word folded and times its own of LINE_FACTORS."""
+"""fold_line(address): the digest of the 64 bytes at any address.
+
+Each word is folded and multiplied by its own factor of LINE_FACTORS, and the products are added.
+"""
 
 load_byte: Any = intrinsic(_load_plain(8))
-"""load_byte(address): the byte there as uint64."""
+"""load_byte(address): the byte at the address, as uint64."""
 
 load: Any = intrinsic(prefer_literal=True)(_load)
 """load(address, index, kind, wide, slot): one element as float32, or as float64 if `wide`."""
 
 store: Any = intrinsic(prefer_literal=True)(_store)
-"""store(address, index, value, kind, slot): one element, rounded to nearest even."""
+"""store(address, index, value, kind, slot): writes one element, rounded to nearest, ties to even."""
 
 through: Any = intrinsic(prefer_literal=True)(_through)
-"""through(value, kind): what `value` becomes when stored as `kind` and loaded again."""
+"""through(value, kind): the value that is loaded after `value` was stored as `kind`."""
 
 fma: Any = intrinsic(_fma)
 """fma(a, b, c): a*b + c, rounded once."""
 
 prefetch: Any = intrinsic(_prefetch)
-"""prefetch(address): bring a cache line that will be written."""
+"""prefetch(address): fetches a cache line that will be written."""
 
 copy_lines: Any = intrinsic(prefer_literal=True)(_copy_lines)
-"""copy_lines(target, source, count, past_cache): 64-byte lines; `target` lies on a line's border."""
+"""copy_lines(target, source, count, past_cache): copies lines of 64 bytes. `target` is aligned to 64 bytes."""
 
 take: Any = intrinsic(_take)
-"""take(address): the int64 there, which grows by one; atomic."""
+"""take(address): reads the int64 at the address and adds one to it, atomically."""
 
 
 def _claim(plan: Any, worker: int) -> int:
@@ -289,4 +292,7 @@ def _claim(plan: Any, worker: int) -> int:
 
 
 claim: Any = register_jitable(_claim)
-"""claim(plan, worker): the next slice for this worker, or -1: its own stretch first, then what others have left."""
+"""claim(plan, worker): the next slice for this worker; -1 if none is left.
+
+A worker takes the slices of its own stretch first, then those that are left of the others' stretches.
+"""

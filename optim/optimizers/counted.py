@@ -36,11 +36,11 @@ class SharedCounterOptimizer(FusedOptimizer):
     counter: ClassVar[str]
     """The counter's key in the param groups."""
     peer: ClassVar[str]
-    """Whose terms these are."""
+    """The library whose terms these are."""
 
     _schedule: Schedule | None
     _shown_lr: float | None
-    """What the schedule last wrote into the groups; None: it has not, or a state dict was loaded since."""
+    """The lr that the schedule last wrote into the groups. None before that, and after a state dict was loaded."""
 
     def _construct_counted(
         self,

@@ -28,15 +28,15 @@ class Rule(ABC):
     name: ClassVar[str]
     """The rule's name on the wire and over REST."""
     kernel: ClassVar[str] = ""
-    """What `dispatch` calls the arithmetic; empty: as the rule."""
+    """The name of the kernels that step it. Empty: the rule's own name."""
     counter: ClassVar[str] = ""
-    """The key under which a param group counts the steps of all its parameters; empty: each has its own `step`."""
+    """The group key that counts the steps of all parameters of a group. Empty: each parameter has its own `step`."""
     state_names: ClassVar[tuple[str, ...]]
     """torch's names of the per-element states, in the order in which `step_dense` takes them."""
     defaults: ClassVar[Mapping[str, float | bool]]
     """Every hyperparameter with torch's default."""
     ranges: ClassVar[Mapping[str, tuple[str, float]]]
-    """What torch calls each hyperparameter in its errors, and its upper bound; the lower is 0."""
+    """The name of each hyperparameter in torch's errors, and its upper bound. The lower bound is 0."""
 
     def validate(self, hyperparameters: Hyperparameters) -> None:
         """Raise torch's ValueError for a value out of range or NaN, and KeyError for an unknown name."""

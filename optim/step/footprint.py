@@ -17,7 +17,10 @@ from torch import Tensor
 _dtype = attrgetter("dtype")
 
 Footprint = tuple[list[int], list[torch.dtype], list[int], bool]
-"""Addresses, dtypes and numbers of elements, and whether all are contiguous: what is not is looked at each time."""
+"""Addresses, dtypes and numbers of elements, and whether all tensors are contiguous.
+
+A list with a tensor that is not contiguous is looked at anew in each step.
+"""
 
 Seen = tuple[Footprint, Footprint]
 """The footprints of the parameters and the gradients of a step."""

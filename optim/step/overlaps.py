@@ -20,7 +20,7 @@ from torch import Tensor
 from .operands import OperandError
 
 Waves = Sequence[Sequence[int]]
-"""Places in a list: each sequence is stepped at once, one after the other."""
+"""Waves of places in a list. The places of one wave are stepped at once, and the waves one after the other."""
 
 KEPT: Final = 16
 

@@ -43,7 +43,7 @@ class Step:
     grad_scale: Tensor | float | None = None
     """Divides the gradient, which is written back unscaled, as torch's fused kernels do."""
     found_inf: Tensor | float | None = None
-    """1: nothing is written, counters included."""
+    """If it is 1, nothing is written, and no counter advances."""
     zero_grad: bool = False
     ema: Sequence[Tensor] | None = None
     ema_momentum: float = 0.99
@@ -53,7 +53,7 @@ class Step:
     memo: dict[str, Any] | None = None
     """Where a backend may keep what it learned about this list until its next step."""
     seen: Seen | None = None
-    """Where parameters and gradients lie, if whoever hands them over has looked."""
+    """The footprints of parameters and gradients, if the caller has taken them already."""
 
     @property
     def writes_grad(self) -> bool:
@@ -127,7 +127,7 @@ class RowStep:
     step: int = 1
     factor: float = 1.0
     grad_scale: Tensor | float | None = None
-    """Divides the rows before they are summed, and in place: what `GradScaler.unscale_` does to them."""
+    """Divides the rows in place, before rows of equal id are summed, as `GradScaler.unscale_` does."""
     found_inf: Tensor | float | None = None
 
     def written(self) -> Iterator[Tensor]:
