@@ -45,7 +45,7 @@ class DescribeResponse(_message.Message):
     def __init__(self, server_version: _Optional[str] = ..., max_chunk_bytes: _Optional[int] = ..., models: _Optional[_Iterable[str]] = ..., unix_path: _Optional[str] = ..., http_url: _Optional[str] = ..., memory_path: _Optional[str] = ...) -> None: ...
 
 class JoinRequest(_message.Message):
-    __slots__ = ("model", "worker", "takeover", "manifest", "model_uid", "epoch", "attempt", "process")
+    __slots__ = ("model", "worker", "takeover", "manifest", "model_uid", "epoch", "attempt", "process", "timeline", "version")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     WORKER_FIELD_NUMBER: _ClassVar[int]
     TAKEOVER_FIELD_NUMBER: _ClassVar[int]
@@ -54,6 +54,8 @@ class JoinRequest(_message.Message):
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     PROCESS_FIELD_NUMBER: _ClassVar[int]
+    TIMELINE_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
     model: str
     worker: str
     takeover: bool
@@ -62,7 +64,9 @@ class JoinRequest(_message.Message):
     epoch: int
     attempt: int
     process: Process
-    def __init__(self, model: _Optional[str] = ..., worker: _Optional[str] = ..., takeover: bool = ..., manifest: _Optional[_Union[_types_pb2.Manifest, _Mapping]] = ..., model_uid: _Optional[bytes] = ..., epoch: _Optional[int] = ..., attempt: _Optional[int] = ..., process: _Optional[_Union[Process, _Mapping]] = ...) -> None: ...
+    timeline: int
+    version: int
+    def __init__(self, model: _Optional[str] = ..., worker: _Optional[str] = ..., takeover: bool = ..., manifest: _Optional[_Union[_types_pb2.Manifest, _Mapping]] = ..., model_uid: _Optional[bytes] = ..., epoch: _Optional[int] = ..., attempt: _Optional[int] = ..., process: _Optional[_Union[Process, _Mapping]] = ..., timeline: _Optional[int] = ..., version: _Optional[int] = ...) -> None: ...
 
 class Process(_message.Message):
     __slots__ = ("host", "pid", "started")
@@ -89,7 +93,7 @@ class JoinResponse(_message.Message):
     def __init__(self, member: _Optional[_Union[Membership, _Mapping]] = ..., create: _Optional[_Union[CreationTicket, _Mapping]] = ...) -> None: ...
 
 class Membership(_message.Message):
-    __slots__ = ("identity", "version", "manifest_hash", "manifest", "groups", "receipts", "lease_s", "lead", "worker_state", "policy", "forgotten_epoch", "forgotten_sequence", "extras_version")
+    __slots__ = ("identity", "version", "manifest_hash", "manifest", "groups", "receipts", "lease_s", "lead", "worker_state", "policy", "forgotten_epoch", "forgotten_sequence", "extras_version", "rolled_back")
     IDENTITY_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_HASH_FIELD_NUMBER: _ClassVar[int]
@@ -103,6 +107,7 @@ class Membership(_message.Message):
     FORGOTTEN_EPOCH_FIELD_NUMBER: _ClassVar[int]
     FORGOTTEN_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     EXTRAS_VERSION_FIELD_NUMBER: _ClassVar[int]
+    ROLLED_BACK_FIELD_NUMBER: _ClassVar[int]
     identity: _types_pb2.Identity
     version: int
     manifest_hash: int
@@ -116,7 +121,8 @@ class Membership(_message.Message):
     forgotten_epoch: int
     forgotten_sequence: int
     extras_version: int
-    def __init__(self, identity: _Optional[_Union[_types_pb2.Identity, _Mapping]] = ..., version: _Optional[int] = ..., manifest_hash: _Optional[int] = ..., manifest: _Optional[_Union[_types_pb2.Manifest, _Mapping]] = ..., groups: _Optional[_Iterable[_Union[_types_pb2.GroupValues, _Mapping]]] = ..., receipts: _Optional[_Iterable[_Union[_types_pb2.Receipt, _Mapping]]] = ..., lease_s: _Optional[float] = ..., lead: bool = ..., worker_state: _Optional[bytes] = ..., policy: _Optional[str] = ..., forgotten_epoch: _Optional[int] = ..., forgotten_sequence: _Optional[int] = ..., extras_version: _Optional[int] = ...) -> None: ...
+    rolled_back: int
+    def __init__(self, identity: _Optional[_Union[_types_pb2.Identity, _Mapping]] = ..., version: _Optional[int] = ..., manifest_hash: _Optional[int] = ..., manifest: _Optional[_Union[_types_pb2.Manifest, _Mapping]] = ..., groups: _Optional[_Iterable[_Union[_types_pb2.GroupValues, _Mapping]]] = ..., receipts: _Optional[_Iterable[_Union[_types_pb2.Receipt, _Mapping]]] = ..., lease_s: _Optional[float] = ..., lead: bool = ..., worker_state: _Optional[bytes] = ..., policy: _Optional[str] = ..., forgotten_epoch: _Optional[int] = ..., forgotten_sequence: _Optional[int] = ..., extras_version: _Optional[int] = ..., rolled_back: _Optional[int] = ...) -> None: ...
 
 class CreationTicket(_message.Message):
     __slots__ = ("model", "worker", "ticket", "expires_s", "manifest")

@@ -135,6 +135,16 @@ class Superseded(Refused):
     template = "model {model!r} is on timeline {timeline} since a restore, the request came on {got}; join again and pull"
 
 
+class RolledBack(Superseded):
+    """A crash of the server has undone versions that this worker was told of. Its level was below `durable`."""
+
+    code = "rolled_back"
+    template = (
+        "a crash of the server has undone {versions} versions of model {model!r} that this worker was told of: it goes on "
+        "from version {version} (timeline {timeline}); at durability 'durable' none would be lost"
+    )
+
+
 class ManifestChanged(Refused):
     """The model's manifest is not the one the caller knows."""
 

@@ -104,6 +104,8 @@ class Model:
         self.durability = durability
         # the highest epoch that may be given out before a higher one is written to the disk
         self.epochs = 0
+        # the timelines that a crash has ended
+        self.crashed: Sequence[int] = ()
         # what the newest snapshot holds, and when it was taken
         self.saved: Hashable = None
         self.saved_s = time.monotonic()
@@ -352,7 +354,16 @@ class Model:
     ) -> IdentityFile:
         """Who the model is, for the disk. `timeline` and `lineage`: those that it is about to have."""
         stands_on = list(self.commits.lineage if lineage is None else lineage)
-        return IdentityFile(self.uid, timeline or self.timeline, clean_version, stands_on, self.epochs)
+        return IdentityFile(
+            self.uid, timeline or self.timeline, clean_version, stands_on, self.epochs, self.crashed
+        )
+
+    def rolled_back(self, timeline: int, version: int) -> int:
+        """How many versions up to one that a worker was told of, on its timeline, a crash has undone."""
+        if timeline not in self.crashed:
+            return 0
+        lineage = self.commits.lineage
+        return max(0, version - dict(lineage).get(timeline, lineage[-1][1]))
 
     @property
     def version_before_failure(self) -> int:

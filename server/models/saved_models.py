@@ -74,6 +74,7 @@ class SavedModels:
             proven = model.timeline == identity.timeline
             model.begun_at = model.timeline, model.version
             model.epochs = identity.epochs
+            model.crashed = [*identity.crashed, *([] if proven else [identity.timeline])]
             await DISK.run(folder.write_identity, model.identity(None))
             await self._catalog.snapshotter.open_journal(model, folder, after_gap=not proven)
             if not proven:

@@ -73,7 +73,9 @@ async def _join(catalog: Catalog, request: JoinRequest, peer: str) -> tuple[Join
             worker = _joined(model, request)
             await catalog.keep_epoch(model, worker.epoch)
             await model.recorder.until_safe()
-            return JoinResponse(member=membership(model, worker)), model.layout
+            member = membership(model, worker)
+            member.rolled_back = model.rolled_back(request.timeline, request.version)
+            return JoinResponse(member=member), model.layout
         same_as = model.layout
         await _looked_at(request.manifest, partial(_check_same, model.name, same_as))
     catalog.require_free(request.model)

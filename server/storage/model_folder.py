@@ -44,6 +44,7 @@ class _Saved(BaseModel):
     # None in files written before it was kept
     lineage: list[Annotated[list[Count], Field(min_length=2, max_length=2)]] | None = None
     epochs: Count = 0
+    crashed: list[Count] = []
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,8 @@ class IdentityFile:
     lineage: Sequence[tuple[int, int]] | None
     # no worker was given a higher epoch; 0 in files written before it was kept
     epochs: int = 0
+    # the timelines that a crash has ended, which may have undone what was acknowledged
+    crashed: Sequence[int] = ()
 
     def dump(self) -> str:
         """As JSON."""
@@ -71,6 +74,7 @@ class IdentityFile:
                 "version": self.clean_version,
                 "lineage": self.lineage,
                 "epochs": self.epochs,
+                "crashed": list(self.crashed),
             }
         )
 
@@ -85,6 +89,7 @@ class IdentityFile:
             saved.version if saved.clean else None,
             lineage,
             saved.epochs,
+            saved.crashed,
         )
 
     def made_of(self, timeline: int, version: int) -> bool:
