@@ -64,4 +64,4 @@ def added_in_order(sums: np.ndarray[Any, Any], starts: Iterable[int]) -> list[fl
     """Each tensor's block sums, added in block order. starts: (tensors + 1,) first block of each tensor."""
     parts = (sums[start:stop] for start, stop in pairwise(starts))
     # cumsum adds in order; sum does not
-    return [float(np.cumsum(part)[-1]) if len(part) else 0.0 for part in parts]
+    return [float(part[0] if len(part) == 1 else part.cumsum()[-1]) if len(part) else 0.0 for part in parts]

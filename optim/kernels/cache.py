@@ -12,7 +12,6 @@ and logs that once; numba itself would raise.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
 import os
@@ -20,7 +19,7 @@ import shutil
 import stat
 import tempfile
 import threading
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
@@ -37,17 +36,19 @@ _here = threading.local()
 
 
 class NotCompiled(Exception):
-    """Raised inside `only_compiled` for a kernel that is not in memory yet."""
+    """Raised inside `ONLY_COMPILED` for a kernel that is not in memory yet."""
 
 
-@contextlib.contextmanager
-def only_compiled() -> Iterator[None]:
-    """Run a block without waiting for a compilation: a kernel that is not in memory yet raises NotCompiled."""
-    _here.only_compiled = True
-    try:
-        yield
-    finally:
+class _OnlyCompiled:
+    def __enter__(self) -> None:
+        _here.only_compiled = True
+
+    def __exit__(self, *_: object) -> None:
         _here.only_compiled = False
+
+
+# A block that does not wait for a compilation: a kernel that is not in memory yet raises NotCompiled.
+ONLY_COMPILED: Final = _OnlyCompiled()
 
 
 def _fresh_lock() -> None:
@@ -113,7 +114,7 @@ def _surroundings() -> str:
 def compiled(make: Callable[..., Callable[..., Any]], signature: str, spec: Any) -> Any:
     """The kernel `make(spec)` for `signature`: from memory, from disk, or compiled now and written to disk.
 
-    Inside `only_compiled` a kernel that is not in memory raises NotCompiled.
+    Inside `ONLY_COMPILED` a kernel that is not in memory raises NotCompiled.
     """
     key = (make, spec)
     kernel = _compiled.get(key)

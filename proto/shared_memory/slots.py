@@ -52,6 +52,7 @@ class Places:
             self._starts.append(end)
             end += -(-arena.elements * dtype.itemsize // PAGE_BYTES) * PAGE_BYTES
         self.nbytes = max(end, PAGE_BYTES)
+        self._last: tuple[Sequence[Segment], Sequence[tuple[int, int]]] | None = None
 
     def start(self, arena: int, element: int) -> int:
         """The byte of the slot at which an element of an arena begins."""
@@ -69,6 +70,12 @@ class Places:
             return True
         room = (segment.stop - segment.start) * self.dtypes[segment.arena].itemsize
         return self.layout.segment_bytes(segment) <= room
+
+    def spans(self, segments: Sequence[Segment]) -> Sequence[tuple[int, int]]:
+        """The `span` of each segment. Those of the last list are kept: it must not change."""
+        if self._last is None or self._last[0] is not segments:
+            self._last = segments, [self.span(segment) for segment in segments]
+        return self._last[1]
 
     def span(self, segment: Segment) -> tuple[int, int]:
         """First byte and length of a legal segment's payload. MalformedFrame if it cannot lie in the slot."""
@@ -112,7 +119,7 @@ class SharedBody:
     def __init__(self, places: Places, slot: SharedSlot, segments: Sequence[Segment]) -> None:
         self._slot = slot
         self._segments = segments
-        self._spans = [places.span(segment) for segment in segments]
+        self._spans = places.spans(segments)
 
     def part(self, segment: int, dtype: torch.dtype, start: int = 0, count: int | None = None) -> Tensor:
         """Elements of a segment as a flat tensor: `count` of `dtype` from byte `start` on.

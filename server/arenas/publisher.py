@@ -18,7 +18,7 @@ import copy
 import threading
 import time
 import weakref
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -84,7 +84,7 @@ class Publisher:
 
     def __init__(self, arenas: Arenas, writer: ModelWriter, budget: ReadBudget) -> None:
         self._arenas = arenas
-        self._stepper = writer
+        self._writer = writer
         self._budget = budget
         self._lock = threading.Lock()  # guards _waiting and _scheduled, between the loop and the writer
         self._waiting: list[_Request] = []
@@ -119,7 +119,11 @@ class Publisher:
                 return
             self._scheduled = True
         small = sum(flat.nbytes for flat in self._arenas.parameters) <= INLINE_BYTES
-        self._stepper.submit(lambda: self._publish(loop), small=small).add_done_callback(self._published)
+        job = self._writer.submit(lambda: self._publish(loop), small=small)
+        if job.done():
+            self._published(job)
+        else:
+            job.add_done_callback(self._published)
 
     def _published(self, job: asyncio.Future[None]) -> None:
         """Pass on the error of a job that was refused or failed, or its readers would wait for ever."""
@@ -130,12 +134,13 @@ class Publisher:
                 self._scheduled = False
             untrace(error)
             for request in requests:
-                _settle(request, copy.copy(error))
+                _resolve(request, copy.copy(error))
 
     def _publish(self, loop: asyncio.AbstractEventLoop) -> None:
         with self._lock:
             requests, self._waiting = self._waiting, []
             self._scheduled = False
+        on_loop = _caller_on(loop)
         unmade: list[tuple[DenseFrames, list[Sequence[Source]]]] = []
         crowded = []
         for request in requests:
@@ -147,12 +152,12 @@ class Publisher:
                     raise self._budget.over(sum(flat.nbytes for flat in self._arenas.parameters))
             except Exception as error:  # noqa: BLE001 - whatever it is belongs to the reader, not to the writer
                 untrace(error)
-                loop.call_soon_threadsafe(_settle, request, error)
+                on_loop(_resolve, request, error)
             else:
                 if published is None:
                     crowded.append(request)
                 else:
-                    loop.call_soon_threadsafe(_settle, request, published)
+                    on_loop(_resolve, request, published)
         for frames, bodies in unmade:
             self._arenas.device_stream.publish(partial(self._make, frames, bodies, loop))
         if crowded:
@@ -164,7 +169,7 @@ class Publisher:
         self, frames: DenseFrames, bodies: Sequence[Sequence[Source]], loop: asyncio.AbstractEventLoop
     ) -> None:
         try:
-            frames.make(bodies, loop.call_soon_threadsafe)
+            frames.make(bodies, _caller_on(loop))
         except Exception as error:  # noqa: BLE001 - its readers are told
             untrace(error)
             self.forget()
@@ -288,7 +293,20 @@ class Publisher:
         self._rows.clear()
 
 
-def _settle(request: _Request, result: Published | BaseException) -> None:
+def _caller_on(loop: asyncio.AbstractEventLoop) -> Callable[..., object]:
+    """What makes a call on the event loop: at once if the loop runs in this thread, as for small versions."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return loop.call_soon_threadsafe
+    return _at_once
+
+
+def _at_once(call: Callable[..., object], *arguments: object) -> None:
+    call(*arguments)
+
+
+def _resolve(request: _Request, result: Published | BaseException) -> None:
     if request.answer.done():
         return
     if isinstance(result, Published):

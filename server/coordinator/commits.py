@@ -189,7 +189,8 @@ def _names(edits: Mapping[int, Values]) -> list[str]:
 def _mean_metrics(pushes: Sequence[PendingPush]) -> Mapping[str, float]:
     """Each metric's mean over the pushes that report it, weighted by `PendingPush.weight`."""
     if len(pushes) == 1:
-        return dict(pushes[0].header.metrics)
+        metrics = pushes[0].header.metrics
+        return dict(metrics) if metrics else {}
     totals: dict[str, tuple[float, float]] = {}
     for pending in pushes:
         for name, value in pending.header.metrics.items():

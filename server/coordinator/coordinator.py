@@ -92,14 +92,18 @@ class Coordinator:
         worker.receiving[sequence] = worker.receiving.get(sequence, 0) + 1
         return Offer.READ
 
-    def require_open(self, identity: Identity) -> None:
-        """Raises Quarantined for a stream that is under way if its worker's pushes are no longer read."""
+    def on_chunk(self, identity: Identity, now_s: float) -> None:
+        """A chunk of a push's body has come. Renews the lease of its worker.
+
+        Quarantined if the pushes of its worker are no longer read.
+        """
         worker = self.sessions.workers.get(identity.worker)
         if worker is not None:
             self._require_free(worker)
+            self.sessions.renew(identity, now_s)
 
     def on_progress(self, identity: Identity, now_s: float) -> None:
-        """A body of this worker moves, however slowly. Renews its lease, which could run out meanwhile."""
+        """An upload of this worker moves, however slowly. Renews its lease, which could run out meanwhile."""
         self.sessions.renew(identity, now_s)
 
     def _require_free(self, worker: Worker) -> None:

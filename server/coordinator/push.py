@@ -12,6 +12,14 @@ from pushstep.proto.wire.hyperparameters import Values, plain_values
 from ..staging.gradient import StagedPush
 from .groups import EditPlan
 
+# Timeline, worker, epoch and sequence.
+Key = tuple[int, str, int, int]
+
+
+def key_of(identity: Identity) -> Key:
+    """What tells the pushes of one model apart."""
+    return identity.timeline, identity.worker, identity.epoch, identity.sequence
+
 
 @dataclass(slots=True, eq=False)
 class PendingPush:
@@ -23,6 +31,7 @@ class PendingPush:
     identity: Identity = field(init=False)
     # its worker's name, by which a round orders and counts it
     worker: str = field(init=False)
+    key: Key = field(init=False)
     # None for a skip push, and for one whose body is at fault
     push: StagedPush | None = None
     fault: PushstepError | None = None
@@ -42,7 +51,8 @@ class PendingPush:
 
     def __post_init__(self) -> None:
         self.identity = self.header.identity
-        self.worker = self.identity.worker
+        self.key = key_of(self.identity)
+        self.worker = self.key[1]
 
     @property
     def weight(self) -> float:

@@ -169,8 +169,10 @@ class Sessions:
         `digest` None: not known yet (only the header has arrived). Otherwise raises TooOld, OutOfOrder,
         TooManyInFlight, or Conflict if the stored digest differs.
         """
-        if identity.sequence > worker.sequence:
+        ahead = identity.sequence - worker.sequence
+        if ahead > 1:
             self._require_in_window(worker, int(identity.sequence))
+        if ahead > 0:
             return None
         if identity.sequence == 0:
             raise OutOfOrder(worker=worker.name, got=0, expected=worker.sequence + 1)

@@ -24,7 +24,7 @@ from pushstep.proto.types_pb2 import Identity
 from ..arenas.arena import Arenas
 from ..coordinator.coordinator import Coordinator
 from ..coordinator.decision import Resolve
-from ..coordinator.push import PendingPush
+from ..coordinator.push import Key, PendingPush, key_of
 from ..coordinator.worker import Decided
 
 # A wait for other workers ends with `push_pending` after at most this long, and the worker asks again.
@@ -43,13 +43,6 @@ class Answer(Protocol):
 
     def after_step(self, arenas: Arenas, written: Set[int]) -> None:
         """Complete the answer. The values of the slots in `written` are there already."""
-
-
-Key = tuple[int, str, int, int]
-
-
-def _key(identity: Identity) -> Key:
-    return identity.timeline, identity.worker, identity.epoch, identity.sequence
 
 
 @dataclass(slots=True, eq=False)
@@ -78,16 +71,16 @@ class HeldPushes:
     def keep(self, pending: PendingPush, release: Callable[[], None], answer: Answer | None) -> None:
         """Hold a push that the coordinator has accepted until it is resolved, then call `release`."""
         resolved = asyncio.get_running_loop().create_future()
-        self._kept[_key(pending.identity)] = _Kept(pending, resolved, release, answer)
+        self._kept[pending.key] = _Kept(pending, resolved, release, answer)
 
     def answers_of(self, pending: PendingPush) -> Answer | None:
         """What the step of a push writes into shared memory."""
-        kept = self._kept.get(_key(pending.identity))
+        kept = self._kept.get(pending.key)
         return None if kept is None else kept.answer
 
     def resolve(self, resolve: Resolve) -> None:
         """Resolve a push: its senders are answered, and its bytes given back."""
-        kept = self._kept.pop(_key(resolve.pending.identity), None)
+        kept = self._kept.pop(resolve.pending.key, None)
         if kept is not None:
             kept.resolved.set_result(resolve)
             kept.release()
@@ -97,7 +90,7 @@ class HeldPushes:
 
         NotHeld if the push is unknown; the error that it was resolved with, if it has no outcome.
         """
-        kept = self._kept.get(_key(identity))
+        kept = self._kept.get(key_of(identity))
         if kept is None:
             decided = self._coordinator.decided_of(identity)
             if decided is None:

@@ -43,7 +43,7 @@ class PushHandler:
             call, receipt = await self._taken(stream, pulls=True)
         begun_s = time.monotonic()
         model, header = call.model, call.header
-        published = await newest(model, header.pull, header.identity.timeline, call.answer)
+        published = await newest(model, header.pull, call.identity.timeline, call.answer)
         answer = await published_header(model, published, header.manifest_hash)
         answer.groups.extend(receipt.groups)
         fill_published(answer.receipt, receipt, time.monotonic() - begun_s)
@@ -71,8 +71,11 @@ async def take(call: PushCall, stream: BulkStream[pb.PushRequest]) -> Receipt:
         return await answer(call)
     receiving = await admit(call)
     try:
-        with call.faulting():
+        try:
             commit = await stream.feed(receiving.take)
+        except InvalidRequest as error:
+            call.fault(error)
+            raise
         await hand_in(receiving, commit)
         return await answer(call)
     finally:
@@ -98,7 +101,7 @@ async def hand_in(receiving: Receiving, commit: PushCommit | None) -> None:
 
 async def answer(call: PushCall) -> Receipt:
     """The receipt of a push that the server holds. Raises the error that it was refused with; PushPending."""
-    decided = await call.model.held.answer(call.header.identity, call.hold_s)
+    decided = await call.model.held.answer(call.identity, call.hold_s)
     if decided.error is not None:
         raise copy.copy(decided.error)
     return decided.receipt

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from pushstep.proto.errors import InvalidRequest
 from pushstep.proto.training_pb2 import PushHeader
+from pushstep.proto.types_pb2 import Identity
 
 from ..models.held_pushes import HOLD_S
 from ..models.model import Model
@@ -27,6 +26,13 @@ class PushCall:
     # what the step writes for the worker, where they share memory
     answer: SharedAnswer | None = None
     started_s: float = field(default_factory=time.monotonic)
+    # of its header
+    identity: Identity = field(init=False)
+    worker: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.identity = self.header.identity
+        self.worker = self.identity.worker
 
     @property
     def hold_s(self) -> float:
@@ -41,13 +47,4 @@ class PushCall:
     def fault(self, error: InvalidRequest) -> None:
         """Count against the worker a push that broke a rule before its body was complete."""
         coordinator, now_s = self.model.coordinator, time.monotonic()
-        self.model.executor.apply(coordinator.on_fault(self.header.identity, error, now_s))
-
-    @contextmanager
-    def faulting(self) -> Iterator[None]:
-        """A block in which an InvalidRequest counts against the worker."""
-        try:
-            yield
-        except InvalidRequest as error:
-            self.fault(error)
-            raise
+        self.model.executor.apply(coordinator.on_fault(self.identity, error, now_s))

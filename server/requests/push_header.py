@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 from typing import Final
+from weakref import WeakKeyDictionary
 
 from pushstep.proto.errors import MalformedFrame, ManifestChanged
 from pushstep.proto.training_pb2 import GroupEdit, PushCommit, PushHeader
-from pushstep.proto.types_pb2 import GroupValues
+from pushstep.proto.types_pb2 import GroupValues, Segment
 from pushstep.proto.wire import limits
-from pushstep.proto.wire.layout import Layout, check_body
+from pushstep.proto.wire.layout import Layout, Slot, check_body
 
 from ..process.inline import INLINE_PARTS
 
@@ -18,41 +19,64 @@ from ..process.inline import INLINE_PARTS
 SEGMENT_BYTES: Final = 6 << 10
 # Bytes of one segment in a journal's record, beside its gradients.
 RECORDED_SEGMENT_BYTES: Final = 64
+# Pushes of more segments are looked at anew each time.
+SEGMENTS_REMEMBERED: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Declared:
-    """What a push's header declares of its body: the bytes of each segment, and totals."""
+    """What a push's header declares of its body: the segments, and what follows from them and the layout."""
 
+    segments: Sequence[Segment]
+    # of each segment: its parameters, and its bytes
+    slots: Sequence[Sequence[Slot]]
     lengths: list[int]
     # of the body and of its unpacked form
     bytes_needed: int
     parameters: int
-
-    @property
-    def segments_bytes(self) -> int:
-        """Bytes kept for the segments beside their content; the first INLINE_PARTS segments do not count."""
-        return SEGMENT_BYTES * max(0, len(self.lengths) - INLINE_PARTS)
+    # kept for the segments beside their content; the first INLINE_PARTS segments do not count
+    segments_bytes: int
+    # the step reads the body as it was received, with nothing to unpack
+    is_plain: bool
 
     @property
     def record_bytes(self) -> int:
         """About the bytes of the push's record in a journal."""
         return self.bytes_needed + RECORDED_SEGMENT_BYTES * len(self.lengths)
 
-    @property
-    def is_plain(self) -> bool:
-        """True if the step reads the body as it was received, with nothing to unpack."""
-        return self.bytes_needed == sum(self.lengths)
+
+# By layout, what the last push declared, if it has few segments: most pushes have the same ones.
+_last: WeakKeyDictionary[Layout, Declared] = WeakKeyDictionary()
+
+
+def last_declared(layout: Layout, header: PushHeader, limit_bytes: int) -> Declared | None:
+    """What a header declares, if the last push for this layout has declared the same; else None."""
+    last = _last.get(layout)
+    if last is None or header.manifest_hash != layout.manifest_hash or header.skip:
+        return None
+    return last if last.bytes_needed <= limit_bytes and last.segments == header.segments else None
 
 
 def declared(layout: Layout, header: PushHeader, model: str, limit_bytes: int) -> Declared:
     """What a header declares. A named error if the push is not one for this model."""
     lengths = check_header(layout, header, model, limit_bytes)
-    return Declared(
+    segments, few = header.segments, 0 < len(header.segments) <= SEGMENTS_REMEMBERED
+    if few:
+        segments = PushHeader(segments=segments).segments  # a copy: the header may be large
+    slots = [layout.slots_of(segment) for segment in segments]
+    bytes_needed = sum(lengths) + sum(map(layout.unpacked_bytes, segments))
+    found = Declared(
+        segments,
+        slots,
         lengths,
-        sum(lengths) + sum(map(layout.unpacked_bytes, header.segments)),
-        sum(len(layout.slots_of(segment)) for segment in header.segments),
+        bytes_needed,
+        parameters=sum(map(len, slots)),
+        segments_bytes=SEGMENT_BYTES * max(0, len(segments) - INLINE_PARTS),
+        is_plain=bytes_needed == sum(lengths),
     )
+    if few:
+        _last[layout] = found
+    return found
 
 
 def require_plausible(
@@ -85,8 +109,10 @@ def check_header(layout: Layout, header: PushHeader, model: str, limit_bytes: in
 
 def close_header(layout: Layout, header: PushHeader, commit: PushCommit) -> None:
     """Add to the header what its sender knew only at the end. TooLong, MalformedFrame."""
-    header.edits.extend(commit.edits)  # of two edits of one group the later one counts
-    header.metrics.update(commit.metrics)
+    if commit.edits:
+        header.edits.extend(commit.edits)  # of two edits of one group the later one counts
+    if commit.metrics:
+        header.metrics.update(commit.metrics)
     if commit.HasField("worker_state"):
         header.worker_state = commit.worker_state
     header.samples = commit.samples or header.samples

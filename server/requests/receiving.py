@@ -7,15 +7,13 @@ in and is finished at the end of the stream. Nothing is decided here. A stream t
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import copy
 import time
 from collections.abc import Callable
-from functools import partial
 
 import torch
 
-from pushstep.optim.kernels.cache import NotCompiled, only_compiled
+from pushstep.optim.kernels.cache import ONLY_COMPILED, NotCompiled
 from pushstep.proto.errors import DigestMismatch, InvalidRequest, MalformedFrame
 from pushstep.proto.shared_memory.slots import SharedBody
 from pushstep.proto.training_pb2 import PushCommit
@@ -35,10 +33,10 @@ from ..staging.gradient import StagedPush, own_copy
 from ..staging.incoming import IncomingBody
 from ..staging.inspect import inspect
 from .push_call import PushCall
-from .push_header import Declared, close_header, declared, require_plausible
+from .push_header import Declared, close_header, declared, last_declared, require_plausible
 
 
-def place(take_in: Callable[[Chunk], None], chunk: Chunk) -> asyncio.Future[None] | None:
+def place_chunk(take_in: Callable[[Chunk], None], chunk: Chunk) -> asyncio.Future[None] | None:
     """Take in a chunk: at once (None), or in a thread. The caller awaits the future before the next one."""
     if len(chunk.payload) <= INLINE_BYTES:
         take_in(chunk)
@@ -59,7 +57,7 @@ class Held:
     def hold(self, *regions: Region | None) -> None:
         """Hold the regions that the gate and the step use. NoSharedMemory if one was closed."""
         for region in regions:
-            if region is not None:
+            if region is not None and region not in self._regions:
                 region.require_memory()
                 region.hold()
                 self._regions.append(region)
@@ -95,19 +93,22 @@ async def admit(call: PushCall) -> Receiving:
     model, header, layout = call.model, call.header, call.model.layout
     require_plausible(layout, header.segments, header.edits)
     while model.coordinator.on_header(header, time.monotonic()) is Offer.WAIT:
-        await model.held.change(call.until_s, header.identity.worker)
+        await model.held.change(call.until_s, call.worker)
     held = Held(model.staging)
     try:
-        with call.faulting():
-            found = await _declared(call, layout)
-        few = found.parameters <= INLINE_PARTS
-        is_small = few and found.bytes_needed <= INLINE_BYTES and model.arenas.device_stream.takes_small
+        try:
+            found = last_declared(layout, header, model.staging.total_bytes)
+            if found is None:
+                found = await _declared(call, layout)
+        except InvalidRequest as error:
+            call.fault(error)
+            raise
         held.hold(call.region, None if call.answer is None else call.answer.region)
         await held.promise_record(model.recorder.journal, found.record_bytes)
-        return await _received(call, layout, found, held, few=few, is_small=is_small)
+        return await _received(call, layout, found, held)
     except BaseException:
         held.give_back()
-        model.coordinator.on_stream_end(header.identity)
+        model.coordinator.on_stream_end(call.identity)
         raise
 
 
@@ -120,31 +121,37 @@ async def _declared(call: PushCall, layout: Layout) -> Declared:
     return await PUSHES.run_unless(parts <= INLINE_PARTS, declared, layout, header, model.name, limit_bytes)
 
 
-async def _received(
-    call: PushCall, layout: Layout, found: Declared, held: Held, *, few: bool, is_small: bool
-) -> Receiving:
+async def _received(call: PushCall, layout: Layout, found: Declared, held: Held) -> Receiving:
     """What the body is received into, or where it lies; its bytes are claimed first."""
     model, header = call.model, call.header
-    owner = f"{model.name}/{header.identity.worker}"
-    make = partial(Receiving, call, layout, held, is_small=is_small)
+    owner = f"{model.name}/{call.worker}"
+    few = found.parameters <= INLINE_PARTS
     if call.region is not None:
         # what is recorded must be what is stepped, and the worker can write to its region at any time
         copy_bytes = found.bytes_needed if model.recorder.journal is not None else 0
         if found.segments_bytes + copy_bytes:
             await held.claim(owner, found.segments_bytes + copy_bytes)
-        with call.faulting():
-            return await PUSHES.run_unless(few, lambda region: make(region.body(header), None), call.region)
+        try:
+            return await PUSHES.run_unless(few, _in_region, call, layout, call.region, found, held)
+        except InvalidRequest as error:
+            call.fault(error)
+            raise
     await held.claim(owner, found.bytes_needed + found.segments_bytes)
 
     def allocated() -> Receiving:
         digest = BodyDigest(header.segments)
         try:
             take = model.staging.buffer
-            return make(model.device.body(found.lengths, digest, take, stepped=found.is_plain), digest)
+            body = model.device.body(found.lengths, digest, take, stepped=found.is_plain)
+            return Receiving(call, layout, found, held, body, digest)
         except torch.OutOfMemoryError as error:  # the device's
             raise model.staging.short(found.bytes_needed) from error
 
     return await model.device.prepared(allocated, small=few)
+
+
+def _in_region(call: PushCall, layout: Layout, region: Region, found: Declared, held: Held) -> Receiving:
+    return Receiving(call, layout, found, held, region.body(call.header, found.segments), None)
 
 
 class Receiving:
@@ -154,23 +161,24 @@ class Receiving:
         self,
         call: PushCall,
         layout: Layout,
+        found: Declared,
         held: Held,
         body: Assembly | SharedBody,
         digest: BodyDigest | None,
-        *,
-        is_small: bool,
     ) -> None:
         """`digest`: of a body that is sent, computed as it comes. None for one that lies in shared memory."""
         self.call = call
         self._layout = layout
+        self._declared = found
         self._held = held
         self._body = body
         self._digest = digest
-        self._is_small = is_small
+        few, small = found.parameters <= INLINE_PARTS, found.bytes_needed <= INLINE_BYTES
+        self._is_small = few and small and call.model.arenas.device_stream.takes_small
         self._take = call.model.staging.buffer
         self._incoming: IncomingBody | None = None
-        if not is_small and not isinstance(body, ExportedBody):
-            self._incoming = IncomingBody(layout, call.header.segments, body, self._take)
+        if not self._is_small and not isinstance(body, ExportedBody):
+            self._incoming = IncomingBody(found.segments, found.slots, body, self._take)
         self._handed_over = False
         self._waited_s = time.monotonic() - call.started_s
 
@@ -179,9 +187,7 @@ class Receiving:
 
         Quarantined if the worker was quarantined meanwhile. MalformedFrame if the body lies in shared memory.
         """
-        coordinator, identity = self.call.model.coordinator, self.call.header.identity
-        coordinator.require_open(identity)
-        coordinator.on_progress(identity, time.monotonic())
+        self.call.model.coordinator.on_chunk(self.call.identity, time.monotonic())
         if isinstance(self._body, SharedBody):
             raise MalformedFrame(problem="a push whose gradients lie in shared memory carries no chunks")
         body, incoming = self._body, self._incoming
@@ -191,7 +197,7 @@ class Receiving:
             if incoming is not None:
                 incoming.advance(chunk.segment, chunk.offset + len(chunk.payload))
 
-        return place(take_in, chunk)
+        return place_chunk(take_in, chunk)
 
     async def finish(self, commit: PushCommit | None) -> PendingPush:
         """The complete push. MalformedFrame, DigestMismatch; a body at fault is in the result."""
@@ -216,7 +222,7 @@ class Receiving:
 
     def release(self) -> None:
         """End the stream. Gives back what was not handed over. Called once, however the push ended."""
-        self.call.model.coordinator.on_stream_end(self.call.header.identity)
+        self.call.model.coordinator.on_stream_end(self.call.identity)
         if not self._handed_over:
             self._held.give_back()
 
@@ -224,8 +230,11 @@ class Receiving:
         """The complete body's digest, the staged push (None for a skip), and the error of an invalid body."""
         if self._is_small:
             # the first push of a kind may have to compile kernels, which takes seconds: a thread does that
-            with contextlib.suppress(NotCompiled), only_compiled():
-                return self._read()
+            try:
+                with ONLY_COMPILED:
+                    return self._read()
+            except NotCompiled:
+                pass
         reading = PUSHES.start(self._read)
         if self.call.region is None:
             return await reading
@@ -251,7 +260,7 @@ class Receiving:
         try:
             if header.skip:
                 return None, None
-            push = inspect(self._layout, header, self._body, self._take, self._incoming)
+            push = inspect(header, self._declared.slots, self._body, self._take, self._incoming)
             if self.call.region is not None and self.call.model.recorder.journal is not None:
                 push = own_copy(push, self._take)
             return self.call.model.device.bring(push, self._body), None

@@ -56,7 +56,7 @@ from ..process.threads import PUSHES, REQUESTS
 from ..streams.received import INLINE_MESSAGE_BYTES
 from . import push_header
 from .join import fill_in, membership
-from .receiving import place
+from .receiving import place_chunk
 from .upload_content import check_exact, extras_in, is_accumulated
 
 _MOST_STATES: Final = max(len(rule.state_names) for rule in RULES.values())
@@ -166,7 +166,7 @@ class Upload:
         """
         if self._model is not None:
             self._model.coordinator.on_progress(self._header.identity, time.monotonic())
-        return place(self._body.place, chunk)
+        return place_chunk(self._body.place, chunk)
 
     def release(self) -> None:
         """Give everything back, however the upload ended. A commit that has begun does so when it ends."""

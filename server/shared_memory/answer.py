@@ -8,7 +8,6 @@ once the call is answered, the memory belongs to the worker again.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Set
 
 import torch
@@ -46,7 +45,7 @@ class SharedAnswer:
         self.region = region
         self._model = model
         self._arenas = arenas
-        self._stepper = writer
+        self._writer = writer
         # taken now: a region that closes during a step must not make the step fail
         self._memory = region.parameters
         self._timeline = timeline
@@ -63,7 +62,7 @@ class SharedAnswer:
         """Write the version that is newest when the writer gets to it. NoSharedMemory, ManifestChanged."""
         self.region.require_memory()
         small = self.nbytes <= INLINE_BYTES
-        writing = self._stepper.submit(lambda: self.complete(self._arenas), small=small)
+        writing = self._writer.submit(lambda: self.complete(self._arenas), small=small)
         self.region.hold_until(writing)
         return await asyncio.shield(writing)
 
@@ -72,8 +71,10 @@ class SharedAnswer:
 
         A failure must not fail the step, which is taken: `published` stays None, and `newest` then raises it.
         """
-        with contextlib.suppress(Exception):
+        try:
             self.published = self.complete(arenas, written)
+        except Exception:  # noqa: BLE001 - `newest` meets the same fault, outside the step
+            self.published = None
 
     def complete(self, arenas: Arenas, written: Set[int] = frozenset()) -> Published:
         """In the writer thread: write the current version, except the slots in `written`. ManifestChanged."""

@@ -12,13 +12,13 @@ import contextlib
 import math
 import secrets
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from pushstep.proto.errors import NoSharedMemory
 from pushstep.proto.shared_memory.slots import TOKEN_BYTES, Places, SharedBody, SharedSlot
 from pushstep.proto.training_pb2 import PushHeader
-from pushstep.proto.types_pb2 import Identity
+from pushstep.proto.types_pb2 import Identity, Segment
 from pushstep.proto.wire.layout import Layout
 
 from ..devices.exported_memory import ExportedBody, ExportedMemory
@@ -77,14 +77,17 @@ class Region:
         ]
         self._parameters = SharedSlot(read)
 
-    def body(self, header: PushHeader) -> SharedBody:
-        """The gradients of a push, in the slot that its header names. NoSharedMemory."""
+    def body(self, header: PushHeader, segments: Sequence[Segment]) -> SharedBody:
+        """The gradients of a push, in the slot that its header names. NoSharedMemory.
+
+        `segments`: equal to the header's; the same object for every push if they stay the same.
+        """
         if header.slot >= len(self._slots):
             raise NoSharedMemory(problem=f"the region has no slot {header.slot}")
         if header.manifest_hash != self.layout.manifest_hash:
             raise NoSharedMemory(problem="the region was laid out for another manifest")
         kind = ExportedBody if self.memory.on_device else SharedBody
-        return kind(self.gradients, self._slots[header.slot], header.segments)
+        return kind(self.gradients, self._slots[header.slot], segments)
 
     @property
     def parameters(self) -> SharedSlot:

@@ -95,7 +95,11 @@ class Budget:
         OverBudget if its turn does not come in time, or if claims that come before it fill the queue. OverCapacity if it
         can never fit.
         """
-        self._require_possible(charge(body_bytes))
+        need_bytes = charge(body_bytes)
+        self._require_possible(need_bytes)
+        if not self._waiting and need_bytes <= self.total_bytes - self.used_bytes:
+            self._take(owner, need_bytes)
+            return need_bytes
         claim = _Claim(owner, body_bytes, asyncio.get_running_loop().create_future())
         self._enter(claim)
         self._grant()
@@ -107,11 +111,11 @@ class Budget:
                 self._leave(claim)
                 self._grant()  # others may have waited behind it
             elif claim.granted.done() and not claim.granted.cancelled() and claim.granted.exception() is None:
-                self.release(charge(body_bytes))  # granted just as its caller went away
+                self.release(need_bytes)  # granted just as its caller went away
             if isinstance(error, TimeoutError):
-                raise self.over(charge(body_bytes)) from error
+                raise self.over(need_bytes) from error
             raise
-        return charge(body_bytes)
+        return need_bytes
 
     def reserve_for_parts(self, need_bytes: int) -> None:
         """Like `reserve`, for a header that comes in parts.
@@ -176,11 +180,7 @@ class Budget:
                 self._leave(claim)
             elif held + others_windows + charge(claim.body_bytes) <= self.total_bytes:
                 self._leave(claim)
-                self.used_bytes += charge(claim.body_bytes)
-                self._last_grant.pop(claim.owner, None)  # or the dict would not be in the order of grants
-                self._last_grant[claim.owner] = next(self._grants)
-                if len(self._last_grant) > OWNERS_REMEMBERED:
-                    del self._last_grant[next(iter(self._last_grant))]
+                self._take(claim.owner, charge(claim.body_bytes))
                 claim.granted.set_result(None)
             elif self._crowded(held, others_windows):
                 last = max(reversed(self._waiting), key=self._turn)
@@ -189,6 +189,13 @@ class Budget:
                     last.granted.set_exception(self.over(charge(last.body_bytes)))
             else:
                 return
+
+    def _take(self, owner: str, need_bytes: int) -> None:
+        self.used_bytes += need_bytes
+        self._last_grant.pop(owner, None)  # or the dict would not be in the order of grants
+        self._last_grant[owner] = next(self._grants)
+        if len(self._last_grant) > OWNERS_REMEMBERED:
+            del self._last_grant[next(iter(self._last_grant))]
 
     def _crowded(self, held_bytes: int, others_windows_bytes: int) -> bool:
         """True if claims must be turned away: too many wait, or their windows take too much of the budget."""

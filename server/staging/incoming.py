@@ -12,12 +12,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pushstep.optim.ops import streaming as arriving
+from pushstep.optim.ops import streaming
 from pushstep.proto.shared_memory.slots import SharedBody
 from pushstep.proto.types_pb2 import Segment
 from pushstep.proto.wire import dtypes
 from pushstep.proto.wire.frames import Assembly
-from pushstep.proto.wire.layout import INT8_UNPACKED, Layout
+from pushstep.proto.wire.layout import INT8_UNPACKED, Slot
 
 from .unpack import Take
 
@@ -26,22 +26,26 @@ class IncomingBody:
     """The dense segments of one body, as far as they have arrived."""
 
     def __init__(
-        self, layout: Layout, segments: Sequence[Segment], body: Assembly | SharedBody, take: Take
+        self,
+        segments: Sequence[Segment],
+        slots: Sequence[Sequence[Slot]],
+        body: Assembly | SharedBody,
+        take: Take,
     ) -> None:
-        """`take` allocates memory for what is unpacked."""
-        self._dense: dict[int, tuple[Tensor, arriving.StreamingNorms]] = {}
+        """`slots`: each segment's parameters. `take` allocates memory for what is unpacked."""
+        self._dense: dict[int, tuple[Tensor, streaming.StreamingNorms]] = {}
         for index, segment in enumerate(segments):
             if segment.HasField("rows") or segment.HasField("elements"):
                 continue
-            lengths = [slot.stop - slot.start for slot in layout.slots_of(segment)]
+            lengths = [slot.stop - slot.start for slot in slots[index]]
             dtype = dtypes.of_push(segment.dtype, "segment")
             if dtype == torch.int8:
                 values = take(sum(lengths) * INT8_UNPACKED.itemsize).view(INT8_UNPACKED)
                 codes = body.part(index, torch.uint8)
-                self._dense[index] = values, arriving.codes(codes, values, lengths, block=dtypes.INT8_BLOCK)
+                self._dense[index] = values, streaming.codes(codes, values, lengths, block=dtypes.INT8_BLOCK)
             else:
                 values = body.part(index, dtype)
-                self._dense[index] = values, arriving.floats(values, lengths)
+                self._dense[index] = values, streaming.floats(values, lengths)
 
     def advance(self, segment: int, arrived_bytes: int) -> None:
         """Process what is complete of a segment, now that `arrived_bytes` of it are there."""

@@ -17,7 +17,7 @@ from pushstep.proto.shared_memory.slots import SharedBody
 from pushstep.proto.training_pb2 import PushHeader
 from pushstep.proto.wire import dtypes
 from pushstep.proto.wire.frames import Assembly
-from pushstep.proto.wire.layout import Layout
+from pushstep.proto.wire.layout import Slot
 
 from .gradient import DensePart, RowsPart, StagedPush
 from .incoming import IncomingBody
@@ -28,29 +28,29 @@ BLOCK_ELEMENTS: Final = 1 << 18
 
 
 def inspect(
-    layout: Layout,
     header: PushHeader,
+    slots: Sequence[Sequence[Slot]],
     body: Assembly | SharedBody,
     take: Take,
     incoming: IncomingBody | None = None,
 ) -> StagedPush:
     """Read a complete body once, or the part of it that `incoming` has not read.
 
-    RowOutOfRange, MalformedFrame. They are raised if the body names rows or elements that do not exist. take:
-    allocates memory for what is unpacked.
+    RowOutOfRange, MalformedFrame. They are raised if the body names rows or elements that do not exist.
+    slots: each segment's parameters. take: allocates memory for what is unpacked.
     """
     parts: list[DensePart | RowsPart] = []
     sums: Sequence[float] | None
     known: list[Sequence[float] | None] = []
     for index, segment in enumerate(header.segments):
-        slots = layout.slots_of(segment)
+        covered = slots[index]
         found = incoming.dense(index) if incoming is not None else None
         if found is not None:
             gradient, sums = found
-            parts.append(DensePart(segment.arena, segment.start, tuple(slots), gradient))
+            parts.append(DensePart(segment.arena, segment.start, tuple(covered), gradient))
         else:
             unpack = rows_part if segment.HasField("rows") else dense_part
-            part, sums = unpack(segment, slots, body, index, take)
+            part, sums = unpack(segment, covered, body, index, take)
             parts.append(part)
         known.append(sums)
     return measured(parts, known)
@@ -65,24 +65,26 @@ def measured(
     known: for each part, its parameters' sums of squares if they were taken before.
     """
     nonfinite = None
-    square_sums_of: dict[int, float] = {}
+    sums_of: dict[int, float] = {}
     for part, sums in zip(parts, known or [None] * len(parts), strict=True):
+        slots: Sequence[Slot]
         if isinstance(part, RowsPart):
             slots, pieces = [part.slot], [part.rows]
         else:
-            slots = list(part.slots)
+            slots = part.slots
             pieces = [part.gradient]  # a single parameter is all of the part, and needs no view
             if len(slots) > 1:
                 pieces = [part.gradient[slot.start - part.start : slot.stop - part.start] for slot in slots]
-        norms = square_sums(pieces) if sums is None else sums
-        for slot, piece, norm in zip(slots, pieces, norms, strict=True):
-            square_sums_of[slot.index] = norm
-            stepped = dtypes.state_dtype(slot.dtype)
-            narrowed = piece.dtype.itemsize > stepped.itemsize  # a finite float64 may be an infinite float32
-            if (narrowed or not math.isfinite(norm)) and not _all_finite(piece, stepped):
+        stepped = dtypes.state_dtype(slots[0].dtype)  # the parameters of an arena have one dtype
+        narrowed = pieces[0].dtype.itemsize > stepped.itemsize  # a finite float64 may be an infinite float32
+        for slot, piece, square_sum in zip(
+            slots, pieces, square_sums(pieces) if sums is None else sums, strict=True
+        ):
+            sums_of[slot.index] = square_sum
+            if (narrowed or not math.isfinite(square_sum)) and not _all_finite(piece, stepped):
                 nonfinite = nonfinite or slot.name
-    total = math.sqrt(sum(square_sums_of[index] for index in sorted(square_sums_of)))
-    return StagedPush(square_sums_of, parts, nonfinite, total)
+    norm = math.sqrt(sum([sums_of[index] for index in sorted(sums_of)]))
+    return StagedPush(sums_of, parts, nonfinite, norm)
 
 
 def _all_finite(values: Tensor, stepped: torch.dtype) -> bool:

@@ -96,7 +96,7 @@ def test_so_many_refusals_in_a_row_end_in_quarantine() -> None:
     with pytest.raises(Quarantined):
         court.offer(court.header("bad"))
     with pytest.raises(Quarantined):
-        court.coordinator.require_open(court.identity("bad"))  # of a stream that is under way
+        court.coordinator.on_chunk(court.identity("bad"), court.now_s)  # of a stream that is under way
     assert [note.kind for note in court.notes].count("worker_quarantined") == 1
     with pytest.raises(Quarantined):
         court.offer(court.header("bad", sequence=6))  # not even what was answered before is read again

@@ -76,7 +76,9 @@ def inspected(*pieces: tuple[str, Tensor] | tuple[str, Tensor, Tensor]) -> Stage
         assert chunk is not None
         body.place(chunk)
     body.finish()
-    return inspect(LAYOUT, header, body, BufferPool(0).take)
+    return inspect(
+        header, [LAYOUT.slots_of(segment) for segment in header.segments], body, BufferPool(0).take
+    )
 
 
 def ids(*numbers: int) -> Tensor:
