@@ -166,6 +166,7 @@ class PendingPushes:
                 return
             leads = [sessions.leads(sessions.workers[pending.worker]) for pending in order.pushes]
             written = self.commits.write(order, leads)
+            receipts = self.receipts.of_step(order, written, self.policy.name, now_s)
         except PushstepError as error:
             self._reject(order.pushes, error, now_s, blamed=order.divisor is None)
             return
@@ -176,7 +177,6 @@ class PendingPushes:
             self.record(failed.code, "server", problem=repr(error))
             self._reject(order.pushes, failed, now_s, blamed=False)
             return
-        receipts = self.receipts.of_step(order, written, self.policy.name, now_s)
         pairs = zip(order.pushes, receipts, strict=True)
         resolves = [self._resolve(pending, Decided(pending.digest, receipt)) for pending, receipt in pairs]
         self._decisions.append(Step(written.ticket, order.push, tuple(resolves), written.facts))
