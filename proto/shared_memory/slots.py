@@ -73,9 +73,10 @@ class Places:
 
     def spans(self, segments: Sequence[Segment]) -> Sequence[tuple[int, int]]:
         """The `span` of each segment. Those of the last list are kept: it must not change."""
-        if self._last is None or self._last[0] is not segments:
-            self._last = segments, [self.span(segment) for segment in segments]
-        return self._last[1]
+        last = self._last  # read once: pushes of many parameters ask in threads
+        if last is None or last[0] is not segments:
+            last = self._last = segments, [self.span(segment) for segment in segments]
+        return last[1]
 
     def span(self, segment: Segment) -> tuple[int, int]:
         """First byte and length of a legal segment's payload. MalformedFrame if it cannot lie in the slot."""
