@@ -7,9 +7,10 @@ scheduler, and the next push carries it. The answer's values are written into th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from operator import is_, itemgetter
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -20,6 +21,13 @@ from pushstep.proto.wire.hyperparameters import values_of
 
 from ..membership.receipt import Receipt
 from ..warn import warn
+
+# By rule: reads all its hyperparameters from a param group at once. KeyError if the group lacks one.
+_READERS: Final[Mapping[str, Callable[[dict[str, Any]], tuple[Any, ...]]]] = {
+    name: itemgetter(*rule.defaults) for name, rule in RULES.items()
+}
+# Values that only assignment can change, so the same object is the same value.
+_IMMUTABLE: Final = frozenset((float, int, bool, type(None)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +59,30 @@ class Hyperparameters:
     def __init__(self) -> None:
         self.leads = False
         self._known: list[dict[str, float | bool]] = []
+        # the server's values as they came, and the groups' objects that were found equal to them
+        self._messages: list[bytes] = []
+        self._equal: list[tuple[Any, ...]] = []
         self._warned = False
 
     def edits(self, groups: Sequence[Group]) -> dict[int, dict[str, float | bool]]:
         """Return the local changes to the last known values, by group index."""
+        if self._are_unchanged(groups):
+            return {}
+        edits = self._compared(groups)
+        objects = [] if edits else [_objects_of(group) for group in groups]
+        self._equal = objects if all(_IMMUTABLE.issuperset(map(type, each)) for each in objects) else []
+        return edits
+
+    def _are_unchanged(self, groups: Sequence[Group]) -> bool:
+        """True if every hyperparameter is the object that was found equal to the server's value."""
+        if not self._equal or len(groups) != len(self._equal):
+            return False
+        for group, known in zip(groups, self._equal, strict=True):
+            if not all(map(is_, _objects_of(group), known)):
+                return False
+        return True
+
+    def _compared(self, groups: Sequence[Group]) -> dict[int, dict[str, float | bool]]:
         edits = {}
         # not strict: the server may know a group whose adding failed here
         for index, (group, known) in enumerate(zip(groups, self._known, strict=False)):
@@ -79,7 +107,7 @@ class Hyperparameters:
     def write(
         self,
         groups: Sequence[Group],
-        values: Iterable[GroupValues],
+        values: Sequence[GroupValues],
         since: Sequence[Mapping[str, float | bool]] = (),
     ) -> None:
         """Write the server's values into the groups.
@@ -87,12 +115,16 @@ class Hyperparameters:
         `since`: the groups' values when the push of this answer was made. Values that were changed after that stay, and
         travel with the next push.
         """
+        messages = [group.SerializeToString(deterministic=True) for group in values]
+        if messages == self._messages and not since and self._are_unchanged(groups):
+            return
         later = [
             {name: group.settings[name] for name in old if not _same(group.settings[name], old[name])}
             for group, old in zip(groups, since, strict=False)
         ]
         # another worker may have added a group that this one does not have yet
         self._known = [values_of(group) for group in values][: len(groups)]
+        self._messages, self._equal = messages, []
         for number, (group, known) in enumerate(zip(groups, self._known, strict=True)):
             for name, value in known.items():
                 if number < len(later) and name in later[number]:
@@ -152,6 +184,14 @@ class Hyperparameters:
         if ignored and not self._warned:
             self._warned = True
             warn(f"hyperparameter edits of this worker were ignored ({', '.join(ignored)}): {why}")
+
+
+def _objects_of(group: Group) -> tuple[Any, ...]:
+    """Return the objects of a group's hyperparameters; (...,), which equals none, if it lacks one."""
+    try:
+        return _READERS[group.rule](group.settings)
+    except KeyError:
+        return (...,)
 
 
 def _same(value: Any, known: float | bool) -> bool:

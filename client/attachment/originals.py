@@ -142,6 +142,8 @@ class _HookTable(OrderedDict[int, Callable[..., Any]]):
 
     def values(self) -> Any:
         """Return the hooks to call, in order."""
+        if not self:
+            return ()
         return [hook for number, hook in self.items() if number in self._own_table.get(number, self)]
 
 

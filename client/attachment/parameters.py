@@ -14,7 +14,7 @@ from operator import is_
 import torch
 from torch import Tensor
 
-from pushstep.optim.ops.copies import copy
+from pushstep.optim.ops.copies import copy_all
 from pushstep.proto.errors import UnsupportedModule, WrongDtype, WrongShape
 from pushstep.proto.wire.layout import Layout, Slot
 
@@ -32,7 +32,7 @@ class Parameters:
         # names whose tensor was replaced in its group: their state begins anew with the next version
         self.fresh: list[str] = []
         # names that `edited` has found written to, even with equal values
-        self.written: set[str] = set()
+        self.written: Collection[str] = ()
         self._model = model
         self._lists: list[list[Tensor]] = []
         self._by_name: dict[str, Tensor] = {}
@@ -112,8 +112,12 @@ class Parameters:
             gradient = parameter.grad
             if others:
                 gradient = _summed([p.grad for p in (parameter, *others) if p.grad is not None])
-            if gradient is not None:
-                found[slot] = as_gradient(gradient, slot)
+            if gradient is None:
+                continue
+            # what `as_gradient` finds of nearly every gradient, without calls
+            fits = gradient.dtype is slot.dtype and gradient.shape == slot.shape
+            usual = fits and gradient.layout is torch.strided
+            found[slot] = gradient if usual else as_gradient(gradient, slot)
         return found
 
     # Tensors that are replaced in the groups.
@@ -185,9 +189,10 @@ class Parameters:
         parameter has changed its own, and UnsupportedModule if tensors share memory otherwise than at attach.
         """
         seen = self._edits.look()
-        self.written = {self._name_at(place) for place in seen.written}
         if seen is NOTHING:
+            self.written = ()
             return []
+        self.written = {self._name_at(place) for place in seen.written}
         found = {self._name_at(place) for place in seen.changed}
         unsure = {self._name_at(place) for place in seen.doubtful} - found
         if unsure:
@@ -237,22 +242,24 @@ class Parameters:
         """Take the current values as the expected ones; `at` stays."""
         self._edits.settle()
 
-    @torch.no_grad()
     def take(self, pulled: Pulled) -> None:
         """Copy pulled values into the parameters and move `at` to their version."""
+        by_name = self._by_name
         # another worker may have added a group that this one lacks: skip it, the next push reports it
-        for slot, _, values in pulled.dense():
-            if slot.name in self._by_name:
-                copy(self._by_name[slot.name], values)
+        dense = [(by_name[slot.name], values) for slot, _, values in pulled.dense() if slot.name in by_name]
+        copy_all([parameter for parameter, _ in dense], [values for _, values in dense])
         came: dict[int, Tensor] = {}
         for slot, ids, rows in pulled.rows():
-            if slot.name not in self._by_name:
-                continue
-            parameter = self._by_name[slot.name]
-            parameter.index_copy_(0, ids.to(parameter.device), rows.to(parameter.device, parameter.dtype))
-            came[self._places[slot.name][0]] = ids
+            if slot.name in by_name:
+                _write_rows(by_name[slot.name], ids, rows)
+                came[self._places[slot.name][0]] = ids
         self.at = (pulled.header.timeline, pulled.header.version)
         self._edits.settle(came)
+
+
+@torch.no_grad()
+def _write_rows(parameter: Tensor, ids: Tensor, rows: Tensor) -> None:
+    parameter.index_copy_(0, ids.to(parameter.device), rows.to(parameter.device, parameter.dtype))
 
 
 def _are_same(now: Sequence[Tensor], known: Sequence[Tensor]) -> bool:

@@ -59,19 +59,20 @@ class Pulled:
     layout: Layout
     body: Assembly | SharedBody
 
-    def dense(self) -> Iterator[tuple[Slot, str, Tensor]]:
+    def dense(self) -> list[tuple[Slot, str, Tensor]]:
         """(slot, state name or "", values in the slot's shape) of every slot in a dense segment."""
+        found: list[tuple[Slot, str, Tensor]] = []
         for index, segment in enumerate(self.header.segments):
             if not segment.HasField("rows"):
                 dtype = dtypes.to_torch(segment.dtype, "segment")
-                for slot in self.layout.slots_of(segment):
-                    start = (slot.start - segment.start) * dtype.itemsize
-                    values = self.body.part(index, dtype, start, slot.stop - slot.start)
-                    yield (
-                        slot,
-                        segment.state,
-                        values if len(slot.shape) == 1 else values.view(slot.shape),
-                    )
+                slots, state = self.layout.slots_of(segment), segment.state
+                values = self.body.part(index, dtype)
+                parts = values.split_with_sizes([slot.stop - slot.start for slot in slots])
+                found += [
+                    (slot, state, part if len(slot.shape) == 1 else part.view(slot.shape))
+                    for slot, part in zip(slots, parts, strict=True)
+                ]
+        return found
 
     def rows(self) -> Iterator[tuple[Slot, Tensor, Tensor]]:
         """(slot, ids, rows) of every row-sparse segment."""

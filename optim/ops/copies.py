@@ -19,6 +19,9 @@ TORCH_ELEMENTS: Final = 32 << 10
 
 def copy(target: Tensor, source: Tensor, *, non_blocking: bool = False) -> None:
     """`target.copy_(source, non_blocking)` for tensors that do not overlap, not recorded by autograd."""
+    if target.numel() <= TORCH_ELEMENTS and not torch.is_grad_enabled():
+        target.copy_(source, non_blocking=non_blocking)
+        return
     same = target.dtype == source.dtype
     if (same or _is_wider(target, source)) and _are_long_runs(target, source):
         from ..cpu.copies import copy_bytes, copy_wider
@@ -28,6 +31,20 @@ def copy(target: Tensor, source: Tensor, *, non_blocking: bool = False) -> None:
     else:
         with torch.no_grad():
             target.copy_(source, non_blocking=non_blocking)
+
+
+def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
+    """`copy` of each source into its target, of the same shape. Small tensors take one call of torch's for all."""
+    if not targets:
+        return
+    if max(map(Tensor.numel, targets)) > TORCH_ELEMENTS:
+        for target, source in zip(targets, sources, strict=True):
+            copy(target, source)
+    elif torch.is_grad_enabled():
+        with torch.no_grad():
+            torch._foreach_copy_(targets, sources)
+    else:
+        torch._foreach_copy_(targets, sources)
 
 
 def _is_wider(target: Tensor, source: Tensor) -> bool:

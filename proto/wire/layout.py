@@ -54,6 +54,10 @@ class Slot:
     stop: int
     aliases: tuple[str, ...]
 
+    def __hash__(self) -> int:
+        """The index alone: each push hashes its slots."""
+        return self.index
+
     @property
     def rows(self) -> int:
         """Length of the first dimension. A scalar has no rows: 0."""
