@@ -1,14 +1,13 @@
 """The user's interface: `connect`, and the session of one worker with one model.
 
-A Session is a Worker with the parts that a user needs: parameters by name as numpy arrays, an attached optimizer, and
-`close`, after which the model goes on without this worker.
+A Session has a Worker, which makes its pushes, and adds what a user needs: parameters by name as numpy arrays, an
+attached optimizer, and `close`, after which the model goes on without this worker.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import warnings
 from collections.abc import Mapping, Sequence
 from types import TracebackType
@@ -18,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from pushstep.optim.state_dict import tensor_of
-from pushstep.proto import training_pb2 as pb
 from pushstep.proto.errors import InvalidSettings, NotAttached, UnsupportedModule
 from pushstep.proto.wire.layout import Layout
 
@@ -27,18 +25,22 @@ from .attachment.originals import as_optimizers
 from .gradients.body import as_array, as_gradient, by_slot, row_ids
 from .gradients.compression import Wire
 from .membership.at_exit import close_at_exit
+from .membership.member import Member
 from .membership.policy import Policy, for_workers
 from .membership.receipt import Receipt
-from .optimizer.remote_optimizer import Edits, RemoteOptimizer, named_after
+from .optimizer.options import Edits
+from .optimizer.remote_optimizer import RemoteOptimizer, named_after
 from .options import MIN_TIMEOUT_S, check_options, default_worker, warn_of_environment
-from .shared_memory.sharing import is_same_host
+from .shared_memory.sharing import SharedMemory, is_same_host
 from .transport.channel import Transport
 from .transport.dial import dial
 from .transport.shield import shield
+from .transport.streams import Pulled
 from .warn import warn
 from .worker.cache import Array
+from .worker.options import WorkerOptions
 from .worker.ranks import Ranks
-from .worker.worker import Worker, wire_enum
+from .worker.worker import Worker
 
 log = logging.getLogger("pushstep.client")
 
@@ -92,53 +94,59 @@ def connect(
         sharing = shared_memory and bool(found.memory_path) and is_same_host(address)
         return Session(
             transport,
-            model,
-            name,
-            wire,
-            top_k,
-            retry_for_s,
-            takeover,
-            on_reject,
-            on_restore,
-            shared_memory=sharing,
+            WorkerOptions(
+                model, name, wire, top_k, retry_for_s, takeover, on_reject, on_restore, shared_memory=sharing
+            ),
         )
     except BaseException:
         transport.close()
         raise
 
 
-class Session(Worker):
+class Session:
     """One worker's session; see `connect`. Not for use by several threads at once."""
 
-    def __init__(
-        self,
-        transport: Transport,
-        model: str,
-        worker: str,
-        wire: Wire,
-        top_k: float | None,
-        retry_for_s: float,
-        takeover: bool,
-        on_reject: str,
-        on_restore: str,
-        *,
-        shared_memory: bool = False,
-    ) -> None:
-        super().__init__(
-            transport,
-            model,
-            worker,
-            wire,
-            top_k,
-            retry_for_s,
-            takeover,
-            on_reject,
-            on_restore,
-            shared_memory=shared_memory,
-        )
+    def __init__(self, transport: Transport, options: WorkerOptions) -> None:
+        self._worker = Worker(transport, options)
+        self._membership = self._worker.membership
+        self._cache = self._worker.cache
+        self._transport = transport
         self._exiting = False
         close_at_exit(self)
         self._attached: RemoteOptimizer | None = None
+
+    @property
+    def model(self) -> str:
+        """The model's name."""
+        return self._membership.model
+
+    @property
+    def worker(self) -> str:
+        """The worker's name."""
+        return self._membership.worker
+
+    @property
+    def worker_state(self) -> bytes:
+        """Up to 64 KiB of this worker's own bytes, such as its place in the data or its random state.
+
+        A value that is set here travels with the next push. The server keeps it with the model, in its snapshots too. A
+        session that joins under this worker's name finds the value of the last push under that name.
+        """
+        return self._membership.worker_state.value(self._membership.current)
+
+    @worker_state.setter
+    def worker_state(self, value: bytes) -> None:
+        self._membership.worker_state.set(value)
+
+    @property
+    def last_receipt(self) -> Receipt | None:
+        """The receipt of the last push that was answered."""
+        return self._membership.last_receipt
+
+    @property
+    def memory(self) -> SharedMemory:
+        """The memory that is shared with a server on this host."""
+        return self._worker.memory
 
     # Joining.
 
@@ -174,9 +182,9 @@ class Session(Worker):
 
         A session steps one model, so a second attach is refused. An attach that fails leaves nothing behind.
         """
-        self._check_usable()
+        self._membership.check_usable()
         self._check_free()
-        if overlap and self.compression.owes:
+        if overlap and self._worker.compression.owes:
             # a residual is resolved push by push, and an early push may still be withdrawn
             raise InvalidSettings(problem="overlap=True goes with exact wires, not with int8 or top_k")
         optimizers = as_optimizers(optimizer)
@@ -190,9 +198,10 @@ class Session(Worker):
         ranks.refuse_wrapper()
         with contextlib.ExitStack() as undo:
             undo.callback(setattr, self, "_attached", None)
-            self.ranks = ranks
+            self._worker.ranks = ranks
             made = self._attached = named_after(optimizers)(
                 self,
+                self._worker,
                 optimizers,
                 module,
                 names,
@@ -203,7 +212,7 @@ class Session(Worker):
                 edits=edits,
                 undo=undo,
             )
-            ranks.say(self.member().policy, chosen=asked is not None)
+            ranks.say(self._membership.member().policy, chosen=asked is not None)
             shield.check()  # an interrupted caller gets no optimizer, so the attach must be undone
             undo.pop_all()
         return made
@@ -229,15 +238,14 @@ class Session(Worker):
         parameters into one Adadelta group. `policy` says when pushes are applied: "async", "bounded", "sync", or a
         mapping with the settings that PATCH /v1/models/{m}/policy takes. `workers`: how many a "sync" round waits for.
         """
-        self._check_usable()
+        self._membership.check_usable()
         self._check_free()
         asked = for_workers(policy, workers)
         manifest, values = of_arrays(parameters, groups)
-        self.join_or_create(
+        self._membership.join_or_create(
             manifest, lambda layout: {(slot, ""): values[slot.name] for slot in layout.slots}, policy=asked
         )
-        # arrays go by name: a session that joins again takes the model's current layout
-        self._manifest = None
+        self._membership.join_by_name()
 
     # Pushing.
 
@@ -249,9 +257,9 @@ class Session(Worker):
 
         `samples`: the number of samples behind the gradients, which is their weight in a round; 0 counts as 1.
         """
-        commit = self.commit(metrics, samples=samples)
-        receipt, _ = self.step(
-            by_slot(grads, self.member().layout, self.model), self._cache.at, commit, pull=False
+        commit = self._worker.commit(metrics, samples=samples)
+        receipt, _ = self._worker.step(
+            by_slot(grads, self._membership.member().layout, self.model), self._cache.at, commit, pull=False
         )
         return receipt
 
@@ -260,9 +268,9 @@ class Session(Worker):
         self, grads: Mapping[str, Any], metrics: Mapping[str, float] | None = None, samples: float = 0
     ) -> tuple[Receipt, dict[str, Array]]:
         """Push and pull in one round trip: the receipt, and every parameter at its version or a newer one."""
-        commit = self.commit(metrics, samples=samples)
-        receipt, pulled = self.step(
-            by_slot(grads, self.member().layout, self.model), self._cache.at, commit, pull=True
+        commit = self._worker.commit(metrics, samples=samples)
+        receipt, pulled = self._worker.step(
+            by_slot(grads, self._membership.member().layout, self.model), self._cache.at, commit, pull=True
         )
         if pulled is None:
             return receipt, self.pull()
@@ -274,35 +282,29 @@ class Session(Worker):
     @shield
     def pull(self) -> dict[str, Array]:
         """Return every parameter by name at the newest version. A session that only pulls is a reader and never joins."""
-        self._check_usable()
-        have = self._cache.at
-        request = pb.PullRequest(
-            model=self.model,
-            options=self._pull_options(have),
-            timeline=have[0] if have else 0,
-            manifest_hash=self._cache.layout.manifest_hash if self._cache.layout is not None else 0,
-        )
-        self._cache.take(self._read(lambda: self._transport.pull(request, self._cache.layout)))
+        self._membership.check_usable()
+        self._worker.pull_into_cache()
         return self._arrays()
 
     @shield
     def pull_rows(self, name: str, ids: Any) -> Array:
         """Return rows of one parameter, in the order of `ids`, all at one version."""
-        self._check_usable()
+        self._membership.check_usable()
         layout = self._layout_for_reading()
         slot = layout.slot(name, self.model)
-        request = pb.PullRowsRequest(
-            model=self.model,
-            parameter=slot.name,
-            ids=row_ids(ids, slot),
-            dtype=wire_enum(self.pull_wire),
-        )
-        pulled = self._read(lambda: self._transport.pull_rows(request, layout))
-        return as_array(next(pulled.rows())[2])
+        return as_array(self._worker.pull_rows(slot, row_ids(ids, slot), layout))
+
+    def pull_state(self) -> Pulled:
+        """Parameters, optimizer state and step counts at one version."""
+        return self._worker.pull_state()
+
+    def member(self) -> Member:
+        """The membership. Joins first if there is none, and resolves a push or a join in doubt."""
+        return self._membership.member()
 
     def _layout_for_reading(self) -> Layout:
-        if self._member is not None:
-            return self._member.layout
+        if self._membership.current is not None:
+            return self._membership.current.layout
         while self._cache.layout is None:
             self.pull()
         return self._cache.layout
@@ -329,57 +331,51 @@ class Session(Worker):
             if self._attached is None:
                 raise NotAttached(problem="no optimizer is attached: pass values={name: array}")
             return self._attached.upload()
-        member = self.member()
+        member = self._membership.member()
         slots = {member.layout.slot(name, self.model): tensor_of(v) for name, v in values.items()}
         for slot, value in slots.items():
             as_gradient(value, slot)
-        return self.upload_values({(slot, ""): value.to(slot.dtype) for slot, value in slots.items()})
+        return self._membership.upload_values(
+            {(slot, ""): value.to(slot.dtype) for slot, value in slots.items()}
+        )
 
     # Closing.
 
     @shield
     def close(self) -> None:
         """Leave the model and close the connection. Closing twice, or in a forked child, does nothing."""
-        if self._closed or os.getpid() != self._pid:
+        membership = self._membership
+        if membership.is_over:
             return
-        self._heartbeat.stop()
-        self._retry.give_up()
+        membership.heartbeat.stop()
+        membership.retry.give_up()
         try:
-            if self._member is not None:
-                for task in self._before_close:
-                    task()
+            if membership.current is not None:
+                self._worker.run_before_close()
                 edits = {} if self._attached is None else self._attached.unsent_edits()
                 with self._transport.wait:
-                    ignored = self.leave(edits)
+                    ignored = membership.leave(edits)
                 if self._attached is not None:
                     self._attached.warn_ignored(ignored)
         except Exception as error:  # noqa: BLE001 - the lease ends by itself; close must not fail
             say = log.debug if self._exiting else warn
             say(f"could not leave: {error or type(error).__name__}")
         finally:
-            self._end()
-
-    def _end(self) -> None:
-        self._closed = True
-        self.memory.drop()
-        self._transport.close()
-        self._heartbeat.wait(timeout_s=1)
+            self._worker.end()
 
     def close_within(self, seconds: float) -> None:
         """Close the session at the end of the process, within `seconds` even if the server does not answer."""
-        if self._closed or os.getpid() != self._pid:
+        if self._membership.is_over:
             return
         self._exiting = True
-        self._retry.give_up()
-        self._transport.timeout_s = min(self._transport.timeout_s, seconds)
-        if self._lands_within(seconds):
+        if self._worker.hurry(seconds):
             with warnings.catch_warnings():
                 warnings.simplefilter("always")  # a filter "error" would raise, and nobody would catch it
                 self.close()
         else:
-            self._heartbeat.stop()
-            self._end()
-            self._lands_within(seconds)
+            self._membership.heartbeat.stop()
+            self._worker.end()
+            self._worker.hurry(seconds)
 
     def __enter__(self) -> Self:
         return self
@@ -395,5 +391,6 @@ class Session(Worker):
         )
 
     def __repr__(self) -> str:
-        where = "reader" if self._member is None else f"epoch {self._member.epoch}"
+        member = self._membership.current
+        where = "reader" if member is None else f"epoch {member.epoch}"
         return f"<Session {self.worker!r} of model {self.model!r} at {self._transport.address}, {where}>"

@@ -144,7 +144,7 @@ class Meeting:
 
     def put_in(self, patch: pytest.MonkeyPatch, of_push: Callable[[Callable[[], Any]], Any]) -> None:
         """Have `of_push` make the next push's attempts."""
-        retry = self.trainer.session._retry
+        retry = self.trainer.session._worker.membership.retry
         run = retry.run
 
         def met(attempt: Callable[[], Any]) -> Any:
@@ -185,7 +185,7 @@ def before_the_push_leaves(meeting: Meeting, patch: pytest.MonkeyPatch) -> None:
 
 def answer_is_lost(meeting: Meeting, patch: pytest.MonkeyPatch) -> None:
     """Applied; the restore comes before it is sent again."""
-    retry = meeting.trainer.session._retry
+    retry = meeting.trainer.session._worker.membership.retry
     run = retry.run
 
     def lossy(attempt: Callable[[], Any]) -> Any:
@@ -206,7 +206,7 @@ def parameters_are_of_after_it(meeting: Meeting, patch: pytest.MonkeyPatch) -> N
         meeting.restore()
         if pulled is None or pulled.header.shared:  # in a region they are read before the receipt is sent
             return receipt, pulled
-        later = meeting.trainer.session.pull_message(None)
+        later = meeting.trainer.session._worker.pull_message(None)
         del later.header.groups[:]
         later.header.groups.extend(pulled.header.groups)
         return receipt, later
@@ -246,7 +246,7 @@ def nobody_answers_but_a_pull(meeting: Meeting, patch: pytest.MonkeyPatch) -> No
 def the_pull_after_it_fails(meeting: Meeting, patch: pytest.MonkeyPatch) -> None:
     """Told; and what is held is what was held before."""
     meeting.restore()
-    pull, failed = meeting.trainer.session.pull_message, []
+    pull, failed = meeting.trainer.session._worker.pull_message, []
 
     def failing(have: Any) -> Any:
         if not failed:
@@ -254,7 +254,7 @@ def the_pull_after_it_fails(meeting: Meeting, patch: pytest.MonkeyPatch) -> None
             raise no_answer()
         return pull(have)
 
-    patch.setattr(meeting.trainer.session, "pull_message", failing)
+    patch.setattr(meeting.trainer.session._worker, "pull_message", failing)
 
 
 def waits_in_a_round(meeting: Meeting, patch: pytest.MonkeyPatch) -> None:
@@ -330,7 +330,7 @@ def met(
 
 def answered_once_more(trainer: Trainer, patch: pytest.MonkeyPatch, between: Callable[[], object]) -> None:
     """Have the next push's answer be lost, and `between` happen before it is sent again."""
-    retry = trainer.session._retry
+    retry = trainer.session._worker.membership.retry
     run = retry.run
 
     def lossy(attempt: Callable[[], Any]) -> Any:

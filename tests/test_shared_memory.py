@@ -271,7 +271,7 @@ def test_the_memory_is_sealed_and_handed_to_who_has_the_token(server: RunningSer
         request = pb.OpenRegionRequest(
             model=model_name, identity=member.identity(), manifest_hash=member.layout.manifest_hash
         )
-        opened = session._transport.open_region(request)
+        opened = session._worker.membership.transport.open_region(request)
         assert stat.S_IMODE(os.stat(opened.path).st_mode) == 0o600
         for token in (b"\0" * 16, opened.token):
             with socket.socket(socket.AF_UNIX) as line:

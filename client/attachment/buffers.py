@@ -42,8 +42,8 @@ _DTYPES: Final = frozenset(
 class Extras:
     """Owns the watch over one module's extras and the values that attach overwrote; empty without a module."""
 
-    def __init__(self, session: Membership, module: nn.Module | None) -> None:
-        self._session = session
+    def __init__(self, membership: Membership, module: nn.Module | None) -> None:
+        self._membership = membership
         self._module = module
         self._clean = None if module is None else CleanNames(module)
         self._stepped: Collection[str] = ()
@@ -96,11 +96,11 @@ class Extras:
         """
         held: Mapping[str, Tensor] = {}
         if version and self._module is not None:
-            version, held = self._session.pull_extras()
+            version, held = self._membership.pull_extras()
             self._take(held)
         self._version = version
         self._settle()
-        if self._session.member().lead:
+        if self._membership.member().lead:
             self._send({name: value for name, value in self._here().items() if name not in held})
 
     def created(self, version: int) -> None:
@@ -111,7 +111,7 @@ class Extras:
     def rejoin(self, version: int) -> None:
         """After a restore, pull the restored extras, unless the local ones are of that version and unchanged."""
         if version and self._module is not None and (version != self._version or self._changed()):
-            self._version, held = self._session.pull_extras()
+            self._version, held = self._membership.pull_extras()
             self._take(held)
             self._settle()
 
@@ -146,7 +146,7 @@ class Extras:
                 f"frozen {name!r}: the server has {tuple(held[name].shape)}, this worker {tuple(here[name].shape)}"
                 for name in names
             )
-            raise ManifestMismatch(model=self._session.model, differences=differences)
+            raise ManifestMismatch(model=self._membership.model, differences=differences)
 
     @torch.no_grad()
     def _write(self, values: Mapping[str, Tensor]) -> None:
@@ -178,7 +178,8 @@ class Extras:
 
     def stepped(self) -> None:
         """Count a step; every EVERY_STEPS steps, send what has changed."""
-        self._overwritten.forget()
+        if self._overwritten.values:
+            self._overwritten.forget()
         self._steps += 1
         if self._steps % EVERY_STEPS == 0:
             self.send_if_possible()
@@ -190,14 +191,14 @@ class Extras:
 
     def send(self) -> None:
         """Send what has changed since it was pulled or sent, if this worker leads."""
-        if self._module is not None and self._session.member().lead:
+        if self._module is not None and self._membership.member().lead:
             self._send(self._changed())
 
     def _send(self, values: Mapping[str, Tensor]) -> None:
         here = self._here()
         gone = [name for name in self._names if name and name not in here]
         if values or gone:
-            self._version = self._session.upload_extras(here if gone else values, are_all=bool(gone))
+            self._version = self._membership.upload_extras(here if gone else values, are_all=bool(gone))
             self._settle()
 
     def _changed(self) -> dict[str, Tensor]:

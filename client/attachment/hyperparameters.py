@@ -134,7 +134,7 @@ class Hyperparameters:
                 elif group.settings.get(name) != value:
                     group.settings[name] = value
 
-    def write_around_edits(self, groups: Sequence[Group], values: Iterable[GroupValues]) -> None:
+    def write_around_edits(self, groups: Sequence[Group], values: Sequence[GroupValues]) -> None:
         """Write the server's values where this worker has changed none, after a push that was not applied.
 
         Its edits stay differences, and travel with the next push.

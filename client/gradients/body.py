@@ -106,6 +106,39 @@ def push_body(layout: Layout, gradients: Mapping[Slot, Tensor | Rows], compressi
     return Body(segments, pieces)
 
 
+class PushBodies:
+    """Makes the bodies of one worker's pushes. The segments are kept while pushes are of the same parameters."""
+
+    def __init__(self, compression: Compression) -> None:
+        self._compression = compression
+        self._layout: Layout | None = None
+        self._slots: list[Slot] = []
+        self._segments: list[Segment] = []
+        # by segment: each parameter's place among the gradients, and its dtype on the wire
+        self._runs: list[list[tuple[int, torch.dtype]]] = []
+
+    def of(self, layout: Layout, gradients: Mapping[Slot, Tensor | Rows]) -> Body:
+        """The body of a push; see `push_body`."""
+        values = list(gradients.values())
+        if self._compression.owes or not values or tuple in map(type, values):
+            return push_body(layout, gradients, self._compression)
+        slots = list(gradients)
+        if layout is not self._layout or slots != self._slots:
+            self._arrange(layout, slots)
+        # a list of whole values: `values` holds no rows
+        return Body(self._segments, [[Piece(values[k], dtype) for k, dtype in run] for run in self._runs])  # type: ignore[arg-type]
+
+    def _arrange(self, layout: Layout, slots: list[Slot]) -> None:
+        places = {slot: place for place, slot in enumerate(slots)}
+        runs = layout.dense_segments(slots, self._compression.wire, of_push=True)
+        self._layout, self._slots = layout, slots
+        self._segments = [segment for segment, _ in runs]
+        self._runs = [
+            [(places[slot], self._compression.dtype_of(slot)) for slot in run if slot.start < slot.stop]
+            for _, run in runs
+        ]
+
+
 def values_body(layout: Layout, values: Mapping[tuple[Slot, str], Tensor]) -> Body:
     """The body of an upload: whole parameters and states, by (slot, state name or "")."""
     segments: list[Segment] = []

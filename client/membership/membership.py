@@ -5,7 +5,7 @@ join brings its receipt if it was decided before. So a push is never sent under 
 applied. An upload of parameters consumes a sequence as a push does, and is resolved in the same way.
 
 A rejoin may also find that the model was restored. The caller is told of a restore once, by the next step or upload,
-whichever call has joined again: `_heard` is the timeline that the caller knows of.
+whichever call has joined again: `known_timeline` is the timeline that the caller knows of.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from pushstep.proto.wire.hyperparameters import wire_values
 from pushstep.proto.wire.layout import Layout, Slot, with_group
 
 from ..gradients.compression import Compression
-from ..transport.attempts import Attempts
+from ..transport.attempts import Uploading
 from ..transport.channel import Transport
 from ..transport.retry import Retry, TransportFailure, answered
 from ..warn import warn
@@ -51,7 +51,8 @@ from . import uploads
 from .heartbeat import Heartbeat
 from .member import Member, join
 from .policy import Policy, depends_on_who_is_first, difference, to_wire
-from .receipt import Outcome, Receipt
+from .receipt import Outcome, Receipt, own_receipt
+from .worker_state import WorkerState
 
 log = logging.getLogger("pushstep.client")
 
@@ -67,44 +68,54 @@ class Membership:
         compression: Compression,
         retry_for_s: float,
         takeover: bool,
+        before_use: Callable[[], None],
     ) -> None:
+        """`before_use` is called before each use; it waits while another thread uses the membership."""
         self.model = model
         self.worker = worker
         self.compression = compression
         self.last_receipt: Receipt | None = None
-        self._transport = transport
-        self._retry = Retry(transport.wait, retry_for_s)
+        self.transport = transport
+        self.retry = Retry(transport.wait, retry_for_s)
         transport.wait.who = f"worker {worker!r} of model {model!r}"
         self._takeover = takeover
+        self._before_use = before_use
         self._pid = os.getpid()
-        self._closed = False
-        self._heard = 0
+        self.closed = False
+        # the timeline that the caller knows of; 0 before the first join
+        self.known_timeline = 0
         # of the model that this session joined or read first: a later model of the same name is another one
-        self._uid = b""
+        self.uid = b""
         # the attempt number of a join without an answer: a retry of it must not fence the membership that the first got
         self._joining = 0
         self._manifest: Manifest | None = None
-        # what `undo_join` restores: the membership, `_uid` and `_heard`
+        # what `undo_join` restores: the membership, `uid` and `known_timeline`
         self._before: tuple[Member | None, bytes, int] = (None, b"", 0)
-        self._in_doubt: Identity | None = None
-        self._worker_state: bytes | None = None
-        self._worker_state_due = False
-        self._heartbeat = Heartbeat(transport, model)
+        self.in_doubt: Identity | None = None
+        self.worker_state = WorkerState()
+        self.heartbeat = Heartbeat(transport, model)
 
     @property
-    def _member(self) -> Member | None:
-        """The membership. The heartbeat holds it, since the heartbeat outlives a session that is dropped."""
-        return self._heartbeat.member
+    def current(self) -> Member | None:
+        """The membership, if there is one. The heartbeat holds it, since it outlives a session that is dropped."""
+        return self.heartbeat.member
 
-    @_member.setter
-    def _member(self, member: Member | None) -> None:
-        self._heartbeat.member = member
+    @current.setter
+    def current(self, member: Member | None) -> None:
+        self.heartbeat.member = member
 
-    def _check_usable(self) -> None:
+    def check_usable(self) -> None:
+        """Raise ForkedSession or SessionClosed; wait while another thread uses the membership."""
         if os.getpid() != self._pid:
             raise ForkedSession(parent=self._pid)
-        if self._closed:
+        if self.closed:
             raise SessionClosed()
+        self._before_use()
+
+    @property
+    def is_over(self) -> bool:
+        """True if the session is closed, or belongs to the parent of this process."""
+        return self.closed or os.getpid() != self._pid
 
     # Joining.
 
@@ -118,19 +129,19 @@ class Membership:
     ) -> bool:
         """Join under the manifest, or create the model from `values(layout)`. True if created."""
         wanted = to_wire(policy)
-        self._before = self._member, self._uid, self._heard
+        self._before = self.current, self.uid, self.known_timeline
         self._manifest = manifest
 
         def create(ticket: pb.CreationTicket) -> Member:
             layout = Layout(ticket.manifest)
             header, body = uploads.creation(self.model, ticket, layout, values(layout), steps, extras or {})
             header.policy = wanted
-            return Member(self._transport.upload(header, body).member, layout)
+            return Member(self.transport.upload(header, body).member, layout)
 
         created = self._join(manifest, create, takeover=self._takeover)
-        member = self._joined()
-        self._heard = self._heard or member.timeline
-        self._heartbeat.start()
+        member = self.joined()
+        self.known_timeline = self.known_timeline or member.timeline
+        self.heartbeat.start()
         if not created and member.version:
             log.warning(
                 "worker %r continues model %r from version %d", self.worker, self.model, member.version
@@ -154,15 +165,15 @@ class Membership:
     ) -> bool:
         self._joining = self._joining or secrets.randbits(63) + 1
         try:
-            self._member, created = join(
-                self._transport,
-                self._retry,
+            self.current, created = join(
+                self.transport,
+                self.retry,
                 self.model,
                 self.worker,
                 manifest,
                 takeover,
                 self._joining,
-                self._member,
+                self.current,
                 create,
             )
         except PushstepError as error:
@@ -170,7 +181,7 @@ class Membership:
                 self._joining = 0
             raise
         self._joining = 0
-        self._know(self._joined().uid)
+        self.know(self.joined().uid)
         return created
 
     def undo_join(self) -> None:
@@ -179,85 +190,93 @@ class Membership:
         The server deletes a model that this join created, unless the model has changed or another worker has joined it.
         If the server cannot be reached, the lease ends the membership.
         """
-        member, attempt = self._member, self._joining
-        before, uid, heard = self._before
+        member, attempt = self.current, self._joining
+        before, uid, known_timeline = self._before
         if member is before and not attempt:
             return  # the join was refused
-        self._heartbeat.rest()
+        self.heartbeat.rest()
         self._manifest, self._joining = None, 0
-        self._uid, self._heard, self._in_doubt = uid, heard, None
+        self.uid, self.known_timeline, self.in_doubt = uid, known_timeline, None
         request = pb.LeaveRequest(model=self.model, undo=True, attempt=attempt)
         request.identity.CopyFrom(Identity(worker=self.worker) if member is None else member.identity())
         with contextlib.suppress(PushstepError, TransportFailure):
-            answered(partial(self._transport.leave, request))
+            answered(partial(self.transport.leave, request))
 
     def member(self) -> Member:
         """The membership. Joins first if there is none, and resolves a push or a join in doubt."""
-        self._check_usable()
-        if self._member is None:
+        self.check_usable()
+        member = self.heartbeat.member
+        if member is None:
             self.join_or_create(None, None)
-        if self._in_doubt is not None:
+        if self.in_doubt is not None:
             self.settle()
         elif self._joining:  # that join may have been accepted, which has ended the known epoch
             self.rejoin()
-        return self._joined()
+        elif member is not None:
+            return member
+        return self.joined()
+
+    def join_by_name(self) -> None:
+        """Have a rejoin take the model's current layout: the values of this session go by name."""
+        self._manifest = None
 
     def rejoin(self) -> Member:
         """Join again: after a restore, an expired lease or a changed manifest."""
         self._join(self._manifest)
-        self._worker_state_due = self._worker_state is not None
-        return self._joined()
+        self.worker_state.rejoined()
+        return self.joined()
 
-    def _know(self, uid: bytes) -> None:
+    def know(self, uid: bytes) -> None:
         """Remember the first model's uid. ModelLost if a later uid is another one."""
-        self._uid = self._uid or uid
-        if uid != self._uid:
+        self.uid = self.uid or uid
+        if uid != self.uid:
             raise ModelLost(model=self.model)
 
-    def _joined(self) -> Member:
-        if self._member is None:
+    def joined(self) -> Member:
+        """The membership as it is. NotAttached if there is none."""
+        if self.current is None:
             raise NotAttached(problem="the session has not joined")
-        return self._member
+        return self.current
 
     def adopt(self, message: pb.Membership, layout: Layout) -> Member:
         """Take the membership from an upload's answer; the caller then knows of its timeline."""
-        member = self._member = Member(message, layout)
-        self._heard = member.timeline
+        member = self.current = Member(message, layout)
+        self.known_timeline = member.timeline
         return member
 
     def tell_restore(self) -> bool:
         """Whether the caller has to be told of a restore; it counts as told from then on."""
-        told = self._heard != self._joined().timeline
-        self._heard = self._joined().timeline
-        return told
+        timeline = self.joined().timeline
+        is_news, self.known_timeline = self.known_timeline != timeline, timeline
+        return is_news
 
     def leave_untold(self, timeline: int) -> None:
         """Have the next step tell the caller of a restore: the caller knows of `timeline` only."""
-        self._heard = timeline
+        self.known_timeline = timeline
 
     def leave(self, edits: Mapping[int, Mapping[str, float | bool]]) -> Sequence[str]:
         """Leave with the edits and worker state that no push has carried; the ignored edits' names."""
         request = pb.LeaveRequest(
             model=self.model,
-            identity=self._joined().identity(),
-            worker_state=self._worker_state if self._worker_state_due else None,
+            identity=self.joined().identity(),
+            worker_state=self.worker_state.due(),
             edits=edit_messages(edits),
         )
         try:
-            answer = answered(partial(self._transport.leave, request))
+            answer = answered(partial(self.transport.leave, request))
         except (TooLong, OverCapacity) as error:
             # the server does not keep that many bytes: leave without them
             warn(f"the last worker_state is lost: {error.message}")
             request.ClearField("worker_state")
-            answer = answered(partial(self._transport.leave, request))
+            answer = answered(partial(self.transport.leave, request))
         return list(answer.ignored_edits)
 
     # The outcome of a push.
 
     def settle(self) -> Receipt | None:
         """Resolve the push in doubt: its receipt; None if there is none, or it will never be applied."""
-        self._check_usable()
-        settled = self.find_out(self._in_doubt) if self._in_doubt is not None else None
+        self.check_usable()
+        settled = self.find_out(self.in_doubt) if self.in_doubt is not None else None
         return None if settled is None else self.note(settled)
 
     def find_out(self, push: Identity, *, in_doubt: bool = True) -> Receipt | None:
@@ -266,9 +285,9 @@ class Membership:
         The outcome is `superseded` if a restore undid the push or came before it. FateUnknown if the push is `in_doubt`
         and the server has forgotten its receipt. If the join is not answered, the push stays in doubt.
         """
-        self._in_doubt = push if in_doubt else None
+        self.in_doubt = push if in_doubt else None
         member = self.rejoin()
-        self._in_doubt = None
+        self.in_doubt = None
         found = member.receipt_of(push)
         if found is not None:
             return found
@@ -300,9 +319,9 @@ class Membership:
                 (member.layout.slot(slot.name, self.model), state): v for (slot, state), v in values.items()
             }
             header, body = uploads.parameters(self.model, member, placed, fresh)
-            attempts = Attempts(partial(self._transport.upload, header, body))
+            attempts = Uploading(partial(self.transport.upload, header, body))
             try:
-                answer = self._retry.run(attempts)
+                answer = self.retry.run(attempts)
             except (Superseded, LeaseExpired, ManifestChanged, UnknownWorker):
                 settled = self.find_out(header.identity, in_doubt=attempts.in_doubt)
                 if settled is not None:
@@ -315,7 +334,7 @@ class Membership:
                 raise
             except BaseException as error:
                 if attempts.in_doubt or not isinstance(error, PushstepError):
-                    self._in_doubt = header.identity
+                    self.in_doubt = header.identity
                 raise
             else:
                 member.sequence = header.identity.sequence
@@ -332,56 +351,32 @@ class Membership:
     def replace_state(self, header: pb.UploadHeader, values: Mapping[tuple[Slot, str], Tensor]) -> Member:
         """Replace the optimizer state. `header` is complete except for the identity, hash and segments."""
         answer = self._send(lambda member: uploads.state(self.model, member, header, values))
-        return self.adopt(answer.member, self._joined().layout)
+        return self.adopt(answer.member, self.joined().layout)
 
     def upload_extras(self, tensors: Mapping[str, Tensor], *, are_all: bool) -> int:
         """Send a module's buffers and frozen values; their version then. Only the lead's count."""
         upload = uploads.extras(self.model, self.member(), tensors, are_all=are_all)
-        return int(self._retry.run(partial(self._transport.upload, *upload)).extras_version)
+        return int(self.retry.run(partial(self.transport.upload, *upload)).extras_version)
 
     def pull_extras(self) -> tuple[int, dict[str, Tensor]]:
         """The version and the values, by name, of the buffers and frozen values that the model holds."""
-        return self._retry.run(partial(self._transport.pull_extras, pb.PullExtrasRequest(model=self.model)))
+        return self.retry.run(partial(self.transport.pull_extras, pb.PullExtrasRequest(model=self.model)))
 
     def _send(self, make: Callable[[Member], uploads.Upload]) -> pb.UploadResponse:
         """Send the upload that `make` builds for the membership; after a rejoin build and send it again."""
         while True:
             upload = make(self._member_now())
             try:
-                return self._retry.run(partial(self._transport.upload, *upload))
+                return self.retry.run(partial(self.transport.upload, *upload))
             except (Superseded, LeaseExpired, UnknownWorker):
                 self.rejoin()
 
     def _member_now(self) -> Member:
         """The membership, for an upload. Superseded, once, after a restore: the values are older."""
-        heard, member = self._heard, self.member()
+        known, member = self.known_timeline, self.member()
         if self.tell_restore():
-            raise Superseded(model=self.model, timeline=member.timeline, got=heard)
+            raise Superseded(model=self.model, timeline=member.timeline, got=known)
         return member
-
-    # The worker's own bytes.
-
-    @property
-    def worker_state(self) -> bytes:
-        """Up to 64 KiB of this worker's own bytes, such as its place in the data or its random state.
-
-        A value that is set here travels with the next push. The server keeps it with the model, in its snapshots too. A
-        session that joins under this worker's name finds the value of the last push under that name.
-        """
-        if self._worker_state is None and self._member is not None:
-            return bytes(self._member.worker_state)
-        return self._worker_state or b""
-
-    @worker_state.setter
-    def worker_state(self, value: bytes) -> None:
-        if not isinstance(value, bytes):
-            raise TypeError(f"worker_state is bytes, not {type(value).__name__}")
-        self._worker_state, self._worker_state_due = value, True
-
-
-def own_receipt(outcome: Outcome, reason: str, push: Identity, version: int) -> Receipt:
-    """A receipt made here, for a push for which the server holds none."""
-    return Receipt(outcome, reason, push.worker, push.epoch, push.sequence, push.timeline, version)
 
 
 def edit_messages(edits: Mapping[int, Mapping[str, float | bool]]) -> list[pb.GroupEdit]:

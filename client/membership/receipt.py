@@ -111,3 +111,8 @@ class Receipt:
                 "publish_s": times.publish_s,
             },
         )
+
+
+def own_receipt(outcome: Outcome, reason: str, push: pb.Identity, version: int) -> Receipt:
+    """A receipt made here, for a push for which the server holds none."""
+    return Receipt(outcome, reason, push.worker, push.epoch, push.sequence, push.timeline, version)

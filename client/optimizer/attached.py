@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from operator import is_
 from typing import Any, Final, Literal
 
 import torch
@@ -39,7 +40,7 @@ class Attached:
 
     def __init__(
         self,
-        session: Worker,
+        worker: Worker,
         attachment: Attachment,
         param_groups: Callable[[], list[dict[str, Any]]],
         module: nn.Module | None,
@@ -48,7 +49,8 @@ class Attached:
         overlap: bool,
         prefetch: bool,
     ) -> None:
-        self.session = session
+        self.worker = worker
+        self.membership = worker.membership
         self.optimizers = attachment.optimizers
         self.rules = list(attachment.rules)
         self.optimizer_of = list(attachment.optimizer_of)
@@ -56,13 +58,14 @@ class Attached:
         self.values_from: Literal["worker", "server"] = "worker"
         # True if the server's state replaced a state of this worker's optimizers, and no step was taken since
         self.state_discarded = False
-        self.parameters = Parameters(session.model, watch_whole=watch_whole)
+        self.parameters = Parameters(worker.model, watch_whole=watch_whole)
         self.parameters.add(attachment.lists, attachment.names)
         self.hyperparameters = Hyperparameters()
-        self.extras = Extras(session, module)
+        self.extras = Extras(worker.membership, module)
         self.overwritten = Overwritten()
-        self.in_place = GradientsInPlace(session.memory, self.parameters)
-        self.overlap = Overlap(session, self.parameters) if overlap else None
+        self.in_place = GradientsInPlace(worker.memory, self.parameters)
+        self.overlap = Overlap(worker, self.parameters) if overlap else None
+        self._groups: list[Group] = []
         self._attachment = attachment
         self._param_groups = param_groups
         self._module = module
@@ -70,36 +73,37 @@ class Attached:
 
     @property
     def groups(self) -> list[Group]:
-        """The current param groups."""
-        return [
-            Group(*each) for each in zip(self._param_groups(), self.rules, self.optimizer_of, strict=True)
-        ]
+        """The current param groups. A user may put other dicts into the optimizer's list."""
+        current, known = self._param_groups(), self._groups
+        if len(current) != len(known) or not all(map(is_, current, [group.settings for group in known])):
+            self._groups = [Group(*each) for each in zip(current, self.rules, self.optimizer_of, strict=True)]
+        return self._groups
 
     # Attaching.
 
     def begin(self, taker: torch.optim.Optimizer, policy: Policy | None, undo: contextlib.ExitStack) -> None:
         """Attach: join or create the model, take its values, take over the optimizers. `undo` gets what reverses it."""
-        attachment, session = self._attachment, self.session
+        attachment, membership = self._attachment, self.membership
         extras = self.extras.begin(attachment.stepped)
         self._check_overlap()
         undo.callback(self._unwatch)
         self._watch()
-        undo.callback(session.undo_join)
-        created = session.join_or_create(
+        undo.callback(membership.undo_join)
+        created = membership.join_or_create(
             attachment.manifest, attachment.values, attachment.steps, policy, extras
         )
         undo.callback(self.hyperparameters.put_back, self.groups, self.hyperparameters.copies(self.groups))
         undo.callback(self.overwritten.put_back, self.parameters.by_name)
         undo.callback(self.extras.undo)
         self._take_first(created=created)
-        session.memory.open(session.member())
+        self.worker.memory.open(membership.member())
         takeover = Takeover(attachment.optimizers, taker)
         undo.callback(takeover.undo)
         takeover.do()
 
     def _take_first(self, *, created: bool) -> None:
         """Take the model's values and hyperparameters, or note that this worker's became the model's."""
-        member = self.session.member()
+        member = self.membership.member()
         self.hyperparameters.leads = member.lead
         mine = [group.values() for group in self.groups]
         if created:
@@ -121,7 +125,7 @@ class Attached:
         steps, states = self._attachment.steps, self._attachment.states
         if not steps:
             return False
-        held = self.session.pull_state()
+        held = self.worker.pull_state()
         same = {
             slot.name
             for slot, state, values in held.dense()
@@ -139,8 +143,8 @@ class Attached:
     def _say_whose(
         self, mine: Sequence[Mapping[str, float | bool]], theirs: Sequence[Mapping[str, float | bool]]
     ) -> None:
-        model, worker = self.session.model, self.session.worker
-        version = self.session.member().version
+        model, worker = self.membership.model, self.membership.worker
+        version = self.membership.member().version
         if self.values_from == "worker":
             log.info("model %s begins with the values of worker %s", model, worker)
         else:
@@ -167,14 +171,14 @@ class Attached:
     def _watch(self) -> None:
         parameters = self.parameters.single()
         if self._prefetch:
-            self.session.memory.decline()
-        self.session.memory.follow(parameters)
+            self.worker.memory.decline()
+        self.worker.memory.follow(parameters)
         self.in_place.watch(parameters)
         if self.overlap is not None:
             self.overlap.watch(parameters)
 
     def _unwatch(self) -> None:
-        self.session.memory.reset()
+        self.worker.memory.reset()
         self.in_place.remove()
         if self.overlap is not None:
             self.overlap.stop()
@@ -184,33 +188,34 @@ class Attached:
     def follow(self) -> None:
         """Take up the tensors that the groups hold now, since one may have been replaced."""
         lists = [settings["params"] for settings in self._param_groups()]
-        if self.parameters.follow(lists, self._layout) or self.in_place.waits:
+        if self.parameters.follow(lists, self._layout) or (self.in_place.frozen and self.in_place.waits):
             self._watch()
 
     def _layout(self) -> Layout:
-        return self.session.member().layout
+        return self.membership.member().layout
 
     def _newest(self) -> Pulled:
-        return self.session.pull_message(None)
+        return self.worker.pull_message(None)
 
     def edited(self) -> list[str]:
         """Return the names of parameters that differ from the server's version."""
         names = self.parameters.edited(self._newest, self._layout)
-        self.overwritten.drop(self.parameters.written)
+        if self.parameters.written:
+            self.overwritten.drop(self.parameters.written)
         return names
 
     def send_edits(self, names: Sequence[str]) -> None:
         """Send local parameters as a version of their own; replaced tensors begin with fresh state."""
-        at, values = self.parameters.at, self.parameters.values(self.session.member().layout, names)
+        at, values = self.parameters.at, self.parameters.values(self.membership.member().layout, names)
         try:
-            version = self.session.upload_values(values, list(self.parameters.fresh))
+            version = self.membership.upload_values(values, list(self.parameters.fresh))
         except Superseded:
             if at is None:
                 raise
-            self.session.leave_untold(at[0])  # the next push reports the restore
+            self.membership.leave_untold(at[0])  # the next push reports the restore
             return
         self.parameters.fresh.clear()
-        timeline = self.session.member().timeline
+        timeline = self.membership.member().timeline
         if at == (timeline, version - 1):
             self.parameters.note(timeline, version)
         else:  # other versions came between: the next answer brings them
@@ -218,16 +223,17 @@ class Attached:
 
     def upload(self) -> int:
         """Send all local parameters as a version of their own; return the version."""
-        values = self.parameters.values(self.session.member().layout)
-        version = self.session.upload_values(values, list(self.parameters.fresh))
+        values = self.parameters.values(self.membership.member().layout)
+        version = self.membership.upload_values(values, list(self.parameters.fresh))
         self.parameters.fresh.clear()
         self.stepped()
-        self.parameters.note(self.session.member().timeline, version)
+        self.parameters.note(self.membership.member().timeline, version)
         return version
 
     def stepped(self) -> None:
         """Forget what attach found: the model has changed since."""
-        self.overwritten.forget()
+        if self.overwritten.values:
+            self.overwritten.forget()
         self.state_discarded = False
 
     def start_over(self, since: Sequence[Mapping[str, float | bool]] = ()) -> None:
@@ -236,7 +242,7 @@ class Attached:
         `since`: see Hyperparameters.write. The caller pulls the parameters next. If that fails, `parameters.at` still names
         the timeline that the local parameters belong to.
         """
-        member = self.session.member()
+        member = self.membership.member()
         self.hyperparameters.leads = member.lead
         self.hyperparameters.write(self.groups, member.groups, since)
         if self.parameters.at is not None and self.parameters.at[0] != member.timeline:
@@ -246,6 +252,7 @@ class Attached:
 
     def add_group(self, rule: str, optimizer: int, undo: contextlib.ExitStack) -> None:
         """Add the last param group, which is new, to the model. `undo` gets what reverses it here."""
+        self._groups = []
         self.rules.append(rule)
         undo.callback(self.rules.pop)
         self.optimizer_of.append(optimizer)
@@ -255,7 +262,9 @@ class Attached:
         known = list(self.parameters.by_name.items())
         manifest, names = added_group(group, len(self.rules) - 1, self._module, known)
         before = self.hyperparameters.copies([group])
-        member = self.session.add_group(manifest, dict(zip(reversed(names), reversed(tensors), strict=True)))
+        member = self.membership.add_group(
+            manifest, dict(zip(reversed(names), reversed(tensors), strict=True))
+        )
         undo.callback(self._watch)
         undo.callback(self.parameters.keep, len(self.rules) - 1)
         undo.callback(self.hyperparameters.put_back, [group], before)
@@ -263,6 +272,6 @@ class Attached:
         self._check_overlap()
         self.extras.exclude(manifest)
         self._watch()
-        self.session.memory.open(member)
+        self.worker.memory.open(member)
         self.hyperparameters.write(self.groups, member.groups)
         self.parameters.take(self._newest())

@@ -37,7 +37,7 @@ class Checkpoints:
         attached = self._attached
         if attached.parameters.fresh:
             attached.send_edits(())
-        pulled = attached.session.pull_state()
+        pulled = attached.worker.pull_state()
         self._groups = list(pulled.header.groups)
         pending = attached.hyperparameters.pending(attached.groups, receipt)
         count = len(attached.optimizers)
@@ -60,13 +60,13 @@ class Checkpoints:
             attached.hyperparameters.write(attached.groups, self._groups)
             remote_state.write_groups(dicts, attached.groups)
             return
-        session, parameters = attached.session, attached.parameters
-        layout = session.member().layout
+        worker, parameters = attached.worker, attached.parameters
+        layout = worker.member().layout
         slot_of = partial(parameters.slot_of, layout=layout)
         loading = remote_state.Loading(dicts, attached.groups, layout, slot_of)
         edited = attached.edited()
         here = not edited and not parameters.fresh
-        held = session.pull_state() if here else None
+        held = worker.pull_state() if here else None
         if held is not None and loading.is_held(held):
             # every worker that continues from the server's own checkpoint comes here: only the lead edits hyperparameters
             attached.hyperparameters.write(attached.groups, held.header.groups)
@@ -86,7 +86,7 @@ class Checkpoints:
             # these values are probably random initial ones that the script loads next: they must not replace trained ones
             name = next(iter(attached.overwritten.values))
             warn(
-                f"model {attached.session.model!r} holds the state that was loaded, and its own values, which are not those of "
+                f"model {attached.worker.model!r} holds the state that was loaded, and its own values, which are not those of "
                 f"this worker before attach (parameter {name!r}): load the module after attach if it is to go back to others"
             )
         else:
@@ -95,22 +95,22 @@ class Checkpoints:
 
     def _replace(self, loading: remote_state.Loading, edited: Sequence[str], *, force: bool) -> None:
         attached = self._attached
-        session, parameters = attached.session, attached.parameters
-        layout = session.member().layout
+        worker, parameters = attached.worker, attached.parameters
+        layout = worker.member().layout
         values = parameters.values(layout, edited)
         brought = attached.overwritten.values
-        values.update({(layout.slot(name, session.model), ""): value for name, value in brought.items()})
-        member = session.replace_state(loading.header(force), {**loading.values, **values})
+        values.update({(layout.slot(name, worker.model), ""): value for name, value in brought.items()})
+        member = worker.membership.replace_state(loading.header(force), {**loading.values, **values})
         parameters.fresh.clear()
         version = 0 if parameters.at is None else parameters.at[1]
         if brought:
             warn(
-                f"model {session.model!r} was at version {version}, which attach took: it has gone back to the values that this "
+                f"model {worker.model!r} was at version {version}, which attach took: it has gone back to the values that this "
                 "worker had before, with the state that was loaded"
             )
             attached.extras.put_back()
         self.forget()
         attached.hyperparameters.leads = member.lead
         attached.hyperparameters.write(attached.groups, member.groups)
-        parameters.take(session.pull_message(None))
+        parameters.take(worker.pull_message(None))
         attached.extras.send_if_possible()

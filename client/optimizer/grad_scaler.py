@@ -40,15 +40,17 @@ class Scaling:
             self._attributes.pop("grad_scale", None)
             self._attributes.pop("found_inf", None)
 
-    def found_inf(self) -> bool:
-        """True if the scaler has found inf, so that the step must be skipped."""
-        return bool(self._attributes.get("found_inf", False))
-
-    def unscale(self, gradients: Iterable[Tensor | Rows]) -> None:
-        """Multiply the gradients, in place, by the scale's reciprocal rounded to float32, as torch's `unscale_` does."""
+    def skips(self, gradients: Iterable[Tensor | Rows]) -> bool:
+        """True if the scaler has found inf, so that the step must be skipped. Otherwise unscale the gradients."""
+        if self._attributes.get("found_inf", False):
+            return True
         scale = self._attributes.get("grad_scale")
-        if scale is None:
-            return
+        if scale is not None:
+            self._unscale(gradients, scale)
+        return False
+
+    def _unscale(self, gradients: Iterable[Tensor | Rows], scale: Any) -> None:
+        """Multiply the gradients, in place, by the scale's reciprocal rounded to float32, as torch's `unscale_` does."""
         # a number, because a half gradient on a GPU would round a tensor to its own dtype first
         inverse = float(torch.as_tensor(scale, dtype=torch.float64, device="cpu").reciprocal().float())
         for gradient in gradients:

@@ -33,7 +33,7 @@ class GradientsInPlace:
         self._parameters: list[Tensor] = []
         self._handles: dict[Tensor, torch.utils.hooks.RemovableHandle] = {}
         # frozen parameters: torch takes a hook only once they require a gradient
-        self._frozen: list[Tensor] = []
+        self.frozen: list[Tensor] = []
         memory.before_drop.append(self._withdraw)
 
     def watch(self, parameters: Iterable[Tensor]) -> None:
@@ -43,7 +43,7 @@ class GradientsInPlace:
         for parameter in [known for known in self._handles if known not in wanted]:
             self._handles.pop(parameter).remove()
         able = [p for p in self._parameters if p.is_leaf and p.is_cpu and p not in self._handles]
-        self._frozen = [parameter for parameter in able if not parameter.requires_grad]
+        self.frozen = [parameter for parameter in able if not parameter.requires_grad]
         for parameter in able:
             if parameter.requires_grad:
                 register: Any = parameter.register_post_accumulate_grad_hook  # torch gives it no types
@@ -52,14 +52,14 @@ class GradientsInPlace:
     @property
     def waits(self) -> bool:
         """True if a frozen parameter now requires a gradient, so that `watch` has to be called."""
-        return any(parameter.requires_grad for parameter in self._frozen)
+        return any(parameter.requires_grad for parameter in self.frozen)
 
     def remove(self) -> None:
         """Remove the hooks."""
         for handle in self._handles.values():
             handle.remove()
         self._handles.clear()
-        self._frozen = []
+        self.frozen = []
 
     @shield  # an interrupted copy's threads would still write into a place that is lent again
     @torch.no_grad()

@@ -102,8 +102,8 @@ class Plan:
 class Overlap:
     """Owns the hooks on one optimizer's parameters, and at most one open early push."""
 
-    def __init__(self, session: Worker, parameters: Parameters) -> None:
-        self._session = session
+    def __init__(self, worker: Worker, parameters: Parameters) -> None:
+        self._worker = worker
         self._parameters = parameters
         self._pid = os.getpid()
         self._lock = threading.Lock()  # hooks run in the thread that runs backward
@@ -185,7 +185,7 @@ class Overlap:
             self._spoil("a gradient is of another kind than in the step before")
             return
         if self._early is None:
-            self._early = self._session.begin_push(self._parameters.at, plan.layout, plan.segments)
+            self._early = self._worker.begin_push(self._parameters.at, plan.layout, plan.segments)
         if self._early is None:
             self._given_up = True
             return
@@ -232,7 +232,7 @@ class Overlap:
     def _planned(self, gradients: Gradients, layout: Layout) -> Plan | None:
         slots = {p: self._parameters.slot_of(p, layout) for p in self._fired}
         sendable = all(p.grad is not None and _sendable(p.grad) for p in slots)
-        plan = Plan(self._fired, slots, layout, self._session.compression.wire)
+        plan = Plan(self._fired, slots, layout, self._worker.compression.wire)
         # with fewer than two buckets nothing would leave before backward ends
         return (
             plan if sendable and gradients.keys() == set(slots.values()) and len(plan.buckets) > 1 else None

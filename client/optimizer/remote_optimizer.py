@@ -11,14 +11,13 @@ import contextlib
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Final, Literal, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 
 from pushstep.proto.errors import (
     Fenced,
-    InvalidSettings,
     LocalParameterEdit,
     PushstepError,
     Superseded,
@@ -29,6 +28,7 @@ from ..attachment.attachment import Attachment, Names
 from ..membership.policy import Policy
 from ..membership.receipt import Outcome, Receipt
 from ..transport.shield import shield
+from ..transport.streams import Pulled
 from ..warn import warn
 from ..worker.flight import Copies, Flight
 from ..worker.worker import Step, Worker
@@ -36,10 +36,8 @@ from .attached import Attached
 from .checkpoints import Checkpoints
 from .grad_scaler import Scaling
 from .metrics import Metrics
+from .options import Edits, check_options
 from .server_state import ServerState
-
-Edits = Literal["sample", "check", "upload"]
-EDITS: Final = ("sample", "check", "upload")
 
 
 class RemoteOptimizer(torch.optim.Optimizer):
@@ -49,7 +47,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
     def __init__(
         self,
-        session: Worker,
+        session: object,
+        worker: Worker,
         optimizers: Sequence[torch.optim.Optimizer],
         module: nn.Module | None,
         names: Names,
@@ -61,7 +60,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         edits: Edits,
         undo: contextlib.ExitStack,
     ) -> None:
-        """Registers in `undo` the calls that reverse attaching, here and on the server."""
+        """Registers in `undo` the calls that reverse attaching, here and on the server. `session` is kept open."""
         check_options(edits, overlap=overlap, prefetch=prefetch)
         attachment = Attachment(optimizers, module, names)
         # no defaults: torch would add one rule's keys to another rule's groups
@@ -69,10 +68,11 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self.state = ServerState()
         self.defaults = dict(optimizers[0].defaults)
         self._session = session
+        self._worker = worker
         self._single = single
         self._sends_edits = edits == "upload"
         self._attached = Attached(
-            session,
+            worker,
             attachment,
             lambda: self.param_groups,
             module,
@@ -96,8 +96,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self._attached.begin(self, policy, undo)
         weakref.finalize(self, self._attached.in_place.remove).atexit = False
         for task in (self._attached.in_place.remove, self._finish):
-            session.before_close(task)
-            undo.callback(session.not_before_close, task)
+            worker.before_close(task)
+            undo.callback(worker.not_before_close, task)
 
     @property
     def values_from(self) -> str:
@@ -124,9 +124,9 @@ class RemoteOptimizer(torch.optim.Optimizer):
         return loss
 
     def _exchange(self, loss: Any) -> None:
-        ranks = self._session.ranks
+        ranks = self._worker.ranks
         if not ranks.looked:
-            ranks.look(self._session.member().policy)
+            ranks.look(self._worker.member().policy)
         try:
             self._attached.follow()
             edited = self._attached.edited()
@@ -139,40 +139,41 @@ class RemoteOptimizer(torch.optim.Optimizer):
             raise
         self._told = ""
         computed_on = self._parameters.at
-        self.synchronize()
+        if self._flight is not None:
+            self.synchronize()
         if edited or self._parameters.fresh:
             self._attached.send_edits(edited)
             computed_on = self._parameters.at
-        layout = self._session.member().layout
+        layout = self._worker.member().layout
         gradients = self._parameters.gradients(layout)
-        skip = self._scaling.found_inf()
+        # unscales before the early push is compared: the gradients that left early were not unscaled
+        skip = self._scaling.skips(gradients.values())
         if skip:
             gradients = {}
-        # before the early push is compared: the gradients that left early were not unscaled
-        self._scaling.unscale(gradients.values())
         early = self._overlap.take(gradients, layout) if self._overlap is not None else None
         if not gradients and not skip:
             return
-        send = partial(
-            self._session.step,
-            held=computed_on,
-            onto=self._parameters.at,
-            commit=self._session.commit(
-                self._metrics.take(loss), self._hyperparameters.edits(self._attached.groups), self.samples
-            ),
-            skip=skip,
-            pull=True,
+        groups = self._attached.groups
+        commit = self._worker.commit(
+            self._metrics.take(loss), self._hyperparameters.edits(groups), self.samples
         )
-        if self._copies is None:
-            try:
-                self._take(partial(send, gradients, early=early))
-            finally:
-                if early is not None:
-                    early.withdraw()
-        else:
-            copies = self._copies.of(gradients, self._session.compression.rounds_to)
-            since = [group.values() for group in self._attached.groups]
-            self._flight = self._session.fly(partial(send, copies)), since
+        onto = self._parameters.at
+        if self._copies is not None:
+            copies = self._copies.of(gradients, self._worker.compression.rounds_to)
+            send = partial(self._worker.step, copies, computed_on, commit, skip=skip, pull=True, onto=onto)
+            self._flight = self._worker.fly(send), [group.values() for group in groups]
+            return
+        try:
+            receipt, pulled = self._worker.step(
+                gradients, computed_on, commit, skip=skip, pull=True, early=early, onto=onto
+            )
+        except Superseded:
+            self._start_over()
+            raise
+        finally:
+            if early is not None:
+                early.withdraw()
+        self._take(receipt, pulled)
 
     def report(self, **metrics: Any) -> None:
         """Send these numbers with the next step, such as loss=..., for hooks (ReduceLROnPlateau) and operators.
@@ -188,42 +189,49 @@ class RemoteOptimizer(torch.optim.Optimizer):
         Raises the error with which that push was refused. Call it after the last step, and before reading parameters.
         """
         if self._flight is not None:
-            self._session.wait_for_flight()  # may be interrupted and called again
+            self._worker.wait_for_flight()  # may be interrupted and called again
             (flight, since), self._flight = self._flight, None
             # keep local writes: the next step refuses them, or they are being uploaded
-            self._take(flight.land, since, into_parameters=not self._parameters.seem_written())
+            into_parameters = not self._parameters.seem_written()
+            try:
+                receipt, pulled = flight.land()
+            except Superseded:
+                self._start_over()
+                raise
+            self._take(receipt, pulled, since, into_parameters=into_parameters)
+
+    def _start_over(self) -> None:
+        """Take what a restore, of which the user is told by Superseded, has made of the model."""
+        self._attached.start_over()
+        self._parameters.take(self._worker.pull_message(self._parameters.at))
 
     def _take(
         self,
-        answer: Callable[[], Step],
+        receipt: Receipt,
+        pulled: Pulled | None,
         since: Sequence[Mapping[str, float | bool]] = (),
         *,
         into_parameters: bool = True,
     ) -> None:
         """Take a step's answer; `since`: the groups' values when it was sent, if that was an earlier step."""
-        try:
-            receipt, pulled = answer()
-        except Superseded:
-            self._attached.start_over()
-            self._parameters.take(self._session.pull_message(self._parameters.at))
-            raise
         self.last_receipt = receipt
         self._checkpoints.forget()
-        if pulled is None and receipt.timeline != self._session.member().timeline:
+        if pulled is None and receipt.timeline != self._worker.member().timeline:
             self._attached.start_over()
         elif pulled is None and receipt.outcome is Outcome.APPLIED:
             self._attached.start_over(since)  # joining again resolved the push and brought the groups
         if into_parameters and pulled is not None:
             self._parameters.take(pulled)
         elif into_parameters and receipt.reason != Fenced.code:  # a fenced worker gets no more answers
-            self._parameters.take(self._session.pull_message(self._parameters.at))
+            self._parameters.take(self._worker.pull_message(self._parameters.at))
         if pulled is not None:
             self._hyperparameters.leads = receipt.lead
-        if pulled is not None and receipt.outcome is Outcome.APPLIED:
-            self._hyperparameters.write(self._attached.groups, pulled.header.groups, since)
-        elif pulled is not None:
-            self._hyperparameters.write_around_edits(self._attached.groups, pulled.header.groups)
-        self._hyperparameters.warn_ignored(receipt)
+            if receipt.outcome is Outcome.APPLIED:
+                self._hyperparameters.write(self._attached.groups, pulled.header.groups, since)
+            else:
+                self._hyperparameters.write_around_edits(self._attached.groups, pulled.header.groups)
+        if receipt.ignored_edits:
+            self._hyperparameters.warn_ignored(receipt)
         self._attached.extras.stepped()
 
     def _may_send_edits(self) -> bool:
@@ -232,7 +240,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
     def _check_current(self) -> None:
         """Raise Fenced or ModelLost if they explain a local edit: another session may have written the parameters."""
-        self._session.pull_message(self._parameters.at)
+        self._worker.pull_message(self._parameters.at)
 
     def _finish(self) -> None:
         """Land the last push and send what is left; runs before the session closes."""
@@ -295,10 +303,10 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
     def _settle(self) -> None:
         """Resolve an interrupted step and pull its result if it was applied, or else an upload would undo it."""
-        settled = self._session.settle()
+        settled = self._worker.membership.settle()
         if settled is not None and not self._parameters.seem_written():
             self._attached.start_over()
-            self._parameters.take(self._session.pull_message(self._parameters.at))
+            self._parameters.take(self._worker.pull_message(self._parameters.at))
             self.last_receipt = settled
 
     # State.
@@ -346,7 +354,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
     @shield
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the model; every worker must add the same one. With a list of optimizers it must name `rule`."""
-        if not hasattr(self, "_session"):
+        if not hasattr(self, "_worker"):
             super().add_param_group(param_group)  # called by torch's constructor for the attached groups
             return
         self._attached.follow()
@@ -377,21 +385,6 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
     def __repr__(self) -> str:
         return f"RemoteOptimizer of {self._session!r}\n{super().__repr__()}"
-
-
-def check_options(edits: str, *, overlap: bool, prefetch: bool) -> None:
-    """Raise UnsupportedModule or InvalidSettings for options of attach that exclude each other."""
-    if overlap and prefetch:
-        raise UnsupportedModule(
-            problem="with prefetch the whole exchange overlaps the next step's compute: attach without overlap"
-        )
-    if edits not in EDITS:
-        raise InvalidSettings(problem=f"edits={edits!r}: it is one of {', '.join(EDITS)}")
-    if edits == "upload" and prefetch:
-        raise InvalidSettings(
-            problem='with prefetch the parameters here are a step behind the server\'s, so edits="upload" would undo the step '
-            "that is on its way: attach without one of them"
-        )
 
 
 def named_after(optimizers: Sequence[torch.optim.Optimizer]) -> type[RemoteOptimizer]:

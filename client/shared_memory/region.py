@@ -11,15 +11,15 @@ import os
 import socket
 import weakref
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor
 
-from pushstep.optim.ops.copies import copy
+from pushstep.optim.ops.copies import copy, copy_all
 from pushstep.proto import training_pb2 as pb
 from pushstep.proto.errors import NoSharedMemory
-from pushstep.proto.shared_memory.slots import Places, SharedBody, SharedSlot, mapped, write
+from pushstep.proto.shared_memory.slots import VIEWS_KEPT, Places, SharedBody, SharedSlot, mapped, write
 from pushstep.proto.wire.frames import Piece
 from pushstep.proto.wire.layout import Layout, Slot
 
@@ -67,6 +67,8 @@ class Region:
         ]
         self._range = (slots.data_ptr(), slots.data_ptr() + slots.numel())
         self._lent: dict[tuple[int, int], weakref.ref[Any]] = {}
+        # by slot, the places of the dense gradients of the last push, and their addresses
+        self._placed: dict[int, tuple[list[Slot], list[Tensor], list[int]]] = {}
         self._current = 0
         self._fresh = True
 
@@ -112,31 +114,64 @@ class Region:
 
     def put(self, body: Body, gradients: Mapping[Slot, Tensor | Rows]) -> int | None:
         """Write a push's gradients into a slot; its index. None if they do not fit or each slot is held."""
-        if not all(self.gradients.fits(segment) for segment in body.segments):
-            return None
-        order = [self._current, *(k for k in range(len(self.slots)) if k != self._current)]
+        slots, sources = list(gradients), list(gradients.values())
+        with_rows: list[Slot] = []
+        if tuple in map(type, sources):
+            if not all(map(self.gradients.fits, body.segments)):
+                return None
+            with_rows = [slot for slot, source in gradients.items() if isinstance(source, tuple)]
+            slots = [slot for slot, source in gradients.items() if not isinstance(source, tuple)]
+            sources = [source for source in sources if not isinstance(source, tuple)]
+        order: list[int] = [self._current, *range(self._current), *range(self._current + 1, len(self.slots))]
         for index in order:
-            if all(self._may_write(index, slot, gradient) for slot, gradient in gradients.items()):
-                for segment, pieces in zip(body.segments, body.pieces, strict=True):
-                    # every source is a Piece: a session that compresses its pushes opens no region
-                    exact = [piece for piece in pieces if isinstance(piece, Piece)]
-                    write(self.gradients, self.slots[index], segment, exact, copy)
+            if all(self._is_free(index, slot) for slot in with_rows) and self._put_dense(
+                index, slots, cast(list[Tensor], sources)
+            ):
+                for segment, pieces in zip(body.segments, body.pieces, strict=True) if with_rows else ():
+                    if segment.HasField("rows"):
+                        # every source is a Piece: a session that compresses its pushes opens no region
+                        exact = [piece for piece in pieces if isinstance(piece, Piece)]
+                        write(self.gradients, self.slots[index], segment, exact, copy)
                 if self._imported is not None:
                     self._imported.finish()
                 self._fresh = True
                 return index
         return None
 
-    def _may_write(self, index: int, slot: Slot, gradient: Tensor | Rows) -> bool:
-        if self._is_free(index, slot):
+    def _put_dense(self, index: int, slots: list[Slot], sources: list[Tensor]) -> bool:
+        """Copy dense gradients into their places, except those that lie there; False if one is held."""
+        _, targets, addresses = self._places(index, slots)
+        if not self._lent:
+            copy_all(targets, sources)
             return True
-        place = self.slots[index].memory.data_ptr() + self.gradients.start(slot.arena, slot.start)
-        return (
-            isinstance(gradient, Tensor)
-            and gradient.dtype == self.gradients.dtypes[slot.arena]
-            and gradient.is_contiguous()
-            and gradient.data_ptr() == place
-        )
+        away = [
+            k
+            for k, source in enumerate(sources)
+            if source.data_ptr() != addresses[k]
+            or source.dtype is not targets[k].dtype
+            or not source.is_contiguous()
+        ]
+        if not all(self._is_free(index, slots[k]) for k in away):
+            return False
+        copy_all([targets[k] for k in away], [sources[k] for k in away])
+        return True
+
+    def _places(self, index: int, slots: list[Slot]) -> tuple[list[Slot], list[Tensor], list[int]]:
+        placed = self._placed.get(index)
+        if placed is None or placed[0] != slots:
+            targets = [self._place(index, slot) for slot in slots]
+            placed = slots, targets, list(map(Tensor.data_ptr, targets))
+            if len(slots) <= VIEWS_KEPT:
+                self._placed[index] = placed
+        return placed
+
+    def _place(self, index: int, slot: Slot) -> Tensor:
+        """A parameter's place in a slot, as a tensor of the gradients' dtype and the parameter's shape."""
+        dtype = self.gradients.dtypes[slot.arena]
+        start = self.gradients.start(slot.arena, slot.start)
+        nbytes = (slot.stop - slot.start) * dtype.itemsize
+        with torch.inference_mode(False):
+            return self.slots[index].memory[start : start + nbytes].view(dtype).view(slot.shape)
 
     def answer_of(self, header: pb.PullHeader) -> Pulled:
         """The answer that the server wrote. It lies in the region's memory: read it before the next call."""

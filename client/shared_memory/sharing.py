@@ -123,11 +123,8 @@ class SharedMemory:
     def place(
         self, member: Member, header: pb.PushHeader, body: Body, gradients: Mapping[Slot, Tensor | Rows]
     ) -> None:
-        """Write a push into a slot and name it in the header. If that is impossible, it goes as frames."""
-        header.ClearField("region")
-        if header.HasField("pull"):
-            header.pull.ClearField("region")
-        if header.ByteSize() > WHOLE_BYTES:
+        """Write a push into a slot and name it in the new header. If that is impossible, it goes as frames."""
+        if not self._wanted or self._declined or header.ByteSize() > WHOLE_BYTES:
             return  # the local socket takes a single message
         region = self.open(member)
         slot = None if region is None else region.put(body, gradients)
@@ -136,19 +133,25 @@ class SharedMemory:
             if header.HasField("pull"):
                 header.pull.region = region.number
 
-    def attempt(self, header: pb.PushHeader, call: Callable[[LocalSocket], T]) -> T | None:
+    def attempt(
+        self,
+        call: Callable[[LocalSocket, pb.PushHeader, pb.PushCommit], T],
+        header: pb.PushHeader,
+        commit: pb.PushCommit,
+    ) -> T | None:
         """Make the call of a push that `place` has placed. None if the region is gone: send frames then."""
         region = self.region
         if region is None or header.region != region.number:
-            header.ClearField("region")
-            if header.HasField("pull"):
-                header.pull.ClearField("region")
+            if header.region:
+                header.ClearField("region")
+                if header.HasField("pull"):
+                    header.pull.ClearField("region")
             return None
         try:
-            return call(region.local_socket)
+            return call(region.local_socket, header, commit)
         except NoSharedMemory:
             self.drop()
-            return self.attempt(header, call)
+            return self.attempt(call, header, commit)
         except PushstepError:
             raise
         except BaseException:

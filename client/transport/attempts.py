@@ -6,74 +6,97 @@ push's body, so the next attempt goes without a body and attaches to the pending
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from functools import partial
 from typing import Final, Generic, TypeVar
 
-from pushstep.proto.errors import Broken, ModelFailed, NotHeld, PushPending
-from pushstep.proto.training_pb2 import PushHeader
+import grpc
 
-from .retry import TransportFailure, answered
+from pushstep.proto.errors import Broken, ModelFailed, NotHeld, PushPending
+from pushstep.proto.training_pb2 import PushCommit, PushHeader
+from pushstep.proto.wire.layout import Layout
+
+from .retry import TransportFailure, failure_of
 from .streams import Body
 
 T = TypeVar("T")
 NOTHING: Final = Body((), ())
 
 
-class Attempts(Generic[T]):
-    """A call makes one attempt of `send`. `in_doubt`: an attempt without an answer may have been applied."""
+class Attempts(ABC, Generic[T]):
+    """A call makes one attempt. `in_doubt`: an attempt without an answer may have been applied."""
 
-    def __init__(self, send: Callable[[], T]) -> None:
-        self._whole = send
+    def __init__(self) -> None:
         self.in_doubt = False
 
+    @abstractmethod
     def _attempt(self) -> T:
-        return self._whole()
+        """Send the request and wait for its answer."""
 
     def __call__(self) -> T:
         """Make one attempt: its answer. The catalogue's error, or TransportFailure if there was no answer."""
         try:
-            return answered(self._attempt)
-        except ModelFailed:
-            raise  # no doubt: a failed model applies nothing until a restore, and the restore supersedes this request
-        except (TransportFailure, Broken):
-            self.in_doubt = True
+            return self._attempt()
+        except grpc.RpcError as error:
+            failure = failure_of(error)
+            self._note(failure)
+            if failure is error:
+                raise
+            raise failure from error
+        except Exception as error:
+            self._note(error)
             raise
+
+    def _note(self, failure: Exception) -> None:
+        # a failed model applies nothing until a restore, and the restore supersedes this request
+        if isinstance(failure, (TransportFailure, Broken)) and not isinstance(failure, ModelFailed):
+            self.in_doubt = True
+
+
+class Uploading(Attempts[T]):
+    """The attempts of an upload."""
+
+    def __init__(self, send: Callable[[], T]) -> None:
+        super().__init__()
+        self._send = send
+
+    def _attempt(self) -> T:
+        return self._send()
 
 
 class Sending(Attempts[T]):
-    """The attempts of a push: `send` takes header and body, `begun` finishes a first attempt under way."""
+    """The attempts of a push by `send`; `begun` finishes a first attempt that is under way."""
 
     def __init__(
         self,
-        send: Callable[[PushHeader, Body], T],
+        send: Callable[[PushHeader, Body, PushCommit, Layout], T],
         header: PushHeader,
         body: Body,
-        begun: Callable[[], T] | None = None,
+        commit: PushCommit,
+        layout: Layout,
+        begun: Callable[[PushCommit], T] | None = None,
     ) -> None:
-        # a bound method would make a cycle, and keep the gradients' shared memory until the next gc
-        super().__init__(partial(send, header, body))
+        super().__init__()
         self._send = send
         self._header = header
+        self._body = body
+        self._commit = commit
+        self._layout = layout
         self._begun = begun
 
     def _attempt(self) -> T:
-        begun, self._begun = self._begun, None
+        begun = self._begun
         if begun is not None:
-            return begun()
-        if self._header.held_digest:
-            return self._send(self._header, NOTHING)
-        return super()._attempt()
+            self._begun = None
+            return begun(self._commit)
+        body = NOTHING if self._header.held_digest else self._body
+        return self._send(self._header, body, self._commit, self._layout)
 
-    def __call__(self) -> T:
-        """Make one attempt. After PushPending the next one has no body; after NotHeld it has it again."""
-        header = self._header
-        try:
-            return super().__call__()
-        except PushPending as error:
-            header.held_digest = int(error.fields["digest"])
+    def _note(self, failure: Exception) -> None:
+        """After PushPending the next attempt has no body; after NotHeld it has it again."""
+        super()._note(failure)
+        if isinstance(failure, PushPending):
+            self._header.held_digest = int(failure.fields["digest"])
             self.in_doubt = True
-            raise
-        except NotHeld:
-            header.held_digest = 0
-            raise
+        elif isinstance(failure, NotHeld):
+            self._header.held_digest = 0

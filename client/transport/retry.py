@@ -45,13 +45,21 @@ def answered(call: Callable[[], T]) -> T:
     try:
         return call()
     except grpc.RpcError as error:
-        known = from_rpc_error(error)
-        if known is not None:
-            raise known from error
-        status = cast(grpc.Call, error)  # grpc raises an object that is both; its stubs do not say so
-        if status.code() in _TRANSIENT:
-            raise TransportFailure(f"{status.code().name}: {status.details()}") from error
-        raise
+        failure = failure_of(error)
+        if failure is error:
+            raise
+        raise failure from error
+
+
+def failure_of(error: grpc.RpcError) -> Exception:
+    """What a broken call means: the catalogue's error, TransportFailure, or the error itself if it is neither."""
+    known = from_rpc_error(error)
+    if known is not None:
+        return known
+    status = cast(grpc.Call, error)  # grpc raises an object that is both; its stubs do not say so
+    if status.code() in _TRANSIENT:
+        return TransportFailure(f"{status.code().name}: {status.details()}")
+    return error
 
 
 class Retry:
@@ -75,10 +83,9 @@ class Retry:
             return self._run(attempt)
 
     def _run(self, attempt: Callable[[], T]) -> T:
-        silent_since_s = time.monotonic()
+        silent_since_s = attempt_s = time.monotonic()
         wait_s = FIRST_WAIT_S
         while True:
-            attempt_s = time.monotonic()
             try:
                 return answered(attempt)
             except (PushPending, NotHeld) as error:
@@ -102,6 +109,7 @@ class Retry:
                     raise self._no_answer(error) from error
                 shield.pause(min(pause_s, left_s))
                 wait_s = min(2 * wait_s, LONGEST_WAIT_S)
+            attempt_s = time.monotonic()
 
     def _go_on(self, error: Exception) -> None:
         """Note the reason of the wait, and let a signal's handler end it: here nothing is half written."""

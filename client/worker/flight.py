@@ -10,7 +10,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Final, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -72,6 +72,36 @@ class Flight(Generic[T]):
         if self._error is not None:
             raise self._error
         return self._result[0]
+
+
+class Flights:
+    """Knows the push in flight, if there is one, for which every other call on the session waits."""
+
+    def __init__(self) -> None:
+        self._flight: Flight[Any] | None = None
+
+    def start(self, call: Callable[[], T]) -> Flight[T]:
+        """Run `call` in a thread of its own."""
+        flight = Flight(call)
+        self._flight = flight
+        flight.start()
+        return flight
+
+    def wait(self) -> None:
+        """Wait until no push is in flight, or return at once in the flight's own thread."""
+        if self._flight is not None and not self._flight.is_mine():
+            self._flight.wait()
+
+    def land_within(self, seconds: float) -> bool:
+        """Wait up to `seconds` for the push in flight; whether none is in flight then."""
+        return self._flight is None or self._flight.wait(seconds)
+
+    def warn(self, message: str) -> None:
+        """Warn the caller of a step; if the step is in flight, keep the warning for `land`."""
+        if self._flight is not None and self._flight.is_mine():
+            self._flight.warn(message)
+        else:
+            warn(message)
 
 
 class Copies:

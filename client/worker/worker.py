@@ -7,7 +7,6 @@ the worker joins again by itself, learns whether the restored version holds the 
 
 from __future__ import annotations
 
-import os
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -18,38 +17,35 @@ from torch import Tensor
 
 from pushstep.proto import training_pb2 as pb
 from pushstep.proto.errors import (
-    CATALOGUE,
-    Conflict,
-    FateUnknown,
     Fenced,
     LeaseExpired,
     ManifestChanged,
     ModelLost,
-    NoAnswer,
     PushstepError,
-    Quarantined,
     Superseded,
     UnknownModel,
     UnknownWorker,
 )
-from pushstep.proto.types_pb2 import Identity, Segment
+from pushstep.proto.types_pb2 import Segment
 from pushstep.proto.wire import dtypes
 from pushstep.proto.wire.layout import Layout, Slot
 
-from ..gradients.body import Rows, push_body
-from ..gradients.compression import Compression, Wire, push_and_pull
+from ..gradients.body import PushBodies, Rows
+from ..gradients.compression import Compression, push_and_pull
 from ..membership.member import Member
-from ..membership.membership import Membership, edit_messages, own_receipt
-from ..membership.receipt import Outcome, Receipt
+from ..membership.membership import Membership, edit_messages
+from ..membership.receipt import Outcome, Receipt, own_receipt
+from ..shared_memory.local_socket import LocalSocket
 from ..shared_memory.sharing import SharedMemory
 from ..transport.attempts import Sending
 from ..transport.channel import Transport
 from ..transport.early_push import EarlyPush
 from ..transport.shield import shield
 from ..transport.streams import Body, Pulled
-from ..warn import warn
 from .cache import ParameterCache
-from .flight import Flight
+from .flight import Flight, Flights
+from .options import WorkerOptions
+from .outcomes import Outcomes
 from .ranks import Ranks
 
 # How long the server may hold a waiting push before it answers `push_pending`. The log reports a wait after 2 s
@@ -58,70 +54,60 @@ HOLD_S: Final = 1.5
 Step = tuple[Receipt, Pulled | None]
 
 
-class Worker(Membership):
+class Worker:
     """Makes the pushes of a membership, one after the other. Several threads must not use it at once."""
 
-    def __init__(
-        self,
-        transport: Transport,
-        model: str,
-        worker: str,
-        wire: Wire,
-        top_k: float | None,
-        retry_for_s: float,
-        takeover: bool,
-        on_reject: str,
-        on_restore: str,
-        *,
-        shared_memory: bool = False,
-    ) -> None:
-        push_wire, self.pull_wire = push_and_pull(wire)
-        super().__init__(
+    def __init__(self, transport: Transport, options: WorkerOptions) -> None:
+        push_wire, self._pull_wire = push_and_pull(options.wire)
+        self.compression = Compression(push_wire, options.top_k)
+        self._flights = Flights()
+        self.membership = Membership(
             transport,
-            model,
-            worker,
-            Compression(push_wire, top_k),
-            retry_for_s=retry_for_s,
-            takeover=takeover,
+            options.model,
+            options.worker,
+            self.compression,
+            options.retry_for_s,
+            options.takeover,
+            before_use=self._flights.wait,
         )
         self.memory = SharedMemory(
             transport,
-            model,
-            (push_wire, self.pull_wire),
+            options.model,
+            (push_wire, self._pull_wire),
             # a region has no place for compressed pushes: they travel as frames
-            wanted=shared_memory and not self.compression.owes,
+            wanted=options.shared_memory and not self.compression.owes,
         )
         # a session that was dropped without close() leaves, too
-        weakref.finalize(self, self._heartbeat.abandon, self.memory.abandon).atexit = False
-        self._on_reject = on_reject
-        self._on_restore = on_restore
-        self._flight: Flight[Step] | None = None
+        weakref.finalize(self, self.membership.heartbeat.abandon, self.memory.abandon).atexit = False
+        self._transport = transport
+        self._bodies = PushBodies(self.compression)
         # of what is attached: the checks of torch.distributed's ranks, and the tasks to run before the end
         self.ranks = Ranks(())
         self._before_close: list[Callable[[], None]] = []
-        self._told_of_metrics = False
-        # here and not in Session: a step finds that the model was restored, and the cache is then worthless
-        self._cache = ParameterCache()
+        self.cache = ParameterCache()
+        self._outcomes = Outcomes(
+            self.membership, self.cache, self._flights, options.on_reject, options.on_restore
+        )
 
-    def _check_usable(self) -> None:
-        super()._check_usable()
-        if self._flight is not None and not self._flight.is_mine():
-            self._flight.wait()
+    @property
+    def model(self) -> str:
+        """The model's name."""
+        return self.membership.model
+
+    def member(self) -> Member:
+        """The membership; see `Membership.member`."""
+        return self.membership.member()
+
+    # The thread of `prefetch`, and the end.
 
     def wait_for_flight(self) -> None:
         """Wait until no push is in flight."""
-        self._check_usable()
-
-    def _lands_within(self, seconds: float) -> bool:
-        """Wait up to `seconds` for the push in flight; whether none is in flight then."""
-        return self._flight is None or self._flight.wait(seconds)
+        self.membership.check_usable()
 
     def fly(self, call: Callable[[], Step]) -> Flight[Step]:
         """Run `call`, which makes a step, in its own thread; other calls on the session wait for it."""
-        self._check_usable()
-        self._flight = Flight(call)
-        self._flight.start()
-        return self._flight
+        self.membership.check_usable()
+        return self._flights.start(call)
 
     def before_close(self, task: Callable[[], None]) -> None:
         """Run `task` when the session is closed, before it leaves, while the connection is still open."""
@@ -130,6 +116,24 @@ class Worker(Membership):
     def not_before_close(self, task: Callable[[], None]) -> None:
         """Undo `before_close(task)`."""
         self._before_close.remove(task)
+
+    def run_before_close(self) -> None:
+        """Run the tasks of `before_close`."""
+        for task in self._before_close:
+            task()
+
+    def hurry(self, seconds: float) -> bool:
+        """Let calls take `seconds` at most, the push in flight too; whether none is in flight then."""
+        self.membership.retry.give_up()
+        self._transport.timeout_s = min(self._transport.timeout_s, seconds)
+        return self._flights.land_within(seconds)
+
+    def end(self) -> None:
+        """End the membership here and close the connection."""
+        self.membership.closed = True
+        self.memory.drop()
+        self._transport.close()
+        self.membership.heartbeat.wait(timeout_s=1)
 
     # The step.
 
@@ -141,10 +145,10 @@ class Worker(Membership):
     ) -> pb.PushCommit:
         """The next push's commit: metrics, samples, edits by group, and the worker state if it is due."""
         return pb.PushCommit(
-            metrics=metrics or {},
+            metrics=metrics or None,
             samples=samples,
-            worker_state=self._worker_state if self._worker_state_due else None,
-            edits=edit_messages(edits or {}),
+            worker_state=self.membership.worker_state.due(),
+            edits=edit_messages(edits) if edits else None,
         )
 
     def step(
@@ -166,18 +170,21 @@ class Worker(Membership):
         sent except for its commit. A restore in between gives the outcome `superseded` and no parameters: the session
         has joined again, and the caller has to forget what it holds and pull.
         """
-        member = self.member()
+        membership = self.membership
+        member = membership.member()
         while True:
-            if self._heard != member.timeline or (held is not None and held[0] < member.timeline):
+            known = membership.known_timeline
+            if known != member.timeline or (held is not None and held[0] < member.timeline):
                 # The session has joined again after a restore that the caller does not know of yet, or the caller
                 # holds values from before it. If `held` is later than the membership, a pull has brought the restored
                 # values, and the server answers this push with Superseded.
                 push = member.next_identity()
-                push.timeline = held[0] if held is not None and held[0] < member.timeline else self._heard
-                return self._told(own_receipt(Outcome.SUPERSEDED, "superseded", push, member.version)), None
-            header = self._push_header(member, held, skip)
-            if pull:
-                header.pull.CopyFrom(self._pull_options(onto or held))
+                push.timeline = held[0] if held is not None and held[0] < member.timeline else known
+                return self._outcomes.resolved(
+                    own_receipt(Outcome.SUPERSEDED, "superseded", push, member.version)
+                ), None
+            options = self._pull_options(onto or held) if pull else None
+            header = self._push_header(member, held, options, skip=skip)
             if early is not None and not early.is_as(header):
                 early.withdraw()
                 early = None
@@ -185,55 +192,67 @@ class Worker(Membership):
             if skip:
                 body = Body((), ())
             else:
-                body = push_body(member.layout, gradients, self.compression) if early is None else early.body
+                body = self._bodies.of(member.layout, gradients) if early is None else early.body
             header.segments.extend(body.segments)
             if early is None:
                 self.memory.place(member, header, body, gradients)
-            sending = self._sending(header, body, commit, member.layout, early)
+            begun = None if early is None else partial(_finished, early)
+            sending = Sending(
+                self._exchange if pull else self._push, header, body, commit, member.layout, begun
+            )
             try:
-                receipt, pulled = self._retry.run(sending)
+                receipt, pulled = membership.retry.run(sending)
             except (Superseded, LeaseExpired, ManifestChanged, UnknownWorker) as error:
                 try:
-                    settled = self.find_out(header.identity, in_doubt=sending.in_doubt)
+                    settled = membership.find_out(header.identity, in_doubt=sending.in_doubt)
                 except Fenced as fenced:
-                    return self._refused(fenced, header.identity, in_doubt=sending.in_doubt), None
+                    return self._outcomes.refused(fenced, header.identity, in_doubt=sending.in_doubt), None
                 if settled is not None:
-                    return self._told(settled), None
-                member = self.member()
+                    return self._outcomes.resolved(settled), None
+                member = membership.member()
                 if isinstance(error, ManifestChanged):
                     # a group was added: the layout is another, so look the slots up by name
-                    gradients = {member.layout.slot(s.name, self.model): g for s, g in gradients.items()}
+                    gradients = {
+                        member.layout.slot(s.name, membership.model): g for s, g in gradients.items()
+                    }
                 early = None
                 continue
             except PushstepError as error:
-                return self._refused(error, header.identity, in_doubt=sending.in_doubt), None
+                return self._outcomes.refused(error, header.identity, in_doubt=sending.in_doubt), None
             except BaseException:
-                self._in_doubt = header.identity  # interrupted: it may have arrived
+                membership.in_doubt = header.identity  # interrupted: it may have arrived
                 raise
             member.sequence = header.identity.sequence
             member.lead = receipt.lead
-            if commit.worker_state == (self._worker_state or b""):
-                self._worker_state_due = False
-            self._warn_of_metrics(receipt)
-            return self.note(receipt), pulled
+            membership.worker_state.arrived(commit.worker_state)
+            if receipt.missing_metrics:
+                self._outcomes.warn_of_metrics(receipt)
+            return membership.note(receipt), pulled
 
     def begin_push(
         self, held: tuple[int, int] | None, layout: Layout, segments: Sequence[Segment]
     ) -> EarlyPush | None:
         """Open the stream of the next step's expected exchange; None if that is not possible now."""
-        member = self._member
-        if self._closed or os.getpid() != self._pid or member is None or self._in_doubt is not None:
+        membership = self.membership
+        member = membership.current
+        if membership.is_over or member is None or membership.in_doubt is not None:
             return None
         if self.memory.region is not None:  # nothing has to be sent: the gradients lie in shared memory
             return None
         if member.layout is not layout or held is None or held[0] != member.timeline:
             return None
-        header = self._push_header(member, held)
-        header.pull.CopyFrom(self._pull_options(held))
+        header = self._push_header(member, held, self._pull_options(held))
         header.segments.extend(segments)
         return EarlyPush(self._transport, header, layout)
 
-    def _push_header(self, member: Member, held: tuple[int, int] | None, skip: bool = False) -> pb.PushHeader:
+    def _push_header(
+        self,
+        member: Member,
+        held: tuple[int, int] | None,
+        pull: pb.PullOptions | None,
+        *,
+        skip: bool = False,
+    ) -> pb.PushHeader:
         """The next push's header, without segments: its identity, base version and manifest hash."""
         return pb.PushHeader(
             model=self.model,
@@ -242,104 +261,23 @@ class Worker(Membership):
             manifest_hash=member.layout.manifest_hash,
             skip=skip,
             hold_s=min(self._transport.timeout_s / 3, HOLD_S),
+            pull=pull,
         )
 
-    def _sending(
-        self,
-        header: pb.PushHeader,
-        body: Body,
-        commit: pb.PushCommit,
-        layout: Layout,
-        early: EarlyPush | None,
-    ) -> Sending[Step]:
-        if not header.HasField("pull"):
-            return Sending(partial(self._push, commit=commit), header, body)
-        begun = None if early is None else lambda: _exchanged(early.finish(commit))
-        return Sending(partial(self._exchange, commit=commit, layout=layout), header, body, begun)
-
-    def _push(self, header: pb.PushHeader, body: Body, commit: pb.PushCommit) -> Step:
-        shared = self.memory.attempt(header, lambda local_socket: local_socket.push(header, commit))
-        answer = shared if shared is not None else self._transport.push(header, body, commit)
+    def _push(self, header: pb.PushHeader, body: Body, commit: pb.PushCommit, _: Layout) -> Step:
+        answer = self.memory.attempt(LocalSocket.push, header, commit)
+        if answer is None:
+            answer = self._transport.push(header, body, commit)
         return Receipt.of(answer.receipt), None
 
     def _exchange(self, header: pb.PushHeader, body: Body, commit: pb.PushCommit, layout: Layout) -> Step:
         region = self.memory.region
-        shared = self.memory.attempt(header, lambda local_socket: local_socket.exchange(header, commit))
-        if shared is not None and region is not None:
-            return _exchanged(region.answer_of(shared))
-        return _exchanged(self._transport.exchange(header, body, commit, layout))
-
-    def _refused(self, error: PushstepError, push: Identity, *, in_doubt: bool) -> Receipt:
-        """The receipt of a push that was answered with an error, if it has one; otherwise raise the error.
-
-        NoAnswer leaves the push in doubt. FateUnknown if a fenced session cannot find out what became of it.
-        """
-        if isinstance(error, NoAnswer):
-            self._in_doubt = push
-            raise error
-        if in_doubt and isinstance(error, Fenced):
-            # a fenced session may not join again to find out
-            self._in_doubt = None
-            self.compression.settle(applied=False)
-            raise FateUnknown(sequence=push.sequence, worker=self.worker) from error
-        final = error.consumed or isinstance(error, (Conflict, Fenced))
-        if in_doubt and not final:
-            # this attempt was refused, but an earlier one without an answer may have been applied
-            settled = self.find_out(push)
-            if settled is not None:
-                return self._told(settled)
-        elif error.consumed or isinstance(error, Conflict):
-            self.member().sequence = push.sequence
-        if final or isinstance(error, Quarantined):
-            receipt = own_receipt(Outcome.REJECTED, error.code, push, self.member().version)
-            return self._rejected(error, self.note(receipt))
-        raise error
-
-    def _rejected(self, error: PushstepError, receipt: Receipt) -> Receipt:
-        if self._on_reject == "raise":
-            raise error
-        self._warn(f"push rejected: {error.message}")
-        return receipt
-
-    def _told(self, receipt: Receipt) -> Receipt:
-        """Note the receipt of a push that a new join has resolved, or that came after a restore; return it.
-
-        Raises the error that the push was rejected with (on_reject="raise"), and Superseded after a restore that the
-        caller does not know of yet (on_restore="raise"); otherwise warns.
-        """
-        member = self.member()
-        self.note(receipt)
-        if receipt.timeline != member.timeline:
-            self._cache.forget()
-        if self.tell_restore():
-            if self._on_restore == "raise":
-                raise Superseded(model=self.model, timeline=member.timeline, got=receipt.timeline)
-            became = "not applied" if receipt.outcome is Outcome.SUPERSEDED else f"{receipt.outcome} before"
-            self._warn(
-                f"model {self.model!r} was restored to version {member.version} (timeline {member.timeline}); this step "
-                f"was {became}, going on from there"
-            )
-        if receipt.outcome is Outcome.REJECTED:
-            message = f"push {receipt.sequence} of epoch {receipt.epoch} was rejected: {receipt.reason}"
-            return self._rejected(CATALOGUE[receipt.reason](message, consumed=True), receipt)
-        return receipt
-
-    def _warn_of_metrics(self, receipt: Receipt) -> None:
-        """Warn once that a hook waits for metrics that no push has reported."""
-        if receipt.missing_metrics and not self._told_of_metrics:
-            self._told_of_metrics = True
-            names = ", ".join(receipt.missing_metrics)
-            self._warn(
-                f"a hook of model {self.model!r} waits for {names}, which no push has reported, and does nothing until then: "
-                f"call optimizer.report({receipt.missing_metrics[0]}=...) before step(), or push(..., metrics=)"
-            )
-
-    def _warn(self, message: str) -> None:
-        """Warn the caller of `step`; if the step is in flight, keep the warning for `land`."""
-        if self._flight is not None and self._flight.is_mine():
-            self._flight.warn(message)
+        answer = self.memory.attempt(LocalSocket.exchange, header, commit)
+        if answer is not None and region is not None:
+            pulled = region.answer_of(answer)
         else:
-            warn(message)
+            pulled = self._transport.exchange(header, body, commit, layout)
+        return Receipt.of(pulled.header.receipt), pulled
 
     # Pulling.
 
@@ -364,35 +302,55 @@ class Worker(Membership):
             request.ClearField("identity")
             return self._read(pull)
 
+    def pull_into_cache(self) -> None:
+        """Bring the cache to the newest version, as a reader without identity."""
+        have, layout = self.cache.at, self.cache.layout
+        request = pb.PullRequest(
+            model=self.model,
+            options=self._pull_options(have),
+            timeline=have[0] if have else 0,
+            manifest_hash=layout.manifest_hash if layout is not None else 0,
+        )
+        self.cache.take(self._read(lambda: self._transport.pull(request, layout)))
+
+    def pull_rows(self, slot: Slot, ids: Sequence[int], layout: Layout) -> Tensor:
+        """Rows of one parameter, in the order of `ids`, all at one version."""
+        request = pb.PullRowsRequest(
+            model=self.model, parameter=slot.name, ids=ids, dtype=_wire_enum(self._pull_wire)
+        )
+        pulled = self._read(lambda: self._transport.pull_rows(request, layout))
+        return next(pulled.rows())[2]
+
     @shield
     def pull_state(self) -> Pulled:
         """Parameters, optimizer state and step counts at one version."""
-        self._check_usable()
+        self.membership.check_usable()
         return self._read(lambda: self._transport.pull_state(pb.PullStateRequest(model=self.model)))
 
     def _read(self, pull: Callable[[], Pulled]) -> Pulled:
         """Pull until the server answers. ModelLost if the model that this session knows is gone."""
         try:
-            pulled = self._retry.run(pull)
+            pulled = self.membership.retry.run(pull)
         except UnknownModel as error:
-            if not self._uid:
+            if not self.membership.uid:
                 raise
             raise ModelLost(model=self.model) from error
-        self._know(pulled.header.model_uid)
+        self.membership.know(pulled.header.model_uid)
         return pulled
 
     def _pull_options(self, have: tuple[int, int] | None) -> pb.PullOptions:
         """The options of a pull for a worker that holds `have` (timeline, version)."""
-        options = pb.PullOptions(dtype=wire_enum(self.pull_wire))
+        options = pb.PullOptions(dtype=_wire_enum(self._pull_wire))
         if have is not None:
             options.have_version = have[1]
         return options
 
 
-def wire_enum(dtype: torch.dtype | None) -> Any:
+def _wire_enum(dtype: torch.dtype | None) -> Any:
     """A dtype as a message's enum; 0 stands for each parameter's own dtype."""
     return 0 if dtype is None else dtypes.to_wire(dtype, "wire")
 
 
-def _exchanged(pulled: Pulled) -> Step:
+def _finished(early: EarlyPush, commit: pb.PushCommit) -> Step:
+    pulled = early.finish(commit)
     return Receipt.of(pulled.header.receipt), pulled

@@ -81,7 +81,7 @@ class PushstepWorker:
 
     def pull(self) -> None:
         """Get every parameter's bytes, though nothing is new."""
-        self._session.pull_message(None)
+        self._session._worker.pull_message(None)
 
     def pull_sometimes(self) -> None:
         """Pull, and rest."""

@@ -328,7 +328,7 @@ def test_a_creator_that_dies_in_mid_upload_is_followed(server: RunningServer, mo
         with pytest.raises(NoAnswer):
             joined.result(30)
         remote = following.result(30)
-        first._closed = True
+        first._worker.membership.closed = True
     assert bool((weights[1] == 2.0).all())
     assert second.pull_rows("w", [0, size - 1]).tolist() == [2.0, 2.0]
     weights[1].grad = torch.ones(size)

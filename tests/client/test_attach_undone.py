@@ -285,16 +285,16 @@ class _Failing:
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self._pull = session.pull_message
+        self._pull = session._worker.pull_message
 
     def __enter__(self) -> None:
         def fail(*_: object) -> Any:
             raise Interrupted
 
-        self._session.pull_message = fail  # type: ignore[method-assign]
+        self._session._worker.pull_message = fail  # type: ignore[method-assign]
 
     def __exit__(self, *_: object) -> None:
-        self._session.pull_message = self._pull  # type: ignore[method-assign]
+        self._session._worker.pull_message = self._pull  # type: ignore[method-assign]
 
 
 def test_a_model_that_somebody_else_has_joined_stays(server: RunningServer, model_name: str) -> None:
@@ -339,7 +339,7 @@ def test_leave_to_create_is_given_back(server: RunningServer, model_name: str) -
             refusals.append(from_rpc_error(error))
         raise Interrupted
 
-    session._transport.upload = look  # type: ignore[method-assign]
+    session._worker.membership.transport.upload = look  # type: ignore[method-assign]
     with pytest.raises(Interrupted):
         session.attach(Adagrad([parameter]), names=["w"])
     assert isinstance(refusals[0], BeingCreated)
@@ -358,7 +358,7 @@ def test_a_network_that_breaks_off_half_way(server: RunningServer, model_name: s
         script.check()
         proxy.release()
     wait_until(lambda: server.rest("GET", f"/v1/models/{model_name}").status_code == 404)
-    session._closed = True
+    session._worker.membership.closed = True
 
 
 @COLLECTED

@@ -345,18 +345,18 @@ def test_a_residual_advances_with_applied_pushes_only(
     server: RunningServer, model_name: str, wire: torch.dtype | None, top_k: float | None
 ) -> None:
     session, gradients = trained(server, model_name, wire=wire, top_k=top_k)
-    held = session.compression.residuals[WEIGHT].clone()
+    held = session._worker.compression.residuals[WEIGHT].clone()
     assert held.any()
     bad = gradients[0].clone()
     bad[0, 0] = math.nan
     with pytest.raises(NonfiniteGradient):
         session.push({WEIGHT: bad})
-    assert torch.equal(session.compression.residuals[WEIGHT], held), "the residual has moved"
+    assert torch.equal(session._worker.compression.residuals[WEIGHT], held), "the residual has moved"
     add_hook(server, model_name, "finite_guard", "step_pre", {"action": "skip"})
     assert session.push({WEIGHT: bad}).outcome is Outcome.SKIPPED
-    assert torch.equal(session.compression.residuals[WEIGHT], held), "the residual has moved"
+    assert torch.equal(session._worker.compression.residuals[WEIGHT], held), "the residual has moved"
     assert session.push({WEIGHT: gradients[0]}).outcome is Outcome.APPLIED
-    assert not torch.equal(session.compression.residuals[WEIGHT], held)
+    assert not torch.equal(session._worker.compression.residuals[WEIGHT], held)
 
 
 @pytest.mark.parametrize("bug", found_by("compression"), ids=str)
@@ -380,11 +380,11 @@ def test_a_restore_leaves_the_residual(
 ) -> None:
     session, gradients = trained(server, model_name, wire=wire, top_k=top_k)
     snapshot = take_snapshot(server, model_name)["id"]
-    held = session.compression.residuals[WEIGHT].clone()
+    held = session._worker.compression.residuals[WEIGHT].clone()
     restore(server, model_name, snapshot)
     with pytest.warns(RuntimeWarning, match="restored"):
         assert session.push({WEIGHT: gradients[0]}).outcome is Outcome.SUPERSEDED
-    assert torch.equal(session.compression.residuals[WEIGHT], held)
+    assert torch.equal(session._worker.compression.residuals[WEIGHT], held)
 
 
 def test_top_k_steps_as_torch_does_on_the_dense_gradient(server: RunningServer, model_name: str) -> None:
@@ -438,7 +438,7 @@ def test_a_prefetched_push_is_the_same(
         module.weight.grad, module.bias.grad = noise(2, 20, 30), noise(3, 20)
         optimizer.step()
         optimizer.synchronize()
-        owed.append((module.weight.detach(), session.compression.residuals["weight"].flatten()))
+        owed.append((module.weight.detach(), session._worker.compression.residuals["weight"].flatten()))
     assert torch.equal(owed[0][0], owed[1][0])
     assert torch.equal(owed[0][1], owed[1][1])
     assert owed[0][1].any()

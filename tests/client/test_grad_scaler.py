@@ -127,15 +127,15 @@ def test_a_step_that_failed_may_be_tried_again(server: RunningServer, model_name
         for parameter in model.parameters():
             assert parameter.grad is not None
             parameter.grad.mul_(scaler.scale(torch.ones(())))
-    sent = twins.remote._session.step
+    sent = twins.remote._worker.step
 
     def broken(*_: object, **__: object) -> None:
         raise ConnectionError
 
-    twins.remote._session.step = broken  # type: ignore[assignment, method-assign]
+    twins.remote._worker.step = broken  # type: ignore[assignment, method-assign]
     with pytest.raises(ConnectionError):
         scalers[0].step(twins.remote)
-    twins.remote._session.step = sent  # type: ignore[method-assign]
+    twins.remote._worker.step = sent  # type: ignore[method-assign]
     assert not {"grad_scale", "found_inf"} & vars(twins.remote).keys()
     scalers[0].step(twins.remote)
     scalers[1].step(twins.local[0])

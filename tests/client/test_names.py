@@ -206,7 +206,9 @@ def test_a_name_that_would_not_is_refused_with_the_reason(
         elif way == "created by hand":
             manifest = Manifest(groups=[ParamGroup(rule="adagrad")])
             manifest.parameters.add(name="good", shape=[2], dtype="DTYPE_FLOAT32", aliases=[name])
-            session.join_or_create(manifest, lambda layout: {(layout.slots[0], ""): torch.zeros(2)})
+            session._worker.membership.join_or_create(
+                manifest, lambda layout: {(layout.slots[0], ""): torch.zeros(2)}
+            )
         else:
             module = nn.Module()
             module.good = parameter

@@ -77,13 +77,13 @@ def test_what_stands_still_is_given_up(way: str, server: RunningServer, model_na
     """In the middle of a transfer, on either side's way; it is made as soon as the link moves again."""
     with Proxy(server.grpc) as proxy, slow_session(proxy, model_name) as session:
         session.create({"a": np.zeros(ELEMENTS, np.float32)}, [{"rule": "adagrad", "params": ["a"]}])
-        session._retry.for_s = 1.0
+        session._worker.membership.retry.for_s = 1.0
         proxy.stop_after(way, 5 << 20)  # type: ignore[arg-type]
         with pytest.raises(NoAnswer, match=f"nothing moved for {TIMEOUT_S:g} s|server's gRPC|connect"):
             session.exchange({"a": np.ones(ELEMENTS, np.float32)})
         proxy.cut()
         proxy.release()
-        session._retry.for_s = 30.0
+        session._worker.membership.retry.for_s = 30.0
         receipt, _ = session.exchange({"a": np.ones(ELEMENTS, np.float32)})
         assert receipt.outcome is Outcome.APPLIED
         assert receipt.version in (

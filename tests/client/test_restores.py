@@ -119,18 +119,20 @@ def test_an_upload_whose_answer_was_lost_is_settled(
     session = trainer.session
     trainer.step()
     meeting = Meeting(server, trainer, what == "recent", take_snapshot(server, model_name))
-    upload = session._transport.upload
+    upload = session._worker.membership.transport.upload
 
     def lossy(*sent: Any) -> Any:
         monkeypatch.undo()
         upload(*sent)
         if what == "lease":
-            session._transport.leave(pb.LeaveRequest(model=model_name, identity=session.member().identity()))
+            session._worker.membership.transport.leave(
+                pb.LeaveRequest(model=model_name, identity=session.member().identity())
+            )
         else:
             meeting.restore()
         raise TransportFailure("lost on purpose")
 
-    monkeypatch.setattr(session._transport, "upload", lossy)
+    monkeypatch.setattr(session._worker.membership.transport, "upload", lossy)
     values = {name: np.full(3, 8, np.float32) for name in NAMES}
     if what == "lease":
         assert session.upload(values) == 2
@@ -181,7 +183,7 @@ def test_buffers_that_meet_a_restore_fail_no_step(
     session = server.connect(model_name)
     remote = session.attach(Adagrad(module.parameters(), lr=0.5), module=module)
     snapshot = take_snapshot(server, model_name)["id"]
-    run = session._retry.run
+    run = session._worker.membership.retry.run
 
     def restored(attempt: Callable[[], Any]) -> Any:
         answer = run(attempt)
@@ -189,7 +191,7 @@ def test_buffers_that_meet_a_restore_fail_no_step(
             restore(server, model_name, snapshot)
         return answer
 
-    monkeypatch.setattr(session._retry, "run", restored)
+    monkeypatch.setattr(session._worker.membership.retry, "run", restored)
     module(torch.randn(4, 3)).sum().backward()
     remote.step()
     assert remote.last_receipt is not None
@@ -226,7 +228,7 @@ def test_joining_again_whose_answer_was_lost_is_the_same_join(
     """Given up, and asked for once more at the next step: it has its epoch already, and waits for no lease."""
     trainer = Trainer(server, model_name, "push")
     trainer.step()
-    transport = trainer.session._transport
+    transport = trainer.session._worker.membership.transport
     transport.leave(pb.LeaveRequest(model=model_name, identity=trainer.session.member().identity()))
     join = transport.join
 
@@ -265,7 +267,9 @@ def test_a_step_that_joining_again_has_settled_takes_the_groups(
 
     def between() -> None:
         patch_group(server, model_name, 0, lr=0.25)
-        session._transport.leave(pb.LeaveRequest(model=model_name, identity=session.member().identity()))
+        session._worker.membership.transport.leave(
+            pb.LeaveRequest(model=model_name, identity=session.member().identity())
+        )
 
     answered_once_more(trainer, monkeypatch, between)
     trainer.step()
@@ -282,7 +286,7 @@ def test_a_loaded_state_that_a_restore_has_undone_is_not_said_to_hold(
     state = trainer.remote.state_dict()
     trainer.step()
     snapshot = take_snapshot(server, model_name)["id"]
-    upload = trainer.session._transport.upload
+    upload = trainer.session._worker.membership.transport.upload
 
     def lossy(*sent: Any) -> Any:
         monkeypatch.undo()
@@ -290,7 +294,7 @@ def test_a_loaded_state_that_a_restore_has_undone_is_not_said_to_hold(
         restore(server, model_name, snapshot)
         raise TransportFailure("lost on purpose")
 
-    monkeypatch.setattr(trainer.session._transport, "upload", lossy)
+    monkeypatch.setattr(trainer.session._worker.membership.transport, "upload", lossy)
     with pytest.raises(Superseded, match="on timeline 3"):
         trainer.remote.load_state_dict(state)
     trainer.step()

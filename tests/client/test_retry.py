@@ -335,7 +335,7 @@ def test_a_refusal_does_not_settle_an_attempt_that_broke(
     """Whether the first attempt was applied is found out by joining again, and the step says what is true."""
     session = server.connect(model_name, retry_for_s=0.3)
     create(session)
-    send, attempts = session._transport.push, 0
+    send, attempts = session._worker.membership.transport.push, 0
 
     def push(*arguments: Any) -> Any:
         nonlocal attempts
@@ -350,7 +350,7 @@ def test_a_refusal_does_not_settle_an_attempt_that_broke(
             raise Draining
         raise OverBudget(need=1, free=0, budget=0, setting="staging-bytes", retry_after_s=0.05)
 
-    monkeypatch.setattr(session._transport, "push", push)
+    monkeypatch.setattr(session._worker.membership.transport, "push", push)
     refusal = {"over budget": OverBudget, "draining": Draining}.get(problem, KeyboardInterrupt)
     if arrived and problem != "interrupted":
         assert session.push(grads(0)).outcome is Outcome.APPLIED

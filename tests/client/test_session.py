@@ -126,16 +126,16 @@ def test_row_sparse_gradients(session: Session, form: str) -> None:
 
 def test_a_pull_brings_only_the_rows_that_changed(session: Session) -> None:
     for changed in ([2], [0, 2], [1]):
-        whole = session.pull_message(None).header
+        whole = session._worker.pull_message(None).header
         session.push({"table": (np.array(changed), np.ones((len(changed), 3), np.float32))})
-        pulled = session.pull_message((whole.timeline, whole.version))
+        pulled = session._worker.pull_message((whole.timeline, whole.version))
         assert pulled.header.version == whole.version + 1
         ((slot, ids, rows),) = pulled.rows()
         assert (slot.name, ids.tolist()) == ("table", changed)
         assert np.array_equal(rows.numpy(), session.pull_rows("table", changed))
         assert "table" not in {dense.name for dense, _, _ in pulled.dense()}
     have = pulled.header
-    again = session.pull_message((have.timeline, have.version)).header
+    again = session._worker.pull_message((have.timeline, have.version)).header
     assert again.unchanged
     assert not again.segments
 

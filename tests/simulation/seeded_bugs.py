@@ -14,7 +14,8 @@ import pytest
 
 from pushstep.client import Outcome
 from pushstep.client.gradients.compression import Compression
-from pushstep.client.membership.membership import Membership, own_receipt
+from pushstep.client.membership.membership import Membership
+from pushstep.client.membership.receipt import own_receipt
 from pushstep.client.worker.worker import Worker as ClientWorker
 from pushstep.proto.errors import ModelLost
 from pushstep.proto.types_pb2 import Identity
@@ -268,7 +269,9 @@ def later_parameters_are_never_pushed(patch: Patch) -> None:
             return step(self, gradients, held, *given, **options)
         push = member.next_identity()
         push.timeline = held[0]
-        return self._told(own_receipt(Outcome.SUPERSEDED, "superseded", push, member.version)), None
+        return self._outcomes.resolved(
+            own_receipt(Outcome.SUPERSEDED, "superseded", push, member.version)
+        ), None
 
     patch.setattr(ClientWorker, "step", unsent)
 
@@ -279,7 +282,7 @@ def restores_are_taken_for_known(patch: Patch) -> None:
 
     def quietly(self: Membership) -> Any:
         member = rejoin(self)
-        self._heard = member.timeline
+        self.known_timeline = member.timeline
         return member
 
     patch.setattr(Membership, "rejoin", quietly)
