@@ -90,7 +90,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self._flight: tuple[Flight[Step], list[dict[str, float | bool]]] | None = None
         self.last_receipt: Receipt | None = None
         # catalogue code of the local problem for which the last step was refused, else ""
-        self._told = ""
+        self._refused_for = ""
         # number of samples behind the next step's gradients: their weight in a round; 0 counts as 1
         self.samples: float = 0
         self._attached.begin(self, policy, undo)
@@ -135,9 +135,9 @@ class RemoteOptimizer(torch.optim.Optimizer):
                 ranks.refuse_wrapper()  # a wrapper's broadcast may have written it
                 raise LocalParameterEdit(parameter=edited[0])
         except PushstepError as error:
-            self._told = error.code
+            self._refused_for = error.code
             raise
-        self._told = ""
+        self._refused_for = ""
         computed_on = self._parameters.at
         if self._flight is not None:
             self.synchronize()
@@ -261,7 +261,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
             if not edited or self._may_send_edits():
                 if edited or self._parameters.fresh:
                     self._attached.send_edits(edited)
-            elif self._told != LocalParameterEdit.code:
+            elif self._refused_for != LocalParameterEdit.code:
                 self._check_current()
                 warn(
                     f"parameter {edited[0]!r} was changed here after the last step, and the server has not seen it; "
@@ -270,7 +270,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         except Fenced:
             return  # another session has the name, and may have written the parameters
         except PushstepError as error:
-            if self._told != error.code:
+            if self._refused_for != error.code:
                 warn(f"what was changed here after the last step is lost: {error.message}")
 
     def unsent_edits(self) -> dict[int, dict[str, float | bool]]:
@@ -298,7 +298,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self._attached.follow()
         self.synchronize()
         self._settle()
-        self._told = ""
+        self._refused_for = ""
         return self._attached.upload()
 
     def _settle(self) -> None:

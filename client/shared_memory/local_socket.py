@@ -69,7 +69,7 @@ class LocalSocket:
             status, message = self._answer(begun_s, until_s)
         except OSError as error:
             raise TransportFailure(
-                f"the line to the server broke: {error or type(error).__name__}"
+                f"the local socket to the server broke: {error or type(error).__name__}"
             ) from error
         finally:
             shield.breaks(None)

@@ -1,4 +1,4 @@
-"""The worker's end of a life line, against a server that answers in every way that a socket allows."""
+"""The worker's end of a local socket, against a server that answers in every way that a socket allows."""
 
 from __future__ import annotations
 
@@ -69,11 +69,13 @@ def ends() -> Iterator[tuple[LocalSocket, socket.socket]]:
         yield LocalSocket(ours, timeout_s=60.0), theirs
 
 
-def _push(line: LocalSocket, server: socket.socket, serve: Serve, state: bytes = b"") -> pb.PushResponse:
+def _push(
+    local_socket: LocalSocket, server: socket.socket, serve: Serve, state: bytes = b""
+) -> pb.PushResponse:
     serving = threading.Thread(target=serve, args=(server,))
     serving.start()
     try:
-        return line.push(pb.PushHeader(model="m"), pb.PushCommit(worker_state=state))
+        return local_socket.push(pb.PushHeader(model="m"), pb.PushCommit(worker_state=state))
     finally:
         serving.join()
 
