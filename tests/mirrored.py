@@ -209,7 +209,7 @@ class ParameterCache:
 
     def settle_extras(self, lead: Worker) -> None:
         """The lead may have sent those that it has now, all of them."""
-        held = lead.session.pull_extras()[1]
+        held = lead.session._worker.membership.pull_extras()[1]
         now = extras_of(lead.view)
         if all(torch.equal(held[name], value) for name, value in now.items()):
             self.extras = now
