@@ -7,7 +7,14 @@ from collections.abc import Callable
 from typing import Final
 
 from pushstep.proto import training_pb2 as pb
-from pushstep.proto.errors import AlreadyJoined, BeingCreated, ModelExists, NoCreationTicket
+from pushstep.proto.errors import (
+    AlreadyJoined,
+    BeingCreated,
+    ModelExists,
+    NoCreationTicket,
+    RolledBack,
+    Superseded,
+)
 from pushstep.proto.process import this_process
 from pushstep.proto.types_pb2 import Identity, Manifest
 from pushstep.proto.wire.layout import Layout
@@ -39,6 +46,7 @@ class Member:
         self.worker_state = message.worker_state
         self.policy = message.policy
         self.extras_version = message.extras_version
+        self.rolled_back = message.rolled_back
         self._forgotten = message.forgotten_epoch, message.forgotten_sequence
         self._receipts = list(message.receipts)
 
@@ -62,6 +70,13 @@ class Member:
         """The receipt of a push of an earlier epoch, if the join brought it; otherwise None."""
         return next((Receipt.of(found) for found in self._receipts if found.identity == identity), None)
 
+    def restored_since(self, timeline: int, model: str) -> Superseded:
+        """What a caller that knows an earlier timeline is told. RolledBack if a crash has undone versions."""
+        if not self.rolled_back:
+            return Superseded(model=model, timeline=self.timeline, got=timeline)
+        versions, version = self.rolled_back, self.version
+        return RolledBack(model=model, versions=versions, version=version, timeline=self.timeline)
+
     def has_forgotten(self, identity: Identity) -> bool:
         """Whether the server has forgotten the receipts up to this push, so that its outcome is unknown."""
         return (identity.epoch, identity.sequence) <= self._forgotten
@@ -76,6 +91,7 @@ def join(
     takeover: bool,
     attempt: int,
     old: Member | None,
+    told_version: int,
     create: Callable[[pb.CreationTicket], Member] | None,
 ) -> tuple[Member, bool]:
     """Join; the membership, and whether this join created the model.
@@ -84,7 +100,7 @@ def join(
     raises AlreadyJoined, NoCreationTicket, ModelExists or BeingCreated. `attempt` is this join's number, the same in
     every retry: a delayed copy of the request must not take over from the membership that another copy got. `old` is
     the session's own earlier membership: the session may join over itself, and the server tells it if the model is now
-    another one. Without `create` a model that does not exist is NoCreationTicket.
+    another one. `told_version`: the newest version that a receipt has told it of. Without `create` a model that does not exist is NoCreationTicket.
     """
     request = pb.JoinRequest(
         model=model, worker=worker, takeover=takeover, attempt=attempt, process=this_process()
@@ -94,6 +110,7 @@ def join(
     if old is not None:
         request.model_uid = old.uid
         request.epoch = old.epoch
+        request.timeline, request.version = old.timeline, told_version
     with retry.wait:
         return _join(transport, retry, request, create, None if old is None else old.layout)
 

@@ -174,6 +174,7 @@ class Membership:
                 takeover,
                 self._joining,
                 self.current,
+                self._told_version(),
                 create,
             )
         except PushstepError as error:
@@ -244,11 +245,21 @@ class Membership:
         self.known_timeline = member.timeline
         return member
 
-    def tell_restore(self) -> bool:
-        """Whether the caller has to be told of a restore; it counts as told from then on."""
-        timeline = self.joined().timeline
-        is_news, self.known_timeline = self.known_timeline != timeline, timeline
-        return is_news
+    def _told_version(self) -> int:
+        """The newest version of the membership's timeline that the server has told of."""
+        member, receipt = self.current, self.last_receipt
+        at = 0 if member is None else int(member.version)
+        of_now = member is not None and receipt is not None and receipt.timeline == member.timeline
+        return max(at, receipt.version) if receipt is not None and of_now else at
+
+    def tell_restore(self) -> Superseded | None:
+        """What the caller has to be told of a restore, or of a crash that has undone versions; counts as told then.
+
+        RolledBack is of a crash. None if the caller knows.
+        """
+        member, known = self.joined(), self.known_timeline
+        self.known_timeline = member.timeline
+        return None if known == member.timeline else member.restored_since(known, self.model)
 
     def leave_untold(self, timeline: int) -> None:
         """Have the next step tell the caller of a restore: the caller knows of `timeline` only."""
@@ -373,9 +384,9 @@ class Membership:
 
     def _member_now(self) -> Member:
         """The membership, for an upload. Superseded, once, after a restore: the values are older."""
-        known, member = self.known_timeline, self.member()
-        if self.tell_restore():
-            raise Superseded(model=self.model, timeline=member.timeline, got=known)
+        member = self.member()
+        if (restored := self.tell_restore()) is not None:
+            raise restored
         return member
 
 

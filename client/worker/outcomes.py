@@ -10,7 +10,7 @@ from pushstep.proto.errors import (
     NoAnswer,
     PushstepError,
     Quarantined,
-    Superseded,
+    RolledBack,
 )
 from pushstep.proto.types_pb2 import Identity
 
@@ -81,14 +81,18 @@ class Outcomes:
         self._membership.note(receipt)
         if receipt.timeline != member.timeline:
             self._cache.forget()
-        if self._membership.tell_restore():
+        restored = self._membership.tell_restore()
+        if restored is not None:
             if self._on_restore == "raise":
-                raise Superseded(model=self._membership.model, timeline=member.timeline, got=receipt.timeline)
+                raise restored
             became = "not applied" if receipt.outcome is Outcome.SUPERSEDED else f"{receipt.outcome} before"
-            self._flights.warn(
-                f"model {self._membership.model!r} was restored to version {member.version} (timeline {member.timeline}); this step "
-                f"was {became}, going on from there"
-            )
+            what = restored.message
+            if not isinstance(restored, RolledBack):
+                what = (
+                    f"model {self._membership.model!r} was restored to version {member.version} "
+                    f"(timeline {member.timeline})"
+                )
+            self._flights.warn(f"{what}; this step was {became}, going on from there")
         if receipt.outcome is Outcome.REJECTED:
             message = f"push {receipt.sequence} of epoch {receipt.epoch} was rejected: {receipt.reason}"
             return self._rejected(CATALOGUE[receipt.reason](message, consumed=True), receipt)

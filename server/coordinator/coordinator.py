@@ -40,7 +40,7 @@ from .policies.policy import Policy, PolicySettings
 from .push import PendingPush
 from .receipts import superseded
 from .sessions import Sessions
-from .worker import Decided, Worker
+from .worker import Decided, Worker, WorkerState
 
 
 class Coordinator:
@@ -75,6 +75,17 @@ class Coordinator:
             raise ModelLost(model=self.name)
         if identity.timeline != self.commits.timeline:
             raise Superseded(model=self.name, timeline=self.commits.timeline, got=identity.timeline)
+
+    def has_live(self, identity: Identity, now_s: float) -> bool:
+        """True if the epoch of `identity` is a member's on this timeline, and its lease runs."""
+        worker = self.sessions.workers.get(identity.worker)
+        return (
+            identity.timeline == self.commits.timeline
+            and worker is not None
+            and worker.epoch == identity.epoch
+            and worker.state is WorkerState.LIVE
+            and now_s <= worker.lease_until_s
+        )
 
     def on_header(self, header: PushHeader, now_s: float) -> Offer:
         """A header has come: says whether to read its body or to wait. `on_stream_end` follows every READ.
@@ -258,7 +269,7 @@ class Coordinator:
 
     def next_s(self) -> float | None:
         """When to `tick` if no event comes: at a round's time-out or the end of a lease. None without."""
-        deadline_s, lease_s = self.policy.deadline_s(), self.sessions.first_lease_s()
+        deadline_s, lease_s = self.policy.deadline_s(), self.sessions.leases.first_s()
         if deadline_s is None or lease_s is None:
             return lease_s if deadline_s is None else deadline_s
         return min(deadline_s, lease_s)

@@ -40,3 +40,8 @@ class Leases:
             else:
                 return worker
         return None
+
+    def first_s(self) -> float | None:
+        """When the first lease of a live worker runs out if nothing renews it. None without a live worker."""
+        first = self.first()
+        return None if first is None else first.lease_until_s

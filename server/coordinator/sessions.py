@@ -362,11 +362,6 @@ class Sessions:
             if worker.state is WorkerState.LIVE:
                 self.leases.watch(worker)
 
-    def first_lease_s(self) -> float | None:
-        """When the first lease of a live worker runs out if nothing renews it. None without a live worker."""
-        first = self.leases.first()
-        return None if first is None else first.lease_until_s
-
     def _touch(self, worker: Worker, now_s: float) -> None:
         worker.last_seen_s = now_s
         worker.lease_until_s = now_s + self.lease_s

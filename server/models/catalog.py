@@ -14,6 +14,7 @@ import copy
 import logging
 import secrets
 from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import replace
 from typing import Any, Final, TypeVar
 
 import torch
@@ -222,7 +223,7 @@ class Catalog:
                 raise NoCreationTicket(model=name)
             await DISK.run(self.folder(name).set_aside)
             folder = self.folder(name)
-            model.epochs = EPOCHS_AHEAD
+            model.kept = replace(model.kept, epochs=EPOCHS_AHEAD)
             await DISK.run(folder.write_identity, model.identity(None))
             # no later crash may leave it without a snapshot
             await self.snapshotter.open_journal(model, folder, after_gap=False)
@@ -305,15 +306,12 @@ class Catalog:
 
     async def keep_epoch(self, model: Model, epoch: int) -> None:
         """Have it on the disk that this epoch may have been given out. StorageFailed."""
-        while epoch > model.epochs:
+        while epoch > model.kept.epochs:
             async with self.alone(model.name):
                 model.require_here()
-                before, model.epochs = model.epochs, max(model.epochs, epoch + EPOCHS_AHEAD)
-                try:
-                    await DISK.run(self.folder(model.name).write_identity, model.identity(None))
-                except BaseException:
-                    model.epochs = before
-                    raise
+                kept = replace(model.identity(None), epochs=epoch + EPOCHS_AHEAD)
+                await DISK.run(self.folder(model.name).write_identity, kept)
+                model.kept = kept
 
     async def set_durability(self, name: str, settings: DurabilitySettings, by: str) -> None:
         """Keep a model on the disk in another way; another level holds when this returns."""

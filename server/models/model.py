@@ -102,10 +102,8 @@ class Model:
         self.events = Events()
         self.last_receipt: Receipt | None = None
         self.durability = durability
-        # the highest epoch that may be given out before a higher one is written to the disk
-        self.epochs = 0
-        # the timelines that a crash has ended
-        self.crashed: Sequence[int] = ()
+        # what is on the disk of who it is
+        self.kept = IdentityFile(uid, timeline, None, ())
         # what the newest snapshot holds, and when it was taken
         self.saved: Hashable = None
         self.saved_s = time.monotonic()
@@ -175,15 +173,7 @@ class Model:
 
     def has_live(self, identity: Identity, now_s: float) -> bool:
         """True if a session is still a member: nothing has ended its epoch, and its lease runs."""
-        worker = self.sessions.workers.get(identity.worker)
-        return (
-            not self.deleted
-            and identity.timeline == self.timeline
-            and worker is not None
-            and worker.epoch == identity.epoch
-            and worker.state is WorkerState.LIVE
-            and now_s <= worker.lease_until_s
-        )
+        return not self.deleted and self.coordinator.has_live(identity, now_s)
 
     def require_room_for(self, worker: str) -> None:
         """OverCapacity if a round with one more worker does not fit in the staging budget."""
@@ -354,16 +344,8 @@ class Model:
     ) -> IdentityFile:
         """Who the model is, for the disk. `timeline` and `lineage`: those that it is about to have."""
         stands_on = list(self.commits.lineage if lineage is None else lineage)
-        return IdentityFile(
-            self.uid, timeline or self.timeline, clean_version, stands_on, self.epochs, self.crashed
-        )
-
-    def rolled_back(self, timeline: int, version: int) -> int:
-        """How many versions up to one that a worker was told of, on its timeline, a crash has undone."""
-        if timeline not in self.crashed:
-            return 0
-        lineage = self.commits.lineage
-        return max(0, version - dict(lineage).get(timeline, lineage[-1][1]))
+        at = timeline or self.timeline
+        return replace(self.kept, timeline=at, clean_version=clean_version, lineage=stands_on)
 
     @property
     def version_before_failure(self) -> int:

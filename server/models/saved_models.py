@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 
 from pushstep.proto.errors import ModelNotLoaded, PushstepError
 from pushstep.proto.errors.status import named
@@ -73,8 +74,8 @@ class SavedModels:
             await DISK.run(self._bring_forward, model, found, folder)
             proven = model.timeline == identity.timeline
             model.begun_at = model.timeline, model.version
-            model.epochs = identity.epochs
-            model.crashed = [*identity.crashed, *([] if proven else [identity.timeline])]
+            crashed = [*identity.crashed, *([] if proven else [identity.timeline])]
+            model.kept = replace(identity, crashed=crashed)
             await DISK.run(folder.write_identity, model.identity(None))
             await self._catalog.snapshotter.open_journal(model, folder, after_gap=not proven)
             if not proven:

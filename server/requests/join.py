@@ -74,7 +74,7 @@ async def _join(catalog: Catalog, request: JoinRequest, peer: str) -> tuple[Join
             await catalog.keep_epoch(model, worker.epoch)
             await model.recorder.until_safe()
             member = membership(model, worker)
-            member.rolled_back = model.rolled_back(request.timeline, request.version)
+            member.rolled_back = model.identity(None).rolled_back(request.timeline, request.version)
             return JoinResponse(member=member), model.layout
         same_as = model.layout
         await _looked_at(request.manifest, partial(_check_same, model.name, same_as))

@@ -64,6 +64,12 @@ class IdentityFile:
     # the timelines that a crash has ended, which may have undone what was acknowledged
     crashed: Sequence[int] = ()
 
+    def rolled_back(self, timeline: int, version: int) -> int:
+        """How many versions up to one that a worker was told of, on its timeline, a crash has undone."""
+        if timeline not in self.crashed or not self.lineage:
+            return 0
+        return max(0, version - dict(self.lineage).get(timeline, self.lineage[-1][1]))
+
     def dump(self) -> str:
         """As JSON."""
         return json.dumps(

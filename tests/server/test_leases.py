@@ -86,5 +86,5 @@ def test_each_lease_is_looked_at_seldom() -> None:
     assert len(sessions.leases._heap) < 3000
     sessions.expire(1000.0)
     assert not sessions.live()
-    assert sessions.first_lease_s() is None
+    assert sessions.leases.first_s() is None
     assert not sessions.leases._heap
