@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+# Before torch is imported, for this process and those that it starts: on cores that other tests use, too, threads that
+# spin while they wait for each other make steps of microseconds take a scheduler's turn each.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 from harness import RunningServer, running_server
 from hypothesis.internal.conjecture import providers
