@@ -1,8 +1,8 @@
 """Processes forked from one that has imported what takes long: most of the start of a server or a script is importing torch.
 
-A forked server runs the command's own `main()`; a forked script is a whole Python program. Each ends as one that was
-started by itself does, with all that the interpreter does at its end. Run as a script, this is the process that they are
-forked from.
+A forked server runs the command's own `main()`, or a file that changes something first; a forked script is a whole
+Python program. Each ends as one that was started by itself does, with all that the interpreter does at its end. Run as a
+script, this is the process that they are forked from.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import gc
 import importlib
 import json
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -76,11 +77,14 @@ class Origin:
             socket.send_fds(self._orders, [json.dumps(order).encode()], list(fds))
             return json.loads(self._orders.recv(LONGEST_ORDER))
 
-    def serve(self, arguments: list[str], stderr: IO[str]) -> Forked:
-        """A server with these arguments, which writes to `stderr`."""
+    def serve(self, arguments: list[str], stderr: IO[str], **how: Any) -> Forked:
+        """A server with these arguments, which writes to `stderr`.
+
+        `file`: run this in place of the command. `environment`: in place of this process's.
+        """
         ours, theirs = os.pipe()
         try:
-            pid = self._fork(None, arguments, theirs, stderr.fileno())
+            pid = self._fork({"arguments": arguments, **how}, theirs, stderr.fileno())
         finally:
             os.close(theirs)
         return Forked(self, pid, open(ours))
@@ -88,12 +92,11 @@ class Origin:
     def run(self, code: str, arguments: tuple[str, ...], log: Path) -> Forked:
         """A script with these arguments in its sys.argv, which writes to `log`."""
         with log.open("a") as output:
-            return Forked(self, self._fork(code, arguments, output.fileno(), output.fileno()))
+            order = {"code": code, "arguments": arguments}
+            return Forked(self, self._fork(order, output.fileno(), output.fileno()))
 
-    def _fork(
-        self, code: str | None, arguments: list[str] | tuple[str, ...], stdout: int, stderr: int
-    ) -> int:
-        order = {"code": code, "arguments": arguments, "folder": os.getcwd()}
+    def _fork(self, order: dict[str, Any], stdout: int, stderr: int) -> int:
+        order = {"environment": dict(os.environ), "folder": os.getcwd()} | order
         pid: int = self.order(order, stdout, stderr)
         return pid
 
@@ -107,12 +110,12 @@ class Origin:
 _servers: dict[int, Origin] = {}
 
 
-def serve(arguments: list[str], stderr: IO[str]) -> Forked:
+def serve(arguments: list[str], stderr: IO[str], **how: Any) -> Forked:
     """A server forked from this process's own origin of servers, which is made for the first one."""
     pid = os.getpid()
     if pid not in _servers:
         _servers[pid] = Origin("pushstep.server.__main__", "pushstep.server.operator_door.app")
-    return _servers[pid].serve(arguments, stderr)
+    return _servers[pid].serve(arguments, stderr, **how)
 
 
 def _take_orders(orders: socket.socket) -> dict[str, Any] | None:
@@ -148,7 +151,10 @@ def _become(order: dict[str, Any], fds: Any) -> None:
     sys.stdin = open(0, closefd=False)  # noqa: SIM115 - for as long as it lives, as the next two
     sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
-    sys.argv = ["pushstep-server" if order["code"] is None else "script", *order["arguments"]]
+    os.environ.clear()
+    os.environ.update(order["environment"])
+    name = "script" if "code" in order else order.get("file", "pushstep-server")
+    sys.argv = [name, *order["arguments"]]
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -156,12 +162,14 @@ if __name__ == "__main__":
     for name in sys.argv[2:]:
         importlib.import_module(name)
     given = _take_orders(socket.socket(fileno=int(sys.argv[1])))
-    if given is not None and given["code"] is None:
-        from pushstep.server.__main__ import main
-
-        main()
-    elif given is not None:
+    if given is not None and "code" in given:
         import torch
 
         torch.set_num_threads(1)
         exec(compile(given["code"], "script", "exec"))
+    elif given is not None and "file" in given:
+        runpy.run_path(given["file"], run_name="__main__")
+    elif given is not None:
+        from pushstep.server.__main__ import main
+
+        main()

@@ -101,24 +101,23 @@ def start_server(
 ) -> RunningServer:
     """Start a server on free ports with `data` as its folder, and wait until it is ready. On the test's device.
 
-    `command`: what is started in place of the server's own command.
+    `command`: what is started in place of the server's own command. A file that Python runs is forked, too.
     """
     data.mkdir(parents=True, exist_ok=True)
     log = data / f"server-{next(_numbers)}.log"
     arguments = ["--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0", "--data", str(data), *options]
     process: subprocess.Popen[str] | Forked
-    started = tuple(command or COMMANDS[DEVICE])
+    started = tuple(str(word) for word in command or COMMANDS[DEVICE])
+    how: dict[str, Any] = {} if environment is None else {"environment": environment}
     with log.open("w") as stderr:
-        if started != (SERVER,) or environment is not None:
-            process = subprocess.Popen(
-                [*started, *arguments],
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-                text=True,
-                env=environment,
-            )
+        if started == (str(SERVER),):
+            process = serve(arguments, stderr, **how)
+        elif started[0] == sys.executable:
+            process = serve([*started[2:], *arguments], stderr, file=started[1], **how)
         else:
-            process = serve(arguments, stderr)
+            process = subprocess.Popen(
+                [*started, *arguments], stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment
+            )
     if process.stdout is None:
         raise RuntimeError("no pipe")
     line = process.stdout.readline()
