@@ -14,10 +14,10 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
-from harness import RunningServer, running_server
 from hypothesis.internal.conjecture import providers
 
 from pushstep.client import Session
+from tests.support.servers.harness import RunningServer, running_server
 
 _numbers = itertools.count()
 

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-PACKAGES = ("proto", "optim", "server", "client")
-# Who may import whom. A file at the top of a package goes by its own name; a folder within a folder goes by the outer one's.
+from tests.support import source_tree
+from tests.support.source_tree import (
+    MAY_IMPORT,
+    OUTSIDE,
+    PACKAGES,
+    ROOT,
+    imports,
+    module_of,
+    name_of,
+    python_files,
+)
+
+# Inside of a package, who may import whom. A file at the top of a package goes by its own name; a folder within a folder goes by the outer one's.
 ARROWS = {
     "proto": {
         "__init__": set[str](),
@@ -91,44 +101,62 @@ MOST_FILES, MOST_LINES, MOST_LINES_OF_TESTS = 13, 400, 500
 NOT_PURE = {"asyncio", "threading", "time", "logging", "socket", "os"}
 
 
-def files(folder: str) -> list[Path]:
-    return [path for path in sorted((ROOT / folder).rglob("*.py")) if "_pb2" not in path.name]
+MODULES = {module_of(path): path for path in python_files(*PACKAGES)}
 
 
-def name_of(path: Path) -> str:
-    """server.arenas.writer"""
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-MODULES = {name_of(path): path for package in PACKAGES for path in files(package)}
-
-
-def imports(path: Path) -> set[str]:
-    """The modules of ours that a file imports, wherever in it, and for types only, too."""
-    package = path.parent.relative_to(ROOT).parts
+def imported_modules(path: Path) -> set[str]:
+    """The modules of ours that a file imports."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if not isinstance(node, ast.ImportFrom):
-            continue
-        if node.level:
-            origin = [*package[: len(package) + 1 - node.level], *(node.module or "").split(".")]
-        elif (node.module or "").split(".")[0] == "pushstep":
-            origin = (node.module or "").split(".")[1:]
-        else:
-            continue
-        module = ".".join(part for part in origin if part)
-        for alias in node.names:
-            inner = f"{module}.{alias.name}" if module else alias.name
-            found.add(inner if inner in MODULES else module)
+    for each in imports(path):
+        module = each.module.removeprefix("pushstep.")
+        inner = f"{module}.{each.name}"
+        found.add(inner if inner in MODULES else module)
     return {name for name in found if name in MODULES}
 
 
-GRAPH = {name: imports(path) - {name} for name, path in MODULES.items()}
+GRAPH = {name: imported_modules(path) - {name} for name, path in MODULES.items()}
 
 
 def room(module: str) -> str:
     return [*module.split("."), "__init__"][1]
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_imports_follow_the_arrows(package: str) -> None:
+    """Relative inside a package, absolute across, and only where the table allows."""
+    wrong = []
+    for path in python_files(package):
+        for each in imports(path):
+            first, _, rest = f"{each.module}.{each.name}".partition(".")
+            inner = rest.split(".")[0]
+            if first == "pushstep":
+                allowed = inner == package if each.relative else inner in MAY_IMPORT[package]
+            else:
+                allowed = first not in (OUTSIDE, *PACKAGES) and not each.module.endswith("()")
+            if not allowed:
+                wrong.append(f"{name_of(path)}:{each.line}: {each.module}")
+    assert python_files(package)
+    assert wrong == []
+
+
+def test_nothing_is_imported_by_its_folder_s_name() -> None:
+    """`import server` would make a second copy of pushstep.server, `import harness` find another's."""
+    bare = {*PACKAGES, *(path.stem for path in python_files("tests"))} - {"__init__", "__main__"}
+    wrong = [
+        f"{name_of(path)}:{each.line}: {each.module}"
+        for path in python_files("tests", *PACKAGES)
+        for each in imports(path)
+        if each.module.split(".")[0] in bare
+    ]
+    assert wrong == []
+
+
+def test_contributing_has_the_same_table() -> None:
+    table = re.findall(
+        r"^\| `(\w+)/` \| `pushstep\.\w+` \|[^|]*\| ([^|]*) \|$", (ROOT / "CONTRIBUTING.md").read_text(), re.M
+    )
+    found = {folder: set(re.findall(r"`(proto|optim|server|client)`", may)) for folder, may in table}
+    assert found == MAY_IMPORT
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -154,21 +182,23 @@ def test_no_circle_of_imports() -> None:
 
 
 def test_the_coordinator_is_pure() -> None:
-    wrong = []
-    for path in files("server/coordinator"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
-            wrong += [f"{name_of(path)}: {name}" for name in names if name.split(".")[0] in NOT_PURE]
+    wrong = [
+        f"{name_of(path)}: {each.module}"
+        for path in python_files("server/coordinator")
+        for each in imports(path)
+        if each.module.split(".")[0] in NOT_PURE
+    ]
     assert wrong == []
 
 
 def test_rooms_can_be_seen_whole() -> None:
-    folders = [path.parent for path in MODULES.values()]
+    folders = [path.parent for path in (*MODULES.values(), *python_files("tests/support"))]
     assert {str(folder) for folder in folders if folders.count(folder) > MOST_FILES} == set()
     bounds = dict.fromkeys(PACKAGES, MOST_LINES) | {"tests": MOST_LINES_OF_TESTS}
     lengths = {
-        path: (len(path.read_text().splitlines()), bound) for f, bound in bounds.items() for path in files(f)
+        path: (len(path.read_text().splitlines()), bound)
+        for f, bound in bounds.items()
+        for path in python_files(f)
     }
     assert {str(path): lines for path, (lines, bound) in lengths.items() if lines > bound} == {}
 
@@ -176,15 +206,16 @@ def test_rooms_can_be_seen_whole() -> None:
 def test_a_circle_and_a_wrong_arrow_would_be_found(tmp_path: Path) -> None:
     """These tests, on a copy of the tree with one import too many."""
     copied = tmp_path / "copy"
-    for folder in PACKAGES:
-        for path in files(folder):
-            target = copied / path.relative_to(ROOT)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(path.read_bytes())
-    (copied / "tests").mkdir()
-    (copied / "tests" / "test_house.py").write_bytes(Path(__file__).read_bytes())
+    needed = (Path(source_tree.__file__), Path(__file__), ROOT / "CONTRIBUTING.md")
+    for path in (*python_files(*PACKAGES), *needed):
+        target = copied / path.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes())
     wrong = copied / "server" / "coordinator" / "decision.py"
-    wrong.write_text(wrong.read_text() + "\nimport time\n\nfrom ..models.model import Model\n")
+    wrong.write_text(
+        wrong.read_text()
+        + "\nimport time\n\nfrom pushstep.client import connect\nfrom ..models.model import Model\n"
+    )
     ran = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not would_be_found", "tests"],
         cwd=copied,
@@ -195,6 +226,7 @@ def test_a_circle_and_a_wrong_arrow_would_be_found(tmp_path: Path) -> None:
     )
     failed = [line for line in ran.stdout.splitlines() if line.startswith("FAILED")]
     for name in (
+        "imports_follow_the_arrows[server]",
         "folders_import_along_the_arrows[server]",
         "no_circle_of_imports",
         "the_coordinator_is_pure",

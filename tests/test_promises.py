@@ -16,94 +16,15 @@ from pathlib import Path
 
 import httpx
 import pytest
-from harness import RunningServer
 
-ROOT = Path(__file__).parents[1]
-# Who may import whom. CONTRIBUTING.md has the same table.
-ARROWS = {
-    "proto": set[str](),
-    "optim": set[str](),
-    "server": {"proto", "optim"},
-    "client": {"proto", "optim"},
-}
+from tests.support.servers.harness import RunningServer
+from tests.support.source_tree import MAY_IMPORT, PACKAGES, ROOT, name_of, python_files, tracked
+
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 README = (ROOT / "README.md").read_text()
 
 
-def modules(*folders: str) -> list[Path]:
-    """Our Python files in these folders; what protoc wrote is not ours."""
-    return [
-        path
-        for folder in folders
-        for path in sorted((ROOT / folder).rglob("*.py"))
-        if "_pb2" not in path.name
-    ]
-
-
-def name_of(path: Path) -> str:
-    return str(path.relative_to(ROOT))
-
-
-def tracked() -> list[Path]:
-    """Every file of the repository."""
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True, text=True)
-    return [ROOT / name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
-
-
 # --- imports
-
-
-def imported(path: Path) -> Iterator[tuple[int, str]]:
-    """(line, what) of every import: ".x" inside the package, "pushstep.optim", "torch"."""
-    inside = len(path.relative_to(ROOT).parts) - 1
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from ((node.lineno, alias.name) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.level:
-            yield node.lineno, "." if node.level <= inside else "a relative import out of the package"
-        elif isinstance(node, ast.ImportFrom) and node.module == "pushstep":
-            yield from ((node.lineno, f"pushstep.{alias.name}") for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            yield node.lineno, node.module or ""
-        elif isinstance(node, ast.Call) and isinstance(node.func, (ast.Name, ast.Attribute)):
-            called = node.func.id if isinstance(node.func, ast.Name) else node.func.attr
-            if called in ("__import__", "import_module"):
-                yield node.lineno, f"{called}()"
-
-
-@pytest.mark.parametrize("package", ARROWS)
-def test_imports_follow_the_arrows(package: str) -> None:
-    """Relative inside a package, absolute across, and only where the table allows."""
-    wrong = []
-    for path in modules(package):
-        for line, what in imported(path):
-            first, _, rest = what.partition(".")
-            allowed = (first == "pushstep" and rest.split(".")[0] in ARROWS[package]) or not (
-                first in ("pushstep", "a relative import out of the package", *ARROWS) or what.endswith("()")
-            )
-            if not allowed:
-                wrong.append(f"{name_of(path)}:{line}: {what}")
-    assert modules(package)
-    assert wrong == []
-
-
-def test_nothing_is_imported_by_its_folder_s_name() -> None:
-    """`import server` would make a second copy of pushstep.server."""
-    wrong = [
-        f"{name_of(path)}:{line}: {what}"
-        for path in modules("tests", *ARROWS)
-        for line, what in imported(path)
-        if what.split(".")[0] in ARROWS
-    ]
-    assert wrong == []
-
-
-def test_contributing_has_the_same_table() -> None:
-    table = re.findall(
-        r"^\| `(\w+)/` \| `pushstep\.\w+` \|[^|]*\| ([^|]*) \|$", (ROOT / "CONTRIBUTING.md").read_text(), re.M
-    )
-    found = {folder: set(re.findall(r"`(proto|optim|server|client)`", may)) for folder, may in table}
-    assert found == ARROWS
 
 
 @pytest.mark.parametrize(
@@ -137,7 +58,7 @@ def test_contributing_has_the_same_table() -> None:
 )
 def test_a_package_needs_no_more_than_it_says(package: str, blocked: list[str], use: str) -> None:
     code = f"import sys\nfor name in {blocked!r}: sys.modules[name] = None\nimport pushstep.{package}\n"
-    others = [f"pushstep.{name}" for name in ARROWS if name != package and name not in ARROWS[package]]
+    others = [f"pushstep.{name}" for name in PACKAGES if name != package and name not in MAY_IMPORT[package]]
     code += (
         textwrap.dedent(use) + f"\nassert not [m for m in sys.modules if m.startswith({tuple(others)!r})]\n"
     )
@@ -176,7 +97,11 @@ def forbidden(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def test_nothing_is_unpickled_or_evaluated() -> None:
-    wrong = [f"{name_of(path)}:{line}: {what}" for path in modules(*ARROWS) for line, what in forbidden(path)]
+    wrong = [
+        f"{name_of(path)}:{line}: {what}"
+        for path in python_files(*PACKAGES)
+        for line, what in forbidden(path)
+    ]
     assert wrong == []
 
 
@@ -194,7 +119,7 @@ def test_input_is_never_asserted_on() -> None:
     """`python -O` drops asserts."""
     wrong = [
         f"{name_of(path)}:{node.lineno}"
-        for path in modules(*ARROWS)
+        for path in python_files(*PACKAGES)
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Assert)
     ]
@@ -205,7 +130,7 @@ def test_the_server_uses_no_thread_that_kinds_of_work_would_share() -> None:
     """asyncio's own: who fills them keeps everything else waiting."""
     wrong = [
         f"{name_of(path)}:{node.lineno}: {ast.unparse(node)}"
-        for path in modules("server")
+        for path in python_files("server")
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Call)
         and isinstance(node.func, ast.Attribute)
@@ -218,7 +143,7 @@ def test_the_server_uses_no_thread_that_kinds_of_work_would_share() -> None:
 
 
 def test_modules_say_what_they_are() -> None:
-    files = [path for path in modules(*ARROWS, "tests") if path.read_text().strip()]
+    files = [path for path in python_files(*PACKAGES, "tests") if path.read_text().strip()]
     assert [name_of(path) for path in files if not ast.get_docstring(ast.parse(path.read_text()))] == []
 
 
@@ -227,15 +152,15 @@ def test_modules_say_what_they_are() -> None:
 
 def test_every_folder_with_modules_is_a_package() -> None:
     """Without an `__init__.py` it would be left out of the wheel."""
-    parts = {f"pushstep.{package}": package for package in ARROWS}
+    parts = {f"pushstep.{package}": package for package in PACKAGES}
     assert PROJECT["tool"]["setuptools"]["package-dir"] == {"pushstep": "package", **parts}
-    with_modules = {path.parent for path in modules(*ARROWS)}
+    with_modules = {path.parent for path in python_files(*PACKAGES)}
     assert [name_of(folder) for folder in with_modules if not (folder / "__init__.py").exists()] == []
 
 
 def test_types_and_contract_are_packed() -> None:
     packed = PROJECT["tool"]["setuptools"]["package-data"]
-    for package in ARROWS:
+    for package in PACKAGES:
         assert (ROOT / package / "py.typed").exists()
         assert "py.typed" in packed[f"pushstep.{package}"]
     assert {"*.proto", "*.pyi"} <= set(packed["pushstep.proto"])
@@ -413,7 +338,7 @@ def test_the_tour_is_the_tree() -> None:
     """Each folder of the packages has its row; each file that the tour names is there."""
     tour = README[README.index("## Tour of the source") : README.index("## How a server ends")]
     rows = dict(re.findall(r"^\| `([\w/]+)/` \| (.*) \|$", tour, re.M))
-    folders = {name_of(path.parent) for path in modules(*ARROWS) if path.parent.parent.parent == ROOT}
+    folders = {name_of(path.parent) for path in python_files(*PACKAGES) if path.parent.parent.parent == ROOT}
     named = set(rows) | {
         f"{folder}/{inner}" for folder, text in rows.items() for inner in re.findall(r"`(\w+)/`", text)
     }

@@ -17,7 +17,7 @@ stream is waited for. The staging budget bounds device memory for gradients as i
 through both.
 
 Written from CUDA's and torch's documentation and not run on a device yet. Tests run it over a model of streams and events
-(`tests/streams.py`), which finds a wait that is left out.
+(`tests/support/cuda/streams.py`), which finds a wait that is left out.
 """
 
 from __future__ import annotations

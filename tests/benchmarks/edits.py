@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from pushstep.client import connect
 from pushstep.client.attachment.local_edits import LocalEdits
 from pushstep.optim import Adagrad
-from tests.harness import RunningServer, running_server
+from tests.support.servers.harness import RunningServer, running_server
 
 from .machine import Others
 from .table import table

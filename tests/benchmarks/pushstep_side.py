@@ -20,7 +20,7 @@ import httpx
 import torch
 
 from pushstep.client import connect
-from tests.harness import start_server
+from tests.support.servers.harness import start_server
 
 from . import training_side
 from .driver import Driver, end_all

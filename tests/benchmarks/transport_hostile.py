@@ -14,9 +14,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
-
-import tests.harness
 
 from . import floors
 from .machine import Others, cpu_s
@@ -27,7 +24,7 @@ from .table import count, decided, table
 
 WORKERS = 4
 CONNECTIONS = 4
-HOSTILE = Path(tests.harness.__file__).with_name("hostile.py")
+HOSTILE = "tests.support.workers.hostile"
 BUSY = [sys.executable, "-c", "import os; os.nice(19)\nwhile True: pass"]
 # norms that vary as little as a benchmark's: what the hostile one pushes before it is quarantined must be outlying
 GATE = {"norm_outlier": 20.0, "norm_warmup": 5}
@@ -60,7 +57,7 @@ def hostile(peers: Peers, elements: int, quick: bool) -> None:
         side.turn("push", 0, 20)
         side.patch("gate", GATE)
         side.turn("push", 0, 20)
-        flood = [sys.executable, str(HOSTILE), side.address, side.model, str(CONNECTIONS)]
+        flood = [sys.executable, "-m", HOSTILE, side.address, side.model, str(CONNECTIONS)]
         beside: dict[str, subprocess.Popen[str] | None] = {"alone": None}
         beside["a busy loop at nice 19"] = stack.enter_context(paused(BUSY, 0))
         beside["a flood of refused headers at nice 19"] = stack.enter_context(paused(flood, 2))

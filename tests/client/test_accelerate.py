@@ -11,12 +11,22 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from harness import RunningServer
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, TensorDataset
-from twin import ROWS, Make, Network, Twins, adadelta, adagrad, both, check_state_dict, loss_of
 
 from pushstep.proto.errors import LocalParameterEdit
+from tests.support.servers.harness import RunningServer
+from tests.support.workers.twin import (
+    ROWS,
+    Make,
+    Network,
+    Twins,
+    adadelta,
+    adagrad,
+    both,
+    check_state_dict,
+    loss_of,
+)
 
 
 @pytest.fixture(autouse=True)

@@ -10,10 +10,7 @@ import grpc
 import numpy as np
 import pytest
 import torch
-from harness import RunningServer, wait_until
-from proxy import Proxy
 from torch import nn
-from twin import Make, Network, Twins, adadelta, adagrad, backward, both, check_state_dict
 
 from pushstep.client import RemoteOptimizer
 from pushstep.optim import Adadelta, Adagrad
@@ -27,6 +24,18 @@ from pushstep.proto.errors import (
 )
 from pushstep.proto.errors.status import from_rpc_error
 from pushstep.proto.types_pb2 import Manifest, Parameter, ParamGroup
+from tests.support.servers.harness import RunningServer, wait_until
+from tests.support.servers.proxy import Proxy
+from tests.support.workers.twin import (
+    Make,
+    Network,
+    Twins,
+    adadelta,
+    adagrad,
+    backward,
+    both,
+    check_state_dict,
+)
 
 
 def attach(

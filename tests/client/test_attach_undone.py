@@ -19,12 +19,7 @@ import grpc
 import numpy as np
 import pytest
 import torch
-from harness import RunningServer, wait_until
-from interrupts import python_s_handler
-from operators import show_worker
-from proxy import Proxy
 from torch import nn
-from twin import Network, backward, both
 
 import pushstep.client
 from pushstep.client import Session
@@ -43,6 +38,11 @@ from pushstep.proto.errors import (
 )
 from pushstep.proto.errors.status import from_rpc_error
 from pushstep.proto.types_pb2 import Manifest, Parameter, ParamGroup
+from tests.support.processes.interrupts import python_s_handler
+from tests.support.servers.harness import RunningServer, wait_until
+from tests.support.servers.operators import show_worker
+from tests.support.servers.proxy import Proxy
+from tests.support.workers.twin import Network, backward, both
 
 __all__ = ["python_s_handler"]
 # a socket that was just being opened is closed by the collector

@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-from harness import RunningServer
-from operators import restore, show_model, take_snapshot
 from torch import nn
-from twin import Make, Network, adadelta, adagrad, backward, both, check_state_dict
 
 from pushstep.client import RemoteOptimizer, Session
 from pushstep.proto.errors import LocalParameterEdit, OtherWorkersLive
+from tests.support.servers.harness import RunningServer
+from tests.support.servers.operators import restore, show_model, take_snapshot
+from tests.support.workers.twin import Make, Network, adadelta, adagrad, backward, both, check_state_dict
 
 MODULE, ATTACH, STATE = "module.load_state_dict", "attach", "optimizer.load_state_dict"
 ORDERS = list(itertools.permutations((MODULE, ATTACH, STATE)))

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from harness import RunningServer
+
+from tests.support.servers.harness import RunningServer
 
 PUSHSTEP = Path(sys.executable).with_name("pushstep")
 ROOT = Path(__file__).parents[2]

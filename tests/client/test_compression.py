@@ -9,9 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from harness import RunningServer
-from operators import add_hook, restore, take_snapshot
-from simulation.seeded_bugs import Bug, found_by
 from torch import Tensor
 
 from pushstep import optim
@@ -27,6 +24,9 @@ from pushstep.proto.wire.buffers import BufferPool
 from pushstep.proto.wire.frames import Assembly, pack, unpack
 from pushstep.proto.wire.layout import Layout, check_body
 from pushstep.server.staging.unpack import dense_part, rows_part
+from tests.simulation.seeded_bugs import Bug, found_by
+from tests.support.servers.harness import RunningServer
+from tests.support.servers.operators import add_hook, restore, take_snapshot
 
 WEIGHT, BIAS, TABLE = "weight", "bias", "table"
 LAYOUT = Layout(

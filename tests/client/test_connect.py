@@ -18,7 +18,6 @@ import grpc
 import numpy as np
 import pytest
 import torch
-from harness import RunningServer, running_server, start_server
 
 from pushstep.client import connect, options
 from pushstep.proto.errors import (
@@ -29,6 +28,7 @@ from pushstep.proto.errors import (
     ServerUnavailable,
     WrongDtype,
 )
+from tests.support.servers.harness import RunningServer, running_server, start_server
 
 VALUES = {"a": np.zeros(3, np.float32)}
 

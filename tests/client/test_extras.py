@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from harness import RunningServer
-from operators import restore, take_snapshot
 from safetensors.torch import load
 from torch import Tensor, nn
 
@@ -20,6 +18,8 @@ from pushstep.client.attachment import buffers as extras
 from pushstep.client.membership import uploads
 from pushstep.optim import Adadelta, Adagrad
 from pushstep.proto.errors import ManifestMismatch
+from tests.support.servers.harness import RunningServer
+from tests.support.servers.operators import restore, take_snapshot
 
 
 def _module() -> nn.Module:

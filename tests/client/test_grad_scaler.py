@@ -6,12 +6,22 @@ import math
 
 import pytest
 import torch
-from harness import RunningServer
 from torch.amp import GradScaler
-from twin import Make, Network, Twins, adadelta, adagrad, backward, both, check_state_dict, loss_of
 
 from pushstep.client import Outcome
 from pushstep.proto.errors import LocalParameterEdit
+from tests.support.servers.harness import RunningServer
+from tests.support.workers.twin import (
+    Make,
+    Network,
+    Twins,
+    adadelta,
+    adagrad,
+    backward,
+    both,
+    check_state_dict,
+    loss_of,
+)
 
 
 def _scalers(**options: float) -> list[GradScaler]:

@@ -12,16 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from harness import RunningServer, wait_until
-from interrupts import interrupt_after, python_s_handler
-from operators import show_model, show_worker
-from proxy import Proxy
 from torch import nn
 
 from pushstep.client import RemoteOptimizer, Session, connect
 from pushstep.client.optimizer import overlap
 from pushstep.optim import Adagrad
 from pushstep.proto.errors import SessionClosed
+from tests.support.processes.interrupts import interrupt_after, python_s_handler
+from tests.support.servers.harness import RunningServer, wait_until
+from tests.support.servers.operators import show_model, show_worker
+from tests.support.servers.proxy import Proxy
 
 __all__ = ["python_s_handler"]
 pytestmark = pytest.mark.usefixtures("python_s_handler")

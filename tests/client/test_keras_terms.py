@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from harness import RunningServer, running_server
-from operators import download, patch_group, restore, set_policy, take_snapshot
 from torch import nn
-from twin import Network, Twins, backward, check_state_dict
 
 from pushstep.optim import RULES
 from pushstep.optim import keras as keras
 from pushstep.proto.errors import InvalidHyperparameter, SparseNotSupported, UnsupportedModule
+from tests.support.servers.harness import RunningServer, running_server
+from tests.support.servers.operators import download, patch_group, restore, set_policy, take_snapshot
+from tests.support.workers.twin import Network, Twins, backward, check_state_dict
 
 Make = Callable[[nn.Module], torch.optim.Optimizer]
 MAKES: dict[str, Make] = {

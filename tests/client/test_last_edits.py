@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from harness import RunningServer, wait_until
-from operators import add_hook, patch_group, restore, show_worker, take_snapshot
 from torch.optim import lr_scheduler
-from twin import Make, Network, Twins, adadelta, adagrad, backward, both
 
 from pushstep.client import RemoteOptimizer, Session
 from pushstep.optim import Adagrad
+from tests.support.servers.harness import RunningServer, wait_until
+from tests.support.servers.operators import add_hook, patch_group, restore, show_worker, take_snapshot
+from tests.support.workers.twin import Make, Network, Twins, adadelta, adagrad, backward, both
 
 
 def _groups(server: RunningServer, model: str) -> list[dict[str, Any]]:

@@ -9,10 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from harness import RunningServer
-from operators import show_model
 from torch import Tensor, nn
-from twin import Make, Network, Twins, adadelta, adagrad, backward, both
 
 from pushstep.optim import Adagrad
 from pushstep.proto.errors import (
@@ -23,6 +20,9 @@ from pushstep.proto.errors import (
     WrongDtype,
     WrongShape,
 )
+from tests.support.servers.harness import RunningServer
+from tests.support.servers.operators import show_model
+from tests.support.workers.twin import Make, Network, Twins, adadelta, adagrad, backward, both
 
 TRANSPORTS = pytest.mark.parametrize("shared_memory", [False, True], ids=["tcp", "shared memory"])
 

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from harness import RunningServer
-from operators import add_hook, remove_hook, show_worker
 from torch import nn
 
 from pushstep.client import RemoteOptimizer, Session
+from tests.support.servers.harness import RunningServer
+from tests.support.servers.operators import add_hook, remove_hook, show_worker
 
 PLATEAU = {"scheduler": "ReduceLROnPlateau", "arguments": {"patience": 0, "factor": 0.5}}
 

@@ -11,12 +11,10 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed
-from harness import RunningServer
 from safetensors.torch import load
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, distribute_tensor
-from twin import Network, Twins, adadelta, adagrad, both
 
 from pushstep.client.attachment.names import CleanNames, clean_list
 from pushstep.optim import Adadelta, Adagrad
@@ -30,6 +28,8 @@ from pushstep.proto.errors import (
     WrongDtype,
 )
 from pushstep.proto.types_pb2 import Manifest, ParamGroup
+from tests.support.servers.harness import RunningServer
+from tests.support.workers.twin import Network, Twins, adadelta, adagrad, both
 
 NETWORK_NAMES = ["table.weight", "hidden.weight", "hidden.bias", "out.weight", "out.bias"]
 

@@ -11,10 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from counting import counts, create, grads
-from harness import RunningServer, running_server, start_server, wait_until
-from nursery import Nursery, Script, nursery
-from operators import show_worker
 from torch import nn
 
 from pushstep.client import Session
@@ -23,6 +19,10 @@ from pushstep.client.transport.channel import Transport
 from pushstep.proto import training_pb2 as pb
 from pushstep.proto.errors import AlreadyJoined, Fenced
 from pushstep.proto.training_pb2 import Process
+from tests.support.processes.nursery import Nursery, Script, nursery
+from tests.support.servers.harness import RunningServer, running_server, start_server, wait_until
+from tests.support.servers.operators import show_worker
+from tests.support.workers.counting import counts, create, grads
 
 # What a new run may take: its predecessor's lease is 30 s.
 AT_ONCE_S = 1.5

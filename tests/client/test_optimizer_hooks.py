@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from harness import RunningServer
-from twin import Make, Network, adadelta, both, loss_of
+
+from tests.support.servers.harness import RunningServer
+from tests.support.workers.twin import Make, Network, adadelta, both, loss_of
 
 
 def _log_hooks(optimizer: torch.optim.Optimizer, log: list[str], name: str) -> dict[str, Any]:

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from harness import RunningServer
 from torch import nn
-from twin import Network, Twins, adadelta, adagrad, both
 
 from pushstep.client import RemoteOptimizer
 from pushstep.optim import Adadelta
 from pushstep.proto.errors import UnsupportedModule
+from tests.support.servers.harness import RunningServer
+from tests.support.workers.twin import Network, Twins, adadelta, adagrad, both
 
 
 @pytest.mark.parametrize(("make", "name"), [(adadelta, "Adadelta"), (adagrad, "Adagrad"), (both, None)])

@@ -9,8 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from harness import RunningServer
-from overlapping import (
+from torch import Tensor, nn
+
+from pushstep.client import Outcome, RemoteOptimizer
+from pushstep.client.optimizer import overlap
+from pushstep.optim import Adagrad
+from tests.support.servers.harness import RunningServer
+from tests.support.workers.overlapping import (
     Deep,
     both_sides,
     deep_loss,
@@ -19,12 +24,7 @@ from overlapping import (
     step_all,
     twins_of,
 )
-from torch import Tensor, nn
-from twin import Network, adadelta, adagrad
-
-from pushstep.client import Outcome, RemoteOptimizer
-from pushstep.client.optimizer import overlap
-from pushstep.optim import Adagrad
+from tests.support.workers.twin import Network, adadelta, adagrad
 
 RULES = pytest.mark.parametrize("make", [adadelta, adagrad])
 

@@ -9,10 +9,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from counting import create, grads
-from harness import RunningServer, running_server, start_server, wait_until
-from operators import restore, show_model, take_snapshot
-from overlapping import (
+
+from pushstep.client import Outcome, connect
+from pushstep.client.optimizer import overlap
+from pushstep.proto.errors import OverBudget, SessionClosed
+from tests.support.servers.harness import RunningServer, running_server, start_server, wait_until
+from tests.support.servers.operators import restore, show_model, take_snapshot
+from tests.support.servers.proxy import Proxy
+from tests.support.workers.counting import create, grads
+from tests.support.workers.overlapping import (
     Deep,
     early_of,
     let_it_leave,
@@ -21,12 +26,7 @@ from overlapping import (
     twins_of,
     warmed,
 )
-from proxy import Proxy
-from twin import Twins, adagrad
-
-from pushstep.client import Outcome, connect
-from pushstep.client.optimizer import overlap
-from pushstep.proto.errors import OverBudget, SessionClosed
+from tests.support.workers.twin import Twins, adagrad
 
 
 @pytest.fixture(autouse=True)

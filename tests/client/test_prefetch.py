@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from harness import RunningServer, running_server, wait_until
-from operators import restore, show_model, take_snapshot
-from proxy import Proxy
 from torch import nn
-from twin import Network, adadelta, adagrad, both, check_state_dict, loss_of
 
 from pushstep.client import Outcome, RemoteOptimizer, connect
 from pushstep.proto.errors import NoAnswer, NonfiniteGradient, UnsupportedModule
+from tests.support.servers.harness import RunningServer, running_server, wait_until
+from tests.support.servers.operators import restore, show_model, take_snapshot
+from tests.support.servers.proxy import Proxy
+from tests.support.workers.twin import Network, adadelta, adagrad, both, check_state_dict, loss_of
 
 
 class Stale:

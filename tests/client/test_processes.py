@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from harness import RunningServer
 from torch.utils.data import DataLoader, Dataset, TensorDataset
-from trainer import held, train
-from twin import Network, Twins, adagrad, backward, loss_of
 
 from pushstep.client import RemoteOptimizer, Session
 from pushstep.proto.errors import ForkedSession
+from tests.support.processes.trainer import held, train
+from tests.support.servers.harness import RunningServer
+from tests.support.workers.twin import Network, Twins, adagrad, backward, loss_of
 
 
 class NosyItems(Dataset[torch.Tensor]):

@@ -9,10 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from harness import RunningServer, running_server, wait_until
-from judged import LAYOUT
-from proxy import Proxy
-from wire import RawWorker, Wire, created
 
 from pushstep.client import Outcome, Session, connect
 from pushstep.client.transport import retry as retry_module
@@ -30,6 +26,10 @@ from pushstep.server.coordinator.worker import WorkerState
 from pushstep.server.models.catalog import Catalog
 from pushstep.server.models.creations import CREATION_S, propose
 from pushstep.server.requests.upload import Upload
+from tests.support.servers.harness import RunningServer, running_server, wait_until
+from tests.support.servers.judged import LAYOUT
+from tests.support.servers.proxy import Proxy
+from tests.support.workers.wire import RawWorker, Wire, created
 
 # 12 MB take 1.1 s on this link and a chunk of 2 MiB 0.2.
 PAUSE_S = 0.006

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from counting import create
-from harness import RunningServer
-from nursery import Nursery, nursery
-from operators import show_model
 
 from pushstep.client import connect
 from pushstep.proto.errors import InvalidSettings
+from tests.support.processes.nursery import Nursery, nursery
+from tests.support.servers.harness import RunningServer
+from tests.support.servers.operators import show_model
+from tests.support.workers.counting import create
 
 BEGIN = """
 import sys, warnings, torch

@@ -13,13 +13,23 @@ from typing import Any
 
 import pytest
 import torch
-from harness import RunningServer
 from torch import nn
-from twin import Make, Network, Twins, adadelta, adagrad, backward, both, finite, loss_of
 
 from pushstep.client import Outcome, RemoteOptimizer
 from pushstep.optim import Adadelta, Adagrad
 from pushstep.proto.errors import LocalParameterEdit, NonfiniteGradient, NotAttached
+from tests.support.servers.harness import RunningServer
+from tests.support.workers.twin import (
+    Make,
+    Network,
+    Twins,
+    adadelta,
+    adagrad,
+    backward,
+    both,
+    finite,
+    loss_of,
+)
 
 RULES = pytest.mark.parametrize("make", [adadelta, adagrad])
 

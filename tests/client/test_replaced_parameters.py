@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from harness import RunningServer
-from operators import show_model
 from torch import nn
-from twin import Make, Network, Twins, adadelta, adagrad, backward, both, loss_of
 
 from pushstep.optim import Adadelta, Adagrad
 from pushstep.proto.errors import LocalParameterEdit, UnsupportedModule, WrongDtype, WrongShape
+from tests.support.servers.harness import RunningServer
+from tests.support.servers.operators import show_model
+from tests.support.workers.twin import Make, Network, Twins, adadelta, adagrad, backward, both, loss_of
 
 
 def _replace(

@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from counting import counts, create, grads
-from harness import RunningServer, start_server
-from operators import restore, take_snapshot
-from twin import Network, Twins, adagrad
 
 from pushstep.client import Outcome, connect
 from pushstep.optim import Adagrad
 from pushstep.proto.errors import Superseded
+from tests.support.servers.harness import RunningServer, start_server
+from tests.support.servers.operators import restore, take_snapshot
+from tests.support.workers.counting import counts, create, grads
+from tests.support.workers.twin import Network, Twins, adagrad
 
 
 def restart(server: RunningServer) -> RunningServer:

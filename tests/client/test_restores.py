@@ -12,10 +12,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from counting import counts
-from harness import RunningServer
-from operators import evict, patch_group, restore, take_snapshot
-from restore_points import (
+
+from pushstep.client import Outcome
+from pushstep.client.attachment import buffers as extras
+from pushstep.client.optimizer import overlap
+from pushstep.client.transport.attempts import Sending
+from pushstep.client.transport.retry import TransportFailure
+from pushstep.optim import Adagrad
+from pushstep.proto import training_pb2 as pb
+from pushstep.proto.errors import FateUnknown, Fenced, NoAnswer, Superseded
+from tests.simulation.seeded_bugs import Bug, found_by
+from tests.support.servers.harness import RunningServer
+from tests.support.servers.operators import evict, patch_group, restore, take_snapshot
+from tests.support.workers.counting import counts
+from tests.support.workers.restore_points import (
     INTERFACES,
     NAMES,
     POINTS,
@@ -30,16 +40,6 @@ from restore_points import (
     nobody_answers,
     parameters_are_of_after_it,
 )
-from simulation.seeded_bugs import Bug, found_by
-
-from pushstep.client import Outcome
-from pushstep.client.attachment import buffers as extras
-from pushstep.client.optimizer import overlap
-from pushstep.client.transport.attempts import Sending
-from pushstep.client.transport.retry import TransportFailure
-from pushstep.optim import Adagrad
-from pushstep.proto import training_pb2 as pb
-from pushstep.proto.errors import FateUnknown, Fenced, NoAnswer, Superseded
 
 
 @pytest.fixture(autouse=True)

@@ -12,11 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from counting import counts, create, grads
-from harness import RunningServer, running_server, wait_until
-from proxy import PIECE_BYTES, Proxy
-from twin import Network, Twins, adagrad, backward
-from wire import Wire
 
 from pushstep.client import Outcome, Receipt, Session, connect
 from pushstep.client.transport.retry import TransportFailure
@@ -30,6 +25,11 @@ from pushstep.proto.errors import (
     NonfiniteGradient,
     OverBudget,
 )
+from tests.support.servers.harness import RunningServer, running_server, wait_until
+from tests.support.servers.proxy import PIECE_BYTES, Proxy
+from tests.support.workers.counting import counts, create, grads
+from tests.support.workers.twin import Network, Twins, adagrad, backward
+from tests.support.workers.wire import Wire
 
 
 @pytest.fixture

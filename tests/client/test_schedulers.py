@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from harness import RunningServer
 from torch.optim import lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
-from twin import Make, Network, Twins, adadelta, adagrad, both
 
 from pushstep.client import RemoteOptimizer
+from tests.support.servers.harness import RunningServer
+from tests.support.workers.twin import Make, Network, Twins, adadelta, adagrad, both
 
 SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], LRScheduler]] = {
     "StepLR": lambda o: lr_scheduler.StepLR(o, step_size=2, gamma=0.5),

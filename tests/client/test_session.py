@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from harness import RunningServer
-from twin import Network, adagrad, backward
 
 from pushstep.client import Outcome, Session
 from pushstep.optim import Adadelta, Adagrad
@@ -24,6 +22,8 @@ from pushstep.proto.errors import (
     WrongDtype,
     WrongShape,
 )
+from tests.support.servers.harness import RunningServer
+from tests.support.workers.twin import Network, adagrad, backward
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 GROUPS = [

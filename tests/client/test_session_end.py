@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from counting import create, grads
-from harness import RunningServer, running_server, wait_until
-from proxy import Proxy
-from twin import Network, adagrad, backward
 
 from pushstep.client import Session, connect
 from pushstep.client.membership import member as membership
 from pushstep.optim import Adadelta, Adagrad
 from pushstep.proto.errors import AlreadyJoined, Fenced, ModelLost, SessionClosed
+from tests.support.servers.harness import RunningServer, running_server, wait_until
+from tests.support.servers.proxy import Proxy
+from tests.support.workers.counting import create, grads
+from tests.support.workers.twin import Network, adagrad, backward
 
 
 @pytest.fixture

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from harness import RunningServer, wait_until
-from nursery import Nursery, nursery
-from operators import show_worker
-from proxy import Proxy
 from torch import nn
 
 from pushstep.client import Session
+from tests.support.processes.nursery import Nursery, nursery
+from tests.support.servers.harness import RunningServer, wait_until
+from tests.support.servers.operators import show_worker
+from tests.support.servers.proxy import Proxy
 
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},

@@ -8,12 +8,22 @@ from typing import Any
 
 import pytest
 import torch
-from harness import RunningServer
 from torch import nn
-from twin import Make, Network, Twins, adadelta, adagrad, backward, both, check_state_dict, loss_of
 
 from pushstep.optim import Adadelta, Adagrad
 from pushstep.proto.errors import OtherWorkersLive, UnsupportedModule
+from tests.support.servers.harness import RunningServer
+from tests.support.workers.twin import (
+    Make,
+    Network,
+    Twins,
+    adadelta,
+    adagrad,
+    backward,
+    both,
+    check_state_dict,
+    loss_of,
+)
 
 MAKES = pytest.mark.parametrize("make", [adadelta, adagrad, both])
 

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from harness import RunningServer
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from twin import Network, Twins, adadelta, adagrad, check_state_dict, finite, loss_of
+
+from tests.support.servers.harness import RunningServer
+from tests.support.workers.twin import Network, Twins, adadelta, adagrad, check_state_dict, finite, loss_of
 
 Optimizers = list[torch.optim.Optimizer]
 Train = Callable[[nn.Module, Optimizers], Any]

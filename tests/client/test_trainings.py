@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from bounded import run_machine
-from harness import RunningServer
 from hypothesis import Phase
-from training_machine import Training
+
+from tests.support.processes.bounded import run_machine
+from tests.support.servers.harness import RunningServer
+from tests.support.workers.training_machine import Training
 
 
 def train(server: RunningServer, examples: int, steps: int, *phases: Phase) -> None:

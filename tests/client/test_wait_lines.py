@@ -13,9 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from harness import RunningServer, running_server, wait_until
-from operators import show_worker
-from proxy import Proxy
 
 from pushstep.client import Session, connect
 from pushstep.client.attachment.manifest import of_arrays
@@ -26,6 +23,9 @@ from pushstep.client.transport.channel import Transport
 from pushstep.proto import training_pb2 as pb
 from pushstep.proto.errors import ServerUnavailable
 from pushstep.proto.wire.layout import Layout
+from tests.support.servers.harness import RunningServer, running_server, wait_until
+from tests.support.servers.operators import show_worker
+from tests.support.servers.proxy import Proxy
 
 VALUES = {"a": np.zeros(4, np.float32)}
 ONES = {"a": np.ones(4, np.float32)}

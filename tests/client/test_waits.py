@@ -6,14 +6,14 @@ import time
 
 import grpc
 import pytest
-from counting import counts, create, grads
-from harness import RunningServer
-from proxy import Proxy
 
 from pushstep.client import connect
 from pushstep.client.transport.retry import Retry
 from pushstep.client.transport.waiting import Wait
 from pushstep.proto.errors import Draining, NoAnswer
+from tests.support.servers.harness import RunningServer
+from tests.support.servers.proxy import Proxy
+from tests.support.workers.counting import counts, create, grads
 
 
 def test_one_attempt_is_bounded_too(server: RunningServer, model_name: str) -> None:

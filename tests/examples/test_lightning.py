@@ -10,14 +10,14 @@ from typing import Any
 import lightning.pytorch as lightning
 import pytest
 import torch
-from harness import RunningServer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from nursery import nursery
 from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader, TensorDataset
-from twin import Network
 
 from pushstep.optim import Adagrad
+from tests.support.processes.nursery import nursery
+from tests.support.servers.harness import RunningServer
+from tests.support.workers.twin import Network
 
 pytestmark = [
     # Lightning's own, of this torch

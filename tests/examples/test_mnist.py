@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from harness import RunningServer
 from torch import Tensor, nn, optim
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader, TensorDataset
 
 from pushstep.optim import Adadelta
+from tests.support.servers.harness import RunningServer
 
 EPOCHS, IMAGES, CLASSES = 4, 160, 10
 

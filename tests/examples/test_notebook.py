@@ -9,8 +9,9 @@ from queue import Empty
 from typing import Any
 
 import pytest
-from harness import RunningServer
 from jupyter_client.manager import KernelManager
+
+from tests.support.servers.harness import RunningServer
 
 SETUP = """
 import torch

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness import RunningServer
 from skorch import NeuralNetRegressor
 from torch import nn
 
 from pushstep.optim import Adagrad
+from tests.support.servers.harness import RunningServer
 
 Make = Callable[..., torch.optim.Optimizer]
 

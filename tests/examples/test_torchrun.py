@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from harness import RunningServer
+from tests.support.servers.harness import RunningServer
 
 # On gloo, whose sum of two is exact in either order.
 SCRIPT = """

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from harness import RunningServer
 from torch.utils.data import Dataset
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from pushstep.optim import Adagrad
+from tests.support.servers.harness import RunningServer
 
 Make = Callable[[torch.nn.Module], torch.optim.Optimizer]
 STEPS, KEPT = 8, 4

@@ -8,11 +8,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 
-import checked_kernels
 import pytest
 import torch
-from guards import Guards
-from parity_table import ROWS, Row
 
 from pushstep.optim import RULES, Adadelta, Adagrad
 from pushstep.optim.cpu import dense as cpu
@@ -25,6 +22,9 @@ from pushstep.optim.ops.select import select
 from pushstep.optim.ops.sums import weighted_sum
 from pushstep.optim.ops.varints import Varints
 from pushstep.optim.step.step import RowStep, Step
+from tests.support.numbers import checked_kernels
+from tests.support.numbers.guards import Guards
+from tests.support.numbers.parity_table import ROWS, Row
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 DTYPES = (F32, F64, BF16, F16)

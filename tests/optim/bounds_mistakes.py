@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 
-import checked_kernels
 import numpy as np
 import pytest
 import torch
@@ -33,6 +32,7 @@ from pushstep.optim.ops import quantise, select, sums
 from pushstep.optim.ops import streaming as arriving
 from pushstep.optim.ops.quantise import code_bytes
 from pushstep.optim.step.step import RowStep, Step
+from tests.support.numbers import checked_kernels
 
 N = 300
 

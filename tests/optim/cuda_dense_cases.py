@@ -9,9 +9,6 @@ import mmap
 import numpy as np
 import pytest
 import torch
-from cuda_comparison import BLOCK, DEVICE, INTERPRETED, REFERENCE, assert_same, count_launches
-from cuda_reference import assert_step
-from cuda_steps import BF16, DTYPES, F32, F64, OPTIONS, SIZES, make_step, moved
 
 from pushstep.optim.cpu import dense as cpu
 from pushstep.optim.cuda import (
@@ -29,6 +26,9 @@ from pushstep.optim.cuda import (
 from pushstep.optim.cuda import (
     tables as cuda_tables,
 )
+from tests.support.cuda.comparison import BLOCK, DEVICE, INTERPRETED, REFERENCE, assert_same, count_launches
+from tests.support.cuda.reference import assert_step
+from tests.support.cuda.steps import BF16, DTYPES, F32, F64, OPTIONS, SIZES, make_step, moved
 
 NORESERVE = 0x4000  # MAP_NORESERVE of Linux; mmap names it from Python 3.13 on
 

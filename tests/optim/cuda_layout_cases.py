@@ -9,14 +9,14 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from cuda_comparison import BLOCK, DEVICE, INTERPRETED, REFERENCE, assert_same, count_launches
-from cuda_steps import OPTIONS, SIZES, make_step, moved
 
 from pushstep.optim import Adadelta, Adagrad
 from pushstep.optim.backends import dispatch
 from pushstep.optim.cpu import dense as cpu
 from pushstep.optim.cuda import steps as cuda
 from pushstep.optim.cuda import tables as cuda_tables
+from tests.support.cuda.comparison import BLOCK, DEVICE, INTERPRETED, REFERENCE, assert_same, count_launches
+from tests.support.cuda.steps import OPTIONS, SIZES, make_step, moved
 
 
 @pytest.fixture

@@ -7,15 +7,15 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from cuda_comparison import DEVICE, REFERENCE, assert_same
-from cuda_reference import assert_rows, square_sum
-from cuda_steps import BF16, DTYPES, DUPLICATES, F16, F32, F64, make_rows, make_step, moved
 
 from pushstep.optim.backends import dispatch
 from pushstep.optim.cpu import dense as cpu
 from pushstep.optim.cuda import steps as cuda
 from pushstep.optim.ops import norms
 from pushstep.optim.step.step import Step
+from tests.support.cuda.comparison import DEVICE, REFERENCE, assert_same
+from tests.support.cuda.reference import assert_rows, square_sum
+from tests.support.cuda.steps import BF16, DTYPES, DUPLICATES, F16, F32, F64, make_rows, make_step, moved
 
 
 class TestRows:

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from guards import Guards
 
-TESTS = Path(__file__).parents[1]
+from tests.support.numbers.guards import Guards
+
+ROOT = Path(__file__).parents[2]
 
 
 def run(name, *options):
     """pytest in a process of its own, in which every kernel is compiled with checks."""
-    paths = os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH"))))
-    plugins = ("-p", "no:cacheprovider", "-p", "checked_kernels")
+    plugins = ("-p", "no:cacheprovider", "-p", "tests.support.numbers.checked_kernels")
     return subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", *plugins, *options, f"tests/optim/{name}.py"],
-        cwd=TESTS.parent,
-        env={**os.environ, "PYTHONPATH": paths},
+        cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,

@@ -13,7 +13,6 @@ from collections import Counter
 import pytest
 import torch
 import triton
-from cuda_steps import BF16, DTYPES, DUPLICATES, F16, F32, F64, OPTIONS, make_rows, make_step
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 
@@ -31,6 +30,7 @@ from pushstep.optim.cuda import (
 )
 from pushstep.optim.kernels import dense as kernels
 from pushstep.optim.kernels import norms as norm_kernels
+from tests.support.cuda.steps import BF16, DTYPES, DUPLICATES, F16, F32, F64, OPTIONS, make_rows, make_step
 
 APPROXIMATE = re.compile(r"\b(?:div\.full|\w+\.approx|\S+\.ftz)\S*")
 FLOATING = re.compile(r"^\s+(?:@!?%p\d+ )?((?:fma|mul|add|sub|div|sqrt)\.\S*f(?:32|64))", re.MULTILINE)

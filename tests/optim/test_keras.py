@@ -9,10 +9,10 @@ import warnings
 
 import pytest
 import torch
-from optimizer_peers import KerasRun, keras
-from parity_table import KERAS as OPTIONS
 
 from pushstep.optim import keras as terms
+from tests.support.numbers.optimizer_peers import KerasRun, keras
+from tests.support.numbers.parity_table import KERAS as OPTIONS
 
 RULES = ("Adadelta", "Adagrad")
 SHAPES = ((67, 113), (1031,), ())

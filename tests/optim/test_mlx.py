@@ -7,9 +7,9 @@ import pickle
 
 import pytest
 import torch
-from optimizer_peers import MlxRun, mlx_optimizers, mx
 
 from pushstep.optim import mlx as terms
+from tests.support.numbers.optimizer_peers import MlxRun, mlx_optimizers, mx
 
 RULES = ("AdaDelta", "Adagrad")
 SHAPES = ((67, 113), (1031,), ())

@@ -7,13 +7,13 @@ import copy
 import numpy as np
 import pytest
 import torch
-from closeness import compare
-from guards import Guards
-from parity_table import EXTRA_ULPS, F32, GOLDEN, PARAMETER_ULPS, ROWS
-from ulps import STATE_ULPS
 
 from pushstep import optim
 from pushstep.optim import Adadelta, Adagrad
+from tests.support.numbers.closeness import compare
+from tests.support.numbers.guards import Guards
+from tests.support.numbers.parity_table import EXTRA_ULPS, F32, GOLDEN, PARAMETER_ULPS, ROWS
+from tests.support.numbers.ulps import STATE_ULPS
 
 RULES = {
     "adadelta": (Adadelta, torch.optim.Adadelta, ("square_avg", "acc_delta")),

@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from harness import SERVER, RunningServer
 
 from pushstep.proto.environment import SETTINGS, unknown_variables
 from pushstep.server.config import Config
+from tests.support.servers.harness import SERVER, RunningServer
 
 
 def test_the_settings_are_the_server_s() -> None:

@@ -14,7 +14,6 @@ from typing import Any
 
 import grpc
 import pytest
-from problems import from_problem
 
 from pushstep.proto import errors
 from pushstep.proto.errors import (
@@ -36,6 +35,7 @@ from pushstep.proto.errors.status import (
     to_problem,
     to_trailer,
 )
+from tests.support.servers.problems import from_problem
 
 KINDS = sorted(CATALOGUE.values(), key=lambda kind: kind.code)
 CROSSING = [kind for kind in KINDS if not issubclass(kind, Misuse)]

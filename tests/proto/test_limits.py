@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from hostile_fields import Case, cases, request_kinds
 
 from pushstep.proto import training_pb2 as pb
 from pushstep.proto.errors import InvalidText, PushstepError
 from pushstep.proto.types_pb2 import Receipt
 from pushstep.proto.wire import limits
+from tests.support.workers.hostile_fields import Case, cases, request_kinds
 
 KINDS = request_kinds()
 

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from harness import RunningServer
 from torch import Tensor
 
 import pushstep.proto
 from pushstep import optim
+from tests.support.servers.harness import RunningServer
 
 PROGRAM = Path(__file__).with_name("stock_client.py")
 EXISTING = [0.5, -1.5, 2.0, 0.0]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 
 import pytest
-from judged import Court, dense
 
 from pushstep.proto.errors import InvalidSettings, NonfiniteGradient, NormOutlier, Quarantined
 from pushstep.server.coordinator import admission as admission
 from pushstep.server.coordinator.admission import Admission, GateSettings
+from tests.support.servers.judged import Court, dense
 
 NAN = float("nan")
 

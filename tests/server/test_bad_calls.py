@@ -12,13 +12,13 @@ import grpc
 import numpy as np
 import pytest
 import torch
-from harness import RunningServer, wait_until
-from wire import RawWorker, Wire, created, named, untouched
 
 from pushstep.client import Session
 from pushstep.proto import training_pb2 as pb
 from pushstep.proto.types_pb2 import DType, Hyperparameter, Manifest, Parameter, ParamGroup, Segment
 from pushstep.proto.wire.frames import Piece, pack
+from tests.support.servers.harness import RunningServer, wait_until
+from tests.support.workers.wire import RawWorker, Wire, created, named, untouched
 
 MODEL = "bad-calls"
 _workers = itertools.count()

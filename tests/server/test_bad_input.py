@@ -11,15 +11,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from harness import RunningServer
 from torch import Tensor
-from wire import BULK_IN, STREAMED_OUT, UNARY, NotRefused, RawWorker, Wire, created, untouched
 
 from pushstep.client import Session
 from pushstep.proto import training_pb2 as pb
 from pushstep.proto.errors import PushstepError
 from pushstep.proto.types_pb2 import DType, Segment
 from pushstep.proto.wire.frames import CHUNK_BYTES, MAX_MESSAGE_BYTES, TRANSPORT_LIMIT_BYTES
+from tests.support.servers.harness import RunningServer
+from tests.support.workers.wire import (
+    BULK_IN,
+    STREAMED_OUT,
+    UNARY,
+    NotRefused,
+    RawWorker,
+    Wire,
+    created,
+    untouched,
+)
 
 NAN, INF = float("nan"), float("inf")
 MODEL = "bad-input"

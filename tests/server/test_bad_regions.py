@@ -10,15 +10,15 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
-from harness import RunningServer, running_server, wait_until
-from test_shared_memory import files_of, regions_of
-from wire import RawLocalSocket, RawWorker, Wire, created, untouched
 
 from pushstep.client import Outcome
 from pushstep.proto import training_pb2 as pb
 from pushstep.proto.errors import NoSharedMemory
 from pushstep.proto.errors.status import from_rpc_error
 from pushstep.proto.shared_memory.local_socket import Method
+from tests.support.servers.harness import RunningServer, running_server, wait_until
+from tests.support.workers.wire import RawLocalSocket, RawWorker, Wire, created, untouched
+from tests.system.test_shared_memory import files_of, regions_of
 
 ELEMENTS = 4_000_000  # long enough to make that a caller can go away meanwhile
 

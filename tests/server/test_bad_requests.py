@@ -11,13 +11,13 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from harness import RunningServer
-from problems import from_problem
-from wire import created, untouched
 
 from pushstep.client import Session
 from pushstep.proto.errors import CATALOGUE
 from pushstep.server.operator_door.app import MAX_BODY_BYTES
+from tests.support.servers.harness import RunningServer
+from tests.support.servers.problems import from_problem
+from tests.support.workers.wire import created, untouched
 
 MODEL = "bad-requests"
 ROOT = f"/v1/models/{MODEL}"

@@ -8,11 +8,11 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from harness import RunningServer
-from wire import GROUPS, PARAMETERS, created, untouched
 
 from pushstep.client import Outcome
 from pushstep.proto.errors import InvalidSettings, InvalidText, TooLong
+from tests.support.servers.harness import RunningServer
+from tests.support.workers.wire import GROUPS, PARAMETERS, created, untouched
 
 DEEP = "[" * 100_000
 NONSENSE = {

@@ -16,12 +16,12 @@ import grpc
 import numpy as np
 import pytest
 import torch
-from harness import RunningServer, running_server, wait_until
-from wire import RawWorker, Wire, created, named, untouched
 
 from pushstep.client import Outcome, Session
 from pushstep.proto import training_pb2 as pb
 from pushstep.proto.errors import OverBudget, PushstepError
+from tests.support.servers.harness import RunningServer, running_server, wait_until
+from tests.support.workers.wire import RawWorker, Wire, created, named, untouched
 
 MODEL = "streams"
 STALL_S = 1.0

@@ -10,9 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from harness import RunningServer, running_server
 from torch import Tensor
-from wire import GROUPS, PARAMETERS, RawWorker, Wire, created, untouched
 
 from pushstep.client import Session
 from pushstep.proto import training_pb2 as pb
@@ -27,6 +25,8 @@ from pushstep.proto.types_pb2 import (
     Segment,
 )
 from pushstep.proto.wire.frames import Piece, pack
+from tests.support.servers.harness import RunningServer, running_server
+from tests.support.workers.wire import GROUPS, PARAMETERS, RawWorker, Wire, created, untouched
 
 MODEL = "bad-uploads"
 F32 = DType.DTYPE_FLOAT32

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import SERVER
 
 from pushstep.server.__main__ import parser
 from pushstep.server.config import MAX_UNIX_PATH_BYTES, Config, is_loopback, split_address
+from tests.support.servers.harness import SERVER
 
 
 @pytest.fixture(autouse=True)

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from harness import SERVER, RunningServer, running_server, wait_until
-from operators import checkpoints_held
-from wire import created, untouched
 
 from pushstep.server.operator_door.app import MOST_REQUESTS
 from pushstep.server.process.descriptors import MOST_HTTP
+from tests.support.servers.harness import SERVER, RunningServer, running_server, wait_until
+from tests.support.servers.operators import checkpoints_held
+from tests.support.workers.wire import created, untouched
 
 STALL_S = 1.0
 MODEL = "m"

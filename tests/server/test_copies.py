@@ -10,15 +10,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import operators
 import pytest
 import torch
-from bounded import run
-from harness import RunningServer, forget_peak, memory_bytes, running_server, wait_until
 
 from pushstep.proto.errors import ExportsBusy
 from pushstep.server.arenas.statistics import BLOCK_ELEMENTS, statistics
 from pushstep.server.models.copies import Copies
+from tests.support.processes.bounded import run
+from tests.support.servers import operators
+from tests.support.servers.harness import RunningServer, forget_peak, memory_bytes, running_server, wait_until
 
 MIB = 1 << 20
 

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from harness import running_server
-from wire import Wire
 
 from pushstep.proto import training_pb2 as pb
 from pushstep.proto.errors import BeingCreated, NoCreationTicket
@@ -23,6 +21,8 @@ from pushstep.server.models.creations import (
     Creation,
     Creations,
 )
+from tests.support.servers.harness import running_server
+from tests.support.workers.wire import Wire
 
 MANIFEST = Manifest(
     parameters=[Parameter(name="w", shape=[4], dtype=DType.DTYPE_FLOAT32)],

@@ -16,9 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
-import streams
 import torch
-from harness import wait_until
 from torch import Tensor
 
 from pushstep.proto.shared_memory.slots import Places
@@ -39,6 +37,8 @@ from pushstep.server.requests.push_call import PushCall
 from pushstep.server.requests.receiving import Receiving, admit
 from pushstep.server.shared_memory.answer import SharedAnswer
 from pushstep.server.shared_memory.region import Region
+from tests.support.cuda import streams
+from tests.support.servers.harness import wait_until
 
 # Large enough for pinned memory and for several chunks and fetches; small enough for a hundred steps a second.
 ELEMENTS: Final = 700_000

@@ -12,13 +12,19 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from harness import RunningServer, running_server, wait_until
-from operators import checkpoints_held, delete_snapshot, patch_group, restore, take_snapshot
 from safetensors.torch import load
 
 from pushstep.client import Session
 from pushstep.proto.errors import RangeNotSatisfiable
 from pushstep.server.operator_door.download import part_of
+from tests.support.servers.harness import RunningServer, running_server, wait_until
+from tests.support.servers.operators import (
+    checkpoints_held,
+    delete_snapshot,
+    patch_group,
+    restore,
+    take_snapshot,
+)
 
 ELEMENTS = 50_000
 ONES = {"a": np.ones(ELEMENTS, np.float32), "b": np.ones(ELEMENTS, np.float32)}

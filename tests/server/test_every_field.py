@@ -8,17 +8,17 @@ from collections.abc import Iterator
 import grpc
 import pytest
 import torch
-from good_requests import push, requests
-from harness import WATCHED, RunningServer, running_server
-from hostile_fields import cases
-from watched_server import TOLD
-from wire import RawLocalSocket, RawWorker, Wire, created, named, untouched
 
 from pushstep.proto import training_pb2 as pb
 from pushstep.proto.errors import CATALOGUE, Broken, MessageTooLarge, PushstepError, TooLong
 from pushstep.proto.errors.status import from_status
 from pushstep.proto.shared_memory.local_socket import Method, Status
 from pushstep.proto.wire.frames import MAX_MESSAGE_BYTES
+from tests.support.servers.harness import WATCHED, RunningServer, running_server
+from tests.support.servers.watched_server import TOLD
+from tests.support.workers.good_requests import push, requests
+from tests.support.workers.hostile_fields import cases
+from tests.support.workers.wire import RawLocalSocket, RawWorker, Wire, created, named, untouched
 
 MODEL = "fields"
 

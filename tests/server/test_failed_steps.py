@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from driven import Pusher, made
-from judged import LAYOUT
 
 from pushstep.optim.rules.rule import Rule
 from pushstep.proto.errors import (
@@ -34,6 +32,8 @@ from pushstep.server.models.catalog import Catalog
 from pushstep.server.models.edits import Edits
 from pushstep.server.models.model import Model
 from pushstep.server.storage.saved_state import saved_state
+from tests.support.servers.driven import Pusher, made
+from tests.support.servers.judged import LAYOUT
 
 BOTH = {"a": torch.ones(2), "b": torch.ones(1)}
 ROWS = {"a": (torch.tensor([1]), torch.ones(1, 1))}

@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from driven import Gradients, Pusher, made
-from harness import RunningServer
-from operators import add_hook, restore, show_model, take_snapshot
-from wire import created
 
 from pushstep.proto.errors import InvalidHyperparameter
 from pushstep.server.arenas import finite_watch
 from pushstep.server.coordinator.hooks.hook import Point
 from pushstep.server.models.edits import Edits
 from pushstep.server.models.model import Model
+from tests.support.servers.driven import Gradients, Pusher, made
+from tests.support.servers.harness import RunningServer
+from tests.support.servers.operators import add_hook, restore, show_model, take_snapshot
+from tests.support.workers.wire import created
 
 NAN, INF = float("nan"), float("inf")
 GOOD: Gradients = {"a": torch.ones(2), "b": torch.ones(1)}

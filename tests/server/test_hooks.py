@@ -12,9 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-from harness import RunningServer, wait_until
 from torch.optim import lr_scheduler
-from wire import created
 
 from pushstep.client import Outcome, Session
 from pushstep.proto.errors import (
@@ -32,6 +30,8 @@ from pushstep.server.coordinator.hooks.chain import MAX_HOOKS, HookChain
 from pushstep.server.coordinator.hooks.hook import Hook, Point, StepContext
 from pushstep.server.coordinator.hooks.schedulers import KINDS
 from pushstep.server.models import observers
+from tests.support.servers.harness import RunningServer, wait_until
+from tests.support.workers.wire import created
 
 ONES = {"bias": np.ones(4, np.float32)}
 

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 
 import grpc
 import numpy as np
-import operators
 import pytest
-from harness import RunningServer, memory_bytes, running_server
-from wire import RawWorker, Wire, named
 
 from pushstep.client import Outcome, Session
 from pushstep.proto import training_pb2 as pb
 from pushstep.proto.errors import OverCapacity
 from pushstep.proto.types_pb2 import DType, Hyperparameter, Identity, Manifest, Parameter, ParamGroup
+from tests.support.servers import operators
+from tests.support.servers.harness import RunningServer, memory_bytes, running_server
+from tests.support.workers.wire import RawWorker, Wire, named
 
 LARGE_BYTES = 4_000_000
 STAGING_BYTES = 64 << 20

@@ -6,13 +6,13 @@ import asyncio
 import time
 
 import pytest
-from driven import made
-from judged import LEASE_S, Court
 
 from pushstep.proto.training_pb2 import GroupEdit
 from pushstep.proto.wire.hyperparameters import wire_values
 from pushstep.server.coordinator.sessions import Sessions
 from pushstep.server.coordinator.worker import WorkerState
+from tests.support.servers.driven import made
+from tests.support.servers.judged import LEASE_S, Court
 
 POLICIES = [{"policy": "async"}, {"policy": "bounded", "bound": 8}, {"policy": "sync"}]
 EDIT = GroupEdit(group=0, values=wire_values({"lr": 0.5}))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from judged import Court
 
 from pushstep.proto.types_pb2 import Outcome
 from pushstep.server.coordinator.policies import catalogue as policies
+from tests.support.servers.judged import Court
 
 ASYNC = policies.read({"policy": "async"})
 

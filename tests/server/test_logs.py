@@ -10,10 +10,10 @@ from pathlib import Path
 
 import httpx
 import pytest
-from harness import COMMANDS, DEVICE
 
 from pushstep.server.process import logs
 from pushstep.server.process.logs import LogWriter
+from tests.support.servers.harness import COMMANDS, DEVICE
 
 
 @pytest.fixture

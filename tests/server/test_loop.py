@@ -8,16 +8,16 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from harness import WATCHED, RunningServer, running_server
-from operators import add_hook, patch_group, remove_hook, set_policy
-from watched_server import TOLD
-from wire import RawWorker, Wire, created
 
 from pushstep.proto import training_pb2 as pb
 from pushstep.proto.errors import PushstepError
 from pushstep.proto.types_pb2 import DType, Manifest, Segment
 from pushstep.proto.wire.layout import MAX_DIMENSIONS, MAX_GROUPS
 from pushstep.server.operator_door.app import MAX_BODY_BYTES
+from tests.support.servers.harness import WATCHED, RunningServer, running_server
+from tests.support.servers.operators import add_hook, patch_group, remove_hook, set_policy
+from tests.support.servers.watched_server import TOLD
+from tests.support.workers.wire import RawWorker, Wire, created
 
 F32 = DType.DTYPE_FLOAT32
 MODEL = "honest"

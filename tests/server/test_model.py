@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from driven import Pusher, made
 
 from pushstep.optim.kernels import cache as kernel_cache
 from pushstep.proto.errors import NonfiniteGradient
@@ -20,6 +19,7 @@ from pushstep.server.coordinator.hooks.hook import StepContext
 from pushstep.server.coordinator.worker import Decided
 from pushstep.server.models.edits import Edits
 from pushstep.server.requests import receiving
+from tests.support.servers.driven import Pusher, made
 
 
 def test_what_a_snapshot_will_hold_stays_while_training_goes_on() -> None:

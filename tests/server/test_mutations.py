@@ -9,14 +9,14 @@ from collections.abc import Iterator
 import grpc
 import numpy as np
 import pytest
-from good_requests import requests
-from harness import WATCHED, RunningServer, running_server
-from watched_server import TOLD
-from wire import RawLocalSocket, RawWorker, Wire, created, named, state_of
 
 from pushstep.proto.errors import Broken
 from pushstep.proto.errors.status import from_status
 from pushstep.proto.shared_memory.local_socket import Method, Status
+from tests.support.servers.harness import WATCHED, RunningServer, running_server
+from tests.support.servers.watched_server import TOLD
+from tests.support.workers.good_requests import requests
+from tests.support.workers.wire import RawLocalSocket, RawWorker, Wire, created, named, state_of
 
 SEED = 20_240
 IN_A_TEST, IN_A_SOAK = 5_000, 100_000

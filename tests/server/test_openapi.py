@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import RunningServer, running_server
-from operators import add_hook, take_snapshot
-from wire import created
 
 from pushstep.server.operator_door.openapi import FILE
+from tests.support.servers.harness import RunningServer, running_server
+from tests.support.servers.operators import add_hook, take_snapshot
+from tests.support.workers.wire import created
 
 SCHEMATHESIS = Path(sys.executable).with_name("schemathesis")
 DELETE_MODEL = "delete_model_v1_models__m__delete"

@@ -6,14 +6,14 @@ import math
 import random
 
 import pytest
-from judged import Court, dense
-from simulation.seeded_bugs import Bug, found_by
 
 from pushstep.proto.errors import InvalidSettings
 from pushstep.proto.training_pb2 import PushHeader
 from pushstep.server.coordinator.decision import Offer
 from pushstep.server.coordinator.policies import catalogue as policies
 from pushstep.server.coordinator.push import PendingPush
+from tests.simulation.seeded_bugs import Bug, found_by
+from tests.support.servers.judged import Court, dense
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import httpx
 import pytest
-from bounded import run
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
@@ -19,6 +18,7 @@ from pushstep.server.models.catalog import Catalog
 from pushstep.server.operator_door.app import create_app
 from pushstep.server.operator_door.outlet import PART_BYTES, Outlet
 from pushstep.server.staging.read_budget import MAX_WAITING, ReadBudget
+from tests.support.processes.bounded import run
 
 
 async def turns() -> None:

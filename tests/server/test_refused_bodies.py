@@ -15,23 +15,22 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
-import harness
 import numpy as np
-import operators
 import pytest
 import torch
-from harness import RunningServer, memory_bytes, running_server
-from wire import RawWorker, Wire
 
 from pushstep.client import Session
 from pushstep.proto import training_pb2 as pb
 from pushstep.proto.errors import PushstepError
 from pushstep.proto.types_pb2 import DType, Identity, Manifest, Parameter, ParamGroup
+from tests.support.servers import harness, operators, uncollected_server
+from tests.support.servers.harness import RunningServer, memory_bytes, running_server
+from tests.support.workers.wire import RawWorker, Wire
 
 SIZE = 100_000
 VALUES = {"w": np.ones(SIZE, np.float32), "table": np.ones((1000, 100), np.float32)}
 GROUPS = [{"rule": "adagrad", "params": ["w", "table"], "lr": 0.1}]
-UNCOLLECTED = (sys.executable, Path(__file__).parents[1] / "uncollected_server.py")
+UNCOLLECTED = (sys.executable, Path(uncollected_server.__file__))
 
 
 @dataclass

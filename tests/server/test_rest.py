@@ -13,10 +13,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from harness import RunningServer, wait_until
-from problems import from_problem
 from safetensors import safe_open
-from wire import PARAMETERS, created, state_of
 
 from pushstep.client import Session
 from pushstep.proto.errors import CATALOGUE
@@ -25,6 +22,9 @@ from pushstep.server.config import Config
 from pushstep.server.models.catalog import Catalog
 from pushstep.server.models.saved_models import SavedModels
 from pushstep.server.operator_door.app import create_app
+from tests.support.servers.harness import RunningServer, wait_until
+from tests.support.servers.problems import from_problem
+from tests.support.workers.wire import PARAMETERS, created, state_of
 
 ONES = {"bias": np.ones(4, np.float32)}
 

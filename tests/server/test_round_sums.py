@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
-import driven
 import pytest
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from torch import Tensor
 from pushstep.server.coordinator.policies.synchronous import SyncSettings
 from pushstep.server.staging import reduction
 from pushstep.server.staging.gradient import StagedPush
+from tests.support.servers import driven
 
 
 def parameters() -> dict[str, Tensor | tuple[Tensor, Tensor]]:

@@ -19,14 +19,14 @@ import pytest
 import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
-from harness import SERVER, RunningServer, running_server, start_server, wait_until
-from operators import take_snapshot
-from wire import Wire, created, state_of
 
 from pushstep.client import Outcome, Session
 from pushstep.proto import training_pb2 as pb
 from pushstep.proto.errors import PushstepError
 from pushstep.server.service import bind_http, require_free
+from tests.support.servers.harness import SERVER, RunningServer, running_server, start_server, wait_until
+from tests.support.servers.operators import take_snapshot
+from tests.support.workers.wire import Wire, created, state_of
 
 SERVICE = "pushstep.v1.TrainingService"
 

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from simulation.seeded_bugs import Bug, found_by
 
 from pushstep.proto.errors import (
     AlreadyJoined,
@@ -33,6 +32,7 @@ from pushstep.server.coordinator.sessions import (
     Sessions,
 )
 from pushstep.server.coordinator.worker import RECEIPTS_KEPT, Decided, Worker, WorkerState
+from tests.simulation.seeded_bugs import Bug, found_by
 
 LEASE_S = 30.0
 

@@ -16,8 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from harness import running_server, start_server
-from wire import created, state_of
 
 from pushstep.optim import RULES
 from pushstep.proto import types_pb2
@@ -30,6 +28,8 @@ from pushstep.server.storage import snapshots as module
 from pushstep.server.storage.checkpoints import write as write_export
 from pushstep.server.storage.files import write_durably
 from pushstep.server.storage.snapshots import KEPT_AUTOMATIC, Snapshots
+from tests.support.servers.harness import running_server, start_server
+from tests.support.workers.wire import created, state_of
 
 LAYOUT = Layout(
     types_pb2.Manifest(

@@ -6,7 +6,6 @@ import asyncio
 from typing import Any
 
 import pytest
-from bounded import run
 
 from pushstep.proto.errors import MemoryShort, OverBudget, OverCapacity
 from pushstep.server.process.inline import INLINE_BYTES
@@ -19,6 +18,7 @@ from pushstep.server.staging.budget import (
     Budget,
     charge,
 )
+from tests.support.processes.bounded import run
 
 MIB = 1 << 20
 

@@ -12,9 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from harness import RunningServer, running_server, start_server, wait_until
-from judged import LAYOUT
-from wire import created, state_of
 
 from pushstep.proto.training_pb2 import Process
 from pushstep.server.config import Config
@@ -22,8 +19,11 @@ from pushstep.server.models.catalog import Catalog
 from pushstep.server.models.creations import propose
 from pushstep.server.models.saved_models import SavedModels
 from pushstep.server.service import ExitStatus
+from tests.support.servers.harness import RunningServer, running_server, start_server, wait_until
+from tests.support.servers.judged import LAYOUT
+from tests.support.workers.wire import created, state_of
 
-HARMED = Path(__file__).parents[1] / "harmed_server.py"
+HARMED = Path(__file__).parents[1] / "support" / "servers" / "harmed_server.py"
 SAME = ("uid", "timeline", "version", "edit", "export", "body", "steps", "hooks")
 
 
@@ -92,7 +92,7 @@ def test_a_closed_terminal_stops_in_order(data: Path) -> None:
 
 
 def start_command() -> tuple[str | Path, ...]:
-    from harness import COMMANDS, DEVICE
+    from tests.support.servers.harness import COMMANDS, DEVICE
 
     return COMMANDS[DEVICE]
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from judged import Court
 
 from pushstep.proto.errors import NonfiniteGradient
 from pushstep.server.coordinator.hooks.hook import Hook, Point, Settings, StepContext
 from pushstep.server.coordinator.policies import catalogue as policies
 from pushstep.server.staging.gradient import DensePart
+from tests.support.servers.judged import Court
 
 
 def sync(*workers: str, **settings: object) -> Court:

@@ -18,14 +18,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from harness import SERVER, RunningServer, running_server, start_server
-from wire import created, state_of
 
 from pushstep.proto.errors import ModelLost, ModelNotLoaded
 from pushstep.server.storage.snapshot_manifest import arena_file
+from tests.support.servers import faulty_server
+from tests.support.servers.harness import SERVER, RunningServer, running_server, start_server
+from tests.support.workers.wire import created, state_of
 
 Tamper = Callable[[Path], None]
-FAULTY = Path(__file__).parents[1] / "faulty_server.py"
+FAULTY = Path(faulty_server.__file__)
 
 
 def identity_of(model: Path) -> Path:

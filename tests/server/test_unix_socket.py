@@ -11,9 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from harness import SERVER, running_server
 
 from pushstep.server.process.unix_socket import UnixSocket
+from tests.support.servers.harness import SERVER, running_server
 
 
 @pytest.fixture

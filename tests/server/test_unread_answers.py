@@ -9,15 +9,15 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
-import operators
 import pytest
 import torch
-from harness import RunningServer, forget_peak, memory_bytes, running_server, wait_until
-from unread import UnreadCall
-from wire import RawWorker, Wire
 
 from pushstep.client import Outcome, Session
 from pushstep.proto import training_pb2 as pb
+from tests.support.servers import operators
+from tests.support.servers.harness import RunningServer, forget_peak, memory_bytes, running_server, wait_until
+from tests.support.workers.unread import UnreadCall
+from tests.support.workers.wire import RawWorker, Wire
 
 MIB = 1 << 20
 STALL_S = 1.5

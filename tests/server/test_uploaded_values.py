@@ -11,17 +11,17 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import operators
 import pytest
 import torch
-from harness import RunningServer, forget_peak, memory_bytes, running_server
 from safetensors.torch import load
-from wire import RawWorker, Wire, untouched
 
 from pushstep.client import Session
 from pushstep.proto import training_pb2 as pb
 from pushstep.proto.types_pb2 import DType, Manifest, Parameter, ParamGroup, Segment
 from pushstep.proto.wire.layout import Layout
+from tests.support.servers import operators
+from tests.support.servers.harness import RunningServer, forget_peak, memory_bytes, running_server
+from tests.support.workers.wire import RawWorker, Wire, untouched
 
 MIB = 1 << 20
 MAX_BYTES = 48 * MIB

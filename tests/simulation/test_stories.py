@@ -1,0 +1,51 @@
+"""hypothesis tells stories, event by event, in which a push is never applied twice, nor half, nor after its time.
+
+`make soak` tells more and longer ones, and has one shrunk: what is left of a failure are the few events that matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import Phase
+
+from tests.simulation.seeded_bugs import Bug, dedupe_is_dropped, found_by
+from tests.simulation.storyteller import Story
+from tests.simulation.witness import Violation
+from tests.support.processes.bounded import run_machine
+
+TELL, SHORTEN = Phase.generate, Phase.shrink
+
+
+def tell(stories: int, events: int, phases: Sequence[Phase] = (TELL,)) -> None:
+    run_machine(Story, stories, events, phases)
+
+
+def test_whatever_is_told() -> None:
+    tell(150, 40, (TELL, SHORTEN))
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_whatever_is_told_for_long() -> None:
+    tell(20_000, 80, (TELL, SHORTEN))
+
+
+@pytest.mark.parametrize("bug", found_by("stories"), ids=str)
+def test_a_seeded_bug_is_found(bug: Bug, monkeypatch: pytest.MonkeyPatch) -> None:
+    bug.put_in(monkeypatch)
+    with pytest.raises(Violation, match=bug.says):
+        tell(600, 50)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_a_failure_is_a_short_story(monkeypatch: pytest.MonkeyPatch) -> None:
+    dedupe_is_dropped(monkeypatch)
+    with pytest.raises(Violation) as failure:
+        tell(600, 50, (TELL, SHORTEN))
+    told = "\n".join(failure.value.__notes__)
+    events = [line for line in told.splitlines() if line.startswith("state.") and "the_state_is" not in line]
+    print(f"\n{told}")
+    assert 2 < len(events) <= 8  # begin, a push, its repetition, and teardown

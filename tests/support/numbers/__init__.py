@@ -1,0 +1,1 @@
+"""How near numbers must be, and what they are held to."""

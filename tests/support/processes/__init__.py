@@ -1,0 +1,1 @@
+"""Processes that are forked, killed, interrupted or bounded."""

@@ -1,0 +1,176 @@
+"""Processes forked from one that has imported what takes long: most of the start of a server or a script is importing torch.
+
+A forked server runs the command's own `main()`, or a file that changes something first; a forked script is a whole
+Python program. Each ends as one that was started by itself does, with all that the interpreter does at its end. Run as a
+program, this is the process that they are forked from.
+"""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import importlib
+import json
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import IO, Any
+
+ROOT = Path(__file__).parents[3]
+LONGEST_ORDER = 1 << 20
+POLL_S = 0.005
+
+
+class Forked:
+    """A process, with what tests use of a `subprocess.Popen`."""
+
+    def __init__(self, origin: Origin, pid: int, stdout: IO[str] | None = None) -> None:
+        self._origin = origin
+        self.pid = pid
+        self.stdout = stdout
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        """The exit status, or minus the number of the signal that ended it; None while it runs."""
+        if self.returncode is None:
+            self.returncode = self._origin.order({"poll": self.pid})
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """The same, once it has ended."""
+        until_s = None if timeout is None else time.monotonic() + timeout
+        while (status := self.poll()) is None:
+            if until_s is not None and time.monotonic() > until_s:
+                raise subprocess.TimeoutExpired(f"forked process {self.pid}", timeout or 0)
+            time.sleep(POLL_S)
+        return status
+
+    def send_signal(self, number: int) -> None:
+        """Nothing, if it has ended: until it is asked for, its pid is nobody else's."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """End it at once."""
+        self.send_signal(signal.SIGKILL)
+
+
+class Origin:
+    """Owns the process that others are forked from, which finds `imports` imported."""
+
+    def __init__(self, *imports: str) -> None:
+        self._alone = threading.Lock()
+        self._orders, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            command = [sys.executable, "-m", __name__, str(theirs.fileno()), *imports]
+            self._process = subprocess.Popen(command, cwd=ROOT, pass_fds=[theirs.fileno()])
+        atexit.register(self.close)
+
+    def order(self, order: dict[str, Any], *fds: int) -> Any:
+        """Have it do something; what it answers."""
+        with self._alone:  # or two threads of a test would take each other's answers
+            socket.send_fds(self._orders, [json.dumps(order).encode()], list(fds))
+            return json.loads(self._orders.recv(LONGEST_ORDER))
+
+    def serve(self, arguments: list[str], stderr: IO[str], **how: Any) -> Forked:
+        """A server with these arguments, which writes to `stderr`.
+
+        `file`: run this in place of the command. `environment`: in place of this process's.
+        """
+        ours, theirs = os.pipe()
+        try:
+            pid = self._fork({"arguments": arguments, **how}, theirs, stderr.fileno())
+        finally:
+            os.close(theirs)
+        return Forked(self, pid, open(ours))
+
+    def run(self, code: str, arguments: tuple[str, ...], log: Path) -> Forked:
+        """A script with these arguments in its sys.argv, which writes to `log`."""
+        with log.open("a") as output:
+            order = {"code": code, "arguments": arguments}
+            return Forked(self, self._fork(order, output.fileno(), output.fileno()))
+
+    def _fork(self, order: dict[str, Any], stdout: int, stderr: int) -> int:
+        order = {"environment": dict(os.environ), "folder": os.getcwd()} | order
+        pid: int = self.order(order, stdout, stderr)
+        return pid
+
+    def close(self) -> None:
+        """End it. Closing twice does nothing."""
+        atexit.unregister(self.close)
+        self._orders.close()
+        self._process.wait(30)
+
+
+_servers: dict[int, Origin] = {}
+
+
+def serve(arguments: list[str], stderr: IO[str], **how: Any) -> Forked:
+    """A server forked from this process's own origin of servers, which is made for the first one."""
+    pid = os.getpid()
+    if pid not in _servers:
+        _servers[pid] = Origin("pushstep.server.__main__", "pushstep.server.operator_door.app")
+    return _servers[pid].serve(arguments, stderr, **how)
+
+
+def _take_orders(orders: socket.socket) -> dict[str, Any] | None:
+    """Take orders until there are no more. A child returns with its own."""
+    gc.collect()
+    gc.freeze()  # a collection in a child, as there is one at a script's end, would copy every page
+    while True:
+        message, fds, _, _ = socket.recv_fds(orders, LONGEST_ORDER, 2, socket.MSG_CMSG_CLOEXEC)
+        if not message:
+            return None
+        order = json.loads(message)
+        if "poll" in order:
+            pid, status = os.waitpid(order["poll"], os.WNOHANG)
+            answer = os.waitstatus_to_exitcode(status) if pid else None
+        else:
+            answer = os.fork()
+            if answer == 0:
+                orders.close()
+                _become(order, fds)
+                return dict(order)
+            for fd in fds:
+                os.close(fd)
+        orders.send(json.dumps(answer).encode())
+
+
+def _become(order: dict[str, Any], fds: Any) -> None:
+    """Take on another program's place: its folder, its files and its arguments, and Python's own way with Ctrl-C."""
+    os.chdir(order["folder"])
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    for source, target in zip((nothing, *fds), (0, 1, 2), strict=True):
+        os.dup2(source, target)
+        os.close(source)
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115 - for as long as it lives, as the next two
+    sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+    os.environ.clear()
+    os.environ.update(order["environment"])
+    name = "script" if "code" in order else order.get("file", "pushstep-server")
+    sys.argv = [name, *order["arguments"]]
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+if __name__ == "__main__":
+    for name in sys.argv[2:]:
+        importlib.import_module(name)
+    given = _take_orders(socket.socket(fileno=int(sys.argv[1])))
+    if given is not None and "code" in given:
+        import torch
+
+        torch.set_num_threads(1)
+        exec(compile(given["code"], "script", "exec"))
+    elif given is not None and "file" in given:
+        runpy.run_path(given["file"], run_name="__main__")
+    elif given is not None:
+        from pushstep.server.__main__ import main
+
+        main()

@@ -1,0 +1,1 @@
+"""Servers of every kind, and what operators and networks do to them."""

@@ -1,0 +1,1 @@
+"""Workers of every kind: honest, hostile, and those that local torch must equal."""

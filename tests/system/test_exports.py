@@ -1,0 +1,95 @@
+"""What leaves the service as a checkpoint: plain torch goes on from it, bit for bit."""
+
+from __future__ import annotations
+
+import copy
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pushstep.client import Session
+from tests.support.numbers.ulps import assert_parameter_close, assert_state_close
+from tests.support.servers.harness import RunningServer
+from tests.support.servers.operators import download, show_model
+from tests.support.workers.reference import (
+    OPTIMIZERS,
+    Network,
+    bits,
+    drawn_gradients,
+    hyperparameters,
+    parameter_bits,
+    set_gradients,
+    split_optimizers,
+    state_bits,
+)
+from tests.system.test_end_to_end import attached
+
+PLAIN_TORCH = Path(__file__).parents[1] / "support" / "processes" / "plain_torch.py"
+
+
+pytestmark = pytest.mark.usefixtures("quiet_sparse_tensors")
+
+
+EXPORTS = {
+    "adadelta": ["adadelta"],
+    "adagrad": ["adagrad"],
+    "both": ["adagrad", "adadelta"],
+}
+
+
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+@pytest.mark.parametrize("name", EXPORTS)
+def test_plain_torch_continues_from_an_export(
+    server: RunningServer, session: Session, tmp_path: Path, name: str, sparse: bool
+) -> None:
+    rules = EXPORTS[name]
+    mine = Network(sparse=sparse)
+    optimizers = (
+        split_optimizers(mine)
+        if len(rules) == 2
+        else OPTIMIZERS[rules[0]](mine.parameters(), lr=0.3, maximize=True)
+    )
+    remote = session.attach(optimizers, module=mine)
+    for number in range(15):
+        set_gradients(mine, drawn_gradients(number, sparse=sparse))
+        remote.step()
+    exported = download(server, f"{session.model}/export", "torch")
+    # torch's Adadelta takes no row-sparse gradients; its state came from them all the same
+    gradients = drawn_gradients(16, sparse=sparse and "adagrad" in rules)
+    (tmp_path / "export.pt").write_bytes(exported)
+    torch.save(gradients, tmp_path / "gradients.pt")
+    before = copy.deepcopy(mine)
+    set_gradients(mine, gradients)
+    remote.step()
+
+    command = [sys.executable, "-I", PLAIN_TORCH, "export.pt", "gradients.pt", "result.pt", *rules]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    found = torch.load(tmp_path / "result.pt", weights_only=True)
+    assert {key: bits(value) for key, value in found["loaded"].items()} == parameter_bits(before)
+    fetched = remote.state_dict() if len(rules) == 2 else [remote.state_dict()]
+    for continued, held in zip(fetched, found["optimizers"], strict=True):
+        assert continued["state"].keys() == held["state"].keys()
+        assert len(held["state"]) > 0
+        for number, state in held["state"].items():
+            assert_state_close(continued["state"][number], state)
+        assert hyperparameters(continued) == hyperparameters(held)
+    for key, parameter in mine.named_parameters():
+        assert_parameter_close(parameter, found["model"][key], before.get_parameter(key))
+
+
+def test_an_export_is_one_version_and_says_which(server: RunningServer, session: Session) -> None:
+    mine, remote = attached(session, "adadelta", {})
+    for number in range(3):
+        set_gradients(mine, drawn_gradients(number))
+        remote.step()
+    answer = server.rest("GET", f"/v1/models/{session.model}/export", params={"format": "torch"})
+    assert answer.headers["X-Pushstep-Version"] == "3"
+    assert answer.headers["X-Pushstep-Timeline"] == str(show_model(server, session.model)["timeline"])
+    loaded = torch.load(io.BytesIO(answer.content), weights_only=True)
+    assert {name: bits(value) for name, value in loaded["model"].items()} == parameter_bits(mine)
+    assert state_bits(loaded["optimizer"]) == state_bits(remote.state_dict())
