@@ -162,6 +162,11 @@ def _become(order: dict[str, Any], fds: Any) -> None:
 if __name__ == "__main__":
     for name in sys.argv[2:]:
         importlib.import_module(name)
+    # What numba imports before it loads its first kernel would take two thirds of a server's start.
+    from numba.core.registry import cpu_target
+
+    cpu_target.typing_context.refresh()
+    cpu_target.target_context.refresh()
     given = _take_orders(socket.socket(fileno=int(sys.argv[1])))
     if given is not None and "code" in given:
         import torch
