@@ -18,8 +18,9 @@ demo: setup
 	$(BIN)/pushstep demo
 
 # A file's tests stay together: they share what its fixtures start. One process more than cores, since many tests wait.
+# tests/conftest.py has the long files begin first.
 test: setup
-	$(BIN)/pytest -m 'not soak and not gpu' --numprocesses $$(($$(nproc) + 1)) --maxprocesses 5 --dist loadfile tests
+	$(BIN)/pytest -m 'not soak and not gpu' --numprocesses $$(($$(nproc) + 1)) --maxprocesses 5 --dist loadfile --no-loadscope-reorder tests
 
 lint: setup $(VENV)/typing
 	$(BIN)/ruff check .

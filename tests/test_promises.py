@@ -17,6 +17,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.conftest import LONG_FIRST
 from tests.support.servers.harness import RunningServer
 from tests.support.source_tree import MAY_IMPORT, PACKAGES, ROOT, name_of, python_files, tracked
 
@@ -332,6 +333,10 @@ def test_links_to_files_lead_somewhere() -> None:
         folder = (ROOT / document).parent
         for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", (ROOT / document).read_text()):
             assert (folder / target).exists(), f"{document}: {target}"
+
+
+def test_the_test_files_that_begin_first_are_there() -> None:
+    assert [name for name in LONG_FIRST if not (ROOT / "tests" / name).exists()] == []
 
 
 def test_the_tour_is_the_tree() -> None:

@@ -151,15 +151,27 @@ def _undone(server: RunningServer, model: str, worker: str) -> bool:
 )
 @pytest.mark.parametrize("shared_memory", [False, True], ids=["tcp", "shared memory"])
 @pytest.mark.parametrize("there", [False, True], ids=["creates", "joins"])
+@pytest.mark.parametrize(
+    "every",
+    [
+        pytest.param(None, id="some"),
+        pytest.param(1, id="every", marks=[pytest.mark.soak, pytest.mark.timeout(600)]),
+    ],
+)
 def test_whatever_call_fails(
-    server: RunningServer, model_name: str, there: bool, shared_memory: bool, options: dict[str, Any]
+    server: RunningServer,
+    model_name: str,
+    every: int | None,
+    there: bool,
+    shared_memory: bool,
+    options: dict[str, Any],
 ) -> None:
     """A fault in one call after the other, of all that attach makes; then the attach that works."""
     if there:
         first = Script(4)
         server.connect(model_name, "w0").attach(first.optimizers, module=first.model)
     session = server.connect(model_name, "w1", shared_memory=shared_memory)
-    stride = 3 if shared_memory or options else 1
+    stride = every or (5 if shared_memory or options else 2)
     for number in _numbers(stride):
         script = Script(1)
         fault = FaultAt(number)

@@ -155,6 +155,7 @@ def test_a_silent_server_does_not_hold_up_the_end_for_long(
 ) -> None:
     """What is under way is broken off, and the process does not end with an abort."""
     code = (
+        "from pushstep.client.membership import at_exit; at_exit.EXIT_S = 1.0\n"  # five seconds otherwise
         "signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1}); train(); optimizer.synchronize(); print('trained')\n"
         "signal.sigwait({signal.SIGUSR1})\n"
         "if kind == 'prefetch': optimizer.step()\n"

@@ -15,6 +15,16 @@ from tests.support.numbers.guards import Guards
 from tests.support.numbers.parity_table import EXTRA_ULPS, F32, GOLDEN, PARAMETER_ULPS, ROWS
 from tests.support.numbers.ulps import STATE_ULPS
 
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """The number of threads changes no bit of ours (test_splits.py), and the peers' are as fast with one for so few elements."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 RULES = {
     "adadelta": (Adadelta, torch.optim.Adadelta, ("square_avg", "acc_delta")),
     "adagrad": (Adagrad, torch.optim.Adagrad, ("sum",)),
