@@ -24,7 +24,7 @@ from tests.support.servers.problems import from_problem
 from tests.support.workers.wire import state_of
 
 # Larger than what malloc keeps of what was freed.
-ELEMENTS = 14_000_000
+ELEMENTS = 20_000_000
 ARENA_BYTES = 4 * ELEMENTS
 SAME = ("timeline", "uid", "version", "export", "body", "steps")
 GROUPS = [{"rule": "adagrad", "params": ["a"], "lr": 0.5}]
