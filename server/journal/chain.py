@@ -75,17 +75,11 @@ class JournalChain:
 
     def _placed(self) -> Iterator[Place]:
         found: list[tuple[Path, Heading]] = []
-        paths = journal_files(self.folder, self._model)
-        for path in paths:
+        for path in journal_files(self.folder, self._model):
             try:
                 with JournalReader(path) as reader:
                     found.append((path, reader.heading))
             except NotARecord as error:
-                if path is paths[-1] and not self._was_synced(path):
-                    log.warning(
-                        "%s: %s was being made when its server ended: skipped", self._model, path.name
-                    )
-                    continue
                 raise JournalDamaged(
                     model=self._model, file=path.name, record=0, problem=str(error)
                 ) from error
@@ -100,11 +94,6 @@ class JournalChain:
                 problem = f"the file behind it continues record {following.previous}"
                 raise JournalDamaged(model=self._model, file=path.name, record=heading.first, problem=problem)
             yield Place(path, heading, following)
-
-    def _was_synced(self, path: Path) -> bool:
-        """True if the marker says that the first record of a file was on the disk, by the file's name."""
-        first = path.name.removesuffix(SUFFIX)
-        return first.isdigit() and int(first) <= _marked(self.folder, self._uid)
 
     def _unreadable(self, path: Path, error: OSError) -> Exception:
         if files.is_ours(error):

@@ -26,6 +26,7 @@ from ..process.memory import take
 from ..storage.files import opened
 
 SUFFIX: Final = ".journal"
+NEW_SUFFIX: Final = ".new"
 _MAGIC: Final = b"pushstep journal"
 # magic, uid of the model, boot of the machine, first and previous record, the latter's checksum, checksum
 _HEADER: Final = struct.Struct("<16s16s16sQQQQ")
@@ -96,23 +97,30 @@ class JournalFile:
     """A file that records are written to. Only one thread at a time writes to it."""
 
     def __init__(self, folder: Path, heading: Heading, room_bytes: int) -> None:
-        """Create the file, with room for so many bytes. OSError; then nothing of it is left."""
+        """Create the file, with room for so many bytes, whole or not at all. OSError.
+
+        It replaces a file that begins with the same record: that record is torn, or else this file would begin later.
+        """
         self.path = folder / name_of(heading.first)
+        new = self.path.with_suffix(NEW_SUFFIX)
         self.end = _HEADER.size
         # the checksum of the last record
         self.link = heading.link
         self._seed = _seed(heading.uid)
         packed = _HEADER.pack(_MAGIC, *heading, 0)[:-_CHECKSUM_BYTES]
         packed += xxhash.xxh3_64_intdigest(packed, self._seed).to_bytes(_CHECKSUM_BYTES, "little")
-        self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+        self._descriptor = os.open(new, flags, 0o600)
         try:
             self.room = self.end
             self.allocate(self.end + room_bytes)
             _write(self._descriptor, [packed], 0)
             os.fsync(self._descriptor)
+            os.replace(new, self.path)
         except OSError:
             self.close()
-            self.path.unlink()
+            with contextlib.suppress(OSError):
+                new.unlink()
             raise
 
     @property

@@ -7,9 +7,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch_settings import threads_at_most
 
 from pushstep.optim.ops import norms
+from tests.support.numbers.torch_settings import threads_at_most
 
 
 def _stated(values):

@@ -6,7 +6,6 @@ import dataclasses
 
 import pytest
 import torch
-from row_steps import row_step
 
 from pushstep.optim import RULES, Adadelta, Adagrad
 from pushstep.optim.backends import reference as eager
@@ -19,6 +18,7 @@ from pushstep.optim.ops.select import select
 from pushstep.optim.ops.sums import weighted_sum
 from pushstep.optim.step.operands import OperandError
 from pushstep.optim.step.step import RowStep, Step
+from tests.support.numbers.row_steps import row_step
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 ROWS, WIDTH, COUNT = 10, 4, 3

@@ -7,11 +7,11 @@ import copy
 import numpy as np
 import pytest
 import torch
-from row_steps import row_step
 
 from pushstep.optim import RULES, Adadelta, Adagrad
 from pushstep.optim.ops import norms, rows
 from pushstep.optim.rules.rule import backend_of
+from tests.support.numbers.row_steps import row_step
 
 ROW_RULES = ("adadelta", "adagrad")  # Keras has none over rows
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch_settings import threads_at_most
 
 from pushstep.optim.ops import select as room
 from pushstep.optim.ops.select import select
+from tests.support.numbers.torch_settings import threads_at_most
 
 EDGES = [0.0, -0.0, 1e-45, -1e-45, 1e-38, 1.0, -1.0, 1.0000001, 3.4e38, np.inf, -np.inf, np.nan]
 

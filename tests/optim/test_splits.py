@@ -6,14 +6,14 @@ import threading
 
 import pytest
 import torch
-from row_steps import row_step
-from torch_settings import threads_at_most
 
 from pushstep.optim import RULES, Adadelta, Adagrad
 from pushstep.optim.cpu import dense as backend
 from pushstep.optim.rules.rule import backend_of
 from pushstep.optim.step.operands import STATES
 from pushstep.optim.step.step import Step
+from tests.support.numbers.row_steps import row_step
+from tests.support.numbers.torch_settings import threads_at_most
 
 SIZES = [1, 7, 4096, 0, 65537, 300_001, 1000, 16]
 OPTIONS = {

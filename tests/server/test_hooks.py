@@ -29,7 +29,7 @@ from pushstep.server.coordinator.hooks.catalogue import CATALOGUE
 from pushstep.server.coordinator.hooks.chain import MAX_HOOKS, HookChain
 from pushstep.server.coordinator.hooks.hook import Hook, Point, StepContext
 from pushstep.server.coordinator.hooks.schedulers import KINDS
-from pushstep.server.models import observers
+from pushstep.server.models import events
 from tests.support.servers.harness import RunningServer, wait_until
 from tests.support.workers.wire import created
 
@@ -406,11 +406,11 @@ def test_a_failing_hook_refuses_before_the_step_and_never_after(failing: type[Fa
 def test_observers_that_are_behind_cost_nothing_and_are_counted(
     failing: type[Failing], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(observers, "OBSERVER_QUEUE", 5)
+    monkeypatch.setattr(events, "OBSERVER_QUEUE", 5)
     installed = HookChain()
     hook = installed.add("failing", "step_post", {}, groups(), "m")
     assert installed.observers(Point.STEP_PRE) == []
-    looking = observers.Observers()
+    looking = events.Observers()
     for number in range(20):
         looking.tell(installed.observers(Point.STEP_POST), {"n": number})
     assert 14 <= looking.dropped <= 15

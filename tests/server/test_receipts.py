@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from judged import Court
 
 import pushstep.server
 from pushstep.proto.training_pb2 import GroupEdit
 from pushstep.proto.wire.hyperparameters import wire_values
 from pushstep.server.coordinator.groups import ParamGroups
+from tests.support.servers.judged import Court
 
 SERVER = Path(pushstep.server.__file__).parent
 

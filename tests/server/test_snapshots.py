@@ -27,9 +27,11 @@ from pushstep.server.storage import files as files_module
 from pushstep.server.storage import snapshots as module
 from pushstep.server.storage.checkpoints import write as write_export
 from pushstep.server.storage.files import write_durably
-from pushstep.server.storage.snapshots import KEPT_AUTOMATIC, Snapshots
+from pushstep.server.storage.snapshots import Snapshots
 from tests.support.servers.harness import running_server, start_server
 from tests.support.workers.wire import created, state_of
+
+KEPT = 2
 
 LAYOUT = Layout(
     types_pb2.Manifest(
@@ -188,9 +190,9 @@ def test_a_damaged_one_is_never_deleted_or_written_over(store: Snapshots) -> Non
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    store.prune()
+    store.prune(KEPT)
     left = {entry["id"] for entry in store.manifests()}
-    assert left == {bad, kept, *good[-KEPT_AUTOMATIC:]}
+    assert left == {bad, kept, *good[-KEPT:]}
     assert path.read_bytes() == content
     assert store.read(taken(store, 1))[1].version == 1
     with pytest.raises(SnapshotDamaged):
@@ -200,10 +202,10 @@ def test_a_damaged_one_is_never_deleted_or_written_over(store: Snapshots) -> Non
 def test_damaged_ones_do_not_count_as_kept(store: Snapshots) -> None:
     """Or the last good one would be deleted in favour of two that nobody can load."""
     good = taken(store, 1, automatic=True)
-    for version in range(2, 2 + KEPT_AUTOMATIC):
+    for version in range(2, 2 + KEPT):
         path = store.folder / taken(store, version, automatic=True) / "arena-0000.safetensors"
         path.write_bytes(path.read_bytes()[:-1] + b"\xaa")
-    store.prune()
+    store.prune(KEPT)
     found = store.newest()
     assert found is not None
     assert found[0]["id"] == good

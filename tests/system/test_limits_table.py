@@ -15,20 +15,18 @@ from pushstep.proto.wire.frames import MAX_CHUNK_BYTES, MAX_MESSAGE_BYTES
 from pushstep.proto.wire.limits import limit_of
 from pushstep.server.arenas import publisher as publish
 from pushstep.server.config import Config
-from pushstep.server.coordinator import read_json, settings
 from pushstep.server.coordinator import sessions as session
+from pushstep.server.coordinator import settings
 from pushstep.server.coordinator.hooks import chain, schedulers
 from pushstep.server.coordinator.worker import RECEIPTS_KEPT
 from pushstep.server.models import (
     catalog,
     copies,
     creations,
-    downloads,
     events,
-    executor,
-    observers,
+    held_pushes,
 )
-from pushstep.server.operator_door import app, http_protocol
+from pushstep.server.operator_door import app, downloads, http_protocol
 from pushstep.server.process import descriptors, threads
 from pushstep.server.service import GRPC_OPTIONS
 from pushstep.server.staging import budget
@@ -91,7 +89,7 @@ EXPECTED = {
         DEFAULTS.stall_s
     ),
     "the one message of a call": duration(REQUEST_S),
-    "a push that waits for other workers": duration(executor.HOLD_S),
+    "a push that waits for other workers": duration(held_pushes.HOLD_S),
     "a worker that is not heard of": duration(DEFAULTS.lease_s),
     "calls at once on one connection": f"{GRPC['grpc.max_concurrent_streams']}",
     f"requests over {size(received.INLINE_MESSAGE_BYTES)} that wait": (
@@ -139,7 +137,7 @@ EXPECTED = {
     "HTTP requests under way": f"{app.MOST_REQUESTS}",
     "the head of an HTTP request": f"{size(http_protocol.MAX_HEAD_BYTES)}, `--stall-s`",
     "its body": (
-        f"{size(app.MAX_BODY_BYTES)} of JSON, {read_json.MAX_DEPTH} deep, {read_json.MAX_ENTRIES:,} entries of one list "
+        f"{size(app.MAX_BODY_BYTES)} of JSON, {settings.MAX_DEPTH} deep, {settings.MAX_ENTRIES:,} entries of one list "
         f"or object; {TIMES[http_protocol.BODY_STALLS]} times `--stall-s`"
     ),
     "an HTTP connection between two requests": duration(uvicorn.Config("any").timeout_keep_alive),
@@ -148,7 +146,7 @@ EXPECTED = {
         f"{chain.MAX_HOOKS}; {size(chain.MAX_SETTINGS_BYTES)}; {schedulers.MAX_SCHEDULERS}; {schedulers.MAX_LIST:,}"
     ),
     "events kept of a model": f"{events.EVENTS_KEPT:,}; {size(events.EVENT_BYTES)}; {size(events.EVENTS_BYTES)}",
-    "events that observers": f"{observers.OBSERVER_QUEUE:,}",
+    "events that observers": f"{events.OBSERVER_QUEUE:,}",
 }
 
 

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from harness import RunningServer, start_server
-from operators import add_hook, set_policy
 from torch.optim import lr_scheduler
-from twin import Make, Network, adadelta, adagrad, backward, both
 
 from pushstep.client import RemoteOptimizer, Session
-from pushstep.optim import keras, mlx
+from pushstep.optim import keras
+from tests.support.servers.harness import RunningServer, start_server
+from tests.support.servers.operators import add_hook, set_policy
+from tests.support.workers.twin import Make, Network, adadelta, adagrad, backward, both
 
 BEFORE, AFTER = 5, 4
 Hooks = Sequence[tuple[str, str, dict[str, Any]]]
@@ -50,7 +50,6 @@ CASES = {
     "both rules": Case(both, sparse=True),
     "keras": Case(lambda model: keras.Adadelta(model.parameters(), learning_rate=0.7, rho=0.8)),
     "keras adagrad": Case(lambda model: keras.Adagrad(model.parameters(), learning_rate=0.1)),
-    "mlx": Case(lambda model: mlx.AdaDelta(model.parameters(), learning_rate=0.7)),
     "shared memory": Case(adadelta, shared_memory=True),
     "shared memory by rows": Case(adagrad, sparse=True, shared_memory=True),
     "clipped": Case(adagrad, hooks=CLIP),

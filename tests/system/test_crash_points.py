@@ -16,11 +16,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from harness import RunningServer, start_server
 
 from pushstep.client import Session, connect
+from tests.support.servers import faulty_server
+from tests.support.servers.harness import RunningServer, start_server
 
-FAULTY = Path(__file__).with_name("faulty_server.py")
+FAULTY = Path(faulty_server.__file__)
 ELEMENTS = 4000
 PUSHES_BEFORE = 3
 # what is written, and in which call
@@ -29,8 +30,9 @@ PLACES = {
     "a record on the disk": "fdatasync:journal/*.journal",
     "the marker": "pwrite:journal/synced",
     "room for records": "posix_fallocate:journal/*.journal",
-    "a new file's header": "fsync:journal/*.journal",
-    "a new file's name": "fsync:m/journal",
+    "a new file's header": "fsync:journal/*.new",
+    "a new file's name": "replace:journal/*.new",
+    "the names of files": "fsync:m/journal",
     "the end of a file": "ftruncate:journal/*.journal",
     "a file that is not needed": "unlink:journal/*.journal",
     "a snapshot's folder": "mkdir:snapshots/tmp-*",
