@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 
-NAMES = ("cuda", "edits", "optim", "transport")
+NAMES = ("cuda", "durability", "edits", "optim", "transport")
 
 
 def size(text: str) -> int:

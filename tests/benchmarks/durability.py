@@ -1,0 +1,288 @@
+"""What it costs that nothing is lost: exchanges at each level, snapshots while a model is trained, and a start after a kill.
+
+A worker over shared memory, where nothing hides the cost. Beside the levels: the disk alone, which writes the same bytes into
+a file of allocated room and forces them to the disk; SQLite, one row a push; and `torch.save` of the optimizer at each step.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Final
+
+import httpx
+import torch
+
+from pushstep.client import RemoteOptimizer, Session, connect
+from pushstep.optim import Adadelta, Adagrad
+from tests.support.servers.harness import RunningServer, running_server, start_server
+
+from .machine import Others
+from .table import count, decided, table
+
+RULES: Final[dict[str, Any]] = {"adadelta": Adadelta, "adagrad": Adagrad}
+LEVELS: Final = ("applied", "everysec", "durable")
+ELEMENTS, QUICK_ELEMENTS = 16_000_000, 100_000
+DURABLE_OF_DISK, EVERYSEC_OF_APPLIED = 0.7, 1 / 1.15
+# of a model of 1 GB with its state: 1 - 3.5 %
+TRAINED_ELEMENTS, QUICK_TRAINED_ELEMENTS = 83_000_000, 1_000_000
+STEPS_PER_SNAPSHOT, BESIDE_SNAPSHOTS = 100, 1 / 1.035
+RECOVERY_OF_DISK = 0.7
+
+
+class Level:
+    """A model at one level, and the worker that trains it."""
+
+    def __init__(self, server: RunningServer, rule: str, level: str, elements: int) -> None:
+        self.name = level
+        self.model = f"{rule}-{level}"
+        self.session: Session = connect(f"unix:{server.unix}", model=self.model, worker="w0")
+        self.parameter = torch.nn.Parameter(torch.randn(elements))
+        self.remote: RemoteOptimizer = self.session.attach(RULES[rule]([self.parameter], lr=0.01))
+        path = f"/v1/models/{self.model}/durability"
+        server.rest("PATCH", path, json={"level": level, "snapshot_every_s": 1e6}).raise_for_status()
+        self.gradient = torch.full((elements,), 0.01)
+
+    def step(self) -> None:
+        """One exchange."""
+        self.parameter.grad = self.gradient
+        self.remote.step()
+
+
+class DiskAlone:
+    """The same bytes, written into a file of allocated room and forced to the disk."""
+
+    name = "the disk alone"
+
+    def __init__(self, folder: Path, nbytes: int, rounds: int) -> None:
+        self._content = torch.randint(0, 256, (nbytes,), dtype=torch.uint8).numpy().data
+        self._file = os.open(folder / "alone", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+        self._at = 0
+        os.posix_fallocate(self._file, 0, nbytes * rounds)
+
+    def step(self) -> None:
+        """One write and one fsync."""
+        done = 0
+        while done < self._content.nbytes:
+            done += os.pwrite(self._file, self._content[done:], self._at + done)
+        self._at += done
+        os.fdatasync(self._file)
+
+
+class Sqlite:
+    """A row of the same bytes, committed with the same promise."""
+
+    name = "SQLite, one row"
+
+    def __init__(self, folder: Path, nbytes: int) -> None:
+        self._content = bytes(nbytes)
+        self._database = sqlite3.connect(folder / "rows.db", isolation_level=None)
+        self._database.execute("PRAGMA journal_mode=WAL")
+        self._database.execute("PRAGMA synchronous=FULL")
+        self._database.execute("CREATE TABLE pushes (gradient BLOB)")
+
+    def step(self) -> None:
+        """One row."""
+        self._database.execute("INSERT INTO pushes VALUES (?)", (self._content,))
+
+
+class TorchSave:
+    """A local step, and the whole optimizer and parameters written and forced to the disk."""
+
+    name = "local step and torch.save"
+
+    def __init__(self, folder: Path, rule: str, elements: int) -> None:
+        self._path = folder / "checkpoint.pt"
+        self._parameter = torch.nn.Parameter(torch.randn(elements))
+        self._parameter.grad = torch.full((elements,), 0.01)
+        self._optimizer = RULES[rule]([self._parameter], lr=0.01)
+
+    def step(self) -> None:
+        """One step and one file."""
+        self._optimizer.step()
+        with self._path.open("wb") as file:
+            torch.save({"model": self._parameter, "optimizer": self._optimizer.state_dict()}, file)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _timed(call: Callable[[], None]) -> float:
+    begun_s = time.perf_counter()
+    call()
+    return time.perf_counter() - begun_s
+
+
+def levels(folder: Path, rule: str, elements: int, rounds: int) -> None:
+    """Print the table of exchanges."""
+    others = Others()
+    nbytes = elements * 4
+    with running_server(folder / f"data-{rule}", "--log-level", "error") as server:
+        sides: list[Any] = [Level(server, rule, level, elements) for level in LEVELS]
+        sides += [
+            DiskAlone(folder, nbytes, rounds + 2),
+            Sqlite(folder, nbytes),
+            TorchSave(folder, rule, elements),
+        ]
+        found: dict[str, list[float]] = {side.name: [] for side in sides}
+        for number in range(rounds + 1):
+            for side in sides if number % 2 else sides[::-1]:
+                taken_s = _timed(side.step)
+                os.sync()  # or the next one pays for the pages of this one
+                if number:
+                    found[side.name].append(taken_s)
+        for side in sides[: len(LEVELS)]:
+            side.session.close()
+    (folder / "alone").unlink()
+    medians = {name: statistics.median(times) for name, times in found.items()}
+    asked = {
+        "everysec": (medians["applied"] / medians["everysec"], EVERYSEC_OF_APPLIED),
+        "durable": (medians["the disk alone"] / medians["durable"], DURABLE_OF_DISK),
+    }
+    rows = []
+    for name, times in found.items():
+        against = {"everysec": "applied", "durable": "the disk alone"}.get(name, "")
+        ratio = f"{asked[name][0]:.2f} of {against}" if name in asked else ""
+        rows.append(
+            (
+                name,
+                f"{min(times) * 1e3:.1f}",
+                f"{medians[name] * 1e3:.1f}",
+                f"{nbytes / medians[name] / 1e6:.0f}",
+                ratio,
+                *(decided(*asked[name]) if name in asked else ("", "")),
+            )
+        )
+    columns = ("", "min ms", "median ms", "MB/s", "speed", "asked", "met")
+    table(f"An exchange of {count(elements)} float32, {rule}, shared memory", columns, rows, others.share())
+
+
+def training(folder: Path, elements: int, snapshots: int) -> None:
+    """Print what snapshots cost a training."""
+    others = Others()
+    rates: dict[str, list[float]] = {"without": [], "with": []}
+    with running_server(folder / "trained", "--log-level", "error") as server:
+        level = Level(server, "adadelta", "applied", elements)
+        path = f"/v1/models/{level.model}/snapshots"
+        for _ in range(5):
+            level.step()
+        for _ in range(snapshots):
+            for name, taken in rates.items():
+                begun_s = time.perf_counter()
+                for number in range(STEPS_PER_SNAPSHOT):
+                    if name == "with" and number == 0:
+                        asking = _in_background(server, path)
+                    level.step()
+                taken.append(time.perf_counter() - begun_s)
+                if name == "with":
+                    asking()
+        level.session.close()
+    without, beside = (statistics.median(taken) / STEPS_PER_SNAPSHOT for taken in rates.values())
+    held_bytes = 3 * 4 * elements
+    row = (
+        f"{held_bytes / 1e9:.2f} GB, a snapshot every {STEPS_PER_SNAPSHOT} steps",
+        f"{without * 1e3:.1f}",
+        f"{beside * 1e3:.1f}",
+        f"{beside / without - 1:.1%}",
+        *decided(without / beside, BESIDE_SNAPSHOTS),
+    )
+    columns = ("", "step ms without", "with", "slower by", "asked", "met")
+    table("Training beside snapshots, adadelta, shared memory", columns, [row], others.share())
+
+
+def _in_background(server: RunningServer, path: str) -> Callable[[], None]:
+    pool = ThreadPoolExecutor(1)
+    asked = pool.submit(
+        lambda: httpx.post(f"http://{server.http}{path}", timeout=120, trust_env=False).raise_for_status()
+    )
+
+    def wait() -> None:
+        asked.result()
+        pool.shutdown()
+
+    return wait
+
+
+def recovery(folder: Path, elements: int, pushes: int) -> None:
+    """Print how fast a killed server is back, against the disk's own reading of the same bytes."""
+    others, data = Others(), folder / "killed"
+    server = start_server(data, "--log-level", "info")
+    level = Level(server, "adagrad", "durable", elements)
+    for _ in range(pushes):
+        level.step()
+    server.process.send_signal(signal.SIGKILL)
+    server.process.wait()
+    server.close_pipe()
+    paths = [path for path in data.rglob("*") if path.suffix in (".journal", ".safetensors")]
+    nbytes = sum(path.stat().st_blocks * 512 for path in paths)
+    _forget(paths)
+    begun_s = time.perf_counter()
+    for path in paths:
+        _read(path)
+    read_s = time.perf_counter() - begun_s
+    begun_s = time.perf_counter()
+    empty = start_server(folder / "empty")
+    empty_s = time.perf_counter() - begun_s
+    empty.stop()
+    _forget(paths)
+    begun_s = time.perf_counter()
+    again = start_server(data, "--grpc", server.grpc)
+    start_s = time.perf_counter() - begun_s
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        level.session.close()
+    again.stop()
+    back_s = max(start_s - empty_s, 1e-3)
+    row = (
+        f"{count(elements)} float32, {pushes} pushes in the journal",
+        f"{nbytes / 1e6:.0f}",
+        f"{read_s * 1e3:.0f}",
+        f"{back_s * 1e3:.0f}",
+        f"{read_s / back_s:.2f}",
+        *decided(read_s / back_s, RECOVERY_OF_DISK),
+    )
+    columns = ("", "MB", "the disk alone ms", "recovery ms", "speed", "asked", "met")
+    table("A start after a kill, beyond that of an empty server", columns, [row], others.share())
+
+
+def _forget(paths: list[Path]) -> None:
+    """Have the next reading come from the disk."""
+    os.sync()
+    for path in paths:
+        file = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(file)
+
+
+def _read(path: Path) -> None:
+    block = bytearray(8 << 20)
+    file = os.open(path, os.O_RDONLY)
+    while os.readv(file, [block]):
+        pass
+    os.close(file)
+
+
+def main(quick: bool = False) -> None:
+    """Print the tables."""
+    warnings.simplefilter("ignore")
+    print(f"\n## durability: torch {torch.__version__}, {torch.get_num_threads()} threads")
+    elements, rounds = (QUICK_ELEMENTS, 3) if quick else (ELEMENTS, 9)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for rule in RULES:
+            levels(folder, rule, elements, rounds)
+            for left in ("rows.db", "rows.db-wal", "rows.db-shm", "checkpoint.pt"):
+                (folder / left).unlink(missing_ok=True)
+        recovery(folder, elements, 5 if quick else 20)
+        training(folder, QUICK_TRAINED_ELEMENTS if quick else TRAINED_ELEMENTS, 2 if quick else 3)
+
+
+if __name__ == "__main__":
+    main()
