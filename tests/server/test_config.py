@@ -39,6 +39,8 @@ VALUES: dict[str, tuple[Any, Any, Any, Any]] = {
     "max_connections": (1, 2, 3, 20_000),
     "read_bytes": (16 << 20, 17 << 20, 18 << 20, None),
     "worker_bytes": (1 << 20, 2 << 20, 3 << 20, 512 << 20),
+    "durability": ("everysec", "durable", "applied", "applied"),
+    "snapshot_every_s": (30.0, 90.0, 15.0, 60.0),
     "log_level": ("debug", "warning", "error", "info"),
 }
 

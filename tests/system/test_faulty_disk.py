@@ -206,4 +206,4 @@ def test_refused_by_the_disk_in_each_phase(deed: str, code: str, data: Path, sna
         state = state_of(server, "m")
         assert same(state) == same(before)
         listed = server.rest("GET", "/v1/models").json()
-        assert [m["name"] for m in listed["models"]] == ["m", "other"]
+        assert [m["name"] for m in listed["models"]] == ["m", "new", "other"]

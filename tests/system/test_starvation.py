@@ -195,7 +195,7 @@ def test_without_memory(data: Path) -> None:
 def test_without_room_on_the_disk(data: Path) -> None:
     full = {"disk_full"}
     phases: dict[Phase, set[str]] = {
-        create: {""},  # it writes little
+        create: full,  # its first snapshot
         push: {""},
         pull_state: {""},
         snapshot: full,
