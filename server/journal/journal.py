@@ -14,10 +14,10 @@ import logging
 import os
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Final
+from typing import Final, NoReturn
 
 from pushstep.proto.errors import DiskFull
 from pushstep.proto.journal_pb2 import JournalRecord
@@ -66,17 +66,20 @@ class Journal:
         last: int,
         link: int,
         push_bytes: int,
+        fail: Callable[[str, Exception], NoReturn],
         *,
         after_gap: bool,
     ) -> None:
         """A journal that goes on behind record `last`, whose checksum is `link`. DiskFull, StorageFailed.
 
-        push_bytes: the gradients of a push of all parameters.
+        push_bytes: the gradients of a push of all parameters. `fail` gets the name of the model and the error of an
+        fsync, and ends the process.
         after_gap: the next record does not follow from the last one, because something that is not in the journal came
         between; a snapshot has to be taken, and `based` called.
         """
         self.folder = folder
         self.level = level
+        self.fail = fail
         self.model = folder.parent.name
         self._uid = uid
         # the last record that was appended, and the last one on the disk
@@ -89,8 +92,10 @@ class Journal:
         self.durable_version = 0
         self._promised_bytes = 0
         self._growth_bytes = min(MOST_GROWTH_BYTES, max(LEAST_GROWTH_BYTES, PUSHES_OF_ROOM * push_bytes))
-        # between the writer, who changes the file, and the syncing thread and the loop
+        # between the writer, who changes the file, and the syncing thread and the loop. Nobody holds it for a disk
         self._lock = threading.Lock()
+        # between who allocates room, and the writer, who ends a file
+        self._allocating = threading.Lock()
         self._closed = False
         folder.mkdir(parents=True, exist_ok=True)
         self._file = self._made(last, self.appended, link, self._growth_bytes)
@@ -115,26 +120,24 @@ class Journal:
 
     def has_room(self, need_bytes: int) -> bool:
         """True, with the room promised, if a record of so many bytes fits in what is allocated."""
-        if not self._lock.acquire(blocking=False):
-            return False  # a thread allocates: the event loop does not wait for the disk
-        try:
+        with self._lock:
             left = self._file.room - self._file.end - self._promised_bytes - SPARE_BYTES
             if left < need_bytes + MESSAGE_BYTES:
                 return False
             self._promised_bytes += need_bytes + MESSAGE_BYTES
             return True
-        finally:
-            self._lock.release()
 
     def take_room(self, need_bytes: int) -> None:
         """Promise room for a record of so many bytes. It blocks. DiskFull, with nothing promised."""
-        with self._lock:
-            promised = self._promised_bytes + need_bytes + MESSAGE_BYTES
+        with self._allocating:
+            with self._lock:
+                self._promised_bytes += need_bytes + MESSAGE_BYTES
+                promised = self._promised_bytes
             try:
                 self._file.allocate(self._file.end + promised + SPARE_BYTES + self._growth_bytes)
             except OSError as error:
+                self.give_back_room(need_bytes)
                 raise self._refusal(error, need_bytes) from error
-            self._promised_bytes = promised
 
     def give_back_room(self, need_bytes: int) -> None:
         """Take a promise back: the record has been appended, or will not be."""
@@ -176,16 +179,20 @@ class Journal:
             self._roll(self.appended, self.appended)
         return self.appended
 
-    def skip(self) -> int:
+    def skip(self, kept_version: int) -> int:
         """Note that something came that is not in the journal; the number that its snapshot has to name.
 
-        Nothing counts as durable from here on until `based` is called. Raises what the disk does.
+        No version above `kept_version` counts as durable from here on, until `based` is called. Raises what the disk
+        does.
         """
         previous = self.appended
         self._roll(previous, previous + 1)
+        self.note_durable()
         with self._lock:
             self.appended = self._awaited_base = previous + 1
             self._based = False
+            self._versions.clear()
+            self.durable_version = min(self.durable_version, kept_version)
         return self.appended
 
     def set_level(self, level: Level) -> None:
@@ -195,16 +202,18 @@ class Journal:
 
     def _roll(self, previous: int, last: int) -> None:
         """Go on in a new file behind record `last`, of which `previous` was the one before it in the journal."""
-        self._file.sync()
-        file = self._made(
-            previous, last, self._file.link, self._promised_bytes + SPARE_BYTES + self._growth_bytes
-        )
-        files.fsync(self.folder)
-        with self._lock:
-            file.allocate(file.end + self._promised_bytes + SPARE_BYTES)  # more may be promised by now
-            ended, self._file = self._file, file
-            self._note_synced(previous)
-        ended.close()
+        with self._allocating:
+            try:
+                self._file.sync()
+            except OSError as error:
+                self.fail(self.model, error)
+            room_bytes = self._promised_bytes + SPARE_BYTES + self._growth_bytes
+            file = self._made(previous, last, self._file.link, room_bytes)
+            files.fsync(self.folder)
+            with self._lock:
+                ended, self._file = self._file, file
+                self._note_synced(previous)
+            ended.close()
 
     # The disk.
 

@@ -13,7 +13,7 @@ import json
 from collections import deque
 from collections.abc import Callable, Sequence, Set
 from functools import partial
-from typing import Any, Final, NoReturn, Protocol
+from typing import Any, Final, Protocol
 
 from torch import Tensor
 
@@ -77,9 +77,7 @@ class Entry:
 class Recorder:
     """One model's way into its journal. Call it on the event loop only."""
 
-    def __init__(self, model: Owner, sync: JournalSync, fail: Callable[[str, Exception], NoReturn]) -> None:
-        """`fail` ends the process: what was acknowledged could not be kept."""
-        self._fail = fail
+    def __init__(self, model: Owner, sync: JournalSync) -> None:
         self._model = model
         self._sync = sync
         self.journal: Journal | None = None
@@ -125,13 +123,13 @@ class Recorder:
         """The newest version that is on the disk with all before it, by the journal or a snapshot."""
         return self.saved_version if self.journal is None else self.journal.durable_version
 
-    def skip(self) -> None:
-        """Note that something came that is not in the journal. Call it in the writer thread."""
+    def skip(self, kept_version: int) -> None:
+        """Note that something came that is not in the journal, above a version. Call it in the writer thread."""
         if self.journal is not None:
             try:
-                self.journal.skip()
-            except (OSError, PushstepError) as error:
-                self._fail(self.journal.model, error)
+                self.journal.skip(kept_version)
+            except (OSError, PushstepError) as error:  # what came could be undone, and nobody would know
+                self.journal.fail(self.journal.model, error)
 
     @property
     def number(self) -> int:

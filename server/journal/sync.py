@@ -20,9 +20,7 @@ INTERVAL_S: Final = 1.0
 class JournalSync:
     """The syncing thread. It starts with the first journal."""
 
-    def __init__(self, fail: Callable[[str, OSError], None]) -> None:
-        """`fail` gets the name of the model and the error of an fsync. It must not return to normal work."""
-        self._fail = fail
+    def __init__(self) -> None:
         self._changed = threading.Condition()
         # by journal: whom to call once it was forced to the disk, and since when it waits
         self._waiting: dict[Journal, tuple[Callable[[], None], float]] = {}
@@ -60,8 +58,7 @@ class JournalSync:
                 try:
                     journal.sync()
                 except OSError as error:
-                    self._fail(journal.model, error)
-                    return
+                    journal.fail(journal.model, error)
                 synced()
 
     def _due(self) -> list[Journal]:

@@ -41,7 +41,6 @@ from ..devices.choose import device
 from ..journal.durability import DurabilitySettings
 from ..journal.sync import JournalSync
 from ..process import garbage
-from ..process.exit_status import disk_failed
 from ..process.threads import DISK
 from ..staging.budget import Budget, charge
 from ..staging.read_budget import ReadBudget
@@ -79,7 +78,7 @@ class Catalog:
         self.draining = False
         self._creations = Creations()
         self._promised_bytes = 0
-        self._journal_sync = JournalSync(disk_failed)
+        self._journal_sync = JournalSync()
         # each with a number at once of its own, because a restore waits for the snapshot of its model that is being written
         self.snapshotter = Snapshotter(COPIES_AT_ONCE)
         self.restores = Restores(COPIES_AT_ONCE, self.snapshotter, self.folder, self.alone, self._scratch)
@@ -225,9 +224,13 @@ class Catalog:
             folder = self.folder(name)
             model.kept = replace(model.kept, epochs=EPOCHS_AHEAD)
             await DISK.run(folder.write_identity, model.identity(None))
-            # no later crash may leave it without a snapshot
-            await self.snapshotter.open_journal(model, folder, after_gap=False)
-            await self.snapshotter.take(model, folder, "server", automatic=True)
+            try:
+                # no later crash may leave it without a snapshot
+                await self.snapshotter.open_journal(model, folder, after_gap=False)
+                await self.snapshotter.take(model, folder, "server", automatic=True)
+            except BaseException:
+                await model.close()
+                raise
         self._creations.end(name)
         self.models[name] = model
         garbage.set_aside(len(model.layout.slots))

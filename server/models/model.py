@@ -46,7 +46,6 @@ from ..devices.device import Device
 from ..journal.durability import DurabilitySettings, read_durability
 from ..journal.recorder import Recorder
 from ..journal.sync import JournalSync
-from ..process.exit_status import disk_failed
 from ..process.logs import in_short
 from ..staging.budget import Budget
 from ..staging.read_budget import ReadBudget
@@ -118,7 +117,7 @@ class Model:
         # held while rows are gathered for a reader, so a step waits for one reader at most
         self.gathering = asyncio.Lock()
         self.publisher = Publisher(self.arenas, self.writer, reading)
-        self.recorder = Recorder(self, journal_sync, disk_failed)
+        self.recorder = Recorder(self, journal_sync)
         self.held = HeldPushes(self.coordinator, self.require_whole)
         self.executor = Executor(
             self.coordinator,
@@ -293,7 +292,7 @@ class Model:
         def load() -> None:
             arenas.load(copy, timeline)
             publisher.forget()
-            recorder.skip()
+            recorder.skip(copy.version - 1)
 
         loading = self.writer.write(load, mends=True)
         loading.add_done_callback(lambda _: self.note_nonfinite())
@@ -307,7 +306,7 @@ class Model:
         def adopt() -> None:
             self.arenas.adopt(extension)
             self.publisher.forget()  # the version stays the same, but its frames lack the groups
-            self.recorder.skip()
+            self.recorder.skip(self.arenas.version)
 
         return self.writer.write(adopt)
 

@@ -17,6 +17,7 @@ from pushstep.proto.errors import Draining, ModelFailed, ModelLost, PushstepErro
 from ..coordinator.hooks.hook import Point
 from ..journal.durability import DurabilitySettings
 from ..journal.journal import Journal, Level
+from ..process.exit_status import disk_failed
 from ..process.threads import DISK
 from ..storage.model_folder import ModelFolder
 from .edits import Edits
@@ -87,6 +88,7 @@ class Snapshotter:
             recorder.last,
             recorder.link,
             push_bytes,
+            disk_failed,
             after_gap=after_gap,
         )
         recorder.begin(journal)

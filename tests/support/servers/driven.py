@@ -20,7 +20,6 @@ from pushstep.server.devices.device import Device
 from pushstep.server.journal.durability import DurabilitySettings
 from pushstep.server.journal.sync import JournalSync
 from pushstep.server.models.model import Model
-from pushstep.server.process.exit_status import disk_failed
 from pushstep.server.requests.push import answer, hand_in
 from pushstep.server.requests.push_call import PushCall
 from pushstep.server.requests.receiving import admit
@@ -44,7 +43,7 @@ def made() -> Model:
         Device(),
         Budget(1 << 20),
         ReadBudget(1 << 20),
-        JournalSync(disk_failed),
+        JournalSync(),
         DurabilitySettings(),
     )
 
