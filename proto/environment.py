@@ -28,6 +28,8 @@ SETTINGS: Final = (
     "max_workers",
     "worker_bytes",
     "max_connections",
+    "durability",
+    "snapshot_every_s",
     "log_level",
 )
 # Kubernetes and Docker's links set these in every container beside a service that is called pushstep.

@@ -64,7 +64,7 @@ class AddedSettings(PolicySettings):
 class AddedPolicy(AsyncPolicy):
     name = "added"
 
-    def _judge(self, pending, version):
+    def _move(self, pending, version):
         from .policy import Single
 
         return Single(pending)

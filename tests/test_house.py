@@ -58,10 +58,10 @@ ARROWS = {
         },
         "worker_door": {"requests", "shared_memory", "models", "streams", "arenas", "process"},
         "operator_door": {
-            "models", "storage", "coordinator", "arenas", "streams", "staging", "process", "config",
+            "models", "journal", "storage", "coordinator", "arenas", "streams", "staging", "process", "config",
         },
         "requests": {
-            "shared_memory", "models", "storage", "coordinator", "arenas", "devices", "streams", "staging", "process",
+            "shared_memory", "models", "journal", "storage", "coordinator", "arenas", "devices", "streams", "staging", "process",
         },
         "shared_memory": {"models", "arenas", "devices", "staging", "process"},
         "models": {"journal", "storage", "coordinator", "arenas", "devices", "staging", "process", "config"},
@@ -73,7 +73,7 @@ ARROWS = {
         "streams": {"staging", "process"},
         "staging": {"process"},
         "process": set[str](),
-        "config": {"coordinator", "devices"},
+        "config": {"journal", "coordinator", "devices"},
     },
     "client": {
         "__init__": {"session", "optimizer", "membership"},

@@ -175,7 +175,9 @@ class Recorder:
         if self.journal is None:
             return None
         message = JournalExtras(file_bytes=file.numel(), all=are_all)
-        return Entry(self.journal, self._record(self._model.commits.version, (), extras=message), [file])
+        record = self._record(self._model.commits.version, (), extras=message)
+        # a copy: the upload's memory is given back before the writer comes to it
+        return Entry(self.journal, record, [file.clone()])
 
     def failure(self, version: int, error: PushstepError) -> Entry | None:
         """The record of a step that has failed and moved nothing, though its record was written."""

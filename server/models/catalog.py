@@ -223,6 +223,7 @@ class Catalog:
             await DISK.run(self.folder(name).set_aside)
             folder = self.folder(name)
             model.kept = replace(model.kept, epochs=EPOCHS_AHEAD)
+            model.record("created", creation.worker)
             await DISK.run(folder.write_identity, model.identity(None))
             try:
                 # no later crash may leave it without a snapshot
@@ -234,7 +235,6 @@ class Catalog:
         self._creations.end(name)
         self.models[name] = model
         garbage.set_aside(len(model.layout.slots))
-        model.record("created", creation.worker)
         log.info("model %s created by %s: %d parameters", name, creation.worker, len(model.layout.slots))
 
     def new_model(self, name: str, layout: Layout) -> Model:

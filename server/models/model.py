@@ -242,7 +242,7 @@ class Model:
         """Replace the buffers and frozen values, which came in a safetensors file. This adds no version."""
         self.extras = extras
         self._extras_seen += 1
-        self.executor.record(self.recorder.extras(file.clone(), are_all=are_all))
+        self.executor.record(self.recorder.extras(file, are_all=are_all))
 
     def adopt(self, saved: SavedState) -> None:
         """Take over a snapshot's groups, hooks, gate, extras and number of edits."""

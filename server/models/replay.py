@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from pushstep.proto.errors import JournalDamaged, PushstepError
 from pushstep.proto.journal_pb2 import JournalRecord
-from pushstep.proto.types_pb2 import Outcome
+from pushstep.proto.types_pb2 import Outcome, ServerTimes
 from pushstep.proto.wire.hyperparameters import values_of
 
 from ..arenas.extras import Extras
@@ -22,6 +22,7 @@ from ..coordinator.admission import Admission
 from ..coordinator.groups import ParamGroups
 from ..coordinator.hooks.chain import HookChain
 from ..coordinator.policies import catalogue as policies
+from ..coordinator.receipts import complete
 from ..coordinator.worker import Decided
 from ..journal.chain import JournalChain
 from ..journal.durability import read_durability
@@ -135,8 +136,7 @@ class Replay:
             model.arenas.step(ticket, push.parts)
         lrs = model.arenas.applied_lrs(ticket)
         for decided in outcomes:
-            for group_now in decided.receipt.groups:
-                group_now.effective_lr = lrs.get(group_now.group, group_now.effective_lr)
+            complete(decided, lrs, ServerTimes(), None)
 
     def _fail(self, message: JournalRecord) -> None:
         """The step of a version failed: its pushes were answered with an error after all."""
@@ -144,8 +144,7 @@ class Replay:
             for decided in worker.decided_pushes:
                 receipt = decided.receipt
                 if receipt.version == message.version and receipt.outcome == Outcome.OUTCOME_APPLIED:
-                    decided.error = error_of(message.failure)
-                    receipt.outcome, receipt.reason = Outcome.OUTCOME_REJECTED, message.failure.code
+                    complete(decided, {}, ServerTimes(), error_of(message.failure))
 
     def _upload(self, message: JournalRecord, payload: PayloadReader) -> None:
         model, arenas, version = self._model, self._model.arenas, int(message.version)

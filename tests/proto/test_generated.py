@@ -104,7 +104,7 @@ def test_what_outlives_a_process_keeps_its_numbers() -> None:
     pinned = {
         "Receipt": "outcome=1 reason=2 identity=3 version=4 staleness=5 gradient_norm=6 clip_factor=7 groups=8 "
         "ignored_edits=9 lead=10 durability=11 times=12 duplicates=13 contributors=14 lr_scale=15 step_norm=16 notes=17 "
-        "policy=18 missing_metrics=19",
+        "policy=18 missing_metrics=19 durable_version=20",
         "Identity": "model_uid=1 timeline=2 worker=3 epoch=4 sequence=5",
         "Segment": "arena=1 start=2 stop=3 dtype=4 rows=5 state=6 elements=7 parameter=8",
         "GroupValues": "group=1 values=2 effective_lr=3",

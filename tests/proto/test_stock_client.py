@@ -36,7 +36,12 @@ def stubs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "protos" / "pushstep" / "proto").mkdir(parents=True)
     (folder / "stubs").mkdir()
     sources = sorted(Path(pushstep.proto.__path__[0]).glob("*.proto"))
-    assert [path.name for path in sources] == ["limits.proto", "training.proto", "types.proto"]
+    assert [path.name for path in sources] == [
+        "journal.proto",
+        "limits.proto",
+        "training.proto",
+        "types.proto",
+    ]
     for path in sources:
         shutil.copy(path, folder / "protos" / "pushstep" / "proto")
     options = ["-Iprotos", "--python_out=stubs", "--grpc_python_out=stubs"]

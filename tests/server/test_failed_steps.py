@@ -218,7 +218,7 @@ def test_a_restore_of_what_does_not_fit_is_refused_whole(data: Path) -> None:
         added.parameters[0].aliases.append("c")
         model.layout = Layout(added)
         with pytest.raises(ManifestChanged):
-            await catalog.replace(model, copy, saved_state(manifest, copy, "m"), "test")
+            await catalog.restores.replace(model, copy, saved_state(manifest, copy, "m"), "test")
         model.layout = LAYOUT
         assert model.dump() == before
         await model.close()

@@ -257,6 +257,7 @@ class Disk:
     def record(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Note each write and fsync from here on."""
         pwritev, pwrite, fdatasync, fsync = os.pwritev, os.pwrite, os.fdatasync, os.fsync
+        replace = os.replace
 
         def path_of(descriptor: int) -> Path:
             return Path(os.readlink(f"/proc/self/fd/{descriptor}"))
@@ -274,6 +275,11 @@ class Disk:
             self.log.append(("sync", path_of(descriptor)))
             (fsync if path_of(descriptor).is_dir() else fdatasync)(descriptor)
 
+        def note_name(old: Path, new: Path) -> None:
+            self.log.append(("name", Path(old), Path(new)))
+            replace(old, new)
+
+        monkeypatch.setattr(os, "replace", note_name)
         monkeypatch.setattr(os, "pwritev", note_parts)
         monkeypatch.setattr(os, "pwrite", note_bytes)
         monkeypatch.setattr(os, "fdatasync", note_sync)
@@ -283,11 +289,15 @@ class Disk:
         """The folder as a power cut at an entry of the log may leave it: unsynced sectors are there or not."""
         contents: dict[Path, bytearray] = {}
         unsynced: dict[Path, list[tuple[int, bytes]]] = {}
+        # the names that the folder lists for sure
         listed: set[Path] = set()
         for kind, path, *rest in self.log[:at]:
             if kind == "write":
                 unsynced.setdefault(path, []).append((rest[0], rest[1]))
                 contents.setdefault(path, bytearray())
+            elif kind == "name":
+                contents[rest[0]], unsynced[rest[0]] = contents.pop(path), unsynced.pop(path, [])
+                listed.discard(path)
             elif path == self.folder:
                 listed.update(contents)
             else:

@@ -255,6 +255,7 @@ def test_events_say_who_what_and_when(rest: Rest, session: Session) -> None:
     kinds = [event["kind"] for event in events]
     assert kinds == [
         "created",
+        "snapshot_taken",
         "param_group_changed",
         "hook_added",
         "hook_removed",
@@ -262,7 +263,7 @@ def test_events_say_who_what_and_when(rest: Rest, session: Session) -> None:
         "restored",
         "snapshot_deleted",
     ]
-    changed = events[1]
+    changed = events[2]
     assert (changed["by"], changed["group"], changed["values"]) == ("operator", 0, {"lr": 0.25})
     assert (changed["version"], changed["edit"], changed["timeline"]) == (1, 1, 1)
     assert events[0]["by"] == "owner"
@@ -274,13 +275,14 @@ def test_events_say_who_what_and_when(rest: Rest, session: Session) -> None:
 
 
 def test_snapshots(rest: Rest, session: Session, server: RunningServer) -> None:
-    assert rest("GET", "/snapshots") == {"snapshots": []}
+    (first,) = rest("GET", "/snapshots")["snapshots"]
+    assert (first["version"], first["automatic"]) == (0, True)
     taken = rest("POST", "/snapshots", 201)
     before = state_of(server, session.model)
     assert (taken["version"], taken["timeline"], taken["automatic"]) == (1, 1, False)
     assert [f["stop"] for f in taken["files"]] == [15, 13]
     assert all(len(f["sha256"]) == 64 and f["start"] == 0 for f in taken["files"])
-    assert rest("GET", "/snapshots") == {"snapshots": [taken]}
+    assert rest("GET", "/snapshots") == {"snapshots": [taken, first]}
     assert rest("GET", f"/snapshots/{taken['id']}")["verified"] is True
     session.push(ONES)
     restored = rest("POST", f"/snapshots/{taken['id']}/restore")

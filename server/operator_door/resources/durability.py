@@ -54,7 +54,9 @@ class RestoreVersion(BaseModel):
 
 
 @router.post("/models/{m}/restore", summary="Restore a version")
-async def restore_version(m: str, wanted: RestoreVersion, catalog: CatalogHere) -> dict[str, Any]:
+async def restore_version(
+    m: str, wanted: Annotated[RestoreVersion, Body(examples=[{"version": 1200}])], catalog: CatalogHere
+) -> dict[str, Any]:
     """Brings back a version that a snapshot holds, or the journal behind one, on a new timeline.
 
     Everything but the worker table comes back. Workers are told, and go on from there.

@@ -96,6 +96,11 @@ class ModelledDriver:
 
     # What is watched.
 
+    def copy_all(self, targets: list[Tensor], sources: list[Tensor]) -> None:
+        """`copy` of each."""
+        for target, source in zip(targets, sources, strict=True):
+            self.copy(target, source)
+
     def copy(self, target: Tensor, source: Tensor) -> None:
         """A copy to what was opened, as lazy as a device may be."""
         with torch.no_grad():
@@ -136,6 +141,7 @@ def install(folder: Path, setattr_: Callable[[Any, str, Any], object] = setattr)
     driver = ModelledDriver(folder)
     setattr_(device_memory, "driver", driver)
     setattr_(region, "copy", driver.copy)
+    setattr_(region, "copy_all", driver.copy_all)
     return driver
 
 
