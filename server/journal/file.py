@@ -1,6 +1,7 @@
 """One file of a journal: a header, and records that each carry their number, their lengths and a checksum.
 
-Records are numbered without gaps, and no record spans two files. A file's room is allocated ahead, so its end is zeros.
+Records are numbered without gaps, and no record spans two files. A file grows by what is appended: to write 64 MB into room
+that was allocated ahead took 200 ms, to append them 17 ms (benchmark `durability`; ext4 marks each page as written).
 A record says which earlier records were on the disk when it was written. That tells a torn tail, which nobody was told
 of, from damage: after a power cut, the records since the last fsync may be there in any part and in any order.
 """
@@ -96,8 +97,8 @@ def _seed(uid: bytes) -> int:
 class JournalFile:
     """A file that records are written to. Only one thread at a time writes to it."""
 
-    def __init__(self, folder: Path, heading: Heading, room_bytes: int) -> None:
-        """Create the file, with room for so many bytes, whole or not at all. OSError.
+    def __init__(self, folder: Path, heading: Heading) -> None:
+        """Create the file, whole or not at all. OSError.
 
         It replaces a file that begins with the same record: that record is torn, or else this file would begin later.
         """
@@ -112,8 +113,6 @@ class JournalFile:
         flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
         self._descriptor = os.open(new, flags, 0o600)
         try:
-            self.room = self.end
-            self.allocate(self.end + room_bytes)
             _write(self._descriptor, [packed], 0)
             os.fsync(self._descriptor)
             os.replace(new, self.path)
@@ -128,12 +127,6 @@ class JournalFile:
         """Where the first record begins."""
         return _HEADER.size
 
-    def allocate(self, to_bytes: int) -> None:
-        """Have room on the disk up to a length. OSError if there is none."""
-        if to_bytes > self.room:
-            os.posix_fallocate(self._descriptor, self.room, to_bytes - self.room)
-            self.room = to_bytes
-
     def write(self, number: int, synced: int, message: bytes, payload: Sequence[memoryview]) -> None:
         """Write the next record, whole. OSError; then the next one takes its place."""
         size_bytes = sum(padded(part.nbytes) for part in payload)
@@ -146,7 +139,7 @@ class JournalFile:
         head += checksum.to_bytes(_CHECKSUM_BYTES, "little")
         end = self.end + record_bytes(len(message), size_bytes)
         _write(self._descriptor, [head, *parts], self.end)
-        self.end, self.room, self.link = end, max(self.room, end), checksum
+        self.end, self.link = end, checksum
 
     def duplicate(self) -> int:
         """A descriptor of the file, which the caller closes."""
@@ -157,7 +150,7 @@ class JournalFile:
         os.fdatasync(self._descriptor)
 
     def close(self) -> None:
-        """Give back the room that was not written to."""
+        """Close the file. What a refused write has left behind the last record is cut off."""
         with contextlib.suppress(OSError):
             os.ftruncate(self._descriptor, self.end)
         os.close(self._descriptor)

@@ -9,6 +9,7 @@ that is on the disk, no later record counts as durable.
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import logging
 import os
@@ -19,7 +20,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Final, NoReturn
 
-from pushstep.proto.errors import DiskFull
+from pushstep.proto.errors import DiskFull, StorageFailed
 from pushstep.proto.journal_pb2 import JournalRecord
 
 from ..storage import files
@@ -27,10 +28,6 @@ from .chain import MARKER, marker
 from .file import Heading, JournalFile, record_bytes
 
 log = logging.getLogger("pushstep.journal")
-# A file's room grows by several pushes at a time, within these bounds. A fallocate takes 0.1 ms, whatever its length.
-PUSHES_OF_ROOM: Final = 8
-LEAST_GROWTH_BYTES: Final = 1 << 20
-MOST_GROWTH_BYTES: Final = 64 << 20
 # Room that pushes leave to the records of joins, leaves and edits, which nobody can refuse.
 SPARE_BYTES: Final = 1 << 20
 # A record's message, beside its gradients and what a worker sends with it.
@@ -65,15 +62,13 @@ class Journal:
         level: Level,
         last: int,
         link: int,
-        push_bytes: int,
         fail: Callable[[str, Exception], NoReturn],
         *,
         after_gap: bool,
     ) -> None:
         """A journal that goes on behind record `last`, whose checksum is `link`. DiskFull, StorageFailed.
 
-        push_bytes: the gradients of a push of all parameters. `fail` gets the name of the model and the error of an
-        fsync, and ends the process.
+        `fail` gets the name of the model and the error of an fsync, and ends the process.
         after_gap: the next record does not follow from the last one, because something that is not in the journal came
         between; a snapshot has to be taken, and `based` called.
         """
@@ -91,26 +86,25 @@ class Journal:
         self._versions: deque[tuple[int, int]] = deque()
         self.durable_version = 0
         self._promised_bytes = 0
-        self._growth_bytes = min(MOST_GROWTH_BYTES, max(LEAST_GROWTH_BYTES, PUSHES_OF_ROOM * push_bytes))
         # between the writer, who changes the file, and the syncing thread and the loop. Nobody holds it for a disk
         self._lock = threading.Lock()
-        # between who allocates room, and the writer, who ends a file
-        self._allocating = threading.Lock()
+        # bytes that the disk had free when it was last asked, without what was appended since
+        self._free_bytes = 0
         self._closed = False
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = self._made(last, self.appended, link, self._growth_bytes)
+        self._file = self._made(last, self.appended, link)
         files.fsync(folder)
         files.fsync(folder.parent)
         self._marker = os.open(folder / MARKER, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
 
-    def _made(self, previous: int, last: int, link: int, room_bytes: int) -> JournalFile:
+    def _made(self, previous: int, last: int, link: int) -> JournalFile:
         heading = Heading(self._uid, boot(), last + 1, previous, link)
         try:
-            return JournalFile(self.folder, heading, room_bytes)
+            return JournalFile(self.folder, heading)
         except OSError as error:
-            raise self._refusal(error, room_bytes) from error
+            raise self._refusal(error) from error
 
-    def _refusal(self, error: OSError, need_bytes: int) -> Exception:
+    def _refusal(self, error: OSError, need_bytes: int = 0) -> Exception:
         found = files.refusal(f"models/{self.model}/journal", error, self.folder, need_bytes)
         if isinstance(found, DiskFull):
             found.fields["retry_after_s"] = str(RETRY_AFTER_S)
@@ -119,25 +113,26 @@ class Journal:
     # Room.
 
     def has_room(self, need_bytes: int) -> bool:
-        """True, with the room promised, if a record of so many bytes fits in what is allocated."""
+        """True, with the room promised, if the disk had room for a record of so many bytes when it was last asked."""
         with self._lock:
-            left = self._file.room - self._file.end - self._promised_bytes - SPARE_BYTES
-            if left < need_bytes + MESSAGE_BYTES:
+            if self._free_bytes - self._promised_bytes - SPARE_BYTES < need_bytes + MESSAGE_BYTES:
                 return False
             self._promised_bytes += need_bytes + MESSAGE_BYTES
             return True
 
     def take_room(self, need_bytes: int) -> None:
-        """Promise room for a record of so many bytes. It blocks. DiskFull, with nothing promised."""
-        with self._allocating:
-            with self._lock:
-                self._promised_bytes += need_bytes + MESSAGE_BYTES
-                promised = self._promised_bytes
-            try:
-                self._file.allocate(self._file.end + promised + SPARE_BYTES + self._growth_bytes)
-            except OSError as error:
-                self.give_back_room(need_bytes)
-                raise self._refusal(error, need_bytes) from error
+        """Ask the disk, and promise room for a record of so many bytes. It blocks. DiskFull, with nothing promised."""
+        self._look_at_room()
+        if not self.has_room(need_bytes):
+            raise self._refusal(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), need_bytes)
+
+    def _look_at_room(self) -> None:
+        try:
+            disk = os.statvfs(self.folder)
+        except OSError as error:
+            raise self._refusal(error) from error
+        with self._lock:
+            self._free_bytes = disk.f_bavail * disk.f_frsize
 
     def give_back_room(self, need_bytes: int) -> None:
         """Take a promise back: the record has been appended, or will not be."""
@@ -167,6 +162,7 @@ class Journal:
             raise self._refusal(error, need_bytes) from error
         with self._lock:
             self.appended = number
+            self._free_bytes -= record_bytes(len(message), sum(part.nbytes for part in payload))
             self._versions.append((number, record.version))
         return number
 
@@ -202,18 +198,16 @@ class Journal:
 
     def _roll(self, previous: int, last: int) -> None:
         """Go on in a new file behind record `last`, of which `previous` was the one before it in the journal."""
-        with self._allocating:
-            try:
-                self._file.sync()
-            except OSError as error:
-                self.fail(self.model, error)
-            room_bytes = self._promised_bytes + SPARE_BYTES + self._growth_bytes
-            file = self._made(previous, last, self._file.link, room_bytes)
-            files.fsync(self.folder)
-            with self._lock:
-                ended, self._file = self._file, file
-                self._note_synced(previous)
-            ended.close()
+        try:
+            self._file.sync()
+        except OSError as error:
+            self.fail(self.model, error)
+        file = self._made(previous, last, self._file.link)
+        files.fsync(self.folder)
+        with self._lock:
+            ended, self._file = self._file, file
+            self._note_synced(previous)
+        ended.close()
 
     # The disk.
 
@@ -234,6 +228,8 @@ class Journal:
         with self._lock:
             if not self._closed:
                 self._note_synced(number)
+        with contextlib.suppress(DiskFull, StorageFailed):
+            self._look_at_room()
         return number
 
     def _note_synced(self, number: int) -> None:
@@ -269,7 +265,7 @@ class Journal:
                 try:
                     path.unlink()
                 except OSError as error:
-                    raise self._refusal(error, 0) from error
+                    raise self._refusal(error) from error
 
     def close(self) -> None:
         """Force everything to the disk and close the files. OSError if the disk refuses."""

@@ -59,8 +59,16 @@ class Owner(Protocol):
 class Entry:
     """One record, and how it is appended: in the writer thread, before anything that it is of is done."""
 
-    def __init__(self, journal: Journal, record: JournalRecord, tensors: Sequence[Tensor] = ()) -> None:
+    def __init__(
+        self,
+        journal: Journal,
+        record: JournalRecord,
+        tensors: Sequence[Tensor] = (),
+        then: Callable[[], None] | None = None,
+    ) -> None:
+        """`then` is called once it was appended, in the writer thread."""
         self._journal = journal
+        self._then = then
         self.record = record
         self._tensors = tensors
         # its number, once it was appended
@@ -72,6 +80,8 @@ class Entry:
             self.number = self._journal.append(self.record, payload_of(self._tensors))
         finally:
             self._tensors = ()
+        if self._then is not None:
+            self._then()
 
 
 class Recorder:
@@ -152,7 +162,11 @@ class Recorder:
             [_given(resolve) for resolve in step.resolves],
             step=JournalStep(ticket=step.ticket, gradients=map(gradient_message, pushes)),
         )
-        return Entry(self.journal, record, [tensor for push in pushes for tensor in tensors_of(push.parts)])
+        tensors = [tensor for push in pushes for tensor in tensors_of(push.parts)]
+        then = None
+        if self.journal.level is Level.DURABLE:  # while the kernel steps, the disk works
+            then = partial(self._sync.request, self.journal, self._synced(self.journal))
+        return Entry(self.journal, record, tensors, then)
 
     def outcome(self, resolve: Resolve) -> Entry | None:
         """The record of an outcome without a step. None for a push that has none."""
@@ -257,11 +271,14 @@ class Recorder:
         if journal is None:
             then()
             return
-        self._sync.request(journal, self._synced(journal))
-        if journal.level is Level.DURABLE:
-            self._waiting.append((number, then))
-        else:
+        if journal.level is not Level.DURABLE:
+            self._sync.request(journal, self._synced(journal))
             then()
+        elif number <= journal.note_durable():
+            then()
+        else:
+            self._sync.request(journal, self._synced(journal))
+            self._waiting.append((number, then))
 
     async def until_shown(self, version: int) -> None:
         """Wait until a version may be shown to others: at `durable`, until it is on the disk."""

@@ -79,7 +79,6 @@ class Snapshotter:
         level, recorder = model.durability.level, model.recorder
         if level is Level.APPLIED:
             return
-        push_bytes = sum(arena.elements * arena.dtype.itemsize for arena in model.layout.arenas)
         journal = await DISK.run(
             Journal,
             folder.journal,
@@ -87,7 +86,6 @@ class Snapshotter:
             level,
             recorder.last,
             recorder.link,
-            push_bytes,
             disk_failed,
             after_gap=after_gap,
         )

@@ -1,7 +1,7 @@
 """What it costs that nothing is lost: exchanges at each level, snapshots while a model is trained, and a start after a kill.
 
-A worker over shared memory, where nothing hides the cost. Beside the levels: the disk alone, which writes the same bytes into
-a file of allocated room and forces them to the disk; SQLite, one row a push; and `torch.save` of the optimizer at each step.
+A worker over shared memory, where nothing hides the cost. Beside the levels: the disk alone, which appends the same bytes to
+a file and forces them to the disk; SQLite, one row a push; and `torch.save` of the optimizer at each step.
 """
 
 from __future__ import annotations
@@ -58,15 +58,14 @@ class Level:
 
 
 class DiskAlone:
-    """The same bytes, written into a file of allocated room and forced to the disk."""
+    """The same bytes, appended to a file and forced to the disk."""
 
     name = "the disk alone"
 
-    def __init__(self, folder: Path, nbytes: int, rounds: int) -> None:
+    def __init__(self, folder: Path, nbytes: int) -> None:
         self._content = torch.randint(0, 256, (nbytes,), dtype=torch.uint8).numpy().data
         self._file = os.open(folder / "alone", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
         self._at = 0
-        os.posix_fallocate(self._file, 0, nbytes * rounds)
 
     def step(self) -> None:
         """One write and one fsync."""
@@ -127,7 +126,7 @@ def levels(folder: Path, rule: str, elements: int, rounds: int) -> None:
     with running_server(folder / f"data-{rule}", "--log-level", "error") as server:
         sides: list[Any] = [Level(server, rule, level, elements) for level in LEVELS]
         sides += [
-            DiskAlone(folder, nbytes, rounds + 2),
+            DiskAlone(folder, nbytes),
             Sqlite(folder, nbytes),
             TorchSave(folder, rule, elements),
         ]

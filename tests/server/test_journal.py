@@ -29,7 +29,7 @@ def _failed(model: str, error: Exception) -> NoReturn:
 def _journal(
     folder: Path, last: int = 0, link: int = 0, *, after_gap: bool = False, level: Level = Level.DURABLE
 ) -> Journal:
-    return Journal(folder / "m" / "journal", UID, level, last, link, 100, _failed, after_gap=after_gap)
+    return Journal(folder / "m" / "journal", UID, level, last, link, _failed, after_gap=after_gap)
 
 
 def _write(journal: Journal, versions: range) -> None:
@@ -217,10 +217,9 @@ def test_a_full_disk_refuses_before_anything_is_written(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(os, "posix_fallocate", full)
-        assert not journal.has_room(1 << 30)
+        assert not journal.has_room(1 << 60)
         with pytest.raises(DiskFull) as raised:
-            journal.take_room(1 << 30)
+            journal.take_room(1 << 60)
         assert raised.value.retry_after_s
         patched.setattr(os, "pwritev", full)
         with pytest.raises(DiskFull):

@@ -29,7 +29,6 @@ PLACES = {
     "a record": "pwritev:journal/*.journal",
     "a record on the disk": "fdatasync:journal/*.journal",
     "the marker": "pwrite:journal/synced",
-    "room for records": "posix_fallocate:journal/*.journal",
     "a new file's header": "fsync:journal/*.new",
     "a new file's name": "replace:journal/*.new",
     "the names of files": "fsync:m/journal",
