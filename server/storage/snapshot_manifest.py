@@ -71,11 +71,19 @@ class SavedFile(Saved):
 
     file: Annotated[str, Field(pattern=r"^(arena-[0-9]{4,}|extras)\.safetensors$")]
     bytes: Count
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    xxh3_128: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")] | None = None
+    # in place of it, in older snapshots
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
     arena: Count | None = None
     group: Count | None = None
     start: Count | None = None
     stop: Count | None = None
+
+    @model_validator(mode="after")
+    def _has_a_digest(self) -> Self:
+        if self.xxh3_128 is None and self.sha256 is None:
+            raise ValueError("neither xxh3_128 nor sha256")
+        return self
 
 
 class SavedHook(Saved):

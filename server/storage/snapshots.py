@@ -1,7 +1,7 @@
 """Snapshots: a model at one version as files, complete and verified or not there at all.
 
 A snapshot is a folder: one safetensors file per arena (the parameters and each optimizer state, flat) and a manifest.
-The manifest lists every file with its range and SHA-256, and holds the groups, hooks, policy, step counts and worker
+The manifest lists every file with its range and digest, and holds the groups, hooks, policy, step counts and worker
 table. A snapshot is written under a temporary name. Every file and the folder are fsynced, the folder is renamed, then
 the parent is fsynced. A damaged snapshot is reported and skipped; nothing that cannot be read is ever deleted or loaded.
 An intact one that this build does not understand (another build's) is reported too, and no older one replaces it.
@@ -41,7 +41,7 @@ from ..arenas.arena import ArenasCopy
 from ..arenas.extras import Extras
 from . import files
 from .snapshot_manifest import EXTRAS, FORMAT, ID, arena_file, checked, layout_of, parameters_of
-from .tensor_file import OtherBytes, digest_of, read_tensors
+from .tensor_file import DIGEST, OtherBytes, digest_of, kept_digest, read_tensors
 
 log = logging.getLogger("pushstep.snapshots")
 MANIFEST: Final = "manifest.json"
@@ -287,7 +287,7 @@ class Snapshots:
 
     def _read_file(self, snapshot: str, entry: Mapping[str, Any]) -> dict[str, Tensor]:
         try:
-            return read_tensors(self.folder / snapshot / entry["file"], entry["bytes"], entry["sha256"])
+            return read_tensors(self.folder / snapshot / entry["file"], entry["bytes"], *kept_digest(entry))
         except OSError as error:
             raise self._cannot_read(snapshot, error) from error
         except OtherBytes as error:
@@ -296,8 +296,9 @@ class Snapshots:
             raise SnapshotUnsupported(snapshot=snapshot, problem=f"{entry['file']}: {error}") from error
 
     def _verify_file(self, snapshot: str, entry: Mapping[str, Any]) -> None:
+        kind, expected = kept_digest(entry)
         try:
-            same = digest_of(self.folder / snapshot / entry["file"]) == entry["sha256"]
+            same = digest_of(self.folder / snapshot / entry["file"], kind) == expected
         except OSError as error:
             raise self._cannot_read(snapshot, error) from error
         if not same:
@@ -325,13 +326,13 @@ def _require_arena(snapshot: str, layout: Layout, index: int, tensors: Mapping[s
 
 
 def _written(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Write tensors into a file and fsync it. Returns its name, size and SHA-256. OSError."""
+    """Write tensors into a file and fsync it. Returns its name, size and digest. OSError."""
     try:
         save_file(dict(tensors), path)
     except SafetensorError as error:
         raise files.asked(path, sum(tensor.nbytes for tensor in tensors.values()), error) from error
     files.fsync(path)
-    return {"file": path.name, "bytes": path.stat().st_size, "sha256": digest_of(path)}
+    return {"file": path.name, "bytes": path.stat().st_size, DIGEST: digest_of(path)}
 
 
 def _bytes_of(copy: ArenasCopy) -> int:

@@ -10,11 +10,12 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 import torch
+import xxhash
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
@@ -22,6 +23,10 @@ from ..process.memory import take
 from .files import opened
 
 READ_BYTES: Final = 8 << 20
+# Digests of files by their names in a manifest. They are against damage, not against forgery, so the fast one is written.
+# Older snapshots have the other one.
+DIGEST: Final = "xxh3_128"
+_DIGESTS: Final[Mapping[str, Callable[[], Any]]] = {DIGEST: xxhash.xxh3_128, "sha256": hashlib.sha256}
 # Element types by their names in a file. A module's buffers may have these types, too.
 _DTYPES: Final[Mapping[str, torch.dtype]] = {
     "F64": torch.float64,
@@ -68,17 +73,22 @@ class OtherBytes(Exception):
     """The file is not the one that was written."""
 
 
-def digest_of(path: Path) -> str:
-    """The SHA-256 of a regular file. OSError if it cannot be read."""
-    digest = hashlib.sha256()
+def digest_of(path: Path, kind: str = DIGEST) -> str:
+    """A digest of a regular file. OSError if it cannot be read."""
+    digest = _DIGESTS[kind]()
     block = bytearray(READ_BYTES)
     with opened(path) as descriptor:
         while count := os.readv(descriptor, [block]):
             digest.update(memoryview(block)[:count])
-    return digest.hexdigest()
+    return str(digest.hexdigest())
 
 
-def read_tensors(path: Path, size_bytes: int, sha256: str) -> dict[str, Tensor]:
+def kept_digest(entry: Mapping[str, Any]) -> tuple[str, str]:
+    """The kind and the value of the digest in a file's entry, whose schema was checked."""
+    return next((kind, entry[kind]) for kind in _DIGESTS if entry.get(kind) is not None)
+
+
+def read_tensors(path: Path, size_bytes: int, kind: str, expected: str) -> dict[str, Tensor]:
     """The tensors of a file of this length and digest, by name, in memory of their own.
 
     OSError if it cannot be read, OtherBytes if it is another file, ValueError if it is not a safetensors file,
@@ -89,14 +99,14 @@ def read_tensors(path: Path, size_bytes: int, sha256: str) -> dict[str, Tensor]:
             raise OtherBytes("has another length")
         memory = take(size_bytes, torch.uint8, f"the snapshot's file {path.name}")
         content = memory.numpy().data if size_bytes else memoryview(b"")
-        digest, filled = hashlib.sha256(), 0
+        digest, filled = _DIGESTS[kind](), 0
         while filled < size_bytes:
             count = os.readv(descriptor, [content[filled : filled + READ_BYTES]])
             if not count:
                 raise OtherBytes("has another length")
             digest.update(content[filled : filled + count])
             filled += count
-    if digest.hexdigest() != sha256:
+    if digest.hexdigest() != expected:
         raise OtherBytes("has other bytes")
     return tensors_in(memory)
 

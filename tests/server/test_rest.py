@@ -281,7 +281,7 @@ def test_snapshots(rest: Rest, session: Session, server: RunningServer) -> None:
     before = state_of(server, session.model)
     assert (taken["version"], taken["timeline"], taken["automatic"]) == (1, 1, False)
     assert [f["stop"] for f in taken["files"]] == [15, 13]
-    assert all(len(f["sha256"]) == 64 and f["start"] == 0 for f in taken["files"])
+    assert all(len(f["xxh3_128"]) == 32 and f["start"] == 0 for f in taken["files"])
     assert rest("GET", "/snapshots") == {"snapshots": [taken, first]}
     assert rest("GET", f"/snapshots/{taken['id']}")["verified"] is True
     session.push(ONES)
