@@ -18,7 +18,8 @@ from pushstep.proto.errors import PushstepError
 from .config import Config
 from .process import logs
 from .process.exit_status import ExitStatus
-from .service import DataFolderLocked, Service
+from .process.folder_lock import DataFolderLocked
+from .service import Service
 
 log = logging.getLogger("pushstep.server")
 

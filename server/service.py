@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import fcntl
 import logging
 import os
 import signal
 import socket
-import stat
 import sys
 from collections.abc import Awaitable
-from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote
 
@@ -36,6 +33,7 @@ from .operator_door.app import create_app
 from .operator_door.http_server import HttpServer
 from .process.descriptors import Spare, shared_out
 from .process.exit_status import ExitStatus
+from .process.folder_lock import lock_folder
 from .process.threads import PUSHES, REQUESTS
 from .process.unix_socket import UnixSocket
 from .shared_memory.regions import SharedMemory
@@ -83,10 +81,6 @@ GRPC_OPTIONS: Final = (
 SWITCH_S: Final = 200e-6
 # Connections that may wait until the loop accepts them.
 BACKLOG: Final = 2048
-
-
-class DataFolderLocked(RuntimeError):
-    """Another server uses the data folder."""
 
 
 class Service:
@@ -270,31 +264,6 @@ def _stop_signals() -> list[signal.Signals]:
     """SIGTERM, SIGINT, and SIGHUP (sent by a closed terminal) unless it is ignored, as under nohup."""
     signals = [signal.SIGTERM, signal.SIGINT]
     return signals if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [*signals, signal.SIGHUP]
-
-
-def lock_folder(folder: Path) -> int:
-    """Lock the data folder for as long as the returned descriptor is open.
-
-    DataFolderLocked if another server has it. OSError if the folder's `lock` is not a regular file.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "lock"
-    # O_NONBLOCK: a FIFO in its place must not block the open
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    lock = os.open(path, flags, 0o600)
-    try:
-        if not stat.S_ISREG(os.fstat(lock).st_mode):
-            raise OSError(errno.EINVAL, f"{path} is not a regular file")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(lock)
-        raise DataFolderLocked(
-            f"another server uses {folder}; stop it, or choose another folder with --data"
-        ) from error
-    except BaseException:
-        os.close(lock)
-        raise
-    return lock
 
 
 def require_free(host: str, port: int) -> None:

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -35,7 +35,7 @@ def marker(number: int, uid: bytes) -> bytes:
     return _MARKER.pack(number, xxhash.xxh3_64_intdigest(number.to_bytes(8, "little") + uid))
 
 
-def _marked(folder: Path, uid: bytes) -> int:
+def marked(folder: Path, uid: bytes) -> int:
     """The newest record that the marker says is on the disk; 0 if there is no marker, or none that is whole."""
     try:
         text = files.read_small(folder / MARKER, _MARKER.size)
@@ -62,12 +62,15 @@ class Place:
 class JournalChain:
     """The files of one model's journal. All methods block: call them in a thread."""
 
-    def __init__(self, folder: Path, uid: bytes) -> None:
-        """JournalDamaged if a file's header is none, or a file in the middle is missing."""
+    def __init__(self, folder: Path, uid: bytes, places: Sequence[Place] | None = None) -> None:
+        """JournalDamaged if a file's header is none, or a file in the middle is missing.
+
+        places: only these files, whose headers were read.
+        """
         self.folder = folder
         self._model = folder.parent.name
         self._uid = uid
-        self.places = list(self._placed())
+        self.places = list(self._placed() if places is None else places)
         # the last record and its checksum, once `records` has come to it
         self.end = self.link = 0
         # True if no file is behind that record
@@ -81,7 +84,7 @@ class JournalChain:
                     found.append((path, reader.heading))
             except NotARecord as error:
                 raise JournalDamaged(
-                    model=self._model, file=path.name, record=0, problem=str(error)
+                    model=self._model, file=path.name, record=first_of(path), problem=str(error)
                 ) from error
             except OSError as error:
                 raise self._unreadable(path, error) from error
@@ -98,7 +101,8 @@ class JournalChain:
     def _unreadable(self, path: Path, error: OSError) -> Exception:
         if files.is_ours(error):
             return files.unreadable(f"models/{self._model}/journal/{path.name}", error)
-        return JournalDamaged(model=self._model, file=path.name, record=0, problem=files.reason(error))
+        problem = files.reason(error)
+        return JournalDamaged(model=self._model, file=path.name, record=first_of(path), problem=problem)
 
     @property
     def heading(self) -> Heading | None:
@@ -155,10 +159,10 @@ class JournalChain:
         self.end = after
         reached: Place | None = None
         for place in self._from(after):
-            yield from self._records_of(place, after)
+            yield from self.records_of(place, after)
             reached = place
         self.is_at_end = reached is not None and reached is self.places[-1]
-        if reached is not None and self.is_at_end and self.end < _marked(self.folder, self._uid):
+        if reached is not None and self.is_at_end and self.end < marked(self.folder, self._uid):
             problem = f"it was on the disk, and the journal ends at record {self.end}"
             raise JournalDamaged(
                 model=self._model, file=reached.path.name, record=self.end + 1, problem=problem
@@ -177,7 +181,8 @@ class JournalChain:
                 return
             expected = place.last + 1
 
-    def _records_of(self, place: Place, after: int) -> Iterator[Record]:
+    def records_of(self, place: Place, after: int) -> Iterator[Record]:
+        """The records behind number `after` in one file, each verified. Raises what `records` does."""
         try:
             with JournalReader(place.path) as reader:
                 number, at, self.link = place.heading.first, reader.begin, place.heading.link
@@ -197,13 +202,13 @@ class JournalChain:
             raise self._unreadable(place.path, error) from error
         if place.following is not None and place.following.link != self.link:
             problem = "the file behind it continues another journal"
-            raise JournalDamaged(model=self._model, file=place.path.name, record=number - 1, problem=problem)
+            raise JournalDamaged(model=self._model, file=place.path.name, record=number, problem=problem)
 
     def _require_torn(
         self, place: Place, reader: JournalReader, number: int, at: int, error: NotARecord
     ) -> None:
         """JournalDamaged unless a record that is not whole may never have been on the disk."""
-        synced = max(_marked(self.folder, self._uid), reader.newest_synced(number, at + 1))
+        synced = max(marked(self.folder, self._uid), reader.newest_synced(number, at + 1))
         if place.last is not None or synced >= number:
             raise JournalDamaged(
                 model=self._model, file=place.path.name, record=number, problem=str(error)
@@ -216,6 +221,12 @@ class JournalChain:
                 number,
                 error,
             )
+
+
+def first_of(path: Path) -> int:
+    """The number of a file's first record, by its name; 0 if the name is of no file that a journal writes."""
+    first = path.name.removesuffix(SUFFIX)
+    return int(first) if first.isdigit() else 0
 
 
 def journal_files(folder: Path, model: str) -> list[Path]:

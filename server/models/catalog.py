@@ -270,7 +270,11 @@ class Catalog:
 
     def _scratch(self, model: Model, saved: SavedState) -> Model:
         """Another model with the content of a snapshot, that is not served. It blocks."""
-        made = self.made(model.name, model.uid, saved.copy.timeline, saved.copy.layout, saved.groups)
+        return self.loaded_from(saved, model.name, model.uid)
+
+    def loaded_from(self, saved: SavedState, name: str, uid: bytes) -> Model:
+        """A model with the content of a snapshot, not visible. It blocks."""
+        made = self.made(name, uid, saved.copy.timeline, saved.copy.layout, saved.groups)
         made.load(saved, saved.copy.timeline)
         return made
 

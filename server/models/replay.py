@@ -10,13 +10,15 @@ import json
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Final
 
-from pushstep.proto.errors import JournalDamaged, PushstepError
+from pushstep.proto.errors import JournalDamaged, OutOfMemory, PushstepError
 from pushstep.proto.journal_pb2 import JournalRecord
 from pushstep.proto.types_pb2 import Outcome, ServerTimes
 from pushstep.proto.wire.hyperparameters import values_of
 
+from ..arenas.arena import ArenasCopy
 from ..arenas.extras import Extras
 from ..coordinator.admission import Admission
 from ..coordinator.groups import ParamGroups
@@ -29,6 +31,8 @@ from ..journal.durability import read_durability
 from ..journal.file import Record
 from ..journal.records import PayloadReader, decided_of, error_of, on_device
 from ..staging import reduction
+from ..storage.model_folder import ModelFolder
+from ..storage.saved_state import SavedState, saved_state
 from ..storage.tensor_file import tensors_in
 from .model import Model
 
@@ -74,6 +78,8 @@ class Replay:
                 break
             try:
                 self._apply(record, failed=at in failures)
+            except OutOfMemory:  # the record is not at fault
+                raise
             except (ValueError, KeyError, IndexError, TypeError, PushstepError) as error:
                 raise JournalDamaged(
                     model=self._model.name, file="", record=record.number, problem=f"it does not fit: {error}"
@@ -176,3 +182,48 @@ class Replay:
         model.sessions.forgotten_epoch = int(changed.get("forgotten_epoch", model.sessions.forgotten_epoch))
         for name, row in changed.get("workers", {}).items():
             model.sessions.put(name, row, time.monotonic())
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What a model held at a version: everything but its arenas, as JSON, with the snapshot's id, and the arenas."""
+
+    facts: dict[str, Any]
+    copy: ArenasCopy
+    # the last journal record that it follows, and how many were replayed over the snapshot, in what time
+    last: int
+    records: int
+    seconds: float
+
+
+def held_at(
+    folder: ModelFolder,
+    uid: bytes,
+    made_of: Callable[[int, int], bool],
+    version: int | None,
+    scratch: Callable[[SavedState], Model],
+) -> Held | None:
+    """What a model held at a version, or as near before it as snapshots and journal reach; None: at their end.
+
+    None if no snapshot is so old. `made_of`: whether the model descends from a (timeline, version). `scratch` makes a model
+    of a saved state that no other has. It blocks.
+    """
+
+    def is_wanted(timeline: int, at: int) -> bool:
+        return (version is None or at <= version) and made_of(timeline, at)
+
+    found = folder.snapshots.newest(is_wanted)
+    if found is None:
+        return None
+    manifest, copy = found
+    state = saved_state(manifest, copy, folder.name)
+    chain = JournalChain(folder.journal, uid)
+    if state.copy.version == version or not chain.continues(state.journal):
+        return Held(manifest, copy, state.journal, 0, 0.0)
+    model = scratch(state)
+    replay = Replay(model, chain, state.journal, made_of, until=version)
+    begun_s = time.monotonic()
+    replay.run()
+    seconds = time.monotonic() - begun_s
+    facts, copy = model.as_it_is()
+    return Held({**facts, "id": state.snapshot}, copy, replay.last, replay.last - state.journal, seconds)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from functools import partial
 
 from pushstep.proto.errors import (
     InvalidManifest,
@@ -22,12 +23,11 @@ from pushstep.proto.errors import (
 
 from ..arenas.arena import ArenasCopy
 from ..coordinator.hooks.hook import Point
-from ..journal.chain import JournalChain
 from ..process.threads import DISK
 from ..storage.model_folder import ModelFolder
 from ..storage.saved_state import SavedState, saved_state
 from .model import Model
-from .replay import Replay
+from .replay import held_at
 from .snapshotter import Snapshotter
 
 log = logging.getLogger("pushstep.restores")
@@ -131,16 +131,8 @@ class Restores:
 
     def _state_at(self, model: Model, version: int) -> SavedState | None:
         """What the model held at a version, or as near before it as snapshots and journal reach. It blocks."""
-        folder, holds = self._folder(model.name), model.commits.holds
-        found = folder.snapshots.newest(lambda timeline, at: at <= version and holds(timeline, at))
+        folder = self._folder(model.name)
+        found = held_at(folder, model.uid, model.commits.holds, version, partial(self._scratch, model))
         if found is None:
             return None
-        state = saved_state(*found, model.name)
-        chain = JournalChain(folder.journal, model.uid)
-        if state.copy.version == version or not chain.continues(state.journal):
-            return state
-        scratch = self._scratch(model, state)
-        replay = Replay(scratch, chain, state.journal, holds, until=version)
-        replay.run()
-        facts, copy = scratch.as_it_is()
-        return saved_state({**facts, "id": state.snapshot, "journal": replay.last}, copy, model.name)
+        return saved_state({**found.facts, "journal": found.last}, found.copy, model.name)

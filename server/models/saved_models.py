@@ -19,13 +19,21 @@ from ..journal.journal import Level, boot
 from ..process import garbage
 from ..process.threads import DISK
 from ..storage import files
-from ..storage.model_folder import ModelFolder, Recovered, model_folders
+from ..storage.model_folder import ModelFolder, Recovered, model_folders, sweep_models
 from ..storage.snapshots import EXPORT_PREFIX
 from .catalog import Catalog
 from .model import Model
 from .replay import Replay
 
 log = logging.getLogger("pushstep.catalog")
+
+
+def not_loaded(name: str, error: Exception) -> ModelNotLoaded:
+    """Why a model was not loaded, whatever its folder has made of the attempt."""
+    if isinstance(error, ModelNotLoaded):
+        return error
+    problem = files.reason(error) if isinstance(error, OSError) else named(error, log).message
+    return ModelNotLoaded(model=name, problem=problem)
 
 
 class SavedModels:
@@ -41,6 +49,7 @@ class SavedModels:
         """
         # exports that the last process left unfinished
         await DISK.run(files.sweep, self._catalog.config.data, f"{EXPORT_PREFIX}*")
+        await DISK.run(sweep_models, self._catalog.config.data / "models")
         for name in await DISK.run(model_folders, self._catalog.config.data / "models"):
             if stopping():
                 return
@@ -52,26 +61,20 @@ class SavedModels:
         self._catalog.loaded = self._catalog.ready = True
 
     def _note_not_loaded(self, name: str, error: Exception) -> None:
-        if isinstance(error, ModelNotLoaded):
-            found = error
-        elif isinstance(error, OSError):
-            found = ModelNotLoaded(model=name, problem=files.reason(error))
-        else:
-            found = ModelNotLoaded(model=name, problem=named(error, log).message)
-        self._catalog.not_loaded[name] = copy.copy(
-            found
-        )  # a copy, without the traceback, which would hold what was loaded
+        found = not_loaded(name, error)
+        # a copy, without the traceback, which would hold what was loaded
+        self._catalog.not_loaded[name] = copy.copy(found)
         log.error("model %s was not loaded: %s", name, found.fields["problem"])
 
     async def _load_model(self, name: str) -> None:
         folder = self._catalog.folder(name)
-        found = await DISK.run(folder.recover)
-        if found is None:
+        await DISK.run(folder.sweep)
+        brought = await self.bring_back(name)
+        if brought is None:
             return
+        model, found = brought
         state, identity = found.state, found.identity
-        model = self._catalog.made(name, identity.uid, state.copy.timeline, state.copy.layout, state.groups)
         try:
-            await DISK.run(self._bring_forward, model, found, folder)
             proven = model.timeline == identity.timeline
             model.begun_at = model.timeline, model.version
             crashed = [*identity.crashed, *([] if proven else [identity.timeline])]
@@ -93,6 +96,24 @@ class SavedModels:
             model.timeline,
             state.snapshot,
         )
+
+    async def bring_back(self, name: str) -> tuple[Model, Recovered] | None:
+        """A model as a start makes it of what is on the disk, before it is served; nothing is written.
+
+        None if there is none. A named error if it cannot be loaded.
+        """
+        folder = self._catalog.folder(name)
+        found = await DISK.run(folder.recover)
+        if found is None:
+            return None
+        saved, uid = found.state.copy, found.identity.uid
+        model = self._catalog.made(name, uid, saved.timeline, saved.layout, found.state.groups)
+        try:
+            await DISK.run(self._bring_forward, model, found, folder)
+        except BaseException:
+            await model.close()
+            raise
+        return model, found
 
     def _bring_forward(self, model: Model, found: Recovered, folder: ModelFolder) -> None:
         """Load a model from its snapshot and its journal. It blocks.

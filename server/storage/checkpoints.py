@@ -83,6 +83,11 @@ def parameters_by_name(copy: ArenasCopy) -> dict[str, Tensor]:
     return found
 
 
+def labels_of(facts: Mapping[str, Any]) -> dict[str, str]:
+    """What a safetensors checkpoint says of itself."""
+    return {"format": "pt", **{key: str(facts[key]) for key in ("model", "timeline", "uid", "version")}}
+
+
 def _by_itself(view: Tensor) -> Tensor:
     """The same elements in the same place, with a storage of their own: torch.save writes whole storages."""
     if not view.numel():
@@ -103,8 +108,7 @@ def write(facts: Mapping[str, Any], copy: ArenasCopy, form: str, folder: Path) -
         with tempfile.TemporaryDirectory(prefix=EXPORT_PREFIX, dir=folder) as own:
             path = Path(own) / "checkpoint"
             if optimizer is None:
-                labels = {key: str(facts[key]) for key in ("model", "timeline", "uid", "version")}
-                write_tensors(path, parameters, {"format": "pt", **labels})
+                write_tensors(path, parameters, labels_of(facts))
             else:
                 try:
                     torch.save({"model": parameters, "optimizer": optimizer}, path)

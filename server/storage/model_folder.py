@@ -11,7 +11,7 @@ import logging
 import os
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -105,6 +105,17 @@ class IdentityFile:
         """
         return timeline == self.timeline or self.lineage is None or is_before(self.lineage, timeline, version)
 
+    def continued_from(self, timeline: int, version: int) -> IdentityFile:
+        """The identity once what came behind (timeline, version) is lost: on the next timeline, as after a crash."""
+        before = [entry for entry in self.lineage or () if entry[0] < timeline]
+        return replace(
+            self,
+            timeline=self.timeline + 1,
+            clean_version=None,
+            lineage=[*before, (timeline, version)],
+            crashed=[*self.crashed, self.timeline],
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Recovered:
@@ -122,46 +133,50 @@ class ModelFolder:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._name = path.name
+        self.name = path.name
         self._identity = path / "identity.json"
         self.snapshots = Snapshots(path / "snapshots")
         self.journal = path / "journal"
 
+    def sweep(self) -> None:
+        """Remove what interrupted writes left behind."""
+        if self._path.is_dir():
+            files.sweep(self._path, f".{self._identity.name}-*")
+            self.snapshots.sweep()
+
     def recover(self) -> Recovered | None:
-        """The verified snapshot to continue from. None if there is no model, or one without a snapshot.
+        """The verified snapshot to continue from. None if there is no model, or one without a snapshot. Writes nothing.
 
         ModelNotLoaded, or another named error, if there is something that cannot be loaded.
         """
         if not self._path.is_dir():
-            raise ModelNotLoaded(model=self._name, problem=f"models/{self._name} is no folder")
-        files.sweep(self._path, f".{self._identity.name}-*")
-        self.snapshots.sweep()
+            raise ModelNotLoaded(model=self.name, problem=f"models/{self.name} is no folder")
         ids = self.snapshots.ids()
-        identity = self._read_identity(bool(ids))
+        identity = self.read_identity(bool(ids))
         if identity is None:
             return None
         if not ids:
             # its workers get model_lost, which is true; the folder stays as it is
-            log.warning("model %s has no snapshot: not loaded", self._name)
+            log.warning("model %s has no snapshot: not loaded", self.name)
             return None
         last = max(int(match[1]) for snapshot in ids if (match := ID.fullmatch(snapshot)))
         if last > identity.timeline:
             problem = f"its snapshots go to timeline {last}, identity.json says {identity.timeline}"
-            raise ModelNotLoaded(model=self._name, problem=problem)
+            raise ModelNotLoaded(model=self.name, problem=problem)
         damaged: list[str] = []
         found = self.snapshots.newest(identity.made_of)
         if found is None:
             found = self.snapshots.newest(damaged=damaged)
             if found is not None:
                 log.error(
-                    "model %s: only a snapshot that a restore had undone verifies: loading it", self._name
+                    "model %s: only a snapshot that a restore had undone verifies: loading it", self.name
                 )
         if found is None:
             problem = f"none of its {len(ids)} snapshots verifies: {'; '.join(damaged[:DAMAGED_SHOWN])}"
-            raise ModelNotLoaded(model=self._name, problem=problem)
-        return Recovered(identity, saved_state(*found, self._name))
+            raise ModelNotLoaded(model=self.name, problem=problem)
+        return Recovered(identity, saved_state(*found, self.name))
 
-    def _read_identity(self, is_needed: bool) -> IdentityFile | None:
+    def read_identity(self, is_needed: bool) -> IdentityFile | None:
         """The identity file.
 
         None if it is missing and not needed: a creation broke off before anyone was told of it. ModelNotLoaded if it
@@ -172,15 +187,15 @@ class ModelFolder:
         except FileNotFoundError as error:
             if not is_needed:
                 return None
-            raise ModelNotLoaded(model=self._name, problem="identity.json is missing") from error
+            raise ModelNotLoaded(model=self.name, problem="identity.json is missing") from error
         except OSError as error:
-            raise ModelNotLoaded(model=self._name, problem=f"identity.json: {files.reason(error)}") from error
+            raise ModelNotLoaded(model=self.name, problem=f"identity.json: {files.reason(error)}") from error
         except ValidationError as error:
-            raise ModelNotLoaded(model=self._name, problem=f"identity.json: {in_words(error)}") from error
+            raise ModelNotLoaded(model=self.name, problem=f"identity.json: {in_words(error)}") from error
 
     def write_identity(self, identity: IdentityFile) -> None:
         """Write the identity to disk. StorageFailed."""
-        folder, name = self._path, f"models/{self._name}/{self._identity.name}"
+        folder, name = self._path, f"models/{self.name}/{self._identity.name}"
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for parent in (folder.parent, folder.parent.parent):
@@ -194,13 +209,13 @@ class ModelFolder:
 
         StorageFailed.
         """
-        aside = self._path.with_name(f".lost-{self._name}-{secrets.token_hex(4)}")
+        aside = self._path.with_name(f".lost-{self.name}-{secrets.token_hex(4)}")
         try:
             if os.path.lexists(self._path):
                 os.replace(self._path, aside)
-                log.warning("what was left of an earlier model %s is now models/%s", self._name, aside.name)
+                log.warning("what was left of an earlier model %s is now models/%s", self.name, aside.name)
         except OSError as error:
-            raise files.refusal(f"models/{self._name}", error, self._path.parent) from error
+            raise files.refusal(f"models/{self.name}", error, self._path.parent) from error
 
     def remove(self) -> None:
         """Remove the folder with everything in it. StorageFailed."""
@@ -209,15 +224,19 @@ class ModelFolder:
             os.replace(self._path, trash)
             files.remove(trash)
         except OSError as error:
-            raise files.refusal(f"models/{self._name}", error, self._path.parent) from error
+            raise files.refusal(f"models/{self.name}", error, self._path.parent) from error
 
 
 def model_folders(models: Path) -> list[str]:
     """The names in the models' folder, except hidden ones. StorageFailed if it cannot be read."""
-    files.sweep(models, f"{TRASH_PREFIX}*")  # left by a process that died while it removed them
     try:
         return sorted(name for name in os.listdir(models) if not name.startswith("."))
     except FileNotFoundError:
         return []
     except OSError as error:
         raise files.unreadable("models", error) from error
+
+
+def sweep_models(models: Path) -> None:
+    """Remove the folders that a process was removing when it died."""
+    files.sweep(models, f"{TRASH_PREFIX}*")
