@@ -56,6 +56,7 @@ ARROWS = {
         "service": {
             "worker_door", "operator_door", "shared_memory", "models", "devices", "staging", "process", "config",
         },
+        "commands": {"models", "journal", "storage", "arenas", "process", "config"},
         "worker_door": {"requests", "shared_memory", "models", "streams", "arenas", "process"},
         "operator_door": {
             "models", "journal", "storage", "coordinator", "arenas", "streams", "staging", "process", "config",

@@ -1,8 +1,11 @@
-"""The `pushstep` command; one file per subcommand."""
+"""The `pushstep` command; one file per subcommand.
+
+Other packages add theirs by the entry-point group `pushstep.commands`: a name, and a function that typer takes.
+"""
 
 from __future__ import annotations
 
-from importlib.metadata import version
+from importlib.metadata import entry_points, version
 from typing import Annotated
 
 import typer
@@ -33,6 +36,9 @@ def options(
 
 app.command()(demo)
 app.command()(status)
+for _entry in sorted(entry_points(group="pushstep.commands"), key=lambda entry: entry.name):
+    # what it needs to run it imports when it runs
+    app.command(_entry.name)(_entry.load())
 
 
 def main() -> None:

@@ -41,11 +41,11 @@ def test_help_lists_the_subcommands(arguments: list[str]) -> None:
     done = pushstep(*arguments)
     assert done.returncode == (0 if arguments else 2)
     text = done.stdout + done.stderr
-    for name in ("demo", "status"):
+    for name in ("check", "demo", "replay", "status"):
         assert re.search(rf"^\W*{name}\b +\w", text, re.MULTILINE), text
 
 
-@pytest.mark.parametrize("name", ["demo", "status"])
+@pytest.mark.parametrize("name", ["check", "demo", "replay", "status"])
 def test_each_subcommand_has_help_and_json(name: str) -> None:
     done = pushstep(name, "--help")
     assert done.returncode == 0
@@ -59,6 +59,19 @@ def test_help_loads_nothing_of_the_demo() -> None:
         "try: main()\n"
         "except SystemExit as ended: assert not ended.code\n"
         "assert 'matplotlib' not in sys.modules and 'pandas' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_commands_of_other_packages_load_nothing_until_they_run() -> None:
+    """The server's are found by their entry points, and its other modules stay away."""
+    code = (
+        "import sys\n"
+        "from importlib.metadata import entry_points\n"
+        "found = {entry.name: entry.load() for entry in entry_points(group='pushstep.commands')}\n"
+        "assert set(found) == {'check', 'replay'}\n"
+        "assert not {'torch', 'grpc', 'numpy', 'fastapi', 'pushstep.client'} & set(sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -1,0 +1,1 @@
+"""What `pushstep` does with a server's data folder while no server uses it."""
