@@ -208,7 +208,7 @@ def unfit(data: Path) -> None:
     chain = JournalChain(folder, uid)
     after = first_behind(data) - 1
     last = [record.number for record in chain.records(after)][-1]
-    written = Journal(folder, uid, Level.DURABLE, last, chain.link, 100, _failed, after_gap=False)
+    written = Journal(folder, uid, Level.DURABLE, last, chain.link, _failed, after_gap=False)
     segment = Segment(arena=99, stop=1, dtype=DType.DTYPE_FLOAT32)
     step = JournalStep(gradients=[JournalGradient(segments=[segment])])
     for version in (LAST + 1, LAST + 2):
