@@ -59,8 +59,10 @@ ARROWS = {
         "commands": {"models", "journal", "storage", "arenas", "process", "config"},
         "worker_door": {"requests", "shared_memory", "models", "streams", "arenas", "process"},
         "operator_door": {
-            "models", "journal", "storage", "coordinator", "arenas", "streams", "staging", "process", "config",
+            "imports", "models", "journal", "storage", "coordinator", "arenas", "streams", "staging", "process",
+            "config",
         },
+        "imports": {"models", "storage", "coordinator", "arenas", "staging", "process"},
         "requests": {
             "shared_memory", "models", "journal", "storage", "coordinator", "arenas", "devices", "streams", "staging", "process",
         },

@@ -298,18 +298,24 @@ def test_the_first_example_and_the_curl_lines_work(server: RunningServer, model_
     assert "outcome='applied', version=10" in done.stdout
     lines = [command for command in commands() if command.startswith("curl ")]
     assert lines
+    files: dict[str, bytes] = {}
     for line in lines:
-        answer = as_curl(
-            line.replace("localhost:7071", server.http).replace("models/flights", f"models/{model_name}")
-        )
+        for given, here in (
+            ("localhost:7071", server.http),
+            ("models/flights", f"models/{model_name}"),
+            ("name=another", f"name={model_name}-another"),
+        ):
+            line = line.replace(given, here)
+        answer = as_curl(line, files)
         assert answer.status_code in (200, 201), (line, answer.text)
     groups = server.rest("GET", f"/v1/models/{model_name}/param-groups").json()["param_groups"]
     assert groups[0]["lr"] == 0.5
 
 
-def as_curl(line: str) -> httpx.Response:
-    """The request that a curl command line makes, for the few options that the README uses."""
-    method, headers, body, url = "GET", {}, None, ""
+def as_curl(line: str, files: dict[str, bytes]) -> httpx.Response:
+    """The request that a curl command line makes, for the few options that the README uses. Its files are `files`."""
+    method, headers, url, output = "GET", {}, "", ""
+    body: str | bytes | None = None
     words = iter(shlex.split(line)[1:])
     for word in words:
         if word == "-X":
@@ -321,11 +327,20 @@ def as_curl(line: str) -> httpx.Response:
             body = next(words)
             json.loads(body)
             method = "POST" if method == "GET" else method
+        elif word == "--data-binary":
+            method, body = "POST", files[next(words).removeprefix("@")]
+        elif word == "-T":
+            method, body = "PUT", files[next(words)]
+        elif word == "-o":
+            output = next(words)
         elif not word.startswith("-"):
             url = word
-    return httpx.request(
+    answer = httpx.request(
         method, f"http://{url}", headers=headers, content=body, timeout=20.0, trust_env=False
     )
+    if output:
+        files[output] = answer.content
+    return answer
 
 
 def test_links_to_files_lead_somewhere() -> None:

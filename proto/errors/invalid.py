@@ -104,6 +104,21 @@ class UnsupportedFormat(InvalidRequest):
     template = "unknown format {got!r}; use one of: {known}"
 
 
+class InvalidFile(InvalidRequest):
+    """A file with a model's values that is none, or not this model's."""
+
+    code = "invalid_file"
+    template = "the file was not taken: {problem}; nothing was changed"
+
+
+class LengthRequired(InvalidRequest):
+    """A file that is sent without saying how long it is."""
+
+    code = "length_required"
+    http_status = 411
+    template = "a file is sent with its Content-Length, so that room for it can be set aside first"
+
+
 class RangeNotSatisfiable(InvalidRequest):
     """A Range header that names nothing of what there is."""
 
@@ -130,6 +145,13 @@ class InvalidState(InvalidRequest):
         "{state!r} of {parameter!r} holds {got}: it is a sum or mean of squares, finite and not negative; nothing was "
         "changed"
     )
+
+
+class NonfiniteParameter(InvalidRequest):
+    """Values with NaN or infinity in a file that is imported."""
+
+    code = "nonfinite_parameter"
+    template = "the values of {parameter!r} hold NaN or infinity; nothing was changed"
 
 
 class NonfiniteGradient(InvalidRequest):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from functools import cache, singledispatch
 from importlib.metadata import version as installed_version
 from re import Pattern
@@ -135,6 +135,29 @@ def _methods_by_path() -> list[tuple[Pattern[str], Collection[str]]]:
     return [(compile_path(path)[0], methods) for path, methods in routes]
 
 
+@cache
+def _file_routes() -> list[tuple[Pattern[str], Collection[str]]]:
+    """The routes whose body is a file: it is as long as --max-bytes allows, and no JSON."""
+    return [
+        (compile_path(f"/v1{route.path}")[0], route.methods or ())
+        for resource in RESOURCES
+        for route in resource.router.routes
+        if isinstance(route, APIRoute) and route.openapi_extra is openapi.FILE_BODY
+    ]
+
+
+def _is_route(scope: Scope) -> bool:
+    return _is_among(_methods_by_path(), scope)
+
+
+def _takes_file(scope: Scope) -> bool:
+    return _is_among(_file_routes(), scope)
+
+
+def _is_among(routes: Sequence[tuple[Pattern[str], Collection[str]]], scope: Scope) -> bool:
+    return any(scope["method"] in methods and pattern.match(scope["path"]) for pattern, methods in routes)
+
+
 @singledispatch
 def _translated(error: Exception, request: Request) -> PushstepError:
     """The error of the catalogue that stands for what a route, FastAPI or Starlette raised."""
@@ -203,10 +226,16 @@ class Entrance:
             origin = headers.get(b"origin")
             if origin is not None and scope["method"] not in ("GET", "HEAD", "OPTIONS"):
                 self._check_origin(origin.decode("latin-1"), host)
+            if _takes_file(scope):  # the route takes room for it before it reads it
+                await self._app(scope, receive, watched_send)
+                return
             declared = headers.get(b"content-length", b"0")
             if declared.isdigit() and int(declared) > MAX_BODY_BYTES:
                 raise MessageTooLarge(got=int(declared), limit=MAX_BODY_BYTES)
-            await self._app(scope, await _read(scope, _limited(receive)), watched_send)
+            limited = _limited(receive)
+            if _is_route(scope):  # what is at no route is refused unread, whatever it holds
+                limited = await _read(scope, limited)
+            await self._app(scope, limited, watched_send)
             return
         except Exception as error:
             if started:

@@ -1,16 +1,20 @@
-"""What the routes depend on: the catalogue of models, the model that the path names, copies and downloads."""
+"""What the routes depend on: the catalogue of models, the model that the path names, copies, downloads, files."""
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from typing import Annotated, Final
 
 from fastapi import Depends, Request
+from starlette.requests import ClientDisconnect
 from torch import Tensor
 
+from ..imports.incoming_file import IncomingFile
 from ..models.catalog import Catalog
 from ..models.copies import Copies, ModelCopies
 from ..models.model import Model
 from .downloads import Downloads
+from .header_fields import claimed_digest
 
 # The author of changes through this door, in audit events.
 OPERATOR: Final = "operator"
@@ -50,3 +54,30 @@ def _looks(request: Request) -> Looks:
 LooksHere = Annotated[Looks, Depends(_looks)]
 CopiesHere = Annotated[ModelCopies, Depends(_copies)]
 DownloadsHere = Annotated[Downloads, Depends(_downloads)]
+
+
+def declared_bytes(request: Request) -> int | None:
+    """The length of a request's body; None if the request does not say it."""
+    text = request.headers.get("content-length")
+    return None if text is None else int(text)
+
+
+async def received(request: Request, catalog: Catalog, model: str) -> IncomingFile:
+    """The file that is a request's body, in memory: release it. Its room is taken before it is read."""
+    sha256 = claimed_digest(request.headers.get("repr-digest", ""))
+    file = IncomingFile(catalog.staging, declared_bytes(request), catalog.config.max_bytes)
+    try:
+        await file.receive(f"{model}/{OPERATOR}", _parts(request), sha256)
+    except BaseException:
+        file.release()
+        raise
+    return file
+
+
+async def _parts(request: Request) -> AsyncIterator[bytes]:
+    """A body as it comes. It ends early if its sender goes away."""
+    try:
+        async for part in request.stream():
+            yield part
+    except ClientDisconnect:
+        return

@@ -1,6 +1,7 @@
 """One HTTP connection: uvicorn's, with a time limit for whatever it waits for.
 
-A head has to arrive within `stall_s`, and a body within BODY_STALLS times that. A caller that takes less than
+A head has to arrive within `stall_s`, and a body within BODY_STALLS times that, or else as much of it as a stream has to
+bring in that time, and as much again in each such time. A caller that takes less than
 PROGRESS_BYTES of its waiting answer in `stall_s` is dropped, also after the last of the answer was written. Bytes that
 are no request are answered in the one shape of errors. A request that states its length in two ways ends its
 connection: a proxy in front may have believed the other length, and taken what follows for another caller's request.
@@ -23,8 +24,10 @@ from pushstep.proto.errors.status import PROBLEM_TYPE, to_problem
 from ..streams.readers import acked_bytes
 from ..streams.timed_messages import PROGRESS_BYTES
 
-# A body has at most 128 KiB (MAX_BODY_BYTES of app.py): 3.3 KB/s at the default `stall_s` of 10 s.
+# A body that is no file has at most 128 KiB (MAX_BODY_BYTES of app.py): 3.3 KB/s at the default `stall_s` of 10 s.
 BODY_STALLS: Final = 4
+# Of a file, in that time: as a stream of workers.
+BODY_PROGRESS_BYTES: Final = BODY_STALLS * PROGRESS_BYTES
 MAX_HEAD_BYTES: Final = 16 << 10
 # Connections without a request under way, the longest idle first. They are ended to make room for new ones.
 Idle = dict["HttpProtocol", None]
@@ -51,6 +54,8 @@ class HttpProtocol(H11Protocol):
         self._idle = idle
         self._stall_s = stall_s
         self._waits_for = ""
+        # bytes that came since the timer began
+        self._came_bytes = 0
         self._timer: asyncio.TimerHandle | None = None
         # the timer while the caller has bytes to take, and how many it had taken when the timer began
         self._reading: asyncio.TimerHandle | None = None
@@ -63,6 +68,7 @@ class HttpProtocol(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Bytes have arrived."""
+        self._came_bytes += len(data)
         super().data_received(data)
         self._look()
 
@@ -102,8 +108,12 @@ class HttpProtocol(H11Protocol):
             self._timer.cancel()
             self._timer = None
         if waits_for:
-            limit_s = self._stall_s if waits_for == "head" else BODY_STALLS * self._stall_s
-            self._timer = self.loop.call_later(limit_s, self._too_late, waits_for, limit_s)
+            self._start_timer(waits_for)
+
+    def _start_timer(self, waits_for: str) -> None:
+        self._came_bytes = 0
+        limit_s = self._stall_s if waits_for == "head" else BODY_STALLS * self._stall_s
+        self._timer = self.loop.call_later(limit_s, self._too_late, waits_for, limit_s)
 
     def _head_is_due(self) -> bool:
         """Whether the first head, or the rest of a later one, is waited for.
@@ -113,7 +123,16 @@ class HttpProtocol(H11Protocol):
         return self.cycle is None or bool(self.conn.trailing_data[0])
 
     def _too_late(self, what: str, limit_s: float) -> None:
-        self.refuse(RequestTimeout(what=what, seconds=limit_s))
+        if what == "body" and self._body_moves():
+            self._start_timer(what)
+        else:
+            self.refuse(RequestTimeout(what=what, seconds=limit_s))
+
+    def _body_moves(self) -> bool:
+        """Whether enough of a body came lately, or it is this side that does not read. Not once it is refused."""
+        if self.cycle is None or self.cycle.response_complete:
+            return False
+        return bool(self.flow.read_paused) or self._came_bytes >= BODY_PROGRESS_BYTES
 
     def refuse(self, error: PushstepError) -> None:
         """Answer with an error, if nothing has been answered yet, and end the connection."""

@@ -27,6 +27,10 @@ _OF_A_MODEL: Final = (404, 409)
 _WITH_A_CONDITION: Final = 412
 _DOWNLOADS: Final = ("/export", "/content")
 _BINARY: Final = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+# `openapi_extra` of a route whose body is a file.
+FILE_BODY: Final[dict[str, Any]] = {"requestBody": {"required": True, "content": _BINARY}}
+# Without a length; where a model, or something else, is in the way.
+_WITH_A_FILE: Final = (409, 411)
 # Routes whose body is of one of these types; which one, the body says. Every field is optional.
 _SETTINGS: Final[Mapping[str, Sequence[type[Settings]]]] = {
     "/v1/models/{m}/gate": [GateSettings],
@@ -95,7 +99,9 @@ def _statuses(path: str, method: str, operation: dict[str, Any]) -> Iterable[int
         yield from _OF_A_MODEL
     if operation.get("parameters") or "requestBody" in operation:
         yield 422
-    if method in ("post", "patch", "delete"):
+    if operation.get("requestBody") == FILE_BODY["requestBody"]:
+        yield from _WITH_A_FILE
+    if method in ("post", "put", "patch", "delete"):
         yield from (413, 422)
     if any(parameter["name"] == "if-match" for parameter in operation.get("parameters", ())):
         yield _WITH_A_CONDITION

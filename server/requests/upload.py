@@ -53,11 +53,12 @@ from ..models.model import Model
 from ..process import garbage
 from ..process.inline import INLINE_PARTS
 from ..process.threads import PUSHES, REQUESTS
+from ..staging.inspect import is_accumulated
 from ..streams.received import INLINE_MESSAGE_BYTES
 from . import push_header
 from .join import fill_in, membership
 from .receiving import place_chunk
-from .upload_content import check_exact, extras_in, is_accumulated
+from .upload_content import check_exact, extras_in
 
 _MOST_STATES: Final = max(len(rule.state_names) for rule in RULES.values())
 _OF_A_MODEL = (UPLOAD_KIND_PARAMETERS, UPLOAD_KIND_STATE, UPLOAD_KIND_GROUP, UPLOAD_KIND_EXTRAS)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from pushstep.proto.errors import MalformedFrame, WrongDtype
@@ -21,14 +19,6 @@ def extras_in(content: torch.Tensor) -> dict[str, torch.Tensor]:
         return {name: tensor.clone() for name, tensor in tensors_in(content).items()}
     except ValueError as error:
         raise MalformedFrame(problem=f"the extras are no safetensors file: {error}") from error
-
-
-def is_accumulated(values: torch.Tensor) -> bool:
-    """True if all values are finite and none is negative. A NaN makes it False."""
-    if not values.numel():
-        return True
-    lowest, highest = torch.aminmax(values)
-    return bool(lowest >= 0) and bool(highest < math.inf)
 
 
 def check_exact(layout: Layout, segment: Segment) -> None:

@@ -95,3 +95,11 @@ def _all_finite(values: Tensor, stepped: torch.dtype) -> bool:
     flat = values.reshape(-1)
     blocks = (flat[start : start + BLOCK_ELEMENTS] for start in range(0, flat.numel(), BLOCK_ELEMENTS))
     return all(bool(torch.isfinite(block.to(stepped)).all()) for block in blocks)
+
+
+def is_accumulated(values: Tensor) -> bool:
+    """True if all values are finite and none is negative. A NaN makes it False."""
+    if not values.numel():
+        return True
+    lowest, highest = torch.aminmax(values)
+    return bool(lowest >= 0) and bool(highest < math.inf)

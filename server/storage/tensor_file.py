@@ -19,6 +19,8 @@ import xxhash
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
+from pushstep.proto.wire.layout import MAX_ELEMENTS
+
 from ..process.memory import take
 from .files import opened
 
@@ -67,6 +69,8 @@ class _Entry(BaseModel):
 
 
 _HEADER: Final = TypeAdapter(dict[str, _Entry])
+_METADATA: Final = TypeAdapter(dict[str, str])
+_SHOWN: Final = 100
 
 
 class OtherBytes(Exception):
@@ -111,35 +115,56 @@ def read_tensors(path: Path, size_bytes: int, kind: str, expected: str) -> dict[
     return tensors_in(memory)
 
 
-def tensors_in(memory: Tensor) -> dict[str, Tensor]:
+def tensors_in(memory: Tensor, longest_header_bytes: int = LONGEST_HEADER_BYTES) -> dict[str, Tensor]:
     """The tensors of a file that lies in memory, most of them in place.
 
     ValueError if it is not a safetensors file.
     """
+    return tensors_and_metadata(memory, longest_header_bytes)[0]
+
+
+def tensors_and_metadata(
+    memory: Tensor, longest_header_bytes: int = LONGEST_HEADER_BYTES
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a file, in the order of its header, and the texts that its writer has added.
+
+    ValueError if it is not a safetensors file: each byte behind the header belongs to exactly one tensor.
+    """
     content = memory.numpy().data if memory.numel() else memoryview(b"")
     length = int.from_bytes(content[:_LENGTH_BYTES], "little")
     start = _LENGTH_BYTES + length
-    if start > len(content) or length > LONGEST_HEADER_BYTES:
-        raise ValueError(f"its header is longer than the file, or than {LONGEST_HEADER_BYTES} bytes")
+    if start > len(content) or length > longest_header_bytes:
+        raise ValueError(f"its header is longer than the file, or than {longest_header_bytes} bytes")
     try:
         header = json.loads(bytes(content[_LENGTH_BYTES:start]))
-        if isinstance(header, dict):
-            header.pop("__metadata__", None)
-        entries = _HEADER.validate_python(header)
+        texts = header.pop("__metadata__", {}) if isinstance(header, dict) else {}
+        metadata, entries = _METADATA.validate_python(texts), _HEADER.validate_python(header)
     except (ValueError, RecursionError, ValidationError) as error:
         raise ValueError("its header is not that of a safetensors file") from error
-    places = [entry.data_offsets for entry in entries.values()]
-    if sum(max(0, end - begin) for begin, end in places) > len(content) - start:
-        raise ValueError("its tensors overlap")  # copies of such tensors could be larger than the file
-    return {name: _tensor(name, entry, memory[start:]) for name, entry in entries.items()}
+    _require_apart(entries, len(content) - start)
+    return {name: _tensor(name, entry, memory[start:]) for name, entry in entries.items()}, metadata
+
+
+def _require_apart(entries: Mapping[str, _Entry], data_bytes: int) -> None:
+    """ValueError if tensors overlap or leave holes: copies of such tensors could be larger than the file."""
+    end = 0
+    for begin, stop in sorted(tuple(entry.data_offsets) for entry in entries.values()):
+        if begin != end or stop < begin:
+            raise ValueError("its tensors overlap, or leave a hole")
+        end = stop
+    if end != data_bytes:
+        raise ValueError(f"its tensors take {end} bytes, and {data_bytes} follow its header")
 
 
 def _tensor(name: str, entry: _Entry, data: Tensor) -> Tensor:
     dtype, (begin, end) = _DTYPES.get(entry.dtype), entry.data_offsets
     if dtype is None:
-        raise ValueError(f"{name!r} is of an unknown type {entry.dtype[:20]!r}")
-    if not begin <= end <= data.numel() or end - begin != math.prod(entry.shape) * dtype.itemsize:
-        raise ValueError(f"the place of {name!r} is not that of its shape")
+        raise ValueError(f"{name[:_SHOWN]!r} is of an unknown type {entry.dtype[:20]!r}")
+    # a length of 0 counts as 1, since the others become strides
+    if math.prod(max(1, length) for length in entry.shape) >= MAX_ELEMENTS:
+        raise ValueError(f"{name[:_SHOWN]!r} has an impossible shape")
+    if end - begin != math.prod(entry.shape) * dtype.itemsize:
+        raise ValueError(f"the place of {name[:_SHOWN]!r} is not that of its shape")
     if begin == end:
         return torch.empty(entry.shape, dtype=dtype, device="cpu")
     found = data[begin:end]

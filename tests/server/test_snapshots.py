@@ -25,6 +25,7 @@ from pushstep.server.arenas.arena import ArenasCopy
 from pushstep.server.coordinator.admission import Admission
 from pushstep.server.storage import files as files_module
 from pushstep.server.storage import snapshots as module
+from pushstep.server.storage.checkpoints import Content
 from pushstep.server.storage.checkpoints import write as write_export
 from pushstep.server.storage.files import write_durably
 from pushstep.server.storage.snapshots import Snapshots
@@ -331,7 +332,7 @@ def test_a_small_file_holds_the_old_text_or_the_new(tmp_path: Path, monkeypatch:
 def test_an_export_onto_a_full_disk(form: str, tmp_path: Path) -> None:
     facts = {**FACTS, "timeline": 1, "version": 1}
     with largest_file(50), pytest.raises(StorageFailed):
-        write_export(facts, copy_of(1), form, tmp_path)
+        write_export(facts, copy_of(1), Content(form, state=True), tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints and the state_dict of a model's current version."""
+"""Checkpoints and the state_dict of a model's current version, and files that replace it."""
 
 from __future__ import annotations
 
@@ -10,15 +10,21 @@ from fastapi.responses import StreamingResponse
 
 from pushstep.proto.errors import VersionMoved
 
+from ...imports.imports import Imports, ImportSettings
 from ...models.copies import copy_of
 from ...models.model import Model
 from ...process.threads import READS
-from ...storage.checkpoints import Checkpoint, check_format, describe_state, write
-from ..depends import CatalogHere, CopiesHere, DownloadsHere, ModelHere
+from ...storage.checkpoints import Checkpoint, Content, describe_state, write
+from ..depends import OPERATOR, CatalogHere, CopiesHere, DownloadsHere, ModelHere, received
 from ..download import Download
+from ..header_fields import digest_header, wants_digest
+from ..openapi import FILE_BODY
+from ..queries import Flag
 
 router = APIRouter(tags=["export"])
 SUFFIX = {"safetensors": "safetensors", "torch": "pt"}
+Format = Annotated[str, Query(description="safetensors or torch")]
+State = Annotated[Flag, Query(description="of a safetensors file: with the optimizer's state")]
 
 
 @router.get("/models/{m}/export", summary="Download a checkpoint", response_class=StreamingResponse)
@@ -28,7 +34,8 @@ async def export(
     catalog: CatalogHere,
     copies: CopiesHere,
     downloads: DownloadsHere,
-    format: Annotated[str, Query(description="safetensors or torch")] = "safetensors",
+    format: Format = "safetensors",
+    state: State = False,
     version: Annotated[
         int | None,
         Query(ge=0, description="only if the model is at this version; such a download may be gone on with"),
@@ -43,24 +50,28 @@ async def export(
 ) -> Download:
     """`safetensors`: parameters by name. `torch`: {"model", "optimizer"}, for torch.load(weights_only=True).
 
+    A safetensors file has the param groups in its metadata (`pushstep.groups`), and with `state` also
+    `optimizer.<state>.<parameter>` and `optimizer.step.<parameter>`: what POST /v1/models and PUT .../state-dict take.
+    With `Want-Repr-Digest: sha-256=1` the answer has a `Repr-Digest`.
+
     A Range is answered with a part in two cases: the request names the version, and nothing else was ever sent for the
     same request; or If-Range names the ETag of the content. Otherwise the answer is the whole.
     """
-    check_format(format)
-    asked = _Asked(model, format, version, timeline)
+    content = Content(format, state)
+    asked = _Asked(model, content, version, timeline)
     asked.require(model.timeline, model.version)
 
     async def written() -> Checkpoint:
         async with copy_of(copies, model) as (facts, copy):
-            return await READS.run(write, facts, copy, format, catalog.config.data)
+            return await READS.run(write, facts, copy, content, catalog.config.data)
 
     async with AsyncExitStack() as held:
-        checkpoint = await held.enter_async_context(downloads.shared((model.content, format), written))
+        checkpoint = await held.enter_async_context(downloads.shared((model.content, content), written))
         asked.require(checkpoint.timeline, checkpoint.version)
         is_one = asked.is_one(checkpoint)
         fixed = is_one and downloads.pins.note(asked.name, checkpoint.etag) == checkpoint.etag
         name = f"{model.name}-v{checkpoint.version}"
-        answer = download(request, checkpoint, format, name, is_fixed=fixed)
+        answer = await download(request, checkpoint, content, name, is_fixed=fixed)
         if is_one:
             answer.headers["Accept-Ranges"] = "bytes"
         answer.held = held.pop_all()
@@ -70,11 +81,11 @@ async def export(
 class _Asked:
     """The version and timeline that a request names, if it names them."""
 
-    def __init__(self, model: Model, form: str, version: int | None, timeline: int | None) -> None:
+    def __init__(self, model: Model, content: Content, version: int | None, timeline: int | None) -> None:
         self._model = model
         self._version = version
         self._timeline = timeline
-        self.name = (model.name, form, version, timeline)
+        self.name = (model.name, content, version, timeline)
 
     def require(self, timeline: int, version: int) -> None:
         """VersionMoved if the request names another timeline or version than these."""
@@ -103,11 +114,39 @@ async def show_state_dict(model: ModelHere, copies: CopiesHere) -> dict[str, Any
         return {"version": copy.version, "timeline": copy.timeline, "optimizers": optimizers}
 
 
-def download(request: Request, checkpoint: Checkpoint, form: str, name: str, *, is_fixed: bool) -> Download:
+@router.put("/models/{m}/state-dict", summary="Import values from a file", openapi_extra=FILE_BODY)
+async def import_state_dict(
+    request: Request,
+    model: ModelHere,
+    catalog: CatalogHere,
+    partial: Annotated[Flag, Query(description="the file need not have every parameter")] = False,
+    weights_only: Annotated[Flag, Query(description="leave out the optimizer's state in the file")] = False,
+    keep_state: Annotated[
+        Flag, Query(description="keep the optimizer's state, which otherwise begins anew with new values")
+    ] = False,
+) -> dict[str, Any]:
+    """The body is a safetensors file such as an export: parameters by name, and perhaps the optimizer's state.
+
+    State is `optimizer.<state>.<parameter>`, such as `optimizer.sum.weight`, beside `optimizer.step.<parameter>`, one
+    int64; a file with any of it has all of it for each parameter that it holds. A buffer that the model has may be
+    there, too. Every name, shape and dtype must be the model's, values must be finite, and state not negative: all is
+    checked before anything is replaced. The model goes on from there on a new timeline, as after a restore; its workers
+    are told. With a `Repr-Digest` (sha-256) the body is verified.
+    """
+    file = await received(request, catalog, model.name)
+    settings = ImportSettings(partial, weights_only, keep_state)
+    return await Imports(catalog).replace(model, file, settings, OPERATOR)
+
+
+async def download(
+    request: Request, checkpoint: Checkpoint, content: Content, name: str, *, is_fixed: bool
+) -> Download:
     """A checkpoint as an answer. `is_fixed`: the same request can never get another content."""
     headers = {
-        "Content-Disposition": f'attachment; filename="{name}.{SUFFIX[form]}"',
+        "Content-Disposition": f'attachment; filename="{name}.{SUFFIX[content.format]}"',
         "X-Pushstep-Version": str(checkpoint.version),
         "X-Pushstep-Timeline": str(checkpoint.timeline),
     }
+    if wants_digest(request.headers.get("want-repr-digest", "")):
+        headers["Repr-Digest"] = digest_header(await READS.run(checkpoint.sha256))
     return Download(request, checkpoint, headers, is_fixed=is_fixed)

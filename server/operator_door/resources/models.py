@@ -1,14 +1,16 @@
-"""Models: listed, shown, deleted; and the capacity of the server."""
+"""Models: listed, made of a file, shown, deleted; and the capacity of the server."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Query, Request, Response
 
+from ...imports.imports import Imports
 from ...models.model import NAMES_SHOWN, Model
-from ..depends import OPERATOR, CatalogHere, ModelHere
+from ..depends import OPERATOR, CatalogHere, ModelHere, declared_bytes, received
 from ..numbers import finite
+from ..openapi import FILE_BODY
 
 router = APIRouter(tags=["models"])
 
@@ -57,6 +59,28 @@ async def list_models(catalog: CatalogHere) -> dict[str, Any]:
             for name, error in sorted(catalog.not_loaded.items())
         ],
     }
+
+
+@router.post("/models", status_code=201, summary="Make a model of a file", openapi_extra=FILE_BODY)
+async def create_model(
+    request: Request,
+    catalog: CatalogHere,
+    name: Annotated[str, Query(description="the model's name", max_length=100)],
+    groups: Annotated[
+        str | None, Query(description="param groups as JSON [default: the file's `pushstep.groups`]")
+    ] = None,
+) -> dict[str, Any]:
+    """The body is a safetensors file, such as an export. The first worker that attaches takes the server's values.
+
+    The param groups say which tensors are parameters; the others are kept as buffers. An export names its groups in its
+    metadata. A group is `{"rule": "adagrad", "lr": 0.1, "params": [...]}`: names in the order that the workers' module
+    has them (manifests must agree in it), each a text, or a list for a tied weight; or patterns such as `encoder.*`. A
+    group without `params` has all of a floating type that no other names. Optimizer state as for PUT .../state-dict.
+    """
+    imports = Imports(catalog)
+    imports.require_new(name, declared_bytes(request))
+    file = await received(request, catalog, name)
+    return describe(await imports.create(name, groups, file, OPERATOR))
 
 
 @router.get("/models/{m}", summary="Show a model")

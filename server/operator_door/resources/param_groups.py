@@ -18,7 +18,7 @@ from ...coordinator.settings import Number, Text
 from ...models.edits import Edits
 from ...models.model import Model
 from ..depends import OPERATOR, ModelHere
-from ..etags import require_match
+from ..header_fields import require_match
 from ..queries import Flag, Index
 
 router = APIRouter(tags=["param groups"])

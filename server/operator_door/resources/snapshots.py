@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
 
 from ...arenas.arena import ArenasCopy
 from ...process.threads import DISK, READS
-from ...storage.checkpoints import Checkpoint, check_format, write
+from ...storage.checkpoints import Checkpoint, Content, write
 from ..depends import OPERATOR, CatalogHere, CopiesHere, DownloadsHere, ModelHere
 from ..download import Download
-from .export import download
+from .export import Format, State, download
 
 router = APIRouter(tags=["snapshots"])
 SHOWN = (
@@ -85,24 +85,25 @@ async def snapshot_content(
     catalog: CatalogHere,
     copies: CopiesHere,
     downloads: DownloadsHere,
-    format: Annotated[str, Query(description="safetensors or torch")] = "safetensors",
+    format: Format = "safetensors",
+    state: State = False,
 ) -> Download:
     """The same files as an export, of the snapshot's version. A Range is answered with a part."""
-    check_format(format)
+    content = Content(format, state)
 
     async def read() -> tuple[dict[str, Any], ArenasCopy]:
         return await READS.run(catalog.snapshots(model.name).read, snapshot)
 
     async def written() -> Checkpoint:
         async with copies.shared((model.uid, snapshot), read) as (facts, copy):
-            return await READS.run(write, facts, copy, format, catalog.config.data)
+            return await READS.run(write, facts, copy, content, catalog.config.data)
 
     async with AsyncExitStack() as held:
-        checkpoint = await held.enter_async_context(downloads.shared((model.uid, snapshot, format), written))
+        checkpoint = await held.enter_async_context(downloads.shared((model.uid, snapshot, content), written))
         # a snapshot never changes, but a deleted one may have had the same name
-        sent = downloads.pins.note((f"{model.name}-{snapshot}", format), checkpoint.etag)
+        sent = downloads.pins.note((f"{model.name}-{snapshot}", content), checkpoint.etag)
         fixed = sent in (None, checkpoint.etag)
-        answer = download(request, checkpoint, format, f"{model.name}-{snapshot}", is_fixed=fixed)
+        answer = await download(request, checkpoint, content, f"{model.name}-{snapshot}", is_fixed=fixed)
         answer.headers["Accept-Ranges"] = "bytes"
         answer.held = held.pop_all()
         return answer

@@ -1,0 +1,136 @@
+"""Brings a file's values into a model, or makes a model of a file.
+
+A file replaces what a model holds as a restore does: on a new timeline, of which all its workers are told.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from pushstep.proto.errors import InvalidFile, InvalidSettings, ManifestChanged, ModelExists
+from pushstep.proto.training_pb2 import Process
+from pushstep.proto.wire.identifiers import check_name
+
+from ..arenas.extras import Extras
+from ..coordinator.policies import catalogue as policies
+from ..models.catalog import Catalog
+from ..models.creations import Proposal, propose
+from ..models.model import Model
+from ..process.threads import READS
+from ..storage.state_names import GROUPS
+from .content import FileContent, Sorting, header_limit, read_file
+from .file_groups import manifest_of
+from .incoming_file import IncomingFile
+
+
+@dataclass(frozen=True, slots=True)
+class ImportSettings:
+    """How a file is brought into a model: which of it, and what becomes of the optimizer state."""
+
+    partial: bool
+    weights_only: bool
+    keep_state: bool
+
+
+class Imports:
+    """What operators bring into the models of a catalog."""
+
+    def __init__(self, catalog: Catalog) -> None:
+        self._catalog = catalog
+
+    async def replace(
+        self, model: Model, file: IncomingFile, settings: ImportSettings, by: str
+    ) -> dict[str, Any]:
+        """Replace values of a model by those of a complete file, which this releases. What it did, as JSON."""
+        return await self._catalog.whole(self._replace(model, file, settings, by), file.release)
+
+    async def create(self, name: str, groups: str | None, file: IncomingFile, by: str) -> Model:
+        """Make a model of a complete file, which this releases. `groups` None: those that the file names."""
+        return await self._catalog.whole(self._create(name, groups, file, by), file.release)
+
+    def require_new(self, name: str, length_bytes: int | None) -> None:
+        """InvalidName, ModelExists, ModelNotLoaded, OverCapacity, Draining: refusals before a file is read."""
+        self._catalog.require_open()
+        check_name(name, "model name")
+        self._catalog.require_free(name)
+        if name in self._catalog.models:
+            raise ModelExists(model=name)
+        self._catalog.require_room(length_bytes or 0)
+
+    async def _replace(
+        self, model: Model, file: IncomingFile, settings: ImportSettings, by: str
+    ) -> dict[str, Any]:
+        model.require_whole()
+        layout = model.layout
+
+        def read() -> FileContent:
+            tensors, _ = read_file(file.content, header_limit(layout))
+            sorting = Sorting(layout, model.name, model.extras)
+            return sorting.sorted(tensors, partial=settings.partial, weights_only=settings.weights_only)
+
+        content = await READS.run(read)
+        if content.states and settings.keep_state:
+            raise InvalidSettings(problem="keep_state: the file has state of its own; say weights_only, too")
+        async with self._catalog.restores.turns:
+            _, copy = await model.copy()
+            if copy.layout is not layout:
+                raise ManifestChanged(model=model.name)
+            groups = [group.values for group in model.groups.list]
+            await READS.run(partial(content.fill, copy, groups, keeps_state=settings.keep_state))
+            extras = await READS.run(_extras, content.extras, copy.extras)
+            await self._catalog.restores.replace(model, replace(copy, extras=extras), None, by)
+        state = "replaced" if content.states else "kept" if settings.keep_state else "begun_anew"
+        model.record("imported", by, parameters=len(content.values), state=state)
+        return {
+            "timeline": model.timeline,
+            "effective_version": copy.version,
+            "parameters": len(content.values),
+            "buffers": len(content.extras),
+            "state": state,
+        }
+
+    async def _create(self, name: str, groups: str | None, file: IncomingFile, by: str) -> Model:
+        catalog = self._catalog
+
+        def read() -> tuple[Proposal, FileContent]:
+            tensors, texts = read_file(file.content)
+            text = groups if groups is not None else texts.get(GROUPS)
+            if text is None:
+                raise InvalidFile(problem=f"name its param groups, in `groups` or its metadata {GROUPS!r}")
+            proposal = propose(manifest_of(tensors, text))
+            sorting = Sorting(proposal.layout, name, None)
+            return proposal, sorting.sorted(tensors, partial=False, weights_only=False)
+
+        proposal, content = await READS.run(read)
+        extras_bytes = sum(tensor.nbytes for tensor in content.extras.values())
+        self.require_new(name, proposal.bytes_needed + extras_bytes)
+        now_s = time.monotonic()
+        ticket = catalog.begin_creation(name, by, proposal, now_s, 0, Process()).ticket
+        creation, has_place = catalog.creation(name, ticket, now_s), False
+        try:
+            with catalog.promised(extras_bytes):
+                catalog.take_place(name, creation)
+                has_place = True
+                model = await READS.run(catalog.new_model, name, proposal.layout)
+                model.extras = await READS.run(_extras, content.extras, Extras())
+                values = [group.values for group in model.groups.list]
+                fill = partial(content.fill, model.arenas, values, keeps_state=True)
+                await model.writer.submit(fill)
+                model.begin_under(policies.from_wire(""))
+                # or a first worker that withdraws its join would take the model along, as one that it has made
+                model.edit = 1
+                await catalog.finish_creation(name, creation, model)
+        finally:
+            catalog.end_creation(name, creation, time.monotonic(), had_place=has_place, comes_again=False)
+        return model
+
+
+def _extras(sent: Mapping[str, Tensor], held: Extras) -> Extras:
+    """The buffers after an import, in memory of their own."""
+    return Extras({**held, **{name: tensor.clone() for name, tensor in sent.items()}}, held) if sent else held

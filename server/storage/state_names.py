@@ -1,0 +1,73 @@
+"""What the tensors of a safetensors file are called, and what its metadata says of a model.
+
+A parameter has its name; a tied weight has each of its names; buffers and frozen values have theirs. With the optimizer's
+state, `optimizer.sum.weight` is the state `sum` of the parameter `weight`, and `optimizer.step.weight` its count of steps,
+one int64. The metadata `pushstep.groups` holds the param groups as JSON, in order: `rule`, `optimizer`, the
+hyperparameters, and `params`: names, or [name, alias, ...] for a tied weight. From such a file a server makes the same
+model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from pushstep.proto.errors import InvalidManifest
+from pushstep.proto.wire.layout import Layout, Slot
+
+from ..arenas.arena import ArenasCopy
+
+GROUPS: Final = "pushstep.groups"
+STEP: Final = "step"
+_PREFIX: Final = "optimizer."
+
+
+def state_name(state: str, parameter: str) -> str:
+    """The name of a parameter's state, or of its count of steps, in a file."""
+    return f"{_PREFIX}{state}.{parameter}"
+
+
+def state_of(name: str) -> tuple[str, str] | None:
+    """The state and the parameter that a name in a file may stand for."""
+    state, _, parameter = name.removeprefix(_PREFIX).partition(".")
+    return (state, parameter) if name.startswith(_PREFIX) and parameter else None
+
+
+def states_by_name(copy: ArenasCopy, taken: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Every parameter's states and count of steps by their names in a file.
+
+    InvalidManifest if a parameter or buffer, one of `taken`, has such a name.
+    """
+    found: dict[str, Tensor] = {}
+    for slot in copy.layout.slots:
+        for state in copy.states[slot.arena]:
+            found[state_name(state, slot.name)] = copy.view(slot, state)
+        steps = torch.tensor(copy.steps[slot.index], dtype=torch.int64, device="cpu")
+        found[state_name(STEP, slot.name)] = steps
+    if not taken.keys().isdisjoint(found):
+        name = min(taken.keys() & found.keys())
+        raise InvalidManifest(
+            problem=f"{name[:100]!r} is the name of a parameter and of a state; export weights only, or for torch"
+        )
+    return found
+
+
+def groups_text(layout: Layout, groups: list[Mapping[str, Any]]) -> str:
+    """The param groups, as snapshots have them, as the metadata of a file."""
+    params: list[list[str | list[str]]] = [[] for _ in groups]
+    for slot in layout.slots:
+        params[slot.group].append(_names(slot))
+    return json.dumps(
+        [
+            {"rule": group["rule"], "optimizer": group["optimizer"], **group["values"], "params": names}
+            for group, names in zip(groups, params, strict=True)
+        ]
+    )
+
+
+def _names(slot: Slot) -> str | list[str]:
+    return [slot.name, *slot.aliases] if slot.aliases else slot.name
