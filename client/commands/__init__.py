@@ -11,6 +11,8 @@ from typing import Annotated
 import typer
 
 from .demo import demo
+from .export import export
+from .import_file import import_file
 from .status import status
 
 app = typer.Typer(
@@ -35,6 +37,8 @@ def options(
 
 
 app.command()(demo)
+app.command()(export)
+app.command("import")(import_file)
 app.command()(status)
 for _entry in sorted(entry_points(group="pushstep.commands"), key=lambda entry: entry.name):
     # what it needs to run it imports when it runs

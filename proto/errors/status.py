@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import uuid
+from collections.abc import Mapping
 from logging import Logger
 from typing import Final, cast
 
@@ -127,3 +128,9 @@ def to_problem(error: errors.PushstepError) -> dict[str, object]:
         "code": error.code,
         "fields": _brief_fields(error),
     }
+
+
+def from_problem(problem: Mapping[str, object]) -> errors.PushstepError:
+    """The catalogue error that a problem+json body stands for; Broken if the catalogue lacks it."""
+    kind = errors.CATALOGUE.get(str(problem.get("code")), errors.Broken)
+    return kind(str(problem.get("detail", problem)), **cast("dict[str, object]", problem.get("fields", {})))

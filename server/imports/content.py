@@ -21,11 +21,11 @@ from pushstep.proto.errors import (
 )
 from pushstep.proto.wire import dtypes
 from pushstep.proto.wire.layout import Layout, Slot
+from pushstep.proto.wire.tensor_names import STEP, state_name, state_of
 
 from ..arenas.arena import Arenas, ArenasCopy, rule_of
 from ..coordinator.settings import LARGEST_WHOLE
 from ..staging.inspect import is_accumulated
-from ..storage.state_names import STEP, state_name, state_of
 from ..storage.tensor_file import LONGEST_HEADER_BYTES, tensors_and_metadata
 
 NAMES_SHOWN: Final = 5

@@ -20,9 +20,9 @@ from pushstep.proto.types_pb2 import Manifest, Parameter, ParamGroup
 from pushstep.proto.wire import dtypes
 from pushstep.proto.wire.hyperparameters import wire_values
 from pushstep.proto.wire.layout import MAX_GROUPS
+from pushstep.proto.wire.tensor_names import state_of
 
 from ..coordinator.settings import problems
-from ..storage.state_names import state_of
 
 # Each is tried on every tensor.
 MOST_PATTERNS: Final = 100

@@ -16,6 +16,7 @@ from torch import Tensor
 from pushstep.proto.errors import InvalidFile, InvalidSettings, ManifestChanged, ModelExists
 from pushstep.proto.training_pb2 import Process
 from pushstep.proto.wire.identifiers import check_name
+from pushstep.proto.wire.tensor_names import GROUPS
 
 from ..arenas.extras import Extras
 from ..coordinator.policies import catalogue as policies
@@ -23,7 +24,6 @@ from ..models.catalog import Catalog
 from ..models.creations import Proposal, propose
 from ..models.model import Model
 from ..process.threads import READS
-from ..storage.state_names import GROUPS
 from .content import FileContent, Sorting, header_limit, read_file
 from .file_groups import manifest_of
 from .incoming_file import IncomingFile

@@ -1,6 +1,6 @@
 """Exports checkpoints: a model at one version as one file that other programs load.
 
-`safetensors` holds the parameters by name, and the optimizer's state if that is asked for (`state_names.py`). `torch` is a torch.save of {"model": {name: tensor}, "optimizer":
+`safetensors` holds the parameters by name, and the optimizer's state if that is asked for (`proto/wire/tensor_names.py`). `torch` is a torch.save of {"model": {name: tensor}, "optimizer":
 torch's state_dict, or a list of them} that plain torch loads with weights_only=True. Tied weights are there under each
 of their names: stored once in a torch file, and once per name in safetensors, which cannot share. No tensor is copied on
 the way. The file has no name by the time it is sent, so nothing of it is left however its download or this process ends.
@@ -25,11 +25,12 @@ from pushstep.optim.ops.norms import square_sum
 from pushstep.optim.state_dict import GroupState, ParameterState, torch_state_dict
 from pushstep.proto.errors import UnsupportedFormat
 from pushstep.proto.wire import dtypes
+from pushstep.proto.wire.tensor_names import GROUPS
 
 from ..arenas.arena import ArenasCopy
 from . import files
+from .file_content import groups_text, states_by_name
 from .snapshots import EXPORT_PREFIX
-from .state_names import GROUPS, groups_text, states_by_name
 from .tensor_file import write_tensors
 
 FORMATS: Final = ("safetensors", "torch")

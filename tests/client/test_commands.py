@@ -41,11 +41,11 @@ def test_help_lists_the_subcommands(arguments: list[str]) -> None:
     done = pushstep(*arguments)
     assert done.returncode == (0 if arguments else 2)
     text = done.stdout + done.stderr
-    for name in ("check", "demo", "replay", "status"):
+    for name in ("check", "demo", "export", "import", "replay", "status"):
         assert re.search(rf"^\W*{name}\b +\w", text, re.MULTILINE), text
 
 
-@pytest.mark.parametrize("name", ["check", "demo", "replay", "status"])
+@pytest.mark.parametrize("name", ["check", "demo", "export", "import", "replay", "status"])
 def test_each_subcommand_has_help_and_json(name: str) -> None:
     done = pushstep(name, "--help")
     assert done.returncode == 0

@@ -30,12 +30,12 @@ from pushstep.proto.errors import (
 )
 from pushstep.proto.errors.status import (
     TRAILER,
+    from_problem,
     from_rpc_error,
     named,
     to_problem,
     to_trailer,
 )
-from tests.support.servers.problems import from_problem
 
 KINDS = sorted(CATALOGUE.values(), key=lambda kind: kind.code)
 CROSSING = [kind for kind in KINDS if not issubclass(kind, Misuse)]

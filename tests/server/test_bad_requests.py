@@ -14,9 +14,9 @@ import pytest
 
 from pushstep.client import Session
 from pushstep.proto.errors import CATALOGUE
+from pushstep.proto.errors.status import from_problem
 from pushstep.server.operator_door.app import MAX_BODY_BYTES
 from tests.support.servers.harness import RunningServer
-from tests.support.servers.problems import from_problem
 from tests.support.workers.wire import created, untouched
 
 MODEL = "bad-requests"

@@ -17,13 +17,13 @@ from safetensors import safe_open
 
 from pushstep.client import Session
 from pushstep.proto.errors import CATALOGUE
+from pushstep.proto.errors.status import from_problem
 from pushstep.server.arenas.arena import PARAMETER_BYTES
 from pushstep.server.config import Config
 from pushstep.server.models.catalog import Catalog
 from pushstep.server.models.saved_models import SavedModels
 from pushstep.server.operator_door.app import create_app
 from tests.support.servers.harness import RunningServer, wait_until
-from tests.support.servers.problems import from_problem
 from tests.support.workers.wire import PARAMETERS, created, state_of
 
 ONES = {"bias": np.ones(4, np.float32)}

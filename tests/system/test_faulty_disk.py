@@ -20,9 +20,9 @@ import pytest
 
 from pushstep.client.transport.retry import TransportFailure
 from pushstep.proto.errors import NoAnswer, PushstepError
+from pushstep.proto.errors.status import from_problem
 from tests.support.servers import faulty_server
 from tests.support.servers.harness import RunningServer, running_server, start_server
-from tests.support.servers.problems import from_problem
 from tests.support.workers.wire import GROUPS, PARAMETERS, created, state_of
 
 FAULTY = Path(faulty_server.__file__)

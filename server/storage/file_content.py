@@ -1,40 +1,19 @@
-"""What the tensors of a safetensors file are called, and what its metadata says of a model.
-
-A parameter has its name; a tied weight has each of its names; buffers and frozen values have theirs. With the optimizer's
-state, `optimizer.sum.weight` is the state `sum` of the parameter `weight`, and `optimizer.step.weight` its count of steps,
-one int64. The metadata `pushstep.groups` holds the param groups as JSON, in order: `rule`, `optimizer`, the
-hyperparameters, and `params`: names, or [name, alias, ...] for a tied weight. From such a file a server makes the same
-model.
-"""
+"""What an export as safetensors has beside the parameters: optimizer state, and the groups in its metadata."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pushstep.proto.errors import InvalidManifest
 from pushstep.proto.wire.layout import Layout, Slot
+from pushstep.proto.wire.tensor_names import STEP, state_name
 
 from ..arenas.arena import ArenasCopy
-
-GROUPS: Final = "pushstep.groups"
-STEP: Final = "step"
-_PREFIX: Final = "optimizer."
-
-
-def state_name(state: str, parameter: str) -> str:
-    """The name of a parameter's state, or of its count of steps, in a file."""
-    return f"{_PREFIX}{state}.{parameter}"
-
-
-def state_of(name: str) -> tuple[str, str] | None:
-    """The state and the parameter that a name in a file may stand for."""
-    state, _, parameter = name.removeprefix(_PREFIX).partition(".")
-    return (state, parameter) if name.startswith(_PREFIX) and parameter else None
 
 
 def states_by_name(copy: ArenasCopy, taken: Mapping[str, Tensor]) -> dict[str, Tensor]:
