@@ -194,6 +194,28 @@ def test_groups_choose_the_parameters(server: RunningServer, model_name: str, ca
     }
 
 
+KERAS = {
+    "keras_adagrad": ["accumulator"],
+    "keras_adadelta": ["accumulated_delta_var", "accumulated_grad"],
+}
+
+
+@pytest.mark.parametrize("rule", KERAS)
+def test_the_state_of_kerass_groups_has_kerass_names(
+    server: RunningServer, model_name: str, rule: str
+) -> None:
+    session = server.connect(model_name)
+    session.create({"w": np.ones(3, np.float32)}, [{"rule": rule, "params": ["w"]}])
+    session.push({"w": np.ones(3, np.float32)})
+    file = exported(server, model_name, **WITH_STATE)
+    states = [f"optimizer.{state}.w" for state in KERAS[rule]]
+    assert sorted(load(file)) == sorted([*states, "optimizer.step.w", "w"])
+    assert post(server, file, name=f"{model_name}-made").status_code == 201
+    made = load(exported(server, f"{model_name}-made", **WITH_STATE))
+    for name, tensor in load(file).items():
+        assert torch.equal(made[name], tensor), name
+
+
 BAD_GROUPS: dict[str, tuple[Any, str]] = {
     "none": (None, "invalid_file"),
     "no list": ({}, "invalid_settings"),
