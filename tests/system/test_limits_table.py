@@ -19,6 +19,7 @@ from pushstep.server.coordinator import sessions as session
 from pushstep.server.coordinator import settings
 from pushstep.server.coordinator.hooks import chain, schedulers
 from pushstep.server.coordinator.worker import RECEIPTS_KEPT
+from pushstep.server.imports import file_groups
 from pushstep.server.models import (
     catalog,
     copies,
@@ -140,6 +141,13 @@ EXPECTED = {
         f"{size(app.MAX_BODY_BYTES)} of JSON, {settings.MAX_DEPTH} deep, {settings.MAX_ENTRIES:,} entries of one list "
         f"or object; {TIMES[http_protocol.BODY_STALLS]} times `--stall-s`"
     ),
+    "a file that is imported": (
+        f"`--max-bytes`; {size(tensor_file.LONGEST_HEADER_BYTES)}, or what the names of a large model take"
+    ),
+    f"the time for each {size(http_protocol.BODY_PROGRESS_BYTES)} of such a file": (
+        f"{TIMES[http_protocol.BODY_STALLS]} times `--stall-s`"
+    ),
+    "patterns in the groups of a file": f"{file_groups.MOST_PATTERNS}",
     "an HTTP connection between two requests": duration(uvicorn.Config("any").timeout_keep_alive),
     "whole numbers of a policy": f"{power(settings.LARGEST_WHOLE)}; 10^{round(math.log10(schedulers.LARGEST))}",
     "hooks of a model": (
