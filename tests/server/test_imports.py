@@ -194,6 +194,37 @@ def test_groups_choose_the_parameters(server: RunningServer, model_name: str, ca
     }
 
 
+def test_every_dtype_of_parameters(server: RunningServer, model_name: str) -> None:
+    """Also without elements, and infinite buffers beside them."""
+    kinds = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+    values = {str(kind): torch.randn(5).to(kind) for kind in kinds}
+    values |= {"none": torch.empty(0, 3), "mask": torch.tensor([-float("inf"), 0.0])}
+    groups = [{"rule": "adadelta", "params": ["torch.*", "none"]}]
+    assert post(server, save(values), name=model_name, groups=json.dumps(groups)).status_code == 201
+    file = load(exported(server, model_name, **WITH_STATE))
+    assert file["optimizer.acc_delta.torch.bfloat16"].dtype == torch.float32
+    told = replaced(server, model_name, file)
+    assert (told["parameters"], told["buffers"], told["state"]) == (5, 1, "replaced")
+    now = load(exported(server, model_name, **WITH_STATE))
+    assert all(torch.equal(now[name], tensor) for name, tensor in file.items())
+    for kind in kinds:
+        broken = {**values, str(kind): torch.full((5,), float("nan")).to(kind)}
+        assert put(server, model_name, save(broken)).json()["code"] == "nonfinite_parameter"
+    assert load(exported(server, model_name, **WITH_STATE)).keys() == now.keys()
+    assert show_model(server, model_name)["timeline"] == 2
+
+
+def test_a_model_with_more_names_than_a_short_header_holds(server: RunningServer, model_name: str) -> None:
+    """What is exported comes back in, however many parameters it has."""
+    many = {f"{number:05d}{'x' * 400}": np.zeros(1, np.float32) for number in range(7000)}
+    server.connect(model_name).create(many, [{"rule": "adagrad", "params": list(many)}])
+    file = exported(server, model_name, **WITH_STATE)
+    assert int.from_bytes(file[:8], "little") > 10 * MIB
+    assert put(server, model_name, file).json()["parameters"] == 7000
+    refused = post(server, file, name=f"{model_name}-made")
+    assert (refused.status_code, refused.json()["code"]) == (422, "invalid_file")
+
+
 KERAS = {
     "keras_adagrad": ["accumulator"],
     "keras_adadelta": ["accumulated_delta_var", "accumulated_grad"],
