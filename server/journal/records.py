@@ -15,7 +15,7 @@ from pushstep.proto.wire.layout import Layout
 
 from ..coordinator.worker import Decided
 from ..staging.gradient import DensePart, RowsPart, StagedPush
-from .file import padded
+from .file import begin_of
 
 ID_BYTES = torch.int64.itemsize
 
@@ -67,11 +67,14 @@ class PayloadReader:
     def take(self, elements: int, dtype: torch.dtype) -> Tensor:
         """The next tensor, flat. ValueError if the payload ends before."""
         size_bytes = elements * dtype.itemsize
-        found = self._payload[self._at : self._at + size_bytes]
+        if not elements:  # has no part in the record
+            return torch.empty(0, dtype=dtype, device="cpu")
+        begin = begin_of(self._at, size_bytes)
+        found = self._payload[begin : begin + size_bytes]
         if found.numel() != size_bytes:
             raise ValueError(f"its payload ends {size_bytes - found.numel()} bytes too early")
-        self._at += padded(size_bytes)
-        return found.view(dtype) if elements else torch.empty(0, dtype=dtype, device="cpu")
+        self._at = begin + size_bytes
+        return found.view(dtype)
 
     def take_bytes(self, size_bytes: int) -> Tensor:
         """So many bytes."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import logging
 import os
 import random
@@ -10,13 +12,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import pytest
 
 from pushstep.proto.errors import DiskFull, JournalDamaged
 from pushstep.proto.journal_pb2 import JournalRecord
+from pushstep.proto.wire.buffers import fresh_memory
 from pushstep.server.journal.chain import MARKER, JournalChain
-from pushstep.server.journal.file import JournalReader
+from pushstep.server.journal.file import DIRECT_BYTES, JournalReader
 from pushstep.server.journal.journal import Journal, Level
+from pushstep.server.journal.records import PayloadReader
 
 UID = bytes(range(16))
 SECTOR_BYTES = 512
@@ -241,6 +246,47 @@ def test_a_short_write_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         _write(journal, range(1, 5))
     journal.close()
     assert _read(tmp_path) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "not aligned"])
+@pytest.mark.parametrize("taken", [True, False], ids=["past the cache", "refused so"])
+def test_large_parts_are_read_as_they_were_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, aligned: bool, taken: bool
+) -> None:
+    """Among small ones, and whatever memory they lie in. A flipped byte of one is seen."""
+    memory = fresh_memory(DIRECT_BYTES * 3 + 4096)
+    memory[:] = np.arange(memory.size) % 251
+    shift = 0 if aligned else 8
+    large = [memory[shift : shift + size].data for size in (DIRECT_BYTES, DIRECT_BYTES * 2 + 24)]
+    small = memoryview(b"eight by")
+    real = os.pwritev
+
+    def pwritev(descriptor: int, parts: list[Any], at: int) -> int:
+        if not taken and at % 4096 == 0 and fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real(descriptor, parts, at)
+
+    monkeypatch.setattr(os, "pwritev", pwritev)
+    journal = _journal(tmp_path)
+    for version in range(1, 4):
+        journal.append(JournalRecord(timeline=1, version=version), [small, *large, small])
+    _write(journal, range(4, 6))
+    journal.close()
+    folder = tmp_path / "m" / "journal"
+    records = list(JournalChain(folder, UID).records(0))
+    assert [record.number for record in records] == [1, 2, 3, 4, 5]
+    for record in records[:3]:
+        payload = PayloadReader(record.payload)
+        for part in (small, *large, small):
+            assert bytes(payload.take_bytes(part.nbytes).numpy()) == bytes(part)
+    (path,) = folder.glob("*.journal")
+    content = bytearray(path.read_bytes())
+    for place in (DIRECT_BYTES // 2, DIRECT_BYTES * 2 + 4096, len(content) // 2):
+        content[place] ^= 1
+        path.write_bytes(content)
+        with pytest.raises(JournalDamaged):
+            list(JournalChain(folder, UID).records(0))
+        content[place] ^= 1
 
 
 # Power cuts.
