@@ -108,7 +108,7 @@ class Checkpoints:
                 f"model {worker.model!r} was at version {version}, which attach took: it has gone back to the values that this "
                 "worker had before, with the state that was loaded"
             )
-            attached.extras.put_back()
+        attached.extras.put_back()  # the buffers of before attach belong to the state, also if no parameter differed
         self.forget()
         attached.hyperparameters.leads = member.lead
         attached.hyperparameters.write(attached.groups, member.groups)
