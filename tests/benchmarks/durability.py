@@ -1,11 +1,12 @@
 """What it costs that nothing is lost: exchanges at each level, snapshots while a model is trained, and a start after a kill.
 
 A worker over shared memory, where nothing hides the cost. Beside the levels: the disk alone, which appends the same bytes to
-a file and forces them to the disk; SQLite, one row a push; and `torch.save` of the optimizer at each step.
+a file and forces them to the disk, past the page cache and through it; SQLite, one row a push; and `torch.save` of the optimizer at each step.
 """
 
 from __future__ import annotations
 
+import mmap
 import os
 import signal
 import sqlite3
@@ -58,21 +59,20 @@ class Level:
 
 
 class DiskAlone:
-    """The same bytes, appended to a file and forced to the disk."""
+    """The same bytes, appended to a file and forced to the disk: past the page cache, or through it."""
 
-    name = "the disk alone"
-
-    def __init__(self, folder: Path, nbytes: int) -> None:
-        self._content = torch.randint(0, 256, (nbytes,), dtype=torch.uint8).numpy().data
-        self._file = os.open(folder / "alone", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+    def __init__(self, folder: Path, nbytes: int, *, direct: bool) -> None:
+        self.name = "the disk alone" if direct else "the disk alone, through the cache"
+        whole = -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        self._content = mmap.mmap(-1, whole)
+        self._content.write(os.urandom(whole))
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | (os.O_DIRECT if direct else 0)
+        self._file = os.open(folder / f"alone-{direct}", flags)
         self._at = 0
 
     def step(self) -> None:
         """One write and one fsync."""
-        done = 0
-        while done < self._content.nbytes:
-            done += os.pwrite(self._file, self._content[done:], self._at + done)
-        self._at += done
+        self._at += os.pwrite(self._file, self._content, self._at)
         os.fdatasync(self._file)
 
 
@@ -126,7 +126,8 @@ def levels(folder: Path, rule: str, elements: int, rounds: int) -> None:
     with running_server(folder / f"data-{rule}", "--log-level", "error") as server:
         sides: list[Any] = [Level(server, rule, level, elements) for level in LEVELS]
         sides += [
-            DiskAlone(folder, nbytes),
+            DiskAlone(folder, nbytes, direct=True),
+            DiskAlone(folder, nbytes, direct=False),
             Sqlite(folder, nbytes),
             TorchSave(folder, rule, elements),
         ]
@@ -139,7 +140,8 @@ def levels(folder: Path, rule: str, elements: int, rounds: int) -> None:
                     found[side.name].append(taken_s)
         for side in sides[: len(LEVELS)]:
             side.session.close()
-    (folder / "alone").unlink()
+    for left in folder.glob("alone-*"):
+        left.unlink()
     medians = {name: statistics.median(times) for name, times in found.items()}
     asked = {
         "everysec": (medians["applied"] / medians["everysec"], EVERYSEC_OF_APPLIED),
