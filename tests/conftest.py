@@ -22,6 +22,9 @@ from tests.support.servers.harness import RunningServer, running_server
 _numbers = itertools.count()
 # Files that take the longest, often with few tests: the last to begin would keep one process busy when the others are done.
 LONG_FIRST = (
+    "system/test_kills.py",
+    "system/test_random_kills.py",
+    "system/test_crash_points.py",
     "system/test_faulty_disk.py",
     "optim/test_cuda.py",
     "optim/test_process.py",
