@@ -16,10 +16,10 @@ from pathlib import Path
 
 import httpx
 import numpy as np
-from tests.support.servers.problems import from_problem
 
 from pushstep.client import Session
 from pushstep.proto.errors import PushstepError
+from pushstep.proto.errors.status import from_problem
 from tests.support.servers.harness import RunningServer, running_server
 from tests.support.workers.wire import state_of
 
