@@ -43,6 +43,17 @@ class MemoryShort(Unavailable):
     template = "the server has no memory for the {need} bytes of the push now; try again"
 
 
+class JournalFull(Unavailable):
+    """The disk has no room for the record of a push. Nothing was decided; pulls are answered."""
+
+    code = "journal_full"
+    grpc_status = Status.RESOURCE_EXHAUSTED
+    template = (
+        "the disk has {free} bytes free, which do not hold the record of a push to model {model!r} ({need} bytes): it is "
+        "taken once there is room"
+    )
+
+
 class TooManyInFlight(Unavailable):
     """A worker that sends further pushes before the earlier ones were decided."""
 

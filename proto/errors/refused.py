@@ -136,12 +136,12 @@ class Superseded(Refused):
 
 
 class RolledBack(Superseded):
-    """A crash of the server has undone versions that this worker was told of. Its level was below `durable`."""
+    """A crash of the server, or the repair of its files, has undone versions that this worker was told of."""
 
     code = "rolled_back"
     template = (
         "a crash of the server has undone {versions} versions of model {model!r} that this worker was told of: it goes on "
-        "from version {version} (timeline {timeline}); at durability 'durable' none would be lost"
+        "from version {version} (timeline {timeline})"
     )
 
 

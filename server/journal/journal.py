@@ -9,7 +9,6 @@ that is on the disk, no later record counts as durable.
 from __future__ import annotations
 
 import contextlib
-import errno
 import itertools
 import logging
 import os
@@ -20,7 +19,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Final, NoReturn
 
-from pushstep.proto.errors import DiskFull, StorageFailed
+from pushstep.proto.errors import JournalFull, StorageFailed
 from pushstep.proto.journal_pb2 import JournalRecord
 
 from ..storage import files
@@ -105,10 +104,7 @@ class Journal:
             raise self._refusal(error) from error
 
     def _refusal(self, error: OSError, need_bytes: int = 0) -> Exception:
-        found = files.refusal(f"models/{self.model}/journal", error, self.folder, need_bytes)
-        if isinstance(found, DiskFull):
-            found.fields["retry_after_s"] = str(RETRY_AFTER_S)
-        return found
+        return files.refusal(f"models/{self.model}/journal", error, self.folder, need_bytes)
 
     # Room.
 
@@ -121,10 +117,11 @@ class Journal:
             return True
 
     def take_room(self, need_bytes: int) -> None:
-        """Ask the disk, and promise room for a record of so many bytes. It blocks. DiskFull, with nothing promised."""
+        """Ask the disk, and promise room for a record of so many bytes. It blocks. JournalFull: nothing is promised."""
         self._look_at_room()
         if not self.has_room(need_bytes):
-            raise self._refusal(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), need_bytes)
+            free = max(0, self._free_bytes - self._promised_bytes)
+            raise JournalFull(model=self.model, need=need_bytes, free=free, retry_after_s=RETRY_AFTER_S)
 
     def _look_at_room(self) -> None:
         try:
@@ -228,7 +225,7 @@ class Journal:
         with self._lock:
             if not self._closed:
                 self._note_synced(number)
-        with contextlib.suppress(DiskFull, StorageFailed):
+        with contextlib.suppress(StorageFailed):
             self._look_at_room()
         return number
 

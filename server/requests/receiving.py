@@ -67,7 +67,7 @@ class Held:
         self.reserved_bytes = await self._budget.claim(owner, need_bytes)
 
     async def promise_record(self, journal: Journal | None, need_bytes: int) -> None:
-        """Have room in the journal for the push's record. DiskFull."""
+        """Have room in the journal for the push's record. JournalFull."""
         if journal is None:
             return
         if not journal.has_room(need_bytes):

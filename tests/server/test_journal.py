@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import numpy as np
 import pytest
 
-from pushstep.proto.errors import DiskFull, JournalDamaged
+from pushstep.proto.errors import DiskFull, JournalDamaged, JournalFull
 from pushstep.proto.journal_pb2 import JournalRecord
 from pushstep.proto.wire.buffers import fresh_memory
 from pushstep.server.journal.chain import MARKER, JournalChain
@@ -223,7 +223,7 @@ def test_a_full_disk_refuses_before_anything_is_written(
 
     with monkeypatch.context() as patched:
         assert not journal.has_room(1 << 60)
-        with pytest.raises(DiskFull) as raised:
+        with pytest.raises(JournalFull) as raised:
             journal.take_room(1 << 60)
         assert raised.value.retry_after_s
         patched.setattr(os, "pwritev", full)

@@ -5,7 +5,7 @@
 `CALLS` are joined by "+", each "name:path": a function of `os`, and the end of a path, as a pattern of fnmatch: of one that
 the call is given, or that its descriptor is of. `DEED` is the name of an errno, with which such calls fail, or `kill`, or
 `stop`, which has the server told to stop in the middle of the call; `kill-after` lets the call end first, and `kill-half` has it
-write half of its bytes. They do so once the file `armed` lies in the data folder, or at once if the path begins with "!".
+write half of its bytes; `full` has `statvfs` find no room. They do so once the file `armed` lies in the data folder, or at once if the path begins with "!".
 """
 
 from __future__ import annotations
@@ -40,6 +40,10 @@ def faulty(
 
     def call(*arguments: Any, **keywords: Any) -> Any:
         if any(fnmatchcase(_path_of(argument), f"*{path}") for argument in arguments) and is_armed():
+            if deed == "full":
+                found = list(real(*arguments, **keywords))
+                found[3] = found[4] = 0  # f_bfree and f_bavail
+                return os.statvfs_result(found)
             if deed == "kill-half":
                 descriptor, parts, at = arguments
                 whole = b"".join(bytes(part) for part in parts)

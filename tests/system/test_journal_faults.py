@@ -1,0 +1,131 @@
+"""A disk that is full, or that fails, under a durable server: nothing acknowledged is lost, and training goes on when it may."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pushstep.client import Session, connect
+from pushstep.proto.errors import DiskFull, JournalFull, PushstepError
+from tests.support.servers import faulty_server
+from tests.support.servers.harness import RunningServer, start_server, wait_until
+from tests.support.workers.counting import counts, create, grads
+
+FAULTY = Path(faulty_server.__file__)
+DURABLE = ("--durability", "durable")
+
+
+@contextmanager
+def faulty(data: Path, calls: str, deed: str) -> Iterator[RunningServer]:
+    """A durable server whose calls fail while the file `armed` is there."""
+    server = start_server(data, *DURABLE, command=(sys.executable, FAULTY, calls, deed))
+    try:
+        yield server
+    finally:
+        server.process.kill()
+        server.process.wait()
+        server.close_pipe()
+
+
+def _killed(server: RunningServer) -> RunningServer:
+    server.process.send_signal(signal.SIGKILL)
+    server.process.wait()
+    server.close_pipe()
+    return start_server(server.data, "--grpc", server.grpc, *DURABLE)
+
+
+def _session(server: RunningServer, retry_for_s: float = 60.0) -> Session:
+    return connect(server.grpc, model="m", worker="w0", retry_for_s=retry_for_s, shared_memory=False)
+
+
+def test_without_room_pushes_wait_and_pulls_are_answered(data: Path) -> None:
+    """A push is told to come again before anything is decided; with room it is taken, once."""
+    with faulty(data, "statvfs:m/journal", "full") as server:
+        session, impatient = _session(server), connect(server.grpc, model="m", worker="w1", retry_for_s=0.0)
+        create(session)
+        session.push(grads(0))
+        (data / "armed").touch()
+        impatient.member()
+        with pytest.raises(JournalFull) as raised:
+            for _ in range(20):  # the room that was seen last may be used up first
+                impatient.push({"w": np.zeros(3, np.float32)})
+        assert raised.value.retry_after_s
+        pushed = threading.Event()
+
+        def push() -> None:
+            session.push(grads(1))
+            pushed.set()
+
+        pushing = threading.Thread(target=push)
+        pushing.start()
+        assert impatient.pull()["w"].shape == (3,)
+        assert not pushed.is_set()
+        (data / "armed").unlink()
+        pushing.join(30)
+        assert pushed.is_set()
+        assert counts(session, 2) == [1, 1]
+        again = _killed(server)
+        try:
+            assert counts(session, 2) == [1, 1]
+            impatient.close()
+            session.close()
+        finally:
+            assert again.stop() == 0
+
+
+@pytest.mark.parametrize("deed", ["ENOSPC", "EIO"])
+def test_a_record_that_the_disk_refuses_is_a_push_that_was_not_applied(data: Path, deed: str) -> None:
+    """By name. The next one is taken as soon as the disk takes it, also by a server that was killed in between."""
+    with faulty(data, "pwritev:journal/*.journal", deed) as server:
+        session = _session(server)
+        create(session)
+        session.push(grads(0))
+        (data / "armed").touch()
+        with pytest.raises(PushstepError) as raised:
+            session.push(grads(1))
+        assert raised.value.code == ("disk_full" if deed == "ENOSPC" else "storage_failed")
+        assert isinstance(raised.value, DiskFull) == (deed == "ENOSPC")
+        assert list(session.pull()) == ["w"]
+        (data / "armed").unlink()
+        session.push(grads(2))
+        assert counts(session, 3) == [1, 0, 1]
+        again = _killed(server)
+        try:
+            assert counts(session, 3) == [1, 0, 1]
+            session.push(grads(3))
+            assert counts(session, 4) == [1, 0, 1, 1]
+            session.close()
+        finally:
+            assert again.stop() == 0
+
+
+def test_a_failed_fsync_ends_the_process(data: Path) -> None:
+    """At once and for good: a second fsync would report success. What it was of is not acknowledged by this process."""
+    with faulty(data, "fdatasync:journal/*.journal", "EIO") as server:
+        session = _session(server)
+        create(session)
+        session.push(grads(0))
+        (data / "armed").touch()
+        pushing = threading.Thread(target=session.push, args=(grads(1),))
+        pushing.start()
+        wait_until(lambda: server.process.poll() is not None, 30)
+        assert server.process.wait() == 5
+        assert "could not be forced to the disk" in server.log.read_text()
+        again = start_server(data, "--grpc", server.grpc, *DURABLE)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                pushing.join(60)
+            assert not pushing.is_alive()
+            assert counts(session, 2) == [1, 1]
+            session.close()
+        finally:
+            assert again.stop() == 0
