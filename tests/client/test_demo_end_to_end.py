@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from pushstep.client.demo.data import load_flights
-from pushstep.client.demo.model import flight_model, held_out_auc
+from pushstep.client import connect
+from pushstep.client.demo.data import Flights, load_flights
+from pushstep.client.demo.model import flight_model, held_out_auc, optimizers
 from pushstep.client.demo.result import AUC_APART, AUC_FLOOR
-from pushstep.client.demo.training import BATCH, batch_count
+from pushstep.client.demo.training import BATCH, batch_count, train
+from tests.support.servers.harness import start_server
 
 KEYS = {"auc_remote", "auc_local", "seconds", "pushes", "checkpoint", "picture", "policies"}
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -56,6 +58,41 @@ def test_the_demo_trains_to_the_same_score_as_torch_on_a_coarse_wire(tmp_path: P
     assert min(told["auc_remote"], told["auc_local"]) >= AUC_FLOOR == 0.72
     assert abs(told["auc_remote"] - told["auc_local"]) <= 0.01
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["flights.safetensors", "loss.png"]
+
+
+def trained(data: Path, flights: Flights, kill_at: int | None) -> tuple[float, int]:
+    """The demo's training by one worker, and its server's killing between two steps; the AUC and the last version."""
+    server = start_server(data, "--durability", "durable")
+    try:
+        network = flight_model(flights)
+        session = connect(server.grpc, model="flights", worker="w0", retry_for_s=60.0)
+        remote = session.attach(optimizers(network), module=network)
+
+        def report(step: int, loss: float) -> None:
+            nonlocal server
+            if step == kill_at:
+                server.process.kill()
+                server.process.wait()
+                server.close_pipe()
+                server = start_server(data, "--grpc", server.grpc)
+
+        train(network, remote, flights, epochs=1, report=report, batch=4 * BATCH)
+        assert remote.last_receipt is not None
+        session.close()
+        assert server.stop() == 0
+        return held_out_auc(network, flights), remote.last_receipt.version
+    finally:
+        server.process.kill()
+        server.process.wait()
+        server.close_pipe()
+
+
+@pytest.mark.timeout(300)
+def test_the_demo_survives_a_kill_of_its_server_with_the_score_that_it_would_have_had(tmp_path: Path) -> None:
+    flights = load_flights()
+    straight = trained(tmp_path / "straight", flights, None)
+    assert straight[1] == batch_count(flights, 1, batch=4 * BATCH)
+    assert trained(tmp_path / "killed", flights, straight[1] // 2) == straight
 
 
 @pytest.mark.timeout(400)
