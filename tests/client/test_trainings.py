@@ -31,6 +31,12 @@ def test_whatever_is_done_for_long(server: RunningServer) -> None:
 TCP: dict[str, Any] = {"overlap": False, "shared_memory": False}
 # What hypothesis has found once: after the beginning, what is called with what.
 STORIES: dict[str, list[tuple[str, dict[str, Any]]]] = {
+    "another tensor with the same values, and back to the checkpoint": [
+        ("save", {}),
+        ("attach_again", {**TCP, "edits": "sample", "rewinds": False, "seed": 0}),
+        ("replace", {"name": "table.weight", "same": True}),
+        ("load_optimizer", {}),
+    ],
     "a group's edit that no step has carried, and back to the checkpoint": [
         ("save", {}),
         ("edit_group", {"group": 0, "key": "eps", "tensor": False}),

@@ -129,7 +129,7 @@ class Worker:
     def _unwritten(self) -> dict[str, Tensor]:
         now = extras_of(self.view)
         written = {name for name, value in self.extras_came.items() if not torch.equal(now[name], value)}
-        kept = {*self.edited, *written, *self.written}
+        kept = {*self.edited, *written, *self.written, *self.fresh}
         return {name: value for name, value in self.before.items() if name not in kept}
 
     def settle_extras(self) -> None:
