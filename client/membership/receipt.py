@@ -45,6 +45,8 @@ class Receipt:
     ignored_edits: Sequence[str] = ()
     lead: bool = False
     durability: str = ""
+    # the newest version that no crash could undo when the receipt was sent; 0 without a journal
+    durable_version: int = 0
     duplicates: int = 0
     # the workers whose pushes made this version, in the order in which they were added up
     contributors: Sequence[str] = ()
@@ -96,6 +98,7 @@ class Receipt:
             ignored_edits=list(message.ignored_edits),
             lead=message.lead,
             durability=_DURABILITIES[message.durability],
+            durable_version=message.durable_version,
             duplicates=message.duplicates,
             contributors=list(message.contributors),
             lr_scale=message.lr_scale,

@@ -190,7 +190,9 @@ class Attached:
         lists = [settings["params"] for settings in self._param_groups()]
         if self.parameters.follow(lists, self._layout) or (self.in_place.frozen and self.in_place.waits):
             self._watch()
-        self.overwritten.drop(self.parameters.fresh)  # the values of a tensor that was put in place are wanted
+        self.overwritten.drop(
+            self.parameters.fresh
+        )  # the values of a tensor that was put in place are wanted
 
     def _layout(self) -> Layout:
         return self.membership.member().layout

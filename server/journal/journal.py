@@ -265,14 +265,15 @@ class Journal:
                     raise self._refusal(error) from error
 
     def close(self) -> None:
-        """Force everything to the disk and close the files. OSError if the disk refuses."""
+        """Force everything to the disk and close the files."""
         with self._lock:
             if self._closed:
                 return
             self._closed = True
-            try:
-                self._file.sync()
-                self._note_synced(self.appended)
-            finally:
-                self._file.close()
-                os.close(self._marker)
+        try:
+            self._file.sync()
+        except OSError as error:
+            self.fail(self.model, error)
+        self._note_synced(self.appended)
+        self._file.close()
+        os.close(self._marker)

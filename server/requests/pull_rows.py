@@ -94,7 +94,8 @@ class RowsAsked:
         ids = await PULLS.run_unless(self.is_small, self._checked)
         self.model.require_whole()
         async with self.model.gathering:
-            first, frames = await self.model.writer.submit(lambda: self._gathered(ids))
+            first, frames, version = await self.model.writer.submit(lambda: self._gathered(ids))
+        await self.model.recorder.until_shown(version)
         yield first
         is_small = self.nbytes <= INLINE_BYTES and self.model.arenas.device_stream.takes_small
         while (frame := await PULLS.run_unless(is_small, next, frames, None)) is not None:
@@ -108,8 +109,8 @@ class RowsAsked:
             raise RowOutOfRange(parameter=slot.name, row=int(numbers[beyond.argmax()]), rows=slot.rows)
         return torch.from_numpy(numbers.view("int64"))
 
-    def _gathered(self, ids: Tensor) -> tuple[bytes, Iterator[bytes]]:
-        """In the writer thread: the first message, and an iterator that makes the others of copied rows."""
+    def _gathered(self, ids: Tensor) -> tuple[bytes, Iterator[bytes], int]:
+        """In the writer thread: the first message, an iterator that makes the others of copied rows, the version."""
         arenas = self.model.arenas
         slot = arenas.layout.slot(self.request.parameter, self.model.name)
         dtype = wire_of(self.request.dtype) or slot.dtype
@@ -119,4 +120,4 @@ class RowsAsked:
         wire = dtypes.to_wire(dtype, "segment")
         segment = Segment(arena=slot.arena, start=slot.start, stop=slot.stop, dtype=wire, rows=ids.numel())
         header = header_of(self.model, arenas, [segment])
-        return pb.PullResponse(header=header).SerializeToString(), iter(pack([body]))
+        return pb.PullResponse(header=header).SerializeToString(), iter(pack([body])), arenas.version

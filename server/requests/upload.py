@@ -272,6 +272,7 @@ class Upload:
         decided, decisions = model.coordinator.uploaded(identity, self._digest.value, time.monotonic())
         version = int(decided.receipt.version)
         if decisions is None:
+            await model.recorder.until_safe()
             return UploadResponse(version=version, timeline=model.timeline)
         model.record("parameters_uploaded", identity.worker)
 

@@ -61,7 +61,9 @@ async def show_parameter(model: ModelHere, name: str, looks: LooksHere) -> dict[
 
     async def copied() -> tuple[dict[str, int], dict[str, Tensor]]:
         # the writer thread only copies: the statistics are computed in another one
-        return await model.writer.submit(copy)
+        at, tensors = await model.writer.submit(copy)
+        await model.recorder.until_shown(at["version"])
+        return at, tensors
 
     async with looks.shared((model.uid, model.timeline, model.version, slot.index), copied) as (at, tensors):
         shown = await READS.run(_statistics, tensors)
