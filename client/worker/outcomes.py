@@ -1,4 +1,4 @@
-"""What becomes of a push that is not simply answered: it is refused, resolved by a new join, or undone by a restore."""
+"""Handles pushes without a usual answer: refused ones, resolved by a new join, undone by a restore."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Outcomes:
         self._metrics_named = False
 
     def refused(self, error: PushstepError, push: Identity, *, in_doubt: bool) -> Receipt:
-        """The receipt of a push that was answered with an error, if it has one; otherwise raise the error.
+        """Return the receipt of a push that was answered with an error. Raises the error if the push has none.
 
         NoAnswer leaves the push in doubt. FateUnknown if a fenced session cannot find out what became of it.
         """

@@ -1,4 +1,4 @@
-"""Writes receipts: what the sender of a push or an upload is told about its outcome. All of them are written here.
+"""Writes receipts: what the sender of a push or an upload is told about its outcome. The server writes all of its receipts here.
 
 A receipt is made when the outcome is decided. What only the step can tell, such as its times, is added after the step.
 """
@@ -34,7 +34,7 @@ class Receipts:
         self._sessions = sessions
 
     def of_upload(self, identity: Identity, worker: Worker, policy: str) -> Receipt:
-        """Of an upload, which has made the current version."""
+        """The receipt of an upload, which has made the current version."""
         return self._receipt(identity, policy, lead=self._sessions.leads(worker), outcome=OUTCOME_APPLIED)
 
     def without_step(
@@ -46,7 +46,7 @@ class Receipts:
         reason: str,
         notes: Sequence[str] = (),
     ) -> Receipt:
-        """Of a push that changes nothing."""
+        """The receipt of a push that changes nothing."""
         lead = self._sessions.leads(self._sessions.workers[pending.worker])
         version = self._commits.version
         return self._receipt(
@@ -60,7 +60,7 @@ class Receipts:
         )
 
     def of_step(self, order: Order, written: Written, policy: str, now_s: float) -> list[Receipt]:
-        """Of the pushes of a step, whose ticket has made the current version."""
+        """The receipts of a step's pushes. Its ticket has made the current version."""
         context, hooks = written.context, self._commits.hooks
         notes = [*order.notes]
         if context.factor != 1:
@@ -148,6 +148,6 @@ def fill_published(sent: Receipt, receipt: Receipt, publish_s: float) -> None:
 
 
 def refuse_consumed(error: PushstepError) -> PushstepError:
-    """Mark an error as an outcome: its push took its sequence, and a retry gets the same error."""
+    """Mark an error as a push's outcome. The push has taken its sequence, and a retry gets the same error."""
     error.fields["consumed"] = "True"
     return error

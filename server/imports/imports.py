@@ -1,6 +1,6 @@
 """Brings a file's values into a model, or makes a model of a file.
 
-A file replaces what a model holds as a restore does: on a new timeline, of which all its workers are told.
+An import works like a restore: it begins a new timeline, and all workers are told.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A model's journal as it is read: all its files, in order, and where it ends.
 
-The last record that is whole ends it, if what follows was never said to be on the disk: a tail that was torn by a crash,
-which is dropped with a warning. A record that was on the disk and is not whole is damage. Then nothing is read from the
-journal at all, because what follows the damage cannot be applied.
+A journal ends at its last whole record. A crash may leave a torn tail after it, which is dropped with a warning if nobody was
+told that it was on the disk. A record that was on the disk and is not whole is damage. Then nothing is read from the journal
+at all, because what follows the damage cannot be applied.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def marked(folder: Path, uid: bytes) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A file of the chain: its header, and the header of the file behind it."""
+    """A file of the chain: its header, and the header of the next file."""
 
     path: Path
     heading: Heading
@@ -55,7 +55,7 @@ class Place:
 
     @property
     def last(self) -> int | None:
-        """The last record that counts in it, if a later file says which."""
+        """The number of its last record, as the next file says it. None for the last file."""
         return None if self.following is None else self.following.previous
 
 
@@ -110,14 +110,14 @@ class JournalChain:
         return self.places[-1].heading if self.places else None
 
     def continues(self, after: int) -> bool:
-        """True if the record behind number `after` is in the journal, or is the next that would be."""
+        """True if record `after + 1` is in the journal, or would be the next one."""
         return any(
             place.heading.first - 1 <= after and (place.last is None or after <= place.last)
             for place in self.places
         )
 
     def last_number(self) -> int:
-        """The number of the last record that is whole, wherever gaps are before it; 0 if there is none."""
+        """The number of the last whole record of the last file, whatever gaps are before it. 0 if there is none."""
         if not self.places:
             return 0
         place = self.places[-1]

@@ -1,9 +1,9 @@
 """What a model writes into its journal, and who waits for it.
 
-Everything that is decided on the event loop becomes a record, in that order: the model's writer thread appends it before
-the step that it is of. At `durable` an outcome is given, and a version shown, once its record is on the disk. What is not
-a step or an outcome is found by comparison with the last record: param groups, hooks, policy, gate, and the rows of the
-worker table that `Sessions` has marked.
+Every decision of the event loop becomes a record, in the order of the decisions. The model's writer thread appends a step's
+record before it takes the step. At `durable` a worker gets an outcome, and a reader sees a version, only after its record is
+on the disk. Other changes are found by comparison with what the records so far have said: param groups, hooks, policy, gate,
+and the rows of the worker table that `Sessions` has marked.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Owner(Protocol):
 
 
 class Entry:
-    """One record, and how it is appended: in the writer thread, before anything that it is of is done."""
+    """One record. The writer thread appends it before the change that it describes."""
 
     def __init__(
         self,
@@ -91,15 +91,15 @@ class Recorder:
         self._model = model
         self._sync = sync
         self.journal: Journal | None = None
-        # the last record's number, while there is no journal
+        # number and checksum of the last record, while there is no journal
         self.last = self.link = 0
         # the newest version of the present timeline in a snapshot
         self.saved_version = 0
-        # what the last record, or the snapshot before it, has said of the manifest
+        # what the records so far have said of the manifest
         self._said: dict[str, Any] = {}
         self._said_groups: list[tuple[object, Set[str]]] = []
         self._said_settings: dict[str, object] = {}
-        # by record: what is done once it is safe; and futures by the version that they wait for
+        # (record, what is called once that record is safe), and (version, the future that waits for it)
         self._waiting: deque[tuple[int, Callable[[], None]]] = deque()
         self._versions: list[tuple[int, asyncio.Future[None]]] = []
 
@@ -115,7 +115,7 @@ class Recorder:
         self.tell_level()
 
     async def close(self) -> None:
-        """Write into none any more, once everything in the journal is on the disk. OSError if the disk refuses."""
+        """Force the journal to the disk, and write into none any more."""
         journal = self.journal
         if journal is None:
             return
@@ -130,15 +130,18 @@ class Recorder:
 
     @property
     def durable_version(self) -> int:
-        """The newest version that is on the disk with all before it, by the journal or a snapshot."""
+        """The newest version that could be restored from the disk, with all before it."""
         return self.saved_version if self.journal is None else self.journal.durable_version
 
     def skip(self, kept_version: int) -> None:
-        """Note that something came that is not in the journal, above a version. Call it in the writer thread."""
+        """Note a change that the journal does not hold, above a version. Call it in the writer thread."""
         if self.journal is not None:
             try:
                 self.journal.skip(kept_version)
-            except (OSError, PushstepError) as error:  # what came could be undone, and nobody would know
+            except (
+                OSError,
+                PushstepError,
+            ) as error:  # without the note a start would lose the change, and nobody would know
                 self.journal.fail(self.journal.model, error)
 
     @property
@@ -147,7 +150,7 @@ class Recorder:
         return self.last if self.journal is None else self.journal.appended
 
     def forget(self) -> None:
-        """Have the next record say everything that it can: what was said before was not written."""
+        """Have the next record say the whole manifest again: this journal may not hold what was said before."""
         self._said, self._said_groups, self._said_settings = {}, [], {}
 
     # Records.
@@ -194,7 +197,7 @@ class Recorder:
         return Entry(self.journal, record, [file.clone()])
 
     def failure(self, version: int, error: PushstepError) -> Entry | None:
-        """The record of a step that has failed and moved nothing, though its record was written."""
+        """The record that the step of an earlier record has failed and moved nothing."""
         if self.journal is None:
             return None
         return Entry(self.journal, self._record(version, (), failure=failure_message(error)))
@@ -207,7 +210,7 @@ class Recorder:
         return Entry(self.journal, record) if record.changed else None
 
     def not_written(self, entry: Entry) -> None:
-        """A record could not be written: the next one says what it said, apart from a step, which was refused."""
+        """A record could not be written. The next one says the same, but for its step, which was refused."""
         rows = json.loads(entry.record.changed or b"{}").get("workers", {})
         of_outcomes = [outcome.receipt.identity.worker for outcome in entry.record.outcomes]
         self._model.sessions.mark_changed(*rows, *of_outcomes)
@@ -227,7 +230,7 @@ class Recorder:
         )
 
     def _changed(self, *, is_step: bool) -> bytes:
-        """As JSON, the entries of the manifest that the last record has not said. `is_step`: it says the values."""
+        """As JSON, the entries of the manifest that no record has said yet. `is_step`: the record's receipts hold the values."""
         found: dict[str, Any] = {}
         for name, now in self._now().items():
             if self._said.get(name) != now:
@@ -311,7 +314,7 @@ class Recorder:
         return synced
 
     def note_durable(self, journal: Journal) -> None:
-        """Do what has waited for records that are on the disk."""
+        """Call what has waited for records that are on the disk now."""
         if journal is not self.journal:
             return
         number = journal.note_durable()

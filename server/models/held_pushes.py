@@ -1,7 +1,6 @@
 """The pushes that a model holds, and the senders that wait for their outcomes.
 
-The sender of a push waits for its outcome, which comes when its step has been taken and is as safe as the model's level
-says. A retry of the push waits for the same outcome. The bytes of a push stay reserved until it is resolved, also when its
+The sender of a push waits for its outcome. It comes after the step, once its record is as safe as the model's level demands. A retry of the push waits for the same outcome. The bytes of a push stay reserved until it is resolved, also when its
 sender has gone.
 """
 
@@ -27,12 +26,12 @@ from ..coordinator.decision import Resolve
 from ..coordinator.push import Key, PendingPush, key_of
 from ..coordinator.worker import Decided
 
-# A wait for other workers ends with `push_pending` after at most this long, and the worker asks again.
+# The longest wait for other workers. Then the answer is `push_pending`, and the worker asks again.
 HOLD_S: Final = 10.0
 
 
 class Answer(Protocol):
-    """What a step writes for its worker into memory that they share."""
+    """The answer that a step writes into memory that it shares with the worker."""
 
     nbytes: int
     # the dtype that is written; None: each parameter's own
@@ -47,7 +46,7 @@ class Answer(Protocol):
 
 @dataclass(slots=True, eq=False)
 class _Kept:
-    """A push until it is resolved, and what it is resolved with."""
+    """A push that is not resolved yet, and the future that gets its outcome."""
 
     pending: PendingPush
     resolved: asyncio.Future[Resolve]
@@ -69,7 +68,7 @@ class HeldPushes:
         self._let_go = False
 
     def keep(self, pending: PendingPush, release: Callable[[], None], answer: Answer | None) -> None:
-        """Hold a push that the coordinator has accepted until it is resolved, then call `release`."""
+        """Hold an accepted push. Once it is resolved, `release` is called."""
         resolved = asyncio.get_running_loop().create_future()
         self._kept[pending.key] = _Kept(pending, resolved, release, answer)
 

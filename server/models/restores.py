@@ -1,7 +1,7 @@
-"""Replaces what a model holds: by a snapshot, by a version that the journal reaches, by a state that a worker has loaded.
+"""Replaces what a model holds: by a snapshot, by a version that the journal reaches, by a state that was loaded or imported.
 
-Each begins a new timeline, which is on the disk before anything changes. What comes into the model so is not in its
-journal: a snapshot is taken behind it.
+Each begins a new timeline, which is on the disk before anything changes. The journal does not hold the new content, so a
+snapshot is taken after it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ log = logging.getLogger("pushstep.restores")
 
 
 class Restores:
-    """Restores the models of a catalog. One holds a copy of a whole model, so few run at once."""
+    """Restores the models of a catalog. Each restore holds a copy of a whole model, so few run at once."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class Restores:
         alone: Callable[[str], asyncio.Lock],
         scratch: Callable[[Model, SavedState], Model],
     ) -> None:
-        """`scratch` makes a model of a saved state that no other has, to replay a journal on."""
+        """`scratch` makes a model of a saved state that nobody else uses. A journal is replayed on it."""
         self.turns = asyncio.Semaphore(at_once)
         self._snapshotter = snapshotter
         self._folder = folder
@@ -68,7 +68,7 @@ class Restores:
             return copy.version
 
     async def restore_version(self, model: Model, version: int, by: str) -> int:
-        """Restore a version of the present timeline that a snapshot holds, or the journal behind one.
+        """Restore a version from which the present state descends: of a snapshot, or of the journal after one.
 
         VersionNotKept if none does.
         """

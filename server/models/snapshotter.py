@@ -1,4 +1,4 @@
-"""Keeps models on the disk: a snapshot at creation, now and then, and after what the journal cannot hold; the journal between.
+"""Keeps models on the disk: takes a snapshot at creation, at intervals, and after a change that the journal cannot hold.
 
 A snapshot holds a model at one version, and the number of the last journal record before it. Once it is on the disk, the
 journal's files before the oldest snapshot that is kept are removed.
@@ -26,9 +26,9 @@ from .model import Model
 log = logging.getLogger("pushstep.snapshotter")
 # How often the time of each model is looked at.
 TICK_S: Final = 0.25
-# A model whose snapshot failed is tried again after so long, or after its interval if that is shorter.
+# The time until a failed snapshot is tried again. A shorter interval of the model counts instead.
 RETRY_S: Final = 10.0
-# A journal longer than this, and than so many times its model, is cut short by a snapshot before its time.
+# A journal that is longer than both of these causes a snapshot before its time.
 LONG_JOURNAL_BYTES: Final = 1 << 30
 LONG_JOURNAL_MODELS: Final = 4
 
@@ -72,7 +72,7 @@ class Snapshotter:
             log.warning("model %s: after its snapshot %s: %s", model.name, snapshot, error.message)
 
     async def open_journal(self, model: Model, folder: ModelFolder, *, after_gap: bool) -> None:
-        """Have the model write a journal behind the recorder's last record, if its level says so.
+        """Open a journal that continues after the recorder's last record, if the model's level needs one.
 
         DiskFull, StorageFailed.
         """
@@ -92,14 +92,14 @@ class Snapshotter:
         recorder.begin(journal)
 
     async def bridge(self, model: Model, folder: ModelFolder) -> None:
-        """Take the snapshot that stands for what is not in the journal. Hold the lock of the folder."""
+        """Take a snapshot, because the journal does not hold the last change. Hold the lock of the folder."""
         if model.recorder.journal is not None:
             await self.take(model, folder, "server", automatic=True)
 
     async def set_durability(
         self, model: Model, folder: ModelFolder, settings: DurabilitySettings, by: str
     ) -> None:
-        """Keep a model in another way. Another level holds when this returns. Hold the lock of the folder."""
+        """Change a model's durability. Another level is in force when this returns. Hold the lock of the folder."""
         level, journal = settings.level, model.recorder.journal
         Edits(model).set_durability(settings, by)
         if journal is not None and level is not Level.APPLIED:
@@ -126,7 +126,7 @@ class Snapshotter:
         return time.monotonic() - model.saved_s >= model.durability.snapshot_every_s
 
     async def take_due(self, model: Model, folder: ModelFolder, alone: asyncio.Lock) -> None:
-        """Take a snapshot that is due. What prevents it is logged, and it is tried again."""
+        """Take a snapshot that is due. A failure is logged, and the snapshot is tried again later."""
         try:
             async with alone:
                 if self.is_due(model):
