@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -64,6 +64,8 @@ class Step:
     push: StagedPush
     resolves: tuple[Resolve, ...]
     facts: Mapping[str, Any]
+    # the hooks as they are after it, as JSON
+    hooks: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclass(frozen=True, slots=True)

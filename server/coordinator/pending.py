@@ -179,7 +179,9 @@ class PendingPushes:
             return
         pairs = zip(order.pushes, receipts, strict=True)
         resolves = [self._resolve(pending, Decided(pending.digest, receipt)) for pending, receipt in pairs]
-        self._decisions.append(Step(written.ticket, order.push, tuple(resolves), written.facts))
+        hooks = self.commits.hooks
+        after = hooks.dump() if hooks.list else ()
+        self._decisions.append(Step(written.ticket, order.push, tuple(resolves), written.facts, after))
         for pending in order.pushes:
             self._pass_on_next(pending)
 

@@ -24,7 +24,7 @@ from pushstep.proto.journal_pb2 import JournalRecord
 
 from ..storage import files
 from .chain import MARKER, marker
-from .file import Heading, JournalFile, record_bytes
+from .file import SUFFIX, Heading, JournalFile, record_bytes
 
 log = logging.getLogger("pushstep.journal")
 # Room that pushes leave to the records of joins, leaves and edits, which nobody can refuse.
@@ -190,8 +190,8 @@ class Journal:
 
     def set_level(self, level: Level) -> None:
         """Go on at another level, in a new file."""
-        self.level = level
         self._roll(self.appended, self.appended)
+        self.level = level
 
     def _roll(self, previous: int, last: int) -> None:
         """Go on in a new file behind record `last`, of which `previous` was the one before it in the journal."""
@@ -233,6 +233,14 @@ class Journal:
         self.synced = max(self.synced, number)
         with contextlib.suppress(OSError):  # it only helps to tell damage from a torn tail
             os.pwrite(self._marker, marker(self.synced, self._uid), 0)
+
+    def force_all(self) -> None:
+        """Force the files of earlier processes to the disk."""
+        for path in self.folder.glob(f"*{SUFFIX}"):
+            try:
+                files.fsync(path)
+            except OSError as error:
+                self.fail(self.model, error)
 
     def note_durable(self) -> int:
         """Move `durable_version` on to what is on the disk; the last record that counts as durable."""

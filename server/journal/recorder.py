@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
+import time
 from collections import deque
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from functools import partial
 from typing import Any, Final, Protocol
 
@@ -27,13 +29,15 @@ from ..coordinator.coordinator import Coordinator
 from ..coordinator.decision import Resolve, Step
 from ..coordinator.sessions import Sessions
 from ..coordinator.worker import Decided
-from ..process.threads import DISK
 from .durability import DurabilitySettings
 from .journal import Journal, Level
 from .records import failure_message, gradient_message, outcome_message, payload_of, tensors_of
 from .sync import JournalSync
 
+log = logging.getLogger("pushstep.journal")
 NOTHING: Final = b""
+# How long a record waits that the disk has refused, until it is tried again.
+AGAIN_S: Final = 0.25
 DURABILITIES: Final = {
     Level.APPLIED: Durability.DURABILITY_APPLIED,
     Level.EVERYSEC: Durability.DURABILITY_EVERYSEC,
@@ -68,6 +72,8 @@ class Entry:
     ) -> None:
         """`then` is called once it was appended, in the writer thread."""
         self._journal = journal
+        # the level when it was decided, which its receipts name
+        self.level = journal.level
         self._then = then
         self.record = record
         self._tensors = tensors
@@ -76,12 +82,26 @@ class Entry:
 
     def append(self) -> None:
         """Append it. DiskFull, StorageFailed."""
-        try:
-            self.number = self._journal.append(self.record, payload_of(self._tensors))
-        finally:
-            self._tensors = ()
+        self.number = self._journal.append(self.record, payload_of(self._tensors))
+        self._tensors = ()
         if self._then is not None:
             self._then()
+
+    def append_at_last(self, gives_up: Callable[[], bool]) -> None:
+        """Append it, however long the disk refuses: what it says has happened, and later records follow from it.
+
+        Raises the last refusal once `gives_up` says so.
+        """
+        while True:
+            try:
+                self.append()
+            except PushstepError as error:
+                if gives_up():
+                    raise
+                log.error("the journal waits for its disk: %s", error.message)
+                time.sleep(AGAIN_S)
+            else:
+                return
 
 
 class Recorder:
@@ -93,6 +113,7 @@ class Recorder:
         self.journal: Journal | None = None
         # number and checksum of the last record, while there is no journal
         self.last = self.link = 0
+        self._gives_up = False
         # the newest version of the present timeline in a snapshot
         self.saved_version = 0
         # what the records so far have said of the manifest
@@ -114,13 +135,22 @@ class Recorder:
         self.forget()
         self.tell_level()
 
+    def give_up(self) -> None:
+        """Wait no more for a disk that refuses records: the server stops."""
+        self._gives_up = True
+
+    def gives_up(self) -> bool:
+        """True if a record that the disk refuses is not tried again."""
+        return self._gives_up
+
     async def close(self) -> None:
         """Force the journal to the disk, and write into none any more."""
-        journal = self.journal
+        journal, self.journal = self.journal, None
         if journal is None:
             return
-        await DISK.run(journal.close)
-        self.last, self.link, self.journal = journal.appended, journal.link, None
+        # behind the records that are queued
+        await self._model.writer.submit(journal.close, reads=False)
+        self.last, self.link = journal.appended, journal.link
         self.tell_level()
         self._let_go()
 
@@ -163,6 +193,7 @@ class Recorder:
         record = self._record(
             int(step.ticket.version),
             [_given(resolve) for resolve in step.resolves],
+            hooks=step.hooks,
             step=JournalStep(ticket=step.ticket, gradients=map(gradient_message, pushes)),
         )
         tensors = [tensor for push in pushes for tensor in tensors_of(push.parts)]
@@ -175,7 +206,7 @@ class Recorder:
         """The record of an outcome without a step. None for a push that has none."""
         if self.journal is None or resolve.decided is None:
             return None
-        return Entry(self.journal, self._record(self._model.commits.version, [_given(resolve)]))
+        return Entry(self.journal, self._record(int(resolve.decided.receipt.version), [_given(resolve)]))
 
     def values(
         self, decided: Decided, parts: Sequence[tuple[Segment, Tensor]], fresh: Sequence[int]
@@ -206,7 +237,7 @@ class Recorder:
         """The record of what else has changed since the last one. None if nothing has."""
         if self.journal is None:
             return None
-        record = self._record(self._model.commits.version, ())
+        record = self._record(self._model.commits.version, (), rows=True)
         return Entry(self.journal, record) if record.changed else None
 
     def not_written(self, entry: Entry) -> None:
@@ -216,7 +247,19 @@ class Recorder:
         self._model.sessions.mark_changed(*rows, *of_outcomes)
         self.forget()
 
-    def _record(self, version: int, given: Sequence[Given], **change: Any) -> JournalRecord:
+    def _record(
+        self,
+        version: int,
+        given: Sequence[Given],
+        *,
+        rows: bool = False,
+        hooks: Sequence[Mapping[str, Any]] | None = None,
+        **change: Any,
+    ) -> JournalRecord:
+        """A record. `rows`: with the worker table's, which are of the end of what was decided together.
+
+        hooks: as they are after this step; None for as they are now.
+        """
         workers = self._model.sessions.workers
         return JournalRecord(
             timeline=self._model.commits.timeline,
@@ -225,14 +268,14 @@ class Recorder:
                 outcome_message(decided, state, workers[decided.receipt.identity.worker].refused_in_row)
                 for decided, state in given
             ],
-            changed=self._changed(is_step="step" in change),
+            changed=self._changed(hooks, is_step="step" in change, rows=rows),
             **change,
         )
 
-    def _changed(self, *, is_step: bool) -> bytes:
-        """As JSON, the entries of the manifest that no record has said yet. `is_step`: the record's receipts hold the values."""
+    def _changed(self, hooks: Sequence[Mapping[str, Any]] | None, *, is_step: bool, rows: bool) -> bytes:
+        """As JSON, the entries of the manifest that no record has said yet. `is_step`: the receipts hold the values."""
         found: dict[str, Any] = {}
-        for name, now in self._now().items():
+        for name, now in self._now(hooks).items():
             if self._said.get(name) != now:
                 found[name] = self._said[name] = now
         groups = self._model.commits.groups
@@ -243,20 +286,18 @@ class Recorder:
         if not said:
             found["groups"] = groups.dump()
         self._said_groups = list(held)
-        rows = self._model.sessions.take_changed()
-        if rows:
-            found["workers"] = rows
+        if rows and (changed := self._model.sessions.take_changed()):
+            found["workers"] = changed
         return json.dumps(found).encode() if found else NOTHING
 
-    def _now(self) -> dict[str, Any]:
-        model, hooks = self._model, self._model.commits.hooks
+    def _now(self, hooks: Sequence[Mapping[str, Any]] | None) -> dict[str, Any]:
+        model = self._model
         now: dict[str, Any] = {
             "edit": model.edit,
             "gate": model.coordinator.admission.dump(),
             "forgotten_epoch": model.sessions.forgotten_epoch,
         }
-        if hooks.list or self._said.get("hooks"):
-            now["hooks"] = hooks.dump()
+        now["hooks"] = list(model.commits.hooks.dump() if hooks is None else hooks)
         for name, settings in (
             ("policy", model.coordinator.policy.settings),
             ("durability", model.durability),
@@ -268,13 +309,13 @@ class Recorder:
 
     # Waiting.
 
-    def when_safe(self, number: int, then: Callable[[], None]) -> None:
-        """Call `then` once record `number` is as safe as the level says: at once, unless at `durable`."""
+    def when_safe(self, number: int, level: Level, then: Callable[[], None]) -> None:
+        """Call `then` once record `number` is as safe as a level says: at once, unless that is `durable`."""
         journal = self.journal
         if journal is None:
             then()
             return
-        if journal.level is not Level.DURABLE:
+        if level is not Level.DURABLE:
             self._sync.request(journal, self._synced(journal))
             then()
         elif number <= journal.note_durable():
@@ -295,15 +336,21 @@ class Recorder:
 
     async def until_safe(self) -> None:
         """Wait until everything decided so far is as safe as the level says."""
-        if self.level is Level.DURABLE:
+        if self.level is not Level.APPLIED:
             await self.drained()
 
     async def drained(self) -> None:
         """Wait until everything decided so far is in the journal and, at `durable`, on the disk."""
         number = await self._model.writer.submit(lambda: self.number, reads=False)
         safe: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.when_safe(number, partial(_set, safe))
+        self.when_safe(number, self.level, partial(_set, safe))
         await safe
+
+    def let_readers_go(self) -> None:
+        """Wait no more for versions of a timeline that has ended."""
+        waiting, self._versions = self._versions, []
+        for _, waits in waiting:
+            _set(waits)
 
     def _synced(self, journal: Journal) -> Callable[[], None]:
         loop = asyncio.get_running_loop()
@@ -319,7 +366,11 @@ class Recorder:
             return
         number = journal.note_durable()
         while self._waiting and self._waiting[0][0] <= number:
-            self._waiting.popleft()[1]()
+            then = self._waiting.popleft()[1]
+            try:
+                then()
+            except Exception:  # the others wait, too
+                log.exception("a push could not be answered")
         version, waiting = journal.durable_version, self._versions
         self._versions = [(at, waits) for at, waits in waiting if at > version]
         for at, waits in waiting:
@@ -332,9 +383,7 @@ class Recorder:
         """Do everything that waits."""
         while self._waiting:
             self._waiting.popleft()[1]()
-        for _, waits in self._versions:
-            _set(waits)
-        self._versions = []
+        self.let_readers_go()
 
 
 def _set(future: asyncio.Future[None]) -> None:

@@ -328,6 +328,8 @@ class Catalog:
             async with self.alone(name):
                 model.require_here()
                 await self.snapshotter.set_durability(model, self.folder(name), settings, by)
+            # without the lock: what is decided may wait for a snapshot, which takes the lock
+            await model.recorder.until_safe()
 
         await self.whole(change())
 

@@ -11,6 +11,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from functools import partial
 from typing import Any, Final, Protocol
 
 from pushstep.proto.errors import PushstepError
@@ -129,15 +130,15 @@ class Executor:
             for resolve in resolves:
                 self._resolve(resolve)
             return
-        job = self._writer.submit(entry.append, reads=False)
+        job = self._writer.submit(partial(entry.append_at_last, self._recorder.gives_up), reads=False)
         job.add_done_callback(lambda done: self._recorded(done, entry, resolves))
 
     def _recorded(self, job: asyncio.Future[None], entry: Entry, resolves: Sequence[Resolve]) -> None:
         problem = job.exception()
         if problem is not None:
-            # the next record says the same again
+            # the server stops: nobody is told of what could not be kept
             log.error("the journal has not taken a record: %s", in_short(problem))
-            self._recorder.not_written(entry)
+            return
         self._resolve_when_safe(entry, resolves)
 
     def _resolve_when_safe(self, entry: Entry | None, resolves: Sequence[Resolve]) -> None:
@@ -148,7 +149,7 @@ class Executor:
         if entry is None:
             resolve_all()
         else:
-            self._recorder.when_safe(entry.number, resolve_all)
+            self._recorder.when_safe(entry.number, entry.level, resolve_all)
 
     def _resolve(self, resolve: Resolve) -> None:
         if resolve.decided is not None and self._recorder.journal is not None:

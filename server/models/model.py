@@ -106,6 +106,8 @@ class Model:
         # what the newest snapshot holds, and when it was taken
         self.saved: Hashable = None
         self.saved_s = time.monotonic()
+        # when a snapshot was last begun
+        self.tried_s = 0.0
         # the last upload that replaced the optimizer state: its retry is answered and not refused
         self.replaced_by: Identity | None = None
         # names of parameters with NaN or infinity, as the writer has found them
@@ -286,6 +288,7 @@ class Model:
         self.extras = copy.extras
         decisions = self.coordinator.restored(copy.lineage_here, timeline, settings, time.monotonic())
         self.record("restored", by)
+        self.recorder.let_readers_go()
         self.executor.apply(decisions)
         arenas, publisher, recorder = self.arenas, self.publisher, self.recorder
 
@@ -355,6 +358,7 @@ class Model:
         """Decide and step nothing more. ModelFailed if a write has left it between two versions."""
         self.require_whole()
         self.ended = True
+        self.recorder.give_up()
         self.executor.close()
 
     async def copy(self, *, last: bool = False, rolls: bool = False) -> tuple[dict[str, Any], ArenasCopy]:
@@ -385,8 +389,9 @@ class Model:
     async def close(self) -> None:
         """Finish what is queued and end the model's threads."""
         self.executor.close()
-        await self.writer.close()
+        self.recorder.give_up()
         await self.recorder.close()
+        await self.writer.close()
         await self.executor.give_back()
         self.observers.close()
 

@@ -105,6 +105,8 @@ class Replay:
                 self._step(message, payload, outcomes, failed=failed)
             case "failure":
                 self._fail(message)
+            case "values" if failed:
+                model.arenas.version = int(message.version)
             case "values":
                 self._upload(message, payload)
             case "extras":
@@ -114,6 +116,8 @@ class Replay:
                 model.extras = Extras({**held, **tensors}, model.extras)
         for outcome, decided in zip(message.outcomes, outcomes, strict=True):
             worker = model.sessions.workers[decided.receipt.identity.worker]
+            if model.sessions.stored(worker, decided.receipt.identity) is not None:
+                continue  # the worker's row had it
             model.sessions.consume(worker, decided)
             state = outcome.worker_state if outcome.HasField("worker_state") else None
             model.sessions.carry(worker, {}, state)

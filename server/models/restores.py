@@ -72,8 +72,8 @@ class Restores:
 
         VersionNotKept if none does.
         """
+        await model.recorder.drained()
         async with self.turns:
-            await model.recorder.drained()
             state = await DISK.run(self._state_at, model, version)
             if state is None or state.copy.version != version:
                 raise VersionNotKept(model=model.name, version=version)

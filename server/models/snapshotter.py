@@ -44,6 +44,7 @@ class Snapshotter:
 
         Automatic ones beyond those that are kept are removed, and what they needed of the journal.
         """
+        model.tried_s = time.monotonic()
         async with self._turns:
             model.tell(Point.STATE_DICT_PRE)
             content = model.content
@@ -89,6 +90,10 @@ class Snapshotter:
             disk_failed,
             after_gap=after_gap,
         )
+        if not after_gap:
+            # what was replayed may be in the kernel's memory only
+            await DISK.run(journal.force_all)
+            journal.durable_version = model.version
         recorder.begin(journal)
 
     async def bridge(self, model: Model, folder: ModelFolder) -> None:
@@ -106,9 +111,7 @@ class Snapshotter:
             if journal.level is not level:
                 await model.writer.submit(lambda: journal.set_level(level), reads=False)
                 model.recorder.tell_level()
-            await model.recorder.until_safe()
         elif journal is not None:
-            await model.recorder.drained()
             await model.recorder.close()
         elif level is not Level.APPLIED:
             await self.open_journal(model, folder, after_gap=True)
@@ -117,7 +120,11 @@ class Snapshotter:
     def is_due(self, model: Model) -> bool:
         """True if it is time for a snapshot of a model that has changed since the last one."""
         journal = model.recorder.journal
-        if model.ended or model.deleted or model.failed is not None or model.saved == model.content:
+        if model.ended or model.deleted or model.failed is not None:
+            return False
+        if journal is not None and not journal.is_based:  # durable pushes wait for it
+            return time.monotonic() - model.tried_s >= RETRY_S
+        if model.saved == model.content:
             return False
         if journal is not None:
             most = max(LONG_JOURNAL_BYTES, LONG_JOURNAL_MODELS * model.held_bytes)

@@ -11,7 +11,7 @@ from functools import partial
 from itertools import islice, zip_longest
 from typing import Final, TypeVar
 
-from pushstep.proto.errors import ManifestMismatch, MessageTooLarge, ModelLost, UnknownModel
+from pushstep.proto.errors import Fenced, ManifestMismatch, MessageTooLarge, ModelLost, UnknownModel
 from pushstep.proto.process import is_gone
 from pushstep.proto.training_pb2 import (
     CreationTicket,
@@ -71,8 +71,7 @@ async def _join(catalog: Catalog, request: JoinRequest, peer: str) -> tuple[Join
             raise ModelLost(model=model.name)
         if not request.HasField("manifest") or model.layout is same_as:
             worker = _joined(model, request)
-            await catalog.keep_epoch(model, worker.epoch)
-            await model.recorder.until_safe()
+            await keep_epoch(catalog, model, worker)
             member = membership(model, worker)
             member.rolled_back = model.identity(None).rolled_back(request.timeline, request.version)
             return JoinResponse(member=member), model.layout
@@ -122,6 +121,15 @@ def _joined(model: Model, request: JoinRequest) -> Worker:
     return worker
 
 
+async def keep_epoch(catalog: Catalog, model: Model, worker: Worker) -> None:
+    """Have a worker's new epoch kept before anyone is told of it. Fenced if another session joined meanwhile."""
+    epoch = worker.epoch
+    await catalog.keep_epoch(model, epoch)
+    await model.recorder.until_safe()
+    if worker.epoch != epoch or model.sessions.workers.get(worker.name) is not worker:
+        raise Fenced(worker=worker.name, epoch=epoch, why="another session joined under this name")
+
+
 def _has_ended(holder: Worker, caller: Process) -> bool:
     """True if the caller may take over the name: the holder's process is gone, or is the caller's own."""
     return bool(holder.process.pid) and (holder.process == caller or is_gone(holder.process))
@@ -168,6 +176,7 @@ async def _undo(catalog: Catalog, request: LeaveRequest) -> None:
     _, decisions = model.coordinator.on_leave(_identity(model, worker), time.monotonic())
     model.record("left", name)
     model.executor.apply(decisions)
+    await model.recorder.until_safe()
     if alone and (model.timeline, model.version, model.edit) == (1, 0, 0):
         await catalog.delete(model.name, by=name)
 

@@ -31,6 +31,7 @@ from pushstep.proto.training_pb2 import (
     UPLOAD_KIND_GROUP,
     UPLOAD_KIND_PARAMETERS,
     UPLOAD_KIND_STATE,
+    Process,
     UploadHeader,
     UploadKind,
     UploadResponse,
@@ -56,7 +57,7 @@ from ..process.threads import PUSHES, REQUESTS
 from ..staging.inspect import is_accumulated
 from ..streams.received import INLINE_MESSAGE_BYTES
 from . import push_header
-from .join import fill_in, membership
+from .join import fill_in, keep_epoch, membership
 from .receiving import place_chunk
 from .upload_content import check_exact, extras_in
 
@@ -247,9 +248,9 @@ class Upload:
         model.begin_under(self._policy)
         await self._catalog.finish_creation(header.model, self._creation, model)
         self._promise.close()  # from here on the model counts its buffers itself
-        self._join(model, worker, attempt)
-        model.sessions.workers[worker].process = self._creation.process
-        return await self._answer(model, model.sessions.workers[worker], 0)
+        joined = self._join(model, worker, attempt, process=self._creation.process)
+        await keep_epoch(self._catalog, model, joined)
+        return await self._answer(model, joined, 0)
 
     def _values(self) -> list[tuple[Segment, torch.Tensor]]:
         """The body by its segments."""
@@ -310,15 +311,19 @@ class Upload:
             await self._catalog.restores.replace(model, copy, None, header.identity.worker)
         model.groups.write(planned)
         model.replaced_by = header.identity
-        self._join(model, header.identity.worker, old_epoch=header.identity.epoch)
+        joined = self._join(model, header.identity.worker, old_epoch=header.identity.epoch)
+        await keep_epoch(self._catalog, model, joined)
         return await self._joined(model)
 
-    def _join(self, model: Model, worker: str, attempt: int = 0, old_epoch: int = 0) -> None:
-        now_s = time.monotonic()
-        _, decisions = model.coordinator.join(
-            worker, now_s, takeover=True, attempt=attempt, old_epoch=old_epoch
+    def _join(
+        self, model: Model, name: str, attempt: int = 0, old_epoch: int = 0, process: Process | None = None
+    ) -> Worker:
+        worker, decisions = model.coordinator.join(
+            name, time.monotonic(), takeover=True, attempt=attempt, old_epoch=old_epoch
         )
+        worker.process = worker.process if process is None else process
         model.executor.apply(decisions)
+        return worker
 
     async def _joined(self, model: Model) -> UploadResponse:
         worker = model.sessions.workers[self._header.identity.worker]

@@ -213,6 +213,7 @@ class ModelFolder:
         try:
             if os.path.lexists(self._path):
                 os.replace(self._path, aside)
+                files.fsync(self._path.parent)
                 log.warning("what was left of an earlier model %s is now models/%s", self.name, aside.name)
         except OSError as error:
             raise files.refusal(f"models/{self.name}", error, self._path.parent) from error
@@ -222,6 +223,7 @@ class ModelFolder:
         trash = self._path.with_name(f"{TRASH_PREFIX}{secrets.token_hex(8)}")
         try:
             os.replace(self._path, trash)
+            files.fsync(self._path.parent)  # or a power cut could bring a half of it back
             files.remove(trash)
         except OSError as error:
             raise files.refusal(f"models/{self.name}", error, self._path.parent) from error

@@ -7,16 +7,18 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 
 from pushstep.client import Session, connect
-from pushstep.proto.errors import DiskFull, JournalFull, PushstepError
+from pushstep.proto.errors import DiskFull, Fenced, JournalFull, PushstepError
 from tests.support.servers import faulty_server
-from tests.support.servers.harness import RunningServer, start_server, wait_until
+from tests.support.servers.harness import RunningServer, running_server, start_server, wait_until
 from tests.support.workers.counting import counts, create, grads
 
 FAULTY = Path(faulty_server.__file__)
@@ -129,3 +131,80 @@ def test_a_failed_fsync_ends_the_process(data: Path) -> None:
             session.close()
         finally:
             assert again.stop() == 0
+
+
+def test_an_epoch_goes_to_one_session_however_many_join_at_once(data: Path) -> None:
+    """Each join waits for the disk before it is answered: by then another may have taken the name."""
+    with running_server(data, *DURABLE) as server:
+        with _session(server) as first:
+            create(first)
+
+        def join(_: int) -> int:
+            session = connect(server.grpc, model="m", worker="z", takeover=True, shared_memory=False)
+            try:
+                return session.member().epoch
+            except Fenced:
+                return 0
+            finally:
+                session.close()
+
+        with warnings.catch_warnings(), ThreadPoolExecutor(3) as threads:
+            warnings.simplefilter("ignore")
+            for _ in range(10):
+                epochs = [epoch for epoch in threads.map(join, range(3)) if epoch]
+                assert len(set(epochs)) == len(epochs)
+
+
+def test_a_start_shows_what_it_has_replayed_to_who_only_reads(data: Path) -> None:
+    with running_server(data, *DURABLE) as server, _session(server) as session:
+        create(session)
+        session.push(grads(0))
+    with running_server(data, *DURABLE) as server:
+        assert server.rest("GET", "/v1/models/m/parameters/w").json()["version"] == 1
+        assert server.rest("GET", "/v1/models/m/durability").json()["durable_version"] == 1
+
+
+def test_an_edit_is_answered_once_its_record_is_taken(data: Path) -> None:
+    """A disk that refuses it holds the edit up, and later records stay in their order."""
+    with faulty(data, "pwritev:journal/*.journal", "ENOSPC") as server:
+        session = _session(server)
+        create(session)
+        (data / "armed").touch()
+        with ThreadPoolExecutor(1) as thread:
+            edit = thread.submit(
+                httpx.patch,
+                f"http://{server.http}/v1/models/m/param-groups/0",
+                json={"lr": 0.25},
+                timeout=60,
+                trust_env=False,
+            )
+            with pytest.raises(TimeoutError):
+                edit.result(1)
+            (data / "armed").unlink()
+            assert edit.result(30).status_code == 200
+        session.push(grads(0))
+        again = _killed(server)
+        try:
+            groups = again.rest("GET", "/v1/models/m/param-groups").json()["param_groups"]
+            assert groups[0]["lr"] == 0.25
+            assert counts(session, 1) == [1]
+            session.close()
+        finally:
+            assert again.stop() == 0
+
+
+def test_a_snapshot_that_failed_behind_a_restore_holds_up_no_change_of_the_level(data: Path) -> None:
+    with faulty(data, "fsync:manifest.json", "EIO") as server:
+        session = _session(server)
+        create(session)
+        snapshot = server.rest("GET", "/v1/models/m/snapshots").json()["snapshots"][0]["id"]
+        (data / "armed").touch()
+        assert server.rest("POST", f"/v1/models/m/snapshots/{snapshot}/restore").status_code == 500
+        (data / "armed").unlink()
+        changed = server.rest("PATCH", "/v1/models/m/durability", json={"level": "applied"})
+        assert changed.json()["level"] == "applied"
+        assert server.rest("POST", "/v1/models/m/snapshots").status_code == 201
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            session.close()
+        assert server.stop() == 0

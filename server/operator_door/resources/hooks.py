@@ -75,6 +75,7 @@ async def add_hook(
 ) -> dict[str, Any]:
     """The reply's `effective_version` is the first version that the hook sees."""
     hook, version = Edits(model).add_hook(new.name, new.point, new.settings, new.prepend, OPERATOR)
+    await model.recorder.until_safe()
     return {**_show(hook), "effective_version": version}
 
 
@@ -88,4 +89,6 @@ async def show_hook(model: ModelHere, hook_id: str) -> dict[str, Any]:
 @router.delete("/models/{m}/hooks/{hook_id}", summary="Remove a hook")
 async def remove_hook(model: ModelHere, hook_id: str) -> dict[str, Any]:
     """The reply's `effective_version` is the first version without the hook."""
-    return {"id": hook_id, "effective_version": Edits(model).remove_hook(hook_id, OPERATOR)}
+    version = Edits(model).remove_hook(hook_id, OPERATOR)
+    await model.recorder.until_safe()
+    return {"id": hook_id, "effective_version": version}

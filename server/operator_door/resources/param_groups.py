@@ -87,5 +87,6 @@ async def patch_group(
     group = model.groups.at(index, model.name)
     require_match(if_match, _etag(model, group), f"param group {index}")
     group, version = Edits(model).patch_group(index, values, hold, OPERATOR)
+    await model.recorder.until_safe()
     response.headers["ETag"] = _etag(model, group)
     return {**_show(model, index, group), "effective_version": version}

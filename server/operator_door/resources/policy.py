@@ -51,6 +51,7 @@ async def change_policy(
     policy.
     """
     version = Edits(model).set_policy(policies.read(settings, model.coordinator.policy.settings), OPERATOR)
+    await model.recorder.until_safe()
     return {**_policy(model), "effective_version": version}
 
 
@@ -69,4 +70,5 @@ async def change_gate(
 ) -> dict[str, Any]:
     """A setting that is left out stays as it is."""
     version = Edits(model).set_gate(admission.read(settings, model.coordinator.admission.settings), OPERATOR)
+    await model.recorder.until_safe()
     return {**_gate(model), "effective_version": version}

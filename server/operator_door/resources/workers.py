@@ -64,10 +64,14 @@ async def list_workers(
 @router.post("/models/{m}/workers/{worker}/release", summary="Let a worker out of quarantine")
 async def release_worker(model: ModelHere, worker: str) -> dict[str, Any]:
     """The worker's pushes are read again from now on."""
-    return {"name": worker, "effective_version": Edits(model).release(worker, OPERATOR)}
+    version = Edits(model).release(worker, OPERATOR)
+    await model.recorder.until_safe()
+    return {"name": worker, "effective_version": version}
 
 
 @router.delete("/models/{m}/workers/{worker}", summary="Evict a worker")
 async def evict_worker(model: ModelHere, worker: str) -> dict[str, Any]:
     """Fences the worker at once. Its receipts are kept, and it may join again by hand."""
-    return {"name": worker, "effective_version": Edits(model).evict(worker, OPERATOR)}
+    version = Edits(model).evict(worker, OPERATOR)
+    await model.recorder.until_safe()
+    return {"name": worker, "effective_version": version}
