@@ -45,7 +45,7 @@ class Receipt:
     ignored_edits: Sequence[str] = ()
     lead: bool = False
     durability: str = ""
-    # the newest version that no crash could undo when the receipt was sent; 0 without a journal
+    # the newest version that no crash could undo when the receipt was sent
     durable_version: int = 0
     duplicates: int = 0
     # the workers whose pushes made this version, in the order in which they were added up

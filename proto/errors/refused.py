@@ -55,7 +55,7 @@ class VersionNotKept(NotFound):
     code = "version_not_kept"
     template = (
         "version {version} of model {model!r} is in no snapshot, nor in the journal behind one; "
-        "GET /v1/models/{model}/durability says which versions are kept"
+        "GET /v1/models/{model}/snapshots lists the snapshots"
     )
 
 

@@ -114,7 +114,7 @@ class Recorder:
         # number and checksum of the last record, while there is no journal
         self.last = self.link = 0
         self._gives_up = False
-        # the newest version of the present timeline in a snapshot
+        # the newest version on the disk, while there is no journal
         self.saved_version = 0
         # what the records so far have said of the manifest
         self._said: dict[str, Any] = {}
@@ -151,6 +151,8 @@ class Recorder:
         # behind the records that are queued
         await self._model.writer.submit(journal.close, reads=False)
         self.last, self.link = journal.appended, journal.link
+        journal.note_durable()
+        self.saved_version = max(self.saved_version, journal.durable_version)
         self.tell_level()
         self._let_go()
 
@@ -164,14 +166,13 @@ class Recorder:
         return self.saved_version if self.journal is None else self.journal.durable_version
 
     def skip(self, kept_version: int) -> None:
-        """Note a change that the journal does not hold, above a version. Call it in the writer thread."""
+        """Note a change that is not on the disk, above a version. Call it in the writer thread."""
+        self.saved_version = min(self.saved_version, kept_version)
         if self.journal is not None:
             try:
                 self.journal.skip(kept_version)
-            except (
-                OSError,
-                PushstepError,
-            ) as error:  # without the note a start would lose the change, and nobody would know
+            except (OSError, PushstepError) as error:
+                # without the note a start would lose the change, and nobody would know
                 self.journal.fail(self.journal.model, error)
 
     @property

@@ -152,8 +152,8 @@ class Executor:
             self._recorder.when_safe(entry.number, entry.level, resolve_all)
 
     def _resolve(self, resolve: Resolve) -> None:
-        if resolve.decided is not None and self._recorder.journal is not None:
-            resolve.decided.receipt.durable_version = self._recorder.journal.durable_version
+        if resolve.decided is not None:
+            resolve.decided.receipt.durable_version = self._recorder.durable_version
         self._held.resolve(resolve)
 
     # Doing.

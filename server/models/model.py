@@ -291,11 +291,13 @@ class Model:
         self.recorder.let_readers_go()
         self.executor.apply(decisions)
         arenas, publisher, recorder = self.arenas, self.publisher, self.recorder
+        # of a snapshot it is on the disk; a journal goes on from it only behind the next snapshot
+        is_kept = saved is not None and recorder.journal is None
 
         def load() -> None:
             arenas.load(copy, timeline)
             publisher.forget()
-            recorder.skip(copy.version - 1)
+            recorder.skip(copy.version if is_kept else copy.version - 1)
 
         loading = self.writer.write(load, mends=True)
         loading.add_done_callback(lambda _: self.note_nonfinite())

@@ -132,7 +132,17 @@ class Restores:
     def _state_at(self, model: Model, version: int) -> SavedState | None:
         """What the model held at a version, or as near before it as snapshots and journal reach. It blocks."""
         folder = self._folder(model.name)
-        found = held_at(folder, model.uid, model.commits.holds, version, partial(self._scratch, model))
+        while True:
+            kept = folder.snapshots.ids()
+            try:
+                found = held_at(
+                    folder, model.uid, model.commits.holds, version, partial(self._scratch, model)
+                )
+                break
+            except PushstepError:
+                if folder.snapshots.ids() == kept:
+                    raise
+                # what was being read was removed behind a newer snapshot: look again
         if found is None:
             return None
         return saved_state({**found.facts, "journal": found.last}, found.copy, model.name)

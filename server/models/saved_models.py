@@ -122,6 +122,7 @@ class SavedModels:
         """
         identity, state = found.identity, found.state
         model.load(state, state.copy.timeline)
+        model.recorder.saved_version = state.copy.version
         chain = JournalChain(folder.journal, identity.uid)
         last, whole = state.journal, False
         if chain.continues(last):

@@ -59,7 +59,8 @@ async def restore_version(
 ) -> dict[str, Any]:
     """Brings back a version that a snapshot holds, or the journal behind one, on a new timeline.
 
-    Everything but the worker table comes back. Workers are told, and go on from there.
+    Everything but the worker table comes back, with the edits that were made before the version after it. Workers are
+    told, and go on from there.
     """
     version = await catalog.restore_version(m, wanted.version, OPERATOR)
     return {"timeline": catalog.get(m).timeline, "effective_version": version}
