@@ -290,14 +290,13 @@ class Model:
         self.record("restored", by)
         self.recorder.let_readers_go()
         self.executor.apply(decisions)
-        arenas, publisher, recorder = self.arenas, self.publisher, self.recorder
         # of a snapshot it is on the disk; a journal goes on from it only behind the next snapshot
-        is_kept = saved is not None and recorder.journal is None
+        is_kept = saved is not None and self.recorder.journal is None
 
         def load() -> None:
-            arenas.load(copy, timeline)
-            publisher.forget()
-            recorder.skip(copy.version if is_kept else copy.version - 1)
+            self.arenas.load(copy, timeline)
+            self.publisher.forget()
+            self.recorder.skip(copy.version if is_kept else copy.version - 1)
 
         loading = self.writer.write(load, mends=True)
         loading.add_done_callback(lambda _: self.note_nonfinite())
@@ -383,8 +382,7 @@ class Model:
 
     def tell(self, point: Point, **facts: Any) -> None:
         """Queue an event for the observers at a point."""
-        observers = self.hooks.observers(point)
-        if observers:
+        if observers := self.hooks.observers(point):
             now = {"model": self.name, "timeline": self.timeline, "version": self.version}
             self.observers.tell(observers, {**now, **facts})
 
