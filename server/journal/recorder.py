@@ -163,7 +163,7 @@ class Recorder:
     @property
     def durable_version(self) -> int:
         """The newest version that could be restored from the disk, with all before it."""
-        return self.saved_version if self.journal is None else self.journal.durable_version
+        return max(self.saved_version if self.journal is None else self.journal.durable_version, 0)
 
     def skip(self, kept_version: int) -> None:
         """Note a change that is not on the disk, above a version. Call it in the writer thread."""

@@ -41,9 +41,9 @@ def durability(server: RunningServer, **changes: Any) -> dict[str, Any]:
     """The model's durability, after it was changed."""
     answer = server.rest("PATCH", "/v1/models/m/durability", json=changes)
     assert answer.status_code == 200, answer.text
-    assert server.rest("GET", "/v1/models/m/durability").json() == answer.json()
-    shown: dict[str, Any] = answer.json()
-    return shown
+    now, shown = server.rest("GET", "/v1/models/m/durability").json(), answer.json()
+    assert all(now[key] == shown[key] for key in ("level", "snapshot_every_s", "keep"))
+    return dict(shown)
 
 
 def back_to(server: RunningServer, version: int) -> tuple[int, dict[str, Any]]:
@@ -86,6 +86,9 @@ def test_every_version_behind_a_snapshot_comes_back(data: Path, level: str) -> N
         assert held(server) == others[3]
         assert back_to(server, 0)[0] == 200
         assert held(server)["version"] == 0
+        with pytest.warns(RuntimeWarning, match="restored to version"):
+            push(session, 1.0)
+        assert push(session, 1.0).version == 1
 
 
 @pytest.mark.parametrize("after", LEVELS)
