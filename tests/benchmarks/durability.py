@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import signal
 import sqlite3
 import statistics
 import tempfile
@@ -218,9 +217,7 @@ def recovery(folder: Path, elements: int, pushes: int) -> None:
     level = Level(server, "adagrad", "durable", elements)
     for _ in range(pushes):
         level.step()
-    server.process.send_signal(signal.SIGKILL)
-    server.process.wait()
-    server.close_pipe()
+    server.kill()
     paths = [path for path in data.rglob("*") if path.suffix in (".journal", ".safetensors")]
     nbytes = sum(path.stat().st_blocks * 512 for path in paths)
     _forget(paths)

@@ -17,7 +17,7 @@ from pushstep.client.demo.data import Flights, load_flights
 from pushstep.client.demo.model import flight_model, held_out_auc, optimizers
 from pushstep.client.demo.result import AUC_APART, AUC_FLOOR
 from pushstep.client.demo.training import BATCH, batch_count, train
-from tests.support.servers.harness import start_server
+from tests.support.servers.harness import kill_and_restart, start_server
 
 KEYS = {"auc_remote", "auc_local", "seconds", "pushes", "checkpoint", "picture", "policies"}
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -71,10 +71,7 @@ def trained(data: Path, flights: Flights, kill_at: int | None) -> tuple[float, i
         def report(step: int, loss: float) -> None:
             nonlocal server
             if step == kill_at:
-                server.process.kill()
-                server.process.wait()
-                server.close_pipe()
-                server = start_server(data, "--grpc", server.grpc)
+                server = kill_and_restart(server)
 
         train(network, remote, flights, epochs=1, report=report, batch=4 * BATCH)
         assert remote.last_receipt is not None
@@ -82,9 +79,7 @@ def trained(data: Path, flights: Flights, kill_at: int | None) -> tuple[float, i
         assert server.stop() == 0
         return held_out_auc(network, flights), remote.last_receipt.version
     finally:
-        server.process.kill()
-        server.process.wait()
-        server.close_pipe()
+        server.kill()
 
 
 @pytest.mark.timeout(300)

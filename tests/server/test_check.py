@@ -282,9 +282,7 @@ def test_the_model_goes_on_and_its_worker_is_told(data: Path, tmp_path: Path) ->
             receipt = session.push(ONES)
         assert receipt.version == 6
         kept = [held for held in server.sessions if held is not session]
-        server.process.kill()
-        server.process.wait()
-        server.close_pipe()
+        server.kill()
         for each in kept:
             each.close()
     content = journal(data)[-1].read_bytes()

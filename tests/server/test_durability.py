@@ -68,7 +68,7 @@ def test_every_version_behind_a_snapshot_comes_back(data: Path, level: str) -> N
             if version == 6:
                 take_snapshot(server, "m")
             states[version] = held(server)
-        assert back_to(server, 9) == (404, back_to(server, 9)[1])
+        assert back_to(server, 9)[0] == 404
         for timeline, version in enumerate((8, 7, 5, 4, 2), 2):
             assert back_to(server, version) == (200, {"timeline": timeline, "effective_version": version})
             assert held(server) == states[version], version

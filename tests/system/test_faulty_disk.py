@@ -92,9 +92,7 @@ def faulty(data: Path, calls: str, deed: str) -> Iterator[RunningServer]:
             warnings.simplefilter("ignore", RuntimeWarning)  # a session whose server is gone could not leave
             for session in server.sessions:
                 session.close()
-        server.process.kill()
-        server.process.wait()
-        server.close_pipe()
+        server.kill()
 
 
 @pytest.fixture

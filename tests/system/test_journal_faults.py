@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 import threading
 import warnings
@@ -18,7 +17,13 @@ import pytest
 from pushstep.client import Session, connect
 from pushstep.proto.errors import DiskFull, Fenced, JournalFull, PushstepError
 from tests.support.servers import faulty_server
-from tests.support.servers.harness import RunningServer, running_server, start_server, wait_until
+from tests.support.servers.harness import (
+    RunningServer,
+    kill_and_restart,
+    running_server,
+    start_server,
+    wait_until,
+)
 from tests.support.workers.counting import counts, create, grads
 
 FAULTY = Path(faulty_server.__file__)
@@ -32,16 +37,7 @@ def faulty(data: Path, calls: str, deed: str) -> Iterator[RunningServer]:
     try:
         yield server
     finally:
-        server.process.kill()
-        server.process.wait()
-        server.close_pipe()
-
-
-def _killed(server: RunningServer) -> RunningServer:
-    server.process.send_signal(signal.SIGKILL)
-    server.process.wait()
-    server.close_pipe()
-    return start_server(server.data, "--grpc", server.grpc, *DURABLE)
+        server.kill()
 
 
 def _session(server: RunningServer, retry_for_s: float = 60.0) -> Session:
@@ -74,7 +70,7 @@ def test_without_room_pushes_wait_and_pulls_are_answered(data: Path) -> None:
         pushing.join(30)
         assert pushed.is_set()
         assert counts(session, 2) == [1, 1]
-        again = _killed(server)
+        again = kill_and_restart(server, *DURABLE)
         try:
             assert counts(session, 2) == [1, 1]
             impatient.close()
@@ -99,7 +95,7 @@ def test_a_record_that_the_disk_refuses_is_a_push_that_was_not_applied(data: Pat
         (data / "armed").unlink()
         session.push(grads(2))
         assert counts(session, 3) == [1, 0, 1]
-        again = _killed(server)
+        again = kill_and_restart(server, *DURABLE)
         try:
             assert counts(session, 3) == [1, 0, 1]
             session.push(grads(3))
@@ -183,7 +179,7 @@ def test_an_edit_is_answered_once_its_record_is_taken(data: Path) -> None:
             (data / "armed").unlink()
             assert edit.result(30).status_code == 200
         session.push(grads(0))
-        again = _killed(server)
+        again = kill_and_restart(server, *DURABLE)
         try:
             groups = again.rest("GET", "/v1/models/m/param-groups").json()["param_groups"]
             assert groups[0]["lr"] == 0.25

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,7 @@ from torch.optim import lr_scheduler
 
 from pushstep.client import RemoteOptimizer, Session
 from pushstep.optim import keras
-from tests.support.servers.harness import RunningServer, start_server
+from tests.support.servers.harness import RunningServer, kill_and_restart, start_server
 from tests.support.servers.operators import add_hook, set_policy
 from tests.support.workers.twin import Make, Network, adadelta, adagrad, backward, both
 
@@ -131,11 +130,6 @@ def _same(one: Sequence[Any], other: Sequence[Any]) -> bool:
     )
 
 
-def _again(server: RunningServer, *options: str) -> RunningServer:
-    """The server on the same folder and addresses, after its end."""
-    return start_server(server.data, "--grpc", server.grpc, *options)
-
-
 def _trained(
     data: Path, case: Case, level: str, between: Callable[[RunningServer], RunningServer]
 ) -> tuple[int, list[Any], Any]:
@@ -154,16 +148,7 @@ def _trained(
         assert server.stop() == 0
         return result
     finally:
-        server.process.kill()
-        server.process.wait()
-        server.close_pipe()
-
-
-def _killed(server: RunningServer) -> RunningServer:
-    server.process.send_signal(signal.SIGKILL)
-    server.process.wait()
-    server.close_pipe()
-    return _again(server)
+        server.kill()
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -174,7 +159,7 @@ def test_a_kill_changes_nothing(tmp_path: Path, name: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         straight = _trained(tmp_path / "straight", case, "applied", lambda server: server)
-        killed = _trained(tmp_path / "killed", case, level, _killed)
+        killed = _trained(tmp_path / "killed", case, level, kill_and_restart)
     assert killed[0] == straight[0]
     assert _same(killed[1], straight[1])
     assert killed[2].keys() == straight[2].keys()

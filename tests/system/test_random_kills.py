@@ -7,7 +7,6 @@ can step the same gradients in the order of the versions, and must come to the s
 from __future__ import annotations
 
 import random
-import signal
 import threading
 import time
 import warnings
@@ -19,7 +18,7 @@ import torch
 
 from pushstep.client import Session, connect
 from pushstep.optim import Adadelta
-from tests.support.servers.harness import RunningServer, start_server
+from tests.support.servers.harness import start_server
 
 WORKERS = 3
 SHAPE = (40, 25)
@@ -59,12 +58,6 @@ class Pusher:
             self.problem = problem
 
 
-def _end(server: RunningServer) -> None:
-    server.process.send_signal(signal.SIGKILL)
-    server.process.wait()
-    server.close_pipe()
-
-
 def _replayed(made: dict[int, torch.Tensor]) -> tuple[torch.Tensor, dict[str, Any]]:
     """The gradients stepped here, in the order of their versions."""
     weight = torch.nn.Parameter(torch.zeros(SHAPE))
@@ -89,7 +82,7 @@ def _survives(data: Path, kills: int, seed: int) -> int:
         try:
             for _ in range(kills):
                 time.sleep(chance.uniform(SHORTEST_S, LONGEST_S))
-                _end(server)
+                server.kill()
                 server = start_server(data, "--grpc", server.grpc, *OPTIONS)
         finally:
             for pusher in pushers:

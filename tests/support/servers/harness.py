@@ -77,6 +77,12 @@ class RunningServer:
         self.close_pipe()
         return status
 
+    def kill(self) -> None:
+        """End the process by SIGKILL, if it has not ended. Its sessions stay as they are."""
+        self.process.kill()
+        self.process.wait()
+        self.close_pipe()
+
     def close_pipe(self) -> None:
         """Let go of the process's output: for a test that ended it itself."""
         if self.process.stdout is not None:
@@ -89,9 +95,7 @@ class RunningServer:
             with pytest.warns(RuntimeWarning, match="could not leave"):
                 session.close()
         finally:
-            self.process.kill()
-            self.process.wait()
-            self.close_pipe()
+            self.kill()
 
 
 def start_server(
@@ -128,6 +132,12 @@ def start_server(
         raise RuntimeError(f"the server did not start: {line!r}\n{log.read_text()}")
     where = dict(entry.split("=", 1) for entry in line.split()[1:])
     return RunningServer(process, where["grpc"], where["http"], where.get("unix", ""), data, log)
+
+
+def kill_and_restart(server: RunningServer, *options: str) -> RunningServer:
+    """SIGKILL, and another server in the same folder, at the same address for workers."""
+    server.kill()
+    return start_server(server.data, "--grpc", server.grpc, *options)
 
 
 @contextlib.contextmanager
