@@ -40,7 +40,7 @@ def export(
     try:
         facts = _exported(out, model, server, form, snapshot, state, as_json)
     except (PushstepError, OSError) as error:
-        typer.echo(error.message if isinstance(error, PushstepError) else str(error), err=True)
+        typer.echo(str(error), err=True)
         raise typer.Exit(1) from error
     if as_json:
         typer.echo(json.dumps(facts))

@@ -48,7 +48,7 @@ def import_file(
         query = {name: "true" for name, value in chosen.items() if value}
         told = _sent(file, model, server, text, query, create=create, quiet=as_json)
     except (PushstepError, OSError, ValueError) as error:
-        typer.echo(error.message if isinstance(error, PushstepError) else str(error), err=True)
+        typer.echo(str(error), err=True)
         raise typer.Exit(1) from error
     if as_json:
         typer.echo(json.dumps({"model": model, **told}))

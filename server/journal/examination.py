@@ -91,10 +91,8 @@ def _examined(
         record, problem = int(error.fields["record"]), error.fields["problem"]
     last = heading.first - 1 if seen is None else seen.number
     if record and next_first is not None and place.last is None and record >= next_first:
-        record, problem = (
-            0,
-            "",
-        )  # the next file has no header, so this one does not say where it ends: that one is damaged
+        # the next file has no header, so this one does not say where it ends: that one is damaged
+        record, problem = 0, ""
     synced = marked(folder, uid)
     if not record and next_first is None and last < synced:
         record, problem = last + 1, f"it was on the disk, and the journal ends at record {last}"

@@ -23,8 +23,8 @@ from pushstep.proto.errors import JournalFull, StorageFailed
 from pushstep.proto.journal_pb2 import JournalRecord
 
 from ..storage import files
-from .chain import MARKER, marker
-from .file import SUFFIX, Heading, JournalFile, record_bytes
+from .chain import MARKER, first_of, journal_files, marker
+from .file import Heading, JournalFile, record_bytes
 
 log = logging.getLogger("pushstep.journal")
 # Room that pushes leave to the records of joins, leaves and edits, which nobody can refuse.
@@ -152,14 +152,14 @@ class Journal:
         """Append a record; its number. DiskFull, StorageFailed: then it is as if it had not been tried."""
         message = record.SerializeToString()
         number = self.appended + 1
+        need_bytes = record_bytes(len(message), sum(part.nbytes for part in payload))
         try:
             self._file.write(number, self.synced, message, payload)
         except OSError as error:
-            need_bytes = record_bytes(len(message), sum(part.nbytes for part in payload))
             raise self._refusal(error, need_bytes) from error
         with self._lock:
             self.appended = number
-            self._free_bytes -= record_bytes(len(message), sum(part.nbytes for part in payload))
+            self._free_bytes -= need_bytes
             self._versions.append((number, record.version))
         return number
 
@@ -236,7 +236,7 @@ class Journal:
 
     def force_all(self) -> None:
         """Force the files of earlier processes to the disk."""
-        for path in self.folder.glob(f"*{SUFFIX}"):
+        for path in journal_files(self.folder, self.model):
             try:
                 files.fsync(path)
             except OSError as error:
@@ -264,9 +264,8 @@ class Journal:
 
     def prune(self, number: int) -> None:
         """Remove the files of which no record is behind number `number`. StorageFailed."""
-        paths = sorted(self.folder.glob("*.journal"))
-        for path, following in itertools.pairwise(paths):
-            if int(following.name.partition(".")[0]) - 1 <= number and path != self._file.path:
+        for path, following in itertools.pairwise(journal_files(self.folder, self.model)):
+            if 0 < first_of(following) <= number + 1 and path != self._file.path:
                 try:
                     path.unlink()
                 except OSError as error:

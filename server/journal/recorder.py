@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence, Set
 from functools import partial
@@ -30,14 +29,13 @@ from ..coordinator.decision import Resolve, Step
 from ..coordinator.sessions import Sessions
 from ..coordinator.worker import Decided
 from .durability import DurabilitySettings
+from .entry import Entry
 from .journal import Journal, Level
-from .records import failure_message, gradient_message, outcome_message, payload_of, tensors_of
+from .records import failure_message, gradient_message, outcome_message, tensors_of
 from .sync import JournalSync
 
 log = logging.getLogger("pushstep.journal")
 NOTHING: Final = b""
-# How long a record waits that the disk has refused, until it is tried again.
-AGAIN_S: Final = 0.25
 DURABILITIES: Final = {
     Level.APPLIED: Durability.DURABILITY_APPLIED,
     Level.EVERYSEC: Durability.DURABILITY_EVERYSEC,
@@ -58,50 +56,6 @@ class Owner(Protocol):
     writer: ModelWriter
     durability: DurabilitySettings
     edit: int
-
-
-class Entry:
-    """One record. The writer thread appends it before the change that it describes."""
-
-    def __init__(
-        self,
-        journal: Journal,
-        record: JournalRecord,
-        tensors: Sequence[Tensor] = (),
-        then: Callable[[], None] | None = None,
-    ) -> None:
-        """`then` is called once it was appended, in the writer thread."""
-        self._journal = journal
-        # the level when it was decided, which its receipts name
-        self.level = journal.level
-        self._then = then
-        self.record = record
-        self._tensors = tensors
-        # its number, once it was appended
-        self.number = 0
-
-    def append(self) -> None:
-        """Append it. DiskFull, StorageFailed."""
-        self.number = self._journal.append(self.record, payload_of(self._tensors))
-        self._tensors = ()
-        if self._then is not None:
-            self._then()
-
-    def append_at_last(self, gives_up: Callable[[], bool]) -> None:
-        """Append it, however long the disk refuses: what it says has happened, and later records follow from it.
-
-        Raises the last refusal once `gives_up` says so.
-        """
-        while True:
-            try:
-                self.append()
-            except PushstepError as error:
-                if gives_up():
-                    raise
-                log.error("the journal waits for its disk: %s", error.message)
-                time.sleep(AGAIN_S)
-            else:
-                return
 
 
 class Recorder:

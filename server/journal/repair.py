@@ -9,7 +9,7 @@ import contextlib
 import itertools
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -105,21 +105,8 @@ def repair_of(findings: Sequence[FileFinding], after: int) -> Repair | None:
                 return Repair(
                     found.path.parent, found.record, found.problem, None, 0, aside, None, loses=False
                 )
-            return _with_older(rest, aside)
+            return replace(rest, aside=[*aside, *rest.aside])
     return None
-
-
-def _with_older(repair: Repair, aside: Sequence[Path]) -> Repair:
-    return Repair(
-        repair.folder,
-        repair.record,
-        repair.problem,
-        repair.cut,
-        repair.cut_bytes,
-        [*aside, *repair.aside],
-        repair.ends_at,
-        repair.loses,
-    )
 
 
 def _cut(findings: Sequence[FileFinding], index: int, after: int) -> Repair:

@@ -26,7 +26,8 @@ from ..coordinator.hooks.hook import Point
 from ..coordinator.receipts import complete
 from ..coordinator.worker import Decided
 from ..devices.device import DeviceStream
-from ..journal.recorder import Entry, Recorder
+from ..journal.entry import Entry
+from ..journal.recorder import Recorder
 from ..process.inline import INLINE_STEP_BYTES
 from ..process.logs import in_short
 from ..process.threads import PUSHES

@@ -1,7 +1,8 @@
 """The pushes that a model holds, and the senders that wait for their outcomes.
 
-The sender of a push waits for its outcome. It comes after the step, once its record is as safe as the model's level demands. A retry of the push waits for the same outcome. The bytes of a push stay reserved until it is resolved, also when its
-sender has gone.
+The sender of a push waits for its outcome. It comes after the step, once its record is as safe as the model's level
+demands. A retry of the push waits for the same outcome. The bytes of a push stay reserved until it is resolved, also when
+its sender has gone.
 """
 
 from __future__ import annotations

@@ -136,7 +136,8 @@ class SavedModels:
             model.commits.go_back(copy.lineage_here, identity.timeline + 1)
             model.arenas.timeline = model.timeline
             model.sessions.close_epochs(identity.epochs)
-            last = max(last, chain.last_number())
+            if not chain.is_at_end:  # its last file has not been read
+                last = max(last, chain.last_number())
         model.recorder.last, model.recorder.link = last, chain.link
 
     def _keeps_all(self, model: Model, chain: JournalChain) -> bool:
