@@ -24,7 +24,7 @@ accepts the number and puts the callable's value back at the next step. Source: 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,23 +33,10 @@ from torch.optim.optimizer import ParamsT
 from .optimizers.base import StateDtype
 from .optimizers.counted import SharedCounterOptimizer, dense
 from .optimizers.schedule import Schedule
-from .rules.adadelta import AdadeltaRule
-from .rules.adagrad import AdagradRule
-from .rules.rule import Hyperparameters
+from .rules.mlx import MlxAdaDeltaRule, MlxAdagradRule, rounded
 from .step.step import number
 
 __all__ = ["AdaDelta", "Adagrad"]
-
-
-class _AdaDeltaTerms(AdadeltaRule):
-    state_names: ClassVar = ("v", "u")
-
-
-class _AdagradTerms(AdagradRule):
-    state_names: ClassVar = ("v",)
-
-    def initial_value(self, state_name: str, hyperparameters: Hyperparameters) -> float:
-        return 0.0
 
 
 class MlxOptimizer(SharedCounterOptimizer):
@@ -115,7 +102,7 @@ class MlxOptimizer(SharedCounterOptimizer):
                     params.append(param)
                     grads.append(dense(param.grad))
             for dtype, (params, grads) in alike.items():
-                lr = _rounded(number(group["lr"]), dtype)
+                lr = rounded(number(group["lr"]), dtype)
                 self._run(
                     group,
                     params,
@@ -140,7 +127,7 @@ class AdaDelta(MlxOptimizer):
     state_dtype: None keeps float32 states for half parameters; "param" keeps them in the parameter's dtype, as MLX.
     """
 
-    rule = _AdaDeltaTerms()
+    rule = MlxAdaDeltaRule()
 
     def __init__(
         self,
@@ -162,7 +149,7 @@ class AdaDelta(MlxOptimizer):
 class Adagrad(MlxOptimizer):
     """mlx.optimizers.Adagrad for torch parameters; the arguments are AdaDelta's, without `rho`."""
 
-    rule = _AdagradTerms()
+    rule = MlxAdagradRule()
 
     def __init__(
         self,
@@ -176,10 +163,3 @@ class Adagrad(MlxOptimizer):
         if eps <= 0.0:
             raise ValueError(f"Adagrad epsilon should be >0, {eps} was provided instead")
         self._construct_mlx(params, learning_rate, {"eps": eps}, fused, state_dtype)
-
-
-def _rounded(lr: float, dtype: torch.dtype) -> float:
-    """lr as MLX applies it: held in float32, then cast to the gradient's dtype; unrounded for float64."""
-    return (
-        lr if dtype == torch.float64 else torch.tensor(lr, dtype=torch.float32, device="cpu").to(dtype).item()
-    )

@@ -22,6 +22,8 @@ EXECUTION_KEYS: Final[Mapping[str, Mapping[str, Any]]] = {
     "adagrad": {"foreach": None, "differentiable": False, "fused": None},
     "keras_adadelta": {"gradient_accumulation_steps": None, "fused": None},
     "keras_adagrad": {"gradient_accumulation_steps": None, "fused": None},
+    "mlx_adadelta": {"fused": None},
+    "mlx_adagrad": {"fused": None},
 }
 
 
@@ -49,7 +51,8 @@ def torch_state_dict(
 
     `take` makes each tensor of the result from the group's tensor (a copy by default). A parameter that Adadelta has
     not stepped yet has no entry, as in torch; Adagrad's parameters always have one. `step` is a float32 scalar on the
-    CPU, as in torch. In Keras's terms the group has the counter, and its parameters have state from the first step on.
+    CPU, as in torch. In Keras's and MLX's terms the group has the counter. In Keras's its parameters have state from the
+    first step on.
     """
     state: dict[int, dict[str, Tensor]] = {}
     param_groups: list[dict[str, Any]] = []
@@ -59,9 +62,11 @@ def torch_state_dict(
         rule, count = RULES[group.rule], max((p.steps for p in group.parameters), default=0)
         for parameter_id, parameter in zip(ids, group.parameters, strict=True):
             tensors = {n: take(t) for n, t in parameter.tensors.items()}
+            if not {"at once": True, "with any": count, "with its own": parameter.steps}[rule.states_begin]:
+                continue
             if rule.counter:
-                state.update({parameter_id: tensors} if count else {})
-            elif parameter.steps or group.rule == "adagrad":
+                state[parameter_id] = tensors
+            else:
                 step = torch.tensor(float(parameter.steps), dtype=torch.float32, device="cpu")
                 state[parameter_id] = {"step": step, **tensors}
         values = {name: group.values[name] for name in rule.defaults if name in group.values}

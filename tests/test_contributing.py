@@ -27,7 +27,7 @@ class AddedRule(AdagradRule):
 """,
         "from .rule import Rule\n",
         "from .rule import Rule\nfrom .added import AddedRule\n",
-        "(AdadeltaRule(), =>(AddedRule(), AdadeltaRule(), ",
+        "        AdadeltaRule(),=>        AddedRule(),\n        AdadeltaRule(),",
     ),
     "hook": (
         """

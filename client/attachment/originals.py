@@ -15,7 +15,10 @@ import torch
 from torch import Tensor
 
 from pushstep.optim import keras as keras
+from pushstep.optim import mlx as mlx
 from pushstep.optim.keras.step import KerasOptimizer
+from pushstep.optim.mlx import MlxOptimizer
+from pushstep.optim.optimizers.counted import SharedCounterOptimizer
 from pushstep.proto.errors import NotAttached, UnsupportedModule
 
 _HOOK_TABLES = (
@@ -46,6 +49,10 @@ def rule_of(optimizer: torch.optim.Optimizer) -> str:
         if isinstance(optimizer, terms):
             _check_keras(optimizer)
             return name
+    for form, name in ((mlx.AdaDelta, "mlx_adadelta"), (mlx.Adagrad, "mlx_adagrad")):
+        if isinstance(optimizer, form):
+            _check_mlx(optimizer)
+            return name
     raise UnsupportedModule(
         problem=f"{type(optimizer).__name__} is not a rule that the server steps; use Adadelta or Adagrad"
     )
@@ -75,6 +82,15 @@ def _check_keras(optimizer: KerasOptimizer) -> None:
     ):
         if asked:
             raise UnsupportedModule(problem=f"the server does not do Keras's {what}: use {instead}")
+
+
+def _check_mlx(optimizer: MlxOptimizer) -> None:
+    """Raise UnsupportedModule for a callable as the learning rate: the server cannot call it."""
+    if optimizer.has_schedule:
+        raise UnsupportedModule(
+            problem="the server does not do MLX's callable learning rates: use a number, and a torch scheduler or an "
+            "lr_scheduler hook"
+        )
 
 
 def as_optimizers(given: Any) -> list[torch.optim.Optimizer]:
@@ -120,10 +136,10 @@ def stepped_states(optimizers: Sequence[torch.optim.Optimizer]) -> dict[Tensor, 
 def _counted(
     optimizer: torch.optim.Optimizer, entry: tuple[Tensor, dict[str, Any]]
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Return a parameter and its state; a Keras optimizer's shared count is added as the state's `step`."""
+    """Return a parameter and its state; a shared count is added as the state's `step`."""
     parameter, state = entry
-    if state and isinstance(optimizer, KerasOptimizer):
-        return parameter, {**state, "step": optimizer.iterations}
+    if state and isinstance(optimizer, SharedCounterOptimizer):
+        return parameter, {**state, "step": optimizer.param_groups[0][optimizer.counter]}
     return parameter, state
 
 

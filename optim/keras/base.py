@@ -134,11 +134,6 @@ class KerasTerms(SharedCounterOptimizer):
         return self.clipping.global_clipnorm
 
     @property
-    def has_schedule(self) -> bool:
-        """True if the learning rate is a schedule or a callable, not a number."""
-        return self._schedule is not None
-
-    @property
     def has_exclusions(self) -> bool:
         """True if any parameters are excluded from weight decay."""
         return bool(self._excluded or self._excluded_names)

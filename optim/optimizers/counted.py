@@ -60,6 +60,11 @@ class SharedCounterOptimizer(FusedOptimizer):
     # ---- the counter and the learning rate -------------------------------------------------------------------
 
     @property
+    def has_schedule(self) -> bool:
+        """True if the learning rate is a schedule or a callable, not a number."""
+        return self._schedule is not None
+
+    @property
     def _count(self) -> int:
         return int(self.param_groups[0][self.counter])
 

@@ -13,13 +13,14 @@ from __future__ import annotations
 import math
 from typing import Any, ClassVar
 
-from .rule import Hyperparameters, Rule
+from .rule import Beginning, Hyperparameters, Rule
 
 
 class AdagradRule(Rule):
     """Adagrad by the equations of this module."""
 
     name = "adagrad"
+    states_begin: ClassVar[Beginning] = "at once"
     state_names = ("sum",)
     defaults: ClassVar = {
         "lr": 1e-2,

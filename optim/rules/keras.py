@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from .adadelta import AdadeltaRule
 from .adagrad import AdagradRule
-from .rule import Hyperparameters
+from .rule import Beginning, Hyperparameters
 
 
 def _refuse_rows(name: str) -> None:
@@ -25,6 +25,7 @@ class KerasAdadeltaRule(AdadeltaRule):
     name = "keras_adadelta"
     kernel = "adadelta"
     counter = "iterations"
+    states_begin: ClassVar[Beginning] = "with any"
     state_names = ("accumulated_grad", "accumulated_delta_var")
     defaults: ClassVar = {"lr": 0.001, "rho": 0.95, "epsilon": 1e-7, "weight_decay": 0.0}
     ranges: ClassVar = {
@@ -50,6 +51,7 @@ class KerasAdagradRule(AdagradRule):
     name = "keras_adagrad"
     kernel = "adagrad"
     counter = "iterations"
+    states_begin: ClassVar[Beginning] = "with any"
     state_names = ("accumulator",)
     defaults: ClassVar = {"lr": 0.001, "initial_accumulator_value": 0.1, "epsilon": 1e-7, "weight_decay": 0.0}
     ranges: ClassVar = {

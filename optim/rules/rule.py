@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from ..backends.dispatch import Backend, backend
 from ..step.step import RowStep, Step
 
 Hyperparameters = Mapping[str, float | bool]
+Beginning = Literal["at once", "with any", "with its own"]
 
 
 class Rule(ABC):
@@ -31,6 +32,8 @@ class Rule(ABC):
     """The name of the kernels that step it. Empty: the rule's own name."""
     counter: ClassVar[str] = ""
     """The group key that counts the steps of all parameters of a group. Empty: each parameter has its own `step`."""
+    states_begin: ClassVar[Beginning] = "with its own"
+    """When a parameter has states in a state_dict: always, from the group's first step on, or from its own first on."""
     state_names: ClassVar[tuple[str, ...]]
     """torch's names of the per-element states, in the order in which `step_dense` takes them."""
     defaults: ClassVar[Mapping[str, float | bool]]

@@ -14,7 +14,7 @@ import torch
 from torch.optim import lr_scheduler
 
 from pushstep.client import RemoteOptimizer, Session
-from pushstep.optim import keras
+from pushstep.optim import keras, mlx
 from tests.support.servers.harness import RunningServer, kill_and_restart, start_server
 from tests.support.servers.operators import add_hook, set_policy
 from tests.support.workers.twin import Make, Network, adadelta, adagrad, backward, both
@@ -48,6 +48,8 @@ CASES = {
     "adagrad by rows": Case(adagrad, sparse=True),
     "both rules": Case(both, sparse=True),
     "keras": Case(lambda model: keras.Adadelta(model.parameters(), learning_rate=0.7, rho=0.8)),
+    "mlx": Case(lambda model: mlx.AdaDelta(model.parameters(), learning_rate=0.7, rho=0.8)),
+    "mlx adagrad": Case(lambda model: mlx.Adagrad(model.parameters(), learning_rate=0.1)),
     "keras adagrad": Case(lambda model: keras.Adagrad(model.parameters(), learning_rate=0.1)),
     "shared memory": Case(adadelta, shared_memory=True),
     "shared memory by rows": Case(adagrad, sparse=True, shared_memory=True),

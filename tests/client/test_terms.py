@@ -1,4 +1,4 @@
-"""pushstep.optim.keras's optimizers attached: Keras's updates on the server, and what the server does not do of them."""
+"""pushstep.optim.keras's and .mlx's optimizers attached: their updates on the server, and what it does not do of them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import nn
 
 from pushstep.optim import RULES
 from pushstep.optim import keras as keras
+from pushstep.optim import mlx as mlx
 from pushstep.proto.errors import InvalidHyperparameter, SparseNotSupported, UnsupportedModule
 from tests.support.servers.harness import RunningServer, running_server
 from tests.support.servers.operators import download, patch_group, restore, set_policy, take_snapshot
@@ -20,6 +21,8 @@ from tests.support.workers.twin import Network, Twins, backward, check_state_dic
 
 Make = Callable[[nn.Module], torch.optim.Optimizer]
 MAKES: dict[str, Make] = {
+    "MLX's AdaDelta": lambda model: mlx.AdaDelta(model.parameters(), learning_rate=0.7, rho=0.8),
+    "MLX's Adagrad": lambda model: mlx.Adagrad(model.parameters(), learning_rate=0.1, eps=1e-3),
     "Adadelta": lambda model: keras.Adadelta(model.parameters(), learning_rate=0.7, rho=0.8),
     "Adadelta, decayed": lambda model: keras.Adadelta(
         model.parameters(), learning_rate=0.7, weight_decay=0.01
@@ -162,6 +165,48 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 ]
 
 
+@pytest.mark.parametrize("kind", [mlx.AdaDelta, mlx.Adagrad])
+def test_a_callable_learning_rate_of_mlx_is_refused(
+    server: RunningServer, model_name: str, kind: Any
+) -> None:
+    model = Network()
+    with pytest.raises(UnsupportedModule, match="callable learning rates: use a number"):
+        server.connect(model_name).attach(kind(model.parameters(), lambda step: 0.1), module=model)
+
+
+def test_half_parameters_take_mlx_s_rounded_lr_however_gradients_travel(
+    server: RunningServer, model_name: str
+) -> None:
+    """bfloat16 frames of float32 parameters do not round lr to bfloat16."""
+    session = server.connect(model_name)
+    session.create({"w": torch.ones(3)}, [{"rule": "mlx_adagrad", "params": ["w"], "lr": 0.1}])
+    parameter = nn.Parameter(torch.ones(3))
+    local = mlx.Adagrad([parameter], learning_rate=0.1)
+    for _ in range(3):
+        session.push({"w": torch.full((3,), 0.25, dtype=torch.bfloat16)})
+        parameter.grad = torch.full((3,), 0.25)
+        local.step()
+    assert torch.equal(torch.from_numpy(session.pull()["w"]), parameter.detach())
+
+
+BAD_VALUES = [
+    ("rho", 1.5),
+    ("rho", -0.1),
+    ("eps", 0.0),
+    ("lr", -1.0),
+    ("weight_decay", 0.1),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), BAD_VALUES)
+def test_values_out_of_mlx_s_range_are_refused(
+    server: RunningServer, model_name: str, name: str, value: float
+) -> None:
+    session = server.connect(model_name)
+    with pytest.raises(InvalidHyperparameter, match="learning rate" if name == "lr" else name):
+        session.create({"w": torch.ones(3)}, [{"rule": "mlx_adadelta", "params": ["w"], name: value}])
+
+
 @pytest.mark.parametrize("kind", [keras.Adadelta, keras.Adagrad])
 @pytest.mark.parametrize(("options", "words"), REFUSED, ids=lambda value: str(value)[:20])
 def test_what_the_server_does_not_do_of_it(
@@ -192,12 +237,20 @@ def test_rows_are_refused_by_name(server: RunningServer, model_name: str) -> Non
         remote.step()
 
 
+BY_NAME: dict[str, Any] = {
+    "keras_adadelta": keras.Adadelta,
+    "keras_adagrad": keras.Adagrad,
+    "mlx_adadelta": mlx.AdaDelta,
+    "mlx_adagrad": mlx.Adagrad,
+}
+
+
 @pytest.mark.parametrize("name", [name for name, rule in RULES.items() if rule.kernel])
 def test_by_name_without_an_optimizer(server: RunningServer, model_name: str, name: str) -> None:
     session = server.connect(model_name)
     session.create({"w": torch.ones(3)}, [{"rule": name, "params": ["w"], "lr": 0.5}])
     parameter = nn.Parameter(torch.ones(3))
-    local = (keras.Adadelta if name == "keras_adadelta" else keras.Adagrad)([parameter], learning_rate=0.5)
+    local = BY_NAME[name]([parameter], learning_rate=0.5)
     for _ in range(3):
         session.push({"w": torch.full((3,), 0.25)})
         parameter.grad = torch.full((3,), 0.25)
