@@ -91,9 +91,9 @@ def refusal(name: str, error: Exception, folder: Path, need_bytes: int = 0) -> P
 
 
 def asked(path: Path, need_bytes: int, error: Exception) -> OSError:
-    """Why a library could not write so many bytes: the disk's own error when it is asked for the room.
+    """Why torch could not write so many bytes: the disk's own error when it is asked for the room.
 
-    safetensors and torch have no error class for a full disk, and the text of an error may change.
+    torch has no error class for a full disk, and the text of an error may change.
     """
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -108,7 +108,7 @@ def asked(path: Path, need_bytes: int, error: Exception) -> OSError:
 
 
 def reason(error: Exception) -> str:
-    """Why the disk refused, in words and without a path. safetensors raises an error of its own for it."""
+    """Why the disk refused, in words and without a path. torch raises a RuntimeError for it."""
     return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 

@@ -22,8 +22,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pushstep.optim import RULES
@@ -41,7 +39,7 @@ from ..arenas.arena import ArenasCopy
 from ..arenas.extras import Extras
 from . import files
 from .snapshot_manifest import EXTRAS, FORMAT, ID, arena_file, checked, layout_of, parameters_of
-from .tensor_file import DIGEST, OtherBytes, digest_of, kept_digest, read_tensors
+from .tensor_file import DIGEST, OtherBytes, digest_of, kept_digest, read_tensors, write_tensors
 
 log = logging.getLogger("pushstep.snapshots")
 MANIFEST: Final = "manifest.json"
@@ -327,10 +325,7 @@ def _require_arena(snapshot: str, layout: Layout, index: int, tensors: Mapping[s
 
 def _written(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Write tensors into a file and fsync it. Returns its name, size and digest. OSError."""
-    try:
-        save_file(dict(tensors), path)
-    except SafetensorError as error:
-        raise files.asked(path, sum(tensor.nbytes for tensor in tensors.values()), error) from error
+    write_tensors(path, tensors, {})
     files.fsync(path)
     return {"file": path.name, "bytes": path.stat().st_size, DIGEST: digest_of(path)}
 
