@@ -24,6 +24,7 @@ from . import files
 from .saved_state import SavedState, saved_state
 from .snapshot_manifest import ID, Count, in_words
 from .snapshots import Snapshots
+from .store import FolderStore, Store
 
 log = logging.getLogger("pushstep.model_folder")
 TRASH_PREFIX: Final = ".trash-"
@@ -131,11 +132,12 @@ class ModelFolder:
     Only one caller at a time may write into it or remove it.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, store: Store | None = None) -> None:
+        """`store`: where its snapshots are kept; None: in the folder."""
         self._path = path
         self.name = path.name
         self._identity = path / "identity.json"
-        self.snapshots = Snapshots(path / "snapshots")
+        self.snapshots = Snapshots(store or FolderStore(path / "snapshots"))
         self.journal = path / "journal"
 
     def sweep(self) -> None:

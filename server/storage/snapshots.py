@@ -39,6 +39,7 @@ from ..arenas.arena import ArenasCopy
 from ..arenas.extras import Extras
 from . import files
 from .snapshot_manifest import EXTRAS, FORMAT, ID, arena_file, checked, layout_of, parameters_of
+from .store import Store, opened_file, read_whole
 from .tensor_file import DIGEST, OtherBytes, digest_of, kept_digest, read_tensors, write_tensors
 
 log = logging.getLogger("pushstep.snapshots")
@@ -50,11 +51,15 @@ EXPORT_PREFIX: Final = "tmp-export-"
 
 
 class Snapshots:
-    """The snapshots of one model, in one folder. All methods block: call them in a thread."""
+    """The snapshots of one model. All methods block: call them in a thread.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._model = folder.parent.name
+    Where they are kept elsewhere than in the data folder, every method may raise SnapshotsAway.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.folder = store.folder
+        self._model = store.folder.parent.name
 
     def write(self, facts: Mapping[str, Any], copy: ArenasCopy, *, automatic: bool) -> dict[str, Any]:
         """Write a snapshot and return its manifest.
@@ -201,12 +206,8 @@ class Snapshots:
         """Delete one snapshot. UnknownSnapshot if there is none."""
         if snapshot not in self.ids():
             raise UnknownSnapshot(model=self._model, snapshot=snapshot)
-        trash = self.folder / f"tmp-{uuid.uuid4().hex}"
         try:
-            # renamed first, so that a half-deleted snapshot never looks like a whole one
-            os.replace(self.folder / snapshot, trash)
-            files.remove(trash)
-            files.fsync(self.folder)
+            self.store.remove(snapshot)
         except OSError as error:
             raise files.refusal(self._name(snapshot), error, self.folder) from error
 
@@ -214,14 +215,16 @@ class Snapshots:
         """Delete all but the newest automatic snapshots. Returns the journal's record that the oldest of them follows.
 
         Only those that verify to the last byte are counted or deleted. `written`: the one that was written just now,
-        and verified then.
+        and verified then. One that has not been sent to where it is kept is not counted, and stays.
         """
         kept, record = 0, 0
+        unsent = self.store.unsent()
         for entry in self.manifests():
-            if not entry.get("automatic"):
+            if not entry.get("automatic") or entry["id"] in unsent:
                 continue
             try:
-                for file in entry["files"] if entry["id"] != written else ():
+                is_verified = entry["id"] == written or self.store.was_verified(entry["id"])
+                for file in () if is_verified else entry["files"]:
                     self._verify_file(entry["id"], file)
             except SnapshotDamaged:
                 continue
@@ -238,9 +241,7 @@ class Snapshots:
     def ids(self) -> list[str]:
         """Newest first: by timeline, version, edit, number. StorageFailed if the folder cannot be read."""
         try:
-            names = os.listdir(self.folder)
-        except FileNotFoundError:
-            return []
+            names = self.store.names()
         except OSError as error:
             raise files.unreadable(f"models/{self._model}/snapshots", error) from error
         matches = [match for name in names if (match := ID.fullmatch(name))]
@@ -252,24 +253,24 @@ class Snapshots:
 
     def _verified(self, snapshot: str) -> dict[str, Any]:
         self._require_there(snapshot)
-        folder = self.folder / snapshot
         try:
             manifest = self._sealed_manifest(snapshot)
             checked(snapshot, manifest)
             for entry in manifest["files"]:
-                if files.size_of(folder / entry["file"]) != entry["bytes"]:
+                if self.store.size_of(snapshot, entry["file"]) != entry["bytes"]:
                     raise SnapshotDamaged(snapshot=snapshot, problem=f"{entry['file']} has another length")
         except OSError as error:
             raise self._cannot_read(snapshot, error) from error
         return manifest
 
     def _require_there(self, snapshot: str) -> None:
-        if not ID.fullmatch(snapshot) or not os.path.lexists(self.folder / snapshot):
+        if not ID.fullmatch(snapshot) or not self.store.holds(snapshot):
             raise UnknownSnapshot(model=self._model, snapshot=snapshot)
 
     def _sealed_manifest(self, snapshot: str) -> dict[str, Any]:
         """The manifest, if its digest is right. OSError, SnapshotDamaged."""
-        text = files.read_small(self.folder / snapshot / MANIFEST, LONGEST_MANIFEST_BYTES)
+        with self.store.opened(snapshot, MANIFEST) as source:
+            text = read_whole(source, LONGEST_MANIFEST_BYTES)
         try:
             manifest: dict[str, Any] = json.loads(text)
             whole = json.dumps(manifest).encode() == text  # other bytes may stand for the same JSON
@@ -285,7 +286,8 @@ class Snapshots:
 
     def _read_file(self, snapshot: str, entry: Mapping[str, Any]) -> dict[str, Tensor]:
         try:
-            return read_tensors(self.folder / snapshot / entry["file"], entry["bytes"], *kept_digest(entry))
+            with self.store.opened(snapshot, entry["file"]) as source:
+                return read_tensors(source, entry["file"], entry["bytes"], *kept_digest(entry))
         except OSError as error:
             raise self._cannot_read(snapshot, error) from error
         except OtherBytes as error:
@@ -296,7 +298,8 @@ class Snapshots:
     def _verify_file(self, snapshot: str, entry: Mapping[str, Any]) -> None:
         kind, expected = kept_digest(entry)
         try:
-            same = digest_of(self.folder / snapshot / entry["file"], kind) == expected
+            with self.store.opened(snapshot, entry["file"]) as source:
+                same = digest_of(source, kind) == expected
         except OSError as error:
             raise self._cannot_read(snapshot, error) from error
         if not same:
@@ -327,7 +330,8 @@ def _written(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Write tensors into a file and fsync it. Returns its name, size and digest. OSError."""
     write_tensors(path, tensors, {})
     files.fsync(path)
-    return {"file": path.name, "bytes": path.stat().st_size, DIGEST: digest_of(path)}
+    with opened_file(path) as source:
+        return {"file": path.name, "bytes": source.size_bytes, DIGEST: digest_of(source)}
 
 
 def _bytes_of(copy: ArenasCopy) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -22,7 +21,7 @@ from torch import Tensor
 from pushstep.proto.wire.layout import MAX_ELEMENTS
 
 from ..process.memory import take
-from .files import opened
+from .store import Source
 
 READ_BYTES: Final = 8 << 20
 # Digests of files by their names in a manifest. They are against damage, not against forgery, so the fast one is written.
@@ -77,13 +76,12 @@ class OtherBytes(Exception):
     """The file is not the one that was written."""
 
 
-def digest_of(path: Path, kind: str = DIGEST) -> str:
-    """A digest of a regular file. OSError if it cannot be read."""
+def digest_of(source: Source, kind: str = DIGEST) -> str:
+    """A digest of a file. Raises what its reading does."""
     digest = _DIGESTS[kind]()
-    block = bytearray(READ_BYTES)
-    with opened(path) as descriptor:
-        while count := os.readv(descriptor, [block]):
-            digest.update(memoryview(block)[:count])
+    block = memoryview(bytearray(READ_BYTES))
+    while count := source.readinto(block):
+        digest.update(block[:count])
     return str(digest.hexdigest())
 
 
@@ -92,24 +90,23 @@ def kept_digest(entry: Mapping[str, Any]) -> tuple[str, str]:
     return next((kind, entry[kind]) for kind in _DIGESTS if entry.get(kind) is not None)
 
 
-def read_tensors(path: Path, size_bytes: int, kind: str, expected: str) -> dict[str, Tensor]:
+def read_tensors(source: Source, name: str, size_bytes: int, kind: str, expected: str) -> dict[str, Tensor]:
     """The tensors of a file of this length and digest, by name, in memory of their own.
 
-    OSError if it cannot be read, OtherBytes if it is another file, ValueError if it is not a safetensors file,
+    Raises what its reading does; OtherBytes if it is another file, ValueError if it is not a safetensors file,
     OutOfMemory.
     """
-    with opened(path) as descriptor:
-        if os.fstat(descriptor).st_size != size_bytes:
+    if source.size_bytes != size_bytes:
+        raise OtherBytes("has another length")
+    memory = take(size_bytes, torch.uint8, f"the snapshot's file {name}")
+    content = memory.numpy().data if size_bytes else memoryview(b"")
+    digest, filled = _DIGESTS[kind](), 0
+    while filled < size_bytes:
+        count = source.readinto(content[filled : filled + READ_BYTES])
+        if not count:
             raise OtherBytes("has another length")
-        memory = take(size_bytes, torch.uint8, f"the snapshot's file {path.name}")
-        content = memory.numpy().data if size_bytes else memoryview(b"")
-        digest, filled = _DIGESTS[kind](), 0
-        while filled < size_bytes:
-            count = os.readv(descriptor, [content[filled : filled + READ_BYTES]])
-            if not count:
-                raise OtherBytes("has another length")
-            digest.update(content[filled : filled + count])
-            filled += count
+        digest.update(content[filled : filled + count])
+        filled += count
     if digest.hexdigest() != expected:
         raise OtherBytes("has other bytes")
     return tensors_in(memory)

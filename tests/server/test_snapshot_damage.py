@@ -21,6 +21,7 @@ from pushstep.server.config import Config
 from pushstep.server.models.catalog import Catalog
 from pushstep.server.models.saved_models import SavedModels
 from pushstep.server.storage.snapshots import Snapshots
+from pushstep.server.storage.store import FolderStore
 from tests.support.servers.harness import running_server, start_server
 from tests.support.workers.wire import created
 
@@ -39,7 +40,7 @@ class Kept:
 
     @property
     def snapshots(self) -> Snapshots:
-        return Snapshots(self.data / "models" / "m" / "snapshots")
+        return Snapshots(FolderStore(self.data / "models" / "m" / "snapshots"))
 
 
 @pytest.fixture(scope="module", params=["no journal", "journal"])

@@ -29,6 +29,7 @@ from pushstep.server.storage.checkpoints import Content
 from pushstep.server.storage.checkpoints import write as write_export
 from pushstep.server.storage.files import write_durably
 from pushstep.server.storage.snapshots import Snapshots
+from pushstep.server.storage.store import FolderStore
 from tests.support.servers.harness import running_server, start_server
 from tests.support.workers.wire import created, state_of
 
@@ -71,7 +72,7 @@ def copy_of(version: int, *, timeline: int = 1, value: float | None = None) -> A
 
 @pytest.fixture
 def store(tmp_path: Path) -> Snapshots:
-    return Snapshots(tmp_path / "m" / "snapshots")
+    return Snapshots(FolderStore(tmp_path / "m" / "snapshots"))
 
 
 def taken(store: Snapshots, version: int, *, automatic: bool = False, **more: Any) -> str:
