@@ -82,10 +82,17 @@ class _Request:
 class Publisher:
     """Publishes the versions of one model to its readers."""
 
-    def __init__(self, arenas: Arenas, writer: ModelWriter, budget: ReadBudget) -> None:
+    def __init__(
+        self,
+        arenas: Arenas,
+        writer: ModelWriter,
+        budget: ReadBudget,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._arenas = arenas
         self._writer = writer
         self._budget = budget
+        self._clock = clock
         self._lock = threading.Lock()  # guards _waiting and _scheduled, between the loop and the writer
         self._waiting: list[_Request] = []
         self._scheduled = False
@@ -106,7 +113,7 @@ class Publisher:
         OverBudget if other readers hold so many versions, or so many bytes, that there is no room for it soon.
         """
         loop = asyncio.get_running_loop()
-        until_s = time.monotonic() + self._budget.wait_s
+        until_s = self._clock() + self._budget.wait_s
         request = _Request(timeline, have_version, wire, loop.create_future(), until_s)
         with self._lock:
             self._waiting.append(request)
@@ -148,7 +155,7 @@ class Publisher:
                 continue
             try:
                 published = self._answer_to(request, unmade)
-                if published is None and time.monotonic() > request.until_s:
+                if published is None and self._clock() > request.until_s:
                     raise self._budget.over(sum(flat.nbytes for flat in self._arenas.parameters))
             except Exception as error:  # noqa: BLE001 - whatever it is belongs to the reader, not to the writer
                 untrace(error)
@@ -221,7 +228,7 @@ class Publisher:
             )
             for s, _ in runs
         ]
-        frames = DenseFrames([segment for segment, _ in runs], self._memory)
+        frames = DenseFrames([segment for segment, _ in runs], self._memory, self._clock)
         live.add(frames)
         self._current[wire] = (now, frames)
         unmade.append((frames, bodies))
@@ -238,7 +245,7 @@ class Publisher:
         nbytes = slowest.nbytes
         # sooner than the time that the next version's readers may wait
         slow_s = min(SLOW_S, self._budget.wait_s / 2)
-        if time.monotonic() - slowest.moved_s < slow_s or not self._budget.take(nbytes):
+        if self._clock() - slowest.moved_s < slow_s or not self._budget.take(nbytes):
             return False
         live.discard(slowest)
         weakref.finalize(slowest, self._budget.give_back, nbytes).atexit = False

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import copy
 import io
-import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Sequence
 
@@ -20,10 +19,11 @@ from ..staging.read_budget import ReadBudget
 class DenseFrames:
     """The frames of one version's dense parameters: sent as they are made, kept while a reader needs them."""
 
-    def __init__(self, segments: list[Segment], memory: MessagePool) -> None:
+    def __init__(self, segments: list[Segment], memory: MessagePool, clock: Callable[[], float]) -> None:
         self.segments = segments
+        self._clock = clock
         # when a reader last took a frame, or a frame was made
-        self.moved_s = time.monotonic()
+        self.moved_s = self._clock()
         self._memory = memory
         self._buffers: list[io.BytesIO] = []
         self._made: list[bytes] = []
@@ -49,7 +49,7 @@ class DenseFrames:
         try:
             for frame in pack(bodies, take=self._take):
                 self._made.append(frame)
-                self.moved_s = time.monotonic()
+                self.moved_s = self._clock()
                 wake(self._wake)
         except Exception as error:
             self._fault = error
@@ -70,7 +70,7 @@ class DenseFrames:
         while not (self._complete and sent == len(self._made)):
             if sent < len(self._made):
                 yield self._made[sent]
-                self.moved_s = time.monotonic()
+                self.moved_s = self._clock()
                 sent += 1
             else:
                 reader = asyncio.get_running_loop().create_future()

@@ -5,7 +5,6 @@ An import works like a restore: it begins a new timeline, and all workers are to
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -110,7 +109,7 @@ class Imports:
         proposal, content = await READS.run(read)
         extras_bytes = sum(tensor.nbytes for tensor in content.extras.values())
         self.require_new(name, proposal.bytes_needed + extras_bytes)
-        now_s = time.monotonic()
+        now_s = catalog.clock()
         ticket = catalog.begin_creation(name, by, proposal, now_s, 0, Process()).ticket
         creation, has_place = catalog.creation(name, ticket, now_s), False
         try:
@@ -127,7 +126,7 @@ class Imports:
                 model.edit = 1
                 await catalog.finish_creation(name, creation, model)
         finally:
-            catalog.end_creation(name, creation, time.monotonic(), had_place=has_place, comes_again=False)
+            catalog.end_creation(name, creation, catalog.clock(), had_place=has_place, comes_again=False)
         return model
 
 

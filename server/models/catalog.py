@@ -13,6 +13,7 @@ import contextlib
 import copy
 import logging
 import secrets
+import time
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import replace
 from typing import Any, Final, TypeVar
@@ -62,8 +63,10 @@ T = TypeVar("T")
 class Catalog:
     """Owns the models by name: creates, finds, snapshots, restores and deletes them."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, clock: Callable[[], float] = time.monotonic) -> None:
+        """`clock`: that of the event loop."""
         self.config = config
+        self.clock = clock
         self.device = device(config.device)
         # for pushes and uploads of all models, until they are stepped
         self.staging = Budget(config.staging_bytes, config.stall_s / 4, self.device.fresh_memory)
@@ -264,6 +267,7 @@ class Catalog:
             self.reading,
             self._journal_sync,
             self.config.durability_settings(),
+            self.clock,
         )
         model.on_failed = self._failed
         return model

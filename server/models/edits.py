@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -50,7 +49,7 @@ class Edits:
     def set_policy(self, settings: PolicySettings, by: str) -> int:
         """Use another policy or other settings from the next version on. OverCapacity as `begin_under`."""
         self._model.require_round_fits(settings, self._model.sessions.live_count())
-        decisions = self._model.coordinator.switch(settings, time.monotonic())
+        decisions = self._model.coordinator.switch(settings, self._model.clock())
         version = self._edited("policy_changed", by, **settings.model_dump(mode="json"))
         self._model.executor.apply(decisions)
         return version
@@ -67,14 +66,14 @@ class Edits:
 
     def evict(self, worker: str, by: str) -> int:
         """Fence a worker."""
-        decisions = self._model.coordinator.evicted(worker, time.monotonic())
+        decisions = self._model.coordinator.evicted(worker, self._model.clock())
         version = self._edited("worker_evicted", by, worker=worker)
         self._model.executor.apply(decisions)
         return version
 
     def release(self, worker: str, by: str) -> int:
         """Let a worker out of quarantine."""
-        decisions = self._model.coordinator.released(worker, time.monotonic())
+        decisions = self._model.coordinator.released(worker, self._model.clock())
         version = self._edited("worker_released", by, worker=worker)
         self._model.executor.apply(decisions)
         return version

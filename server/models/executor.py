@@ -77,8 +77,9 @@ class Executor:
         recorder: Recorder,
         held: HeldPushes,
         model: Owner,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`adding`: the device stream on which the gradients of a round are added up."""
+        """`adding`: the device stream on which the gradients of a round are added up. `clock`: that of the event loop."""
         self._recorder = recorder
         self._held = held
         self._coordinator = coordinator
@@ -87,6 +88,7 @@ class Executor:
         self._staging = staging
         self._adding = adding
         self._model = model
+        self._clock = clock
         # the last round's sum, and the bytes that the budget counts for it
         self._sum: StagedPush | None = None
         self._sum_bytes = 0
@@ -177,7 +179,7 @@ class Executor:
             result = named(error, log)
         del pushes
         self._sum = result if isinstance(result, StagedPush) else None
-        self.apply(self._coordinator.reduced(reduce, result, time.monotonic()))
+        self.apply(self._coordinator.reduced(reduce, result, self._clock()))
 
     def _add_up(self, pushes: Sequence[StagedPush], reduce: Reduce) -> StagedPush:
         with self._adding.over(pushes):
@@ -191,7 +193,7 @@ class Executor:
     def _step(self, step: Step) -> None:
         """Queue a ticket with the model's writer, behind all earlier tickets."""
         model, arenas, times = self._model, self._arenas, ServerTimes()
-        queued_s = time.monotonic()
+        queued_s = self._clock()
         shared: list[Answer] = []
         for resolve in step.resolves:
             answer = self._held.answers_of(resolve.pending)
@@ -201,7 +203,7 @@ class Executor:
         entry = self._recorder.step(step)
 
         def execute() -> dict[int, float]:
-            begun_s = time.monotonic()
+            begun_s = self._clock()
             times.queue_s = begun_s - queued_s
             model.require_whole()
             if entry is not None:
@@ -209,7 +211,7 @@ class Executor:
             copy_out = shared[0].copy_out(arenas) if shared else None
             with arenas.device_stream.over([step.push]):
                 written = arenas.step(step.ticket, step.push.parts, copy_out)
-            times.step_s = time.monotonic() - begun_s
+            times.step_s = self._clock() - begun_s
             for answer in shared:
                 answer.after_step(arenas, written if answer is shared[0] else frozenset())
             return arenas.applied_lrs(step.ticket)
@@ -301,12 +303,12 @@ class Executor:
             self._timer.cancel()
         self._due_s = next_s
         loop = asyncio.get_running_loop()
-        delay_s = max(0.0, next_s - time.monotonic()) + MOMENT_S
+        delay_s = max(0.0, next_s - self._clock()) + MOMENT_S
         self._timer = loop.call_later(delay_s, self._tick)
 
     def _tick(self) -> None:
         self._timer = None
-        self.apply(self._coordinator.tick(time.monotonic()))
+        self.apply(self._coordinator.tick(self._clock()))
 
     def close(self) -> None:
         """Stop the timer and end every wait. No decision is applied any more."""

@@ -60,10 +60,16 @@ class _Kept:
 class HeldPushes:
     """Holds the pushes of one model until they are resolved. Call it on the event loop only."""
 
-    def __init__(self, coordinator: Coordinator, require_whole: Callable[[], None]) -> None:
-        """`require_whole` raises if nothing can be stepped any more."""
+    def __init__(
+        self,
+        coordinator: Coordinator,
+        require_whole: Callable[[], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`require_whole` raises if nothing can be stepped any more. `clock`: that of the event loop."""
         self._coordinator = coordinator
         self._require_whole = require_whole
+        self._clock = clock
         self._kept: dict[Key, _Kept] = {}
         self._moved: asyncio.Future[None] | None = None
         self._let_go = False
@@ -97,8 +103,8 @@ class HeldPushes:
                 raise NotHeld(worker=identity.worker, sequence=identity.sequence)
             return decided
         future = kept.resolved
-        until_s = time.monotonic() + hold_s
-        while not future.done() and (left_s := until_s - time.monotonic()) > 0:
+        until_s = self._clock() + hold_s
+        while not future.done() and (left_s := until_s - self._clock()) > 0:
             if self._let_go and self._coordinator.decided_of(identity) is None:
                 break  # a step that is under way is still waited for
             waits: set[asyncio.Future[Any]] = {future, self._next_move()}
@@ -114,17 +120,17 @@ class HeldPushes:
 
     async def change(self, until_s: float, worker: str) -> None:
         """Return after the next event. PushPending if `until_s` comes first, or if the server stops."""
-        left_s = until_s - time.monotonic()
+        left_s = until_s - self._clock()
         if left_s > 0 and not self._let_go:
             await asyncio.wait({self._next_move()}, timeout=left_s)
-        if self._let_go or time.monotonic() >= until_s:
+        if self._let_go or self._clock() >= until_s:
             self._require_whole()
             raise self.pending(worker, 0)
 
     def pending(self, worker: str, digest: int, *, stepped: bool = False) -> PushPending:
         """The error for a push that waits for others. `digest`: of its body if that is held, else 0."""
         policy = self._coordinator.policy
-        missing = policy.missing(self._coordinator.pending_pushes.view(time.monotonic()))
+        missing = policy.missing(self._coordinator.pending_pushes.view(self._clock()))
         why = "its step is being taken" if stepped else missing
         return PushPending(worker=worker, policy=policy.name, why=why, digest=digest, retry_after_s=0.0)
 

@@ -17,13 +17,7 @@ from typing import Any, Final
 
 from torch import Tensor
 
-from pushstep.proto.errors import (
-    Draining,
-    ModelFailed,
-    ModelLost,
-    PushstepError,
-    StepFailed,
-)
+from pushstep.proto.errors import Draining, ModelFailed, ModelLost, PushstepError, StepFailed
 from pushstep.proto.errors.status import untrace
 from pushstep.proto.types_pb2 import Identity, Receipt
 from pushstep.proto.wire.layout import Layout
@@ -75,8 +69,10 @@ class Model:
         reading: ReadBudget,
         journal_sync: JournalSync,
         durability: DurabilitySettings,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.name = name
+        self.clock = clock
         self.staging = staging
         self.uid = uid
         self.layout = layout
@@ -105,7 +101,7 @@ class Model:
         self.kept = IdentityFile(uid, timeline, None, ())
         # what the newest snapshot holds, and when it was taken
         self.saved: Hashable = None
-        self.saved_s = time.monotonic()
+        self.saved_s = self.clock()
         # when a snapshot was last begun
         self.tried_s = 0.0
         # the last upload that replaced the optimizer state: its retry is answered and not refused
@@ -118,9 +114,9 @@ class Model:
         self.writer = ModelWriter(name, self.arenas)
         # held while rows are gathered for a reader, so a step waits for one reader at most
         self.gathering = asyncio.Lock()
-        self.publisher = Publisher(self.arenas, self.writer, reading)
+        self.publisher = Publisher(self.arenas, self.writer, reading, clock)
         self.recorder = Recorder(self, journal_sync)
-        self.held = HeldPushes(self.coordinator, self.require_whole)
+        self.held = HeldPushes(self.coordinator, self.require_whole, clock)
         self.executor = Executor(
             self.coordinator,
             self.arenas,
@@ -130,6 +126,7 @@ class Model:
             self.recorder,
             self.held,
             self,
+            clock,
         )
 
     @property
@@ -178,7 +175,7 @@ class Model:
 
     def require_room_for(self, worker: str) -> None:
         """OverCapacity if a round with one more worker does not fit in the staging budget."""
-        self.sessions.expire(time.monotonic())
+        self.sessions.expire(self.clock())
         known = self.sessions.workers.get(worker)
         is_live = known is not None and known.state is WorkerState.LIVE
         self.require_round_fits(self.coordinator.policy.settings, self.sessions.live_count() + (not is_live))
@@ -222,7 +219,7 @@ class Model:
     def begin_under(self, settings: PolicySettings) -> None:
         """Set the policy that the model is created with. OverCapacity if a round does not fit."""
         self.require_round_fits(settings, 0)
-        self.coordinator.switch(settings, time.monotonic())
+        self.coordinator.switch(settings, self.clock())
 
     def record(self, kind: str, by: str, **facts: Any) -> None:
         """Note an event: who did what, after which version."""
@@ -263,10 +260,10 @@ class Model:
         self.adopt(saved)
         if saved.durability is not None:
             self.durability = read_durability(saved.durability, self.durability)
-        self.sessions.parse(saved.workers, time.monotonic(), saved.forgotten_epoch)
+        self.sessions.parse(saved.workers, self.clock(), saved.forgotten_epoch)
         self.sessions.first_epoch = saved.first_epoch
         # without the check that a round fits in staging: a smaller budget must not keep the model from loading
-        self.coordinator.switch(saved.policy, time.monotonic())
+        self.coordinator.switch(saved.policy, self.clock())
         self.arenas.load(copy, timeline)
 
     def restore(
@@ -286,7 +283,7 @@ class Model:
         self.failed = None
         self.replaced_by = None  # that upload is undone
         self.extras = copy.extras
-        decisions = self.coordinator.restored(copy.lineage_here, timeline, settings, time.monotonic())
+        decisions = self.coordinator.restored(copy.lineage_here, timeline, settings, self.clock())
         self.record("restored", by)
         self.recorder.let_readers_go()
         self.executor.apply(decisions)

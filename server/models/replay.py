@@ -179,13 +179,13 @@ class Replay:
         if "gate" in changed:
             model.coordinator.admission = Admission.parsed(changed["gate"])
         if "policy" in changed:
-            model.coordinator.switch(policies.read(changed["policy"]), time.monotonic())
+            model.coordinator.switch(policies.read(changed["policy"]), model.clock())
         if "durability" in changed:
             model.durability = read_durability(changed["durability"], model.durability)
         model.edit = int(changed.get("edit", model.edit))
         model.sessions.forgotten_epoch = int(changed.get("forgotten_epoch", model.sessions.forgotten_epoch))
         for name, row in changed.get("workers", {}).items():
-            model.sessions.put(name, row, time.monotonic())
+            model.sessions.put(name, row, model.clock())
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
 from typing import Any, Final
 
 from pushstep.proto.errors import Draining, ModelFailed, ModelLost, PushstepError
@@ -44,7 +43,7 @@ class Snapshotter:
 
         Automatic ones beyond those that are kept are removed, and what they needed of the journal.
         """
-        model.tried_s = time.monotonic()
+        model.tried_s = model.clock()
         async with self._turns:
             model.tell(Point.STATE_DICT_PRE)
             content = model.content
@@ -53,7 +52,7 @@ class Snapshotter:
         model.tell(Point.STATE_DICT_POST, snapshot=manifest["id"])
         model.record("snapshot_taken", by, snapshot=manifest["id"])
         model.saved = content
-        model.saved_s = time.monotonic()
+        model.saved_s = model.clock()
         model.recorder.saved_version = copy.version
         journal = model.recorder.journal
         if journal is not None:
@@ -123,14 +122,14 @@ class Snapshotter:
         if model.ended or model.deleted or model.failed is not None:
             return False
         if journal is not None and not journal.is_based:  # durable pushes wait for it
-            return time.monotonic() - model.tried_s >= RETRY_S
+            return model.clock() - model.tried_s >= RETRY_S
         if model.saved == model.content:
             return False
         if journal is not None:
             most = max(LONG_JOURNAL_BYTES, LONG_JOURNAL_MODELS * model.held_bytes)
             if journal.file_bytes > most:
                 return True
-        return time.monotonic() - model.saved_s >= model.durability.snapshot_every_s
+        return model.clock() - model.saved_s >= model.durability.snapshot_every_s
 
     async def take_due(self, model: Model, folder: ModelFolder, alone: asyncio.Lock) -> None:
         """Take a snapshot that is due. A failure is logged, and the snapshot is tried again later."""
@@ -142,7 +141,7 @@ class Snapshotter:
             return
         except Exception as error:  # noqa: BLE001 - whatever it was, the other models are saved, and this one later
             wait_s = min(RETRY_S, model.durability.snapshot_every_s)
-            model.saved_s = time.monotonic() - model.durability.snapshot_every_s + wait_s
+            model.saved_s = model.clock() - model.durability.snapshot_every_s + wait_s
             log.error("model %s: its snapshot failed, again in %.0f s: %s", model.name, wait_s, error)
             with contextlib.suppress(PushstepError):
                 model.record("snapshot_failed", "server", problem=str(error))

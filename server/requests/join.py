@@ -5,7 +5,6 @@ A worker that joins is told its identity, the model's manifest and settings, and
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice, zip_longest
@@ -86,7 +85,7 @@ async def _join(catalog: Catalog, request: JoinRequest, peer: str) -> tuple[Join
     proposal = await _looked_at(request.manifest, propose)
     if request.model in catalog.models:
         return await _join(catalog, request, peer)
-    now_s = time.monotonic()
+    now_s = catalog.clock()
     creation = catalog.begin_creation(
         request.model, request.worker, proposal, now_s, request.attempt, request.process, peer
     )
@@ -106,7 +105,7 @@ async def _looked_at(manifest: Manifest, look: Callable[[Manifest], T]) -> T:
 
 def _joined(model: Model, request: JoinRequest) -> Worker:
     """Join a model that exists: open the worker's next epoch, unless this attempt has opened it already."""
-    now_s = time.monotonic()
+    now_s = model.clock()
     known = model.sessions.workers.get(request.worker)
     model.require_room_for(request.worker)
     epoch = known.epoch if known is not None else 0
@@ -146,7 +145,7 @@ async def leave(catalog: Catalog, request: LeaveRequest) -> LeaveResponse:
         return LeaveResponse()
     ignored, decisions = model.coordinator.on_leave(
         request.identity,
-        time.monotonic(),
+        model.clock(),
         {edit.group: plain_values(edit.values) for edit in request.edits},
         request.worker_state if request.HasField("worker_state") else None,
     )
@@ -173,7 +172,7 @@ async def _undo(catalog: Catalog, request: LeaveRequest) -> None:
     if not answered and not (attempt and worker.attempts and worker.attempts[-1] == attempt):
         return
     alone = model.sessions.workers.keys() == {name} and worker.epoch == 1
-    _, decisions = model.coordinator.on_leave(_identity(model, worker), time.monotonic())
+    _, decisions = model.coordinator.on_leave(_identity(model, worker), model.clock())
     model.record("left", name)
     model.executor.apply(decisions)
     await model.recorder.until_safe()

@@ -7,7 +7,6 @@ coordinator, and the executor's answer awaited. A retry of a push that the serve
 from __future__ import annotations
 
 import copy
-import time
 
 from pushstep.proto import training_pb2 as pb
 from pushstep.proto.errors import InvalidRequest
@@ -41,12 +40,12 @@ class PushHandler:
         """A push, answered with a version of the parameters and the answer's header, which has the receipt."""
         with stream:
             call, receipt = await self._taken(stream, pulls=True)
-        begun_s = time.monotonic()
         model, header = call.model, call.header
+        begun_s = model.clock()
         published = await newest(model, header.pull, call.identity.timeline, call.answer)
         answer = await published_header(model, published, header.manifest_hash)
         answer.groups.extend(receipt.groups)
-        fill_published(answer.receipt, receipt, time.monotonic() - begun_s)
+        fill_published(answer.receipt, receipt, model.clock() - begun_s)
         return published, answer
 
     async def _taken(
@@ -88,7 +87,7 @@ async def hand_in(receiving: Receiving, commit: PushCommit | None) -> None:
     try:
         pending = await receiving.finish(commit)
         model.require_whole()
-        decisions = model.coordinator.on_body(pending, time.monotonic())
+        decisions = model.coordinator.on_body(pending, model.clock())
     except InvalidRequest as error:
         # a cancelled stream also ends without a commit, and is no fault
         if commit is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field
 
 from pushstep.proto.errors import InvalidRequest
@@ -25,12 +24,13 @@ class PushCall:
     region: Region | None = None
     # what the step writes for the worker, where they share memory
     answer: SharedAnswer | None = None
-    started_s: float = field(default_factory=time.monotonic)
+    started_s: float = field(init=False)
     # of its header
     identity: Identity = field(init=False)
     worker: str = field(init=False)
 
     def __post_init__(self) -> None:
+        self.started_s = self.model.clock()
         self.identity = self.header.identity
         self.worker = self.identity.worker
 
@@ -46,5 +46,5 @@ class PushCall:
 
     def fault(self, error: InvalidRequest) -> None:
         """Count against the worker a push that broke a rule before its body was complete."""
-        coordinator, now_s = self.model.coordinator, time.monotonic()
+        coordinator, now_s = self.model.coordinator, self.model.clock()
         self.model.executor.apply(coordinator.on_fault(self.identity, error, now_s))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import time
 from collections.abc import Callable
 
 import torch
@@ -92,7 +91,7 @@ async def admit(call: PushCall) -> Receiving:
     """
     model, header, layout = call.model, call.header, call.model.layout
     require_plausible(layout, header.segments, header.edits)
-    while model.coordinator.on_header(header, time.monotonic()) is Offer.WAIT:
+    while model.coordinator.on_header(header, model.clock()) is Offer.WAIT:
         await model.held.change(call.until_s, call.worker)
     held = Held(model.staging)
     try:
@@ -180,14 +179,14 @@ class Receiving:
         if not self._is_small and not isinstance(body, ExportedBody):
             self._incoming = IncomingBody(found.segments, found.slots, body, self._take)
         self._handed_over = False
-        self._waited_s = time.monotonic() - call.started_s
+        self._waited_s = call.model.clock() - call.started_s
 
     def take(self, chunk: Chunk) -> asyncio.Future[None] | None:
         """Copy a chunk into staging.
 
         Quarantined if the worker was quarantined meanwhile. MalformedFrame if the body lies in shared memory.
         """
-        self.call.model.coordinator.on_chunk(self.call.identity, time.monotonic())
+        self.call.model.coordinator.on_chunk(self.call.identity, self.call.model.clock())
         if isinstance(self._body, SharedBody):
             raise MalformedFrame(problem="a push whose gradients lie in shared memory carries no chunks")
         body, incoming = self._body, self._incoming
@@ -207,7 +206,7 @@ class Receiving:
         if commit is None:
             raise MalformedFrame(problem="the stream ended without a commit")
         close_header(self._layout, call.header, commit)
-        receive_s = time.monotonic() - call.started_s - self._waited_s
+        receive_s = call.model.clock() - call.started_s - self._waited_s
         digest, push, fault = await self._look()
         if commit.digest not in (0, digest):
             raise DigestMismatch(got=digest, expected=commit.digest)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-import time
 from collections.abc import Sequence
 from functools import partial
 from typing import Final
@@ -92,7 +91,7 @@ class Upload:
 
     async def _admit(self) -> None:
         catalog, header = self._catalog, self._header
-        now_s = time.monotonic()
+        now_s = catalog.clock()
         if header.kind == UPLOAD_KIND_CREATE:
             self._creation = catalog.creation(header.model, header.ticket, now_s)
             manifest = self._creation.manifest
@@ -167,7 +166,7 @@ class Upload:
         So neither the lease nor the creation ticket runs out while bytes come.
         """
         if self._model is not None:
-            self._model.coordinator.on_progress(self._header.identity, time.monotonic())
+            self._model.coordinator.on_progress(self._header.identity, self._model.clock())
         return place_chunk(self._body.place, chunk)
 
     def release(self) -> None:
@@ -182,7 +181,7 @@ class Upload:
             self._catalog.end_creation(
                 self._header.model,
                 self._creation,
-                time.monotonic(),
+                self._catalog.clock(),
                 had_place=self._has_place,
                 comes_again=self._comes_again,
             )
@@ -270,7 +269,7 @@ class Upload:
 
     async def _replace_parameters(self, model: Model) -> UploadResponse:
         identity = self._header.identity
-        decided, decisions = model.coordinator.uploaded(identity, self._digest.value, time.monotonic())
+        decided, decisions = model.coordinator.uploaded(identity, self._digest.value, model.clock())
         version = int(decided.receipt.version)
         if decisions is None:
             await model.recorder.until_safe()
@@ -319,7 +318,7 @@ class Upload:
         self, model: Model, name: str, attempt: int = 0, old_epoch: int = 0, process: Process | None = None
     ) -> Worker:
         worker, decisions = model.coordinator.join(
-            name, time.monotonic(), takeover=True, attempt=attempt, old_epoch=old_epoch
+            name, model.clock(), takeover=True, attempt=attempt, old_epoch=old_epoch
         )
         worker.process = worker.process if process is None else process
         model.executor.apply(decisions)
@@ -359,7 +358,7 @@ class Upload:
             held = model.extras
             extras = await self._extras(held)
             model.require_current(self._header.identity)
-        if model.sessions.leads(model.sessions.require(self._header.identity, time.monotonic())):
+        if model.sessions.leads(model.sessions.require(self._header.identity, model.clock())):
             file = self._body.part(len(self._header.segments), torch.uint8)
             model.replace_extras(extras, file, are_all=self._header.extras_all)
             await model.recorder.until_safe()
@@ -382,7 +381,7 @@ class Upload:
             await adopting
             await self._catalog.bridge(model)
             garbage.set_aside(len(model.layout.slots))
-        worker = model.sessions.require(identity, time.monotonic())
+        worker = model.sessions.require(identity, model.clock())
         return await self._answer(model, worker, model.version + 1)
 
     def _extended(self, model: Model, added: Sequence[Group]) -> ArenasCopy:

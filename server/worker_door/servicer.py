@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from functools import partial
@@ -154,7 +153,7 @@ class GrpcDoor:
         """Heartbeat: renew the worker's lease."""
         model = self.catalog.get(request.model, request.identity.model_uid)
         model.require_current(request.identity)
-        model.executor.apply(model.coordinator.on_heartbeat(request.identity, time.monotonic()))
+        model.executor.apply(model.coordinator.on_heartbeat(request.identity, model.clock()))
         return pb.HeartbeatResponse(version=model.version, lease_s=model.sessions.lease_s)
 
     async def leave(self, request: pb.LeaveRequest) -> pb.LeaveResponse:
@@ -168,7 +167,7 @@ class GrpcDoor:
         self.catalog.require_open()
         model = self.catalog.get(request.model, request.identity.model_uid)
         model.require_current(request.identity)
-        model.sessions.require(request.identity, time.monotonic())
+        model.sessions.require(request.identity, model.clock())
         return await self.memory.open(model, request)
 
     async def upload(self, messages: AsyncIterator[bytes]) -> pb.UploadResponse:
@@ -202,7 +201,7 @@ class GrpcDoor:
         groups = model.groups.messages()
         if request.HasField("identity"):
             model.require_current(request.identity)
-            model.executor.apply(model.coordinator.on_heartbeat(request.identity, time.monotonic()))
+            model.executor.apply(model.coordinator.on_heartbeat(request.identity, model.clock()))
         else:
             model.require_whole()
         shared = shared_answer(model, self.memory, request.options, request.identity)

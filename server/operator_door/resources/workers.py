@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from itertools import islice
 from typing import Annotated, Any, Final
@@ -51,7 +50,7 @@ async def list_workers(
     limit: Annotated[Index, Query(ge=1, le=MOST_SHOWN)] = MOST_SHOWN,
 ) -> dict[str, Any]:
     """Every worker that the server remembers, also those that left, a page at a time."""
-    now_s = time.monotonic()
+    now_s = model.clock()
     under_policy = model.coordinator.policy.shown(model.coordinator.pending_pushes.view(now_s))
     workers = model.sessions.workers
     page = islice(workers.values(), offset, offset + limit)
