@@ -89,9 +89,8 @@ class Executor:
         self._adding = adding
         self._model = model
         self._clock = clock
-        # the last round's sum, and the bytes that the budget counts for it
-        self._sum: StagedPush | None = None
-        self._sum_bytes = 0
+        # the sums of rounds that are being stepped, by id: the bytes that the budget counts for each
+        self._sums: dict[int, int] = {}
         self._timer: asyncio.TimerHandle | None = None
         # the time that the timer is set for
         self._due_s = 0.0
@@ -169,26 +168,27 @@ class Executor:
     async def _reduce(self, reduce: Reduce) -> None:
         pushes = [pending.push for pending in reduce.pushes if pending.push is not None]
         result: StagedPush | PushstepError
-        self._forget_sum()
+        sum_bytes = 0
         small = all(push.is_of_few for push in pushes)
         try:
-            self._sum_bytes = await PUSHES.run_unless(small, reduction.largest_sum, pushes)
-            self._staging.count(self._sum_bytes)
+            sum_bytes = await PUSHES.run_unless(small, reduction.largest_sum, pushes)
+            self._staging.count(sum_bytes)
             result = await PUSHES.run(self._add_up, pushes, reduce)
         except Exception as error:  # noqa: BLE001 - whatever it was, its pushes must not wait for ever
             result = named(error, log)
         del pushes
-        self._sum = result if isinstance(result, StagedPush) else None
-        self.apply(self._coordinator.reduced(reduce, result, self._clock()))
+        decisions = self._coordinator.reduced(reduce, result, self._clock())
+        if any(isinstance(decision, Step) and decision.push is result for decision in decisions):
+            self._sums[id(result)] = sum_bytes
+        else:  # it failed, or is not finite, or the round has ended meanwhile
+            self._staging.release(sum_bytes)
+        del result
+        self.apply(decisions)
 
     def _add_up(self, pushes: Sequence[StagedPush], reduce: Reduce) -> StagedPush:
         with self._adding.over(pushes):
             # from the pool: fresh pages cost more than the sum itself (20 ms for 64 MB)
             return reduction.add_up(pushes, reduce.weights, reduce.divisor, self._staging.buffer)
-
-    def _forget_sum(self) -> None:
-        self._staging.release(self._sum_bytes)
-        self._sum, self._sum_bytes = None, 0
 
     def _step(self, step: Step) -> None:
         """Queue a ticket with the model's writer, behind all earlier tickets."""
@@ -244,8 +244,8 @@ class Executor:
     ) -> None:
         model = self._model
         model.note_nonfinite()
-        if step.push is self._sum:
-            self._forget_sum()
+        if self._sums:
+            self._staging.release(self._sums.pop(id(step.push), 0))
         failure: PushstepError | None = None
         # not raised: the traceback would be kept, and with it this frame, which holds the push
         broken = job.exception()
@@ -327,4 +327,5 @@ class Executor:
         if self._tasks:
             await asyncio.wait(self._tasks)
         self._held.give_back()
-        self._forget_sum()
+        self._staging.release(sum(self._sums.values()))
+        self._sums.clear()
