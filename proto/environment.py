@@ -30,6 +30,8 @@ SETTINGS: Final = (
     "max_connections",
     "durability",
     "snapshot_every_s",
+    "snapshots",
+    "snapshots_takeover",
     "log_level",
 )
 # Kubernetes and Docker's links set these in every container beside a service that is called pushstep.

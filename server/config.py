@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -42,7 +42,9 @@ class Config(BaseSettings):
     no_shared_memory: bool = Field(
         False, description="have workers on this host, or on this GPU, send frames, too"
     )
-    data: Path = Field(Path("pushstep-data"), description="folder for snapshots; locked by this server")
+    data: Path = Field(
+        Path("pushstep-data"), description="folder for snapshots and journals; locked by this server"
+    )
     device: str = Field("cpu", description="cpu, cuda or cuda:N")
     insecure: bool = Field(False, description="listen beyond loopback without TLS and a token")
     lease_s: float = Field(30.0, gt=0, allow_inf_nan=False, description="a worker silent for longer is gone")
@@ -81,6 +83,13 @@ class Config(BaseSettings):
         le=LARGEST_S,
         allow_inf_nan=False,
         description="a new model is saved so often while something changes",
+    )
+    snapshots: SecretStr | None = Field(
+        None,
+        description="URL of a store to keep snapshots in, such as s3://bucket/path or file:///path [default: the data folder]",
+    )
+    snapshots_takeover: bool = Field(
+        False, description="take over the snapshots at that URL from another server, which is gone for ever"
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what is logged")
 
@@ -143,6 +152,10 @@ class Config(BaseSettings):
     def durability_settings(self) -> DurabilitySettings:
         """How a new model is kept on the disk."""
         return DurabilitySettings(level=Level(self.durability), snapshot_every_s=self.snapshot_every_s)
+
+    def snapshots_url(self) -> str:
+        """The URL of the store of snapshots, with what may be secret in it; "" for none."""
+        return self.snapshots.get_secret_value() if self.snapshots is not None else ""
 
     def unix_path(self) -> str | None:
         """The path of the Unix socket; None for no socket, also when the default path is too long."""

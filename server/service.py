@@ -34,7 +34,7 @@ from .operator_door.http_server import HttpServer
 from .process.descriptors import Spare, shared_out
 from .process.exit_status import ExitStatus
 from .process.folder_lock import lock_folder
-from .process.threads import PUSHES, REQUESTS
+from .process.threads import DISK, PUSHES, REQUESTS
 from .process.unix_socket import UnixSocket
 from .shared_memory.regions import SharedMemory
 from .staging.budget import WINDOW_BYTES
@@ -136,6 +136,8 @@ class Service:
     async def _start(self) -> None:
         self.catalog.device.open()
         self._lock = lock_folder(self.config.data)
+        if self.catalog.remote is not None:
+            await DISK.run(self.catalog.remote.open, takeover=self.config.snapshots_takeover)
         self._http_socket, self.http_address = bind_http(self.config.http)
         await self._start_grpc()
         self._http = self._http_server(self._http_socket)

@@ -59,7 +59,7 @@ ARROWS = {
         "commands": {"models", "journal", "storage", "arenas", "process", "config"},
         "worker_door": {"requests", "shared_memory", "models", "streams", "arenas", "process"},
         "operator_door": {
-            "imports", "models", "journal", "storage", "coordinator", "arenas", "streams", "staging", "process",
+            "imports", "models", "remote", "journal", "storage", "coordinator", "arenas", "streams", "staging", "process",
             "config",
         },
         "imports": {"models", "storage", "coordinator", "arenas", "staging", "process"},
@@ -67,7 +67,8 @@ ARROWS = {
             "shared_memory", "models", "journal", "storage", "coordinator", "arenas", "devices", "streams", "staging", "process",
         },
         "shared_memory": {"models", "arenas", "devices", "staging", "process"},
-        "models": {"journal", "storage", "coordinator", "arenas", "devices", "staging", "process", "config"},
+        "models": {"journal", "remote", "storage", "coordinator", "arenas", "devices", "staging", "process", "config"},
+        "remote": {"storage", "process"},
         "journal": {"storage", "coordinator", "arenas", "staging", "process"},
         "storage": {"coordinator", "arenas", "process"},
         "coordinator": {"staging"},

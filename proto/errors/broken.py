@@ -166,6 +166,13 @@ class DiskFull(StorageFailed):
     template = "cannot write {path}: it takes {need} bytes, the disk has {free} free ({problem})"
 
 
+class SnapshotsAway(Unavailable):
+    """The store that `--snapshots` names does not answer, or refuses. The model trains on."""
+
+    code = "snapshots_away"
+    template = "the snapshots' store {store} does not do what is asked: {problem}"
+
+
 class OutOfMemory(Broken):
     """The machine, or the device, has no memory for it. What was taken of it is given back."""
 

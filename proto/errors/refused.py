@@ -248,3 +248,13 @@ class HostNotAllowed(Refused):
     grpc_status = Status.PERMISSION_DENIED
     http_status = 403
     template = "requests for host {host!r} are not answered here"
+
+
+class SnapshotsOwned(Refused):
+    """The snapshots at a URL are another server's. Two servers would remove each other's."""
+
+    code = "snapshots_owned"
+    template = (
+        "the snapshots at {store} are those of {owner}; choose another URL, or, if that server is gone for ever, start with "
+        "--snapshots-takeover"
+    )

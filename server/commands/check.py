@@ -28,6 +28,13 @@ def check(
             help="Cut a damaged journal off in front of the damage; asks first. Files are renamed, never deleted.",
         ),
     ] = False,
+    snapshots: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Where the server keeps its snapshots, if not in DIR. Nothing is written there.",
+        ),
+    ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Repair without asking.")] = False,
 ) -> None:
     """Show what a stopped server's folder holds, every byte verified, and what a start would continue from.
@@ -47,7 +54,7 @@ def check(
             "nobody can be asked without a terminal; pass --yes, too", param_hint="--repair"
         )
     try:
-        with _silent(), opened(folder) as data:
+        with _silent(), opened(folder, snapshots) as data:
             status = _checked(data, as_json=as_json, repair=repair, yes=yes)
     except (NoDataFolder, DataFolderLocked, PushstepError, OSError, ValueError) as error:
         typer.echo(f"pushstep check: {error}", err=True)

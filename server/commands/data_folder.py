@@ -26,14 +26,20 @@ class DataFolder:
 
     path: Path
     models: list[str]
+    # where its snapshots are, if not in it
+    snapshots: str | None = None
 
     def catalog(self) -> Catalog:
-        """A catalog on the folder that holds no model yet. It serves nobody. ValueError if settings are wrong."""
-        return Catalog(Config.read({"data": str(self.path)}, None))
+        """A catalog on the folder that holds no model yet. It serves nobody. ValueError if settings are wrong.
+
+        StorageFailed if the folder's snapshots are elsewhere and nobody has said where.
+        """
+        elsewhere = {} if self.snapshots is None else {"snapshots": self.snapshots}
+        return Catalog(Config.read({"data": str(self.path), **elsewhere}, None))
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[DataFolder]:
+def opened(path: Path, snapshots: str | None = None) -> Iterator[DataFolder]:
     """The data folder that `path` is, or in which it is one model's, locked for a block.
 
     NoDataFolder, DataFolderLocked, StorageFailed, OSError.
@@ -48,7 +54,7 @@ def opened(path: Path) -> Iterator[DataFolder]:
     # a folder that no server has ever used is not written to
     lock = lock_folder(data) if os.path.lexists(data / "lock") else None
     try:
-        yield DataFolder(data, names)
+        yield DataFolder(data, names, snapshots)
     finally:
         if lock is not None:
             os.close(lock)

@@ -5,7 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from pushstep.proto.errors import JournalDamaged, PushstepError, SnapshotDamaged, SnapshotUnsupported
+from pushstep.proto.errors import (
+    JournalDamaged,
+    PushstepError,
+    SnapshotDamaged,
+    SnapshotsAway,
+    SnapshotUnsupported,
+)
 
 from ..journal.examination import FileFinding, examine
 from ..journal.repair import Repair, repair_of
@@ -90,6 +96,8 @@ async def findings_of(catalog: Catalog, name: str) -> ModelFindings:
         found.snapshots = [_snapshot(folder, snapshot) for snapshot in folder.snapshots.ids()]
         found.identity = folder.read_identity(bool(found.snapshots))
         found.journal = examine(folder.journal, found.identity.uid if found.identity else None)
+    except SnapshotsAway:  # nothing can be said
+        raise
     except (PushstepError, OSError) as error:
         found.problem = not_loaded(name, error).fields["problem"]
     refused = await _start(catalog, found)

@@ -21,6 +21,9 @@ def replay(
     out: Annotated[
         Path | None, typer.Option(metavar="FILE.safetensors", help="Write the parameters there.")
     ] = None,
+    snapshots: Annotated[
+        str | None, typer.Option(metavar="URL", help="Where the server keeps its snapshots, if not in DIR.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One line of JSON.")] = False,
 ) -> None:
     """Replay a stopped server's journal over a snapshot, with the server's own kernels. Nothing in DIR is written."""
@@ -33,7 +36,7 @@ def replay(
     from .data_folder import NoDataFolder, opened
 
     try:
-        with opened(folder) as data:
+        with opened(folder, snapshots) as data:
             name = _one(data, model)
             if out is not None and out.resolve().is_relative_to(data.path.resolve()):
                 raise typer.BadParameter("nothing is written into DIR", param_hint="--out")

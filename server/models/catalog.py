@@ -16,6 +16,7 @@ import secrets
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import torch
@@ -42,7 +43,9 @@ from ..devices.choose import device
 from ..journal.durability import DurabilitySettings
 from ..journal.sync import JournalSync
 from ..process import garbage
-from ..process.threads import DISK
+from ..process.threads import DISK, STORE
+from ..remote.remote import remote_of
+from ..remote.sender import Sender
 from ..staging.budget import Budget, charge
 from ..staging.read_budget import ReadBudget
 from ..storage.model_folder import ModelFolder
@@ -85,6 +88,10 @@ class Catalog:
         # each with a number at once of its own, because a restore waits for the snapshot of its model that is being written
         self.snapshotter = Snapshotter(COPIES_AT_ONCE)
         self.restores = Restores(COPIES_AT_ONCE, self.snapshotter, self.folder, self.alone, self._scratch)
+        # where snapshots are kept, if that is not the data folder, and who sends them there
+        self.remote = remote_of(config.data, config.snapshots_url())
+        self.sender = None if self.remote is None else Sender(self.remote, self._models)
+        self.snapshotter.sender = self.sender
         # by model name: held while its folder is written to or removed
         self._folders: dict[str, asyncio.Lock] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -122,7 +129,12 @@ class Catalog:
 
     def folder(self, name: str) -> ModelFolder:
         """A model's folder, which need not exist."""
-        return ModelFolder(self.config.data / "models" / name)
+        path = self._models / name
+        return ModelFolder(path, None if self.remote is None else self.remote.store(path))
+
+    @property
+    def _models(self) -> Path:
+        return self.config.data / "models"
 
     def alone(self, name: str) -> asyncio.Lock:
         """The lock of a model's folder: hold it to write into the folder or to remove it."""
@@ -296,6 +308,8 @@ class Catalog:
         async with self.alone(name):  # or a snapshot that is being written would create the folder again
             await model.close()
             garbage.look_again()
+            if self.remote is not None:
+                await DISK.run(self.remote.forget, self._models / name)
             await DISK.run(self.folder(name).remove)
         log.info("model %s deleted by %s", name, by)
 
@@ -305,7 +319,10 @@ class Catalog:
         """Take a snapshot of the model at its current version. Returns the snapshot's manifest."""
         model = self.get(name)
         async with self.alone(name):
-            return await self.snapshotter.take(model, self.folder(name), by, automatic=automatic)
+            manifest = await self.snapshotter.take(model, self.folder(name), by, automatic=automatic)
+        if self.sender is not None:
+            await self.whole(self.sender.send(model, manifest["id"]))
+        return manifest
 
     async def restore(self, name: str, snapshot: str, by: str) -> int:
         """Restore a snapshot on a new timeline. Returns the snapshot's version."""
@@ -348,7 +365,14 @@ class Catalog:
             for name, model in list(self.models.items()):
                 if self.snapshotter.is_due(model) and not self.draining:
                     self._start(self.snapshotter.take_due(model, self.folder(name), self.alone(name)))
+            if self.sender is not None and not self.draining:
+                self.sender.start_due(self.models.values(), self.prune_sent)
             await asyncio.sleep(TICK_S)
+
+    async def prune_sent(self, model: Model, snapshot: str) -> None:
+        """Remove what a snapshot that was sent makes superfluous."""
+        folder, alone = self.folder(model.name), self.alone(model.name)
+        await self.snapshotter.prune(model, folder, snapshot, STORE, alone)
 
     async def whole(self, work: Coroutine[Any, Any, T], then: Callable[[], None] = lambda: None) -> T:
         """Run `work` and `then` to the end, even if the caller is cancelled: no edit may stop half way."""

@@ -5,19 +5,24 @@ A fault in one model does not affect the others: they are loaded, and saved.
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import logging
-from collections.abc import Callable
+import time
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from functools import partial
+from typing import Final, TypeVar
 
-from pushstep.proto.errors import ModelNotLoaded, PushstepError
+from pushstep.proto.errors import ModelNotLoaded, PushstepError, SnapshotsAway
 from pushstep.proto.errors.status import named
 from pushstep.proto.wire.identifiers import is_name
 
 from ..journal.chain import JournalChain
 from ..journal.journal import Level, boot
 from ..process import garbage
-from ..process.threads import DISK
+from ..process.threads import DISK, STORE
+from ..remote.adoption import adopt
 from ..storage import files
 from ..storage.model_folder import ModelFolder, Recovered, model_folders, sweep_models
 from ..storage.snapshots import EXPORT_PREFIX
@@ -26,6 +31,11 @@ from .model import Model
 from .replay import Replay
 
 log = logging.getLogger("pushstep.catalog")
+# How long a start waits for a store of snapshots until it asks again, and how often it looks whether it is to stop.
+FIRST_WAIT_S: Final = 1.0
+LONGEST_WAIT_S: Final = 30.0
+LOOK_S: Final = 0.1
+T = TypeVar("T")
 
 
 def not_loaded(name: str, error: Exception) -> ModelNotLoaded:
@@ -49,16 +59,36 @@ class SavedModels:
         """
         # exports that the last process left unfinished
         await DISK.run(files.sweep, self._catalog.config.data, f"{EXPORT_PREFIX}*")
+        remote = self._catalog.remote
+        if remote is not None:
+            await DISK.run(remote.forget_trash)
         await DISK.run(sweep_models, self._catalog.config.data / "models")
+        if remote is not None and remote.adopts:
+            await self._patiently(partial(STORE.run, adopt, remote, self._catalog.config.data), stopping)
         for name in await DISK.run(model_folders, self._catalog.config.data / "models"):
             if stopping():
                 return
             if is_name(name):
                 try:
-                    await self._load_model(name)
+                    await self._patiently(partial(self._load_model, name), stopping)
                 except Exception as error:  # noqa: BLE001 - whatever a folder holds, the other models are served
                     self._note_not_loaded(name, error)
         self._catalog.loaded = self._catalog.ready = True
+
+    async def _patiently(self, work: Callable[[], Awaitable[T]], stopping: Callable[[], bool]) -> T:
+        """What `work` returns, once the store of snapshots answers. SnapshotsAway if the server is told to stop."""
+        wait_s = FIRST_WAIT_S
+        while True:
+            try:
+                return await work()
+            except SnapshotsAway as error:
+                log.warning("the start waits, again in %.0f s: %s", wait_s, error.message)
+                until_s = time.monotonic() + wait_s
+                while time.monotonic() < until_s:
+                    if stopping():
+                        raise
+                    await asyncio.sleep(LOOK_S)
+                wait_s = min(2 * wait_s, LONGEST_WAIT_S)
 
     def _note_not_loaded(self, name: str, error: Exception) -> None:
         found = not_loaded(name, error)
@@ -69,6 +99,8 @@ class SavedModels:
     async def _load_model(self, name: str) -> None:
         folder = self._catalog.folder(name)
         await DISK.run(folder.sweep)
+        if self._catalog.remote is not None:
+            await STORE.run(self._catalog.remote.store(folder.path).open)
         brought = await self.bring_back(name)
         if brought is None:
             return
@@ -88,6 +120,8 @@ class SavedModels:
             raise
         model.record("loaded", "server", snapshot=state.snapshot)
         self._catalog.models[name] = model
+        if self._catalog.sender is not None:
+            self._catalog.sender.note(model)
         garbage.set_aside(len(model.layout.slots))
         log.info(
             "model %s at version %d, timeline %d, from %s",
@@ -185,9 +219,15 @@ class SavedModels:
         log.info("model %s saved at version %d: %s", name, copied.version, manifest["id"])
         try:
             await DISK.run(folder.write_identity, model.identity(copied.version))
-            await self._catalog.snapshotter.prune(model, folder, manifest["id"])
+            if self._catalog.sender is None:
+                await self._catalog.snapshotter.prune(model, folder, manifest["id"])
         except PushstepError as error:
             log.warning("model %s: after its last snapshot: %s", name, error.message)
+        if self._catalog.sender is not None:
+            snapshotter = self._catalog.snapshotter
+            await self._catalog.sender.send_last(
+                model, lambda model, sent: snapshotter.prune(model, folder, sent, STORE)
+            )
 
     def _what_is_left(self, name: str) -> str:
         try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from contextlib import AbstractAsyncContextManager
 from typing import Any, Final
 
 from pushstep.proto.errors import Draining, ModelFailed, ModelLost, PushstepError
@@ -17,7 +18,8 @@ from ..coordinator.hooks.hook import Point
 from ..journal.durability import DurabilitySettings
 from ..journal.journal import Journal, Level
 from ..process.exit_status import disk_failed
-from ..process.threads import DISK
+from ..process.threads import DISK, Threads
+from ..remote.sender import Sender
 from ..storage.model_folder import ModelFolder
 from .edits import Edits
 from .model import Model
@@ -37,6 +39,8 @@ class Snapshotter:
 
     def __init__(self, at_once: int) -> None:
         self._turns = asyncio.Semaphore(at_once)
+        # sends snapshots to where they are kept; None: they are kept in the data folder
+        self.sender: Sender | None = None
 
     async def take(self, model: Model, folder: ModelFolder, by: str, *, automatic: bool) -> dict[str, Any]:
         """Take a snapshot at the current version; its manifest. Hold the lock of the folder.
@@ -58,16 +62,29 @@ class Snapshotter:
         if journal is not None:
             journal.based(manifest["journal"], copy.version)
             model.recorder.note_durable(journal)
-        if automatic:
+        if self.sender is not None:
+            self.sender.note(model)  # what it replaces is removed once it was sent
+        elif automatic:
             await self.prune(model, folder, manifest["id"])
         return manifest
 
-    async def prune(self, model: Model, folder: ModelFolder, snapshot: str) -> None:
-        """Remove the automatic snapshots that are not kept, behind one that was just written, and the journal before."""
+    async def prune(
+        self,
+        model: Model,
+        folder: ModelFolder,
+        snapshot: str,
+        threads: Threads = DISK,
+        alone: AbstractAsyncContextManager[Any] | None = None,
+    ) -> None:
+        """Remove the automatic snapshots that are not kept, behind one that was just written, and the journal before.
+
+        `threads`: who removes snapshots. `alone`: the lock of the folder, unless it is held.
+        """
         try:
-            oldest = await DISK.run(folder.snapshots.prune, model.durability.keep, snapshot)
-            if model.recorder.journal is not None:
-                await DISK.run(model.recorder.journal.prune, oldest)
+            oldest = await threads.run(folder.snapshots.prune, model.durability.keep, snapshot)
+            async with alone or contextlib.nullcontext():
+                if model.recorder.journal is not None:
+                    await DISK.run(model.recorder.journal.prune, oldest)
         except PushstepError as error:
             log.warning("model %s: after its snapshot %s: %s", model.name, snapshot, error.message)
 

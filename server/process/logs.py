@@ -13,6 +13,8 @@ import threading
 from collections import deque
 from typing import Final
 
+from .secrets import SECRETS
+
 KEPT_BYTES: Final = 4 << 20
 FORMAT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 # How long the end of the process waits for a reader to take the last lines.
@@ -41,8 +43,8 @@ class LogWriter(logging.Handler):
             self.handleError(record)
 
     def say(self, text: str) -> None:
-        """Queue a line. If too much is queued, the line is dropped and counted."""
-        line = f"{text}\n".encode(errors="backslashreplace")
+        """Queue a line, without what is secret. If too much is queued, the line is dropped and counted."""
+        line = f"{SECRETS.hide(text)}\n".encode(errors="backslashreplace")
         with self._changed:
             if self._kept_bytes + len(line) > KEPT_BYTES:
                 self._dropped += 1

@@ -114,6 +114,8 @@ PUSHES: Final = Threads("pushes", min(32, _CORES + 4))
 REQUESTS: Final = Threads("requests", 1, most_waiting=32, share=Share(SHARE_OF_REQUESTS, BURST_S))
 # Reads and writes of the data folder. Each model's writes wait for one another.
 DISK: Final = Threads("disk", 4)
+# Reads and writes of a store of snapshots that is elsewhere, which may be slow, or may not answer.
+STORE: Final = Threads("store", 8, most_waiting=64)
 # Frames of whole states, made for workers as they are sent.
 PULLS: Final = Threads("pulls", 2)
 # What readers ask for over REST: verified snapshots, checkpoints, whole states. Each computes all the time, so they have

@@ -27,6 +27,7 @@ from .snapshots import Snapshots
 from .store import FolderStore, Store
 
 log = logging.getLogger("pushstep.model_folder")
+IDENTITY: Final = "identity.json"
 TRASH_PREFIX: Final = ".trash-"
 # A restore adds some 20 bytes.
 LONGEST_IDENTITY_BYTES: Final = 64 << 20
@@ -134,16 +135,16 @@ class ModelFolder:
 
     def __init__(self, path: Path, store: Store | None = None) -> None:
         """`store`: where its snapshots are kept; None: in the folder."""
-        self._path = path
+        self.path = path
         self.name = path.name
-        self._identity = path / "identity.json"
+        self._identity = path / IDENTITY
         self.snapshots = Snapshots(store or FolderStore(path / "snapshots"))
         self.journal = path / "journal"
 
     def sweep(self) -> None:
         """Remove what interrupted writes left behind."""
-        if self._path.is_dir():
-            files.sweep(self._path, f".{self._identity.name}-*")
+        if self.path.is_dir():
+            files.sweep(self.path, f".{self._identity.name}-*")
             self.snapshots.sweep()
 
     def recover(self) -> Recovered | None:
@@ -151,7 +152,7 @@ class ModelFolder:
 
         ModelNotLoaded, or another named error, if there is something that cannot be loaded.
         """
-        if not self._path.is_dir():
+        if not self.path.is_dir():
             raise ModelNotLoaded(model=self.name, problem=f"models/{self.name} is no folder")
         ids = self.snapshots.ids()
         identity = self.read_identity(bool(ids))
@@ -197,7 +198,7 @@ class ModelFolder:
 
     def write_identity(self, identity: IdentityFile) -> None:
         """Write the identity to disk. StorageFailed."""
-        folder, name = self._path, f"models/{self.name}/{self._identity.name}"
+        folder, name = self.path, f"models/{self.name}/{self._identity.name}"
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for parent in (folder.parent, folder.parent.parent):
@@ -211,24 +212,24 @@ class ModelFolder:
 
         StorageFailed.
         """
-        aside = self._path.with_name(f".lost-{self.name}-{secrets.token_hex(4)}")
+        aside = self.path.with_name(f".lost-{self.name}-{secrets.token_hex(4)}")
         try:
-            if os.path.lexists(self._path):
-                os.replace(self._path, aside)
-                files.fsync(self._path.parent)
+            if os.path.lexists(self.path):
+                os.replace(self.path, aside)
+                files.fsync(self.path.parent)
                 log.warning("what was left of an earlier model %s is now models/%s", self.name, aside.name)
         except OSError as error:
-            raise files.refusal(f"models/{self.name}", error, self._path.parent) from error
+            raise files.refusal(f"models/{self.name}", error, self.path.parent) from error
 
     def remove(self) -> None:
         """Remove the folder with everything in it. StorageFailed."""
-        trash = self._path.with_name(f"{TRASH_PREFIX}{secrets.token_hex(8)}")
+        trash = self.path.with_name(f"{TRASH_PREFIX}{secrets.token_hex(8)}")
         try:
-            os.replace(self._path, trash)
-            files.fsync(self._path.parent)  # or a power cut could bring a half of it back
+            os.replace(self.path, trash)
+            files.fsync(self.path.parent)  # or a power cut could bring a half of it back
             files.remove(trash)
         except OSError as error:
-            raise files.refusal(f"models/{self.name}", error, self._path.parent) from error
+            raise files.refusal(f"models/{self.name}", error, self.path.parent) from error
 
 
 def model_folders(models: Path) -> list[str]:

@@ -2,7 +2,7 @@
 
 A snapshot is always written into the data folder first, whole and durable. `FolderStore` leaves it there.
 `server/remote/object_store.py` is the other implementation: it sends each snapshot on, and reads from there what the data
-folder does not have. `models/catalog.py` decides which of the two a server has.
+folder does not have. `Catalog.folder` decides which of the two a server has.
 """
 
 from __future__ import annotations
@@ -56,12 +56,6 @@ class Store(Protocol):
 
     def unsent(self) -> Sequence[str]:
         """The snapshots that are not yet where they are kept."""
-
-    def send(self, snapshot: str) -> None:
-        """Bring a snapshot to where it is kept, and verify it there. Does nothing if it is there."""
-
-    def clear(self) -> None:
-        """Remove what is not in the data folder: the model is deleted."""
 
 
 class FileSource:
@@ -136,9 +130,3 @@ class FolderStore:
     def unsent(self) -> Sequence[str]:
         """None: each is where it is kept once it is written."""
         return ()
-
-    def send(self, snapshot: str) -> None:
-        """Nothing to do."""
-
-    def clear(self) -> None:
-        """Nothing to do."""

@@ -10,25 +10,31 @@ from pydantic import BaseModel, ConfigDict, Field
 from ...coordinator.settings import LARGEST_WHOLE
 from ...journal.durability import read_durability
 from ...models.model import Model
+from ...remote.sender import Sender
 from ..depends import OPERATOR, CatalogHere, ModelHere
 
 router = APIRouter(tags=["durability"])
 
 
-def _show(model: Model) -> dict[str, Any]:
+def _show(model: Model, sender: Sender | None) -> dict[str, Any]:
     journal = model.recorder.journal
     return {
         **model.durability.model_dump(mode="json"),
         "version": model.version,
         "durable_version": model.recorder.durable_version,
         "journal_bytes": 0 if journal is None else journal.file_bytes,
+        "snapshots_store": None if sender is None else sender.describe(model),
     }
 
 
 @router.get("/models/{m}/durability", summary="Show how the model is kept on the disk")
-async def show_durability(model: ModelHere) -> dict[str, Any]:
-    """The settings, and the newest version that no crash can undo."""
-    return _show(model)
+async def show_durability(model: ModelHere, catalog: CatalogHere) -> dict[str, Any]:
+    """The settings, and the newest version that no crash can undo.
+
+    `snapshots_store` is where snapshots are sent if that is not the data folder: the newest one that was sent, and if it
+    does not take them, why, since when, and when it is tried again.
+    """
+    return _show(model, catalog.sender)
 
 
 @router.patch("/models/{m}/durability", summary="Change how the model is kept on the disk")
@@ -42,7 +48,7 @@ async def change_durability(
 ) -> dict[str, Any]:
     """A setting that is left out stays as it is. Another level holds once this has answered."""
     await catalog.set_durability(model.name, read_durability(settings, model.durability), OPERATOR)
-    return _show(model)
+    return _show(model, catalog.sender)
 
 
 class RestoreVersion(BaseModel):

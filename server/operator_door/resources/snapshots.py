@@ -10,7 +10,8 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
 
 from ...arenas.arena import ArenasCopy
-from ...process.threads import DISK, READS
+from ...models.catalog import Catalog
+from ...process.threads import DISK, READS, STORE, Threads
 from ...storage.checkpoints import Checkpoint, Content, write
 from ..depends import OPERATOR, CatalogHere, CopiesHere, DownloadsHere, ModelHere
 from ..download import Download
@@ -35,10 +36,19 @@ def _show(manifest: Mapping[str, Any]) -> dict[str, Any]:
     return {key: manifest[key] for key in SHOWN if key in manifest}
 
 
+def _readers(catalog: Catalog) -> Threads:
+    """Who reads snapshots: a store that does not answer holds up no other reader."""
+    return READS if catalog.remote is None else STORE
+
+
+def _writers(catalog: Catalog) -> Threads:
+    return DISK if catalog.remote is None else STORE
+
+
 @router.get("/models/{m}/snapshots", summary="List the snapshots")
 async def list_snapshots(model: ModelHere, catalog: CatalogHere) -> dict[str, Any]:
     """The snapshots, newest first. A damaged one says what is wrong with it."""
-    return {"snapshots": await READS.run(catalog.snapshots(model.name).manifests, _show)}
+    return {"snapshots": await _readers(catalog).run(catalog.snapshots(model.name).manifests, _show)}
 
 
 @router.post("/models/{m}/snapshots", status_code=201, summary="Take a snapshot")
@@ -50,14 +60,14 @@ async def take_snapshot(m: str, catalog: CatalogHere) -> dict[str, Any]:
 @router.get("/models/{m}/snapshots/{snapshot}", summary="Show a snapshot")
 async def show_snapshot(model: ModelHere, snapshot: str, catalog: CatalogHere) -> dict[str, Any]:
     """The snapshot's manifest, after every byte of the snapshot was verified."""
-    manifest = await READS.run(catalog.snapshots(model.name).verified, snapshot)
+    manifest = await _readers(catalog).run(catalog.snapshots(model.name).verified, snapshot)
     return {**_show(manifest), "verified": True}
 
 
 @router.delete("/models/{m}/snapshots/{snapshot}", status_code=204, summary="Delete a snapshot")
 async def delete_snapshot(model: ModelHere, snapshot: str, catalog: CatalogHere) -> Response:
     """Deletes the snapshot for good."""
-    await DISK.run(catalog.snapshots(model.name).delete, snapshot)
+    await _writers(catalog).run(catalog.snapshots(model.name).delete, snapshot)
     model.record("snapshot_deleted", OPERATOR, snapshot=snapshot)
     return Response(status_code=204)
 
@@ -92,7 +102,7 @@ async def snapshot_content(
     content = Content(format, state)
 
     async def read() -> tuple[dict[str, Any], ArenasCopy]:
-        return await READS.run(catalog.snapshots(model.name).read, snapshot)
+        return await _readers(catalog).run(catalog.snapshots(model.name).read, snapshot)
 
     async def written() -> Checkpoint:
         async with copies.shared((model.uid, snapshot), read) as (facts, copy):
