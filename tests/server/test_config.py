@@ -64,7 +64,21 @@ def test_argument_over_environment_over_file_over_default(
 
 
 def test_every_setting_is_in_the_table() -> None:
-    assert set(Config.model_fields) == {*VALUES, "insecure", "no_shared_memory"}
+    assert set(Config.model_fields) == {*VALUES, "insecure", "no_shared_memory", "snapshots", "snapshots_takeover"}
+
+
+def test_the_url_of_the_snapshots_is_a_setting_that_is_never_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "settings.toml"
+    path.write_text('snapshots = "s3://c"\n')
+    assert Config.read({}, None).snapshots_url() == ""
+    assert Config.read({}, path).snapshots_url() == "s3://c"
+    monkeypatch.setenv("PUSHSTEP_SNAPSHOTS", "s3://me:topsecret@b")
+    config = Config.read({}, path)
+    assert config.snapshots_url() == "s3://me:topsecret@b"
+    assert "topsecret" not in f"{config!r} {config}"
+    assert Config.read(vars(parser().parse_args(["--snapshots", "s3://a"])), path).snapshots_url() == "s3://a"
 
 
 def test_a_flag_is_a_setting_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
