@@ -224,7 +224,7 @@ class Receipt(_message.Message):
     def __init__(self, outcome: _Optional[_Union[Outcome, str]] = ..., reason: _Optional[str] = ..., identity: _Optional[_Union[Identity, _Mapping]] = ..., version: _Optional[int] = ..., staleness: _Optional[int] = ..., gradient_norm: _Optional[float] = ..., clip_factor: _Optional[float] = ..., groups: _Optional[_Iterable[_Union[GroupValues, _Mapping]]] = ..., ignored_edits: _Optional[_Iterable[str]] = ..., lead: bool = ..., durability: _Optional[_Union[Durability, str]] = ..., times: _Optional[_Union[ServerTimes, _Mapping]] = ..., duplicates: _Optional[int] = ..., contributors: _Optional[_Iterable[str]] = ..., lr_scale: _Optional[float] = ..., step_norm: _Optional[float] = ..., notes: _Optional[_Iterable[str]] = ..., policy: _Optional[str] = ..., missing_metrics: _Optional[_Iterable[str]] = ..., durable_version: _Optional[int] = ...) -> None: ...
 
 class Ticket(_message.Message):
-    __slots__ = ("identity", "version", "factor", "lr_scale", "groups", "contributions", "divisor")
+    __slots__ = ("identity", "version", "factor", "lr_scale", "groups", "contributions", "divisor", "frozen")
     IDENTITY_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     FACTOR_FIELD_NUMBER: _ClassVar[int]
@@ -232,6 +232,7 @@ class Ticket(_message.Message):
     GROUPS_FIELD_NUMBER: _ClassVar[int]
     CONTRIBUTIONS_FIELD_NUMBER: _ClassVar[int]
     DIVISOR_FIELD_NUMBER: _ClassVar[int]
+    FROZEN_FIELD_NUMBER: _ClassVar[int]
     identity: Identity
     version: int
     factor: float
@@ -239,7 +240,8 @@ class Ticket(_message.Message):
     groups: _containers.RepeatedCompositeFieldContainer[GroupValues]
     contributions: _containers.RepeatedCompositeFieldContainer[Contribution]
     divisor: float
-    def __init__(self, identity: _Optional[_Union[Identity, _Mapping]] = ..., version: _Optional[int] = ..., factor: _Optional[float] = ..., lr_scale: _Optional[float] = ..., groups: _Optional[_Iterable[_Union[GroupValues, _Mapping]]] = ..., contributions: _Optional[_Iterable[_Union[Contribution, _Mapping]]] = ..., divisor: _Optional[float] = ...) -> None: ...
+    frozen: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, identity: _Optional[_Union[Identity, _Mapping]] = ..., version: _Optional[int] = ..., factor: _Optional[float] = ..., lr_scale: _Optional[float] = ..., groups: _Optional[_Iterable[_Union[GroupValues, _Mapping]]] = ..., contributions: _Optional[_Iterable[_Union[Contribution, _Mapping]]] = ..., divisor: _Optional[float] = ..., frozen: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Contribution(_message.Message):
     __slots__ = ("identity", "weight")

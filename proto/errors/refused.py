@@ -98,11 +98,11 @@ class LeaseExpired(Refused):
 
 
 class Quarantined(Refused):
-    """A worker whose last pushes were all refused. Nothing of it is read until an operator releases it."""
+    """A worker whose last pushes were all refused, or that an operator has quarantined. Nothing of it is read until one releases it."""
 
     code = "quarantined"
     grpc_status = Status.PERMISSION_DENIED
-    template = "worker {worker!r} is quarantined after {count} refused pushes in a row; an operator can release it: POST /v1/models/{model}/workers/{worker}/release"
+    template = "worker {worker!r} is quarantined ({why}); an operator can release it: POST /v1/models/{model}/workers/{worker}/release"
 
 
 class OutOfOrder(Refused):

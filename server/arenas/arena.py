@@ -136,6 +136,8 @@ class Arenas:
         ticket's version, which then moved nothing. `copy_out`, one tensor for each arena, receives the new parameters
         of the dense parts in the same pass. Returns the indices of the slots that were written there.
         """
+        if ticket.frozen:
+            parts = [part for part in parts if self._group_of(part) not in ticket.frozen]
         values = [values_of(group) for group in ticket.groups]
         for group in values:
             group["lr"] = float(group["lr"]) * ticket.lr_scale
@@ -225,7 +227,10 @@ class Arenas:
                 values = values_of(ticket.groups[group])
                 rule = rule_of(self.layout, group)
                 lrs[group] = rule.effective_lr(values, max(1, self.steps[slot.index])) * ticket.lr_scale
-        return lrs
+        return {group: 0.0 if group in ticket.frozen else lr for group, lr in lrs.items()}
+
+    def _group_of(self, part: DensePart | RowsPart) -> int:
+        return part.slot.group if isinstance(part, RowsPart) else self.layout.arenas[part.arena].group
 
     def mark_changed(self, slot: Slot, version: int) -> None:
         """Note that every element of a parameter may have changed in `version`."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from pushstep.proto.errors import PushstepError
 from pushstep.proto.types_pb2 import Contribution, Durability, Ticket
@@ -19,6 +19,13 @@ from .groups import EditPlan, ParamGroups
 from .hooks.chain import HookChain
 from .hooks.hook import StepContext
 from .push import PendingPush
+
+# What operators edit, as `Revisions` and ETags name it.
+GROUPS: Final = "groups"
+HOOKS: Final = "hooks"
+POLICY: Final = "policy"
+GATE: Final = "gate"
+DURABILITY: Final = "durability"
 
 
 def is_before(lineage: Sequence[tuple[int, int]], timeline: int, version: int) -> bool:
@@ -120,6 +127,7 @@ class Commits:
             factor=context.factor,
             lr_scale=order.lr_scale,
             groups=self.groups.messages(),
+            frozen=self.groups.frozen,
         )
         if order.divisor is not None:
             ticket.divisor = order.divisor
@@ -197,3 +205,37 @@ def _mean_metrics(pushes: Sequence[PendingPush]) -> Mapping[str, float]:
             total, weight = totals.get(name, (0.0, 0.0))
             totals[name] = total + pending.weight * value, weight + pending.weight
     return {name: total / weight for name, (total, weight) in totals.items()}
+
+
+def of_group(index: int) -> str:
+    """The resource of one param group."""
+    return f"{GROUPS}/{index}"
+
+
+def of_hook(hook_id: str) -> str:
+    """The resource of one installed hook."""
+    return f"{HOOKS}/{hook_id}"
+
+
+class Revisions:
+    """At which edit each resource of a model was last changed by an operator: what its ETag is made of.
+
+    The number of edits only grows within a timeline, so no revision comes twice on one. Workers' edits do not count: they
+    would make an operator's edit stale at every step of a scheduler. What was never changed has revision 0.
+    """
+
+    def __init__(self, known: Mapping[str, int] | None = None) -> None:
+        # replaced by each change and never written to: the journal compares it with what it has said
+        self.known: Mapping[str, int] = dict(known or {})
+
+    def of(self, resource: str) -> int:
+        """The edit that changed a resource last."""
+        return self.known.get(resource, 0)
+
+    def note(self, edit: int, *resources: str) -> None:
+        """Note that an edit has changed these resources."""
+        self.known = {**self.known, **dict.fromkeys(resources, edit)}
+
+    def forget(self, resource: str) -> None:
+        """Forget a resource that is gone, and whose name is not given again."""
+        self.known = {name: edit for name, edit in self.known.items() if name != resource}

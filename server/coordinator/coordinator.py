@@ -24,7 +24,6 @@ from pushstep.proto.errors import (
     OutOfOrder,
     PushstepError,
     Superseded,
-    UnknownWorker,
 )
 from pushstep.proto.training_pb2 import PushHeader
 from pushstep.proto.types_pb2 import OUTCOME_APPLIED, Identity, Receipt
@@ -254,12 +253,15 @@ class Coordinator:
         )
         return self.pending_pushes.conclude(now_s)
 
+    def quarantine(self, name: str, now_s: float) -> list[Decision]:
+        """An operator quarantines a worker. Its pending pushes are not applied. UnknownWorker."""
+        self.pending_pushes.quarantine(self.sessions.known(name), by_hand=True)
+        return self.pending_pushes.conclude(now_s)
+
     def released(self, name: str, now_s: float) -> list[Decision]:
         """An operator releases a worker from quarantine. UnknownWorker."""
-        worker = self.sessions.workers.get(name)
-        if worker is None:
-            raise UnknownWorker(model=self.name, worker=name)
-        worker.quarantined, worker.refused_in_row = False, 0
+        worker = self.sessions.known(name)
+        worker.quarantined, worker.quarantined_by_hand, worker.refused_in_row = False, False, 0
         self.sessions.mark_changed(name)
         return self.pending_pushes.conclude(now_s)
 

@@ -8,7 +8,7 @@ them. A scheduler hook holds the lr of its groups against both.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import torch
@@ -46,8 +46,8 @@ class Group:
     pinned: set[str] = field(default_factory=set)
     # id of the hook that sets lr at every version
     scheduled_by: str | None = None
-    # number of REST edits, the ETag. Worker edits do not count, or else they make an operator's edit stale
-    revision: int = 1
+    # steps leave its parameters and their state as they are
+    frozen: bool = False
     # the last message made, and the values that it shows
     _sent: tuple[Values, GroupValues] | None = None
 
@@ -113,6 +113,17 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True)
+class OperatorEdit:
+    """What an operator changes in a group."""
+
+    values: Mapping[str, Any]
+    # pins the fields that `values` names against workers' edits, or else frees them
+    hold: bool = True
+    # None: as it is
+    frozen: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class EditPlan:
     """What a worker's edits do to the groups."""
 
@@ -154,18 +165,28 @@ class ParamGroups:
             raise UnknownGroup(model=model, groups=len(self.list), group=index)
         return self.list[index]
 
-    def patch(self, index: int, edit: Mapping[str, Any], hold: bool, model: str) -> Group:
-        """Apply an operator's edit, validated whole. `hold` pins its fields against workers, else frees them.
+    def patched(self, index: int, edit: OperatorEdit, model: str) -> Group:
+        """A group as an operator's edit makes it, validated whole; nothing is written.
 
-        HeldByHook if a scheduler hook sets the lr. Raises what `changed` raises, with nothing written.
+        HeldByHook if a scheduler hook sets the lr. Raises what `changed` raises.
         """
         group = self.at(index, model)
-        if "lr" in edit and group.scheduled_by is not None:
+        if "lr" in edit.values and group.scheduled_by is not None:
             raise HeldByHook(field="lr", group=index, hook=group.scheduled_by)
-        group.values = self.changed(index, edit, model)
-        group.pinned = group.pinned | set(edit) if hold else group.pinned - set(edit)
-        group.revision += 1
-        return group
+        values, fields = self.changed(index, edit.values, model), set(edit.values)
+        pinned = group.pinned | fields if edit.hold else group.pinned - fields
+        frozen = group.frozen if edit.frozen is None else edit.frozen
+        return replace(group, values=values, pinned=pinned, frozen=frozen)
+
+    def patch(self, index: int, edit: OperatorEdit, model: str) -> Group:
+        """Apply an operator's edit. Raises what `patched` raises, with nothing written."""
+        self.list[index] = self.patched(index, edit, model)
+        return self.list[index]
+
+    @property
+    def frozen(self) -> list[int]:
+        """The groups that steps leave as they are."""
+        return [index for index, group in enumerate(self.list) if group.frozen]
 
     def changed(self, index: int, edit: Mapping[str, Any], model: str) -> Values:
         """A group's values after an edit; nothing is written. Every later push must be steppable with them.
@@ -252,6 +273,7 @@ class ParamGroups:
                 "optimizer": group.optimizer,
                 "values": dict(group.values),
                 "pinned": sorted(group.pinned),
+                "frozen": group.frozen,
             }
             for group in self.list
         ]
@@ -265,6 +287,7 @@ class ParamGroups:
                 int(entry["optimizer"]),
                 dict(entry["values"]),
                 set(entry["pinned"]),
+                frozen=entry.get("frozen", False),
             )
             for entry in dumped
         )

@@ -243,18 +243,23 @@ class PendingPushes:
         worker.refused_in_row += 1
         limit = self.admission.settings.quarantine_after
         if limit is not None and worker.refused_in_row >= limit and not worker.quarantined:
-            worker.quarantined = True
-            worker.quarantines += 1
-            self.sessions.mark_changed(worker.name)
             self.record("worker_quarantined", "server", worker=worker.name, refused=worker.refused_in_row)
-            held, worker.undecided = list(worker.undecided.values()), {}
-            self.drop(held, lambda _: self.quarantined(worker))
+            self.quarantine(worker, by_hand=False)
+
+    def quarantine(self, worker: Worker, *, by_hand: bool) -> None:
+        """Read nothing more of a worker. Its pending pushes are dropped."""
+        worker.quarantines += not worker.quarantined
+        worker.quarantined, worker.quarantined_by_hand = True, by_hand
+        self.sessions.mark_changed(worker.name)
+        held, worker.undecided = list(worker.undecided.values()), {}
+        self.drop(held, lambda _: self.quarantined(worker))
 
     def quarantined(self, worker: Worker) -> Quarantined:
         """The error that a quarantined worker gets."""
-        return Quarantined(
-            worker=worker.name, count=worker.refused_in_row, model=self.commits.name, times=worker.quarantines
-        )
+        why = f"after {worker.refused_in_row} refused pushes in a row"
+        if worker.quarantined_by_hand:
+            why = "by an operator"
+        return Quarantined(worker=worker.name, why=why, model=self.commits.name, times=worker.quarantines)
 
     def drop(self, pushes: Sequence[PendingPush], why: Callable[[PendingPush], PushstepError]) -> None:
         """Resolve pushes that will never have an outcome, each with the error of `why`."""

@@ -1,9 +1,8 @@
 """The workers of one model: their leases, epochs and sequences, and the receipts that make a retry harmless.
 
-A synchronous state machine: events and the time go in, answers come out. There is no clock, thread or I/O inside. A
-push is (worker, epoch, sequence). The next sequence is decided. A sequence that was decided before is answered with
-the stored outcome. A gap or an old epoch is refused. A few sequences may be in flight at once; they are decided in
-order. An epoch is never given out twice: a new name starts above the epochs of all workers that were forgotten.
+A synchronous state machine. A push is (worker, epoch, sequence). The next sequence is decided. A sequence that was
+decided before is answered with the stored outcome. A gap or an old epoch is refused. A few sequences may be in flight at
+once; they are decided in order. An epoch is never given out twice: a new name starts above those of all that were forgotten.
 """
 
 from __future__ import annotations
@@ -36,7 +35,6 @@ LAST_SEQUENCE: Final = 2**64 - 1
 WORKER_BYTES: Final = 4096
 RECEIPT_BYTES: Final = 1024
 SPREAD: Final = 4
-# The outcomes as counted for a worker.
 OUTCOMES: Final = {number: name.removeprefix("OUTCOME_").lower() for name, number in Outcome.items()}
 
 
@@ -99,7 +97,7 @@ class Sessions:
         self._joins += 1
         worker.joined = self._joins
         if self._lead is worker:
-            self._lead = None  # a worker that joins again comes last in the order of joins
+            self._lead = None  # who joins again comes last
         self._touch(worker, now_s)
         self.leases.watch(worker)
         self._changed.add(name)
@@ -267,11 +265,16 @@ class Sessions:
 
     def evict(self, name: str) -> Worker:
         """Fence a worker for an operator. It may join again in a new session. UnknownWorker."""
+        worker = self.known(name)
+        worker.state = WorkerState.EVICTED
+        self._changed.add(name)
+        return worker
+
+    def known(self, name: str) -> Worker:
+        """A worker by its name. UnknownWorker."""
         worker = self.workers.get(name)
         if worker is None:
             raise UnknownWorker(model=self.model, worker=name)
-        worker.state = WorkerState.EVICTED
-        self._changed.add(name)
         return worker
 
     def close_epochs(self, first_epoch: int = 0) -> None:

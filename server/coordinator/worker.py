@@ -85,6 +85,8 @@ class Worker:
     # refused
     refused_in_row: int = 0
     quarantined: bool = False
+    # by an operator, and not for its refused pushes
+    quarantined_by_hand: bool = False
     # number of quarantines since the server started
     quarantines: int = 0
     # the callers' numbers of the last joins; the last one opened this epoch
@@ -116,6 +118,7 @@ class Worker:
             "duplicates": self.duplicates,
             "refused_in_row": self.refused_in_row,
             "quarantined": self.quarantined,
+            "quarantined_by_hand": self.quarantined_by_hand,
             "attempts": list(self.attempts),
             "forgotten": list(self.forgotten),
             "since": self.session_epoch,
@@ -138,6 +141,7 @@ class Worker:
             worker_state=bytes.fromhex(dumped["worker_state"]),
             refused_in_row=dumped["refused_in_row"],
             quarantined=dumped["quarantined"],
+            quarantined_by_hand=dumped.get("quarantined_by_hand", False),
             session_epoch=dumped.get("since", 0),
             process=Process.FromString(bytes.fromhex(dumped.get("process", ""))),
         )

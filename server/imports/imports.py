@@ -15,6 +15,7 @@ from torch import Tensor
 from pushstep.proto.errors import InvalidFile, InvalidSettings, ManifestChanged, ModelExists
 from pushstep.proto.training_pb2 import Process
 from pushstep.proto.wire.identifiers import check_name
+from pushstep.proto.wire.layout import Layout
 from pushstep.proto.wire.tensor_names import GROUPS
 
 from ..arenas.extras import Extras
@@ -65,6 +66,32 @@ class Imports:
     async def _replace(
         self, model: Model, file: IncomingFile, settings: ImportSettings, by: str
     ) -> dict[str, Any]:
+        content, layout = await self._read_for(model, file, settings)
+        async with self._catalog.restores.turns:
+            _, copy = await model.copy()
+            if copy.layout is not layout:
+                raise ManifestChanged(model=model.name)
+            groups = [group.values for group in model.groups.list]
+            await READS.run(partial(content.fill, copy, groups, keeps_state=settings.keep_state))
+            extras = await READS.run(_extras, content.extras, copy.extras)
+            await self._catalog.restores.replace(model, replace(copy, extras=extras), None, by)
+        done = _done(content, settings)
+        model.record("imported", by, parameters=done["parameters"], state=done["state"])
+        return {"timeline": model.timeline, "effective_version": copy.version, **done}
+
+    async def plan_replace(
+        self, model: Model, file: IncomingFile, settings: ImportSettings
+    ) -> dict[str, Any]:
+        """What `replace` would do. It releases the file, and raises what `replace` raises."""
+        try:
+            content, _ = await self._read_for(model, file, settings)
+        finally:
+            file.release()
+        return {"timeline": model.timeline + 1, "version": model.version, **_done(content, settings)}
+
+    async def _read_for(
+        self, model: Model, file: IncomingFile, settings: ImportSettings
+    ) -> tuple[FileContent, Layout]:
         model.require_whole()
         layout = model.layout
 
@@ -76,27 +103,28 @@ class Imports:
         content = await READS.run(read)
         if content.states and settings.keep_state:
             raise InvalidSettings(problem="keep_state: the file has state of its own; say weights_only, too")
-        async with self._catalog.restores.turns:
-            _, copy = await model.copy()
-            if copy.layout is not layout:
-                raise ManifestChanged(model=model.name)
-            groups = [group.values for group in model.groups.list]
-            await READS.run(partial(content.fill, copy, groups, keeps_state=settings.keep_state))
-            extras = await READS.run(_extras, content.extras, copy.extras)
-            await self._catalog.restores.replace(model, replace(copy, extras=extras), None, by)
-        state = "replaced" if content.states else "kept" if settings.keep_state else "begun_anew"
-        model.record("imported", by, parameters=len(content.values), state=state)
+        return content, layout
+
+    async def plan_create(self, name: str, groups: str | None, file: IncomingFile) -> dict[str, Any]:
+        """What `create` would make. It releases the file, and raises what `create` raises."""
+        try:
+            proposal, content = await self._read_new(name, groups, file)
+        finally:
+            file.release()
+        self._catalog.require_creatable(name, proposal)
+        layout = proposal.layout
         return {
-            "timeline": model.timeline,
-            "effective_version": copy.version,
-            "parameters": len(content.values),
+            "name": name,
+            "parameters": len(layout.slots),
+            "elements": sum(arena.elements for arena in layout.arenas),
+            "bytes": proposal.bytes_needed,
+            "groups": len(layout.manifest.groups),
             "buffers": len(content.extras),
-            "state": state,
         }
 
-    async def _create(self, name: str, groups: str | None, file: IncomingFile, by: str) -> Model:
-        catalog = self._catalog
-
+    async def _read_new(
+        self, name: str, groups: str | None, file: IncomingFile
+    ) -> tuple[Proposal, FileContent]:
         def read() -> tuple[Proposal, FileContent]:
             tensors, texts = read_file(file.content)
             text = groups if groups is not None else texts.get(GROUPS)
@@ -109,6 +137,12 @@ class Imports:
         proposal, content = await READS.run(read)
         extras_bytes = sum(tensor.nbytes for tensor in content.extras.values())
         self.require_new(name, proposal.bytes_needed + extras_bytes)
+        return proposal, content
+
+    async def _create(self, name: str, groups: str | None, file: IncomingFile, by: str) -> Model:
+        catalog = self._catalog
+        proposal, content = await self._read_new(name, groups, file)
+        extras_bytes = sum(tensor.nbytes for tensor in content.extras.values())
         now_s = catalog.clock()
         ticket = catalog.begin_creation(name, by, proposal, now_s, 0, Process()).ticket
         creation, has_place = catalog.creation(name, ticket, now_s), False
@@ -128,6 +162,12 @@ class Imports:
         finally:
             catalog.end_creation(name, creation, catalog.clock(), had_place=has_place, comes_again=False)
         return model
+
+
+def _done(content: FileContent, settings: ImportSettings) -> dict[str, Any]:
+    """What of a file comes into a model."""
+    state = "replaced" if content.states else "kept" if settings.keep_state else "begun_anew"
+    return {"parameters": len(content.values), "buffers": len(content.extras), "state": state}
 
 
 def _extras(sent: Mapping[str, Tensor], held: Extras) -> Extras:

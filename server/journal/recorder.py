@@ -23,7 +23,7 @@ from pushstep.proto.journal_pb2 import JournalExtras, JournalRecord, JournalStep
 from pushstep.proto.types_pb2 import Durability, Segment
 
 from ..arenas.writer import ModelWriter
-from ..coordinator.commits import Commits
+from ..coordinator.commits import Commits, Revisions
 from ..coordinator.coordinator import Coordinator
 from ..coordinator.decision import Resolve, Step
 from ..coordinator.sessions import Sessions
@@ -56,6 +56,7 @@ class Owner(Protocol):
     writer: ModelWriter
     durability: DurabilitySettings
     edit: int
+    revisions: Revisions
 
 
 class Recorder:
@@ -72,7 +73,7 @@ class Recorder:
         self.saved_version = 0
         # what the records so far have said of the manifest
         self._said: dict[str, Any] = {}
-        self._said_groups: list[tuple[object, Set[str]]] = []
+        self._said_groups: list[tuple[object, Set[str], bool]] = []
         self._said_settings: dict[str, object] = {}
         # (record, what is called once that record is safe), and (version, the future that waits for it)
         self._waiting: deque[tuple[int, Callable[[], None]]] = deque()
@@ -234,9 +235,9 @@ class Recorder:
             if self._said.get(name) != now:
                 found[name] = self._said[name] = now
         groups = self._model.commits.groups
-        held = [(group.values, frozenset(group.pinned)) for group in groups.list]
-        said = [pinned for _, pinned in self._said_groups] == [pinned for _, pinned in held] and (
-            is_step or all(a is b for (a, _), (b, _) in zip(self._said_groups, held, strict=True))
+        held = [(group.values, frozenset(group.pinned), group.frozen) for group in groups.list]
+        said = [said[1:] for said in self._said_groups] == [now[1:] for now in held] and (
+            is_step or all(a[0] is b[0] for a, b in zip(self._said_groups, held, strict=True))
         )
         if not said:
             found["groups"] = groups.dump()
@@ -249,6 +250,7 @@ class Recorder:
         model = self._model
         now: dict[str, Any] = {
             "edit": model.edit,
+            "revisions": model.revisions.known,
             "gate": model.coordinator.admission.dump(),
             "forgotten_epoch": model.sessions.forgotten_epoch,
         }

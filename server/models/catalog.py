@@ -156,6 +156,12 @@ class Catalog:
 
         BeingCreated for other callers, until the ticket runs out or the process that has it is gone.
         """
+        self.require_creatable(name, proposal)
+        needed = proposal.bytes_needed
+        return self._creations.begin(name, worker, proposal.manifest, needed, now_s, attempt, peer, process)
+
+    def require_creatable(self, name: str, proposal: Proposal) -> None:
+        """ModelNotLoaded or OverCapacity unless a model like this may be created now."""
         self.require_free(name)
         self._require_place(proposal.bytes_needed)
         push_bytes = charge(proposal.push_bytes)
@@ -164,8 +170,6 @@ class Catalog:
                 problem=f"one push of this model takes {push_bytes} bytes, staging has {self.config.staging_bytes}",
                 setting="staging-bytes",
             )
-        needed = proposal.bytes_needed
-        return self._creations.begin(name, worker, proposal.manifest, needed, now_s, attempt, peer, process)
 
     def _require_place(self, need_bytes: int) -> None:
         """OverCapacity unless one more model, of `need_bytes`, may be held."""
@@ -304,6 +308,7 @@ class Catalog:
         model = self.get(name)
         model.record("deleted", by)
         model.deleted = True
+        model.events.end("deleted")
         del self.models[name]
         async with self.alone(name):  # or a snapshot that is being written would create the folder again
             await model.close()
@@ -341,14 +346,17 @@ class Catalog:
                 await DISK.run(self.folder(model.name).write_identity, kept)
                 model.kept = kept
 
-    async def set_durability(self, name: str, settings: DurabilitySettings, by: str) -> None:
-        """Keep a model on the disk in another way; another level holds when this returns."""
+    async def set_durability(self, name: str, wanted: Callable[[], DurabilitySettings], by: str) -> None:
+        """Keep a model on the disk in another way; another level holds when this returns.
+
+        `wanted` gives the settings, or refuses, when no other change of them can come in between.
+        """
         model = self.get(name)
 
         async def change() -> None:
             async with self.alone(name):
                 model.require_here()
-                await self.snapshotter.set_durability(model, self.folder(name), settings, by)
+                await self.snapshotter.set_durability(model, self.folder(name), wanted(), by)
             # without the lock: what is decided may wait for a snapshot, which takes the lock
             await model.recorder.until_safe()
 

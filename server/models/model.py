@@ -27,7 +27,7 @@ from ..arenas.extras import Extras
 from ..arenas.publisher import Publisher
 from ..arenas.writer import ModelWriter
 from ..coordinator import admission as admission
-from ..coordinator.commits import Commits
+from ..coordinator.commits import Commits, Revisions
 from ..coordinator.coordinator import Coordinator
 from ..coordinator.groups import Group, ParamGroups
 from ..coordinator.hooks.chain import HookChain
@@ -86,6 +86,7 @@ class Model:
         self.begun_at: tuple[int, int] | None = None
         # edits (hyperparameters, hooks, policy) add no version: (version, this number) identifies each
         self.edit = 0
+        self.revisions = Revisions()
         self.failed: ModelFailed | None = None
         # called when a write has left the arenas torn
         self.on_failed: Callable[[Model], None] = lambda model: None
@@ -223,17 +224,8 @@ class Model:
 
     def record(self, kind: str, by: str, **facts: Any) -> None:
         """Note an event: who did what, after which version."""
-        self.events.note(
-            {
-                "time": time.time(),
-                "kind": kind,
-                "by": by,
-                "timeline": self.timeline,
-                "version": self.version,
-                "edit": self.edit,
-                **facts,
-            }
-        )
+        at = {"timeline": self.timeline, "version": self.version, "edit": self.edit}
+        self.events.record(kind, by, {**at, **facts})
 
     # Replacing what the model is.
 
@@ -250,6 +242,7 @@ class Model:
         self.coordinator.admission = saved.admission
         self.extras = saved.copy.extras
         self.edit = saved.edit
+        self.revisions = Revisions(saved.revisions)
 
     def load(self, saved: SavedState, timeline: int) -> None:
         """Become what a snapshot holds, before anything else uses the model. It blocks."""
@@ -277,8 +270,6 @@ class Model:
         """
         settings = self.coordinator.policy.settings if saved is None else saved.policy
         if saved is not None:
-            for group, before in zip(saved.groups.list, self.groups.list, strict=False):
-                group.revision = before.revision + 1
             self.adopt(saved)
         self.failed = None
         self.replaced_by = None  # that upload is undone
@@ -321,6 +312,7 @@ class Model:
             "timeline": self.timeline,
             "version": self.version,
             "edit": self.edit,
+            "revisions": self.revisions.known,
             "policy": self.coordinator.policy.settings.model_dump(mode="json"),
             "gate": self.coordinator.admission.dump(),
             "groups": self.groups.dump(),

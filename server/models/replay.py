@@ -21,6 +21,7 @@ from pushstep.proto.wire.hyperparameters import values_of
 from ..arenas.arena import ArenasCopy
 from ..arenas.extras import Extras
 from ..coordinator.admission import Admission
+from ..coordinator.commits import Revisions
 from ..coordinator.groups import ParamGroups
 from ..coordinator.hooks.chain import HookChain
 from ..coordinator.policies import catalogue as policies
@@ -183,6 +184,8 @@ class Replay:
         if "durability" in changed:
             model.durability = read_durability(changed["durability"], model.durability)
         model.edit = int(changed.get("edit", model.edit))
+        if "revisions" in changed:
+            model.revisions = Revisions(changed["revisions"])
         model.sessions.forgotten_epoch = int(changed.get("forgotten_epoch", model.sessions.forgotten_epoch))
         for name, row in changed.get("workers", {}).items():
             model.sessions.put(name, row, model.clock())

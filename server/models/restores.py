@@ -54,31 +54,47 @@ class Restores:
     async def restore(self, model: Model, snapshot: str, by: str) -> int:
         """Restore a snapshot. Returns its version. UnknownSnapshot, SnapshotDamaged, InvalidManifest."""
         async with self.turns:
-            try:
-                manifest, copy = await DISK.run(self._folder(model.name).snapshots.read, snapshot)
-            except (SnapshotDamaged, UnknownSnapshot):
-                model.require_here()  # a model deleted meanwhile has no snapshots: that is the error to report
-                raise
-            state = await DISK.run(saved_state, manifest, copy, model.name)
-            if copy.layout.manifest_hash != model.layout.manifest_hash:
-                raise InvalidManifest(
-                    problem=f"snapshot {snapshot} holds other parameters or groups than the model has now"
-                )
-            await self.replace(model, copy, state, by)
-            return copy.version
+            state = await self._saved(model, snapshot)
+            await self.replace(model, state.copy, state, by)
+            return state.copy.version
+
+    async def planned(self, model: Model, kept: str | int) -> SavedState:
+        """What a restore of a snapshot or a version would bring back. Raises what the restore raises."""
+        model.require_here()
+        async with self.turns:
+            return await (
+                self._saved(model, kept) if isinstance(kept, str) else self._at_version(model, kept)
+            )
+
+    async def _saved(self, model: Model, snapshot: str) -> SavedState:
+        try:
+            manifest, copy = await DISK.run(self._folder(model.name).snapshots.read, snapshot)
+        except (SnapshotDamaged, UnknownSnapshot):
+            model.require_here()  # a model deleted meanwhile has no snapshots: that is the error to report
+            raise
+        state = await DISK.run(saved_state, manifest, copy, model.name)
+        if copy.layout.manifest_hash != model.layout.manifest_hash:
+            raise InvalidManifest(
+                problem=f"snapshot {snapshot} holds other parameters or groups than the model has now"
+            )
+        return state
 
     async def restore_version(self, model: Model, version: int, by: str) -> int:
         """Restore a version from which the present state descends: of a snapshot, or of the journal after one.
 
         VersionNotKept if none does.
         """
-        await model.recorder.drained()
         async with self.turns:
-            state = await DISK.run(self._state_at, model, version)
-            if state is None or state.copy.version != version:
-                raise VersionNotKept(model=model.name, version=version)
+            state = await self._at_version(model, version)
             await self.replace(model, state.copy, state, by)
             return version
+
+    async def _at_version(self, model: Model, version: int) -> SavedState:
+        await model.recorder.drained()
+        state = await DISK.run(self._state_at, model, version)
+        if state is None or state.copy.version != version:
+            raise VersionNotKept(model=model.name, version=version)
+        return state
 
     async def replace(self, model: Model, copy: ArenasCopy, saved: SavedState | None, by: str) -> None:
         """Replace what the model holds by `copy`, on a new timeline that is written to disk first.

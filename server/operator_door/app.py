@@ -32,11 +32,13 @@ from pushstep.proto.errors.status import PROBLEM_TYPE, named, to_problem, untrac
 from ..coordinator.settings import problems, read_json
 from ..models.catalog import Catalog
 from ..models.copies import COPIES_AT_ONCE, Copies, ModelCopies
+from ..models.events import ACTOR
 from ..process.threads import REQUESTS, RETRY_AFTER_S
 from ..streams.received import INLINE_MESSAGE_BYTES
 from . import openapi
-from .downloads import Downloads
-from .outlet import Outlet
+from .answers.downloads import Downloads
+from .answers.event_stream import Listeners
+from .answers.outlet import Outlet
 from .resources import (
     durability,
     events,
@@ -60,6 +62,7 @@ OPENAPI_PATH: Final = "/openapi.json"
 # The most requests under way at once, downloads included.
 MOST_REQUESTS: Final = 200
 # Health checks are answered however many requests are under way.
+LOOPBACK: Final = frozenset({"127.0.0.1", "::1"})
 ALWAYS_ANSWERED: Final = frozenset({"/healthz", "/readyz"})
 
 
@@ -96,6 +99,7 @@ def create_app(catalog: Catalog, allowed_hosts: Collection[str] | None, grpc_add
     app.state.copies = ModelCopies(COPIES_AT_ONCE)
     app.state.looks = Copies(COPIES_AT_ONCE)
     app.state.downloads = Downloads()
+    app.state.listeners = Listeners()
     app.include_router(health.router)
     for resource in RESOURCES:
         app.include_router(resource.router, prefix="/v1")
@@ -211,6 +215,7 @@ class Entrance:
             return
         started = False
         self._under_way += 1
+        actor = ACTOR.set(_actor(scope))
 
         async def watched_send(message: Message) -> None:
             nonlocal started
@@ -243,6 +248,7 @@ class Entrance:
             refusal = named(error, log)
         finally:
             self._under_way -= 1
+            ACTOR.reset(actor)
         await problem_response(refusal)(scope, receive, send)
 
     def _check_host(self, host: str) -> None:
@@ -260,6 +266,12 @@ class Entrance:
         came_from = origin.partition("://")[2]
         if came_from.lower() != host.lower():
             raise HostNotAllowed(host=origin[:200])
+
+
+def _actor(scope: Scope) -> str:
+    """Who sends a request, for events: nobody is asked yet, so the address that it comes from."""
+    address = (scope.get("client") or ("local",))[0]
+    return "local" if address in LOOPBACK else str(address)
 
 
 async def _read(scope: Scope, receive: Receive) -> Receive:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from typing import Annotated, Final
+from typing import Annotated
 
 from fastapi import Depends, Request
 from starlette.requests import ClientDisconnect
@@ -12,12 +12,10 @@ from torch import Tensor
 from ..imports.incoming_file import IncomingFile
 from ..models.catalog import Catalog
 from ..models.copies import Copies, ModelCopies
+from ..models.events import OPERATOR
 from ..models.model import Model
-from .downloads import Downloads
+from .answers.downloads import Downloads
 from .header_fields import claimed_digest
-
-# The author of changes through this door, in audit events.
-OPERATOR: Final = "operator"
 
 
 def _catalog(request: Request) -> Catalog:

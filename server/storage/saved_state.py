@@ -38,6 +38,8 @@ class SavedState:
     # a new worker's epoch is above it
     first_epoch: int
     durability: Mapping[str, Any] | None
+    # at which edit each resource was last changed; empty in older snapshots
+    revisions: Mapping[str, int]
 
 
 def saved_state(manifest: Mapping[str, Any], copy: ArenasCopy, model: str) -> SavedState:
@@ -68,4 +70,5 @@ def saved_state(manifest: Mapping[str, Any], copy: ArenasCopy, model: str) -> Sa
         int(manifest.get("journal", 0)),
         int(manifest.get("first_epoch", 0)),
         manifest.get("durability"),
+        manifest.get("revisions", {}),
     )

@@ -116,6 +116,7 @@ class SavedWorker(Saved):
     duplicates: Count
     refused_in_row: Count
     quarantined: bool
+    quarantined_by_hand: bool = False
     attempts: list[Number] = []
     forgotten: Annotated[list[Number], Field(min_length=2, max_length=2)] = [0, 0]
     since: Count = 0
@@ -146,6 +147,7 @@ class SnapshotManifest(Saved):
     journal: Number = 0
     first_epoch: Count = 0
     durability: dict[str, Any] | None = None
+    revisions: dict[str, Count] = {}
 
     @field_validator("files")
     @classmethod

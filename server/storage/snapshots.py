@@ -18,7 +18,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -127,19 +127,25 @@ class Snapshots:
         tensors = {PARAMETER: copy.parameters[index], **copy.states[index]}
         return {**place, **_written(folder / arena_file(index), tensors)}
 
-    def manifests(self, of: Callable[[dict[str, Any]], dict[str, Any]] = dict) -> list[dict[str, Any]]:
-        """What `of` takes from every snapshot's manifest, newest first.
+    def manifests(
+        self,
+        of: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+        ids: Sequence[str] | None = None,
+    ) -> list[dict[str, Any]]:
+        """What `of` takes from the manifests of some snapshots, newest first. `ids` None: of all.
 
-        A snapshot that is damaged, or not understood, is listed with its problem.
+        A snapshot that is damaged, or not understood, is listed with its problem. One that is gone is left out.
         """
         found = []
-        for snapshot in self.ids():
+        for snapshot in self.ids() if ids is None else ids:
             try:
                 found.append(of(self._verified(snapshot)))
             except SnapshotDamaged as error:
                 found.append({"id": snapshot, "damaged": error.message})
             except SnapshotUnsupported as error:
                 found.append({"id": snapshot, "unsupported": error.message})
+            except UnknownSnapshot:
+                continue  # deleted since
         return found
 
     def read(self, snapshot: str) -> tuple[dict[str, Any], ArenasCopy]:
@@ -238,15 +244,18 @@ class Snapshots:
         """Remove what an interrupted write left behind."""
         files.sweep(self.folder, "tmp-*")
 
-    def ids(self) -> list[str]:
-        """Newest first: by timeline, version, edit, number. StorageFailed if the folder cannot be read."""
+    def ids(self, older_than: str | None = None) -> list[str]:
+        """Newest first: by timeline, version, edit, number. StorageFailed if the folder cannot be read.
+
+        older_than: only those that come behind this id, which need not be there.
+        """
         try:
             names = self.store.names()
         except OSError as error:
             raise files.unreadable(f"models/{self._model}/snapshots", error) from error
-        matches = [match for name in names if (match := ID.fullmatch(name))]
-        ordered = sorted(matches, key=lambda match: tuple(map(int, match.groups())), reverse=True)
-        return [match.group() for match in ordered]
+        numbered = sorted(((_numbers(name), name) for name in names if ID.fullmatch(name)), reverse=True)
+        bound = None if older_than is None else _numbers(older_than)
+        return [name for numbers, name in numbered if bound is None or numbers < bound]
 
     def _name(self, snapshot: str) -> str:
         return f"models/{self._model}/snapshots/{snapshot}"
@@ -342,3 +351,9 @@ def _bytes_of(copy: ArenasCopy) -> int:
 
 def _digest(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _numbers(snapshot: str) -> tuple[int, ...]:
+    """The numbers in an id; none in what is no id, which comes before every snapshot."""
+    found = ID.fullmatch(snapshot)
+    return () if found is None else tuple(map(int, found.groups()))

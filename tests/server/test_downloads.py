@@ -16,7 +16,7 @@ from safetensors.torch import load
 
 from pushstep.client import Session
 from pushstep.proto.errors import RangeNotSatisfiable
-from pushstep.server.operator_door.download import part_of
+from pushstep.server.operator_door.answers.download import part_of
 from tests.support.servers.harness import RunningServer, running_server, wait_until
 from tests.support.servers.operators import (
     checkpoints_held,

@@ -27,6 +27,7 @@ from pushstep.proto.types_pb2 import Manifest, Outcome, Receipt
 from pushstep.proto.wire.hyperparameters import wire_values
 from pushstep.proto.wire.layout import Layout
 from pushstep.server.config import Config
+from pushstep.server.coordinator.groups import OperatorEdit
 from pushstep.server.coordinator.policies import catalogue as policies
 from pushstep.server.models.catalog import Catalog
 from pushstep.server.models.edits import Edits
@@ -277,9 +278,9 @@ def test_edits_that_rows_cannot_be_stepped_with_are_refused_with_their_push() ->
         assert (await worker.push(ROWS, edits=edit(weight_decay=0.0))).version == 2
         # an operator is told as well, as long as the gradients are row-sparse
         with pytest.raises(InvalidHyperparameter, match="'a'"):
-            Edits(model).patch_group(0, {"weight_decay": 0.1}, False, "test")
+            Edits(model).patch_group(0, OperatorEdit({"weight_decay": 0.1}, hold=False), "test")
         assert (await worker.push(DENSE)).version == 3
-        Edits(model).patch_group(0, {"weight_decay": 0.1}, False, "test")
+        Edits(model).patch_group(0, OperatorEdit({"weight_decay": 0.1}, hold=False), "test")
         assert isinstance(await refusal(worker.push(ROWS)), SparseNotSupported)
         assert (await worker.push(ROWS, edits=edit(weight_decay=0.0))).version == 4
         await model.close()

@@ -232,8 +232,11 @@ def many_workers(server: RunningServer, wire: Wire, model: str) -> None:
     shown = server.rest("GET", f"/v1/models/{model}/workers").json()
     assert (len(shown["workers"]), shown["total"]) == (1501, 1501)
     assert all("clock" in worker for worker in shown["workers"])
-    page = server.rest("GET", f"/v1/models/{model}/workers?offset=1500&limit=10").json()["workers"]
-    assert [worker["name"] for worker in page] == ["w1499"]
+    query = {"limit": "1500"}
+    first = server.rest("GET", f"/v1/models/{model}/workers", params=query).json()
+    query["cursor"] = first["next"]
+    page = server.rest("GET", f"/v1/models/{model}/workers", params=query).json()["workers"]
+    assert [worker["name"] for worker in page] == ["w999"]
 
 
 def many_shown_groups(server: RunningServer, wire: Wire, model: str) -> None:

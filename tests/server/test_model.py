@@ -15,6 +15,7 @@ from pushstep.proto.errors import NonfiniteGradient
 from pushstep.proto.training_pb2 import GroupEdit
 from pushstep.proto.types_pb2 import Identity, Outcome, Receipt
 from pushstep.proto.wire.hyperparameters import wire_values
+from pushstep.server.coordinator.groups import OperatorEdit
 from pushstep.server.coordinator.hooks.hook import StepContext
 from pushstep.server.coordinator.worker import Decided
 from pushstep.server.models.edits import Edits
@@ -87,7 +88,7 @@ def test_the_first_push_of_a_kind_is_not_taken_on_the_event_loop(monkeypatch: py
             assert await on_the_loop(wire) == (False, False)
             assert await on_the_loop(wire) == (True, True)
         # whoever changes a hyperparameter, the kernels are others only if it was off or is now
-        Edits(model).patch_group(0, {"weight_decay": 0.5}, False, "test")
+        Edits(model).patch_group(0, OperatorEdit({"weight_decay": 0.5}, hold=False), "test")
         assert await on_the_loop(torch.float32) == (True, False)
         assert await on_the_loop(torch.float32, weight_decay=0.25) == (True, True)
         assert await on_the_loop(torch.float32, weight_decay=0.0) == (True, True)  # as at first

@@ -15,8 +15,8 @@ from starlette.types import Message, Receive, Scope, Send
 from pushstep.proto.errors import OverBudget, OverCapacity
 from pushstep.server.config import Config
 from pushstep.server.models.catalog import Catalog
+from pushstep.server.operator_door.answers.outlet import PART_BYTES, Outlet
 from pushstep.server.operator_door.app import create_app
-from pushstep.server.operator_door.outlet import PART_BYTES, Outlet
 from pushstep.server.staging.read_budget import MAX_WAITING, ReadBudget
 from tests.support.processes.bounded import run
 

@@ -12,7 +12,7 @@ import pytest
 import pushstep.server
 from pushstep.proto.training_pb2 import GroupEdit
 from pushstep.proto.wire.hyperparameters import wire_values
-from pushstep.server.coordinator.groups import ParamGroups
+from pushstep.server.coordinator.groups import OperatorEdit, ParamGroups
 from tests.support.servers.judged import Court
 
 SERVER = Path(pushstep.server.__file__).parent
@@ -37,15 +37,15 @@ def edit(lr: float) -> list[GroupEdit]:
 
 
 def pinned(court: Court) -> None:
-    court.commits.groups.patch(0, {"lr": 0.5}, True, "m")
+    court.commits.groups.patch(0, OperatorEdit({"lr": 0.5}, True), "m")
 
 
 def patched(court: Court) -> None:
-    court.commits.groups.patch(0, {"eps": 0.5}, False, "m")
+    court.commits.groups.patch(0, OperatorEdit({"eps": 0.5}, False), "m")
 
 
 def elsewhere(court: Court) -> None:
-    court.commits.groups.patch(1, {"lr": 0.5}, True, "m")
+    court.commits.groups.patch(1, OperatorEdit({"lr": 0.5}, True), "m")
 
 
 def lead_leaves(court: Court) -> None:

@@ -123,10 +123,10 @@ def test_parameters(rest: Rest) -> None:
         ("bias", [4], "float32", 1, 1),
         ("scale", [], "float32", 1, 1),
     ]
-    page = rest("GET", "/parameters?offset=1&limit=2")
+    first = rest("GET", "/parameters?limit=1")
+    page = rest("GET", "/parameters", params={"limit": 2, "cursor": first["next"]})
     assert [p["name"] for p in page["parameters"]] == ["weight", "bias"]
-    assert rest("GET", "/parameters?offset=99")["parameters"] == []
-    for query in ("offset=-1", "limit=0", "limit=10001", "limit=x"):
+    for query in ("cursor=x", "limit=0", "limit=10001", "limit=x"):
         assert rest("GET", f"/parameters?{query}", 422)["code"] == "invalid_settings"
 
 
@@ -229,7 +229,8 @@ def test_an_etag_is_stale_after_a_restore(rest: Rest) -> None:
 def test_workers_and_eviction(rest: Rest, session: Session, server: RunningServer) -> None:
     other = server.connect(session.model, "other")
     other.push(ONES, metrics={"loss": float("nan"), "accuracy": 0.5})
-    owner, shown = rest("GET", "/workers")["workers"]
+    shown, owner = rest("GET", "/workers")["workers"]
+    assert rest("GET", "/workers/other")["name"] == "other"
     assert (owner["name"], owner["lead"], owner["state"], owner["lag"]) == ("owner", True, "live", 2)
     assert (shown["name"], shown["lead"], shown["epoch"], shown["sequence"]) == ("other", False, 1, 1)
     assert shown["metrics"] == {"loss": None, "accuracy": 0.5}
@@ -239,7 +240,7 @@ def test_workers_and_eviction(rest: Rest, session: Session, server: RunningServe
     with pytest.raises(Exception) as caught:
         other.push(ONES)
     assert getattr(caught.value, "code", "") == "fenced"
-    assert [w["state"] for w in rest("GET", "/workers")["workers"]] == ["live", "evicted"]
+    assert [w["state"] for w in rest("GET", "/workers")["workers"]] == ["evicted", "live"]
     assert rest("DELETE", "/workers/nobody", 404)["code"] == "unknown_worker"
     session.push(ONES)
 
@@ -282,7 +283,7 @@ def test_snapshots(rest: Rest, session: Session, server: RunningServer) -> None:
     assert (taken["version"], taken["timeline"], taken["automatic"]) == (1, 1, False)
     assert [f["stop"] for f in taken["files"]] == [15, 13]
     assert all(len(f["xxh3_128"]) == 32 and f["start"] == 0 for f in taken["files"])
-    assert rest("GET", "/snapshots") == {"snapshots": [taken, first]}
+    assert rest("GET", "/snapshots") == {"snapshots": [taken, first], "next": None}
     assert rest("GET", f"/snapshots/{taken['id']}")["verified"] is True
     session.push(ONES)
     restored = rest("POST", f"/snapshots/{taken['id']}/restore")

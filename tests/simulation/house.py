@@ -16,7 +16,7 @@ from pushstep.server.coordinator.admission import Admission
 from pushstep.server.coordinator.admission import read as read_gate
 from pushstep.server.coordinator.commits import Commits
 from pushstep.server.coordinator.coordinator import Coordinator
-from pushstep.server.coordinator.groups import Group, ParamGroups
+from pushstep.server.coordinator.groups import Group, OperatorEdit, ParamGroups
 from pushstep.server.coordinator.hooks.chain import HookChain
 from pushstep.server.coordinator.policies import catalogue as policies
 from pushstep.server.coordinator.policies.policy import PolicySettings
@@ -159,5 +159,5 @@ class House:
 
     def patch(self, lr: float, *, hold: bool) -> None:
         """An operator's lr, held against the workers' schedulers or not."""
-        self.commits.groups.patch(0, {"lr": lr}, hold, "m")
+        self.commits.groups.patch(0, OperatorEdit({"lr": lr}, hold), "m")
         self.witness.patched(lr, held=hold)

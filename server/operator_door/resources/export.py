@@ -12,11 +12,13 @@ from pushstep.proto.errors import VersionMoved
 
 from ...imports.imports import Imports, ImportSettings
 from ...models.copies import copy_of
+from ...models.events import OPERATOR
 from ...models.model import Model
 from ...process.threads import READS
 from ...storage.checkpoints import Checkpoint, Content, describe_state, write
-from ..depends import OPERATOR, CatalogHere, CopiesHere, DownloadsHere, ModelHere, received
-from ..download import Download
+from ..answers.download import Download
+from ..answers.dry_run import DryRun, would
+from ..depends import CatalogHere, CopiesHere, DownloadsHere, ModelHere, received
 from ..header_fields import digest_header, wants_digest
 from ..openapi import FILE_BODY
 from ..queries import Flag
@@ -124,7 +126,8 @@ async def import_state_dict(
     keep_state: Annotated[
         Flag, Query(description="keep the optimizer's state, which otherwise begins anew with new values")
     ] = False,
-) -> dict[str, Any]:
+    dry_run: DryRun = False,
+) -> Any:
     """The body is a safetensors file such as an export: parameters by name, and perhaps the optimizer's state.
 
     State is `optimizer.<state>.<parameter>`, such as `optimizer.sum.weight`, beside `optimizer.step.<parameter>`, one
@@ -135,6 +138,9 @@ async def import_state_dict(
     """
     file = await received(request, catalog, model.name)
     settings = ImportSettings(partial, weights_only, keep_state)
+    if dry_run:
+        before = {"timeline": model.timeline, "version": model.version}
+        return would(before, await Imports(catalog).plan_replace(model, file, settings))
     return await Imports(catalog).replace(model, file, settings, OPERATOR)
 
 

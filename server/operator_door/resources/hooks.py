@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Body
+from fastapi import APIRouter, Body, Query, Response
 from pydantic import BaseModel, ConfigDict, Field
 
+from ...coordinator.commits import HOOKS, of_hook
 from ...coordinator.hooks.catalogue import CATALOGUE
+from ...coordinator.hooks.chain import MAX_HOOKS
 from ...coordinator.hooks.hook import Hook
 from ...coordinator.settings import Text
 from ...models.edits import Edits
-from ..depends import OPERATOR, ModelHere
+from ...models.events import OPERATOR
+from ..answers.dry_run import DRY_RUN_ANSWER, DryRun, would
+from ..answers.etags import IfMatch, require_known, tag
+from ..answers.pages import Cursor, cursor_of, key_in
+from ..depends import ModelHere
+from ..queries import Index
 
 router = APIRouter(tags=["hooks"])
 
@@ -56,39 +63,67 @@ async def list_catalogue() -> dict[str, Any]:
 
 
 @router.get("/models/{m}/hooks", summary="List the installed hooks")
-async def list_hooks(model: ModelHere) -> dict[str, Any]:
+async def list_hooks(
+    model: ModelHere,
+    response: Response,
+    limit: Annotated[Index, Query(ge=1, le=MAX_HOOKS)] = MAX_HOOKS,
+    cursor: Cursor = None,
+) -> dict[str, Any]:
     """The installed hooks in order. Those at the same point run from first to last."""
+    # the hooks may change their order between two pages: the cursor holds the ids that were shown
+    seen = set(key_in(cursor, "hooks", list) or ())
+    left = [hook for hook in model.hooks.list if hook.hook_id not in seen]
+    shown = left[:limit]
+    ids = [*seen, *(hook.hook_id for hook in shown)]
+    tag(response, model, HOOKS)
     return {
-        "hooks": [_show(hook) for hook in model.hooks.list],
+        "hooks": [_show(hook) for hook in shown],
+        "next": cursor_of("hooks", ids) if len(left) > limit else None,
         "dropped_events": model.observers.dropped,
         "effective_version": model.version + 1,
     }
 
 
-@router.post("/models/{m}/hooks", status_code=201, summary="Install a hook")
+@router.post("/models/{m}/hooks", status_code=201, summary="Install a hook", responses=DRY_RUN_ANSWER)
 async def add_hook(
     model: ModelHere,
+    response: Response,
     new: Annotated[
         NewHook,
         Body(examples=[{"name": "clip_grad_norm", "point": "step_pre", "settings": {"max_norm": 1.0}}]),
     ],
-) -> dict[str, Any]:
-    """The reply's `effective_version` is the first version that the hook sees."""
+    dry_run: DryRun = False,
+    if_match: IfMatch = None,
+) -> Any:
+    """The reply's `effective_version` is the first version that the hook sees. If-Match: the ETag of the list."""
+    planned, chain = Edits(model).planned_hooks(new.name, new.point, new.settings, new.prepend)
+    require_known(if_match, model, HOOKS)
+    if dry_run:
+        after = {**_show(planned), "order": [hook.hook_id for hook in chain.list]}
+        return would(None, after, effective_version=model.version + 1)
     hook, version = Edits(model).add_hook(new.name, new.point, new.settings, new.prepend, OPERATOR)
     await model.recorder.until_safe()
+    tag(response, model, of_hook(hook.hook_id))
     return {**_show(hook), "effective_version": version}
 
 
 @router.get("/models/{m}/hooks/{hook_id}", summary="Show an installed hook")
-async def show_hook(model: ModelHere, hook_id: str) -> dict[str, Any]:
+async def show_hook(model: ModelHere, hook_id: str, response: Response) -> dict[str, Any]:
     """One installed hook, with its state."""
     hook = model.hooks.find(hook_id, model.name)
+    tag(response, model, of_hook(hook_id))
     return {**_show(hook), "state": hook.state()}
 
 
 @router.delete("/models/{m}/hooks/{hook_id}", summary="Remove a hook")
-async def remove_hook(model: ModelHere, hook_id: str) -> dict[str, Any]:
+async def remove_hook(
+    model: ModelHere, hook_id: str, dry_run: DryRun = False, if_match: IfMatch = None
+) -> Any:
     """The reply's `effective_version` is the first version without the hook."""
+    hook = model.hooks.find(hook_id, model.name)
+    require_known(if_match, model, of_hook(hook_id))
+    if dry_run:
+        return would(_show(hook), None, effective_version=model.version + 1)
     version = Edits(model).remove_hook(hook_id, OPERATOR)
     await model.recorder.until_safe()
     return {"id": hook_id, "effective_version": version}

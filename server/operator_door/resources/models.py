@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Query, Request, Response
 
 from ...imports.imports import Imports
+from ...models.events import OPERATOR
 from ...models.model import NAMES_SHOWN, Model
-from ..depends import OPERATOR, CatalogHere, ModelHere, declared_bytes, received
+from ..answers.dry_run import DRY_RUN_ANSWER, DryRun, would
+from ..answers.pages import Cursor, key_in, page_of
+from ..depends import CatalogHere, ModelHere, declared_bytes, received
 from ..numbers import finite
 from ..openapi import FILE_BODY
+from ..queries import Index
 
 router = APIRouter(tags=["models"])
+MOST_SHOWN: Final = 100
 
 
 def describe(model: Model) -> dict[str, Any]:
@@ -47,13 +52,21 @@ def describe(model: Model) -> dict[str, Any]:
 
 
 @router.get("/models", summary="List the models")
-async def list_models(catalog: CatalogHere) -> dict[str, Any]:
-    """Every model of this server.
+async def list_models(
+    catalog: CatalogHere,
+    limit: Annotated[Index, Query(ge=1, le=MOST_SHOWN)] = MOST_SHOWN,
+    cursor: Cursor = None,
+) -> dict[str, Any]:
+    """Every model of this server, by name, a page at a time.
 
     `not_loaded` lists those whose files could not be loaded when the server started, each with the reason.
     """
+    behind = key_in(cursor, "models", str)
+    names = sorted(name for name in catalog.models if behind is None or name > behind)
+    shown, more = page_of(names, limit, "models", str)
     return {
-        "models": [describe(model) for _, model in sorted(catalog.models.items())],
+        "models": [describe(catalog.models[name]) for name in shown],
+        "next": more,
         "not_loaded": [
             {"name": name, "problem": error.fields["problem"]}
             for name, error in sorted(catalog.not_loaded.items())
@@ -61,7 +74,13 @@ async def list_models(catalog: CatalogHere) -> dict[str, Any]:
     }
 
 
-@router.post("/models", status_code=201, summary="Make a model of a file", openapi_extra=FILE_BODY)
+@router.post(
+    "/models",
+    status_code=201,
+    summary="Make a model of a file",
+    openapi_extra=FILE_BODY,
+    responses=DRY_RUN_ANSWER,
+)
 async def create_model(
     request: Request,
     catalog: CatalogHere,
@@ -69,7 +88,8 @@ async def create_model(
     groups: Annotated[
         str | None, Query(description="param groups as JSON [default: the file's `pushstep.groups`]")
     ] = None,
-) -> dict[str, Any]:
+    dry_run: DryRun = False,
+) -> Any:
     """The body is a safetensors file, such as an export. The first worker that attaches takes the server's values.
 
     The param groups say which tensors are parameters; the others are kept as buffers. An export names its groups in its
@@ -80,6 +100,8 @@ async def create_model(
     imports = Imports(catalog)
     imports.require_new(name, declared_bytes(request))
     file = await received(request, catalog, name)
+    if dry_run:
+        return would(None, await imports.plan_create(name, groups, file))
     return describe(await imports.create(name, groups, file, OPERATOR))
 
 
@@ -89,13 +111,19 @@ async def show_model(model: ModelHere) -> dict[str, Any]:
     return describe(model)
 
 
-@router.delete("/models/{m}", status_code=204, summary="Delete a model and its snapshots")
-async def delete_model(m: str, catalog: CatalogHere) -> Response:
+@router.delete(
+    "/models/{m}", status_code=204, summary="Delete a model and its snapshots", responses=DRY_RUN_ANSWER
+)
+async def delete_model(m: str, catalog: CatalogHere, dry_run: DryRun = False) -> Response:
     """Deletes the model for good. Its workers are told `model_lost`.
 
     The files of a model that could not be loaded are not deleted: they are put aside in the data folder, under
     `.lost-` and its name, and the name is free again.
     """
+    if dry_run:
+        lost = catalog.not_loaded.get(m)
+        gone = describe(catalog.get(m)) if lost is None else {"name": m, "problem": lost.fields["problem"]}
+        return would(gone, None)
     await catalog.delete(m, OPERATOR)
     return Response(status_code=204)
 

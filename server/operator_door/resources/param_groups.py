@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from heapq import merge
 from itertools import islice
 from operator import attrgetter
 from typing import Annotated, Any, Final
 
-from fastapi import APIRouter, Body, Header, Query, Response
+from fastapi import APIRouter, Body, Query, Response
 from pydantic import StrictBool
 
+from pushstep.proto.errors import InvalidHyperparameter
 from pushstep.proto.wire.layout import Layout, Slot
 
-from ...coordinator.groups import Group
+from ...coordinator.commits import GROUPS, of_group
+from ...coordinator.groups import Group, OperatorEdit
 from ...coordinator.settings import Number, Text
 from ...models.edits import Edits
+from ...models.events import OPERATOR
 from ...models.model import Model
-from ..depends import OPERATOR, ModelHere
-from ..header_fields import require_match
+from ..answers.dry_run import DryRun, would
+from ..answers.etags import IfMatch, etag_of, require_known, tag
+from ..answers.pages import Cursor, key_in, page_of
+from ..depends import ModelHere
 from ..queries import Flag, Index
 
 router = APIRouter(tags=["param groups"])
 # Names shown of each group. GET .../parameters lists all.
 PARAMS_SHOWN: Final = 1000
-
-
-def _etag(model: Model, group: Group) -> str:
-    return f'"{model.timeline}-{group.revision}"'
+MOST_SHOWN: Final = 100
 
 
 def _slots(layout: Layout, group: int) -> Iterator[Slot]:
@@ -46,47 +48,77 @@ def _show(model: Model, index: int, group: Group) -> dict[str, Any]:
         "params_total": sum(len(arena.slots) for arena in model.layout.arenas_of_group[index]),
         "held": sorted(group.pinned),
         "scheduled_by": group.scheduled_by,
-        "etag": _etag(model, group),
+        "frozen": group.frozen,
+        "etag": etag_of(model, of_group(index)),
     }
 
 
 @router.get("/models/{m}/param-groups", summary="List the param groups")
-async def list_groups(model: ModelHere) -> dict[str, Any]:
-    """Every group with torch's keys and values, as it holds from the next version on."""
-    groups = [_show(model, index, group) for index, group in enumerate(model.groups.list)]
-    return {"param_groups": groups, "effective_version": model.version + 1}
+async def list_groups(
+    model: ModelHere,
+    response: Response,
+    limit: Annotated[Index, Query(ge=1, le=MOST_SHOWN)] = MOST_SHOWN,
+    cursor: Cursor = None,
+) -> dict[str, Any]:
+    """Every group with torch's keys and values, as it holds from the next version on, a page at a time."""
+    behind = key_in(cursor, "param-groups", int)
+    groups = model.groups.list
+    rest = range(0 if behind is None else min(max(0, behind + 1), len(groups)), len(groups))
+    indices, more = page_of(rest, limit, "param-groups", int)
+    tag(response, model, GROUPS)
+    return {
+        "param_groups": [_show(model, index, groups[index]) for index in indices],
+        "total": len(groups),
+        "next": more,
+        "effective_version": model.version + 1,
+    }
 
 
 @router.get("/models/{m}/param-groups/{index}", summary="Show a param group")
 async def show_group(model: ModelHere, index: Index, response: Response) -> dict[str, Any]:
     """One group. Its ETag is also a header."""
     group = model.groups.at(index, model.name)
-    response.headers["ETag"] = _etag(model, group)
+    tag(response, model, of_group(index))
     return {**_show(model, index, group), "effective_version": model.version + 1}
 
 
-@router.patch("/models/{m}/param-groups/{index}", summary="Change hyperparameters")
+@router.patch("/models/{m}/param-groups/{index}", summary="Change hyperparameters, freeze a group")
 async def patch_group(
     model: ModelHere,
     index: Index,
     response: Response,
     values: Annotated[
         dict[Text, Number | StrictBool],
-        Body(examples=[{"lr": 0.5}, {"weight_decay": 0.01, "maximize": False}]),
+        Body(examples=[{"lr": 0.5}, {"weight_decay": 0.01, "maximize": False}, {"frozen": True}]),
     ],
     hold: Annotated[
         Flag, Query(description="hold these fields against workers' edits; false lets them go again")
     ] = True,
-    if_match: Annotated[list[str] | None, Header()] = None,
-) -> dict[str, Any]:
-    """All changes are made, or none.
+    dry_run: DryRun = False,
+    if_match: IfMatch = None,
+) -> Any:
+    """All changes are made, or none. Any hyperparameter of the group's rule, and `frozen`.
 
-    The reply's `effective_version` is the first version stepped with the new values.
+    Steps leave the parameters of a frozen group and their optimizer state as they are, whatever is pushed. A value with
+    which a step of what the group holds would make NaN or infinity is refused. The reply's `effective_version` is the first
+    version stepped with the new values.
     """
-    await Edits(model).try_group(index, values)
-    group = model.groups.at(index, model.name)
-    require_match(if_match, _etag(model, group), f"param group {index}")
-    group, version = Edits(model).patch_group(index, values, hold, OPERATOR)
+    edit = _edit(values, hold)
+    patched = await Edits(model).try_group(index, edit)
+    require_known(if_match, model, of_group(index))
+    if dry_run:
+        before = _show(model, index, model.groups.at(index, model.name))
+        after = _show(model, index, patched)
+        return would(before, after, effective_version=model.version + 1)
+    group, version = Edits(model).patch_group(index, edit, OPERATOR)
     await model.recorder.until_safe()
-    response.headers["ETag"] = _etag(model, group)
+    tag(response, model, of_group(index))
     return {**_show(model, index, group), "effective_version": version}
+
+
+def _edit(values: Mapping[str, float | bool], hold: bool) -> OperatorEdit:
+    frozen = values.get("frozen")
+    if frozen is not None and not isinstance(frozen, bool):
+        raise InvalidHyperparameter(problem=f"frozen must be true or false, not {frozen!r}")
+    changed = {name: value for name, value in values.items() if name != "frozen"}
+    return OperatorEdit(changed, hold, frozen)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import islice
+from operator import attrgetter
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
@@ -15,9 +17,10 @@ from ...arenas.statistics import statistics
 from ...models.model import Model
 from ...process.memory import copy_of
 from ...process.threads import READS
+from ..answers.pages import Cursor, key_in, page_of
 from ..depends import LooksHere, ModelHere
 from ..numbers import finite_values
-from ..queries import Index, Offset
+from ..queries import Index
 
 router = APIRouter(tags=["parameters"])
 
@@ -37,14 +40,17 @@ def _show(slot: Slot, model: Model) -> dict[str, Any]:
 @router.get("/models/{m}/parameters", summary="List the parameters")
 async def list_parameters(
     model: ModelHere,
-    offset: Offset = 0,
     limit: Annotated[Index, Query(ge=1, le=10_000)] = 1000,
+    cursor: Cursor = None,
 ) -> dict[str, Any]:
     """The parameters in manifest order, a page at a time."""
-    slots = model.layout.slots
+    slots, behind = model.layout.slots, key_in(cursor, "parameters", int)
+    rest = islice(slots, 0 if behind is None else min(max(0, behind + 1), len(slots)), None)
+    shown, more = page_of(rest, limit, "parameters", attrgetter("index"))
     return {
-        "parameters": [_show(slot, model) for slot in slots[offset : offset + limit]],
+        "parameters": [_show(slot, model) for slot in shown],
         "total": len(slots),
+        "next": more,
     }
 
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Body
+from fastapi import APIRouter, Body, Response
 
 from ...coordinator import admission as admission
+from ...coordinator.commits import GATE, POLICY
 from ...coordinator.policies import catalogue as policies
 from ...models.edits import Edits
+from ...models.events import OPERATOR
 from ...models.model import Model
-from ..depends import OPERATOR, ModelHere
+from ..answers.dry_run import DryRun, would
+from ..answers.etags import IfMatch, require_known, tag
+from ..depends import ModelHere
 
 router = APIRouter(tags=["policy"])
 
@@ -26,14 +30,16 @@ def _gate(model: Model) -> dict[str, Any]:
 
 
 @router.get("/models/{m}/policy", summary="Show when pushes are applied")
-async def show_policy(model: ModelHere) -> dict[str, Any]:
+async def show_policy(model: ModelHere, response: Response) -> dict[str, Any]:
     """The policy in force, with all its settings."""
+    tag(response, model, POLICY)
     return {**_policy(model), "effective_version": model.version + 1}
 
 
 @router.patch("/models/{m}/policy", summary="Change when pushes are applied")
 async def change_policy(
     model: ModelHere,
+    response: Response,
     settings: Annotated[
         dict[str, Any],
         Body(
@@ -44,31 +50,51 @@ async def change_policy(
             ]
         ),
     ],
-) -> dict[str, Any]:
+    dry_run: DryRun = False,
+    if_match: IfMatch = None,
+) -> Any:
     """A setting that is left out stays as it is, or gets its default if the policy is another one.
 
     No push is lost. An open round closes: at its quorum with a step, otherwise its pushes are decided by the new
     policy.
     """
-    version = Edits(model).set_policy(policies.read(settings, model.coordinator.policy.settings), OPERATOR)
+    wanted = policies.read(settings, model.coordinator.policy.settings)
+    model.require_round_fits(wanted, model.sessions.live_count())
+    require_known(if_match, model, POLICY)
+    if dry_run:
+        after = wanted.model_dump(mode="json")
+        return would(_policy(model), after, effective_version=model.version + 1)
+    version = Edits(model).set_policy(wanted, OPERATOR)
     await model.recorder.until_safe()
+    tag(response, model, POLICY)
     return {**_policy(model), "effective_version": version}
 
 
 @router.get("/models/{m}/gate", summary="Show which pushes are let in")
-async def show_gate(model: ModelHere) -> dict[str, Any]:
+async def show_gate(model: ModelHere, response: Response) -> dict[str, Any]:
     """The gate's settings, how many norms it has seen, and the largest norm that it lets in (null: any)."""
+    tag(response, model, GATE)
     return {**_gate(model), "effective_version": model.version + 1}
 
 
 @router.patch("/models/{m}/gate", summary="Change which pushes are let in")
 async def change_gate(
     model: ModelHere,
+    response: Response,
     settings: Annotated[
         dict[str, Any], Body(examples=[{"norm_outlier": 6.0}, {"nonfinite": "skip", "quarantine_after": 5}])
     ],
-) -> dict[str, Any]:
+    dry_run: DryRun = False,
+    if_match: IfMatch = None,
+) -> Any:
     """A setting that is left out stays as it is."""
-    version = Edits(model).set_gate(admission.read(settings, model.coordinator.admission.settings), OPERATOR)
+    wanted = admission.read(settings, model.coordinator.admission.settings)
+    require_known(if_match, model, GATE)
+    if dry_run:
+        before = _gate(model)
+        after = {**before, **wanted.model_dump(mode="json")}
+        return would(before, after, effective_version=model.version + 1)
+    version = Edits(model).set_gate(wanted, OPERATOR)
     await model.recorder.until_safe()
+    tag(response, model, GATE)
     return {**_gate(model), "effective_version": version}

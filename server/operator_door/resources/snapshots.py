@@ -4,20 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
-from typing import Any
+from typing import Annotated, Any, Final
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import StreamingResponse
+
+from pushstep.proto.errors import UnknownSnapshot
 
 from ...arenas.arena import ArenasCopy
 from ...models.catalog import Catalog
+from ...models.events import OPERATOR
 from ...process.threads import DISK, READS, STORE, Threads
 from ...storage.checkpoints import Checkpoint, Content, write
-from ..depends import OPERATOR, CatalogHere, CopiesHere, DownloadsHere, ModelHere
-from ..download import Download
+from ..answers.download import Download
+from ..answers.dry_run import DRY_RUN_ANSWER, DryRun, would, would_restore
+from ..answers.pages import Cursor, key_in, page_of
+from ..depends import CatalogHere, CopiesHere, DownloadsHere, ModelHere
+from ..queries import Index
 from .export import Format, State, download
 
 router = APIRouter(tags=["snapshots"])
+# Each one's manifest is read and verified.
+MOST_SHOWN: Final = 1000
 SHOWN = (
     "id",
     "timeline",
@@ -46,15 +54,31 @@ def _writers(catalog: Catalog) -> Threads:
 
 
 @router.get("/models/{m}/snapshots", summary="List the snapshots")
-async def list_snapshots(model: ModelHere, catalog: CatalogHere) -> dict[str, Any]:
+async def list_snapshots(
+    model: ModelHere,
+    catalog: CatalogHere,
+    limit: Annotated[Index, Query(ge=1, le=MOST_SHOWN)] = MOST_SHOWN,
+    cursor: Cursor = None,
+) -> dict[str, Any]:
     """The snapshots, newest first. A damaged one says what is wrong with it."""
-    return {"snapshots": await _readers(catalog).run(catalog.snapshots(model.name).manifests, _show)}
+    snapshots, behind = catalog.snapshots(model.name), key_in(cursor, "snapshots", str)
+
+    def read() -> dict[str, Any]:
+        ids = snapshots.ids(older_than=behind)
+        shown, more = page_of(ids, limit, "snapshots", str)
+        return {"snapshots": snapshots.manifests(_show, shown), "next": more}
+
+    return await _readers(catalog).run(read)
 
 
-@router.post("/models/{m}/snapshots", status_code=201, summary="Take a snapshot")
-async def take_snapshot(m: str, catalog: CatalogHere) -> dict[str, Any]:
+@router.post("/models/{m}/snapshots", status_code=201, summary="Take a snapshot", responses=DRY_RUN_ANSWER)
+async def take_snapshot(model: ModelHere, catalog: CatalogHere, dry_run: DryRun = False) -> Any:
     """Saves the whole model at its current version. The snapshot is on the disk when this answers."""
-    return _show(await catalog.snapshot(m, OPERATOR))
+    if dry_run:
+        model.require_whole()
+        at = {"timeline": model.timeline, "version": model.version, "edit": model.edit}
+        return would(None, {**at, "automatic": False, "bytes": model.held_bytes})
+    return _show(await catalog.snapshot(model.name, OPERATOR))
 
 
 @router.get("/models/{m}/snapshots/{snapshot}", summary="Show a snapshot")
@@ -64,22 +88,37 @@ async def show_snapshot(model: ModelHere, snapshot: str, catalog: CatalogHere) -
     return {**_show(manifest), "verified": True}
 
 
-@router.delete("/models/{m}/snapshots/{snapshot}", status_code=204, summary="Delete a snapshot")
-async def delete_snapshot(model: ModelHere, snapshot: str, catalog: CatalogHere) -> Response:
+@router.delete(
+    "/models/{m}/snapshots/{snapshot}",
+    status_code=204,
+    summary="Delete a snapshot",
+    responses=DRY_RUN_ANSWER,
+)
+async def delete_snapshot(
+    model: ModelHere, snapshot: str, catalog: CatalogHere, dry_run: DryRun = False
+) -> Response:
     """Deletes the snapshot for good."""
+    if dry_run:
+        shown = await _readers(catalog).run(catalog.snapshots(model.name).manifests, _show, [snapshot])
+        if not shown:
+            raise UnknownSnapshot(model=model.name, snapshot=snapshot)
+        return would(shown[0], None)
     await _writers(catalog).run(catalog.snapshots(model.name).delete, snapshot)
     model.record("snapshot_deleted", OPERATOR, snapshot=snapshot)
     return Response(status_code=204)
 
 
 @router.post("/models/{m}/snapshots/{snapshot}/restore", summary="Restore a snapshot")
-async def restore_snapshot(m: str, snapshot: str, catalog: CatalogHere) -> dict[str, Any]:
+async def restore_snapshot(
+    model: ModelHere, snapshot: str, catalog: CatalogHere, dry_run: DryRun = False
+) -> Any:
     """Brings back everything but the worker table, on a new timeline.
 
     Workers are told, and go on from there.
     """
-    version = await catalog.restore(m, snapshot, OPERATOR)
-    model = catalog.get(m)
+    if dry_run:
+        return would_restore(model, await catalog.restores.planned(model, snapshot))
+    version = await catalog.restore(model.name, snapshot, OPERATOR)
     return {"id": snapshot, "timeline": model.timeline, "effective_version": version}
 
 

@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pushstep.proto.errors import OverBudget
 
-from ..staging.read_budget import ReadBudget
+from ...staging.read_budget import ReadBudget
 
 PART_BYTES: Final = 64 << 10
 

@@ -6,8 +6,8 @@ from collections.abc import Awaitable, Callable, Hashable
 from contextlib import AbstractAsyncContextManager
 from typing import Final
 
-from ..models.copies import Copies
-from ..storage.checkpoints import Checkpoint
+from ...models.copies import Copies
+from ...storage.checkpoints import Checkpoint
 
 FILES_AT_ONCE: Final = 4
 PINS_KEPT: Final = 10_000

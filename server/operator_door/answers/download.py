@@ -20,8 +20,8 @@ from starlette.types import Receive, Scope, Send
 
 from pushstep.proto.errors import RangeNotSatisfiable
 
-from ..process.threads import DOWNLOADS
-from ..storage.checkpoints import Checkpoint
+from ...process.threads import DOWNLOADS
+from ...storage.checkpoints import Checkpoint
 
 READ_BYTES: Final = 256 << 10
 _RANGE: Final = re.compile(r"bytes=(\d{0,18})-(\d{0,18})", re.ASCII)
