@@ -59,9 +59,11 @@ ARROWS = {
         "commands": {"models", "journal", "storage", "arenas", "process", "config"},
         "worker_door": {"requests", "shared_memory", "models", "streams", "arenas", "process"},
         "operator_door": {
-            "imports", "models", "remote", "journal", "storage", "coordinator", "arenas", "streams", "staging", "process",
+            "capacity", "imports", "models", "remote", "journal", "storage", "coordinator", "arenas", "streams", "staging",
+            "process",
             "config",
         },
+        "capacity": {"coordinator", "models", "process", "staging"},
         "imports": {"models", "storage", "coordinator", "arenas", "staging", "process"},
         "requests": {
             "shared_memory", "models", "journal", "storage", "coordinator", "arenas", "devices", "streams", "staging", "process",

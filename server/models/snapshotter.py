@@ -41,6 +41,8 @@ class Snapshotter:
         self._turns = asyncio.Semaphore(at_once)
         # sends snapshots to where they are kept; None: they are kept in the data folder
         self.sender: Sender | None = None
+        # as the last snapshot was written; None before the first
+        self.bytes_per_s: int | None = None
 
     async def take(self, model: Model, folder: ModelFolder, by: str, *, automatic: bool) -> dict[str, Any]:
         """Take a snapshot at the current version; its manifest. Hold the lock of the folder.
@@ -52,7 +54,10 @@ class Snapshotter:
             model.tell(Point.STATE_DICT_PRE)
             content = model.content
             facts, copy = await model.copy(rolls=True)
+            begun_s = model.clock()
             manifest = await DISK.run(folder.snapshots.write, facts, copy, automatic=automatic)
+            written_bytes = sum(file["bytes"] for file in manifest["files"])
+            self.bytes_per_s = round(written_bytes / max(1e-9, model.clock() - begun_s))
         model.tell(Point.STATE_DICT_POST, snapshot=manifest["id"])
         model.record("snapshot_taken", by, snapshot=manifest["id"])
         model.saved = content

@@ -29,6 +29,7 @@ from pushstep.proto.errors import (
 )
 from pushstep.proto.errors.status import PROBLEM_TYPE, named, to_problem, untrace
 
+from ..capacity.rates import Measured
 from ..coordinator.settings import problems, read_json
 from ..models.catalog import Catalog
 from ..models.copies import COPIES_AT_ONCE, Copies, ModelCopies
@@ -49,7 +50,7 @@ from .resources import (
     param_groups,
     parameters,
     policy,
-    root,
+    server,
     snapshots,
     workers,
 )
@@ -67,7 +68,7 @@ ALWAYS_ANSWERED: Final = frozenset({"/healthz", "/readyz"})
 
 
 RESOURCES: Final = (
-    root,
+    server,
     models,
     param_groups,
     parameters,
@@ -100,6 +101,7 @@ def create_app(catalog: Catalog, allowed_hosts: Collection[str] | None, grpc_add
     app.state.looks = Copies(COPIES_AT_ONCE)
     app.state.downloads = Downloads()
     app.state.listeners = Listeners()
+    app.state.rates = Measured()
     app.include_router(health.router)
     for resource in RESOURCES:
         app.include_router(resource.router, prefix="/v1")

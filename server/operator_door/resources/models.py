@@ -1,4 +1,4 @@
-"""Models: listed, made of a file, shown, deleted; and the capacity of the server."""
+"""Models: listed, made of a file, shown, deleted."""
 
 from __future__ import annotations
 
@@ -126,19 +126,3 @@ async def delete_model(m: str, catalog: CatalogHere, dry_run: DryRun = False) ->
         return would(gone, None)
     await catalog.delete(m, OPERATOR)
     return Response(status_code=204)
-
-
-@router.get("/capacity", summary="Show how full the server is")
-async def show_capacity(catalog: CatalogHere) -> dict[str, Any]:
-    """The limits of the server, and how much of them is in use."""
-    return {
-        "models": {
-            "held": len(catalog.models),
-            "limit": catalog.config.max_models,
-            "not_loaded": len(catalog.not_loaded),
-        },
-        "bytes": {"held": catalog.held_bytes, "limit": catalog.config.max_bytes},
-        "staging_bytes": {"limit": catalog.config.staging_bytes},
-        "read_bytes": {"held": catalog.reading.used_bytes, "limit": catalog.reading.total_bytes},
-        "device": str(catalog.device.where),
-    }
