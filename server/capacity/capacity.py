@@ -37,7 +37,7 @@ def usage(catalog: Catalog) -> dict[str, Any]:
             "limit": config.max_models,
             "not_loaded": len(catalog.not_loaded),
         },
-        "bytes": {"held": catalog.held_bytes, "limit": config.max_bytes},
+        "bytes": {"held": catalog.holding.held_bytes, "limit": config.max_bytes},
         "staging_bytes": {"held": catalog.staging.used_bytes, "limit": catalog.staging.total_bytes},
         "read_bytes": {"held": catalog.reading.used_bytes, "limit": catalog.reading.total_bytes},
         "memory_bytes": {"available": memory.get("MemAvailable"), "total": memory.get("MemTotal")},

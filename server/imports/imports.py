@@ -61,7 +61,7 @@ class Imports:
         self._catalog.require_free(name)
         if name in self._catalog.models:
             raise ModelExists(model=name)
-        self._catalog.require_room(length_bytes or 0)
+        self._catalog.holding.require_room(length_bytes or 0)
 
     async def _replace(
         self, model: Model, file: IncomingFile, settings: ImportSettings, by: str
@@ -147,7 +147,7 @@ class Imports:
         ticket = catalog.begin_creation(name, by, proposal, now_s, 0, Process()).ticket
         creation, has_place = catalog.creation(name, ticket, now_s), False
         try:
-            with catalog.promised(extras_bytes):
+            with catalog.holding.promised(extras_bytes):
                 catalog.take_place(name, creation)
                 has_place = True
                 model = await READS.run(catalog.new_model, name, proposal.layout)

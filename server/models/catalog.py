@@ -9,12 +9,11 @@ begins a new timeline.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import copy
 import logging
 import secrets
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -47,6 +46,7 @@ from ..process.threads import DISK, STORE
 from ..remote.remote import remote_of
 from ..remote.sender import Sender
 from ..staging.budget import Budget, charge
+from ..staging.model_budget import ModelBudget
 from ..staging.read_budget import ReadBudget
 from ..storage.model_folder import ModelFolder
 from ..storage.saved_state import SavedState
@@ -75,6 +75,8 @@ class Catalog:
         self.staging = Budget(config.staging_bytes, config.stall_s / 4, self.device.fresh_memory)
         # for what readers of all models are sent
         self.reading = ReadBudget(config.reading_bytes(), config.stall_s / 4)
+        # for what all models hold
+        self.holding = ModelBudget(config.max_bytes, lambda: sum(m.held_bytes for m in self.models.values()))
         self.models: dict[str, Model] = {}
         # models whose files could not be loaded at the start, and why; their names are not free
         self.not_loaded: dict[str, ModelNotLoaded] = {}
@@ -83,7 +85,6 @@ class Catalog:
         # no new work is taken: the server stops
         self.draining = False
         self._creations = Creations()
-        self._promised_bytes = 0
         self._journal_sync = JournalSync()
         # each with a number at once of its own, because a restore waits for the snapshot of its model that is being written
         self.snapshotter = Snapshotter(COPIES_AT_ONCE)
@@ -178,31 +179,7 @@ class Catalog:
             raise OverCapacity(
                 problem=f"this server holds at most {self.config.max_models} models", setting="max-models"
             )
-        self.require_room(need_bytes, sum(creation.bytes_needed for creation in coming))
-
-    @property
-    def held_bytes(self) -> int:
-        """Bytes of --max-bytes that all models take, with what is promised."""
-        return self._promised_bytes + sum(model.held_bytes for model in self.models.values())
-
-    @contextlib.contextmanager
-    def promised(self, need_bytes: int) -> Iterator[None]:
-        """Reserve room for values that are on their way, for a block. OverCapacity if there is none."""
-        self.require_room(need_bytes)
-        self._promised_bytes += need_bytes
-        try:
-            yield
-        finally:
-            self._promised_bytes -= need_bytes
-
-    def require_room(self, need_bytes: int, promised_bytes: int = 0) -> None:
-        """OverCapacity unless `need_bytes` more of parameters, state and extras may be held."""
-        held = self.held_bytes
-        if held + promised_bytes + need_bytes > self.config.max_bytes:
-            raise OverCapacity(
-                problem=f"{need_bytes} bytes more are needed, {held} of {self.config.max_bytes} are taken",
-                setting="max-bytes",
-            )
+        self.holding.require_room(need_bytes, sum(creation.bytes_needed for creation in coming))
 
     def creation(self, name: str, ticket: int, now_s: float) -> Creation:
         """The creation whose upload begins now; call `end_creation` later. NoCreationTicket, ModelExists."""

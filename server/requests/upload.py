@@ -116,7 +116,7 @@ class Upload:
         lengths = await REQUESTS.run_unless(few, self._check_header)
         if header.kind in (UPLOAD_KIND_EXTRAS, UPLOAD_KIND_CREATE) and header.extras_bytes:
             # counted beside the buffers that they replace: a reader may still hold those
-            self._promise.enter_context(catalog.promised(header.extras_bytes))
+            self._promise.enter_context(catalog.holding.promised(header.extras_bytes))
         # the worker of a creation is taken from its ticket: nothing has checked the header's identity
         worker = header.identity.worker if self._creation is None else self._creation.worker
         self._reserved = await self._budget.claim(f"{header.model}/{worker}", sum(lengths))
@@ -371,7 +371,7 @@ class Upload:
         if self._layout.manifest_hash != model.layout.manifest_hash:
             added = [Group.make(group) for group in self._header.manifest.groups]
             grown = Arenas.bytes_charged(self._layout) - Arenas.bytes_charged(model.layout)
-            with self._catalog.promised(grown):
+            with self._catalog.holding.promised(grown):
                 extension = await PUSHES.run(self._extended, model, added)
             model.require_current(identity)
             if model.layout is not self._base:  # another group was added first: these slots are taken
