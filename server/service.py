@@ -27,6 +27,7 @@ from pushstep.proto.wire.frames import MAX_MESSAGE_BYTES, TRANSPORT_LIMIT_BYTES
 
 from .config import Config, is_loopback, split_address
 from .devices.warmup import warm_kernels
+from .metrics.loop_lag import LoopLag
 from .models.catalog import Catalog
 from .models.saved_models import SavedModels
 from .operator_door.app import create_app
@@ -34,7 +35,7 @@ from .operator_door.http_server import HttpServer
 from .process.descriptors import Spare, shared_out
 from .process.exit_status import ExitStatus
 from .process.folder_lock import lock_folder
-from .process.threads import DISK, PUSHES, REQUESTS
+from .process.threads import DISK, METRICS, PUSHES, REQUESTS
 from .process.unix_socket import UnixSocket
 from .shared_memory.regions import SharedMemory
 from .staging.budget import WINDOW_BYTES
@@ -92,6 +93,7 @@ class Service:
         self.catalog = Catalog(config)
         self._saved_models = SavedModels(self.catalog)
         self._shares = shared_out(config.max_connections)
+        self._loop_lag = LoopLag(self.catalog.counts.loop_lag)
         self.memory = SharedMemory(self.catalog.staging, config.memory_path(), self._shares.local)
         self.door = GrpcDoor(self.catalog, self.memory, config.stall_s)
         self._stop = asyncio.Event()
@@ -113,6 +115,7 @@ class Service:
         loop = asyncio.get_running_loop()
         for number in _stop_signals():
             loop.add_signal_handler(number, self._stop.set)
+        self._loop_lag.start()
         ready = False
         status = ExitStatus.SAVED
         try:
@@ -129,6 +132,8 @@ class Service:
         finally:
             self.catalog.draining = True
             REQUESTS.let_go()
+            METRICS.let_go()
+            self._loop_lag.stop()
             saved = await self._saved_models.save()
             await self._let_go()
         return status if saved else ExitStatus.NOT_ALL_SAVED

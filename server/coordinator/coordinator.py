@@ -151,7 +151,7 @@ class Coordinator:
         if held is not None:
             if held.digest != pending.digest:
                 raise Conflict(worker=worker.name, sequence=sequence)
-            worker.duplicates += 1
+            self.sessions.duplicate(worker)
             return []
         self._require_free(worker)
         self.sessions.require_room_for_state(worker, pending.header.worker_state, now_s)
@@ -195,6 +195,7 @@ class Coordinator:
         epoch, left = (0, []) if known is None else (known.epoch, list(known.undecided.values()))
         worker = self.sessions.join(name, now_s, takeover, attempt, old_epoch)
         if worker.epoch != epoch:
+            worker.base_version = self.commits.version  # it takes this version along, and is behind nothing
             why = "another session joined under this name"
             self.pending_pushes.drop(left, lambda c: Fenced(worker=name, epoch=c.identity.epoch, why=why))
         return worker, self.pending_pushes.conclude(now_s)

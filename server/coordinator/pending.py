@@ -23,6 +23,7 @@ from pushstep.proto.errors import (
 from pushstep.proto.types_pb2 import OUTCOME_REJECTED, OUTCOME_SKIPPED
 from pushstep.proto.wire.hyperparameters import Values
 
+from ..counters.round_counts import RoundCounts
 from ..staging.gradient import StagedPush
 from .admission import Admission, decide
 from .commits import Commits, Order
@@ -44,6 +45,7 @@ class PendingPushes:
         self.policy: Policy = AsyncPolicy()
         self.admission = Admission()
         self.receipts = Receipts(commits, sessions)
+        self.rounds = RoundCounts()
         # the round that is being added up
         self.reducing: Reduce | None = None
         # pushes that wait for an earlier push of their worker, which is undecided or has not come
@@ -120,14 +122,16 @@ class PendingPushes:
             case Refuse(pending, outcome, reason, notes):
                 receipt = self.receipts.without_step(pending, self.policy.name, now_s, outcome, reason, notes)
                 self._consume(pending, Decided(pending.digest, receipt))
-            case Round((), _, skips):
-                self._skip(skips, now_s)
-            case Round(pushes, mean, skips, notes):
-                self._reduce(Reduce(pushes, skips, mean, notes))
+            case Round():
+                self.rounds.note(move.closed_by, now_s - move.opened_s, len(move.pushes) + len(move.skips))
+                self._combine(Reduce(move.pushes, move.skips, move.mean, move.notes), now_s)
 
-    def _reduce(self, reduce: Reduce) -> None:
-        self.reducing = reduce
-        self._decisions.append(reduce)
+    def _combine(self, reduce: Reduce, now_s: float) -> None:
+        if reduce.pushes:
+            self.reducing = reduce
+            self._decisions.append(reduce)
+        else:
+            self._skip(reduce.skips, now_s)
 
     def pass_on(self, pending: PendingPush) -> None:
         """Pass a push through the gate and on to the policy."""
@@ -273,7 +277,7 @@ class PendingPushes:
         self.reducing = None
         kept = tuple(c for c in old.pushes if c not in pushes)
         skips = tuple(c for c in old.skips if c not in pushes)
-        self._play(Round(kept, old.mean, skips, old.notes), pushes[0].staged_s)
+        self._combine(Reduce(kept, skips, old.mean, old.notes), pushes[0].staged_s)
 
     def record(self, kind: str, by: str, **facts: Any) -> None:
         """Add an entry to the model's events."""

@@ -22,8 +22,9 @@ from pushstep.proto.errors import (
     TooOld,
     UnknownWorker,
 )
-from pushstep.proto.types_pb2 import Identity, Outcome
+from pushstep.proto.types_pb2 import Identity
 
+from ..counters.model_counts import OUTCOMES
 from .leases import Leases
 from .worker import RECEIPTS_KEPT, Decided, Worker, WorkerState
 
@@ -35,7 +36,6 @@ LAST_SEQUENCE: Final = 2**64 - 1
 WORKER_BYTES: Final = 4096
 RECEIPT_BYTES: Final = 1024
 SPREAD: Final = 4
-OUTCOMES: Final = {number: name.removeprefix("OUTCOME_").lower() for name, number in Outcome.items()}
 
 
 class Sessions:
@@ -55,6 +55,8 @@ class Sessions:
         self.forgotten_epoch = 0
         # epochs up to here may have been given to workers that a crash has undone
         self.first_epoch = 0
+        # pushes that came again, of all workers since this process knows the model
+        self.duplicates = 0
         self._joins = 0
         self._lead: Worker | None = None
         self.leases = Leases(self.workers)
@@ -244,10 +246,12 @@ class Sessions:
         worker.kept_bytes += more_bytes
         self.kept_bytes += more_bytes
 
-    def duplicate(self, worker: Worker, decided: Decided) -> None:
-        """Count a push that came again."""
+    def duplicate(self, worker: Worker, decided: Decided | None = None) -> None:
+        """Count a push that came again; `decided`: its outcome, if it has one."""
         worker.duplicates += 1
-        decided.receipt.duplicates += 1
+        self.duplicates += 1
+        if decided is not None:
+            decided.receipt.duplicates += 1
 
     def leaving(self, identity: Identity) -> Worker | None:
         """The live worker of `identity`; None if that epoch is over."""
@@ -345,11 +349,11 @@ class Sessions:
         self._lead = None
         if row is None:
             return
-        held = {} if known is None else {_key(decided): decided for decided in known.decided_pushes}
+        held = {} if known is None else {decided.key: decided for decided in known.decided_pushes}
         self.parse([row], now_s, self.forgotten_epoch)
         worker = self.workers[name]
         for index, decided in enumerate(worker.decided_pushes):
-            worker.decided_pushes[index] = held.get(_key(decided), decided)
+            worker.decided_pushes[index] = held.get(decided.key, decided)
 
     def parse(self, dumped: Iterable[Mapping[str, Any]], now_s: float, forgotten_epoch: int = 0) -> None:
         """Load the table that `dump` wrote. Workers that were live get a fresh lease."""
@@ -390,10 +394,6 @@ class Sessions:
                 self._count(worker, -worker.kept_bytes)
                 del self.workers[worker.name]
                 self._changed.add(worker.name)
-
-
-def _key(decided: Decided) -> tuple[int, int]:
-    return decided.receipt.identity.epoch, decided.receipt.identity.sequence
 
 
 def _carried_bytes(worker: Worker) -> int:

@@ -10,12 +10,15 @@ from typing import Any, Final
 
 from pushstep.proto.errors import CATALOGUE, PushstepError
 from pushstep.proto.training_pb2 import Process
-from pushstep.proto.types_pb2 import Receipt
+from pushstep.proto.types_pb2 import OUTCOME_APPLIED, OUTCOME_REJECTED, Receipt
 
+from ..counters.model_counts import OUTCOMES
 from .push import PendingPush
 
 RECEIPTS_KEPT: Final = 8
 JOINS_KEPT: Final = 8
+APPLIED: Final = OUTCOMES[OUTCOME_APPLIED]
+REJECTED: Final = OUTCOMES[OUTCOME_REJECTED]
 
 
 class WorkerState(StrEnum):
@@ -36,6 +39,11 @@ class Decided:
     error: PushstepError | None = None
     # estimated memory; set when it is stored
     kept_bytes: int = 0
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """The epoch and sequence of its push."""
+        return self.receipt.identity.epoch, self.receipt.identity.sequence
 
     def dump(self) -> dict[str, Any]:
         """The outcome as JSON."""
@@ -150,4 +158,13 @@ class Worker:
         epoch, sequence = dumped.get("forgotten", (0, 0))
         worker.forgotten = (epoch, sequence)
         worker.decided_pushes.extend(map(Decided.parsed, dumped["verdicts"]))
+        worker.base_version = worker.last_receipt_version
         return worker
+
+
+def count_failed(workers: Mapping[str, Worker], decided: Decided) -> None:
+    """Count as rejected, not as applied, a push whose step has failed."""
+    worker = workers.get(decided.receipt.identity.worker)
+    if worker is not None and worker.outcomes.get(APPLIED, 0) > 0:
+        worker.outcomes[APPLIED] -= 1
+        worker.outcomes[REJECTED] = worker.outcomes.get(REJECTED, 0) + 1

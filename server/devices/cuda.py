@@ -27,7 +27,7 @@ import logging
 import queue
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -86,6 +86,15 @@ class CudaDevice(Device):
         self.outward = _stream(self.where, priority=-1)
         self.gate = _stream(self.where, priority=-1)
         threading.Thread(target=self._give_back, name="cuda-give-back", daemon=True).start()
+
+    def memory(self) -> Mapping[str, int]:
+        """What the driver says is there and free, and what torch holds of it; empty if neither answers."""
+        try:
+            free, total = cuda.mem_get_info(self.where)
+            held = cuda.memory_reserved(self.where), cuda.memory_allocated(self.where)
+        except RuntimeError:  # the device is lost
+            return {}
+        return {"free": free, "total": total, "reserved": held[0], "allocated": held[1]}
 
     def device_stream(self) -> DeviceStream:
         """A new stream."""

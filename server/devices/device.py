@@ -9,7 +9,7 @@ asynchronous. `devices/cuda.py` is the other device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final, TypeVar
 
@@ -71,6 +71,10 @@ class Device:
 
     def open(self) -> None:
         """Prepare the device; OSError if this machine does not have it. Called once, before anything else."""
+
+    def memory(self) -> Mapping[str, int]:
+        """Bytes of the device's own memory by what they are; empty for the host's. In any thread."""
+        return {}
 
     def device_stream(self) -> DeviceStream:
         """A stream for one model, or for one kind of work."""

@@ -42,10 +42,12 @@ class Entry:
 
     def append(self) -> None:
         """Append it. DiskFull, StorageFailed."""
+        begun_s = time.monotonic()
         self.number = self._journal.append(self.record, payload_of(self._tensors))
         self._tensors = ()
         if self._then is not None:
             self._then()
+        self._journal.counts.append.observe(time.monotonic() - begun_s)
 
     def append_at_last(self, gives_up: Callable[[], bool]) -> None:
         """Append it, however long the disk refuses: what it says has happened, and later records follow from it.

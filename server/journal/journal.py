@@ -13,6 +13,7 @@ import itertools
 import logging
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from enum import StrEnum
@@ -22,6 +23,7 @@ from typing import Final, NoReturn
 from pushstep.proto.errors import JournalFull, StorageFailed
 from pushstep.proto.journal_pb2 import JournalRecord
 
+from ..counters.model_counts import JournalCounts
 from ..storage import files
 from .chain import MARKER, first_of, journal_files, marker
 from .file import Heading, JournalFile, record_bytes
@@ -64,6 +66,7 @@ class Journal:
         fail: Callable[[str, Exception], NoReturn],
         *,
         after_gap: bool,
+        counts: JournalCounts | None = None,
     ) -> None:
         """A journal that goes on behind record `last`, whose checksum is `link`. DiskFull, StorageFailed.
 
@@ -74,6 +77,7 @@ class Journal:
         self.folder = folder
         self.level = level
         self.fail = fail
+        self.counts = counts or JournalCounts()
         self.model = folder.parent.name
         self._uid = uid
         # the last record that was appended, and the last one on the disk
@@ -146,6 +150,11 @@ class Journal:
         """Bytes in the present file."""
         return self._file.end
 
+    @property
+    def free_bytes(self) -> int:
+        """Bytes that the disk had free when it was last asked, without what is promised and was appended since."""
+        return self._free_bytes - self._promised_bytes
+
     # Writing.
 
     def append(self, record: JournalRecord, payload: Sequence[memoryview] = ()) -> int:
@@ -153,6 +162,7 @@ class Journal:
         message = record.SerializeToString()
         number = self.appended + 1
         need_bytes = record_bytes(len(message), sum(part.nbytes for part in payload))
+        begin = self._file.end
         try:
             self._file.write(number, self.synced, message, payload)
         except OSError as error:
@@ -161,6 +171,8 @@ class Journal:
             self.appended = number
             self._free_bytes -= need_bytes
             self._versions.append((number, record.version))
+        self.counts.records += 1
+        self.counts.appended_bytes += self._file.end - begin
         return number
 
     def roll(self) -> int:
@@ -218,10 +230,12 @@ class Journal:
             if self._closed:
                 return self.synced
             descriptor = file.duplicate()
+        begun_s = time.monotonic()
         try:
             os.fdatasync(descriptor)
         finally:
             os.close(descriptor)
+        self.counts.sync.observe(time.monotonic() - begun_s)
         with self._lock:
             if not self._closed:
                 self._note_synced(number)

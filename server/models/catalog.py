@@ -38,6 +38,7 @@ from ..arenas.arena import Arenas
 from ..config import Config
 from ..coordinator.groups import Group, ParamGroups
 from ..coordinator.sessions import Sessions
+from ..counters.server_counts import ServerCounts
 from ..devices.choose import device
 from ..journal.durability import DurabilitySettings
 from ..journal.sync import JournalSync
@@ -77,6 +78,7 @@ class Catalog:
         self.reading = ReadBudget(config.reading_bytes(), config.stall_s / 4)
         # for what all models hold
         self.holding = ModelBudget(config.max_bytes, lambda: sum(m.held_bytes for m in self.models.values()))
+        self.counts = ServerCounts()
         self.models: dict[str, Model] = {}
         # models whose files could not be loaded at the start, and why; their names are not free
         self.not_loaded: dict[str, ModelNotLoaded] = {}

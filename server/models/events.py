@@ -46,6 +46,8 @@ class Events:
         self.log = secrets.token_hex(4)
         # why no further event comes; empty while the model lives
         self.ended = ""
+        # all so far by kind
+        self.counts: dict[str, int] = {}
         self._waiting: set[asyncio.Future[None]] = set()
 
     @property
@@ -66,6 +68,7 @@ class Events:
     def note(self, event: Mapping[str, Any]) -> None:
         """Keep one more, with the next id."""
         self._seen += 1
+        self.counts[event["kind"]] = self.counts.get(event["kind"], 0) + 1
         numbered = {"id": self._seen, **event}
         size = _bytes_of(numbered)
         if size > EVENT_BYTES:

@@ -24,7 +24,8 @@ from ..coordinator.coordinator import Coordinator
 from ..coordinator.decision import Decision, Event, Reduce, Resolve, Step
 from ..coordinator.hooks.hook import Point
 from ..coordinator.receipts import complete
-from ..coordinator.worker import Decided
+from ..coordinator.worker import Decided, count_failed
+from ..counters.model_counts import ModelCounts
 from ..devices.device import DeviceStream
 from ..journal.entry import Entry
 from ..journal.recorder import Recorder
@@ -47,6 +48,7 @@ class Owner(Protocol):
     """What an executor needs from its model."""
 
     last_receipt: Receipt | None
+    counts: ModelCounts
 
     def record(self, kind: str, by: str, **facts: Any) -> None:
         """Note an event."""
@@ -156,6 +158,7 @@ class Executor:
     def _resolve(self, resolve: Resolve) -> None:
         if resolve.decided is not None:
             resolve.decided.receipt.durable_version = self._recorder.durable_version
+            self._model.counts.decided(resolve.decided.receipt)
         self._held.resolve(resolve)
 
     # Doing.
@@ -208,6 +211,7 @@ class Executor:
             model.require_whole()
             if entry is not None:
                 entry.append()
+                begun_s = self._clock()
             copy_out = shared[0].copy_out(arenas) if shared else None
             with arenas.device_stream.over([step.push]):
                 written = arenas.step(step.ticket, step.push.parts, copy_out)
@@ -255,6 +259,8 @@ class Executor:
         for resolve in step.resolves:
             if resolve.decided is not None:
                 complete(resolve.decided, lrs, times, failure)
+                if failure is not None:
+                    count_failed(self._coordinator.sessions.workers, resolve.decided)
                 model.last_receipt = resolve.decided.receipt if failure is None else model.last_receipt
         if failure is None or entry is None:
             self._resolve_when_safe(entry, step.resolves)
@@ -282,9 +288,12 @@ class Executor:
             await job
             self._model.note_nonfinite()
             await self._recorder.until_safe()
+            self._model.counts.uploaded(decided.receipt.outcome)
         except Exception as error:  # noqa: BLE001 - whatever it was, its sender is told and the model goes on
             failure = self._model.broke_off(error, decided.receipt.version)
             complete(decided, {}, ServerTimes(), failure)
+            count_failed(self._coordinator.sessions.workers, decided)
+            self._model.counts.uploaded(decided.receipt.outcome)
             if entry is not None and entry.number:
                 self.record(self._recorder.failure(int(decided.receipt.version), failure))
             elif entry is not None:

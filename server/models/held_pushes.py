@@ -74,6 +74,9 @@ class HeldPushes:
         self._moved: asyncio.Future[None] | None = None
         self._let_go = False
 
+    def __len__(self) -> int:
+        return len(self._kept)
+
     def keep(self, pending: PendingPush, release: Callable[[], None], answer: Answer | None) -> None:
         """Hold an accepted push. Once it is resolved, `release` is called."""
         resolved = asyncio.get_running_loop().create_future()

@@ -26,7 +26,6 @@ from ..arenas.arena import Arenas, ArenasCopy
 from ..arenas.extras import Extras
 from ..arenas.publisher import Publisher
 from ..arenas.writer import ModelWriter
-from ..coordinator import admission as admission
 from ..coordinator.commits import Commits, Revisions
 from ..coordinator.coordinator import Coordinator
 from ..coordinator.groups import Group, ParamGroups
@@ -36,6 +35,7 @@ from ..coordinator.policies.policy import PolicySettings
 from ..coordinator.policies.synchronous import require_round_fits
 from ..coordinator.sessions import Sessions
 from ..coordinator.worker import WorkerState
+from ..counters.model_counts import ModelCounts
 from ..devices.device import Device
 from ..journal.durability import DurabilitySettings, read_durability
 from ..journal.recorder import Recorder
@@ -96,6 +96,7 @@ class Model:
         self.extras = Extras()
         self._extras_seen = 0
         self.events = Events()
+        self.counts = ModelCounts()
         self.last_receipt: Receipt | None = None
         self.durability = durability
         # what is on the disk of who it is

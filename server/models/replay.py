@@ -26,7 +26,7 @@ from ..coordinator.groups import ParamGroups
 from ..coordinator.hooks.chain import HookChain
 from ..coordinator.policies import catalogue as policies
 from ..coordinator.receipts import complete
-from ..coordinator.worker import Decided
+from ..coordinator.worker import Decided, count_failed
 from ..journal.chain import JournalChain
 from ..journal.durability import read_durability
 from ..journal.file import Record
@@ -156,6 +156,7 @@ class Replay:
                 receipt = decided.receipt
                 if receipt.version == message.version and receipt.outcome == Outcome.OUTCOME_APPLIED:
                     complete(decided, {}, ServerTimes(), error_of(message.failure))
+                    count_failed(self._model.sessions.workers, decided)
 
     def _upload(self, message: JournalRecord, payload: PayloadReader) -> None:
         model, arenas, version = self._model, self._model.arenas, int(message.version)

@@ -109,6 +109,7 @@ class SavedModels:
         try:
             proven = model.timeline == identity.timeline
             model.begun_at = model.timeline, model.version
+            model.counts.snapshots.note(state.created_s, state.files_bytes, state.copy.version)
             crashed = [*identity.crashed, *([] if proven else [identity.timeline])]
             model.kept = replace(identity, crashed=crashed)
             await DISK.run(folder.write_identity, model.identity(None))

@@ -51,6 +51,7 @@ class Snapshotter:
         """
         model.tried_s = model.clock()
         async with self._turns:
+            begun_s = model.clock()
             model.tell(Point.STATE_DICT_PRE)
             content = model.content
             facts, copy = await model.copy(rolls=True)
@@ -62,6 +63,9 @@ class Snapshotter:
         model.record("snapshot_taken", by, snapshot=manifest["id"])
         model.saved = content
         model.saved_s = model.clock()
+        counts = model.counts.snapshots
+        counts.taken.observe(model.saved_s - begun_s)
+        counts.note(manifest["created"], sum(file["bytes"] for file in manifest["files"]), copy.version)
         model.recorder.saved_version = copy.version
         journal = model.recorder.journal
         if journal is not None:
@@ -110,6 +114,7 @@ class Snapshotter:
             recorder.link,
             disk_failed,
             after_gap=after_gap,
+            counts=model.counts.journal,
         )
         if not after_gap:
             # what was replayed may be in the kernel's memory only

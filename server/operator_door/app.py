@@ -31,6 +31,9 @@ from pushstep.proto.errors.status import PROBLEM_TYPE, named, to_problem, untrac
 
 from ..capacity.rates import Measured
 from ..coordinator.settings import problems, read_json
+from ..counters.server_counts import OPERATORS_DOOR, ServerCounts
+from ..metrics import route as metrics
+from ..metrics.exposition import Exposition
 from ..models.catalog import Catalog
 from ..models.copies import COPIES_AT_ONCE, Copies, ModelCopies
 from ..models.events import ACTOR
@@ -62,11 +65,13 @@ MAX_BODY_BYTES: Final = 128 << 10
 OPENAPI_PATH: Final = "/openapi.json"
 # The most requests under way at once, downloads included.
 MOST_REQUESTS: Final = 200
-# Health checks are answered however many requests are under way.
 LOOPBACK: Final = frozenset({"127.0.0.1", "::1"})
-ALWAYS_ANSWERED: Final = frozenset({"/healthz", "/readyz"})
+# Health checks and metrics are answered however many requests are under way.
+ALWAYS_ANSWERED: Final = frozenset({"/healthz", "/readyz", metrics.PATH})
 
 
+# What is not below /v1.
+AT_ROOT: Final = (health, metrics)
 RESOURCES: Final = (
     server,
     models,
@@ -102,19 +107,23 @@ def create_app(catalog: Catalog, allowed_hosts: Collection[str] | None, grpc_add
     app.state.downloads = Downloads()
     app.state.listeners = Listeners()
     app.state.rates = Measured()
-    app.include_router(health.router)
+    app.state.exposition = Exposition(catalog)
+    for at_root in AT_ROOT:
+        app.include_router(at_root.router)
     for resource in RESOURCES:
         app.include_router(resource.router, prefix="/v1")
     app.add_exception_handler(PushstepError, _answer_error)
     app.add_exception_handler(RequestValidationError, _answer_error)
     app.add_exception_handler(HTTPException, _answer_error)
     app.add_middleware(Outlet, budget=catalog.reading)
-    app.add_middleware(Entrance, allowed_hosts=allowed_hosts)
+    app.add_middleware(Entrance, allowed_hosts=allowed_hosts, counts=catalog.counts)
     return app
 
 
 async def _answer_error(request: Request, error: Exception) -> JSONResponse:
-    answer = problem_response(_translated(error, request))
+    problem = _translated(error, request)
+    request.app.state.catalog.counts.refused(OPERATORS_DOOR, problem.code)
+    answer = problem_response(problem)
     if answer.status_code == MethodNotAllowed.http_status:
         answer.headers["Allow"] = ", ".join(_methods(request))
     return answer
@@ -130,7 +139,10 @@ def _methods(request: Request) -> list[str]:
 
 @cache
 def _methods_by_path() -> list[tuple[Pattern[str], Collection[str]]]:
-    routers = [("", health.router), *(("/v1", resource.router) for resource in RESOURCES)]
+    routers = [
+        *(("", at_root.router) for at_root in AT_ROOT),
+        *(("/v1", resource.router) for resource in RESOURCES),
+    ]
     routes: list[tuple[str, Collection[str]]] = [
         (prefix + route.path, route.methods or ())
         for prefix, router in routers
@@ -205,8 +217,9 @@ class Entrance:
     Origin it could steer the server.
     """
 
-    def __init__(self, app: ASGIApp, allowed_hosts: Collection[str] | None) -> None:
+    def __init__(self, app: ASGIApp, allowed_hosts: Collection[str] | None, counts: ServerCounts) -> None:
         self._app = app
+        self._counts = counts
         self._allowed_hosts = allowed_hosts
         self._under_way = 0
 
@@ -218,11 +231,18 @@ class Entrance:
         started = False
         self._under_way += 1
         actor = ACTOR.set(_actor(scope))
+        way = self._counts.http
 
         async def watched_send(message: Message) -> None:
             nonlocal started
             started = started or message["type"] == "http.response.start"
+            way.sent_bytes += len(message.get("body", b""))
             await send(message)
+
+        async def counted_receive() -> Message:
+            message = await receive()
+            way.received_bytes += len(message.get("body", b""))
+            return message
 
         try:
             headers = dict(scope["headers"])
@@ -234,12 +254,12 @@ class Entrance:
             if origin is not None and scope["method"] not in ("GET", "HEAD", "OPTIONS"):
                 self._check_origin(origin.decode("latin-1"), host)
             if _takes_file(scope):  # the route takes room for it before it reads it
-                await self._app(scope, receive, watched_send)
+                await self._app(scope, counted_receive, watched_send)
                 return
             declared = headers.get(b"content-length", b"0")
             if declared.isdigit() and int(declared) > MAX_BODY_BYTES:
                 raise MessageTooLarge(got=int(declared), limit=MAX_BODY_BYTES)
-            limited = _limited(receive)
+            limited = _limited(counted_receive)
             if _is_route(scope):  # what is at no route is refused unread, whatever it holds
                 limited = await _read(scope, limited)
             await self._app(scope, limited, watched_send)
@@ -251,7 +271,8 @@ class Entrance:
         finally:
             self._under_way -= 1
             ACTOR.reset(actor)
-        await problem_response(refusal)(scope, receive, send)
+        self._counts.refused(OPERATORS_DOOR, refusal.code)
+        await problem_response(refusal)(scope, receive, watched_send)
 
     def _check_host(self, host: str) -> None:
         """HostNotAllowed for a foreign name.

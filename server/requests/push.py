@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 
 from pushstep.proto import training_pb2 as pb
-from pushstep.proto.errors import InvalidRequest
+from pushstep.proto.errors import InternalError, InvalidRequest, PushstepError
 from pushstep.proto.training_pb2 import PushCommit
 from pushstep.proto.types_pb2 import Receipt
 
@@ -45,7 +45,11 @@ class PushHandler:
         published = await newest(model, header.pull, call.identity.timeline, call.answer)
         answer = await published_header(model, published, header.manifest_hash)
         answer.groups.extend(receipt.groups)
-        fill_published(answer.receipt, receipt, model.clock() - begun_s)
+        publish_s = model.clock() - begun_s
+        model.counts.publish.observe(publish_s)
+        fill_published(answer.receipt, receipt, publish_s)
+        if published.shared and call.answer is not None:
+            self._catalog.counts.shared_memory.sent_bytes += call.answer.nbytes
         return published, answer
 
     async def _taken(
@@ -57,9 +61,15 @@ class PushHandler:
             wire_of(header.pull.dtype)  # an answer that cannot be given is refused before the push is stepped
         model = self._catalog.get(header.model, header.identity.model_uid)
         call = PushCall(model, header, self._memory.of(header.identity, header.region))
-        if pulls:
-            call.answer = shared_answer(model, self._memory, header.pull, header.identity)
-        return call, await take(call, stream)
+        try:
+            if pulls:
+                call.answer = shared_answer(model, self._memory, header.pull, header.identity)
+            return call, await take(call, stream)
+        except Exception as error:
+            model.counts.refused(error.code if isinstance(error, PushstepError) else InternalError.code)
+            raise
+        finally:
+            self._catalog.counts.shared_memory.received_bytes += call.region_bytes
 
 
 async def take(call: PushCall, stream: BulkStream[pb.PushRequest]) -> Receipt:

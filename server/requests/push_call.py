@@ -24,6 +24,8 @@ class PushCall:
     region: Region | None = None
     # what the step writes for the worker, where they share memory
     answer: SharedAnswer | None = None
+    # bytes of its body that lie in the region
+    region_bytes: int = 0
     started_s: float = field(init=False)
     # of its header
     identity: Identity = field(init=False)

@@ -126,6 +126,7 @@ async def _received(call: PushCall, layout: Layout, found: Declared, held: Held)
     owner = f"{model.name}/{call.worker}"
     few = found.parameters <= INLINE_PARTS
     if call.region is not None:
+        call.region_bytes = found.bytes_needed
         # what is recorded must be what is stepped, and the worker can write to its region at any time
         copy_bytes = found.bytes_needed if model.recorder.journal is not None else 0
         if found.segments_bytes + copy_bytes:

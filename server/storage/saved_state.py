@@ -40,6 +40,9 @@ class SavedState:
     durability: Mapping[str, Any] | None
     # at which edit each resource was last changed; empty in older snapshots
     revisions: Mapping[str, int]
+    # when it was written, as seconds since the epoch, and the bytes of its files
+    created_s: float = 0.0
+    files_bytes: int = 0
 
 
 def saved_state(manifest: Mapping[str, Any], copy: ArenasCopy, model: str) -> SavedState:
@@ -71,4 +74,6 @@ def saved_state(manifest: Mapping[str, Any], copy: ArenasCopy, model: str) -> Sa
         int(manifest.get("first_epoch", 0)),
         manifest.get("durability"),
         manifest.get("revisions", {}),
+        float(manifest.get("created", 0.0)),
+        sum(int(file["bytes"]) for file in manifest.get("files", ())),
     )

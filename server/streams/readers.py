@@ -19,13 +19,14 @@ import logging
 import socket
 import struct
 import time
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
 from typing import Any, Final
 
 import grpc
 
 from pushstep.proto.errors import ReaderStalled
 
+from ..counters.server_counts import ServerCounts, Way
 from ..staging.read_budget import ReadBudget
 from .connections import Place, connections_to, place_of, socket_of
 from .timed_messages import PROGRESS_BYTES
@@ -50,6 +51,7 @@ class Reader:
         "_size_bytes",
         "_socket",
         "_task",
+        "_way",
         "_window_bytes",
         "_window_s",
         "begun_s",
@@ -67,6 +69,11 @@ class Reader:
         self._socket: socket.socket | None = None
         self._seen = 0
         self.is_dropped = False
+        self._way = readers.counts.way_of(context.peer())
+
+    def counted(self, messages: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        """The caller's messages, whose bytes are counted as they come."""
+        return _Counted(messages, self._way)
 
     async def take(self, message: bytes) -> None:
         """Hand over a message and return when gRPC has room for the next. OverBudget, ReaderStalled."""
@@ -89,6 +96,7 @@ class Reader:
             raise asyncio.CancelledError from None
         finally:
             self.end()
+            self._way.sent_bytes += size
             self._window_bytes += size
             if self._window_bytes >= PROGRESS_BYTES:
                 self._window_s, self._window_bytes = self._rested_s, 0
@@ -116,6 +124,7 @@ class Reader:
 
         `message`: the answer's only message, which gRPC sends then. OverBudget if there is no room for a large one.
         """
+        self._way.sent_bytes += len(message)
         if len(message) > PROGRESS_BYTES:
             await self._count(len(message))
         if self._task is not None:
@@ -161,11 +170,30 @@ class Reader:
             self._task.cancel()
 
 
+class _Counted:
+    """A call's messages, counted on their way in."""
+
+    __slots__ = ("_messages", "_way")
+
+    def __init__(self, messages: AsyncIterator[bytes], way: Way) -> None:
+        self._messages = messages
+        self._way = way
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        message = await self._messages.__anext__()
+        self._way.received_bytes += len(message)
+        return message
+
+
 class Readers:
     """The readers that something is on its way to, and the timer that checks them. On the event loop only."""
 
-    def __init__(self, budget: ReadBudget, stall_s: float) -> None:
+    def __init__(self, budget: ReadBudget, stall_s: float, counts: ServerCounts) -> None:
         self.budget = budget
+        self.counts = counts
         self.stall_s = stall_s
         self._look_s = min(stall_s / 8, LONGEST_LOOK_S)
         self._waited_for: set[Reader] = set()

@@ -27,6 +27,7 @@ from pushstep.proto.shared_memory.local_socket import (
     method_of,
 )
 
+from ..counters.server_counts import WORKERS_DOOR
 from ..streams.bulk import OneMessage
 from .servicer import GrpcDoor
 
@@ -63,6 +64,7 @@ class LocalDoor:
         except Exception as error:  # noqa: BLE001 - the one place where errors become statuses
             refusal = named(error, log)
         log.debug("refused: %s", refusal.message)
+        self._door.counts.refused(WORKERS_DOOR, refusal.code)
         if isinstance(refusal, Quarantined):
             await self._door.throttle.hold(refusal)
         return framed(Status.REFUSED, to_trailer(refusal))

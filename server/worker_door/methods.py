@@ -72,8 +72,9 @@ def answering(
 
     async def call(request: Any, context: Context) -> bytes | None:
         try:
-            answer = serialize(await method(request))
-            await Reader(readers, context).last(answer)
+            reader = Reader(readers, context)
+            answer = serialize(await method(reader.counted(request)))
+            await reader.last(answer)
             return answer
         except Exception as error:  # noqa: BLE001 - the one place where errors become statuses
             refusal = named(error, log)
@@ -92,7 +93,7 @@ def streaming(
         try:
             reader = Reader(readers, context)
             # close the generator at once, and release what it holds, however the reader ends
-            async with aclosing(method(request)) as messages:
+            async with aclosing(method(reader.counted(request))) as messages:
                 async for message in messages:
                     await reader.take(message)
             await reader.last()

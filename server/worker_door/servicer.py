@@ -28,6 +28,7 @@ from pushstep.proto.wire.frames import MAX_CHUNK_BYTES, Piece, pack
 from pushstep.proto.wire.parts import WHOLE_BYTES, parts_of
 
 from ..arenas.arena import ArenasCopy
+from ..counters.server_counts import WORKERS_DOOR
 from ..models.catalog import Catalog
 from ..models.copies import COPIES_AT_ONCE, ModelCopies, copy_of
 from ..models.model import Model
@@ -69,7 +70,8 @@ class GrpcDoor:
         self.budget = catalog.staging
         self.memory = memory
         self.stall_s = stall_s
-        self.readers = Readers(catalog.reading, stall_s)
+        self.counts = catalog.counts
+        self.readers = Readers(catalog.reading, stall_s, self.counts)
         self.throttle = Throttle()
         self.pushes = PushHandler(catalog, memory)
         self._copies = ModelCopies(COPIES_AT_ONCE)
@@ -206,6 +208,9 @@ class GrpcDoor:
             model.require_whole()
         shared = shared_answer(model, self.memory, request.options, request.identity)
         published = await newest(model, request.options, request.timeline, shared)
+        model.counts.pulls += 1
+        if shared is not None:
+            self.counts.shared_memory.sent_bytes += shared.nbytes
         answer = await published_header(model, published, request.manifest_hash)
         answer.groups.extend(groups)
         async for message in published_messages(published, answer):
@@ -256,6 +261,7 @@ class GrpcDoor:
     async def _refuse(self, context: Context, refusal: PushstepError) -> None:
         """End a call with an error. That of a quarantined worker is throttled."""
         log.debug("refused: %s", refusal.message)
+        self.counts.refused(WORKERS_DOOR, refusal.code)
         async with contextlib.AsyncExitStack() as around:
             if isinstance(refusal, Quarantined):
                 await around.enter_async_context(self.throttle.refusing(refusal, context.peer()))

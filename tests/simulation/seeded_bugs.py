@@ -25,7 +25,7 @@ from pushstep.server.coordinator.decision import Reduce
 from pushstep.server.coordinator.pending import PendingPushes
 from pushstep.server.coordinator.policies.bounded import BoundedPolicy
 from pushstep.server.coordinator.policies.policy import Move, View
-from pushstep.server.coordinator.policies.synchronous import SyncPolicy
+from pushstep.server.coordinator.policies.synchronous import TIMEOUT, SyncPolicy
 from pushstep.server.coordinator.push import PendingPush
 from pushstep.server.coordinator.sessions import Sessions
 from pushstep.server.coordinator.worker import Worker, WorkerState
@@ -70,10 +70,10 @@ def time_out_counts_twice(patch: Patch) -> None:
     """What a round that timed out has added up is in the next one again."""
     end = SyncPolicy._end
 
-    def careless(self: SyncPolicy, open_round: Any, why: str) -> list[Move]:
-        if why.startswith("timed out"):
+    def careless(self: SyncPolicy, open_round: Any, ended_by: str, why: str) -> list[Move]:
+        if ended_by == TIMEOUT:
             self._queue.extend(open_round.pushes.values())
-        return end(self, open_round, why)
+        return end(self, open_round, ended_by, why)
 
     patch.setattr(SyncPolicy, "_end", careless)
 

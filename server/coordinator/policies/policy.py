@@ -55,6 +55,9 @@ class Round:
     # pushes whose workers are present without a contribution
     skips: tuple[PendingPush, ...] = ()
     notes: tuple[str, ...] = ()
+    # what ended it, in one word, and when it was opened
+    closed_by: str = "complete"
+    opened_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

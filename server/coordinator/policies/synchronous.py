@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Final, Literal
 
 from pydantic import Field
 
@@ -28,6 +28,11 @@ from ..push import PendingPush
 from ..settings import Positive, Seconds
 from ..worker import Worker
 from .policy import Move, PolicySettings, Refuse, Round, View, listed
+
+# What ends a round.
+COMPLETE: Final = "complete"
+QUORUM: Final = "quorum"
+TIMEOUT: Final = "timeout"
 
 
 class SyncSettings(PolicySettings):
@@ -109,8 +114,8 @@ class SyncPolicy:
             return [*late, *self._turn_away_gone(view)]
         self.round.pushes.update({pending.worker: pending for pending in self._queue})
         self._queue.clear()
-        why = self._closed_by(self.round, view)
-        return [*late, *self._end(self.round, why)] if why else late
+        ended_by, why = self._closed_by(self.round, view)
+        return [*late, *self._end(self.round, ended_by, why)] if ended_by else late
 
     def _turn_away_gone(self, view: View) -> list[Move]:
         """Refuse queued pushes of workers that are gone: it is not known when a round will open."""
@@ -133,26 +138,27 @@ class SyncPolicy:
             for pending in late
         ]
 
-    def _closed_by(self, open_round: OpenRound, view: View) -> str:
-        """Why the round is over; empty while it is open."""
+    def _closed_by(self, open_round: OpenRound, view: View) -> tuple[str, str]:
+        """Why the round is over, in one word and in full; empty while it is open."""
         present = {worker.name for worker in view.members}
         missing = (open_round.expected & present) - open_round.pushes.keys()
         if not missing:
-            return "complete"
+            return COMPLETE, ""
         if self.settings.quorum is not None and len(open_round.pushes) >= self.settings.quorum:
-            return f"quorum of {self.settings.quorum}, without {', '.join(sorted(missing))}"
+            return QUORUM, f"quorum of {self.settings.quorum}, without {', '.join(sorted(missing))}"
         deadline_s = self.deadline_s()
         if deadline_s is not None and view.now_s >= deadline_s:
-            return f"timed out without {', '.join(sorted(missing))}"
-        return ""
+            return TIMEOUT, f"timed out without {', '.join(sorted(missing))}"
+        return "", ""
 
-    def _end(self, open_round: OpenRound, why: str) -> list[Move]:
+    def _end(self, open_round: OpenRound, ended_by: str, why: str) -> list[Move]:
         self.round, self._since = None, None
         ordered = [open_round.pushes[name] for name in sorted(open_round.pushes)]
         skips = tuple(pending for pending in ordered if pending.skips)
         stepped = tuple(pending for pending in ordered if not pending.skips)
-        notes = () if why == "complete" else (f"round closed: {why}",)
-        return [Round(stepped, self.settings.reduce == "mean", skips, notes)]
+        notes = (f"round closed: {why}",) if why else ()
+        mean = self.settings.reduce == "mean"
+        return [Round(stepped, mean, skips, notes, ended_by, open_round.opened_s)]
 
     def consumed(self, worker: Worker) -> None:
         """Does nothing: rounds count pushes, not sequences."""
@@ -170,7 +176,7 @@ class SyncPolicy:
         held = [] if open_round is None else [open_round.pushes[name] for name in sorted(open_round.pushes)]
         queue.sort(key=lambda pending: pending.worker)
         if open_round is not None and self.settings.quorum is not None and len(held) >= self.settings.quorum:
-            return self._end(open_round, "the policy was changed at quorum"), queue
+            return self._end(open_round, QUORUM, "the policy was changed at quorum"), queue
         return [], held + queue
 
     def missing(self, view: View) -> str:

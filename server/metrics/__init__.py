@@ -1,0 +1,1 @@
+"""What /metrics says: what was counted, as Prometheus reads it."""
