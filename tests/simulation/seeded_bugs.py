@@ -85,14 +85,14 @@ def left_behind_stays(patch: Patch) -> None:
 
 def mean_is_over_members(patch: Patch) -> None:
     """The sum is divided by the number of members instead of by the contributors' weight."""
-    reduce = PendingPushes._reduce
+    combine = PendingPushes._combine
     members: list[int] = []
 
     def counting(self: PendingPushes, order: Reduce) -> None:
         members.append(len(self.sessions.members()))
-        reduce(self, order)
+        combine(self, order)
 
-    patch.setattr(PendingPushes, "_reduce", counting)
+    patch.setattr(PendingPushes, "_combine", counting)
     patch.setattr(Reduce, "divisor", property(lambda self: float(members[-1] or 1) if self.mean else 1.0))
 
 
