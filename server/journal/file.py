@@ -13,6 +13,7 @@ import errno
 import mmap
 import os
 import struct
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from pushstep.proto.journal_pb2 import JournalRecord
 
 from ..process.memory import take
 from ..storage.files import opened
+from .reserve import LOW_BYTES, Reserve
 
 SUFFIX: Final = ".journal"
 NEW_SUFFIX: Final = ".new"
@@ -137,10 +139,16 @@ class JournalFile:
         packed += xxhash.xxh3_64_intdigest(packed, self._seed).to_bytes(_CHECKSUM_BYTES, "little")
         flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
         self._direct = -1
+        # held by the syncing thread while it uses the descriptor, so that it needs none of its own
+        self._in_use = threading.Lock()
+        self._is_open = True
         self._descriptor = os.open(new, flags, 0o600)
+        self._reserve = Reserve(self._descriptor)
         try:
             self._direct = _opened_direct(new)
             _write(self._descriptor, [packed], 0)
+            with contextlib.suppress(OSError):  # edits are refused then
+                self._reserve.extend(self.end)
             os.fsync(self._descriptor)
             os.replace(new, self.path)
         except OSError:
@@ -167,6 +175,20 @@ class JournalFile:
         head += checksum.to_bytes(_CHECKSUM_BYTES, "little")
         self._write([head, *parts])
         self.end, self.link = begin + size_bytes, checksum
+        if self._reserve.left_bytes(self.end) < LOW_BYTES:
+            with contextlib.suppress(OSError):
+                self._reserve.extend(self.end)
+
+    @property
+    def reserved_bytes(self) -> int | None:
+        """Bytes set aside behind the last record; None if the disk can set nothing aside."""
+        return self._reserve.left_bytes(self.end) if self._reserve.is_possible else None
+
+    def extend_reserve(self) -> None:
+        """Set more aside. OSError if there is no room. Any thread may call it."""
+        with self._in_use:
+            if self._is_open:
+                self._reserve.extend(self.end)
 
     def _write(self, parts: Sequence[bytes | memoryview]) -> None:
         """Write parts behind the last record, the large ones past the page cache where the disk takes them so."""
@@ -192,21 +214,24 @@ class JournalFile:
             self._direct = -1
             _write(self._descriptor, [part], at)
 
-    def duplicate(self) -> int:
-        """A descriptor of the file, which the caller closes."""
-        return os.dup(self._descriptor)
-
     def sync(self) -> None:
-        """Force what was written to the disk. OSError; after one nothing is known of what is there."""
-        os.fdatasync(self._descriptor)
+        """Force what was written to the disk. OSError; after one nothing is known of what is there.
+
+        It opens nothing. Any thread may call it. A file that is closed was forced to the disk before.
+        """
+        with self._in_use:
+            if self._is_open:
+                os.fdatasync(self._descriptor)
 
     def close(self) -> None:
-        """Close the file. What a refused write has left behind the last record is cut off."""
-        with contextlib.suppress(OSError):
-            os.ftruncate(self._descriptor, self.end)
-        os.close(self._descriptor)
-        if self._direct >= 0:
-            os.close(self._direct)
+        """Close the file. What a refused write has left behind the last record is cut off, and what was set aside."""
+        with self._in_use:
+            self._is_open = False
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._descriptor, self.end)
+            os.close(self._descriptor)
+            if self._direct >= 0:
+                os.close(self._direct)
 
 
 def _opened_direct(path: Path) -> int:

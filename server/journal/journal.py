@@ -9,6 +9,7 @@ that is on the disk, no later record counts as durable.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import logging
 import os
@@ -20,13 +21,14 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Final, NoReturn
 
-from pushstep.proto.errors import JournalFull, StorageFailed
+from pushstep.proto.errors import JournalFull, PushstepError
 from pushstep.proto.journal_pb2 import JournalRecord
 
 from ..counters.model_counts import JournalCounts
 from ..storage import files
 from .chain import MARKER, first_of, journal_files, marker
 from .file import Heading, JournalFile, record_bytes
+from .reserve import FLOOR_BYTES, RESERVE_BYTES
 
 log = logging.getLogger("pushstep.journal")
 # Room that pushes leave to the records of joins, leaves and edits, which nobody can refuse.
@@ -44,6 +46,7 @@ class Level(StrEnum):
     DURABLE = "durable"
 
 
+@functools.cache
 def boot() -> bytes:
     """The machine's boot: what a process wrote before it died is still there, while this stays the same."""
     text = Path("/proc/sys/kernel/random/boot_id").read_text()
@@ -95,10 +98,19 @@ class Journal:
         self._free_bytes = 0
         self._closed = False
         folder.mkdir(parents=True, exist_ok=True)
+        # everything that is needed to make records durable is opened here: a process that has no descriptor left has lost
+        # nothing that was written
+        self._folder = self._marker = -1
         self._file = self._made(last, self.appended, link)
-        files.fsync(folder)
-        files.fsync(folder.parent)
-        self._marker = os.open(folder / MARKER, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            self._folder = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            self._marker = os.open(folder / MARKER, flags, 0o600)
+            os.fsync(self._folder)
+            files.fsync(folder.parent)
+        except OSError as error:
+            self._close_files()
+            raise self._refusal(error) from error
 
     def _made(self, previous: int, last: int, link: int) -> JournalFile:
         heading = Heading(self._uid, boot(), last + 1, previous, link)
@@ -134,6 +146,22 @@ class Journal:
             raise self._refusal(error) from error
         with self._lock:
             self._free_bytes = disk.f_bavail * disk.f_frsize
+
+    def has_room_for_an_edit(self) -> bool:
+        """True if what is set aside takes the record of an edit or a join, and leaves enough to what cannot be refused."""
+        left_bytes = self._file.reserved_bytes
+        return left_bytes is None or left_bytes >= FLOOR_BYTES
+
+    def take_room_for_an_edit(self) -> None:
+        """Set more room aside. It blocks. JournalFull."""
+        try:
+            self._file.extend_reserve()
+        except OSError:
+            if not self.has_room_for_an_edit():
+                self._look_at_room()
+                raise JournalFull(
+                    model=self.model, need=RESERVE_BYTES, free=self._free_bytes, retry_after_s=RETRY_AFTER_S
+                ) from None
 
     def give_back_room(self, need_bytes: int) -> None:
         """Take a promise back: the record has been appended, or will not be."""
@@ -212,7 +240,10 @@ class Journal:
         except OSError as error:
             self.fail(self.model, error)
         file = self._made(previous, last, self._file.link)
-        files.fsync(self.folder)
+        try:
+            os.fsync(self._folder)
+        except OSError as error:
+            self.fail(self.model, error)
         with self._lock:
             ended, self._file = self._file, file
             self._note_synced(previous)
@@ -229,17 +260,13 @@ class Journal:
             number, file = self.appended, self._file
             if self._closed:
                 return self.synced
-            descriptor = file.duplicate()
         begun_s = time.monotonic()
-        try:
-            os.fdatasync(descriptor)
-        finally:
-            os.close(descriptor)
+        file.sync()
         self.counts.sync.observe(time.monotonic() - begun_s)
         with self._lock:
             if not self._closed:
                 self._note_synced(number)
-        with contextlib.suppress(StorageFailed):
+        with contextlib.suppress(PushstepError):
             self._look_at_room()
         return number
 
@@ -252,9 +279,15 @@ class Journal:
         """Force the files of earlier processes to the disk."""
         for path in journal_files(self.folder, self.model):
             try:
-                files.fsync(path)
+                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            except OSError as error:  # nothing was lost
+                raise self._refusal(error) from error
+            try:
+                os.fsync(descriptor)
             except OSError as error:
                 self.fail(self.model, error)
+            finally:
+                os.close(descriptor)
 
     def note_durable(self) -> int:
         """Move `durable_version` on to what is on the disk; the last record that counts as durable."""
@@ -296,5 +329,10 @@ class Journal:
         except OSError as error:
             self.fail(self.model, error)
         self._note_synced(self.appended)
+        self._close_files()
+
+    def _close_files(self) -> None:
         self._file.close()
-        os.close(self._marker)
+        for descriptor in (self._folder, self._marker):
+            if descriptor >= 0:
+                os.close(descriptor)

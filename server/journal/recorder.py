@@ -11,8 +11,10 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence, Set
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, Final, Protocol
 
@@ -28,8 +30,9 @@ from ..coordinator.coordinator import Coordinator
 from ..coordinator.decision import Resolve, Step
 from ..coordinator.sessions import Sessions
 from ..coordinator.worker import Decided
+from ..process.threads import DISK
 from .durability import DurabilitySettings
-from .entry import Entry
+from .entry import AGAIN_S, Entry
 from .journal import Journal, Level
 from .records import failure_message, gradient_message, outcome_message, tensors_of
 from .sync import JournalSync
@@ -98,6 +101,24 @@ class Recorder:
         """True if a record that the disk refuses is not tried again."""
         return self._gives_up
 
+    async def require_room(self) -> None:
+        """Have room in the journal for the record of an edit or a join. JournalFull: change nothing then."""
+        journal = self.journal
+        if journal is not None and not journal.has_room_for_an_edit():
+            await DISK.run(journal.take_room_for_an_edit)
+
+    @asynccontextmanager
+    async def room_for(self, need_bytes: int) -> AsyncIterator[None]:
+        """Have room in the journal for a record of so many bytes, for a block. JournalFull: change nothing then."""
+        journal = self.journal
+        if journal is not None and not journal.has_room(need_bytes):
+            await DISK.run(journal.take_room, need_bytes)
+        try:
+            yield
+        finally:
+            if journal is not None:
+                journal.give_back_room(need_bytes)
+
     async def close(self) -> None:
         """Force the journal to the disk, and write into none any more."""
         journal, self.journal = self.journal, None
@@ -123,12 +144,17 @@ class Recorder:
     def skip(self, kept_version: int) -> None:
         """Note a change that is not on the disk, above a version. Call it in the writer thread."""
         self.saved_version = min(self.saved_version, kept_version)
-        if self.journal is not None:
+        journal = self.journal
+        while journal is not None:
             try:
-                self.journal.skip(kept_version)
+                journal.skip(kept_version)
+                return
             except (OSError, PushstepError) as error:
                 # without the note a start would lose the change, and nobody would know
-                self.journal.fail(self.journal.model, error)
+                if self._gives_up:
+                    journal.fail(journal.model, error)
+                log.error("the journal waits for its disk: %s", error)
+            time.sleep(AGAIN_S)
 
     @property
     def number(self) -> int:

@@ -15,7 +15,6 @@ import secrets
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import torch
@@ -72,6 +71,7 @@ class Catalog:
         self.config = config
         self.clock = clock
         self.device = device(config.device)
+        self._models = config.data / "models"
         # for pushes and uploads of all models, until they are stepped
         self.staging = Budget(config.staging_bytes, config.stall_s / 4, self.device.fresh_memory)
         # for what readers of all models are sent
@@ -134,10 +134,6 @@ class Catalog:
         """A model's folder, which need not exist."""
         path = self._models / name
         return ModelFolder(path, None if self.remote is None else self.remote.store(path))
-
-    @property
-    def _models(self) -> Path:
-        return self.config.data / "models"
 
     def alone(self, name: str) -> asyncio.Lock:
         """The lock of a model's folder: hold it to write into the folder or to remove it."""
@@ -335,6 +331,7 @@ class Catalog:
         async def change() -> None:
             async with self.alone(name):
                 model.require_here()
+                await model.recorder.require_room()
                 await self.snapshotter.set_durability(model, self.folder(name), wanted(), by)
             # without the lock: what is decided may wait for a snapshot, which takes the lock
             await model.recorder.until_safe()

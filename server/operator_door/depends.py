@@ -39,8 +39,16 @@ def _downloads(request: Request) -> Downloads:
     return downloads
 
 
+async def _edited(request: Request, m: str) -> Model:
+    """A model that is about to be changed. JournalFull if its journal could not take the change."""
+    model = _catalog(request).get(m)
+    await model.recorder.require_room()
+    return model
+
+
 CatalogHere = Annotated[Catalog, Depends(_catalog)]
 ModelHere = Annotated[Model, Depends(_model)]
+EditedModel = Annotated[Model, Depends(_edited)]
 Looks = Copies[tuple[dict[str, int], dict[str, Tensor]]]
 
 

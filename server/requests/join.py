@@ -69,6 +69,9 @@ async def _join(catalog: Catalog, request: JoinRequest, peer: str) -> tuple[Join
         if request.model_uid and request.model_uid != model.uid:
             raise ModelLost(model=model.name)
         if not request.HasField("manifest") or model.layout is same_as:
+            await model.recorder.require_room()
+            if catalog.models.get(request.model) is not model:
+                continue
             worker = _joined(model, request)
             await keep_epoch(catalog, model, worker)
             member = membership(model, worker)

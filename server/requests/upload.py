@@ -212,7 +212,8 @@ class Upload:
             case UploadKind.UPLOAD_KIND_STATE:
                 return await self._replace_state(model)
             case UploadKind.UPLOAD_KIND_EXTRAS:
-                return await self._replace_extras(model)
+                async with model.recorder.room_for(self._header.extras_bytes):
+                    return await self._replace_extras(model)
             case _:
                 return await self._add_group(model)
 

@@ -64,7 +64,13 @@ def test_argument_over_environment_over_file_over_default(
 
 
 def test_every_setting_is_in_the_table() -> None:
-    assert set(Config.model_fields) == {*VALUES, "insecure", "no_shared_memory", "snapshots", "snapshots_takeover"}
+    assert set(Config.model_fields) == {
+        *VALUES,
+        "insecure",
+        "no_shared_memory",
+        "snapshots",
+        "snapshots_takeover",
+    }
 
 
 def test_the_url_of_the_snapshots_is_a_setting_that_is_never_shown(

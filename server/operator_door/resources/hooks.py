@@ -17,7 +17,7 @@ from ...models.events import OPERATOR
 from ..answers.dry_run import DRY_RUN_ANSWER, DryRun, would
 from ..answers.etags import IfMatch, require_known, tag
 from ..answers.pages import Cursor, cursor_of, key_in
-from ..depends import ModelHere
+from ..depends import EditedModel, ModelHere
 from ..queries import Index
 
 router = APIRouter(tags=["hooks"])
@@ -86,7 +86,7 @@ async def list_hooks(
 
 @router.post("/models/{m}/hooks", status_code=201, summary="Install a hook", responses=DRY_RUN_ANSWER)
 async def add_hook(
-    model: ModelHere,
+    model: EditedModel,
     response: Response,
     new: Annotated[
         NewHook,
@@ -117,7 +117,7 @@ async def show_hook(model: ModelHere, hook_id: str, response: Response) -> dict[
 
 @router.delete("/models/{m}/hooks/{hook_id}", summary="Remove a hook")
 async def remove_hook(
-    model: ModelHere, hook_id: str, dry_run: DryRun = False, if_match: IfMatch = None
+    model: EditedModel, hook_id: str, dry_run: DryRun = False, if_match: IfMatch = None
 ) -> Any:
     """The reply's `effective_version` is the first version without the hook."""
     hook = model.hooks.find(hook_id, model.name)

@@ -23,7 +23,7 @@ from ...models.model import Model
 from ..answers.dry_run import DryRun, would
 from ..answers.etags import IfMatch, etag_of, require_known, tag
 from ..answers.pages import Cursor, key_in, page_of
-from ..depends import ModelHere
+from ..depends import EditedModel, ModelHere
 from ..queries import Flag, Index
 
 router = APIRouter(tags=["param groups"])
@@ -84,7 +84,7 @@ async def show_group(model: ModelHere, index: Index, response: Response) -> dict
 
 @router.patch("/models/{m}/param-groups/{index}", summary="Change hyperparameters, freeze a group")
 async def patch_group(
-    model: ModelHere,
+    model: EditedModel,
     index: Index,
     response: Response,
     values: Annotated[

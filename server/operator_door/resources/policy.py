@@ -14,7 +14,7 @@ from ...models.events import OPERATOR
 from ...models.model import Model
 from ..answers.dry_run import DryRun, would
 from ..answers.etags import IfMatch, require_known, tag
-from ..depends import ModelHere
+from ..depends import EditedModel, ModelHere
 
 router = APIRouter(tags=["policy"])
 
@@ -38,7 +38,7 @@ async def show_policy(model: ModelHere, response: Response) -> dict[str, Any]:
 
 @router.patch("/models/{m}/policy", summary="Change when pushes are applied")
 async def change_policy(
-    model: ModelHere,
+    model: EditedModel,
     response: Response,
     settings: Annotated[
         dict[str, Any],
@@ -79,7 +79,7 @@ async def show_gate(model: ModelHere, response: Response) -> dict[str, Any]:
 
 @router.patch("/models/{m}/gate", summary="Change which pushes are let in")
 async def change_gate(
-    model: ModelHere,
+    model: EditedModel,
     response: Response,
     settings: Annotated[
         dict[str, Any], Body(examples=[{"norm_outlier": 6.0}, {"nonfinite": "skip", "quarantine_after": 5}])

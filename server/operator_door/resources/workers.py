@@ -14,7 +14,7 @@ from ...models.events import OPERATOR
 from ...models.model import Model
 from ..answers.dry_run import DryRun, would
 from ..answers.pages import Cursor, key_in, page_of
-from ..depends import ModelHere
+from ..depends import EditedModel, ModelHere
 from ..numbers import finite_values
 from ..queries import Index
 
@@ -80,7 +80,7 @@ async def show_worker(model: ModelHere, worker: str) -> dict[str, Any]:
 
 
 @router.post("/models/{m}/workers/{worker}/quarantine", summary="Quarantine a worker")
-async def quarantine_worker(model: ModelHere, worker: str, dry_run: DryRun = False) -> Any:
+async def quarantine_worker(model: EditedModel, worker: str, dry_run: DryRun = False) -> Any:
     """Nothing more of the worker is read, until it is released: its pushes are refused as `quarantined`.
 
     Those that are pending are not applied, and no round waits for it. It stays a member under its name, also when it joins
@@ -94,7 +94,7 @@ async def quarantine_worker(model: ModelHere, worker: str, dry_run: DryRun = Fal
 
 
 @router.post("/models/{m}/workers/{worker}/release", summary="Let a worker out of quarantine")
-async def release_worker(model: ModelHere, worker: str, dry_run: DryRun = False) -> Any:
+async def release_worker(model: EditedModel, worker: str, dry_run: DryRun = False) -> Any:
     """The worker's pushes are read again from now on."""
     if dry_run:
         return _would(model, worker, quarantined=False, quarantined_by_hand=False, refused_in_row=0)
@@ -104,7 +104,7 @@ async def release_worker(model: ModelHere, worker: str, dry_run: DryRun = False)
 
 
 @router.delete("/models/{m}/workers/{worker}", summary="Evict a worker")
-async def evict_worker(model: ModelHere, worker: str, dry_run: DryRun = False) -> Any:
+async def evict_worker(model: EditedModel, worker: str, dry_run: DryRun = False) -> Any:
     """Fences the worker at once. Its receipts are kept, and it may join again by hand."""
     if dry_run:
         return _would(model, worker, state=WorkerState.EVICTED, in_flight=0)
