@@ -1,7 +1,8 @@
-"""A durable server under load is killed at random instants, again and again: what it holds is a replay of what it acknowledged.
+"""A server under load is killed at random instants, again and again: what it holds is a replay of what it acknowledged.
 
-Three workers push at once. Each knows its gradients, and each receipt names the version that the push made. So local torch
-can step the same gradients in the order of the versions, and must come to the same bits.
+Three workers push at once to each model. Each knows its gradients, and each receipt names the version that the push made. So
+local torch can step the same gradients in the order of the versions, and must come to the same bits. A kill leaves what the
+kernel was given, so that holds at `everysec` as at `durable`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import random
 import threading
 import time
 import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +36,13 @@ def _gradient(worker: int, number: int) -> torch.Tensor:
 class Pusher:
     """A worker in a thread: what it pushed, by the version that it made."""
 
-    def __init__(self, address: str, number: int) -> None:
+    def __init__(self, address: str, model: str, number: int) -> None:
         self.number = number
         self.session: Session = connect(
-            address, model="m", worker=f"w{number}", retry_for_s=120.0, shared_memory=number == 1
+            address, model=model, worker=f"w{number}", retry_for_s=120.0, shared_memory=number == 1
         )
-        self.made: dict[int, torch.Tensor] = {}
+        # by the version that it made, the number of a push
+        self.made: dict[int, int] = {}
         self.problem: BaseException | None = None
         self.thread = threading.Thread(target=self._run)
         self.ends = threading.Event()
@@ -52,37 +55,51 @@ class Pusher:
                 receipt = self.session.push({"w": gradient})
                 assert receipt.outcome == "applied"
                 assert receipt.version not in self.made
-                self.made[receipt.version] = gradient
+                self.made[receipt.version] = pushes
                 pushes += 1
         except BaseException as problem:  # noqa: BLE001 - the test looks at it
             self.problem = problem
 
 
-def _replayed(made: dict[int, torch.Tensor]) -> tuple[torch.Tensor, dict[str, Any]]:
-    """The gradients stepped here, in the order of their versions."""
+def _replayed(pushers: list[Pusher]) -> tuple[torch.Tensor, dict[str, Any]]:
+    """The gradients of one model's workers stepped here, in the order of their versions: each once, and none is missing."""
+    made = sorted((at, worker.number, push) for worker in pushers for at, push in worker.made.items())
+    assert [version for version, _, _ in made] == list(range(1, len(made) + 1))
     weight = torch.nn.Parameter(torch.zeros(SHAPE))
     optimizer = Adadelta([weight], lr=0.7)
-    for version in range(1, len(made) + 1):
-        weight.grad = made[version].clone()
+    for _, worker, push in made:
+        weight.grad = _gradient(worker, push)
         optimizer.step()
     return weight.detach(), optimizer.state[weight]
 
 
-def _survives(data: Path, kills: int, seed: int) -> int:
+def _survives(
+    data: Path, seed: int, levels: Sequence[str], goes_on: Callable[[int, int], bool], longest_s: float
+) -> tuple[int, int]:
+    """Kill a server with a model at each level for as long as `goes_on(kills, pushes)`; how many there were of both."""
     chance = random.Random(seed)
     server = start_server(data, *OPTIONS)
     address = f"unix:{server.unix}"
-    pushers = [Pusher(address, number) for number in range(WORKERS)]
-    pushers[0].session.create({"w": torch.zeros(SHAPE)}, [{"rule": "adadelta", "params": ["w"], "lr": 0.7}])
+    models = {level: [Pusher(address, level, number) for number in range(WORKERS)] for level in levels}
+    pushers = [pusher for of_model in models.values() for pusher in of_model]
+    for level, of_model in models.items():
+        of_model[0].session.create(
+            {"w": torch.zeros(SHAPE)}, [{"rule": "adadelta", "params": ["w"], "lr": 0.7}]
+        )
+        assert (
+            server.rest("PATCH", f"/v1/models/{level}/durability", json={"level": level}).status_code == 200
+        )
+    kills = 0
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for pusher in pushers:
             pusher.session.member()
             pusher.thread.start()
         try:
-            for _ in range(kills):
-                time.sleep(chance.uniform(SHORTEST_S, LONGEST_S))
+            while goes_on(kills, sum(len(pusher.made) for pusher in pushers)):
+                time.sleep(chance.uniform(SHORTEST_S, longest_s))
                 server.kill()
+                kills += 1
                 server = start_server(data, "--grpc", server.grpc, *OPTIONS)
         finally:
             for pusher in pushers:
@@ -92,25 +109,31 @@ def _survives(data: Path, kills: int, seed: int) -> int:
     for pusher in pushers:
         if pusher.problem is not None:
             raise pusher.problem
-    made = {version: gradient for pusher in pushers for version, gradient in pusher.made.items()}
-    assert sorted(made) == list(range(1, len(made) + 1))
-    weight, state = _replayed(made)
-    held = pushers[0].session.pull_state()
-    for _, name, values in held.dense():
-        expected = weight if not name else state[name]
-        assert torch.equal(values.view(SHAPE), expected), name
+    for of_model in models.values():
+        weight, state = _replayed(of_model)
+        for _, name, values in of_model[0].session.pull_state().dense():
+            assert torch.equal(values.view(SHAPE), state[name] if name else weight), name
     for pusher in pushers:
         pusher.session.close()
     assert server.stop() == 0
-    return len(made)
+    return kills, sum(len(pusher.made) for pusher in pushers)
 
 
 @pytest.mark.timeout(600)
 def test_killed_at_random(data: Path) -> None:
-    assert _survives(data, 50, 1) > 200
+    assert _survives(data, 1, ["durable"], lambda kills, _: kills < 50, LONGEST_S)[1] > 200
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
 def test_killed_a_thousand_times(data: Path) -> None:
-    print(f"{_survives(data, 1000, 2)} pushes")
+    print(f"{_survives(data, 2, ['durable'], lambda kills, _: kills < 1000, LONGEST_S)[1]} pushes")
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_a_hundred_thousand_pushes_are_applied_exactly_once(data: Path) -> None:
+    """At both levels that have a journal, with fewer kills and more pushes between two of them."""
+    begun_s = time.monotonic()
+    kills, pushes = _survives(data, 3, ["durable", "everysec"], lambda _, pushes: pushes < 100_000, 2.0)
+    print(f"{pushes} pushes, {kills} kills, {time.monotonic() - begun_s:.0f} s")
