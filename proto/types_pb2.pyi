@@ -224,7 +224,7 @@ class Receipt(_message.Message):
     def __init__(self, outcome: _Optional[_Union[Outcome, str]] = ..., reason: _Optional[str] = ..., identity: _Optional[_Union[Identity, _Mapping]] = ..., version: _Optional[int] = ..., staleness: _Optional[int] = ..., gradient_norm: _Optional[float] = ..., clip_factor: _Optional[float] = ..., groups: _Optional[_Iterable[_Union[GroupValues, _Mapping]]] = ..., ignored_edits: _Optional[_Iterable[str]] = ..., lead: bool = ..., durability: _Optional[_Union[Durability, str]] = ..., times: _Optional[_Union[ServerTimes, _Mapping]] = ..., duplicates: _Optional[int] = ..., contributors: _Optional[_Iterable[str]] = ..., lr_scale: _Optional[float] = ..., step_norm: _Optional[float] = ..., notes: _Optional[_Iterable[str]] = ..., policy: _Optional[str] = ..., missing_metrics: _Optional[_Iterable[str]] = ..., durable_version: _Optional[int] = ...) -> None: ...
 
 class Ticket(_message.Message):
-    __slots__ = ("identity", "version", "factor", "lr_scale", "groups", "contributions", "divisor", "frozen")
+    __slots__ = ("identity", "version", "factor", "lr_scale", "groups", "contributions", "divisor", "frozen", "operations", "averages")
     IDENTITY_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     FACTOR_FIELD_NUMBER: _ClassVar[int]
@@ -233,6 +233,8 @@ class Ticket(_message.Message):
     CONTRIBUTIONS_FIELD_NUMBER: _ClassVar[int]
     DIVISOR_FIELD_NUMBER: _ClassVar[int]
     FROZEN_FIELD_NUMBER: _ClassVar[int]
+    OPERATIONS_FIELD_NUMBER: _ClassVar[int]
+    AVERAGES_FIELD_NUMBER: _ClassVar[int]
     identity: Identity
     version: int
     factor: float
@@ -241,7 +243,45 @@ class Ticket(_message.Message):
     contributions: _containers.RepeatedCompositeFieldContainer[Contribution]
     divisor: float
     frozen: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, identity: _Optional[_Union[Identity, _Mapping]] = ..., version: _Optional[int] = ..., factor: _Optional[float] = ..., lr_scale: _Optional[float] = ..., groups: _Optional[_Iterable[_Union[GroupValues, _Mapping]]] = ..., contributions: _Optional[_Iterable[_Union[Contribution, _Mapping]]] = ..., divisor: _Optional[float] = ..., frozen: _Optional[_Iterable[int]] = ...) -> None: ...
+    operations: _containers.RepeatedCompositeFieldContainer[GradientOperation]
+    averages: _containers.RepeatedCompositeFieldContainer[ParameterAverage]
+    def __init__(self, identity: _Optional[_Union[Identity, _Mapping]] = ..., version: _Optional[int] = ..., factor: _Optional[float] = ..., lr_scale: _Optional[float] = ..., groups: _Optional[_Iterable[_Union[GroupValues, _Mapping]]] = ..., contributions: _Optional[_Iterable[_Union[Contribution, _Mapping]]] = ..., divisor: _Optional[float] = ..., frozen: _Optional[_Iterable[int]] = ..., operations: _Optional[_Iterable[_Union[GradientOperation, _Mapping]]] = ..., averages: _Optional[_Iterable[_Union[ParameterAverage, _Mapping]]] = ...) -> None: ...
+
+class GradientOperation(_message.Message):
+    __slots__ = ("clip_value", "clip_grad_norm", "global_clipnorm", "clipnorm", "centralize", "noise")
+    CLIP_VALUE_FIELD_NUMBER: _ClassVar[int]
+    CLIP_GRAD_NORM_FIELD_NUMBER: _ClassVar[int]
+    GLOBAL_CLIPNORM_FIELD_NUMBER: _ClassVar[int]
+    CLIPNORM_FIELD_NUMBER: _ClassVar[int]
+    CENTRALIZE_FIELD_NUMBER: _ClassVar[int]
+    NOISE_FIELD_NUMBER: _ClassVar[int]
+    clip_value: float
+    clip_grad_norm: float
+    global_clipnorm: float
+    clipnorm: float
+    centralize: bool
+    noise: GradientNoise
+    def __init__(self, clip_value: _Optional[float] = ..., clip_grad_norm: _Optional[float] = ..., global_clipnorm: _Optional[float] = ..., clipnorm: _Optional[float] = ..., centralize: bool = ..., noise: _Optional[_Union[GradientNoise, _Mapping]] = ...) -> None: ...
+
+class GradientNoise(_message.Message):
+    __slots__ = ("stddev", "seed")
+    STDDEV_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    stddev: float
+    seed: int
+    def __init__(self, stddev: _Optional[float] = ..., seed: _Optional[int] = ...) -> None: ...
+
+class ParameterAverage(_message.Message):
+    __slots__ = ("hook", "momentum", "overwrite", "groups")
+    HOOK_FIELD_NUMBER: _ClassVar[int]
+    MOMENTUM_FIELD_NUMBER: _ClassVar[int]
+    OVERWRITE_FIELD_NUMBER: _ClassVar[int]
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
+    hook: str
+    momentum: float
+    overwrite: bool
+    groups: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, hook: _Optional[str] = ..., momentum: _Optional[float] = ..., overwrite: bool = ..., groups: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Contribution(_message.Message):
     __slots__ = ("identity", "weight")

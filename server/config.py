@@ -17,6 +17,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from .coordinator.hooks.hook import Place
 from .coordinator.settings import LARGEST_S, problems
 from .devices.choose import split_device
 from .journal.durability import DurabilitySettings
@@ -91,6 +92,17 @@ class Config(BaseSettings):
     snapshots_takeover: bool = Field(
         False, description="take over the snapshots at that URL from another server, which is gone for ever"
     )
+    webhook_hosts: str | None = Field(
+        None,
+        description="hosts that webhook hooks may reach, as HOST or HOST:PORT, with commas [default: none]",
+    )
+    webhook_networks: str | None = Field(
+        None,
+        description="private networks that they may reach nevertheless, such as 10.1.0.0/16, with commas [default: none]",
+    )
+    webhook_secrets: Path | None = Field(
+        None, description="folder with the secrets of webhook hooks: a file each, which the hook names"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what is logged")
 
     @classmethod
@@ -132,6 +144,13 @@ class Config(BaseSettings):
         split_device(value)
         return value
 
+    @field_validator("webhook_networks")
+    @classmethod
+    def _networks(cls, value: str | None) -> str | None:
+        for network in listed(value):
+            ipaddress.ip_network(network)
+        return value
+
     @model_validator(mode="after")
     def _loopback_unless_told(self) -> Self:
         for name in ("grpc", "http"):
@@ -148,6 +167,11 @@ class Config(BaseSettings):
     def reading_bytes(self) -> int:
         """Bytes that may be held for all readers together."""
         return self.read_bytes or max(self.staging_bytes, LEAST_READ_BYTES)
+
+    def place(self, model: str) -> Place:
+        """What the observers of a model may use."""
+        hosts, networks = listed(self.webhook_hosts), listed(self.webhook_networks)
+        return Place(model, self.data, hosts, networks, self.webhook_secrets)
 
     def durability_settings(self) -> DurabilitySettings:
         """How a new model is kept on the disk."""
@@ -174,6 +198,11 @@ class Config(BaseSettings):
 def _with_file(kind: type[Config], file_settings: Mapping[str, Any]) -> type[Config]:
     """A subclass of `kind` with a file's settings as its third source."""
     return type("Config", (kind,), {"_file_settings": dict(file_settings), "__annotations__": {}})
+
+
+def listed(value: str | None) -> tuple[str, ...]:
+    """The entries of a setting that has several, with commas between them."""
+    return tuple(entry.strip() for entry in (value or "").split(",") if entry.strip())
 
 
 def split_address(address: str) -> tuple[str, int]:

@@ -46,7 +46,7 @@ class Added(Hook):
 """,
         "from .hook import",
         "from .added import Added\nfrom .hook import",
-        "(ClipGradNorm, =>(Added, ClipGradNorm, ",
+        "        ClipGradNorm,\n=>        Added,\n        ClipGradNorm,\n",
     ),
     "policy": (
         """

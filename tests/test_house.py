@@ -71,9 +71,10 @@ ARROWS = {
         "shared_memory": {"models", "arenas", "devices", "staging", "process"},
         "metrics": {"models", "coordinator", "counters", "process"},
         "models": {
-            "journal", "remote", "storage", "coordinator", "arenas", "devices", "staging", "counters", "process", "config",
+            "observers", "journal", "remote", "storage", "coordinator", "arenas", "devices", "staging", "counters", "process", "config",
         },
         "remote": {"storage", "process"},
+        "observers": {"coordinator"},
         "journal": {"storage", "coordinator", "arenas", "staging", "counters", "process"},
         "storage": {"coordinator", "arenas", "process"},
         "coordinator": {"staging", "counters"},

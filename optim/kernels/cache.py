@@ -99,7 +99,7 @@ def _surroundings() -> str:
     import numba
 
     digest = hashlib.sha256()
-    for source in sorted(_SOURCES.glob("*.py")):
+    for source in sorted(_SOURCES.rglob("*.py")):
         digest.update(source.read_bytes())
     for text in (
         numba.__version__,

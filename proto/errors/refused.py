@@ -225,6 +225,15 @@ class HeldByHook(Refused):
     template = "{field!r} of group {group} is set by hook {hook!r} at every version; change or remove it"
 
 
+class MissingExtra(Refused):
+    """Something needs a package that is not installed where the server runs."""
+
+    code = "missing_extra"
+    template = (
+        "{what} needs {package}, which this server does not have: pip install 'pushstep[{extra}]' there"
+    )
+
+
 class OtherWorkersLive(Refused):
     """A replaced state dict would change the model under other live workers."""
 

@@ -6,15 +6,15 @@ row-sparse gradients, the version of each row's last change is kept, so that rea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from pushstep.optim import RULES, Rule
 from pushstep.proto.types_pb2 import Ticket
 from pushstep.proto.wire import dtypes
 from pushstep.proto.wire.hyperparameters import values_of
@@ -23,8 +23,11 @@ from pushstep.proto.wire.layout import Layout, Slot
 from ..devices.device import Device
 from ..process.memory import copy_of, take
 from ..staging.gradient import DensePart, RowsPart
+from .averages import Averages, Buffers, overwritten
 from .extras import Extras
 from .finite_watch import FiniteWatch
+from .gradients import Part, Take, changed
+from .rules import fill_initial, rule_of
 
 # New hyperparameters of a group are tried on this before they are accepted.
 TRIED_ELEMENTS: Final = 256
@@ -32,6 +35,7 @@ TRIED_GRADIENTS: Final = (0.0, 1.0, -1.0)
 TRIED_STEPS: Final = 2
 # Charged for a parameter beside its elements: its name, place and step count. A million of them take 800 MB.
 PARAMETER_BYTES: Final = 1 << 10
+FRESH: Final[Take] = partial(torch.empty, dtype=torch.uint8, device="cpu")
 
 
 class Arenas:
@@ -48,6 +52,7 @@ class Arenas:
         self.timeline = 1
         self.changed = [0] * len(layout.slots)
         self.row_changed: dict[int, Tensor] = {}
+        self.averages = Averages()
         self.watch = FiniteWatch()
         # between two versions: a write has begun and was not finished
         self.torn = False
@@ -127,22 +132,30 @@ class Arenas:
     def step(
         self,
         ticket: Ticket,
-        parts: Sequence[DensePart | RowsPart],
+        parts: Sequence[Part],
         copy_out: Sequence[Tensor] | None = None,
-    ) -> set[int]:
+        take: Take = FRESH,
+    ) -> tuple[set[int], float]:
         """Execute a ticket. Nothing is decided here: equal buffers and an equal ticket give equal bits.
 
         Everything is prepared before the first write. An error until then changes no value; the arenas are at the
         ticket's version, which then moved nothing. `copy_out`, one tensor for each arena, receives the new parameters
-        of the dense parts in the same pass. Returns the indices of the slots that were written there.
+        of the dense parts in the same pass. take: allocates memory for gradients that hooks change. Returns the indices
+        of the slots that were written to `copy_out`, and the factor that clipping multiplied all gradients by.
         """
-        if ticket.frozen:
-            parts = [part for part in parts if self._group_of(part) not in ticket.frozen]
+        factor = clipped = float(ticket.factor)
         values = [values_of(group) for group in ticket.groups]
         for group in values:
             group["lr"] = float(group["lr"]) * ticket.lr_scale
         try:
-            steps = list(self._planned(parts, values, ticket, copy_out))
+            if ticket.operations:
+                parts, factor, clipped = changed(ticket, parts, take)
+            if ticket.frozen:
+                parts = [part for part in parts if self._group_of(part) not in ticket.frozen]
+            moves = self.averages.plan(ticket, self.layout, self.parameters)
+            if moves and any(overwritten(ticket, self.layout)):
+                copy_out = None  # it would not receive what the parameters become
+            steps = list(self._planned(parts, values, factor, copy_out))
         finally:
             self.version = ticket.version
         with self.writing():
@@ -158,30 +171,34 @@ class Arenas:
                         self.mark_changed(slot, ticket.version)
                     if copy_out is not None:
                         written.update(slot.index for slot in part.slots)
+            for move in moves:
+                move()
+            for slot in overwritten(ticket, self.layout) if moves else ():
+                self.mark_changed(slot, ticket.version)
         self.watch.stepped(self.layout, self.parameters, parts)
-        return written
+        return written, clipped
 
     def _planned(
         self,
-        parts: Sequence[DensePart | RowsPart],
+        parts: Sequence[Part],
         values: Sequence[Mapping[str, float | bool]],
-        ticket: Ticket,
+        factor: float,
         copy_out: Sequence[Tensor] | None,
     ) -> Iterator[Callable[[], None]]:
         for part in parts:
             if isinstance(part, RowsPart):
-                yield self._planned_rows(part, values, ticket)
+                yield self._planned_rows(part, values, factor)
             else:
                 for run in _equal_runs(part.slots, lambda slot: self.steps[slot.index]):
                     if run[0].start < run[-1].stop:  # without elements only the step is counted, as in torch
-                        yield self._planned_dense(part, run, values, ticket, copy_out)
+                        yield self._planned_dense(part, run, values, factor, copy_out)
 
     def _planned_dense(
         self,
         part: DensePart,
         run: list[Slot],
         values: Sequence[Mapping[str, float | bool]],
-        ticket: Ticket,
+        factor: float,
         copy_out: Sequence[Tensor] | None,
     ) -> Callable[[], None]:
         arena, start, stop = part.arena, run[0].start, run[-1].stop
@@ -192,12 +209,12 @@ class Arenas:
             [_between(self.states[arena][name], start, stop) for name in rule.state_names],
             values[run[0].group],
             step=self.steps[run[0].index] + 1,
-            factor=ticket.factor,
+            factor=factor,
             copy_out=None if copy_out is None else _between(copy_out[arena], start, stop),
         )
 
     def _planned_rows(
-        self, part: RowsPart, values: Sequence[Mapping[str, float | bool]], ticket: Ticket
+        self, part: RowsPart, values: Sequence[Mapping[str, float | bool]], factor: float
     ) -> Callable[[], None]:
         slot = part.slot
         rule = rule_of(self.layout, slot.group)
@@ -212,7 +229,7 @@ class Arenas:
             [self.view(slot, name) for name in rule.state_names],
             values[slot.group],
             step=self.steps[slot.index] + 1,
-            factor=ticket.factor,
+            factor=factor,
         )
 
     def _count_rows(self, part: RowsPart, version: int) -> None:
@@ -299,11 +316,17 @@ class Arenas:
             [make(flat) for flat in self.parameters],
             [{name: make(flat) for name, flat in states.items()} for states in self.states],
             list(self.steps),
+            averages=self.averages.copied(make),
         )
 
-    def load(self, copy: ArenasCopy, timeline: int) -> None:
-        """Become `copy`, on `timeline`. Readers of any earlier timeline must fetch everything again."""
+    def load(self, copy: ArenasCopy, timeline: int, averaging: Collection[str] = ()) -> None:
+        """Become `copy`, on `timeline`. Readers of any earlier timeline must fetch everything again.
+
+        averaging: the hooks whose averages are kept.
+        """
+        fill_averages = self.averages.planned_load(copy.averages, self.device, averaging)
         with self.writing():
+            fill_averages()
             for flat, source in zip(self.parameters, copy.parameters, strict=True):
                 flat.copy_(source)
             for states, sources in zip(self.states, copy.states, strict=True):
@@ -330,6 +353,8 @@ class ArenasCopy:
     extras: Extras = field(default_factory=Extras)
     # the (timeline, version) that each restore before it continued from
     lineage: Sequence[tuple[int, int]] = ()
+    # what hooks keep beside the parameters: by hook and arena
+    averages: Buffers = field(default_factory=dict)
 
     @property
     def lineage_here(self) -> list[tuple[int, int]]:
@@ -340,24 +365,6 @@ class ArenasCopy:
         """One parameter (or its state) in its own shape."""
         flat = self.states[slot.arena][state] if state else self.parameters[slot.arena]
         return flat[slot.start : slot.stop].view(slot.shape)
-
-
-def rule_of(layout: Layout, group: int) -> Rule:
-    """The update rule of a group."""
-    return RULES[layout.manifest.groups[group].rule]
-
-
-def fill_initial(
-    layout: Layout,
-    states: Sequence[Mapping[str, Tensor]],
-    values: Sequence[Mapping[str, float | bool]],
-    first: int,
-) -> None:
-    """Fill the states of the arenas from `first` on with their rules' initial values."""
-    for arena in layout.arenas[first:]:
-        rule = rule_of(layout, arena.group)
-        for name, flat in states[arena.index].items():
-            flat.fill_(rule.initial_value(name, values[arena.group]))
 
 
 def _between(flat: Tensor, start: int, stop: int) -> Tensor:

@@ -63,6 +63,7 @@ class Written:
         """For observers."""
         context = self.context
         return {
+            "version": context.version,
             "worker": context.worker,
             "staleness": context.staleness,
             "gradient_norm": context.gradient_norm,
@@ -128,6 +129,7 @@ class Commits:
             lr_scale=order.lr_scale,
             groups=self.groups.messages(),
             frozen=self.groups.frozen,
+            operations=context.operations,
         )
         if order.divisor is not None:
             ticket.divisor = order.divisor
@@ -136,6 +138,7 @@ class Commits:
             )
         self.version = context.version
         self.hooks.step_post(context, self.groups)
+        ticket.averages.extend(context.averages)
         return Written(ticket, context, leads, ignored)
 
     def _context(self, order: Order) -> StepContext:

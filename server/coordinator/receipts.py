@@ -65,6 +65,8 @@ class Receipts:
         notes = [*order.notes]
         if context.factor != 1:
             notes.append(f"gradient scaled by {context.factor:.6g} ({hooks.transforms()})")
+        elif context.operations:
+            notes.append(f"gradient changed ({hooks.transforms()})")
         contributors = [pending.worker for pending in order.pushes]
         missing = hooks.missing_metrics()
         return [
@@ -121,10 +123,16 @@ def _of_push(pending: PendingPush, version: int, now_s: float) -> dict[str, Any]
 
 
 def complete(
-    decided: Decided, lrs: Mapping[int, float], times: ServerTimes, failure: PushstepError | None
+    decided: Decided,
+    lrs: Mapping[int, float],
+    times: ServerTimes,
+    failure: PushstepError | None,
+    clip_factor: float | None = None,
 ) -> None:
-    """Add to a stored outcome what only the step could tell: its times, learning rates and failure."""
+    """Add to a stored outcome what only the step could tell: its times, learning rates, clipping and failure."""
     receipt = decided.receipt
+    if clip_factor is not None:
+        receipt.clip_factor = clip_factor
     receipt.times.queue_s, receipt.times.step_s = times.queue_s, times.step_s
     for group in receipt.groups:
         group.effective_lr = lrs.get(group.group, group.effective_lr)

@@ -41,6 +41,7 @@ from ..counters.server_counts import ServerCounts
 from ..devices.choose import device
 from ..journal.durability import DurabilitySettings
 from ..journal.sync import JournalSync
+from ..observers.catalogue import register
 from ..process import garbage
 from ..process.threads import DISK, STORE
 from ..remote.remote import remote_of
@@ -70,6 +71,7 @@ class Catalog:
         """`clock`: that of the event loop."""
         self.config = config
         self.clock = clock
+        register()
         self.device = device(config.device)
         self._models = config.data / "models"
         # for pushes and uploads of all models, until they are stepped
@@ -261,6 +263,7 @@ class Catalog:
             self.clock,
         )
         model.on_failed = self._failed
+        model.observers.place = self.config.place(name)
         return model
 
     def _scratch(self, model: Model, saved: SavedState) -> Model:

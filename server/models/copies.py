@@ -79,11 +79,11 @@ async def copy_of(copies: ModelCopies, model: Model) -> AsyncIterator[tuple[dict
     model.require_whole()
 
     async def make() -> tuple[dict[str, Any], ArenasCopy]:
-        model.tell(Point.STATE_DICT_PRE)
         facts, copied = await model.copy()
         await model.recorder.until_shown(copied.version)
         return facts, copied
 
+    model.tell(Point.STATE_DICT_PRE)
     async with copies.shared(model.content, make) as copy:
         yield copy
     model.tell(Point.STATE_DICT_POST)

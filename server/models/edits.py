@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from asyncio import Future
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final
 
 from pushstep.proto.errors import InvalidHyperparameter
 
+from ..arenas.averages import Averages
 from ..coordinator.admission import GateSettings
 from ..coordinator.commits import DURABILITY, GATE, GROUPS, HOOKS, POLICY, of_group, of_hook
 from ..coordinator.groups import Group, OperatorEdit, ParamGroups
@@ -54,34 +57,159 @@ class Edits:
         if edit.frozen is not None:
             facts["frozen"] = edit.frozen
         touched = [GROUPS, of_group(index)]
-        return group, self._edited("param_group_changed", by, touched, **facts)
+        return group, self.edited("param_group_changed", by, touched, **facts)
 
-    def planned_hooks(
-        self, name: str, point: str, settings: Mapping[str, Any], prepend: bool
-    ) -> tuple[Hook, HookChain]:
-        """A hook as it would be installed, and the chain with it. Raises what `add_hook` raises."""
+    def set_policy(self, settings: PolicySettings, by: str) -> int:
+        """Use another policy or other settings from the next version on. OverCapacity as `begin_under`."""
+        self._model.require_round_fits(settings, self._model.sessions.live_count())
+        decisions = self._model.coordinator.switch(settings, self._model.clock())
+        version = self.edited("policy_changed", by, [POLICY], **settings.model_dump(mode="json"))
+        self._model.executor.apply(decisions)
+        return version
+
+    def set_gate(self, settings: GateSettings, by: str) -> int:
+        """Change the settings of the gate."""
+        self._model.coordinator.admission.settings = settings
+        return self.edited("gate_changed", by, [GATE], **settings.model_dump(mode="json"))
+
+    def set_durability(self, settings: DurabilitySettings, by: str) -> int:
+        """Keep the model on the disk in another way. Whoever calls this opens or closes the journal."""
+        self._model.durability = settings
+        return self.edited("durability_changed", by, [DURABILITY], **settings.model_dump(mode="json"))
+
+    def evict(self, worker: str, by: str) -> int:
+        """Fence a worker."""
+        decisions = self._model.coordinator.evicted(worker, self._model.clock())
+        version = self.edited("worker_evicted", by, (), worker=worker)
+        self._model.executor.apply(decisions)
+        return version
+
+    def release(self, worker: str, by: str) -> int:
+        """Let a worker out of quarantine."""
+        decisions = self._model.coordinator.released(worker, self._model.clock())
+        version = self.edited("worker_released", by, (), worker=worker)
+        self._model.executor.apply(decisions)
+        return version
+
+    def quarantine(self, worker: str, by: str) -> int:
+        """Read nothing more of a worker until it is released."""
+        decisions = self._model.coordinator.quarantine(worker, self._model.clock())
+        version = self.edited("worker_quarantined", by, (), worker=worker)
+        self._model.executor.apply(decisions)
+        return version
+
+    def edited(self, kind: str, by: str, touched: Sequence[str], **facts: Any) -> int:
+        """Note an edit, and what it has touched. Returns the first version that it applies to."""
+        self._model.edit += 1
+        self._model.revisions.note(self._model.edit, *touched)
+        self._model.record(kind, by, **facts)
+        self._model.executor.record_changes()
+        return self._model.version + 1
+
+
+@dataclass(frozen=True, slots=True)
+class Edited:
+    """What an edit of a hook has led to, or would."""
+
+    hook: Hook
+    chain: HookChain
+    effective_version: int
+
+
+class HookEdits:
+    """Operators' edits of one model's hooks. Each is planned first, which raises whatever it would raise."""
+
+    def __init__(self, model: Model, promised: Callable[[int], AbstractContextManager[None]]) -> None:
+        """`promised` reserves bytes of --max-bytes for a block. OverCapacity."""
+        self._model = model
+        self._promised = promised
+
+    def planned_add(self, name: str, point: str, settings: Mapping[str, Any], prepend: bool) -> Edited:
+        """A hook as it would be installed. InvalidHook, OverCapacity for averages, and what its `install` raises."""
+        chain, groups = self._trial()
+        hook = chain.add(name, point, settings, groups, self._model.name, prepend)
+        self._prepare(hook)
+        with self._promised(self._bytes_of(hook)):
+            return Edited(hook, chain, self._model.version + 1)
+
+    async def add(
+        self,
+        name: str,
+        point: str,
+        settings: Mapping[str, Any],
+        prepend: bool,
+        by: str,
+        check: Callable[[], None] = lambda: None,
+    ) -> Edited:
+        """Install a hook. Raises what `planned_add` raises, and OutOfMemory. check: called right before the edit."""
+        model = self._model
+        planned = self.planned_add(name, point, settings, prepend).hook
+        averaged, hook_id = list(planned.averages()), model.hooks.reserve(name)
+        with self._promised(self._bytes_of(planned)):
+            if averaged:
+                await self._begin(hook_id, averaged)
+            check()
+            held = self._held_by()
+            # another edit may have come while memory was taken: what holds is what is said now
+            hook = model.hooks.add(name, point, settings, model.groups, model.name, prepend, hook_id)
+        if averaged:
+            # behind the steps that were queued meanwhile, as a replay has it
+            self._begin(hook_id, averaged)
+        return self._edited(hook, "hook_added", by, self._claimed_since(held), point=point)
+
+    def planned_change(self, hook_id: str, changes: Mapping[str, Any], position: int | None) -> Edited:
+        """A hook as it would be after a change of some settings, or of its place in the order."""
+        chain, groups = self._trial()
+        hook = chain.change(hook_id, changes, position, groups, self._model.name)
+        self._prepare(hook)
+        return Edited(hook, chain, self._model.version + 1)
+
+    def change(self, hook_id: str, changes: Mapping[str, Any], position: int | None, by: str) -> Edited:
+        """Change some settings of a hook, or its place in the order. Raises what `planned_change` raises."""
+        model = self._model
+        self.planned_change(hook_id, changes, position)
+        held = self._held_by()
+        hook = model.hooks.change(hook_id, changes, position, model.groups, model.name)
+        model.observers.keep(model.hooks.list)
+        facts: dict[str, Any] = {"settings": dict(changes)} if changes else {}
+        facts |= {} if position is None else {"position": position}
+        # another scheduler sets the lr of its groups at once
+        touched = [of_group(index) for index, by_hook in enumerate(self._held_by()) if by_hook == hook_id]
+        touched = [GROUPS, *touched] if touched and changes else []
+        return self._edited(hook, "hook_changed", by, [*touched, *self._claimed_since(held)], **facts)
+
+    def remove(self, hook_id: str, by: str) -> Edited:
+        """Remove a hook. UnknownHook."""
+        model, held = self._model, self._held_by()
+        hook = model.hooks.remove(hook_id, model.groups, model.name)
+        model.observers.keep(model.hooks.list)
+        model.revisions.forget(of_hook(hook_id))
+        arenas, wanted = model.arenas, model.hooks.averages()
+        if hook.averages():
+            model.writer.write(lambda: arenas.averages.keep(wanted, arenas.layout, arenas.parameters))
+        touched = [HOOKS, *self._claimed_since(held)]
+        version = Edits(model).edited("hook_removed", by, touched, hook=hook_id)
+        return Edited(hook, model.hooks, version)
+
+    def _trial(self) -> tuple[HookChain, ParamGroups]:
+        """The hooks in a chain of its own, and copies of the groups, for a scheduler claims its groups."""
         chain = HookChain()
         chain.become(self._model.hooks)
-        # copies, for a scheduler claims its groups
-        groups = ParamGroups(replace(group) for group in self._model.groups.list)
-        return chain.add(name, point, settings, groups, self._model.name, prepend), chain
+        return chain, ParamGroups(replace(group) for group in self._model.groups.list)
 
-    def add_hook(
-        self, name: str, point: str, settings: Mapping[str, Any], prepend: bool, by: str
-    ) -> tuple[Hook, int]:
-        """Install a hook from the next version on."""
-        held = self._held_by()
-        hook = self._model.hooks.add(name, point, settings, self._model.groups, self._model.name, prepend)
-        touched = [HOOKS, of_hook(hook.hook_id), *self._claimed_since(held)]
-        return hook, self._edited("hook_added", by, touched, hook=hook.hook_id, point=point)
+    def _prepare(self, hook: Hook) -> None:
+        if self._model.observers.place is not None:
+            hook.prepare(self._model.observers.place)
 
-    def remove_hook(self, hook_id: str, by: str) -> int:
-        """Remove a hook from the next version on."""
-        held = self._held_by()
-        self._model.hooks.remove(hook_id, self._model.groups, self._model.name)
-        self._model.revisions.forget(of_hook(hook_id))
-        touched = [HOOKS, *self._claimed_since(held)]
-        return self._edited("hook_removed", by, touched, hook=hook_id)
+    def _bytes_of(self, hook: Hook) -> int:
+        return Averages.bytes_needed(self._model.layout, {hook.hook_id: hook.averages()})
+
+    def _begin(self, hook_id: str, groups: Sequence[int]) -> Future[None]:
+        """Have averages that equal the parameters. OutOfMemory, the first time."""
+        arenas = self._model.arenas
+        return self._model.writer.write(
+            lambda: arenas.averages.begin(hook_id, groups, arenas.layout, arenas.parameters)
+        )
 
     def _held_by(self) -> list[str | None]:
         """The hook that holds the lr of each group."""
@@ -93,48 +221,7 @@ class Edits:
         found = [of_group(index) for index, (before, now) in pairs if before != now]
         return [GROUPS, *found] if found else []
 
-    def set_policy(self, settings: PolicySettings, by: str) -> int:
-        """Use another policy or other settings from the next version on. OverCapacity as `begin_under`."""
-        self._model.require_round_fits(settings, self._model.sessions.live_count())
-        decisions = self._model.coordinator.switch(settings, self._model.clock())
-        version = self._edited("policy_changed", by, [POLICY], **settings.model_dump(mode="json"))
-        self._model.executor.apply(decisions)
-        return version
-
-    def set_gate(self, settings: GateSettings, by: str) -> int:
-        """Change the settings of the gate."""
-        self._model.coordinator.admission.settings = settings
-        return self._edited("gate_changed", by, [GATE], **settings.model_dump(mode="json"))
-
-    def set_durability(self, settings: DurabilitySettings, by: str) -> int:
-        """Keep the model on the disk in another way. Whoever calls this opens or closes the journal."""
-        self._model.durability = settings
-        return self._edited("durability_changed", by, [DURABILITY], **settings.model_dump(mode="json"))
-
-    def evict(self, worker: str, by: str) -> int:
-        """Fence a worker."""
-        decisions = self._model.coordinator.evicted(worker, self._model.clock())
-        version = self._edited("worker_evicted", by, (), worker=worker)
-        self._model.executor.apply(decisions)
-        return version
-
-    def release(self, worker: str, by: str) -> int:
-        """Let a worker out of quarantine."""
-        decisions = self._model.coordinator.released(worker, self._model.clock())
-        version = self._edited("worker_released", by, (), worker=worker)
-        self._model.executor.apply(decisions)
-        return version
-
-    def quarantine(self, worker: str, by: str) -> int:
-        """Read nothing more of a worker until it is released."""
-        decisions = self._model.coordinator.quarantine(worker, self._model.clock())
-        version = self._edited("worker_quarantined", by, (), worker=worker)
-        self._model.executor.apply(decisions)
-        return version
-
-    def _edited(self, kind: str, by: str, touched: Sequence[str], **facts: Any) -> int:
-        self._model.edit += 1
-        self._model.revisions.note(self._model.edit, *touched)
-        self._model.record(kind, by, **facts)
-        self._model.executor.record_changes()
-        return self._model.version + 1
+    def _edited(self, hook: Hook, kind: str, by: str, touched: Sequence[str], **facts: Any) -> Edited:
+        touched = [HOOKS, of_hook(hook.hook_id), *touched]
+        version = Edits(self._model).edited(kind, by, touched, hook=hook.hook_id, **facts)
+        return Edited(hook, self._model.hooks, version)

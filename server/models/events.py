@@ -1,4 +1,4 @@
-"""What happens to a model: its last events, in bounded memory, and the thread that tells observers.
+"""What happens to a model: its last events, in bounded memory.
 
 An operator's edit may be a mebibyte of JSON. Of a large event only enough is kept to tell what it was.
 """
@@ -7,19 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import secrets
-import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from itertools import islice
 from typing import Any, Final
 
-from ..coordinator.hooks.hook import Hook
-
-log = logging.getLogger("pushstep.hooks")
 EVENTS_KEPT: Final = 1000
 # Sizes as JSON. In memory an event takes several times as much.
 EVENT_BYTES: Final = 4 << 10
@@ -27,7 +22,6 @@ EVENTS_BYTES: Final = 1 << 20
 # When an event is longer than EVENT_BYTES: the characters kept of a long fact, and the facts kept.
 FACT_CHARACTERS: Final = 200
 FACTS_KEPT: Final = 16
-OBSERVER_QUEUE: Final = 1000
 # The author of what is done through the operators' door, and of what the server does by itself.
 OPERATOR: Final = "operator"
 SERVER: Final = "server"
@@ -118,56 +112,3 @@ def _bytes_of(event: Mapping[str, Any]) -> int:
 def _cut(value: Any) -> Any:
     text = json.dumps(value, default=str)
     return value if len(text) <= FACT_CHARACTERS else f"{text[:FACT_CHARACTERS]} [cut]"
-
-
-class Observers:
-    """Hands events to observers, in order, in a thread of its own. A step never waits for it."""
-
-    def __init__(self) -> None:
-        # events that were dropped because the queue was full
-        self.dropped = 0
-        self._queue: deque[tuple[Hook, Mapping[str, Any]]] = deque()
-        self._wake = threading.Condition()
-        self._thread: threading.Thread | None = None
-        self._closed = False
-
-    def tell(self, observers: Sequence[Hook], event: Mapping[str, Any]) -> None:
-        """Queue an event for each observer.
-
-        Never waits: if the queue is full, the event is dropped and counted.
-        """
-        with self._wake:
-            for hook in observers:
-                if len(self._queue) >= OBSERVER_QUEUE:
-                    self.dropped += 1
-                else:
-                    self._queue.append((hook, event))
-            self._wake.notify()
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._look_on, name="observers", daemon=True)
-                self._thread.start()
-
-    def _look_on(self) -> None:
-        while True:
-            with self._wake:
-                while not self._queue and not self._closed:
-                    self._wake.wait()
-                if not self._queue:
-                    return
-                hook, event = self._queue.popleft()
-            try:
-                line = hook.observe(event)
-            except Exception:
-                hook.failures += 1
-                log.warning("observer %s failed", hook.hook_id, exc_info=True)
-            else:
-                if line is not None:
-                    log.getChild(hook.name).info("%s", line)
-
-    def close(self) -> None:
-        """Let the observers finish what is queued, for at most 5 s, and end their thread."""
-        with self._wake:
-            self._closed = True
-            self._wake.notify()
-        if self._thread is not None:
-            self._thread.join(timeout=5)

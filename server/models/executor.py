@@ -19,6 +19,7 @@ from pushstep.proto.errors.status import named
 from pushstep.proto.types_pb2 import Receipt, ServerTimes
 
 from ..arenas.arena import Arenas
+from ..arenas.gradients import bytes_of_change
 from ..arenas.writer import ModelWriter
 from ..coordinator.coordinator import Coordinator
 from ..coordinator.decision import Decision, Event, Reduce, Resolve, Step
@@ -42,6 +43,8 @@ log = logging.getLogger("pushstep.executor")
 KINDS_KEPT: Final = 1000
 # Added to each wake-up, because a lease has run out only after its last moment.
 MOMENT_S: Final = 0.001
+# Of a step that was taken: each group's learning rate, and what clipping multiplied the gradients by.
+Taken = tuple[dict[int, float], float]
 
 
 class Owner(Protocol):
@@ -204,8 +207,12 @@ class Executor:
                 shared.append(answer)
 
         entry = self._recorder.step(step)
+        # of gradients that hooks change: beside those that came, until the step is taken
+        changed_bytes = bytes_of_change(step.ticket, step.push.parts)
+        if changed_bytes:
+            self._staging.count(changed_bytes)
 
-        def execute() -> dict[int, float]:
+        def execute() -> Taken:
             begun_s = self._clock()
             times.queue_s = begun_s - queued_s
             model.require_whole()
@@ -214,27 +221,31 @@ class Executor:
                 begun_s = self._clock()
             copy_out = shared[0].copy_out(arenas) if shared else None
             with arenas.device_stream.over([step.push]):
-                written = arenas.step(step.ticket, step.push.parts, copy_out)
+                written, clip_factor = arenas.step(
+                    step.ticket, step.push.parts, copy_out, self._staging.buffer
+                )
             times.step_s = self._clock() - begun_s
             for answer in shared:
                 answer.after_step(arenas, written if answer is shared[0] else frozenset())
-            return arenas.applied_lrs(step.ticket)
+            return arenas.applied_lrs(step.ticket), clip_factor
 
-        for point in (Point.STEP_PRE, Point.STEP_POST):
-            model.tell(point, **step.facts)
+        if step.hooks:
+            model.tell(Point.STEP_PRE, **step.facts)
         # the step is taken even if its callers go away: their retries will ask for the receipts
         nbytes = step.push.bytes() + sum([answer.nbytes for answer in shared])
         kernels = self._kernels_of(step, shared)
         small = nbytes <= INLINE_STEP_BYTES and kernels in self._stepped and step.push.is_of_few
         small = small and entry is None  # the event loop does not wait for the disk
+        # nor for passes over whole models
+        small = small and not step.ticket.operations and not step.ticket.averages
         job = self._writer.submit(execute, small=small)
         if len(self._stepped) >= KINDS_KEPT:
             self._stepped.clear()
         self._stepped.add(kernels)  # later steps run after this one, which has compiled the kernels by then
         if job.done():
-            self._finish(job, step, times, entry)
+            self._finish(job, step, times, entry, changed_bytes)
         else:
-            job.add_done_callback(lambda done: self._finish(done, step, times, entry))
+            job.add_done_callback(lambda done: self._finish(done, step, times, entry, changed_bytes))
 
     def _kernels_of(self, step: Step, shared: Sequence[Answer]) -> int:
         """A hash of what selects the kernels of a step: dtypes, and which hyperparameters are off."""
@@ -244,21 +255,31 @@ class Executor:
         return hash((kind, frozenset(switches), copied, step.ticket.factor == 1))
 
     def _finish(
-        self, job: asyncio.Future[dict[int, float]], step: Step, times: ServerTimes, entry: Entry | None
+        self,
+        job: asyncio.Future[Taken],
+        step: Step,
+        times: ServerTimes,
+        entry: Entry | None,
+        changed_bytes: int,
     ) -> None:
         model = self._model
+        if changed_bytes:
+            self._staging.release(changed_bytes)
         model.note_nonfinite()
         if self._sums:
             self._staging.release(self._sums.pop(id(step.push), 0))
         failure: PushstepError | None = None
         # not raised: the traceback would be kept, and with it this frame, which holds the push
         broken = job.exception()
-        lrs = job.result() if broken is None else {}
+        lrs, clip_factor = job.result() if broken is None else ({}, None)
+        if step.hooks and broken is None:
+            seen = {"clip_factor": clip_factor, "lrs": lrs, "step_s": times.step_s, "queue_s": times.queue_s}
+            model.tell(Point.STEP_POST, **step.facts, **seen)
         if broken is not None:
             failure = model.broke_off(broken, step.ticket.version)
         for resolve in step.resolves:
             if resolve.decided is not None:
-                complete(resolve.decided, lrs, times, failure)
+                complete(resolve.decided, lrs, times, failure, clip_factor)
                 if failure is not None:
                     count_failed(self._coordinator.sessions.workers, resolve.decided)
                 model.last_receipt = resolve.decided.receipt if failure is None else model.last_receipt

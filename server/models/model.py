@@ -23,6 +23,7 @@ from pushstep.proto.types_pb2 import Identity, Receipt
 from pushstep.proto.wire.layout import Layout
 
 from ..arenas.arena import Arenas, ArenasCopy
+from ..arenas.averages import Averages
 from ..arenas.extras import Extras
 from ..arenas.publisher import Publisher
 from ..arenas.writer import ModelWriter
@@ -40,12 +41,14 @@ from ..devices.device import Device
 from ..journal.durability import DurabilitySettings, read_durability
 from ..journal.recorder import Recorder
 from ..journal.sync import JournalSync
+from ..observers.observers import Observers
 from ..process.logs import in_short
+from ..process.threads import DISK
 from ..staging.budget import Budget
 from ..staging.read_budget import ReadBudget
 from ..storage.model_folder import IdentityFile
 from ..storage.saved_state import SavedState
-from .events import Events, Observers
+from .events import Events
 from .executor import Executor
 from .held_pushes import HeldPushes
 
@@ -144,7 +147,8 @@ class Model:
     @property
     def held_bytes(self) -> int:
         """Bytes of --max-bytes that it takes."""
-        return Arenas.bytes_charged(self.layout) + self.extras.nbytes
+        averages_bytes = Averages.bytes_needed(self.layout, self.hooks.averages())
+        return Arenas.bytes_charged(self.layout) + averages_bytes + self.extras.nbytes
 
     @property
     def content(self) -> Hashable:
@@ -160,9 +164,8 @@ class Model:
         """Raise what `require_here` raises; ModelFailed while a write has left it between two versions."""
         self.require_here()
         if self.failed is not None:
-            raise copy.copy(
-                self.failed
-            )  # the traceback of a shared one would keep each refused push in memory
+            # the traceback of a shared one would keep each refused push in memory
+            raise copy.copy(self.failed)
 
     def require_here(self) -> None:
         """Raise ModelLost once it is deleted, Draining once the server saves it for the last time."""
@@ -240,6 +243,7 @@ class Model:
         """Take over a snapshot's groups, hooks, gate, extras and number of edits."""
         self.groups.become(saved.groups)
         self.hooks.become(saved.hooks)
+        self.observers.keep(self.hooks.list)
         self.coordinator.admission = saved.admission
         self.extras = saved.copy.extras
         self.edit = saved.edit
@@ -258,7 +262,7 @@ class Model:
         self.sessions.first_epoch = saved.first_epoch
         # without the check that a round fits in staging: a smaller budget must not keep the model from loading
         self.coordinator.switch(saved.policy, self.clock())
-        self.arenas.load(copy, timeline)
+        self.arenas.load(copy, timeline, self.hooks.averages())
 
     def restore(
         self, copy: ArenasCopy, saved: SavedState | None, timeline: int, by: str
@@ -281,9 +285,10 @@ class Model:
         self.executor.apply(decisions)
         # of a snapshot it is on the disk; a journal goes on from it only behind the next snapshot
         is_kept = saved is not None and self.recorder.journal is None
+        averages = self.hooks.averages()
 
         def load() -> None:
-            self.arenas.load(copy, timeline)
+            self.arenas.load(copy, timeline, averages)
             self.publisher.forget()
             self.recorder.skip(copy.version if is_kept else copy.version - 1)
 
@@ -373,7 +378,12 @@ class Model:
     def tell(self, point: Point, **facts: Any) -> None:
         """Queue an event for the observers at a point."""
         if observers := self.hooks.observers(point):
-            now = {"model": self.name, "timeline": self.timeline, "version": self.version}
+            now = {
+                "time": time.time(),
+                "model": self.name,
+                "timeline": self.timeline,
+                "version": self.version,
+            }
             self.observers.tell(observers, {**now, **facts})
 
     async def close(self) -> None:
@@ -383,7 +393,7 @@ class Model:
         await self.recorder.close()
         await self.writer.close()
         await self.executor.give_back()
-        self.observers.close()
+        await DISK.run(self.observers.close)
 
 
 def _hook_failed(hook: Hook, version: int, error: Exception) -> None:

@@ -144,10 +144,10 @@ class Replay:
             model.arenas.version = int(ticket.version)
             return
         with model.arenas.device_stream.over([push]):
-            model.arenas.step(ticket, push.parts)
+            _, clip_factor = model.arenas.step(ticket, push.parts)
         lrs = model.arenas.applied_lrs(ticket)
         for decided in outcomes:
-            complete(decided, lrs, ServerTimes(), None)
+            complete(decided, lrs, ServerTimes(), None, clip_factor)
 
     def _fail(self, message: JournalRecord) -> None:
         """The step of a version failed: its pushes were answered with an error after all."""
@@ -178,6 +178,8 @@ class Replay:
             hooks = HookChain.parsed(changed.get("hooks", model.hooks.dump()), groups, model.name)
             model.groups.replace(groups)
             model.hooks.become(hooks)
+            arenas = model.arenas
+            arenas.averages.keep(hooks.averages(), arenas.layout, arenas.parameters)
         if "gate" in changed:
             model.coordinator.admission = Admission.parsed(changed["gate"])
         if "policy" in changed:

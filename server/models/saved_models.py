@@ -18,6 +18,7 @@ from pushstep.proto.errors import ModelNotLoaded, PushstepError, SnapshotsAway
 from pushstep.proto.errors.status import named
 from pushstep.proto.wire.identifiers import is_name
 
+from ..coordinator.hooks.hook import Point
 from ..journal.chain import JournalChain
 from ..journal.journal import Level, boot
 from ..process import garbage
@@ -214,9 +215,11 @@ class SavedModels:
         Nobody writes to them any more, so no copy is needed.
         """
         model.end()
+        model.tell(Point.STATE_DICT_PRE)
         facts, copied = await model.copy(last=True)
         folder = self._catalog.folder(name)
         manifest = await DISK.run(folder.snapshots.write, facts, copied, automatic=True)
+        model.tell(Point.STATE_DICT_POST, snapshot=manifest["id"])
         log.info("model %s saved at version %d: %s", name, copied.version, manifest["id"])
         try:
             await DISK.run(folder.write_identity, model.identity(copied.version))

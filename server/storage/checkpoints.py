@@ -13,7 +13,7 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pushstep.optim.ops.norms import square_sum
 from pushstep.optim.state_dict import GroupState, ParameterState, torch_state_dict
-from pushstep.proto.errors import UnsupportedFormat
+from pushstep.proto.errors import UnknownHook, UnsupportedFormat
 from pushstep.proto.wire import dtypes
 from pushstep.proto.wire.tensor_names import GROUPS
 
@@ -39,10 +39,14 @@ READ_BYTES: Final = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """What a checkpoint holds: its format, and whether a safetensors file has the optimizer's state, too."""
+    """What a checkpoint holds: its format, and whether a safetensors file has the optimizer's state, too.
+
+    average: the hook whose averages are there in place of the parameters that it averages; empty: none.
+    """
 
     format: str
     state: bool
+    average: str = ""
 
     def __post_init__(self) -> None:
         """UnsupportedFormat for an unknown format."""
@@ -117,8 +121,22 @@ def _by_itself(view: Tensor) -> Tensor:
     return memory.view(view.dtype).view(view.shape)
 
 
+def averaged(facts: Mapping[str, Any], copy: ArenasCopy, hook: str) -> ArenasCopy:
+    """The copy with a hook's averages as its parameters, in their dtypes. UnknownHook if that keeps none."""
+    averages = copy.averages.get(hook)
+    if averages is None:
+        raise UnknownHook(model=facts["model"], hook=hook[:200])
+    parameters = [
+        averages[index].to(flat.dtype) if index in averages else flat
+        for index, flat in enumerate(copy.parameters)
+    ]
+    return replace(copy, parameters=parameters)
+
+
 def write(facts: Mapping[str, Any], copy: ArenasCopy, content: Content, folder: Path) -> Checkpoint:
-    """Write a checkpoint in `folder`. StorageFailed, OutOfMemory, InvalidManifest."""
+    """Write a checkpoint in `folder`. StorageFailed, OutOfMemory, InvalidManifest, UnknownHook."""
+    if content.average:
+        copy = averaged(facts, copy, content.average)
     tensors = parameters_by_name(copy)
     of_torch = content.format == "torch"
     optimizer = optimizer_state(facts, copy, _by_itself) if of_torch else None

@@ -47,6 +47,8 @@ MANIFEST: Final = "manifest.json"
 # Ten thousand workers with 64 KiB of state each take 1.3 GB of it.
 LONGEST_MANIFEST_BYTES: Final = 2 << 30
 PARAMETER: Final = "parameter"
+# In front of the id of the hook that keeps the average.
+AVERAGE: Final = "average."
 EXPORT_PREFIX: Final = "tmp-export-"
 
 
@@ -125,6 +127,9 @@ class Snapshots:
         spec = copy.layout.arenas[index]
         place = {"arena": index, "group": spec.group, "start": 0, "stop": spec.elements}
         tensors = {PARAMETER: copy.parameters[index], **copy.states[index]}
+        for hook, averages in copy.averages.items():
+            if index in averages:
+                tensors[AVERAGE + hook] = averages[index]
         return {**place, **_written(folder / arena_file(index), tensors)}
 
     def manifests(
@@ -164,18 +169,25 @@ class Snapshots:
         manifest = self._verified(snapshot)
         layout = layout_of(snapshot, manifest)
         parameters, states = [], []
+        averages: dict[str, dict[int, Tensor]] = {}
         extras = Extras()
         for entry in manifest["files"]:
             tensors = self._read_file(snapshot, entry)
             if entry["file"] == EXTRAS:
                 extras = Extras(tensors)
                 continue
+            for name in [name for name in tensors if name.startswith(AVERAGE)]:
+                averages.setdefault(name.removeprefix(AVERAGE), {})[entry["arena"]] = tensors.pop(name)
             _require_arena(snapshot, layout, entry["arena"], tensors)
             parameters.append(tensors.pop(PARAMETER))
             states.append(tensors)
         timeline, version = int(manifest["timeline"]), int(manifest["version"])
         lineage = [(int(ended), int(at)) for ended, at in manifest.get("lineage", ())]
-        copy = ArenasCopy(layout, timeline, version, parameters, states, manifest["steps"], extras, lineage)
+        _require_averages(snapshot, layout, averages)
+        steps = manifest["steps"]
+        copy = ArenasCopy(
+            layout, timeline, version, parameters, states, steps, extras, lineage, averages=averages
+        )
         return manifest, copy
 
     def verified(self, snapshot: str) -> dict[str, Any]:
@@ -333,6 +345,17 @@ def _require_arena(snapshot: str, layout: Layout, index: int, tensors: Mapping[s
         raise SnapshotUnsupported(
             snapshot=snapshot, problem=f"{arena_file(index)} does not hold what its parameters need"
         )
+
+
+def _require_averages(snapshot: str, layout: Layout, averages: Mapping[str, Mapping[int, Tensor]]) -> None:
+    """SnapshotUnsupported unless averages are as long as their arenas, and in the dtype of their state."""
+    for kept in averages.values():
+        for index, average in kept.items():
+            arena = layout.arenas[index]
+            if (average.dtype, average.shape) != (dtypes.state_dtype(arena.dtype), (arena.elements,)):
+                raise SnapshotUnsupported(
+                    snapshot=snapshot, problem=f"{arena_file(index)} has averages of another kind"
+                )
 
 
 def _written(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:

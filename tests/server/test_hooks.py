@@ -29,7 +29,7 @@ from pushstep.server.coordinator.hooks.catalogue import CATALOGUE
 from pushstep.server.coordinator.hooks.chain import MAX_HOOKS, HookChain
 from pushstep.server.coordinator.hooks.hook import Hook, Point, StepContext
 from pushstep.server.coordinator.hooks.schedulers import KINDS
-from pushstep.server.models import events
+from pushstep.server.observers import observers as at_work
 from tests.support.servers.harness import RunningServer, wait_until
 from tests.support.workers.wire import created
 
@@ -406,16 +406,16 @@ def test_a_failing_hook_refuses_before_the_step_and_never_after(failing: type[Fa
 def test_observers_that_are_behind_cost_nothing_and_are_counted(
     failing: type[Failing], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(events, "OBSERVER_QUEUE", 5)
+    monkeypatch.setattr(at_work, "OBSERVER_QUEUE", 5)
     installed = HookChain()
     hook = installed.add("failing", "step_post", {}, groups(), "m")
     assert installed.observers(Point.STEP_PRE) == []
-    looking = events.Observers()
+    looking = at_work.Observers()
     for number in range(20):
         looking.tell(installed.observers(Point.STEP_POST), {"n": number})
-    assert 14 <= looking.dropped <= 15
+    assert 14 <= hook.dropped <= 15
     failing.go.set()
-    wait_until(lambda: len(failing.seen) == 20 - looking.dropped)
+    wait_until(lambda: len(failing.seen) == 20 - hook.dropped)
     wait_until(lambda: hook.failures == len(failing.seen))
     looking.close()
     assert [event["n"] for event in failing.seen] == sorted(event["n"] for event in failing.seen)

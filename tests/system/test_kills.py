@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load
 from torch.optim import lr_scheduler
 
 from pushstep.client import RemoteOptimizer, Session
@@ -24,6 +25,14 @@ Hooks = Sequence[tuple[str, str, dict[str, Any]]]
 CLIP: Hooks = [("clip_grad_norm", "step_pre", {"max_norm": 0.5})]
 SCHEDULE: Hooks = [
     ("lr_scheduler", "step_post", {"scheduler": "StepLR", "arguments": {"step_size": 2, "gamma": 0.5}})
+]
+AVERAGE: Hooks = [("ema", "step_post", {"momentum": 0.6, "overwrite_frequency": 4})]
+CHANGE: Hooks = [
+    ("gradient_noise", "step_pre", {"eta": 0.01, "seed": 3}),
+    ("gradient_centralization", "step_pre", {}),
+    ("clip_grad_value", "step_pre", {"clip_value": 0.05}),
+    ("clipnorm", "step_pre", {"clipnorm": 0.1}),
+    *CLIP,
 ]
 
 
@@ -55,6 +64,16 @@ CASES = {
     "shared memory by rows": Case(adagrad, sparse=True, shared_memory=True),
     "clipped": Case(adagrad, hooks=CLIP),
     "scheduled by a hook": Case(adadelta, hooks=SCHEDULE),
+    "averaged": Case(adadelta, hooks=AVERAGE),
+    "averaged by rows": Case(adagrad, sparse=True, shared_memory=True, hooks=[*AVERAGE, *CLIP]),
+    "changed in every way": Case(adagrad, hooks=CHANGE),
+    "changed by rows, in a round": Case(
+        both,
+        sparse=True,
+        workers=2,
+        policy={"policy": "sync", "min_workers": 2},
+        hooks=[*CHANGE, *AVERAGE, *SCHEDULE],
+    ),
     "scheduled by the lead": Case(adagrad, schedules=True),
     "two workers": Case(adadelta, sparse=True, workers=2, policy={"policy": "async", "scale": True}),
     "a round of three": Case(
@@ -106,10 +125,27 @@ class Training:
         if self.scheduler is not None:
             self.scheduler.step()
 
-    def result(self) -> tuple[int, list[torch.Tensor], Any]:
+    def result(self, server: RunningServer) -> tuple[int, list[torch.Tensor], Any]:
         """The version, and everything that the model holds."""
         versions = [remote.last_receipt.version for remote in self.remotes if remote.last_receipt is not None]
-        return max(versions), _tensors(self.remotes[0].state_dict()), self.sessions[0].pull()
+        return max(versions), self._held(server), self.sessions[0].pull()
+
+    def _held(self, server: RunningServer) -> list[Any]:
+        """The state_dict, the hooks with their state, and their averages."""
+        model = f"/v1/models/{self.sessions[0].model}"
+        hooks = server.rest("GET", f"{model}/state-dict").json()["hooks"]
+        averages = [
+            dict(
+                sorted(
+                    load(
+                        server.rest("GET", f"{model}/export", params={"average": hook["id"]}).content
+                    ).items()
+                )
+            )
+            for hook in hooks
+            if hook["name"] == "ema"
+        ]
+        return _tensors([self.remotes[0].state_dict(), hooks, averages])
 
     def close(self) -> None:
         """Close the sessions."""
@@ -143,7 +179,7 @@ def _trained(
         server = between(server)
         for seed in range(BEFORE, BEFORE + AFTER):
             training.step(seed)
-        result = training.result()
+        result = training.result(server)
         receipts = [remote.last_receipt for remote in training.remotes]
         assert all(receipt is not None and receipt.timeline == 1 for receipt in receipts)
         training.close()

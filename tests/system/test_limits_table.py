@@ -27,6 +27,7 @@ from pushstep.server.models import (
     events,
     held_pushes,
 )
+from pushstep.server.observers import observers
 from pushstep.server.operator_door import app, downloads, http_protocol
 from pushstep.server.process import descriptors, threads
 from pushstep.server.service import GRPC_OPTIONS
@@ -154,7 +155,7 @@ EXPECTED = {
         f"{chain.MAX_HOOKS}; {size(chain.MAX_SETTINGS_BYTES)}; {schedulers.MAX_SCHEDULERS}; {schedulers.MAX_LIST:,}"
     ),
     "events kept of a model": f"{events.EVENTS_KEPT:,}; {size(events.EVENT_BYTES)}; {size(events.EVENTS_BYTES)}",
-    "events that observers": f"{events.OBSERVER_QUEUE:,}",
+    "events that observers": f"{observers.OBSERVER_QUEUE:,}",
 }
 
 

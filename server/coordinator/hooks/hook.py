@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel
+
+from pushstep.proto.types_pb2 import GradientOperation, ParameterAverage
 
 from ..admission import Nonfinite
 from ..groups import ParamGroups
@@ -27,7 +30,10 @@ class Point(StrEnum):
 
 @dataclass(slots=True)
 class StepContext:
-    """One step as its hooks see it. Only transforms before the step may write here, and only to `factor`."""
+    """One step as its hooks see it. Only transforms may write here, and only to the last three fields.
+
+    What they write goes into the step's ticket, as data: nothing of a hook runs where the step is taken, or replayed.
+    """
 
     worker: str
     base_version: int
@@ -39,6 +45,25 @@ class StepContext:
     metrics: Mapping[str, float]
     # multiplies every gradient before anything else
     factor: float = 1.0
+    # done to every gradient after that, in order
+    operations: list[GradientOperation] = field(default_factory=list)
+    # taken after the step, in order
+    averages: list[ParameterAverage] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What an observer may use where it runs."""
+
+    model: str
+    # the server's data folder
+    data: Path
+    # the hosts that webhooks may reach, as HOST or HOST:PORT
+    webhook_hosts: Sequence[str] = ()
+    # the networks that are not public and that they may reach nevertheless
+    webhook_networks: Sequence[str] = ()
+    # the folder with their secrets, a file each
+    webhook_secrets: Path | None = None
 
 
 class Hook:
@@ -55,6 +80,8 @@ class Hook:
         self.settings = settings
         # number of steps or events on which it failed; an observer's failure never fails a step
         self.failures = 0
+        # number of events that it did not get, because it was too far behind
+        self.dropped = 0
 
     def install(self, groups: ParamGroups, model: str) -> None:
         """Claim what the hook controls, such as the lr of groups.
@@ -65,11 +92,47 @@ class Hook:
     def remove(self, groups: ParamGroups) -> None:
         """Release what `install` claimed."""
 
+    def reclaim(self, groups: ParamGroups) -> None:
+        """Claim again what `remove` has just released, as it was."""
+
+    def merged(self, changes: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings after some of them are changed, to be validated."""
+        return {**self.settings.model_dump(mode="json"), **changes}
+
+    def succeed(self, before: Hook, groups: ParamGroups, model: str) -> None:
+        """Take the place of a hook of the same kind and id, which had other settings.
+
+        Raises what `install` raises, and then `before` has everything that it had.
+        """
+        before.remove(groups)
+        try:
+            self.install(groups, model)
+        except BaseException:
+            before.reclaim(groups)
+            raise
+        self.failures, self.dropped = before.failures, before.dropped
+
     def step_pre(self, context: StepContext) -> None:
-        """Before a step: a transform may change `context.factor`, a guard may raise RejectedByHook."""
+        """Before a step: a transform may change `factor` or add operations, a guard may raise RejectedByHook.
+
+        What multiplies by something known here changes `factor` if there are no operations yet, and is one otherwise.
+        """
 
     def step_post(self, context: StepContext, groups: ParamGroups) -> None:
         """After a step's ticket was written, so what changes here holds from the next version."""
+
+    def averages(self) -> Sequence[int]:
+        """The param groups whose parameters' averages the model keeps for this hook."""
+        return ()
+
+    def prepare(self, place: Place) -> None:
+        """Raise a named error if it could not work there. Only asked when an operator installs or changes it."""
+
+    def open(self, place: Place) -> None:
+        """Of an observer: begin, in the observer's thread, before the first event."""
+
+    def close(self) -> None:
+        """Of an observer: end, in the observer's thread, after the last event."""
 
     def observe(self, event: Mapping[str, Any]) -> str | None:
         """Of an observer: look at an event, in the observers' thread. Returns a line for the log, or None."""

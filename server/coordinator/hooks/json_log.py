@@ -25,14 +25,15 @@ class JsonLog(Hook):
     kind = "observer"
     points: ClassVar[frozenset[Point]] = frozenset(Point)
     settings_type: ClassVar[type[Settings]] = JsonLogSettings
+    settings: JsonLogSettings
 
-    def __init__(self, hook_id: str, point: Point, settings: Settings) -> None:
+    def __init__(self, hook_id: str, point: Point, settings: JsonLogSettings) -> None:
         super().__init__(hook_id, point, settings)
         self._seen = 0
 
     def observe(self, event: Mapping[str, Any]) -> str | None:
         """The event as a line of JSON, for every n-th event; None for the others."""
         self._seen += 1
-        if isinstance(self.settings, JsonLogSettings) and self._seen % self.settings.every == 0:
+        if self._seen % self.settings.every == 0:
             return json.dumps({"hook": self.hook_id, "point": self.point, **event})
         return None

@@ -103,6 +103,18 @@ class LRScheduler(Hook):
         for index in self._indices:
             groups.list[index].scheduled_by = None
 
+    def reclaim(self, groups: ParamGroups) -> None:
+        """Hold the groups again. Their lr has not changed."""
+        for index in self._indices:
+            groups.list[index].scheduled_by = self.hook_id
+
+    def merged(self, changes: Mapping[str, Any]) -> dict[str, Any]:
+        """Another scheduler takes none of this one's arguments."""
+        settings = super().merged(changes)
+        if settings["scheduler"] != self._scheduled.scheduler and "arguments" not in changes:
+            del settings["arguments"]
+        return settings
+
     def step_post(self, context: StepContext, groups: ParamGroups) -> None:
         """Take one scheduler step."""
         metric = context.metrics.get(self._scheduled.metric)

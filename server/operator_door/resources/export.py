@@ -27,6 +27,10 @@ router = APIRouter(tags=["export"])
 SUFFIX = {"safetensors": "safetensors", "torch": "pt"}
 Format = Annotated[str, Query(description="safetensors or torch")]
 State = Annotated[Flag, Query(description="of a safetensors file: with the optimizer's state")]
+Average = Annotated[
+    str,
+    Query(max_length=300, description="id of an `ema` hook: its averages in place of the parameters"),
+]
 
 
 @router.get("/models/{m}/export", summary="Download a checkpoint", response_class=StreamingResponse)
@@ -38,6 +42,7 @@ async def export(
     downloads: DownloadsHere,
     format: Format = "safetensors",
     state: State = False,
+    average: Average = "",
     version: Annotated[
         int | None,
         Query(ge=0, description="only if the model is at this version; such a download may be gone on with"),
@@ -59,7 +64,7 @@ async def export(
     A Range is answered with a part in two cases: the request names the version, and nothing else was ever sent for the
     same request; or If-Range names the ETag of the content. Otherwise the answer is the whole.
     """
-    content = Content(format, state)
+    content = Content(format, state, average)
     asked = _Asked(model, content, version, timeline)
     asked.require(model.timeline, model.version)
 
@@ -113,7 +118,12 @@ async def show_state_dict(model: ModelHere, copies: CopiesHere) -> dict[str, Any
     """The state_dict in torch's shape, with each state's shape and norm in place of its elements."""
     async with copy_of(copies, model) as (facts, copy):
         optimizers = await READS.run(describe_state, facts, copy)
-        return {"version": copy.version, "timeline": copy.timeline, "optimizers": optimizers}
+        return {
+            "version": copy.version,
+            "timeline": copy.timeline,
+            "optimizers": optimizers,
+            "hooks": facts["hooks"],
+        }
 
 
 @router.put("/models/{m}/state-dict", summary="Import values from a file", openapi_extra=FILE_BODY)

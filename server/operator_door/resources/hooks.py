@@ -1,7 +1,8 @@
-"""Hooks: the catalogue, and the installed hooks: listed, added, removed."""
+"""Hooks: the catalogue, and the installed hooks: listed, added, changed, ordered, removed."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Query, Response
@@ -9,15 +10,15 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ...coordinator.commits import HOOKS, of_hook
 from ...coordinator.hooks.catalogue import CATALOGUE
-from ...coordinator.hooks.chain import MAX_HOOKS
+from ...coordinator.hooks.chain import MAX_HOOKS, HookChain
 from ...coordinator.hooks.hook import Hook
-from ...coordinator.settings import Text
-from ...models.edits import Edits
+from ...coordinator.settings import Text, Whole
+from ...models.edits import HookEdits
 from ...models.events import OPERATOR
 from ..answers.dry_run import DRY_RUN_ANSWER, DryRun, would
 from ..answers.etags import IfMatch, require_known, tag
 from ..answers.pages import Cursor, cursor_of, key_in
-from ..depends import EditedModel, ModelHere
+from ..depends import CatalogHere, EditedModel, ModelHere
 from ..queries import Index
 
 router = APIRouter(tags=["hooks"])
@@ -34,6 +35,17 @@ class NewHook(BaseModel):
     prepend: bool = Field(False, description="before the hooks that are there, as torch's `prepend`")
 
 
+class HookChange(BaseModel):
+    """A change of an installed hook."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    settings: dict[str, Any] = Field(
+        default_factory=dict, description="those that change; the others stay as they are"
+    )
+    position: Whole | None = Field(None, description="its place among all hooks, from 0; left out: as it is")
+
+
 def _show(hook: Hook) -> dict[str, Any]:
     return {
         "id": hook.hook_id,
@@ -42,7 +54,12 @@ def _show(hook: Hook) -> dict[str, Any]:
         "point": hook.point,
         "settings": hook.settings.model_dump(mode="json"),
         "failures": hook.failures,
+        "dropped": hook.dropped,
     }
+
+
+def _order(chain: HookChain) -> list[str]:
+    return [hook.hook_id for hook in chain.list]
 
 
 @router.get("/hooks", summary="List the hook catalogue")
@@ -79,7 +96,7 @@ async def list_hooks(
     return {
         "hooks": [_show(hook) for hook in shown],
         "next": cursor_of("hooks", ids) if len(left) > limit else None,
-        "dropped_events": model.observers.dropped,
+        "dropped_events": sum(hook.dropped for hook in model.hooks.list),
         "effective_version": model.version + 1,
     }
 
@@ -87,6 +104,7 @@ async def list_hooks(
 @router.post("/models/{m}/hooks", status_code=201, summary="Install a hook", responses=DRY_RUN_ANSWER)
 async def add_hook(
     model: EditedModel,
+    catalog: CatalogHere,
     response: Response,
     new: Annotated[
         NewHook,
@@ -96,15 +114,17 @@ async def add_hook(
     if_match: IfMatch = None,
 ) -> Any:
     """The reply's `effective_version` is the first version that the hook sees. If-Match: the ETag of the list."""
-    planned, chain = Edits(model).planned_hooks(new.name, new.point, new.settings, new.prepend)
-    require_known(if_match, model, HOOKS)
+    edits = HookEdits(model, catalog.promised)
     if dry_run:
-        after = {**_show(planned), "order": [hook.hook_id for hook in chain.list]}
-        return would(None, after, effective_version=model.version + 1)
-    hook, version = Edits(model).add_hook(new.name, new.point, new.settings, new.prepend, OPERATOR)
+        planned = edits.planned_add(new.name, new.point, new.settings, new.prepend)
+        require_known(if_match, model, HOOKS)
+        after = {**_show(planned.hook), "order": _order(planned.chain)}
+        return would(None, after, effective_version=planned.effective_version)
+    check = partial(require_known, if_match, model, HOOKS)
+    edited = await edits.add(new.name, new.point, new.settings, new.prepend, OPERATOR, check)
     await model.recorder.until_safe()
-    tag(response, model, of_hook(hook.hook_id))
-    return {**_show(hook), "effective_version": version}
+    tag(response, model, of_hook(edited.hook.hook_id))
+    return {**_show(edited.hook), "effective_version": edited.effective_version}
 
 
 @router.get("/models/{m}/hooks/{hook_id}", summary="Show an installed hook")
@@ -115,15 +135,51 @@ async def show_hook(model: ModelHere, hook_id: str, response: Response) -> dict[
     return {**_show(hook), "state": hook.state()}
 
 
+@router.patch("/models/{m}/hooks/{hook_id}", summary="Change a hook's settings or its place")
+async def change_hook(
+    model: EditedModel,
+    catalog: CatalogHere,
+    hook_id: str,
+    response: Response,
+    change: Annotated[HookChange, Body(examples=[{"settings": {"max_norm": 0.5}}, {"position": 0}])],
+    dry_run: DryRun = False,
+    if_match: IfMatch = None,
+) -> Any:
+    """All changes are made, or none. A setting that is left out stays as it is.
+
+    What a hook has gathered goes on where its settings allow it, as an average does; a scheduler begins anew from the
+    present learning rates.
+    """
+    edits = HookEdits(model, catalog.promised)
+    planned = edits.planned_change(hook_id, change.settings, change.position)
+    require_known(if_match, model, of_hook(hook_id))
+    if dry_run:
+        before = {**_show(model.hooks.find(hook_id, model.name)), "order": _order(model.hooks)}
+        after = {**_show(planned.hook), "order": _order(planned.chain)}
+        return would(before, after, effective_version=planned.effective_version)
+    edited = edits.change(hook_id, change.settings, change.position, OPERATOR)
+    await model.recorder.until_safe()
+    tag(response, model, of_hook(hook_id))
+    return {
+        **_show(edited.hook),
+        "order": _order(edited.chain),
+        "effective_version": edited.effective_version,
+    }
+
+
 @router.delete("/models/{m}/hooks/{hook_id}", summary="Remove a hook")
 async def remove_hook(
-    model: EditedModel, hook_id: str, dry_run: DryRun = False, if_match: IfMatch = None
+    model: EditedModel,
+    catalog: CatalogHere,
+    hook_id: str,
+    dry_run: DryRun = False,
+    if_match: IfMatch = None,
 ) -> Any:
     """The reply's `effective_version` is the first version without the hook."""
     hook = model.hooks.find(hook_id, model.name)
     require_known(if_match, model, of_hook(hook_id))
     if dry_run:
         return would(_show(hook), None, effective_version=model.version + 1)
-    version = Edits(model).remove_hook(hook_id, OPERATOR)
+    edited = HookEdits(model, catalog.promised).remove(hook_id, OPERATOR)
     await model.recorder.until_safe()
-    return {"id": hook_id, "effective_version": version}
+    return {"id": hook_id, "effective_version": edited.effective_version}

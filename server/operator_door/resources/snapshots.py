@@ -21,7 +21,7 @@ from ..answers.dry_run import DRY_RUN_ANSWER, DryRun, would, would_restore
 from ..answers.pages import Cursor, key_in, page_of
 from ..depends import CatalogHere, CopiesHere, DownloadsHere, ModelHere
 from ..queries import Index
-from .export import Format, State, download
+from .export import Average, Format, State, download
 
 router = APIRouter(tags=["snapshots"])
 # Each one's manifest is read and verified.
@@ -136,9 +136,10 @@ async def snapshot_content(
     downloads: DownloadsHere,
     format: Format = "safetensors",
     state: State = False,
+    average: Average = "",
 ) -> Download:
     """The same files as an export, of the snapshot's version. A Range is answered with a part."""
-    content = Content(format, state)
+    content = Content(format, state, average)
 
     async def read() -> tuple[dict[str, Any], ArenasCopy]:
         return await _readers(catalog).run(catalog.snapshots(model.name).read, snapshot)
