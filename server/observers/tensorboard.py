@@ -68,7 +68,7 @@ class TensorBoard(Hook):
         scalars |= {f"metrics/{name}": value for name, value in event["metrics"].items()}
         scalars |= {f"lr/group_{group}": lr for group, lr in event["lrs"].items()}
         for name, value in scalars.items():
-            writer.add_scalar(name, value, version, walltime=event["time"], new_style=True)
+            writer.add_scalar(name, value, version, walltime=event["time"])
         if time.monotonic() - self._flushed_s >= FLUSH_S:
             self._flush()
 

@@ -28,6 +28,7 @@ EDITS: dict[tuple[str, str], dict[str, Any]] = {
     ("PATCH", f"{MODEL}/param-groups/{{index}}"): {"json": {"lr": 0.25, "frozen": True}},
     ("POST", f"{MODEL}/hooks"): {"json": {"name": "finite_guard", "point": "step_pre"}},
     ("DELETE", f"{MODEL}/hooks/{{hook_id}}"): {},
+    ("PATCH", f"{MODEL}/hooks/{{hook_id}}"): {"json": {"settings": {"every": 7}, "position": 0}},
     ("PATCH", f"{MODEL}/policy"): {"json": {"policy": "bounded", "bound": 2}},
     ("PATCH", f"{MODEL}/gate"): {"json": {"nonfinite": "skip"}},
     ("PATCH", f"{MODEL}/durability"): {"json": {"level": "everysec"}},

@@ -27,8 +27,9 @@ from pushstep.server.models import (
     events,
     held_pushes,
 )
-from pushstep.server.observers import observers
-from pushstep.server.operator_door import app, downloads, http_protocol
+from pushstep.server.observers import addresses, observers, webhook
+from pushstep.server.operator_door import app, http_protocol
+from pushstep.server.operator_door.answers import downloads
 from pushstep.server.process import descriptors, threads
 from pushstep.server.service import GRPC_OPTIONS
 from pushstep.server.staging import budget
@@ -156,6 +157,10 @@ EXPECTED = {
     ),
     "events kept of a model": f"{events.EVENTS_KEPT:,}; {size(events.EVENT_BYTES)}; {size(events.EVENTS_BYTES)}",
     "events that observers": f"{observers.OBSERVER_QUEUE:,}",
+    "a webhook's request": (
+        f"{duration(webhook.TIMEOUT_S)} (at most {webhook.MOST_TIMEOUT_S:.0f}); {addresses.LONGEST_URL:,} characters; "
+        f"{size(webhook.LONGEST_BODY_BYTES)}; {size(webhook.ANSWER_BYTES)}"
+    ),
 }
 
 

@@ -52,7 +52,7 @@ class HookChain:
         if len(self.list) >= MAX_HOOKS:
             raise InvalidHook(problem=f"a model has at most {MAX_HOOKS} hooks")
         hook = made(hook_id or f"{name}-{self._next}", name, point, settings)
-        _guarded(hook, lambda: hook.install(groups, model))
+        self._guarded(hook, lambda: hook.install(groups, model))
         if hook_id is None:
             self._next += 1
         self.list.insert(0 if prepend else len(self.list), hook)
@@ -82,7 +82,7 @@ class HookChain:
         hook = before
         if changes:
             hook = made(hook_id, before.name, before.point, before.merged(changes))
-            _guarded(hook, lambda: hook.succeed(before, groups, model))
+            self._guarded(hook, lambda: hook.succeed(before, groups, model))
         self.list.remove(before)
         self.list.insert(at, hook)
         return hook
@@ -150,6 +150,17 @@ class HookChain:
         """The hooks that keep averages of parameters, and of which groups."""
         return {hook.hook_id: groups for hook in self.list if (groups := hook.averages())}
 
+    def _guarded(self, hook: Hook, job: Callable[[], None]) -> None:
+        """Run what a hook does when it is installed. InvalidHook if it fails otherwise than by a named error."""
+        try:
+            job()
+            if type(hook) not in BUILT_IN:
+                self._states[hook.hook_id] = _checked(hook.state())
+        except PushstepError:
+            raise
+        except Exception as error:
+            raise InvalidHook(problem=f"{hook.name}: {error!r}") from error
+
     def _asked(self, hook: Hook, question: Callable[[], T], otherwise: T) -> T:
         """A hook's answer. One that fails is counted."""
         try:
@@ -202,18 +213,6 @@ class HookChain:
         """Take over the hooks of `other`, in place. No id of either is given again."""
         self.list[:] = other.list
         self._next = max(self._next, other._next)
-
-
-def _guarded(hook: Hook, job: Callable[[], None]) -> None:
-    """Run what a hook does when it is installed. InvalidHook if it fails otherwise than by a named error."""
-    try:
-        job()
-        if type(hook) not in BUILT_IN:
-            _checked(hook.state())
-    except PushstepError:
-        raise
-    except Exception as error:
-        raise InvalidHook(problem=f"{hook.name}: {error!r}") from error
 
 
 def _checked(state: dict[str, Any]) -> dict[str, Any]:
