@@ -27,6 +27,8 @@ class Observers:
     def __init__(self) -> None:
         # what observers may use here; None: nothing
         self.place: Place | None = None
+        # events that any of them has missed; each hook counts its own, too
+        self.dropped = 0
         self._at_work: dict[Hook, _Observer] = {}
 
     def tell(self, observers: Sequence[Hook], event: Mapping[str, Any]) -> None:
@@ -35,7 +37,9 @@ class Observers:
             observer = self._at_work.get(hook)
             if observer is None:
                 observer = self._at_work[hook] = _Observer(hook, self.place)
-            observer.tell(event)
+            if not observer.tell(event):
+                hook.dropped += 1
+                self.dropped += 1
 
     def keep(self, hooks: Sequence[Hook]) -> None:
         """Let those that are not among these hooks any more end, once they have seen what is queued."""
@@ -65,13 +69,14 @@ class _Observer:
         self._thread = threading.Thread(target=self._look_on, name=f"observer-{hook.hook_id}", daemon=True)
         self._thread.start()
 
-    def tell(self, event: Mapping[str, Any]) -> None:
+    def tell(self, event: Mapping[str, Any]) -> bool:
+        """Queue an event. False if the queue is full."""
         with self._wake:
             if len(self._queue) >= OBSERVER_QUEUE:
-                self._hook.dropped += 1
-                return
+                return False
             self._queue.append(event)
             self._wake.notify()
+            return True
 
     def end(self) -> None:
         with self._wake:

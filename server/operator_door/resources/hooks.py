@@ -96,7 +96,7 @@ async def list_hooks(
     return {
         "hooks": [_show(hook) for hook in shown],
         "next": cursor_of("hooks", ids) if len(left) > limit else None,
-        "dropped_events": sum(hook.dropped for hook in model.hooks.list),
+        "dropped_events": model.observers.dropped,
         "effective_version": model.version + 1,
     }
 
@@ -114,7 +114,7 @@ async def add_hook(
     if_match: IfMatch = None,
 ) -> Any:
     """The reply's `effective_version` is the first version that the hook sees. If-Match: the ETag of the list."""
-    edits = HookEdits(model, catalog.promised)
+    edits = HookEdits(model, catalog.holding.promised)
     if dry_run:
         planned = edits.planned_add(new.name, new.point, new.settings, new.prepend)
         require_known(if_match, model, HOOKS)
@@ -150,7 +150,7 @@ async def change_hook(
     What a hook has gathered goes on where its settings allow it, as an average does; a scheduler begins anew from the
     present learning rates.
     """
-    edits = HookEdits(model, catalog.promised)
+    edits = HookEdits(model, catalog.holding.promised)
     planned = edits.planned_change(hook_id, change.settings, change.position)
     require_known(if_match, model, of_hook(hook_id))
     if dry_run:
@@ -180,6 +180,6 @@ async def remove_hook(
     require_known(if_match, model, of_hook(hook_id))
     if dry_run:
         return would(_show(hook), None, effective_version=model.version + 1)
-    edited = HookEdits(model, catalog.promised).remove(hook_id, OPERATOR)
+    edited = HookEdits(model, catalog.holding.promised).remove(hook_id, OPERATOR)
     await model.recorder.until_safe()
     return {"id": hook_id, "effective_version": edited.effective_version}
