@@ -111,6 +111,7 @@ from .refused import (
     UnknownWorker,
     VersionMoved,
     VersionNotKept,
+    WorkersLive,
 )
 
 __all__ = [
@@ -211,6 +212,7 @@ __all__ = [
     "UnsupportedModule",
     "VersionMoved",
     "VersionNotKept",
+    "WorkersLive",
     "WrongDtype",
     "WrongLength",
     "WrongShape",

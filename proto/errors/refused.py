@@ -241,6 +241,16 @@ class OtherWorkersLive(Refused):
     template = "{count} other workers are live ({workers}); pass force=True to replace the state for everyone"
 
 
+class WorkersLive(Refused):
+    """An operator's new param group would be unknown to the loops of live workers."""
+
+    code = "workers_live"
+    template = (
+        "{count} workers of model {model!r} are live ({workers}): attached optimizers would stop with manifest_mismatch at "
+        "their next step, until their loops add the same group; force=true adds it all the same"
+    )
+
+
 class OverCapacity(Refused):
     """More than this server was told to hold."""
 

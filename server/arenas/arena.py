@@ -280,21 +280,10 @@ class Arenas:
 
     def stays_finite(self, group: int, values: Mapping[str, float | bool]) -> bool:
         """True if trial steps with these hyperparameters keep a sample of finite elements finite."""
-        rule = rule_of(self.layout, group)
-        for arena in self.layout.arenas:
-            if arena.group != group or not arena.elements:
-                continue
-            stride = -(-arena.elements // TRIED_ELEMENTS)
-            for gradient in TRIED_GRADIENTS:
-                flats = [self.parameters[arena.index], *self.states[arena.index].values()]
-                param, *state = (flat[::stride].clone() for flat in flats)
-                was = torch.isfinite(param)
-                for step in range(1, 1 + TRIED_STEPS):
-                    at = self.steps[arena.slots[0].index] + step
-                    rule.step_dense(param, torch.full_like(param, gradient), state, values, step=at)
-                if bool((was & ~torch.isfinite(param)).any()):
-                    return False
-        return True
+        return self._as_it_is().stays_finite(group, values)
+
+    def _as_it_is(self) -> ArenasCopy:
+        return ArenasCopy(self.layout, self.timeline, self.version, self.parameters, self.states, self.steps)
 
     def copy(self) -> ArenasCopy:
         """A copy of everything at this version, in memory of its own on the CPU. OutOfMemory."""
@@ -360,6 +349,25 @@ class ArenasCopy:
     def lineage_here(self) -> list[tuple[int, int]]:
         """The lineage of a timeline that continues from here."""
         return [*self.lineage, (self.timeline, self.version)]
+
+    def stays_finite(self, group: int, values: Mapping[str, float | bool]) -> bool:
+        """True if trial steps with these hyperparameters keep a sample of a group's finite elements finite."""
+        rule = rule_of(self.layout, group)
+        for arena in self.layout.arenas_of_group[group]:
+            if not arena.elements:
+                continue
+            stride = -(-arena.elements // TRIED_ELEMENTS)
+            for gradient in TRIED_GRADIENTS:
+                flats = [self.parameters[arena.index], *self.states[arena.index].values()]
+                param, *state = (flat[::stride].clone() for flat in flats)
+                was = torch.isfinite(param)
+                first = arena.slots[0].index
+                for step in range(1, 1 + TRIED_STEPS):
+                    at = step + (self.steps[first] if first < len(self.steps) else 0)
+                    rule.step_dense(param, torch.full_like(param, gradient), state, values, step=at)
+                if bool((was & ~torch.isfinite(param)).any()):
+                    return False
+        return True
 
     def view(self, slot: Slot, state: str = "") -> Tensor:
         """One parameter (or its state) in its own shape."""

@@ -111,7 +111,7 @@ class Sorting:
         slot = self._slots.get(name)
         if slot is not None:
             _require(name, tensor, slot.shape, slot.dtype)
-            _require_finite(name, tensor)
+            require_finite(name, tensor)
             first = content.values.setdefault(slot.index, tensor)
             if first is not tensor and not _same_bytes(first, tensor):
                 raise InvalidFile(
@@ -188,7 +188,8 @@ def _require(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dty
         )
 
 
-def _require_finite(name: str, tensor: Tensor) -> None:
+def require_finite(name: str, tensor: Tensor) -> None:
+    """NonfiniteParameter if a parameter's values have NaN or infinity."""
     if tensor.numel() and not all(map(math.isfinite, map(float, torch.aminmax(tensor)))):
         raise NonfiniteParameter(parameter=name[:SHOWN])
 

@@ -57,7 +57,7 @@ def manifest_of(tensors: Mapping[str, Tensor], groups: str) -> Manifest:
         raise InvalidSettings(problem="groups: they are not JSON") from error
     manifest = Manifest()
     for index, (group, params) in enumerate(zip(parsed, _chosen(tensors, parsed), strict=True)):
-        values = wire_values({name: _plain(name, value) for name, value in (group.model_extra or {}).items()})
+        values = wire_values({name: plain(name, value) for name, value in (group.model_extra or {}).items()})
         manifest.groups.append(ParamGroup(rule=group.rule, optimizer=group.optimizer, values=values))
         for name, *aliases in params:
             tensor = tensors[name]
@@ -68,7 +68,8 @@ def manifest_of(tensors: Mapping[str, Tensor], groups: str) -> Manifest:
     return manifest
 
 
-def _plain(name: str, value: Any) -> float | bool:
+def plain(name: str, value: Any) -> float | bool:
+    """A hyperparameter's value. InvalidHyperparameter if it is no number and no flag."""
     try:
         if isinstance(value, (bool, int, float)):
             return value if isinstance(value, bool) else float(value)

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from pushstep.proto.errors import InvalidHyperparameter
 
+from ..arenas.arena import ArenasCopy
 from ..arenas.averages import Averages
 from ..coordinator.admission import GateSettings
 from ..coordinator.commits import DURABILITY, GATE, GROUPS, HOOKS, POLICY, of_group, of_hook
@@ -58,6 +59,18 @@ class Edits:
             facts["frozen"] = edit.frozen
         touched = [GROUPS, of_group(index)]
         return group, self.edited("param_group_changed", by, touched, **facts)
+
+    def add_groups(
+        self, extension: ArenasCopy, added: Sequence[Group], by: str
+    ) -> tuple[int, Future[None]]:
+        """Add groups at the end, from the next version on. `extension` has their arenas, with values.
+
+        The future is done when the arenas have them.
+        """
+        first = len(self._model.groups.list)
+        adopting = self._model.add_groups(extension, list(added))
+        touched = [GROUPS, *(of_group(first + index) for index in range(len(added)))]
+        return self.edited("param_group_added", by, touched, group=first), adopting
 
     def set_policy(self, settings: PolicySettings, by: str) -> int:
         """Use another policy or other settings from the next version on. OverCapacity as `begin_under`."""

@@ -13,6 +13,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.routing import compile_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -43,6 +44,7 @@ from . import openapi
 from .answers.downloads import Downloads
 from .answers.event_stream import Listeners
 from .answers.outlet import Outlet
+from .header_fields import is_json
 from .resources import (
     durability,
     events,
@@ -156,11 +158,15 @@ def _methods_by_path() -> list[tuple[Pattern[str], Collection[str]]]:
 @cache
 def _file_routes() -> list[tuple[Pattern[str], Collection[str]]]:
     """The routes whose body is a file: it is as long as --max-bytes allows, and no JSON."""
+    return _routes_with([openapi.FILE_BODY, openapi.FILE_OR_JSON_BODY])
+
+
+def _routes_with(bodies: Sequence[object]) -> list[tuple[Pattern[str], Collection[str]]]:
     return [
         (compile_path(f"/v1{route.path}")[0], route.methods or ())
         for resource in RESOURCES
         for route in resource.router.routes
-        if isinstance(route, APIRoute) and route.openapi_extra is openapi.FILE_BODY
+        if isinstance(route, APIRoute) and any(route.openapi_extra is body for body in bodies)
     ]
 
 
@@ -169,7 +175,14 @@ def _is_route(scope: Scope) -> bool:
 
 
 def _takes_file(scope: Scope) -> bool:
-    return _is_among(_file_routes(), scope)
+    return _is_among(_file_routes(), scope) and not (
+        _is_among(_file_or_json_routes(), scope) and is_json(Headers(scope=scope).get("content-type", ""))
+    )
+
+
+@cache
+def _file_or_json_routes() -> list[tuple[Pattern[str], Collection[str]]]:
+    return _routes_with([openapi.FILE_OR_JSON_BODY])
 
 
 def _is_among(routes: Sequence[tuple[Pattern[str], Collection[str]]], scope: Scope) -> bool:

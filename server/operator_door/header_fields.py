@@ -28,6 +28,11 @@ def require_match(if_match: Sequence[str] | None, etag: str, what: str) -> None:
         raise StaleEtag(what=what, etag=etag)
 
 
+def is_json(content_type: str) -> bool:
+    """True if a body of this type is JSON."""
+    return content_type.partition(";")[0].strip().lower() == "application/json"
+
+
 def wants_digest(wanted: str) -> bool:
     """True if a Want-Repr-Digest field asks for SHA-256. A preference of 0 means: not this one."""
     match = _WANTED.search(wanted)

@@ -19,6 +19,7 @@ from pushstep.proto.errors.status import PROBLEM_TYPE
 from ..coordinator.admission import GateSettings
 from ..coordinator.policies.catalogue import POLICIES
 from ..coordinator.settings import Settings
+from ..imports.new_groups import NewGroup
 
 FILE: Final = Path(__file__).with_name("openapi.json")
 # For any request: malformed, foreign host, too slow, the server's own fault, too much at once.
@@ -29,12 +30,22 @@ _DOWNLOADS: Final = ("/export", "/content")
 _BINARY: Final = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
 # `openapi_extra` of a route whose body is a file.
 FILE_BODY: Final[dict[str, Any]] = {"requestBody": {"required": True, "content": _BINARY}}
+# The same of a route whose body may also be JSON.
+FILE_OR_JSON_BODY: Final[dict[str, Any]] = {"requestBody": {"required": True, "content": dict(_BINARY)}}
 # Without a length; where a model, or something else, is in the way.
 _WITH_A_FILE: Final = (409, 411)
 # Routes whose body is of one of these types; which one, the body says. Every field is optional.
 _SETTINGS: Final[Mapping[str, Sequence[type[Settings]]]] = {
     "/v1/models/{m}/gate": [GateSettings],
     "/v1/models/{m}/policy": list(POLICIES),
+}
+NEW_GROUP: Final = {
+    "rule": "adagrad",
+    "lr": 0.1,
+    "params": [
+        {"name": "head.weight", "shape": [2, 3], "dtype": "float32"},
+        {"name": "head.bias", "shape": [2], "values": [0.5, -0.5]},
+    ],
 }
 _PROBLEM: Final = {
     "type": "object",
@@ -83,6 +94,15 @@ def _with_problems(schema: dict[str, Any]) -> dict[str, Any]:
                 references = [{"$ref": f"#/components/schemas/{kind.__name__}"} for kind in _SETTINGS[path]]
                 body = operation["requestBody"]["content"]["application/json"]
                 body["schema"] = {"anyOf": references, "examples": body["schema"]["examples"]}
+            if (path, method) == ("/v1/models/{m}/param-groups", "post"):
+                made = NewGroup.model_json_schema(ref_template="#/components/schemas/{model}")
+                schemas.update(made.pop("$defs", {}))
+                schemas["NewGroup"] = made
+                body = {"schema": {"$ref": "#/components/schemas/NewGroup"}, "example": NEW_GROUP}
+                operation["requestBody"] = {
+                    "required": True,
+                    "content": {"application/json": body, **_BINARY},
+                }
             if path == "/readyz":  # its 503 is an ordinary answer, not a problem
                 responses["503"] = {**responses["200"], "description": "It does not yet, or not any more"}
             operation["responses"] = dict(sorted(responses.items()))
@@ -99,7 +119,7 @@ def _statuses(path: str, method: str, operation: dict[str, Any]) -> Iterable[int
         yield from _OF_A_MODEL
     if operation.get("parameters") or "requestBody" in operation:
         yield 422
-    if operation.get("requestBody") == FILE_BODY["requestBody"]:
+    if "application/octet-stream" in operation.get("requestBody", {}).get("content", {}):
         yield from _WITH_A_FILE
     if method in ("post", "put", "patch", "delete"):
         yield from (413, 422)

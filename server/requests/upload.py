@@ -49,6 +49,7 @@ from ..coordinator.policies import catalogue as policies
 from ..coordinator.worker import Worker
 from ..models.catalog import Catalog
 from ..models.creations import Creation
+from ..models.edits import Edits
 from ..models.model import Model
 from ..process import garbage
 from ..process.inline import INLINE_PARTS
@@ -377,8 +378,7 @@ class Upload:
             model.require_current(identity)
             if model.layout is not self._base:  # another group was added first: these slots are taken
                 raise ManifestChanged(model=model.name)
-            adopting = model.add_groups(extension, added)
-            model.record("param_group_added", identity.worker, group=len(model.groups.list) - 1)
+            _, adopting = Edits(model).add_groups(extension, added, identity.worker)
             await adopting
             await self._catalog.bridge(model)
             garbage.set_aside(len(model.layout.slots))

@@ -26,6 +26,7 @@ EDITS: dict[tuple[str, str], dict[str, Any]] = {
     ("POST", "/v1/models"): {"params": {"name": "other", "groups": '[{"rule": "adagrad"}]'}, "content": save(NEW)},
     ("DELETE", MODEL): {},
     ("PATCH", f"{MODEL}/param-groups/{{index}}"): {"json": {"lr": 0.25, "frozen": True}},
+    ("POST", f"{MODEL}/param-groups"): {"json": {"rule": "adagrad", "params": [{"name": "n", "shape": [2]}]}, "params": {"force": "true"}},
     ("POST", f"{MODEL}/hooks"): {"json": {"name": "finite_guard", "point": "step_pre"}},
     ("DELETE", f"{MODEL}/hooks/{{hook_id}}"): {},
     ("PATCH", f"{MODEL}/hooks/{{hook_id}}"): {"json": {"settings": {"every": 7}, "position": 0}},
