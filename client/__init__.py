@@ -7,5 +7,6 @@ takes. The session's own methods do the same with numpy arrays, without an optim
 from .membership.receipt import Outcome, Receipt
 from .optimizer.remote_optimizer import RemoteOptimizer
 from .session import Session, connect
+from .transport.security import TLS
 
-__all__ = ["Outcome", "Receipt", "RemoteOptimizer", "Session", "connect"]
+__all__ = ["TLS", "Outcome", "Receipt", "RemoteOptimizer", "Session", "connect"]

@@ -31,9 +31,11 @@ from .membership.receipt import Receipt
 from .optimizer.options import Edits
 from .optimizer.remote_optimizer import RemoteOptimizer, named_after
 from .options import MIN_TIMEOUT_S, check_options, default_worker, warn_of_environment
-from .shared_memory.sharing import SharedMemory, is_same_host
+from .shared_memory.sharing import SharedMemory
+from .transport.address import is_same_host
 from .transport.channel import Transport
 from .transport.dial import dial
+from .transport.security import TLS, Security
 from .transport.shield import shield
 from .transport.streams import Pulled
 from .warn import warn
@@ -60,6 +62,9 @@ def connect(
     takeover: bool = False,
     on_reject: Literal["raise", "skip"] = "raise",
     on_restore: Literal["continue", "raise"] = "continue",
+    token: str | None = None,
+    tls: TLS | bool | None = None,
+    insecure: bool = False,
 ) -> Session:
     """Return a session with the server at "HOST:PORT" or "unix:/path".
 
@@ -67,10 +72,9 @@ def connect(
     "int8" is for pushes only; pulls are then bfloat16. `top_k`: the fraction of each dense gradient's elements to push,
     the largest ones. What int8 or top_k leaves out of a push is added to the next gradient. `timeout_s`: how long an
     attempt may stand still. `retry_for_s`: how long a silent server is asked again; time in which bytes move does not
-    count. `wait_s`: how long to wait for a server that has not started yet. Gradients and parameters of a server on this
-    host go through shared memory, unless `shared_memory` is False; those of an attached optimizer on the server's GPU
-    go through memory of that GPU. `on_reject="skip"` warns where a rejected push would raise. Raises ServerUnavailable
-    when no server answers, and the errors of `check_options`.
+    count. `wait_s`: how long to wait for a server that has not started yet. Memory is shared with a server on this host, or
+    on this GPU, unless `shared_memory` is False. `on_reject="skip"` warns where a rejected push would raise. `token`, `tls`,
+    `insecure`: see `Security`. Raises ServerUnavailable, TlsFailed, TokenNotSent, and the errors of `check_options`.
     """
     name = worker if worker is not None else default_worker()
     check_options(
@@ -89,7 +93,7 @@ def connect(
         },
     )
     warn_of_environment()
-    transport, found = dial(address, timeout_s, wait_s)
+    transport, found = dial(address, timeout_s, wait_s, Security(address, token, tls, insecure))
     try:
         sharing = shared_memory and bool(found.memory_path) and is_same_host(address)
         return Session(

@@ -18,6 +18,11 @@ SETTINGS: Final = (
     "data",
     "device",
     "insecure",
+    "tokens_file",
+    "tokens",
+    "tls_cert",
+    "tls_key",
+    "tls_client_ca",
     "lease_s",
     "stall_s",
     "drain_s",
@@ -34,6 +39,8 @@ SETTINGS: Final = (
     "snapshots_takeover",
     "log_level",
 )
+# What a worker's process, and the commands, read.
+OF_CLIENTS: Final = ("token", "tls_ca", "tls_client_cert", "tls_client_key")
 # Kubernetes and Docker's links set these in every container beside a service that is called pushstep.
 _OF_A_SERVICE: Final = re.compile(r".*(SERVICE_(HOST|PORT)|PORT_\d+_(TCP|UDP|SCTP)).*")
 
@@ -42,11 +49,11 @@ def unknown_variables(environment: Mapping[str, str]) -> Iterable[str]:
     """A message for each variable that begins with PUSHSTEP_ and is no setting."""
     for name, value in environment.items():
         ours, ending = name[: len(PREFIX)].upper() == PREFIX, name[len(PREFIX) :].lower()
-        if not ours or ending in SETTINGS:
+        if not ours or ending in (*SETTINGS, *OF_CLIENTS):
             continue
         if _OF_A_SERVICE.fullmatch(name) or "://" in value:
             continue
-        close = difflib.get_close_matches(ending, SETTINGS, 1)
+        close = difflib.get_close_matches(ending, (*SETTINGS, *OF_CLIENTS), 1)
         yield f"{name} in the environment is no setting and is ignored" + (
             f": {PREFIX}{close[0].upper()} is one" if close else ""
         )

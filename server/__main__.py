@@ -10,11 +10,13 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version as installed_version
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from pushstep.proto.environment import unknown_variables
 from pushstep.proto.errors import PushstepError
 
+from .access.roles import Role
+from .access.tokens import line_of, made_token
 from .config import Config
 from .process import logs
 from .process.exit_status import ExitStatus
@@ -22,6 +24,13 @@ from .process.folder_lock import DataFolderLocked
 from .service import Service
 
 log = logging.getLogger("pushstep.server")
+
+
+class _Refused(argparse.Action):
+    """A secret as an argument: every user of the machine sees it in the list of processes."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        parser.error("tokens are no arguments, which every user of this machine can see: use --tokens-file")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -37,14 +46,42 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--version", action="version", version=f"pushstep {installed_version('pushstep')}")
     made.add_argument("--config", metavar="FILE", type=Path, help="TOML file with settings")
+    made.add_argument(
+        "--make-token",
+        metavar="ROLE",
+        choices=[role.value for role in Role],
+        help=f"print a new token for a {', '.join(Role)}, and the line that lets it in, and end",
+    )
+    made.add_argument(
+        "--name", help="with --make-token: whose it is, as events name them [default: the role]"
+    )
+    made.add_argument(
+        "--models", help="with --make-token: the only models that it is for, such as flights,test-*"
+    )
     for name, setting in Config.model_fields.items():
         option = f"--{name.replace('_', '-')}"
+        if name == "tokens":
+            made.add_argument(option, "--token", action=_Refused, nargs="?", help=argparse.SUPPRESS)
+            continue
         if setting.annotation is bool:
             made.add_argument(option, action="store_true", help=setting.description)
             continue
         shown = "" if setting.default is None else f" [default: {setting.default}]"
         made.add_argument(option, metavar=name.upper(), help=f"{setting.description}{shown}")
     return made
+
+
+def _make_token(role: str, name: str = "", models: str = "") -> int:
+    """Print a new token and its line. It is shown this once."""
+    token = made_token()
+    try:
+        line = line_of(token, name or role, Role(role), models)
+    except ValueError as error:
+        print(f"pushstep-server: {error}", file=sys.stderr)
+        return ExitStatus.BAD_SETTINGS
+    print("The token, which is shown this once, and its line for --tokens-file or settings:", file=sys.stderr)
+    print(f"{token}\n{line}")
+    return 0
 
 
 async def _run(config: Config) -> ExitStatus:
@@ -56,6 +93,13 @@ def serve(arguments: Sequence[str] | None = None) -> int:
     os.umask(0o077)  # files are for this user only: parameters, worker names, compiled kernels
     settings = vars(parser().parse_args(arguments))
     file = settings.pop("config", None)
+    role = settings.pop("make_token", None)
+    named = {option: settings.pop(option) for option in ("name", "models") if option in settings}
+    if role is not None:
+        return _make_token(role, **named)
+    if named:
+        print("pushstep-server: --name and --models go with --make-token", file=sys.stderr)
+        return ExitStatus.BAD_SETTINGS
     try:
         config = Config.read(settings, file)
     except ValueError as error:

@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    PrivateAttr,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
+    NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
 )
 
+from .access.certificates import Files, require_usable
+from .access.tokens import Token, Tokens, read_tokens
 from .coordinator.hooks.hook import Place
 from .coordinator.settings import LARGEST_S, problems
 from .devices.choose import split_device
@@ -28,12 +40,19 @@ MAX_UNIX_PATH_BYTES = 107  # sun_path has 108 with the final zero
 LEAST_READ_BYTES = 16 << 20
 
 
+def _lines(value: Any) -> Any:
+    """Tokens in one text, as in the environment, are separated by line ends or semicolons."""
+    return re.split(r"[\n;]", value) if isinstance(value, str) else value
+
+
 class Config(BaseSettings):
     """The settings of one server, fixed when it starts."""
 
     model_config = SettingsConfigDict(env_prefix="PUSHSTEP_", extra="forbid", frozen=True)
 
     _file_settings: ClassVar[Mapping[str, Any]] = {}
+    # what it was read from: the arguments and the file
+    _origin: tuple[Mapping[str, Any], Path | None] = PrivateAttr(({}, None))
 
     grpc: str = Field("127.0.0.1:7070", description="HOST:PORT for workers; port 0 takes a free one")
     http: str = Field("127.0.0.1:7071", description="HOST:PORT for operators; port 0 takes a free one")
@@ -47,7 +66,21 @@ class Config(BaseSettings):
         Path("pushstep-data"), description="folder for snapshots and journals; locked by this server"
     )
     device: str = Field("cpu", description="cpu, cuda or cuda:N")
-    insecure: bool = Field(False, description="listen beyond loopback without TLS and a token")
+    insecure: bool = Field(False, description="listen beyond loopback without TLS and tokens")
+    tokens_file: Path | None = Field(
+        None,
+        description="file with a line for each token: NAME ROLE TOKEN, or sha256:HASH in its place, and MODELS",
+    )
+    tokens: Annotated[tuple[str, ...] | None, NoDecode, BeforeValidator(_lines)] = Field(
+        None, repr=False, description="such lines, from the environment; in a TOML file with hashes only"
+    )
+    tls_cert: Path | None = Field(
+        None, description="PEM file with the certificate of both doors, and its chain"
+    )
+    tls_key: Path | None = Field(None, description="PEM file with its private key")
+    tls_client_ca: Path | None = Field(
+        None, description="PEM file with the CAs of callers' certificates: nobody is let in without one"
+    )
     lease_s: float = Field(30.0, gt=0, allow_inf_nan=False, description="a worker silent for longer is gone")
     stall_s: float = Field(
         10.0,
@@ -127,8 +160,12 @@ class Config(BaseSettings):
                 from_file = tomllib.loads(file.read_text())
             except (OSError, ValueError) as error:  # not TOML, or not text
                 raise ValueError(f"cannot read settings from {file}: {error}") from error
+            if isinstance(text := _lines(from_file.get("tokens")), list):
+                list(read_tokens(map(str, text), f"tokens in {file}", hashed_only=True))
         try:
-            return _with_file(cls, from_file)(**arguments)
+            made = _with_file(cls, from_file)(**arguments)
+            made._origin = arguments, file
+            return made
         except ValidationError as error:
             raise ValueError(problems(error.errors(), whole="settings")) from error
 
@@ -152,17 +189,55 @@ class Config(BaseSettings):
         return value
 
     @model_validator(mode="after")
-    def _loopback_unless_told(self) -> Self:
+    def _usable(self) -> Self:
+        Tokens(self.read_tokens() or ())  # none of them twice
+        require_usable(self.tls_cert, self.tls_key, self.tls_client_ca)
+        lacking = [
+            what
+            for what, is_there in (
+                ("TLS (--tls-cert, --tls-key)", self.tls_files() is not None),
+                ("tokens (--tokens-file)", self.has_tokens()),
+            )
+            if not is_there
+        ]
         for name in ("grpc", "http"):
             host, _ = split_address(getattr(self, name))
-            if not self.insecure and not is_loopback(host):
+            if lacking and not self.insecure and not is_loopback(host):
                 raise ValueError(
-                    f"--{name} {host} is not loopback, and anyone who reaches it could change the models; "
-                    "listen on 127.0.0.1, or pass --insecure on a network that you trust"
+                    f"--{name} {host} is not loopback, and anyone who reaches it could change the models: there it "
+                    f"takes {' and '.join(lacking)}; or listen on 127.0.0.1, or pass --insecure on a network that you trust"
                 )
         if self.unix and len(self.unix.encode()) > MAX_UNIX_PATH_BYTES:
             raise ValueError(f"--unix: a socket path has at most {MAX_UNIX_PATH_BYTES} bytes")
         return self
+
+    def again(self) -> Config:
+        """The settings as they are now, from the same arguments, environment and files. ValueError."""
+        return type(self).read(dict(self._origin[0]), self._origin[1])
+
+    def has_tokens(self) -> bool:
+        """Whether there is a source of tokens, however many tokens it has: then nobody comes in without one."""
+        return self.tokens is not None or self.tokens_file is not None
+
+    def read_tokens(self) -> list[Token] | None:
+        """The tokens in all sources as they are now; None without a source. ValueError, which shows no token."""
+        if not self.has_tokens():
+            return None
+        found = list(read_tokens(self.tokens or (), "tokens"))
+        if self.tokens_file is not None:
+            try:
+                lines = self.tokens_file.read_text().splitlines()
+            except (OSError, ValueError) as error:  # not there, or not text
+                problem = error.strerror if isinstance(error, OSError) else "it is no text"
+                raise ValueError(f"cannot read tokens from {self.tokens_file}: {problem}") from None
+            found += read_tokens(lines, str(self.tokens_file))
+        return found
+
+    def tls_files(self) -> Files | None:
+        """Where the certificates of both doors are; None to serve without TLS."""
+        if self.tls_cert is None or self.tls_key is None:
+            return None
+        return Files(self.tls_cert, self.tls_key, self.tls_client_ca)
 
     def reading_bytes(self) -> int:
         """Bytes that may be held for all readers together."""

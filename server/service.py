@@ -7,6 +7,7 @@ model. The models are saved however serving ends, also after an error. The exit 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import logging
 import os
@@ -25,6 +26,8 @@ from grpc_reflection.v1alpha import reflection
 from pushstep.proto.wire.buffers import keep_freed_blocks
 from pushstep.proto.wire.frames import MAX_MESSAGE_BYTES, TRANSPORT_LIMIT_BYTES
 
+from .access.certificates import LOOK_S, Certificates
+from .access.guard import Guard
 from .config import Config, is_loopback, split_address
 from .devices.warmup import warm_kernels
 from .metrics.loop_lag import LoopLag
@@ -39,6 +42,7 @@ from .process.threads import DISK, METRICS, PUSHES, REQUESTS
 from .process.unix_socket import UnixSocket
 from .shared_memory.regions import SharedMemory
 from .staging.budget import WINDOW_BYTES
+from .worker_door.entrance import Entrance, require_entries
 from .worker_door.local import LocalDoor
 from .worker_door.servicer import SERVICE, GrpcDoor
 
@@ -91,14 +95,20 @@ class Service:
         keep_freed_blocks()
         self.config = config
         self.catalog = Catalog(config)
+        self.guard = Guard(config.read_tokens())
+        files = config.tls_files()
+        self._certificates = None if files is None else Certificates(files)
         self._saved_models = SavedModels(self.catalog)
         self._shares = shared_out(config.max_connections)
         self._loop_lag = LoopLag(self.catalog.counts.loop_lag)
         self.memory = SharedMemory(self.catalog.staging, config.memory_path(), self._shares.local)
         self.door = GrpcDoor(self.catalog, self.memory, config.stall_s)
         self._stop = asyncio.Event()
+        self._look_now = asyncio.Event()
         connections = ("grpc.max_allowed_incoming_connections", self._shares.grpc)
-        self._grpc = grpc.aio.server(options=(*GRPC_OPTIONS, connections))
+        # open doors ask nobody, and cost nothing
+        asked = () if self.guard.is_open else (Entrance(self.guard, self.catalog.counts),)
+        self._grpc = grpc.aio.server(options=(*GRPC_OPTIONS, connections), interceptors=asked)
         self._health = health.aio.HealthServicer()
         self._lock: int | None = None
         self._unix: UnixSocket | None = None
@@ -113,8 +123,10 @@ class Service:
         """Serve until told to stop, then stop in order; returns the status. Raises what prevents a start."""
         sys.setswitchinterval(SWITCH_S)
         loop = asyncio.get_running_loop()
+        reloads = self._certificates is not None or not self.guard.is_open
         for number in _stop_signals():
-            loop.add_signal_handler(number, self._stop.set)
+            on_hang_up = number == signal.SIGHUP and reloads
+            loop.add_signal_handler(number, self._reload if on_hang_up else self._stop.set)
         self._loop_lag.start()
         ready = False
         status = ExitStatus.SAVED
@@ -157,12 +169,14 @@ class Service:
 
     async def _start_grpc(self) -> None:
         self._bind_grpc()
-        self.door.http_url = f"http://{self.http_address}"
+        scheme = "http" if self._certificates is None else "https"
+        self.door.http_url = f"{scheme}://{self.http_address}"
         self.door.unix_path = self.unix_path
         self.memory.start(LocalDoor(self.door).serve)
         self._grpc.add_generic_rpc_handlers((self.door.handler(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        require_entries(names)
         reflection.enable_server_reflection(names, self._grpc)
         await self._say(health_pb2.HealthCheckResponse.NOT_SERVING)
         await self._grpc.start()
@@ -171,20 +185,24 @@ class Service:
         host, _ = split_address(self.config.http)
         allowed = {"localhost", "127.0.0.1", "::1", host} if is_loopback(host) else None
         config = uvicorn.Config(
-            create_app(self.catalog, allowed, self.grpc_address),
+            create_app(self.catalog, allowed, self.grpc_address, self.guard),
             log_config=None,
             lifespan="off",
             access_log=False,
             server_header=False,
             timeout_graceful_shutdown=int(self.config.drain_s) or 1,
         )
-        return HttpServer(config, listener, self._shares.http, self.config.stall_s, Spare())
+        tls = None if self._certificates is None else self._certificates.context
+        return HttpServer(config, listener, self._shares.http, self.config.stall_s, Spare(), tls)
 
     def _bind_grpc(self) -> None:
         host, asked = split_address(self.config.grpc)
         require_free(host, asked)
         try:
-            port = self._grpc.add_insecure_port(self.config.grpc)
+            if self._certificates is None:
+                port = self._grpc.add_insecure_port(self.config.grpc)
+            else:
+                port = self._grpc.add_secure_port(self.config.grpc, self._certificates.for_grpc())
         except RuntimeError as error:
             raise OSError(f"cannot listen on {self.config.grpc} for gRPC: {error}") from error
         self.grpc_address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
@@ -206,11 +224,32 @@ class Service:
 
     async def _serve(self) -> None:
         """Serve until told to stop. Raises what ends the HTTP door; RuntimeError if it just closes."""
-        snapshots = asyncio.create_task(self.catalog.take_due_snapshots())
+        beside = [asyncio.create_task(self.catalog.take_due_snapshots())]
+        if self._certificates is not None:
+            beside.append(asyncio.create_task(self._look_at_certificates(self._certificates)))
         try:
             await self._until_stopped()
         finally:
-            snapshots.cancel()
+            for task in beside:
+                task.cancel()
+
+    async def _look_at_certificates(self, certificates: Certificates) -> None:
+        while True:
+            self._look_now.clear()
+            await DISK.run(certificates.look)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_S):
+                    await self._look_now.wait()
+
+    def _reload(self) -> None:
+        """Read tokens and certificates anew. What cannot be used is logged, and changes nothing."""
+        self._look_now.set()
+        try:
+            tokens = self.config.again().read_tokens()
+            # no source is left: nobody is let in, where a guard that was made so would let everyone in
+            self.guard.replace(tokens or ())
+        except ValueError as error:
+            log.error("the tokens stay as they are: %s", error)
 
     async def _until_stopped(self) -> None:
         await self._say(health_pb2.HealthCheckResponse.SERVING)
@@ -269,7 +308,10 @@ class Service:
 
 
 def _stop_signals() -> list[signal.Signals]:
-    """SIGTERM, SIGINT, and SIGHUP (sent by a closed terminal) unless it is ignored, as under nohup."""
+    """SIGTERM, SIGINT, and SIGHUP (sent by a closed terminal) unless it is ignored, as under nohup.
+
+    A server that has tokens or certificates to read anew does that at a SIGHUP.
+    """
     signals = [signal.SIGTERM, signal.SIGINT]
     return signals if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [*signals, signal.SIGHUP]
 

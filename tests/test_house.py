@@ -52,23 +52,24 @@ ARROWS = {
     },
     "server": {
         "__init__": set[str](),
-        "__main__": {"service", "config", "process"},
+        "__main__": {"service", "access", "config", "process"},
         "service": {
-            "worker_door", "operator_door", "shared_memory", "metrics", "models", "devices", "staging", "process",
+            "worker_door", "operator_door", "shared_memory", "metrics", "models", "devices", "staging", "access", "process",
             "config",
         },
         "commands": {"models", "journal", "storage", "arenas", "process", "config"},
-        "worker_door": {"requests", "shared_memory", "models", "streams", "arenas", "counters", "process"},
+        "worker_door": {"requests", "shared_memory", "models", "streams", "arenas", "counters", "access", "process"},
         "operator_door": {
             "capacity", "imports", "metrics", "models", "remote", "journal", "storage", "coordinator", "arenas", "streams",
-            "staging", "counters", "process", "config",
+            "staging", "counters", "access", "process", "config",
         },
         "capacity": {"coordinator", "models", "process", "staging"},
         "imports": {"models", "storage", "coordinator", "arenas", "staging", "process"},
         "requests": {
-            "shared_memory", "models", "journal", "storage", "coordinator", "arenas", "devices", "streams", "staging", "process",
+            "shared_memory", "models", "journal", "storage", "coordinator", "arenas", "devices", "streams", "staging", "access",
+            "process",
         },
-        "shared_memory": {"models", "arenas", "devices", "staging", "process"},
+        "shared_memory": {"models", "arenas", "devices", "staging", "access", "process"},
         "metrics": {"models", "coordinator", "counters", "process"},
         "models": {
             "observers", "journal", "remote", "storage", "coordinator", "arenas", "devices", "staging", "counters", "process", "config",
@@ -80,14 +81,14 @@ ARROWS = {
         "coordinator": {"staging", "counters"},
         "arenas": {"devices", "staging", "process"},
         "devices": {"staging", "process"},
-        "streams": {"staging", "counters", "process"},
+        "streams": {"staging", "counters", "access", "process"},
         "staging": {"process"},
         "counters": set[str](),
         "process": set[str](),
-        "config": {"journal", "coordinator", "devices"},
+        "config": {"journal", "coordinator", "devices", "access"},
     },
     "client": {
-        "__init__": {"session", "optimizer", "membership"},
+        "__init__": {"session", "optimizer", "membership", "transport"},
         "commands": {"demo", "gradients", "transport"},
         "demo": {"__init__"},
         "session": {

@@ -5,9 +5,14 @@ from __future__ import annotations
 import json
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from .access import InsecureOption, TlsCaOption, TokenOption, security_of
+
+if TYPE_CHECKING:
+    from ..transport.security import Security
 
 
 class Format(StrEnum):
@@ -28,6 +33,9 @@ def export(
         bool, typer.Option("--state", help="In a safetensors file, the optimizer's state, too.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One line of JSON.")] = False,
+    token: TokenOption = None,
+    tls_ca: TlsCaOption = None,
+    insecure: InsecureOption = False,
 ) -> None:
     """Write a model's parameters, and its optimizer's state, as a checkpoint that other programs load."""
     # not needed for --help
@@ -38,7 +46,8 @@ def export(
     if not out.absolute().parent.is_dir():
         raise typer.BadParameter(f"{out.absolute().parent} is no folder", param_hint="OUT")
     try:
-        facts = _exported(out, model, server, form, snapshot, state, as_json)
+        security = security_of(server, token, tls_ca, insecure)
+        facts = _exported(out, model, server, form, snapshot, state, as_json, security)
     except (PushstepError, OSError) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(1) from error
@@ -49,7 +58,14 @@ def export(
 
 
 def _exported(
-    out: Path, model: str, server: str, form: Format, snapshot: str | None, state: bool, quiet: bool
+    out: Path,
+    model: str,
+    server: str,
+    form: Format,
+    snapshot: str | None,
+    state: bool,
+    quiet: bool,
+    security: Security,
 ) -> dict[str, Any]:
     """Write the export, complete and verified, or nothing. What it is."""
     import hashlib
@@ -68,7 +84,7 @@ def _exported(
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.absolute().parent) as folder:
         path, digest, size_bytes = Path(folder) / "content", hashlib.sha256(), 0
         with (
-            answer_to(server, "GET", model_path(model, *parts), query, wants) as answer,
+            answer_to(server, "GET", model_path(model, *parts), query, wants, security) as answer,
             path.open("wb") as file,
         ):
             for block in shown(blocks_of(answer), out.name, answer.length, quiet=quiet):

@@ -5,9 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from .access import InsecureOption, TlsCaOption, TokenOption, security_of
+
+if TYPE_CHECKING:
+    from ..transport.security import Security
 
 _LENGTH_BYTES = 8
 
@@ -33,6 +38,9 @@ def import_file(
         bool, typer.Option("--partial", help="The file need not have every parameter.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One line of JSON.")] = False,
+    token: TokenOption = None,
+    tls_ca: TlsCaOption = None,
+    insecure: InsecureOption = False,
 ) -> None:
     """Replace a model's values by a file's, or make a new model. Everything is checked before anything is replaced."""
     # not needed for --help
@@ -46,7 +54,8 @@ def import_file(
     try:
         text = Path(groups[1:]).read_text() if groups is not None and groups.startswith("@") else groups
         query = {name: "true" for name, value in chosen.items() if value}
-        told = _sent(file, model, server, text, query, create=create, quiet=as_json)
+        security = security_of(server, token, tls_ca, insecure)
+        told = _sent(file, model, server, text, query, security, create=create, quiet=as_json)
     except (PushstepError, OSError, ValueError) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(1) from error
@@ -67,6 +76,7 @@ def _sent(
     server: str,
     groups: str | None,
     query: dict[str, str],
+    security: Security,
     *,
     create: bool,
     quiet: bool,
@@ -88,7 +98,7 @@ def _sent(
     method, where = ("POST", "/v1/models") if create else ("PUT", model_path(model, "state-dict"))
     query = {"name": model} if create else query
     body = shown(_blocks(path, head, start), path.name, total_bytes, quiet=quiet)
-    with answer_to(server, method, where, query, headers, body) as answer:
+    with answer_to(server, method, where, query, headers, security, body) as answer:
         told: dict[str, Any] = json.loads(answer.read())
         return told
 

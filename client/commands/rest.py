@@ -24,12 +24,14 @@ from pushstep.proto.errors import PushstepError, ServerUnavailable
 from pushstep.proto.errors.status import PROBLEM_TYPE, from_problem
 
 from ..transport.dial import dial
+from ..transport.security import Security, is_unix
 
 # How long an answer may take to begin: a server writes a whole checkpoint first.
 TIMEOUT_S: Final = 600.0
 DIAL_S: Final = 3.0
 BLOCK_BYTES: Final = 1 << 20
 LONGEST_PROBLEM_BYTES: Final = 1 << 20
+_EVERYWHERE: Final = ("0.0.0.0", "::")  # noqa: S104 - where a server may say that it listens
 
 
 def model_path(model: str, *parts: str) -> str:
@@ -44,19 +46,19 @@ def answer_to(
     path: str,
     query: Mapping[str, str],
     headers: Mapping[str, str],
+    security: Security,
     body: Iterable[bytes] = (),
 ) -> Iterator[http.client.HTTPResponse]:
     """The answer to a request, to be read in a block. A body needs its Content-Length in `headers`.
 
     The error of the catalogue that the server answers with; ServerUnavailable if it cannot be reached.
     """
-    transport, found = dial(server, timeout_s=DIAL_S)
+    transport, found = dial(server, timeout_s=DIAL_S, security=security)
     transport.close()
-    address = urlsplit(found.http_url)
-    connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=TIMEOUT_S)
+    connection = _connection(server, found.http_url, security)
     try:
         connection.putrequest(method, f"{path}?{urlencode(query)}" if query else path)
-        for name, value in headers.items():
+        for name, value in (*headers.items(), *security.headers.items()):
             connection.putheader(name, value)
         connection.endheaders()
         try:
@@ -73,6 +75,21 @@ def answer_to(
         raise ServerUnavailable(address=found.http_url, seconds=TIMEOUT_S, problem=problem) from error
     finally:
         connection.close()
+
+
+def _connection(server: str, http_url: str, security: Security) -> http.client.HTTPConnection:
+    """A connection to the REST door of a server that was reached at the address `server`."""
+    url = urlsplit(http_url)
+    host = url.hostname or ""
+    if host in _EVERYWHERE and not is_unix(server):
+        # it says where it listens, not under which name it is reached
+        host = server.rpartition(":")[0].removeprefix("[").removesuffix("]")
+    if url.scheme == "https":
+        # a Unix socket speaks no TLS, but REST beside it does
+        context = (security if security.is_tls else Security(f"{host}:0", tls=True)).context()
+        return http.client.HTTPSConnection(host, url.port, timeout=TIMEOUT_S, context=context)
+    security.require_private(f"{host}:{url.port}")
+    return http.client.HTTPConnection(host, url.port, timeout=TIMEOUT_S)
 
 
 def _problem(answer: http.client.HTTPResponse) -> PushstepError:

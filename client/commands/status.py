@@ -7,10 +7,15 @@ from typing import Annotated
 
 import typer
 
+from .access import InsecureOption, TlsCaOption, TokenOption, security_of
+
 
 def status(
     server: Annotated[str, typer.Argument(help="HOST:PORT or unix:/path")] = "localhost:7070",
     as_json: Annotated[bool, typer.Option("--json", help="One line of JSON.")] = False,
+    token: TokenOption = None,
+    tls_ca: TlsCaOption = None,
+    insecure: InsecureOption = False,
 ) -> None:
     """Say which server answers and which models it holds."""
     # not needed for --help
@@ -19,7 +24,7 @@ def status(
     from ..transport.dial import dial
 
     try:
-        transport, found = dial(server, timeout_s=3.0)
+        transport, found = dial(server, timeout_s=3.0, security=security_of(server, token, tls_ca, insecure))
     except PushstepError as error:
         typer.echo(error.message, err=True)
         raise typer.Exit(1) from error

@@ -24,6 +24,12 @@ from .errors import ProcessFailed
 
 GRACE_S: Final = 15.0
 _LOG_LINES_SHOWN: Final = 30
+# Tokens and certificates in the environment are for another server than the demo's own.
+_OF_OTHERS: Final = ("PUSHSTEP_TOKEN", "PUSHSTEP_TLS_")
+
+
+def _own_environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith(_OF_OTHERS)}
 
 
 class Child:
@@ -43,7 +49,7 @@ class Child:
                 start_new_session=True,
                 # one thread each: several processes share the cores, and waiting OpenMP threads spin, which made an
                 # epoch four times as long on a busy machine
-                env={"OMP_NUM_THREADS": "1", **os.environ, "PYTHONUNBUFFERED": "1"},
+                env={"OMP_NUM_THREADS": "1", **_own_environment(), "PYTHONUNBUFFERED": "1"},
             )
         self._reader = threading.Thread(target=self._read, args=(lines,), name=f"{name}-lines", daemon=True)
         self._reader.start()

@@ -14,7 +14,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, Final
 
-from .. import connect
+from .. import TLS, connect
 from .data import load_flights
 from .model import flight_model, optimizers
 from .training import train
@@ -33,13 +33,18 @@ def work(
     epochs: int,
     wire: str,
     policy: dict[str, Any] | None,
+    token: str | None = None,
+    tls: TLS | None = None,
+    insecure: bool = False,
 ) -> dict[str, Any]:
     """Train this worker's share through the service and print each step; returns the summary."""
     flights = load_flights()
     network = flight_model(flights)
     outcomes: Counter[str] = Counter()
     staleness: list[int] = []
-    with closing(connect(server, model=model, worker=worker, wire=wire, wait_s=START_S)) as session:
+    secured: dict[str, Any] = {"token": token, "tls": tls, "insecure": insecure}
+    session = connect(server, model=model, worker=worker, wire=wire, wait_s=START_S, **secured)
+    with closing(session):
         optimizer = session.attach(optimizers(network), module=network, policy=policy)
 
         def report(step: int, loss: float) -> None:
@@ -68,6 +73,13 @@ def work(
     }
 
 
+def _token(option: str) -> str:
+    """The token in a file. It is no argument itself, which every user of a machine can see."""
+    if not option.startswith("@"):
+        raise argparse.ArgumentTypeError("pass a file, as --token @FILE, or set PUSHSTEP_TOKEN")
+    return Path(option[1:]).read_text().split("\n", 1)[0].strip()
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m pushstep.client.demo.worker", description=__doc__)
@@ -83,6 +95,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--policy", type=json.loads, help="of the model, if this creates it: JSON as PATCH takes it"
     )
+    parser.add_argument(
+        "--token", type=_token, metavar="@FILE", help="the file with the token [default: PUSHSTEP_TOKEN]"
+    )
+    parser.add_argument(
+        "--tls-ca", type=Path, help="PEM file with the CA of the server [default: PUSHSTEP_TLS_CA]"
+    )
+    parser.add_argument(
+        "--insecure", action="store_true", help="send the token to another host without TLS, too"
+    )
     parser.add_argument("--out", type=Path, help="where to write the summary, as JSON")
     given = parser.parse_args(arguments)
     summary = work(
@@ -94,6 +115,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         epochs=given.epochs,
         wire=given.wire,
         policy=given.policy,
+        token=given.token,
+        tls=None if given.tls_ca is None else TLS(ca=given.tls_ca),
+        insecure=given.insecure,
     )
     if given.out is not None:
         given.out.write_text(json.dumps(summary) + "\n")

@@ -11,7 +11,6 @@ memory cannot be shared, one warning says so and the region is host memory.
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import os
 import weakref
@@ -172,17 +171,6 @@ class SharedMemory:
             for task in self.before_drop:
                 task(region)
             region.close()
-
-
-def is_same_host(address: str) -> bool:
-    """Whether an address is certainly on this machine: a Unix socket, localhost or a loopback address."""
-    if address.startswith("unix:"):
-        return True
-    host = address.rpartition(":")[0].removeprefix("[").removesuffix("]")
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _wire(dtype: torch.dtype | None) -> Any:

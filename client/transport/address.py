@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import ipaddress
 import json
 import socket
+import ssl
 from typing import Final
 
 from pushstep.proto.errors import InvalidAddress
@@ -17,6 +19,11 @@ from pushstep.proto.errors import InvalidAddress
 # Address schemes that gRPC takes beside HOST:PORT.
 _GRPC_S_OWN: Final = ("dns:", "ipv4:", "ipv6:", "unix-abstract:", "vsock:")
 _PROBE_S: Final = 2.0
+_SPEAKS_TLS: Final = "it speaks TLS: pass tls=TLS(ca=...), or set PUSHSTEP_TLS_CA"
+# OpenSSL's names for bytes that are no TLS.
+_NO_TLS: Final = frozenset(
+    {"WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "PACKET_LENGTH_TOO_LONG", "HTTP_REQUEST"}
+)
 
 
 class Address:
@@ -48,12 +55,44 @@ class Address:
         except OSError as error:
             return error.strerror or str(error)
 
-    def what_speaks_http(self) -> str | None:
-        """In words, which HTTP server listens there; None if none does."""
+    def why_not_secure(self, context: ssl.SSLContext | None) -> str | None:
+        """In words, why no TLS connection comes about, or why a plain one does not; None if that is not the cause.
+
+        `context`: what TLS is spoken with; None if plain bytes were sent.
+        """
+        if self._host is None:
+            return None
+        tried = context
+        if tried is None:
+            tried = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+            tried.check_hostname, tried.verify_mode = False, ssl.CERT_NONE
+        try:
+            tried.set_alpn_protocols(["h2", "http/1.1"])
+            with (
+                self._connected() as connection,
+                tried.wrap_socket(connection, server_hostname=self._host[0]) as secured,
+            ):
+                secured.recv(1)  # a server that asks for a certificate refuses after the handshake
+        except ssl.SSLCertVerificationError as error:
+            return f"its certificate is not accepted: {error.verify_message}"
+        except ssl.SSLError as error:
+            if context is None:
+                return _SPEAKS_TLS if "ALERT" in (error.reason or "") else None
+            if error.reason in _NO_TLS:
+                return "it speaks no TLS: pass tls=False, if the network is trusted"
+            return f"the TLS handshake failed: {error.reason}"
+        except OSError:
+            return None
+        return _SPEAKS_TLS if context is None else None
+
+    def what_speaks_http(self, context: ssl.SSLContext | None = None) -> str | None:
+        """In words, which HTTP server listens there; None if none does. `context`: for TLS."""
         if self._host is None:
             return None
         host, port = self._host
         connection = http.client.HTTPConnection(host, port, timeout=_PROBE_S)
+        if context is not None:
+            connection = http.client.HTTPSConnection(host, port, timeout=_PROBE_S, context=context)
         try:
             connection.request("GET", "/v1")
             body = connection.getresponse().read(1 << 16)
@@ -110,3 +149,14 @@ def _of_url(scheme: str, rest: str) -> str:
 def _seen_from(host: str, grpc: str) -> str:
     """The server's gRPC address: its own port, with the host under which the server was reached."""
     return f"{f'[{host}]' if ':' in host else host}:{grpc.rpartition(':')[2]}"
+
+
+def is_same_host(address: str) -> bool:
+    """Whether an address is certainly on this machine: a Unix socket, localhost or a loopback address."""
+    if address.startswith("unix:"):
+        return True
+    host = address.rpartition(":")[0].removeprefix("[").removesuffix("]")
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

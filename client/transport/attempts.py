@@ -12,7 +12,7 @@ from typing import Final, Generic, TypeVar
 
 import grpc
 
-from pushstep.proto.errors import Broken, ModelFailed, NotHeld, PushPending
+from pushstep.proto.errors import Broken, ModelFailed, NotHeld, PushPending, TokenRevoked
 from pushstep.proto.training_pb2 import PushCommit, PushHeader
 from pushstep.proto.wire.layout import Layout
 
@@ -49,7 +49,9 @@ class Attempts(ABC, Generic[T]):
 
     def _note(self, failure: Exception) -> None:
         # a failed model applies nothing until a restore, and the restore supersedes this request
-        if isinstance(failure, (TransportFailure, Broken)) and not isinstance(failure, ModelFailed):
+        # a call whose token was revoked may have been complete
+        unsure = (TransportFailure, Broken, TokenRevoked)
+        if isinstance(failure, unsure) and not isinstance(failure, ModelFailed):
             self.in_doubt = True
 
 

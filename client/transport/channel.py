@@ -27,6 +27,7 @@ from pushstep.proto.wire.layout import Layout
 from pushstep.proto.wire.parts import WHOLE_BYTES, Parts, parts_of
 
 from .progress import Progress, Watchdog
+from .security import Security
 from .streams import Body, Exchange, Messages, Pulled, assembled, breakable, fill, first, only
 from .waiting import Wait
 
@@ -60,8 +61,8 @@ class Transport:
     nothing of it moves. Calls raise grpc.RpcError; a bulk call that stalls raises TransportFailure.
     """
 
-    def __init__(self, address: str, timeout_s: float) -> None:
-        """Make the channel. No request is sent yet."""
+    def __init__(self, address: str, timeout_s: float, security: Security | None = None) -> None:
+        """Make the channel. No request is sent yet. `security` None: as the environment says."""
         self.address = address
         self.timeout_s = timeout_s
         self.wait = Wait(address)
@@ -69,7 +70,23 @@ class Transport:
         # the memory of the last answer's body, for the next answer
         self._buffers = BufferPool(KEPT_BYTES)
         keep_freed_blocks()
-        self._channel = grpc.insecure_channel(_target(address), options=OPTIONS)
+        self._security = security or Security(address)
+        self._metadata = self._security.metadata
+        self._channel = self._opened()
+
+    def _opened(self) -> grpc.Channel:
+        credentials = self._security.credentials()
+        target = _target(self.address)
+        if credentials is None:
+            return grpc.insecure_channel(target, options=OPTIONS)
+        return grpc.secure_channel(target, credentials, options=OPTIONS)
+
+    def _look_at_certificates(self) -> None:
+        """Open the channel anew if the files of certificates have changed: gRPC keeps those that it was given."""
+        self.wait.in_trouble = False
+        if self._security.renew():
+            old, self._channel = self._channel, self._opened()
+            old.close()
 
     def describe(self, timeout_s: float, *, wait_for_ready: bool) -> pb.DescribeResponse:
         """Describe."""
@@ -82,9 +99,11 @@ class Transport:
         self, method: str, request: bytes | Iterator[bytes], timeout_s: float | None = None, **options: Any
     ) -> Any:
         """Start a call, to be iterated for its answers. A request of bytes needs no thread of gRPC's."""
+        if self.wait.in_trouble and self._security.is_tls:
+            self._look_at_certificates()
         make: Any = self._channel.unary_stream if isinstance(request, bytes) else self._channel.stream_stream
         call = make(SERVICE + method, request_serializer=None, response_deserializer=None)
-        return call(request, timeout=timeout_s, **options)
+        return call(request, timeout=timeout_s, metadata=self._metadata, **options)
 
     def _ask(self, method: str, request: Any, answer: Any, timeout_s: float, **options: Any) -> Any:
         """The single answer to a single message."""

@@ -7,31 +7,35 @@ from typing import Final, cast
 
 import grpc
 
-from pushstep.proto.errors import InvalidAddress, MalformedFrame, NoAnswer, ServerUnavailable
+from pushstep.proto.errors import InvalidAddress, MalformedFrame, NoAnswer, ServerUnavailable, TlsFailed
 from pushstep.proto.training_pb2 import DescribeResponse
 
 from .address import Address
 from .channel import Transport
 from .retry import Retry, TransportFailure, answered
+from .security import Security
 from .shield import shield
 
 # Interval of attempts to reach a server that is starting.
 _LOOK_S: Final = 0.2
 
 
-def dial(address: str, timeout_s: float, wait_s: float = 0.0) -> tuple[Transport, DescribeResponse]:
+def dial(
+    address: str, timeout_s: float, wait_s: float = 0.0, security: Security | None = None
+) -> tuple[Transport, DescribeResponse]:
     """A channel to the server at an address, and the server's description.
 
     `wait_s`: how long to wait until something listens there. A listener then has `timeout_s` to answer, however often
     connections break. ServerUnavailable if nothing listens or answers; InvalidAddress if the address is malformed or
-    the listener is not a pushstep server.
+    the listener is not a pushstep server; TlsFailed. `security` None: as the environment says.
     """
     checked = Address(address)
-    transport = Transport(address, timeout_s)
+    security = security or Security(address)
+    transport = Transport(address, timeout_s, security)
     try:
         with transport.wait:
             _wait_for_listener(checked, transport, wait_s)
-            return transport, _described(checked, transport)
+            return transport, _described(checked, transport, security)
     except BaseException:
         transport.close()
         raise
@@ -46,7 +50,7 @@ def _wait_for_listener(address: Address, transport: Transport, wait_s: float) ->
         shield.pause(_LOOK_S)
 
 
-def _described(address: Address, transport: Transport) -> DescribeResponse:
+def _described(address: Address, transport: Transport, security: Security) -> DescribeResponse:
     until_s = time.monotonic() + transport.timeout_s
 
     def describe(*, first: bool) -> DescribeResponse:
@@ -58,7 +62,11 @@ def _described(address: Address, transport: Transport) -> DescribeResponse:
             return answered(lambda: describe(first=True))
         except TransportFailure:
             left_s = until_s - time.monotonic()
-            what = address.what_speaks_http() if left_s > 0 else None
+            context = security.context() if security.is_tls else None
+            insecure = address.why_not_secure(context) if left_s > 0 else None
+            what = address.what_speaks_http(context) if left_s > 0 and insecure is None else None
+        if insecure is not None:
+            raise TlsFailed(address=address.text, problem=insecure)
         if what is not None:
             raise InvalidAddress(address=address.text, problem=what)
         return Retry(transport.wait, left_s).run(lambda: describe(first=False))

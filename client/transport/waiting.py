@@ -35,6 +35,8 @@ class Wait:
         self._since_s = 0.0
         # monotonic; when bytes moved last
         self.moved_s = 0.0
+        # a reason was noted since the transport last looked
+        self.in_trouble = False
         self._reason = ""
         self._say_at_s = SAY_AFTER_S
         self._said = False
@@ -62,6 +64,7 @@ class Wait:
     def told(self, reason: object) -> None:
         """Note the reason that the server, or the network, gave for waiting on."""
         self._reason = str(reason)
+        self.in_trouble = True
 
     def look(self, now_s: float) -> None:
         """Log the wait if it is due. The watch calls this."""

@@ -66,3 +66,20 @@ class UnsupportedModule(Misuse):
 
     code = "unsupported_module"
     template = "{problem}"
+
+
+class TokenNotSent(Misuse):
+    """A token that anyone on the network could read."""
+
+    code = "token_not_sent"
+    template = (
+        "the token was not sent to {address}: without TLS anyone on the way could read it. Pass tls=True or tls=TLS(ca=...), "
+        "or insecure=True on a network that you trust"
+    )
+
+
+class TlsFailed(Misuse):
+    """No secure connection to what listens at an address."""
+
+    code = "tls_failed"
+    template = "no connection to {address}: {problem}"

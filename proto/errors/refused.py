@@ -277,3 +277,44 @@ class SnapshotsOwned(Refused):
         "the snapshots at {store} are those of {owner}; choose another URL, or, if that server is gone for ever, start with "
         "--snapshots-takeover"
     )
+
+
+class Unauthenticated(Refused):
+    """The request came without a token that is known here."""
+
+    code = "unauthenticated"
+    grpc_status = Status.UNAUTHENTICATED
+    http_status = 401
+    template = (
+        "{problem}: connect(..., token=...) and the commands take one, also from PUSHSTEP_TOKEN; over REST it is "
+        "'Authorization: Bearer TOKEN'"
+    )
+
+
+class TokenRevoked(Refused):
+    """The request's token was taken back while it was under way. Nothing that was not complete counts."""
+
+    code = "token_revoked"
+    grpc_status = Status.UNAUTHENTICATED
+    http_status = 401
+    template = (
+        "the token {name!r} was revoked, or its rights were changed, while it was in use: connect again"
+    )
+
+
+class PermissionDenied(Refused):
+    """The token is known, and is not for this."""
+
+    code = "permission_denied"
+    grpc_status = Status.PERMISSION_DENIED
+    http_status = 403
+    template = "{problem} (needed: {need})"
+
+
+class TooManyAttempts(Refused):
+    """Too many requests without a right token came from this address."""
+
+    code = "too_many_attempts"
+    grpc_status = Status.RESOURCE_EXHAUSTED
+    http_status = 429
+    template = "too many requests without a right token came from this address: come with one, or in {retry_after_s} s"

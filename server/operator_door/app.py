@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from functools import cache, singledispatch
@@ -30,6 +31,9 @@ from pushstep.proto.errors import (
 )
 from pushstep.proto.errors.status import PROBLEM_TYPE, named, to_problem, untrace
 
+from ..access.caller import CALLER, was_cut
+from ..access.guard import Guard
+from ..access.routes import RouteAccess, challenge
 from ..capacity.rates import Measured
 from ..coordinator.settings import problems, read_json
 from ..counters.server_counts import OPERATORS_DOOR, ServerCounts
@@ -89,8 +93,16 @@ RESOURCES: Final = (
 )
 
 
-def create_app(catalog: Catalog, allowed_hosts: Collection[str] | None, grpc_address: str = "") -> FastAPI:
-    """The REST interface over `catalog`. With `allowed_hosts` None, requests for any Host are answered."""
+def create_app(
+    catalog: Catalog,
+    allowed_hosts: Collection[str] | None,
+    grpc_address: str = "",
+    guard: Guard | None = None,
+) -> FastAPI:
+    """The REST interface over `catalog`. With `allowed_hosts` None, requests for any Host are answered.
+
+    `guard` None: everyone may do everything. RuntimeError for a route without an entry in the table of access.
+    """
     app = FastAPI(
         title="pushstep",
         version=installed_version("pushstep"),
@@ -118,7 +130,8 @@ def create_app(catalog: Catalog, allowed_hosts: Collection[str] | None, grpc_add
     app.add_exception_handler(RequestValidationError, _answer_error)
     app.add_exception_handler(HTTPException, _answer_error)
     app.add_middleware(Outlet, budget=catalog.reading)
-    app.add_middleware(Entrance, allowed_hosts=allowed_hosts, counts=catalog.counts)
+    access = RouteAccess(guard or Guard(None), all_routes())
+    app.add_middleware(Entrance, allowed_hosts=allowed_hosts, counts=catalog.counts, access=access)
     return app
 
 
@@ -141,6 +154,11 @@ def _methods(request: Request) -> list[str]:
 
 @cache
 def _methods_by_path() -> list[tuple[Pattern[str], Collection[str]]]:
+    return [(compile_path(path)[0], methods) for path, methods in all_routes()]
+
+
+def all_routes() -> list[tuple[str, Collection[str]]]:
+    """Every route: its path, as it was written, and its methods."""
     routers = [
         *(("", at_root.router) for at_root in AT_ROOT),
         *(("/v1", resource.router) for resource in RESOURCES),
@@ -152,7 +170,7 @@ def _methods_by_path() -> list[tuple[Pattern[str], Collection[str]]]:
         if isinstance(route, APIRoute)
     ]
     routes.append((OPENAPI_PATH, ("GET", "HEAD")))
-    return [(compile_path(path)[0], methods) for path, methods in routes]
+    return routes
 
 
 @cache
@@ -219,20 +237,28 @@ def problem_response(error: PushstepError) -> JSONResponse:
     headers = {} if wait_s is None else {"Retry-After": str(max(1, round(wait_s)))}
     if isinstance(error, RangeNotSatisfiable):
         headers["Content-Range"] = f"bytes */{error.fields['size']}"
+    headers |= challenge(error)
     return JSONResponse(to_problem(error), error.http_status, headers, media_type=PROBLEM_TYPE)
 
 
 class Entrance:
-    """Refuses too many requests at once, bodies over the limit, and foreign Host and Origin headers.
+    """Refuses too many requests at once, who has no token for it, bodies over the limit, and foreign Host and Origin headers.
 
     It also answers the errors that the application has not answered. A page in an operator's browser can be made to
     send requests to this address, under another host name or under the server's own. Without the checks of Host and
     Origin it could steer the server.
     """
 
-    def __init__(self, app: ASGIApp, allowed_hosts: Collection[str] | None, counts: ServerCounts) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        allowed_hosts: Collection[str] | None,
+        counts: ServerCounts,
+        access: RouteAccess,
+    ) -> None:
         self._app = app
         self._counts = counts
+        self._access = access
         self._allowed_hosts = allowed_hosts
         self._under_way = 0
 
@@ -263,6 +289,9 @@ class Entrance:
             self._check_host(host)
             if self._under_way > MOST_REQUESTS and scope["path"] not in ALWAYS_ANSWERED:
                 raise Busy(what="requests", waiting=self._under_way - 1, retry_after_s=RETRY_AFTER_S)
+            self._access.admit(scope)
+            if (caller := CALLER.get()) is not None:
+                ACTOR.set(caller.actor)
             origin = headers.get(b"origin")
             if origin is not None and scope["method"] not in ("GET", "HEAD", "OPTIONS"):
                 self._check_origin(origin.decode("latin-1"), host)
@@ -277,6 +306,13 @@ class Entrance:
                 limited = await _read(scope, limited)
             await self._app(scope, limited, watched_send)
             return
+        except asyncio.CancelledError:
+            cut = was_cut()
+            if cut is None:
+                raise
+            if started:
+                return  # which ends the connection
+            refusal: PushstepError = cut
         except Exception as error:
             if started:
                 raise
@@ -305,7 +341,7 @@ class Entrance:
 
 
 def _actor(scope: Scope) -> str:
-    """Who sends a request, for events: nobody is asked yet, so the address that it comes from."""
+    """Who sends a request, for events, as long as nobody is asked: the address that it comes from."""
     address = (scope.get("client") or ("local",))[0]
     return "local" if address in LOOPBACK else str(address)
 

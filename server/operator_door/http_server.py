@@ -12,9 +12,10 @@ import contextlib
 import errno
 import logging
 import socket
+import ssl
 import time
-from collections.abc import Iterator
-from typing import Final
+from collections.abc import Callable, Iterator
+from typing import Any, Final
 
 import uvicorn
 
@@ -32,9 +33,18 @@ class HttpServer(uvicorn.Server):
     """Serves an application to whoever connects to a listening socket."""
 
     def __init__(
-        self, config: uvicorn.Config, listener: socket.socket, most: int, stall_s: float, spare: Spare
+        self,
+        config: uvicorn.Config,
+        listener: socket.socket,
+        most: int,
+        stall_s: float,
+        spare: Spare,
+        tls: Callable[[], ssl.SSLContext] | None = None,
     ) -> None:
-        """`most`: connections at once. `stall_s`: from it follow the time limits of HttpProtocol."""
+        """`most`: connections at once. `stall_s`: from it follow the time limits of HttpProtocol, and of handshakes.
+
+        `tls`: what the next connection is served with; None for plain HTTP.
+        """
         super().__init__(config)
         # below that, uvicorn logs a line for every malformed request
         logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
@@ -42,7 +52,10 @@ class HttpServer(uvicorn.Server):
         self._most = most
         self._stall_s = stall_s
         self._spare = spare
+        self._tls = tls
         self._idle: Idle = {}
+        # handshakes under way, the oldest first: they count as connections
+        self._shaking: dict[asyncio.Task[None], None] = {}
         self._accepting: asyncio.Task[None] | None = None
         self._logged_s = -LOGGED_EVERY_S
 
@@ -63,6 +76,8 @@ class HttpServer(uvicorn.Server):
             self._accepting.cancel()
             await asyncio.wait({self._accepting})
         self._listener.close()
+        for handshake in tuple(self._shaking):
+            handshake.cancel()
         await super().shutdown(sockets=[])
         self._spare.close()
 
@@ -75,12 +90,32 @@ class HttpServer(uvicorn.Server):
             except OSError as error:
                 await self._make_room(error)
                 continue
-            while len(self.server_state.connections) >= self._most and self._end_idle():
+            while self._held() >= self._most and self._end_idle():
                 await asyncio.sleep(0)  # the descriptor is free after a turn of the loop
-            try:
-                await loop.connect_accepted_socket(self._protocol, connection)
-            except OSError as error:  # the caller has gone already
-                log.debug("a connection ended before it began: %s", error)
+            if self._tls is None:
+                await self._begin(connection)
+                continue
+            handshake = loop.create_task(self._begin(connection, self._tls()))
+            self._shaking[handshake] = None
+            handshake.add_done_callback(self._end_shaking)
+
+    def _end_shaking(self, handshake: asyncio.Task[None]) -> None:
+        self._shaking.pop(handshake, None)
+
+    def _held(self) -> int:
+        return len(self.server_state.connections) + len(self._shaking)
+
+    async def _begin(self, connection: socket.socket, tls: ssl.SSLContext | None = None) -> None:
+        """Serve a connection, after its handshake."""
+        how: dict[str, Any] = (
+            {}
+            if tls is None
+            else {"ssl": tls, "ssl_handshake_timeout": self._stall_s, "ssl_shutdown_timeout": self._stall_s}
+        )
+        try:
+            await asyncio.get_running_loop().connect_accepted_socket(self._protocol, connection, **how)
+        except OSError as error:  # the caller has gone already, or speaks no TLS, or has no certificate
+            log.debug("a connection ended before it began: %s", error)
 
     def _protocol(self) -> HttpProtocol:
         return HttpProtocol(self.config, self.server_state, self._idle, self._stall_s)
@@ -95,7 +130,12 @@ class HttpServer(uvicorn.Server):
             await asyncio.sleep(RETRY_S)
 
     def _end_idle(self) -> bool:
-        """End the connection that has been idle for longest. False if none is idle."""
+        """End the handshake that is the oldest, or the connection that has been idle for longest. False if there is none."""
+        handshake = next(iter(self._shaking), None)
+        if handshake is not None:
+            self._end_shaking(handshake)
+            handshake.cancel()
+            return True
         oldest = next(iter(self._idle), None)
         if oldest is None:
             return False

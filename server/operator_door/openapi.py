@@ -16,6 +16,8 @@ from fastapi import FastAPI
 
 from pushstep.proto.errors.status import PROBLEM_TYPE
 
+from ..access.roles import Need
+from ..access.routes import need_of
 from ..coordinator.admission import GateSettings
 from ..coordinator.policies.catalogue import POLICIES
 from ..coordinator.settings import Settings
@@ -24,6 +26,7 @@ from ..imports.new_groups import NewGroup
 FILE: Final = Path(__file__).with_name("openapi.json")
 # For any request: malformed, foreign host, too slow, the server's own fault, too much at once.
 _ALWAYS: Final = (400, 403, 408, 500, 503)
+_WITHOUT_TOKEN: Final = (401, 429)
 _OF_A_MODEL: Final = (404, 409)
 _WITH_A_CONDITION: Final = 412
 _DOWNLOADS: Final = ("/export", "/content")
@@ -63,6 +66,13 @@ _PROBLEM: Final = {
 }
 
 
+_BEARER: Final = {
+    "type": "http",
+    "scheme": "bearer",
+    "description": "A token of `pushstep-server --make-token`. A server without tokens asks for none.",
+}
+
+
 def describe(app: FastAPI) -> None:
     """Have `app.openapi()` return this description."""
     plain: Callable[[], dict[str, Any]] = app.openapi
@@ -81,7 +91,13 @@ def _with_problems(schema: dict[str, Any]) -> dict[str, Any]:
     for path, operations in schema["paths"].items():
         for method, operation in operations.items():
             responses = operation["responses"]
-            for status in _statuses(path, method, operation):
+            need = need_of(method.upper(), path)
+            operation["x-role"] = need.value
+            operation["security"] = [] if need is Need.OPEN else [{"bearer": []}]
+            for status in (
+                *_statuses(path, method, operation),
+                *(() if need is Need.OPEN else _WITHOUT_TOKEN),
+            ):
                 responses[str(status)] = {"$ref": f"#/components/responses/{status}"}
                 problems[str(status)] = _problem(status)
             if path.endswith(_DOWNLOADS):
@@ -106,6 +122,7 @@ def _with_problems(schema: dict[str, Any]) -> dict[str, Any]:
             if path == "/readyz":  # its 503 is an ordinary answer, not a problem
                 responses["503"] = {**responses["200"], "description": "It does not yet, or not any more"}
             operation["responses"] = dict(sorted(responses.items()))
+    schema["components"]["securitySchemes"] = {"bearer": _BEARER}
     schema["components"]["responses"] = dict(sorted(problems.items()))
     for replaced in ("HTTPValidationError", "ValidationError"):
         schemas.pop(replaced, None)

@@ -21,6 +21,7 @@ from pushstep.proto.training_pb2 import PushHeader
 from pushstep.proto.types_pb2 import Identity, Segment
 from pushstep.proto.wire.layout import Layout
 
+from ..access.caller import CALLER
 from ..devices.exported_memory import ExportedBody, ExportedMemory
 from ..devices.host_memory import HostMemory
 from ..staging.budget import Budget
@@ -46,6 +47,8 @@ class Region:
     ) -> None:
         self.number = secrets.randbits(63) or 1
         self.token = secrets.token_bytes(TOKEN_BYTES)
+        # who opened it: the calls over its local socket are theirs
+        self.caller = CALLER.get()
         self.model_uid = model_uid
         self._is_current = is_current
         self.identity = identity
@@ -106,7 +109,9 @@ class Region:
             raise NoSharedMemory(problem="the region was closed")
 
     def is_current(self, now_s: float) -> bool:
-        """True while its session is live, and its worker has come for the memory or still has time to."""
+        """True while its session and its token are, and its worker has come for the memory or still has time to."""
+        if self.caller is not None and self.caller.is_revoked:
+            return False
         came_for = self.local_socket is not None or now_s <= self.ready_s + HANDOVER_S
         return came_for and self._is_current(self.identity, now_s)
 

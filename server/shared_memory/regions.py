@@ -37,6 +37,7 @@ from pushstep.proto.training_pb2 import OpenRegionRequest, OpenRegionResponse
 from pushstep.proto.types_pb2 import DType, Identity
 from pushstep.proto.wire import dtypes
 
+from ..access.caller import CALLER
 from ..devices.exported_memory import ExportedMemory
 from ..devices.host_memory import HostMemory
 from ..models.model import Model
@@ -247,6 +248,7 @@ class SharedMemory:
             if region is None:
                 return
             region.local_socket = connection
+            CALLER.set(region.caller)
             region.memory.hand_over(connection)
             await self._serve(connection)
         except (OSError, TimeoutError) as error:

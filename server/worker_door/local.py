@@ -27,6 +27,8 @@ from pushstep.proto.shared_memory.local_socket import (
     method_of,
 )
 
+from ..access.caller import CALLER
+from ..access.table import LOCAL_SOCKET
 from ..counters.server_counts import WORKERS_DOOR
 from ..streams.bulk import OneMessage
 from .servicer import GrpcDoor
@@ -50,6 +52,8 @@ class LocalDoor:
 
     async def _answer(self, method: Method, message: bytes) -> bytes:
         try:
+            if (caller := CALLER.get()) is not None:
+                caller.require(LOCAL_SOCKET[method], f"{method.name} over the local socket")
             stream = OneMessage(message, pb.PushRequest, self._door.budget)
             asked = (await stream.header()).header
             # frames wait in ways that need a task; and an exchange would be stepped before its answer failed

@@ -15,6 +15,7 @@ from google.protobuf.message import Message
 from pushstep.proto.errors import PushstepError, StreamStalled
 from pushstep.proto.errors.status import named, untrace
 
+from ..access.caller import require_model, was_cut
 from ..streams.readers import Context, Reader, Readers
 from ..streams.received import received
 
@@ -38,7 +39,7 @@ def answered(
     """
 
     async def call(messages: AsyncIterator[bytes]) -> Any:
-        return await method(await received(kind, await only(messages)))
+        return await method(await asked(kind, messages))
 
     return call
 
@@ -49,11 +50,19 @@ def streamed(
     """The same for a method that answers with a stream."""
 
     async def call(messages: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
-        async with aclosing(method(await received(kind, await only(messages)))) as answers:
+        async with aclosing(method(await asked(kind, messages))) as answers:
             async for answer in answers:
                 yield answer
 
     return call
+
+
+async def asked(kind: type[Message], messages: AsyncIterator[bytes]) -> Any:
+    """The one message of a call, parsed. PermissionDenied if it names a model that is not for the caller."""
+    request: Any = await received(kind, await only(messages))
+    if "model" in kind.DESCRIPTOR.fields_by_name:
+        require_model(request.model)
+    return request
 
 
 async def only(messages: AsyncIterator[bytes]) -> bytes:
@@ -76,6 +85,11 @@ def answering(
             answer = serialize(await method(reader.counted(request)))
             await reader.last(answer)
             return answer
+        except asyncio.CancelledError:
+            cut = was_cut()
+            if cut is None:
+                raise
+            refusal: PushstepError = cut
         except Exception as error:  # noqa: BLE001 - the one place where errors become statuses
             refusal = named(error, log)
         await refuse(context, refusal)
@@ -98,6 +112,11 @@ def streaming(
                     await reader.take(message)
             await reader.last()
             return
+        except asyncio.CancelledError:
+            cut = was_cut()
+            if cut is None:
+                raise
+            refusal: PushstepError = cut
         except Exception as error:  # noqa: BLE001 - the one place where errors become statuses
             refusal = named(error, log)
         await refuse(context, refusal)

@@ -27,6 +27,7 @@ from pushstep.proto.types_pb2 import GroupValues
 from pushstep.proto.wire.frames import MAX_CHUNK_BYTES, Piece, pack
 from pushstep.proto.wire.parts import WHOLE_BYTES, parts_of
 
+from ..access.caller import may_use, require_model
 from ..arenas.arena import ArenasCopy
 from ..counters.server_counts import WORKERS_DOOR
 from ..models.catalog import Catalog
@@ -120,7 +121,7 @@ class GrpcDoor:
         return pb.DescribeResponse(
             server_version=VERSION,
             max_chunk_bytes=MAX_CHUNK_BYTES,
-            models=sorted(self.catalog.models),
+            models=sorted(filter(may_use, self.catalog.models)),
             unix_path=self.unix_path,
             http_url=self.http_url,
             memory_path=self.memory.path,
@@ -139,7 +140,10 @@ class GrpcDoor:
         parts = CountedParts("a join", self.budget)
         try:
             await parts.read(TimedMessages(messages, self.stall_s))
-            response = await join(self.catalog, await parts.parsed(pb.JoinRequest), peer)
+            request = await parts.parsed(pb.JoinRequest)
+            require_model(request.model)
+            response = await join(self.catalog, request, peer)
+            del request
             whole = await REQUESTS.run(response.SerializeToString)
         finally:
             parts.release()

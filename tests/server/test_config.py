@@ -29,6 +29,7 @@ VALUES: dict[str, tuple[Any, Any, Any, Any]] = {
     "unix": ("/a", "/b", "/c", None),
     "data": (Path("a"), Path("b"), Path("c"), Path("pushstep-data")),
     "device": ("cuda:1", "cuda", "cpu", "cpu"),
+    "tokens_file": (Path("/dev/null"), Path("/dev/./null"), Path("/dev/../dev/null"), None),
     "lease_s": (1.5, 2.5, 3.5, 30.0),
     "stall_s": (1.5, 2.5, 3.5, 10.0),
     "drain_s": (1.5, 2.5, 3.5, 20.0),
@@ -64,13 +65,9 @@ def test_argument_over_environment_over_file_over_default(
 
 
 def test_every_setting_is_in_the_table() -> None:
-    assert set(Config.model_fields) == {
-        *VALUES,
-        "insecure",
-        "no_shared_memory",
-        "snapshots",
-        "snapshots_takeover",
-    }
+    elsewhere = {"insecure", "no_shared_memory", "snapshots", "snapshots_takeover"}
+    elsewhere |= {"tokens", "tls_cert", "tls_key", "tls_client_ca"}
+    assert set(Config.model_fields) == {*VALUES, *elsewhere}
 
 
 def test_the_url_of_the_snapshots_is_a_setting_that_is_never_shown(

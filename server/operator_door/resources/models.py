@@ -6,6 +6,7 @@ from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Query, Request, Response
 
+from ...access.caller import may_use
 from ...imports.imports import Imports
 from ...models.events import OPERATOR
 from ...models.model import NAMES_SHOWN, Model
@@ -57,12 +58,12 @@ async def list_models(
     limit: Annotated[Index, Query(ge=1, le=MOST_SHOWN)] = MOST_SHOWN,
     cursor: Cursor = None,
 ) -> dict[str, Any]:
-    """Every model of this server, by name, a page at a time.
+    """Every model of this server that the caller may use, by name, a page at a time.
 
     `not_loaded` lists those whose files could not be loaded when the server started, each with the reason.
     """
     behind = key_in(cursor, "models", str)
-    names = sorted(name for name in catalog.models if behind is None or name > behind)
+    names = sorted(name for name in catalog.models if (behind is None or name > behind) and may_use(name))
     shown, more = page_of(names, limit, "models", str)
     return {
         "models": [describe(catalog.models[name]) for name in shown],
@@ -70,6 +71,7 @@ async def list_models(
         "not_loaded": [
             {"name": name, "problem": error.fields["problem"]}
             for name, error in sorted(catalog.not_loaded.items())
+            if may_use(name)
         ],
     }
 

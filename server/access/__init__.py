@@ -1,0 +1,1 @@
+"""Who may do what: roles, tokens, the table of what each role may call, and the certificates of both doors."""

@@ -1,0 +1,62 @@
+"""Refused tokens, counted by the address that they came from.
+
+A right token is let in however many wrong ones came from its address: whoever shares an address with a flood is not
+shut out with it. Only the refusals change: beyond FREE_ATTEMPTS, and one more each second, an address is told to stop, and
+its connection ends.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Final
+
+log = logging.getLogger("pushstep.access")
+FREE_ATTEMPTS: Final = 20
+PER_S: Final = 1.0
+# Addresses remembered; the one that was refused the longest ago is forgotten first.
+MOST_ADDRESSES: Final = 10_000
+LOGGED_EVERY_S: Final = 60.0
+
+
+class Attempts:
+    """The refused attempts of each address, as a number that sinks by PER_S each second."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._counts: OrderedDict[str, tuple[float, float]] = OrderedDict()
+        self._unlogged = 0
+        self._logged_s = -LOGGED_EVERY_S
+
+    def wait_s(self, address: str) -> float:
+        """Count a refused attempt. How long the address has to wait for its next one; 0.0 if it need not."""
+        now_s = self._clock()
+        place = _place(address)
+        count, seen_s = self._counts.pop(place, (0.0, now_s))
+        count = max(0.0, count - (now_s - seen_s) * PER_S) + 1.0
+        # what comes beyond the limit is not counted, or a flood would shut its address out for long after its end
+        self._counts[place] = min(count, FREE_ATTEMPTS + 1.0), now_s
+        if len(self._counts) > MOST_ADDRESSES:
+            self._counts.popitem(last=False)
+        self._log(address, now_s)
+        return max(0.0, count - FREE_ATTEMPTS) / PER_S
+
+    def _log(self, address: str, now_s: float) -> None:
+        self._unlogged += 1
+        if now_s - self._logged_s >= LOGGED_EVERY_S:
+            log.warning("refused for want of a token: %d requests, the last from %s", self._unlogged, address)
+            self._unlogged, self._logged_s = 0, now_s
+
+
+def _place(address: str) -> str:
+    """An address; of IPv6 the network, since a host has 2^64 addresses of its own."""
+    try:
+        found = ipaddress.ip_address(address)
+    except ValueError:
+        return address[:100]
+    if isinstance(found, ipaddress.IPv6Address) and found.ipv4_mapped is None:
+        return str(ipaddress.ip_network((found, 64), strict=False))
+    return str(found)
