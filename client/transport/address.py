@@ -12,6 +12,7 @@ import ipaddress
 import json
 import socket
 import ssl
+import time
 from typing import Final
 
 from pushstep.proto.errors import InvalidAddress
@@ -20,6 +21,11 @@ from pushstep.proto.errors import InvalidAddress
 _GRPC_S_OWN: Final = ("dns:", "ipv4:", "ipv6:", "unix-abstract:", "vsock:")
 _PROBE_S: Final = 2.0
 _SPEAKS_TLS: Final = "it speaks TLS: pass tls=TLS(ca=...), or set PUSHSTEP_TLS_CA"
+_REFUSED: Final = (
+    "it ended the connection after the handshake: it asks for a certificate of yours, TLS(cert=..., key=...), or does not "
+    "accept the one that it was shown"
+)
+_AGAIN_S: Final = 0.3
 # OpenSSL's names for bytes that are no TLS.
 _NO_TLS: Final = frozenset(
     {"WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "PACKET_LENGTH_TOO_LONG", "HTTP_REQUEST"}
@@ -60,6 +66,14 @@ class Address:
 
         `context`: what TLS is spoken with; None if plain bytes were sent.
         """
+        found = self._why_not_secure(context)
+        if found == _REFUSED:
+            # or it was about to stop: then this is not the cause
+            time.sleep(_AGAIN_S)
+            found = self._why_not_secure(context)
+        return found
+
+    def _why_not_secure(self, context: ssl.SSLContext | None) -> str | None:
         if self._host is None:
             return None
         tried = context
@@ -72,9 +86,12 @@ class Address:
                 self._connected() as connection,
                 tried.wrap_socket(connection, server_hostname=self._host[0]) as secured,
             ):
-                secured.recv(1)  # a server that asks for a certificate refuses after the handshake
+                # a server that asks for a certificate refuses after the handshake
+                has_ended = not secured.recv(1)
         except ssl.SSLCertVerificationError as error:
             return f"its certificate is not accepted: {error.verify_message}"
+        except ssl.SSLEOFError:
+            has_ended = True
         except ssl.SSLError as error:
             if context is None:
                 return _SPEAKS_TLS if "ALERT" in (error.reason or "") else None
@@ -83,7 +100,9 @@ class Address:
             return f"the TLS handshake failed: {error.reason}"
         except OSError:
             return None
-        return _SPEAKS_TLS if context is None else None
+        if context is None:
+            return _SPEAKS_TLS
+        return _REFUSED if has_ended else None
 
     def what_speaks_http(self, context: ssl.SSLContext | None = None) -> str | None:
         """In words, which HTTP server listens there; None if none does. `context`: for TLS."""

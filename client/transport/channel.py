@@ -71,7 +71,6 @@ class Transport:
         self._buffers = BufferPool(KEPT_BYTES)
         keep_freed_blocks()
         self._security = security or Security(address)
-        self._metadata = self._security.metadata
         self._channel = self._opened()
 
     def _opened(self) -> grpc.Channel:
@@ -103,7 +102,7 @@ class Transport:
             self._look_at_certificates()
         make: Any = self._channel.unary_stream if isinstance(request, bytes) else self._channel.stream_stream
         call = make(SERVICE + method, request_serializer=None, response_deserializer=None)
-        return call(request, timeout=timeout_s, metadata=self._metadata, **options)
+        return call(request, timeout=timeout_s, metadata=self._security.metadata, **options)
 
     def _ask(self, method: str, request: Any, answer: Any, timeout_s: float, **options: Any) -> Any:
         """The single answer to a single message."""

@@ -18,6 +18,8 @@ from .shield import shield
 
 # Interval of attempts to reach a server that is starting.
 _LOOK_S: Final = 0.2
+# To gRPC a server that refuses a certificate is one that is about to answer: so long, then it is looked at.
+_FIRST_S: Final = 2.0
 
 
 def dial(
@@ -55,7 +57,10 @@ def _described(address: Address, transport: Transport, security: Security) -> De
 
     def describe(*, first: bool) -> DescribeResponse:
         # first without waiting: a broken connection is a reason to look at what listens there
-        return transport.describe(max(until_s - time.monotonic(), 0.0), wait_for_ready=not first)
+        left_s = max(until_s - time.monotonic(), 0.0)
+        if first and security.is_tls:
+            left_s = min(left_s, _FIRST_S)
+        return transport.describe(left_s, wait_for_ready=not first)
 
     try:
         try:

@@ -51,6 +51,10 @@ class RunningServer:
     data: Path
     log: Path
     sessions: list[Session] = field(default_factory=list)
+    # of each REST call that has none of its own
+    headers: dict[str, str] = field(default_factory=dict)
+    # of each call of gRPC that is made by hand
+    metadata: tuple[tuple[str, str], ...] = ()
 
     def connect(self, model: str, worker: str = "w0", **options: Any) -> Session:
         """A session that is closed with the server; retries end soon, so that a failing test does not hang.
@@ -67,10 +71,11 @@ class RunningServer:
         return session
 
     def rest(self, method: str, path: str, **options: Any) -> httpx.Response:
-        """One REST call; `path` below the root."""
-        return httpx.request(
-            method, f"http://{self.http}{path}", timeout=20.0, trust_env=False, verify=_TLS, **options
-        )
+        """One REST call; `path` below the root. `local_address`: of this host, from which it comes."""
+        transport = httpx.HTTPTransport(verify=_TLS, local_address=options.pop("local_address", None))
+        options.setdefault("headers", self.headers)
+        with httpx.Client(transport=transport, timeout=20.0, trust_env=False, verify=_TLS) as client:
+            return client.request(method, f"http://{self.http}{path}", **options)
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         """Close the sessions, end the process, and return its exit status."""

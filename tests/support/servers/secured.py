@@ -54,6 +54,10 @@ class TokenFile:
         """Of a request with one of the tokens."""
         return {"Authorization": f"Bearer {self.tokens[name]}"}
 
+    def metadata(self, name: str) -> tuple[tuple[str, str], ...]:
+        """Of a call with one of the tokens."""
+        return (("authorization", f"Bearer {self.tokens[name]}"),)
+
 
 def reload(server: RunningServer) -> None:
     """Have a server read its tokens and certificates anew."""

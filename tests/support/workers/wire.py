@@ -56,7 +56,8 @@ class Unnamed(AssertionError):
 class Wire:
     """A gRPC channel on which messages are bytes, with a connection of its own: the server may end another's."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, metadata: tuple[tuple[str, str], ...] = ()) -> None:
+        self._metadata = metadata
         limit, own = ("grpc.max_send_message_length", -1), ("grpc.use_local_subchannel_pool", 1)
         self.channel = grpc.insecure_channel(address, options=[limit, own, ("grpc.enable_http_proxy", 0)])
 
@@ -65,7 +66,9 @@ class Wire:
 
     def start(self, method: str, messages: Iterable[bytes], timeout_s: float = 20.0) -> Any:
         """A bulk call under way; iterating it gives the answers."""
-        return self.channel.stream_stream(SERVICE + method)(iter(messages), timeout=timeout_s)
+        return self.channel.stream_stream(SERVICE + method)(
+            iter(messages), timeout=timeout_s, metadata=self._metadata
+        )
 
     def hold(self, method: str, first: bytes) -> Callable[[], None]:
         """Begin a call that sends one message and then nothing, until what is returned is called."""
@@ -253,7 +256,7 @@ def state_of(server: RunningServer, model: str) -> dict[str, Any]:
     connection = http.client.HTTPConnection(host, int(port), timeout=20)
 
     def get(path: str) -> bytes:
-        connection.request("GET", f"/v1/models/{model}{path}")
+        connection.request("GET", f"/v1/models/{model}{path}", headers=server.headers)
         answer = connection.getresponse()
         body = answer.read()
         assert answer.status == 200, body
@@ -262,7 +265,7 @@ def state_of(server: RunningServer, model: str) -> dict[str, Any]:
     with contextlib.closing(connection):
         shown = json.loads(get(""))
         export, groups, hooks = get("/export"), json.loads(get("/param-groups")), json.loads(get("/hooks"))
-    wire = Wire(server.grpc)
+    wire = Wire(server.grpc, server.metadata)
     with contextlib.closing(wire):
         first, *frames = wire.answers("PullState", [pb.PullStateRequest(model=model).SerializeToString()])
     header = pb.PullResponse.FromString(first).header
