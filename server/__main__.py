@@ -105,7 +105,7 @@ def serve(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"pushstep-server: {error}", file=sys.stderr)
         return ExitStatus.BAD_SETTINGS
-    writer = logs.start(config.log_level)
+    writer = logs.start(config.log_level, config.log_format)
     for problem in unknown_variables(os.environ):
         log.warning("%s", problem)
     try:

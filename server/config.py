@@ -136,6 +136,7 @@ class Config(BaseSettings):
     webhook_secrets: Path | None = Field(
         None, description="folder with the secrets of webhook hooks: a file each, which the hook names"
     )
+    log_format: Literal["text", "json"] = Field("text", description="text, or one JSON object for each line")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what is logged")
 
     @classmethod

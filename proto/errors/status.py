@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import uuid
 from collections.abc import Mapping
-from logging import Logger
+from logging import Logger, LoggerAdapter
 from typing import Final, cast
 
 import grpc
@@ -35,7 +35,7 @@ _BARE: Final[dict[grpc.StatusCode, type[errors.PushstepError]]] = {
 }
 
 
-def named(error: Exception, log: Logger) -> errors.PushstepError:
+def named(error: Exception, log: Logger | LoggerAdapter[Logger]) -> errors.PushstepError:
     """A copy of `error` if the catalogue has it, else InternalError, whose traceback is in the log by id.
 
     Memory may run out anywhere, so MemoryError and torch.OutOfMemoryError become OutOfMemory of an unknown size. A

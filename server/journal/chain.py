@@ -220,6 +220,7 @@ class JournalChain:
                 self._model,
                 number,
                 error,
+                extra={"model": self._model},
             )
 
 

@@ -231,7 +231,13 @@ class Catalog:
         self._creations.end(name)
         self.models[name] = model
         garbage.set_aside(len(model.layout.slots))
-        log.info("model %s created by %s: %d parameters", name, creation.worker, len(model.layout.slots))
+        log.info(
+            "model %s created by %s: %d parameters",
+            name,
+            creation.worker,
+            len(model.layout.slots),
+            extra={"model": name},
+        )
 
     def new_model(self, name: str, layout: Layout) -> Model:
         """A model with a new uid and initial optimizer state, not yet visible. OutOfMemory."""
@@ -294,7 +300,7 @@ class Catalog:
             if self.remote is not None:
                 await DISK.run(self.remote.forget, self._models / name)
             await DISK.run(self.folder(name).remove)
-        log.info("model %s deleted by %s", name, by)
+        log.info("model %s deleted by %s", name, by, extra={"model": name})
 
     # Snapshots and restores.
 

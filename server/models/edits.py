@@ -60,9 +60,7 @@ class Edits:
         touched = [GROUPS, of_group(index)]
         return group, self.edited("param_group_changed", by, touched, **facts)
 
-    def add_groups(
-        self, extension: ArenasCopy, added: Sequence[Group], by: str
-    ) -> tuple[int, Future[None]]:
+    def add_groups(self, extension: ArenasCopy, added: Sequence[Group], by: str) -> tuple[int, Future[None]]:
         """Add groups at the end, from the next version on. `extension` has their arenas, with values.
 
         The future is done when the arenas have them.

@@ -75,6 +75,7 @@ class Model:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.name = name
+        self._log = logging.LoggerAdapter(log, {"model": name})
         self.clock = clock
         self.staging = staging
         self.uid = uid
@@ -195,7 +196,7 @@ class Model:
         if isinstance(problem, PushstepError):
             untrace(problem)
             return copy.copy(problem)
-        log.error("model %s: the step to version %d failed", self.name, version, exc_info=problem)
+        self._log.error("model %s: the step to version %d failed", self.name, version, exc_info=problem)
         failure = StepFailed(model=self.name, version=version, problem=in_short(problem))
         self.record(failure.code, "server", step=version, problem=in_short(problem))
         self.fail_if_torn(problem)
@@ -217,9 +218,8 @@ class Model:
             kind = "parameters_nonfinite" if found else "parameters_finite"
             self.record(kind, "server", parameters=list(found[:NAMES_SHOWN]), count=len(found))
             if found:
-                log.warning(
-                    "model %s: %d parameters are NaN or infinite: %s", self.name, len(found), found[0]
-                )
+                many = "model %s: %d parameters are NaN or infinite: %s"
+                self._log.warning(many, self.name, len(found), found[0])
 
     def begin_under(self, settings: PolicySettings) -> None:
         """Set the policy that the model is created with. OverCapacity if a round does not fit."""

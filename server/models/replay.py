@@ -88,13 +88,19 @@ class Replay:
             self.last = record.number
             if time.monotonic() - said_s >= PROGRESS_EVERY_S:
                 said_s = time.monotonic()
-                log.info("model %s: replayed up to version %d", self._model.name, self._model.version)
+                log.info(
+                    "model %s: replayed up to version %d",
+                    self._model.name,
+                    self._model.version,
+                    extra={"model": self._model.name},
+                )
         log.info(
             "model %s: replayed %d records of its journal, to version %d, in %.1f s",
             self._model.name,
             self.last - self._after,
             self._model.version,
             time.monotonic() - begun_s,
+            extra={"model": self._model.name},
         )
 
     def _apply(self, record: Record, *, failed: bool) -> None:

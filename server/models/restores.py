@@ -133,7 +133,11 @@ class Restores:
             async with self.turns:
                 state = await DISK.run(self._state_at, model, model.version_before_failure)
                 if state is None:
-                    log.error("model %s failed and has no snapshot that verifies", model.name)
+                    log.error(
+                        "model %s failed and has no snapshot that verifies",
+                        model.name,
+                        extra={"model": model.name},
+                    )
                     return
                 await self.replace(model, state.copy, state, "server")
                 log.warning(
@@ -141,9 +145,15 @@ class Restores:
                     model.name,
                     state.copy.version,
                     state.snapshot,
+                    extra={"model": model.name},
                 )
         except PushstepError as error:
-            log.error("model %s failed and could not be brought back: %s", model.name, error.message)
+            log.error(
+                "model %s failed and could not be brought back: %s",
+                model.name,
+                error.message,
+                extra={"model": model.name},
+            )
 
     def _state_at(self, model: Model, version: int) -> SavedState | None:
         """What the model held at a version, or as near before it as snapshots and journal reach. It blocks."""

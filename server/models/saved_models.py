@@ -95,7 +95,7 @@ class SavedModels:
         found = not_loaded(name, error)
         # a copy, without the traceback, which would hold what was loaded
         self._catalog.not_loaded[name] = copy.copy(found)
-        log.error("model %s was not loaded: %s", name, found.fields["problem"])
+        log.error("model %s was not loaded: %s", name, found.fields["problem"], extra={"model": name})
 
     async def _load_model(self, name: str) -> None:
         folder = self._catalog.folder(name)
@@ -131,6 +131,7 @@ class SavedModels:
             model.version,
             model.timeline,
             state.snapshot,
+            extra={"model": name},
         )
 
     async def bring_back(self, name: str) -> tuple[Model, Recovered] | None:
@@ -202,11 +203,12 @@ class SavedModels:
                     model.version,
                     named(error, log).message,
                     await DISK.run(self._what_is_left, name),
+                    extra={"model": name},
                 )
             try:
                 await model.close()
             except Exception:
-                log.exception("model %s could not be closed", name)
+                log.exception("model %s could not be closed", name, extra={"model": name})
         return saved
 
     async def _save_last(self, name: str, model: Model) -> None:
@@ -220,13 +222,15 @@ class SavedModels:
         folder = self._catalog.folder(name)
         manifest = await DISK.run(folder.snapshots.write, facts, copied, automatic=True)
         model.tell(Point.STATE_DICT_POST, snapshot=manifest["id"])
-        log.info("model %s saved at version %d: %s", name, copied.version, manifest["id"])
+        log.info(
+            "model %s saved at version %d: %s", name, copied.version, manifest["id"], extra={"model": name}
+        )
         try:
             await DISK.run(folder.write_identity, model.identity(copied.version))
             if self._catalog.sender is None:
                 await self._catalog.snapshotter.prune(model, folder, manifest["id"])
         except PushstepError as error:
-            log.warning("model %s: after its last snapshot: %s", name, error.message)
+            log.warning("model %s: after its last snapshot: %s", name, error.message, extra={"model": name})
         if self._catalog.sender is not None:
             snapshotter = self._catalog.snapshotter
             await self._catalog.sender.send_last(

@@ -95,7 +95,13 @@ class Snapshotter:
                 if model.recorder.journal is not None:
                     await DISK.run(model.recorder.journal.prune, oldest)
         except PushstepError as error:
-            log.warning("model %s: after its snapshot %s: %s", model.name, snapshot, error.message)
+            log.warning(
+                "model %s: after its snapshot %s: %s",
+                model.name,
+                snapshot,
+                error.message,
+                extra={"model": model.name},
+            )
 
     async def open_journal(self, model: Model, folder: ModelFolder, *, after_gap: bool) -> None:
         """Open a journal that continues after the recorder's last record, if the model's level needs one.
@@ -169,6 +175,12 @@ class Snapshotter:
         except Exception as error:  # noqa: BLE001 - whatever it was, the other models are saved, and this one later
             wait_s = min(RETRY_S, model.durability.snapshot_every_s)
             model.saved_s = model.clock() - model.durability.snapshot_every_s + wait_s
-            log.error("model %s: its snapshot failed, again in %.0f s: %s", model.name, wait_s, error)
+            log.error(
+                "model %s: its snapshot failed, again in %.0f s: %s",
+                model.name,
+                wait_s,
+                error,
+                extra={"model": model.name},
+            )
             with contextlib.suppress(PushstepError):
                 model.record("snapshot_failed", "server", problem=str(error))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from functools import cache, singledispatch
 from importlib.metadata import version as installed_version
@@ -42,6 +41,7 @@ from ..metrics.exposition import Exposition
 from ..models.catalog import Catalog
 from ..models.copies import COPIES_AT_ONCE, Copies, ModelCopies
 from ..models.events import ACTOR
+from ..process.request_log import RequestLog, about
 from ..process.threads import REQUESTS, RETRY_AFTER_S
 from ..streams.received import INLINE_MESSAGE_BYTES
 from . import openapi
@@ -64,7 +64,7 @@ from .resources import (
     workers,
 )
 
-log = logging.getLogger("pushstep.rest")
+log = RequestLog("pushstep.rest")
 # Twice the size of a policy that names every group that a model may have. A body of 256 KiB with as many parts as
 # possible would hold the event loop for 90 ms while it is validated.
 MAX_BODY_BYTES: Final = 128 << 10
@@ -136,6 +136,7 @@ def create_app(
 
 
 async def _answer_error(request: Request, error: Exception) -> JSONResponse:
+    about(str(request.path_params.get("m", "")))
     problem = _translated(error, request)
     request.app.state.catalog.counts.refused(OPERATORS_DOOR, problem.code)
     answer = problem_response(problem)

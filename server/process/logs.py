@@ -13,10 +13,10 @@ import threading
 from collections import deque
 from typing import Final
 
+from .log_format import FORMATS, Format, TextFormat
 from .secrets import SECRETS
 
 KEPT_BYTES: Final = 4 << 20
-FORMAT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 # How long the end of the process waits for a reader to take the last lines.
 LAST_S: Final = 1.0
 
@@ -24,8 +24,11 @@ LAST_S: Final = 1.0
 class LogWriter(logging.Handler):
     """Takes lines from any thread without waiting, and writes them to a descriptor in order."""
 
-    def __init__(self, descriptor: int) -> None:
+    def __init__(self, descriptor: int, form: Format | None = None) -> None:
+        """`form` None: of a record only the message."""
         super().__init__()
+        self._form = form or TextFormat()
+        self.setFormatter(form)
         self._descriptor = descriptor
         self._lines: deque[bytes] = deque()
         self._kept_bytes = 0
@@ -38,12 +41,16 @@ class LogWriter(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Queue a record as a line."""
         try:
-            self.say(self.format(record))
+            self._queue(self.format(record))
         except Exception:  # noqa: BLE001 - what cannot be formatted must not end its caller; this is logging's own way
             self.handleError(record)
 
     def say(self, text: str) -> None:
-        """Queue a line, without what is secret. If too much is queued, the line is dropped and counted."""
+        """Queue a line that is no record."""
+        self._queue(self._form.plain(text))
+
+    def _queue(self, text: str) -> None:
+        """Queue a line, without what is secret. If too much is queued, it is dropped and counted."""
         line = f"{SECRETS.hide(text)}\n".encode(errors="backslashreplace")
         with self._changed:
             if self._kept_bytes + len(line) > KEPT_BYTES:
@@ -66,9 +73,8 @@ class LogWriter(logging.Handler):
                 self._changed.wait_for(lambda: bool(self._lines))
                 lines = list(self._lines)
                 if self._dropped:
-                    lines.append(
-                        f"{self._dropped} lines of the log were dropped: nobody read them\n".encode()
-                    )
+                    text = f"{self._dropped} lines of the log were dropped: nobody read them"
+                    lines.append(f"{self._form.plain(text)}\n".encode())
                 self._lines.clear()
                 self._kept_bytes = self._dropped = 0
                 self._writing = True
@@ -87,13 +93,22 @@ class LogWriter(logging.Handler):
                 return  # closed, or its disk is full: there is nowhere to say so
 
 
-def start(level: str) -> LogWriter:
-    """Write everything that is logged, and Python's warnings, to the standard error."""
-    writer = LogWriter(2)
-    writer.setFormatter(logging.Formatter(FORMAT))
+def start(level: str, form: str) -> LogWriter:
+    """Write everything that is logged, and Python's warnings, to the standard error. `form`: a key of FORMATS."""
+    writer = LogWriter(2, FORMATS[form]())
     logging.basicConfig(level=level.upper(), handlers=[writer])
     logging.captureWarnings(True)
+    threading.excepthook = _thread_failed
+    if form == "json":
+        # gRPC's core writes to the descriptor itself, in a form of its own; what fails there is also an error here
+        os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     return writer
+
+
+def _thread_failed(failed: threading.ExceptHookArgs) -> None:
+    if failed.exc_value is not None:
+        name = "" if failed.thread is None else failed.thread.name
+        log.error("thread %s failed", name, exc_info=failed.exc_value)
 
 
 def in_short(problem: BaseException) -> str:

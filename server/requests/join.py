@@ -33,6 +33,7 @@ from ..models.catalog import Catalog
 from ..models.creations import propose
 from ..models.model import Model
 from ..process.inline import INLINE_PARTS
+from ..process.request_log import about
 from ..process.threads import REQUESTS
 
 DIFFERENCES_SHOWN: Final = 10
@@ -48,6 +49,7 @@ async def join(
     MessageTooLarge if the answer's manifest takes more than `most_bytes`. The join stands then: a join with the same
     attempt gets the same answer.
     """
+    about(request.model, request.worker)
     response, layout = await _join(catalog, request, peer)
     if layout.manifest_bytes > most_bytes:
         raise MessageTooLarge(got=layout.manifest_bytes, limit=most_bytes)
@@ -139,6 +141,7 @@ def _has_ended(holder: Worker, caller: Process) -> bool:
 
 async def leave(catalog: Catalog, request: LeaveRequest) -> LeaveResponse:
     """End a worker's epoch. If the request says `undo`, undo its join instead."""
+    about(request.model, request.identity.worker)
     if request.undo:
         await _undo(catalog, request)
         return LeaveResponse()

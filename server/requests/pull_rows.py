@@ -30,6 +30,7 @@ from ..arenas.publisher import fetched
 from ..models.catalog import Catalog
 from ..models.model import Model
 from ..process.inline import INLINE_BYTES
+from ..process.request_log import about
 from ..process.threads import PULLS
 from ..staging.read_budget import ReadBudget
 from ..streams.received import INLINE_MESSAGE_BYTES, received
@@ -77,6 +78,7 @@ class RowsAsked:
         require_model(request.model)
         if ids.count > MOST_IDS:
             raise TooLong(what="PullRowsRequest.ids", got=ids.count, unit="entries", most=MOST_IDS)
+        about(request.model)
         model = catalog.get(request.model)
         model.require_whole()
         slot = model.layout.slot(request.parameter, model.name)

@@ -16,6 +16,7 @@ from pushstep.proto.types_pb2 import Receipt
 from ..arenas.publisher import Published
 from ..coordinator.receipts import fill_published
 from ..models.catalog import Catalog
+from ..process.request_log import about
 from ..shared_memory.regions import SharedMemory
 from ..streams.bulk import BulkStream
 from .pull import newest, published_header, shared_answer, wire_of
@@ -57,6 +58,7 @@ class PushHandler:
     ) -> tuple[PushCall, Receipt]:
         self._catalog.require_open()
         header = (await stream.header()).header
+        about(header.model, header.identity.worker, header.identity.sequence)
         if pulls:
             wire_of(header.pull.dtype)  # an answer that cannot be given is refused before the push is stepped
         model = self._catalog.get(header.model, header.identity.model_uid)

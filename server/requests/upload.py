@@ -53,6 +53,7 @@ from ..models.edits import Edits
 from ..models.model import Model
 from ..process import garbage
 from ..process.inline import INLINE_PARTS
+from ..process.request_log import about
 from ..process.threads import PUSHES, REQUESTS
 from ..staging.inspect import is_accumulated
 from ..streams.received import INLINE_MESSAGE_BYTES
@@ -92,6 +93,7 @@ class Upload:
 
     async def _admit(self) -> None:
         catalog, header = self._catalog, self._header
+        about(header.model, header.identity.worker, header.identity.sequence)
         now_s = catalog.clock()
         if header.kind == UPLOAD_KIND_CREATE:
             self._creation = catalog.creation(header.model, header.ticket, now_s)

@@ -160,7 +160,7 @@ class ModelFolder:
             return None
         if not ids:
             # its workers get model_lost, which is true; the folder stays as it is
-            log.warning("model %s has no snapshot: not loaded", self.name)
+            log.warning("model %s has no snapshot: not loaded", self.name, extra={"model": self.name})
             return None
         last = max(int(match[1]) for snapshot in ids if (match := ID.fullmatch(snapshot)))
         if last > identity.timeline:
@@ -172,7 +172,9 @@ class ModelFolder:
             found = self.snapshots.newest(damaged=damaged)
             if found is not None:
                 log.error(
-                    "model %s: only a snapshot that a restore had undone verifies: loading it", self.name
+                    "model %s: only a snapshot that a restore had undone verifies: loading it",
+                    self.name,
+                    extra={"model": self.name},
                 )
         if found is None:
             problem = f"none of its {len(ids)} snapshots verifies: {'; '.join(damaged[:DAMAGED_SHOWN])}"

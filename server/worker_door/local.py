@@ -8,7 +8,6 @@ and is answered in the turn of the event loop in which it came.
 from __future__ import annotations
 
 import asyncio
-import logging
 import socket
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Generator
@@ -30,10 +29,11 @@ from pushstep.proto.shared_memory.local_socket import (
 from ..access.caller import CALLER
 from ..access.table import LOCAL_SOCKET
 from ..counters.server_counts import WORKERS_DOOR
+from ..process.request_log import RequestLog, about
 from ..streams.bulk import OneMessage
 from .servicer import GrpcDoor
 
-log = logging.getLogger("pushstep.line")
+log = RequestLog("pushstep.line")
 # If a call comes this soon after the last answer, the socket is polled for as long after the next: to wake a sleeping
 # core with cold caches costs 0.1 ms of an exchange of 0.7. A worker that computes for longer between its calls is not
 # polled for, and costs nothing.
@@ -51,6 +51,7 @@ class LocalDoor:
         await _LocalSocket(connection, self._answer, self._door.stall_s).run()
 
     async def _answer(self, method: Method, message: bytes) -> bytes:
+        about()  # the calls of one socket run in one context
         try:
             if (caller := CALLER.get()) is not None:
                 caller.require(LOCAL_SOCKET[method], f"{method.name} over the local socket")
@@ -67,7 +68,7 @@ class LocalDoor:
             return framed(Status.ANSWERED, pb.PullResponse(header=header).SerializeToString())
         except Exception as error:  # noqa: BLE001 - the one place where errors become statuses
             refusal = named(error, log)
-        log.debug("refused: %s", refusal.message)
+        log.debug("refused: %s", refusal.message, extra={"code": refusal.code})
         self._door.counts.refused(WORKERS_DOOR, refusal.code)
         if isinstance(refusal, Quarantined):
             await self._door.throttle.hold(refusal)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from functools import partial
@@ -16,10 +15,11 @@ from pushstep.proto.errors import PushstepError, StreamStalled
 from pushstep.proto.errors.status import named, untrace
 
 from ..access.caller import require_model, was_cut
+from ..process.request_log import RequestLog
 from ..streams.readers import Context, Reader, Readers
 from ..streams.received import received
 
-log = logging.getLogger("pushstep.grpc")
+log = RequestLog("pushstep.grpc")
 # A call's one message must arrive within this time: 4 MiB at 70 KB/s.
 REQUEST_S: Final = 60.0
 Refuse = Callable[[Context, PushstepError], Awaitable[None]]

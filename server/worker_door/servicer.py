@@ -7,7 +7,6 @@ through a protobuf object, and any protobuf client can still call these methods.
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from functools import partial
@@ -34,6 +33,7 @@ from ..models.catalog import Catalog
 from ..models.copies import COPIES_AT_ONCE, ModelCopies, copy_of
 from ..models.model import Model
 from ..process.inline import INLINE_PARTS
+from ..process.request_log import RequestLog, about
 from ..process.threads import PULLS, REQUESTS
 from ..requests.join import join, leave
 from ..requests.pull import (
@@ -57,7 +57,7 @@ from ..streams.timed_messages import TimedMessages
 from .methods import abort, answered, answering, only, streamed, streaming
 from .throttle import Throttle
 
-log = logging.getLogger("pushstep.grpc")
+log = RequestLog("pushstep.grpc")
 SERVICE: Final = "pushstep.v1.TrainingService"
 # read once: each connect asks for it, and later the package's files, or free descriptors, may be gone
 VERSION: Final = installed_version("pushstep")
@@ -157,6 +157,7 @@ class GrpcDoor:
 
     async def heartbeat(self, request: pb.HeartbeatRequest) -> pb.HeartbeatResponse:
         """Heartbeat: renew the worker's lease."""
+        about(request.model, request.identity.worker, request.identity.sequence)
         model = self.catalog.get(request.model, request.identity.model_uid)
         model.require_current(request.identity)
         model.executor.apply(model.coordinator.on_heartbeat(request.identity, model.clock()))
@@ -171,6 +172,7 @@ class GrpcDoor:
     async def open_region(self, request: pb.OpenRegionRequest) -> pb.OpenRegionResponse:
         """OpenRegion: share memory with a live session."""
         self.catalog.require_open()
+        about(request.model, request.identity.worker, request.identity.sequence)
         model = self.catalog.get(request.model, request.identity.model_uid)
         model.require_current(request.identity)
         model.sessions.require(request.identity, model.clock())
@@ -203,6 +205,7 @@ class GrpcDoor:
 
     async def pull(self, request: pb.PullRequest) -> AsyncGenerator[bytes, None]:
         """Pull: the newest version of the parameters."""
+        about(request.model, request.identity.worker, request.identity.sequence)
         model = self.catalog.get(request.model, request.identity.model_uid)
         groups = model.groups.messages()
         if request.HasField("identity"):
@@ -228,6 +231,7 @@ class GrpcDoor:
 
     async def pull_state(self, request: pb.PullStateRequest) -> AsyncGenerator[bytes, None]:
         """PullState: parameters and optimizer state, from a copy of the model."""
+        about(request.model)
         model = self.catalog.get(request.model)
         values = model.groups.messages()
         async with copy_of(self._copies, model) as (_, copy):
@@ -249,6 +253,7 @@ class GrpcDoor:
 
     async def pull_extras(self, request: pb.PullExtrasRequest) -> AsyncGenerator[bytes, None]:
         """PullExtras: the buffers, as a safetensors file."""
+        about(request.model)
         model = self.catalog.get(request.model)
         model.require_whole()
         extras = model.extras
@@ -264,7 +269,7 @@ class GrpcDoor:
 
     async def _refuse(self, context: Context, refusal: PushstepError) -> None:
         """End a call with an error. That of a quarantined worker is throttled."""
-        log.debug("refused: %s", refusal.message)
+        log.debug("refused: %s", refusal.message, extra={"code": refusal.code})
         self.counts.refused(WORKERS_DOOR, refusal.code)
         async with contextlib.AsyncExitStack() as around:
             if isinstance(refusal, Quarantined):

@@ -43,6 +43,7 @@ VALUES: dict[str, tuple[Any, Any, Any, Any]] = {
     "durability": ("everysec", "durable", "applied", "applied"),
     "snapshot_every_s": (30.0, 90.0, 15.0, 60.0),
     "log_level": ("debug", "warning", "error", "info"),
+    "log_format": ("json", "text", "json", "text"),
 }
 
 

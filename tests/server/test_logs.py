@@ -1,19 +1,29 @@
-"""The log: whoever does not read it holds up nobody, and what was dropped is said."""
+"""The log: whoever does not read it holds up nobody, what was dropped is said, and no name makes a line of its own."""
 
 from __future__ import annotations
 
+import ast
+import json
 import logging
 import os
 import subprocess
 import threading
 from pathlib import Path
+from typing import Any
+from urllib.parse import quote
 
 import httpx
 import pytest
 
+from pushstep.proto import training_pb2 as pb
+from pushstep.proto.types_pb2 import Identity
 from pushstep.server.process import logs
+from pushstep.server.process.log_format import FORMATS, INDENT, TEXT
 from pushstep.server.process.logs import LogWriter
-from tests.support.servers.harness import COMMANDS, DEVICE
+from pushstep.server.process.request_log import RequestLog, about
+from tests.support.servers.harness import COMMANDS, DEVICE, RunningServer, running_server
+from tests.support.source_tree import name_of, python_files
+from tests.support.workers.wire import Wire
 
 
 @pytest.fixture
@@ -95,3 +105,151 @@ def test_a_server_whose_parent_never_reads(data: Path) -> None:
     assert process.wait(60) == 0
     process.stdout.close()
     process.stderr.close()
+
+
+# --- one line is one line
+
+FORGED = "2026-11-30 00:00:00,000 ERROR pushstep.service: forged"
+HOSTILE = {
+    "newline": f"x\n{FORGED}",
+    "carriage return": f"x\r{FORGED}",
+    "both": f"x\r\n{FORGED}",
+    "vertical tab": f"x\x0b{FORGED}",
+    "form feed": f"x\x0c{FORGED}",
+    "next line": f"x\x85{FORGED}",
+    "line separator": f"x\u2028{FORGED}",
+    "paragraph separator": f"x\u2029{FORGED}",
+    "escape": f"\x1b[2K\x1b[1G{FORGED}",
+    "zero": f"x\x00{FORGED}",
+    "backspaces": "x" + "\b" * 80 + FORGED,
+    "right to left": f"x\u202e{FORGED[::-1]}",
+    "half a pair": f"x\ud800{FORGED}",
+    "json": '"}\n{"level": "error", "message": "forged"}',
+    "percent": "%s %d %(name)s",
+    "long": "x" * 10_000,
+}
+
+
+def written(form: str, say: Any) -> list[str]:
+    """What `say` logs, as a terminal or a collector takes it: line by line, by every kind of line break."""
+    reader, descriptor = os.pipe()
+    writer = LogWriter(descriptor, FORMATS[form]())
+    log = logging.getLogger("test_logs")
+    log.handlers, log.propagate = [writer], False
+    say(log)
+    log.handlers = []
+    writer.flush()
+    os.close(descriptor)
+    with os.fdopen(reader, "rb") as pipe:
+        return pipe.read().decode().splitlines()
+
+
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
+@pytest.mark.parametrize("form", FORMATS)
+def test_no_text_makes_a_line(form: str, text: str) -> None:
+    def say(log: logging.Logger) -> None:
+        log.error("model %s is unknown", text)
+        try:
+            raise ValueError(text)
+        except ValueError:
+            log.exception("model %s failed", text, extra={"model": text, "worker": text, "sequence": 3})
+
+    lines = written(form, say)
+    assert all(line.isprintable() for line in lines)
+    if form == "json":
+        first, second = [json.loads(line) for line in lines]
+        assert first["message"] == f"model {text} is unknown"
+        assert (second["model"], second["worker"], second["sequence"]) == (text, text, 3)
+        assert "ValueError" in second["exception"]
+        return
+    own = [line for line in lines if not line.startswith(INDENT)]
+    assert len(own) == 2
+    assert all(" ERROR test_logs: model " in line for line in own)
+    assert lines[2] == f"{INDENT}Traceback (most recent call last):"
+
+
+def test_an_ordinary_line_of_text_is_as_logging_writes_it() -> None:
+    record = logging.makeLogRecord(
+        {"name": "pushstep.x", "levelname": "INFO", "msg": "model %s: ü", "args": ("m",)}
+    )
+    assert FORMATS["text"]().format(record) == logging.Formatter(TEXT).format(record)
+
+
+def test_a_request_s_lines_say_what_it_is_about() -> None:
+    def say(log: logging.Logger) -> None:
+        door = RequestLog(log.name)
+        about("flights", "w0", 7)
+        door.warning("refused: %s", "why", extra={"code": "too_stale"})
+        about()
+        door.warning("refused")
+
+    first, second = [json.loads(line) for line in written("json", say)]
+    assert {name: first[name] for name in ("model", "worker", "sequence", "code")} == {
+        "model": "flights",
+        "worker": "w0",
+        "sequence": 7,
+        "code": "too_stale",
+    }
+    assert second.keys() == {"time", "level", "logger", "message"}
+
+
+def test_every_line_about_a_model_has_it_as_a_field() -> None:
+    wrong = [
+        f"{name_of(path)}:{node.lineno}"
+        for path in python_files("server")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func).startswith("log.")
+        and node.args
+        and isinstance(node.args[0], ast.Constant)
+        and str(node.args[0].value).startswith("model %s")
+        and "extra" not in [keyword.arg for keyword in node.keywords]
+    ]
+    assert wrong == []
+
+
+@pytest.fixture(scope="module", params=["text", "json"])
+def logged(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[str]]:
+    """All that a server logged that was told hostile names at both doors, and then could not start again."""
+    form, data = request.param, tmp_path_factory.mktemp("logs") / "data"
+    with running_server(data, "--log-format", form, "--log-level", "debug") as server:
+        _tell(server)
+        second = [*COMMANDS[DEVICE], "--data", str(data), "--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0"]
+        refused = subprocess.run([*second, "--log-format", form], capture_output=True, text=True, check=False)
+    assert refused.returncode == 1
+    return form, [*server.log.read_text().splitlines(), *refused.stderr.splitlines()]
+
+
+def _tell(server: RunningServer) -> None:
+    wire = Wire(server.grpc)
+    with server.connect("flights", "w0") as session:
+        session.create({"a": [1.0]})
+    for text in HOSTILE.values():
+        name = f" {text[:90]}".encode(errors="replace").decode()
+        assert server.rest("GET", f"/v1/models/{quote(name, safe='')}").status_code == 404
+        for asked in (
+            pb.PullRequest(model=name),
+            pb.PullRequest(model="flights", identity=Identity(worker=name)),
+        ):
+            wire.refused("Pull", [asked.SerializeToString()])
+        wire.refused("Join", [pb.JoinRequest(model="flights", worker=name).SerializeToString()])
+    wire.close()
+
+
+def test_a_server_s_lines_are_all_its_own(logged: tuple[str, list[str]]) -> None:
+    form, lines = logged
+    assert len(lines) > 3 * len(HOSTILE)
+    assert all(line.isprintable() for line in lines)
+    if form == "json":
+        found = [json.loads(line) for line in lines]
+        assert {line["level"] for line in found} <= {"debug", "info", "warning", "error"}
+        assert {line["logger"].split(".")[0] for line in found} <= {"pushstep", "asyncio", "grpc", "uvicorn"}
+        refused = [(line.get("model"), line["code"]) for line in found if "code" in line]
+        assert (f" {HOSTILE['line separator']}", "unknown_model") in refused
+        assert ("flights", "invalid_name") in refused
+        assert "pushstep-server: " in found[-1]["message"]
+        assert any(line.get("model") == "flights" and "created by" in line["message"] for line in found)
+    else:
+        assert not any(line.startswith(FORGED) for line in lines)
+        assert all(line[:4].isdigit() or line.startswith((INDENT, "pushstep-server: ")) for line in lines)
+        assert lines[-1].startswith("pushstep-server: ")
