@@ -16,6 +16,7 @@ from typing import Final
 from .log_format import FORMATS, Format, TextFormat
 from .secrets import SECRETS
 
+log = logging.getLogger("pushstep.server")
 KEPT_BYTES: Final = 4 << 20
 # How long the end of the process waits for a reader to take the last lines.
 LAST_S: Final = 1.0

@@ -25,7 +25,8 @@ DEPLOY = ROOT / "deploy"
 README = (DEPLOY / "README.md").read_text()
 COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
-WORKERS = {name: service for name, service in SERVICES.items() if name != "server"}
+WATCHERS = {name: service for name, service in SERVICES.items() if service.get("profiles") == ["watch"]}
+WORKERS = {name: s for name, s in SERVICES.items() if name != "server" and name not in WATCHERS}
 BASE_OF = {"server": ["runtime", "server"], "worker": ["runtime", "worker"]}
 
 
@@ -130,7 +131,7 @@ def test_no_host_is_named_but_this_one(name: str) -> None:
     assert set(re.findall(r"\w+://([^/:\s'\"]+)", text)) <= {"127.0.0.1"}
     assert not re.search(r"\b[\w-]+\.(com|org|io|dev|net)/", text)
     images = [args for instruction, args in INSTRUCTIONS if instruction == "FROM"]
-    images += [service["image"] for service in SERVICES.values() if "image" in service]
+    images += [s["image"] for name, s in SERVICES.items() if "image" in s and name not in WATCHERS]
     assert not any("/" in image for image in images), images
 
 
@@ -252,6 +253,10 @@ def test_a_service_is_confined(name: str) -> None:
     assert service["mem_limit"]
     assert service["networks"] == ["training"]
     assert not {"privileged", "network_mode", "user", "cap_add", "devices", "pid"} & set(service)
+    assert all(port.startswith("127.0.0.1:") for port in service.get("ports", ()))
+    if name in WATCHERS:
+        assert re.fullmatch(r"[a-z]+/[a-z]+:v?\d+\.\d+\.\d+", service["image"])
+        return
     build = service["build"]
     assert (DEPLOY / build["context"]).resolve() == ROOT
     assert (ROOT / build["dockerfile"]).samefile(DEPLOY / "Dockerfile")
