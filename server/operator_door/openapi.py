@@ -22,6 +22,8 @@ from ..coordinator.admission import GateSettings
 from ..coordinator.policies.catalogue import POLICIES
 from ..coordinator.settings import Settings
 from ..imports.new_groups import NewGroup
+from .examples import add_examples, problems_of
+from .links import add_links
 
 FILE: Final = Path(__file__).with_name("openapi.json")
 # For any request: malformed, foreign host, too slow, the server's own fault, too much at once.
@@ -123,6 +125,8 @@ def _with_problems(schema: dict[str, Any]) -> dict[str, Any]:
                 responses["503"] = {**responses["200"], "description": "It does not yet, or not any more"}
             operation["responses"] = dict(sorted(responses.items()))
     schema["components"]["securitySchemes"] = {"bearer": _BEARER}
+    add_examples(schema["paths"])
+    add_links(schema["paths"])
     schema["components"]["responses"] = dict(sorted(problems.items()))
     for replaced in ("HTTPValidationError", "ValidationError"):
         schemas.pop(replaced, None)
@@ -145,7 +149,8 @@ def _statuses(path: str, method: str, operation: dict[str, Any]) -> Iterable[int
 
 
 def _problem(status: int) -> dict[str, Any]:
-    content = {PROBLEM_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    shape = {"schema": {"$ref": "#/components/schemas/Problem"}, "examples": problems_of(status)}
+    content = {PROBLEM_TYPE: shape}
     return {"description": HTTPStatus(status).phrase, "content": content}
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from pushstep.proto.errors import CATALOGUE
+from pushstep.server.operator_door.examples import ANSWERS
 from pushstep.server.operator_door.openapi import FILE
 from tests.support.servers.harness import RunningServer, running_server
 from tests.support.servers.operators import add_hook, take_snapshot
@@ -50,14 +52,73 @@ def test_every_error_has_the_one_shape_and_every_model_may_be_missing() -> None:
     assert "412" in patch["responses"]
 
 
+def test_each_route_and_each_error_has_an_example() -> None:
+    description = described()
+    for path, operations in description["paths"].items():
+        for method, operation in operations.items():
+            for status, response in operation["responses"].items():
+                kinds = response.get("content", {})
+                if status in ("200", "201") and "application/json" in kinds and path != "/metrics":
+                    assert "example" in kinds["application/json"], (method, path, status)
+            body = operation.get("requestBody", {}).get("content", {})
+            assert "application/json" not in body or "example" in repr(body["application/json"]), path
+    shown = set()
+    for name, response in description["components"]["responses"].items():
+        for code, example in response["content"]["application/problem+json"]["examples"].items():
+            assert (str(example["value"]["status"]), example["value"]["code"]) == (name, code)
+            shown.add(code)
+    statuses = set(map(int, description["components"]["responses"]))
+    assert shown == {code for code, kind in CATALOGUE.items() if kind.http_status in statuses}
+
+
+def test_answers_have_the_keys_of_their_examples(server: RunningServer, model_name: str) -> None:
+    created(server, model_name)
+    names = {
+        "m": model_name,
+        "index": "0",
+        "name": "bias",
+        "worker": "owner",
+        "snapshot": take_snapshot(server, model_name)["id"],
+        "hook_id": add_hook(server, model_name, "json_log", "step_post", {"every": 100})["id"],
+    }
+    for (method, path), example in ANSWERS.items():
+        if method == "get":
+            answer = server.rest("GET", path.format(**names))
+            assert answer.status_code == 200, (path, answer.text)
+            found = answer.json()
+            assert set(found) == set(example), path
+            for key, value in example.items():
+                if isinstance(value, list) and value and found[key] and key not in ("optimizers", "events"):
+                    assert set(value[0]) <= set(found[key][0]) or not isinstance(value[0], dict), (path, key)
+
+
+def test_a_link_leads_to_a_parameter_of_its_target() -> None:
+    operations = {op["operationId"]: op for path in described()["paths"].values() for op in path.values()}
+    links = [
+        link
+        for operation in operations.values()
+        for response in operation["responses"].values()
+        for link in response.get("links", {}).values()
+    ]
+    assert len(links) > 25
+    for link in links:
+        known = {parameter["name"] for parameter in operations[link["operationId"]]["parameters"]}
+        assert set(link["parameters"]) <= known, link
+
+
 def run_schemathesis(
-    server: RunningServer, folder: Path, examples: int, *options: str, **names: str | int
+    server: RunningServer,
+    folder: Path,
+    examples: int,
+    *options: str,
+    phases: str = "examples,coverage,fuzzing",
+    **names: str | int,
 ) -> None:
     folder.mkdir()
     lines = "".join(f'"path.{name}" = {json.dumps(value)}\n' for name, value in names.items())
     (folder / "schemathesis.toml").write_text(f"{TOO_LARGE}[parameters]\n{lines}")
     command = [SCHEMATHESIS, "run", FILE, "--url", f"http://{server.http}", "--seed", "1", "--no-color"]
-    command += ["--phases", "examples,coverage,fuzzing", "--max-examples", str(examples)]
+    command += ["--phases", phases, "--max-examples", str(examples)]
     command += ["--exclude-checks", NOT_CHECKED, "--warnings", "off", "--suppress-health-check", "all"]
     done = subprocess.run([*command, *options], cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
@@ -79,6 +140,9 @@ def check(data: Path, examples: int) -> None:
         }
         others = ("--exclude-operation-id", DELETE_MODEL)
         run_schemathesis(server, data / "there", examples, *others, **there)
+        # along the links, without names given: each answer gives those that the next call takes
+        run_schemathesis(server, data / "chains", examples, *others, phases="stateful", m="m")
+        assert server.rest("GET", "/v1/models/m").status_code == 200
         run_schemathesis(server, data / "missing", examples // 2, **dict.fromkeys(there, "nothing"))
         run_schemathesis(server, data / "gone", 5, "--include-operation-id", DELETE_MODEL, m="m")
         assert server.stop() == 0
