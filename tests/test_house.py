@@ -83,6 +83,7 @@ ARROWS = {
         "devices": {"staging", "process"},
         "streams": {"staging", "counters", "access", "process"},
         "staging": {"process"},
+        "access": set[str](),
         "counters": set[str](),
         "process": set[str](),
         "config": {"journal", "coordinator", "devices", "access"},

@@ -26,8 +26,8 @@ from pushstep.proto.errors.status import from_rpc_error
 from pushstep.server.access.attempts import FREE_ATTEMPTS
 from pushstep.server.access.roles import LET_IN, Need, Role
 from pushstep.server.access.table import ROUTES, RPCS
+from tests.support.access.secured import TokenFile
 from tests.support.servers.harness import RunningServer, running_server
-from tests.support.servers.secured import TokenFile
 from tests.support.workers.wire import PARAMETERS, state_of
 
 MODEL, OTHER = "flights", "other"

@@ -26,8 +26,8 @@ from pushstep.proto.errors import (
     Unauthenticated,
 )
 from pushstep.server.access.roles import Role
+from tests.support.access.secured import Authority, TokenFile, reload
 from tests.support.servers.harness import RunningServer, running_server, start_server, wait_until
-from tests.support.servers.secured import Authority, TokenFile, reload
 from tests.support.workers.wire import PARAMETERS, RawWorker, Wire, state_of
 
 STALL_S = 2.0
