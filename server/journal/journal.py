@@ -145,7 +145,10 @@ class Journal:
         except OSError as error:
             raise self._refusal(error) from error
         with self._lock:
-            self._free_bytes = disk.f_bavail * disk.f_frsize
+            left_bytes = self._file.reserved_bytes
+            # what will be set aside again, behind the next records
+            lacks_bytes = 0 if left_bytes is None else max(0, RESERVE_BYTES - left_bytes)
+            self._free_bytes = disk.f_bavail * disk.f_frsize - lacks_bytes
 
     def has_room_for_an_edit(self) -> bool:
         """True if what is set aside takes the record of an edit or a join, and leaves enough to what cannot be refused."""

@@ -36,12 +36,18 @@ class Reserve:
         return max(0, self._stop - end)
 
     def extend(self, end: int) -> None:
-        """Have RESERVE_BYTES behind `end`. OSError if the disk has no room; what was set aside stays."""
-        if not self.is_possible:
-            return
+        """Have RESERVE_BYTES behind `end`, or at least LOW_BYTES.
+
+        OSError if the disk has no room for them; what was set aside stays.
+        """
+        try:
+            self._extend(end, end + RESERVE_BYTES)
+        except OSError:
+            self._extend(end, end + LOW_BYTES)
+
+    def _extend(self, end: int, stop: int) -> None:
         begin = max(end, self._stop)
-        stop = end + RESERVE_BYTES
-        if stop <= begin:
+        if stop <= begin or not self.is_possible:
             return
         if _C.fallocate(self._descriptor, _KEEP_SIZE, begin, stop - begin) != 0:
             number = ctypes.get_errno()
