@@ -16,17 +16,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from pushstep.proto.errors import LocalParameterEdit
 from tests.support.servers.harness import RunningServer
-from tests.support.workers.twin import (
-    ROWS,
-    Make,
-    Network,
-    Twins,
-    adadelta,
-    adagrad,
-    both,
-    check_state_dict,
-    loss_of,
-)
+from tests.support.trainings.bits import check_state_dict
+from tests.support.trainings.network import ROWS, Network, loss_of
+from tests.support.trainings.optimizers import Make, adadelta, adagrad, both
+from tests.support.trainings.twins import Twins
 
 
 @pytest.fixture(autouse=True)

@@ -26,16 +26,10 @@ from pushstep.proto.errors.status import from_rpc_error
 from pushstep.proto.types_pb2 import Manifest, Parameter, ParamGroup
 from tests.support.servers.harness import RunningServer, wait_until
 from tests.support.servers.proxy import Proxy
-from tests.support.workers.twin import (
-    Make,
-    Network,
-    Twins,
-    adadelta,
-    adagrad,
-    backward,
-    both,
-    check_state_dict,
-)
+from tests.support.trainings.bits import check_state_dict
+from tests.support.trainings.network import Network
+from tests.support.trainings.optimizers import Make, adadelta, adagrad, backward, both
+from tests.support.trainings.twins import Twins
 
 
 def attach(

@@ -42,7 +42,8 @@ from tests.support.processes.interrupts import python_s_handler
 from tests.support.servers.harness import RunningServer, wait_until
 from tests.support.servers.operators import show_worker
 from tests.support.servers.proxy import Proxy
-from tests.support.workers.twin import Network, backward, both
+from tests.support.trainings.network import Network
+from tests.support.trainings.optimizers import backward, both
 
 __all__ = ["python_s_handler"]
 # a socket that was just being opened is closed by the collector

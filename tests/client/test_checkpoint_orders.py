@@ -20,7 +20,9 @@ from pushstep.client import RemoteOptimizer, Session
 from pushstep.proto.errors import LocalParameterEdit, OtherWorkersLive
 from tests.support.servers.harness import RunningServer
 from tests.support.servers.operators import restore, show_model, take_snapshot
-from tests.support.workers.twin import Make, Network, adadelta, adagrad, backward, both, check_state_dict
+from tests.support.trainings.bits import check_state_dict
+from tests.support.trainings.network import Network
+from tests.support.trainings.optimizers import Make, adadelta, adagrad, backward, both
 
 MODULE, ATTACH, STATE = "module.load_state_dict", "attach", "optimizer.load_state_dict"
 ORDERS = list(itertools.permutations((MODULE, ATTACH, STATE)))

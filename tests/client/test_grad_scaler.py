@@ -11,17 +11,10 @@ from torch.amp import GradScaler
 from pushstep.client import Outcome
 from pushstep.proto.errors import LocalParameterEdit
 from tests.support.servers.harness import RunningServer
-from tests.support.workers.twin import (
-    Make,
-    Network,
-    Twins,
-    adadelta,
-    adagrad,
-    backward,
-    both,
-    check_state_dict,
-    loss_of,
-)
+from tests.support.trainings.bits import check_state_dict
+from tests.support.trainings.network import Network, loss_of
+from tests.support.trainings.optimizers import Make, adadelta, adagrad, backward, both
+from tests.support.trainings.twins import Twins
 
 
 def _scalers(**options: float) -> list[GradScaler]:

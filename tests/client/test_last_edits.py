@@ -12,7 +12,9 @@ from pushstep.client import RemoteOptimizer, Session
 from pushstep.optim import Adagrad
 from tests.support.servers.harness import RunningServer, wait_until
 from tests.support.servers.operators import add_hook, patch_group, restore, show_worker, take_snapshot
-from tests.support.workers.twin import Make, Network, Twins, adadelta, adagrad, backward, both
+from tests.support.trainings.network import Network
+from tests.support.trainings.optimizers import Make, adadelta, adagrad, backward, both
+from tests.support.trainings.twins import Twins
 
 
 def _groups(server: RunningServer, model: str) -> list[dict[str, Any]]:

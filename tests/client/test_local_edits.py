@@ -22,7 +22,9 @@ from pushstep.proto.errors import (
 )
 from tests.support.servers.harness import RunningServer
 from tests.support.servers.operators import show_model
-from tests.support.workers.twin import Make, Network, Twins, adadelta, adagrad, backward, both
+from tests.support.trainings.network import Network
+from tests.support.trainings.optimizers import Make, adadelta, adagrad, backward, both
+from tests.support.trainings.twins import Twins
 
 TRANSPORTS = pytest.mark.parametrize("shared_memory", [False, True], ids=["tcp", "shared memory"])
 

@@ -29,7 +29,9 @@ from pushstep.proto.errors import (
 )
 from pushstep.proto.types_pb2 import Manifest, ParamGroup
 from tests.support.servers.harness import RunningServer
-from tests.support.workers.twin import Network, Twins, adadelta, adagrad, both
+from tests.support.trainings.network import Network
+from tests.support.trainings.optimizers import adadelta, adagrad, both
+from tests.support.trainings.twins import Twins
 
 NETWORK_NAMES = ["table.weight", "hidden.weight", "hidden.bias", "out.weight", "out.bias"]
 

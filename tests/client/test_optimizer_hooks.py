@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from tests.support.servers.harness import RunningServer
-from tests.support.workers.twin import Make, Network, adadelta, both, loss_of
+from tests.support.trainings.network import Network, loss_of
+from tests.support.trainings.optimizers import Make, adadelta, both
 
 
 def _log_hooks(optimizer: torch.optim.Optimizer, log: list[str], name: str) -> dict[str, Any]:

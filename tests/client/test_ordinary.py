@@ -13,7 +13,9 @@ from pushstep.client import RemoteOptimizer
 from pushstep.optim import Adadelta
 from pushstep.proto.errors import UnsupportedModule
 from tests.support.servers.harness import RunningServer
-from tests.support.workers.twin import Network, Twins, adadelta, adagrad, both
+from tests.support.trainings.network import Network
+from tests.support.trainings.optimizers import adadelta, adagrad, both
+from tests.support.trainings.twins import Twins
 
 
 @pytest.mark.parametrize(("make", "name"), [(adadelta, "Adadelta"), (adagrad, "Adagrad"), (both, None)])

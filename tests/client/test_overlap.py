@@ -15,7 +15,9 @@ from pushstep.client import Outcome, RemoteOptimizer
 from pushstep.client.optimizer import overlap
 from pushstep.optim import Adagrad
 from tests.support.servers.harness import RunningServer
-from tests.support.workers.overlapping import (
+from tests.support.trainings.network import Network
+from tests.support.trainings.optimizers import adadelta, adagrad
+from tests.support.trainings.overlapping import (
     Deep,
     both_sides,
     deep_loss,
@@ -24,7 +26,6 @@ from tests.support.workers.overlapping import (
     step_all,
     twins_of,
 )
-from tests.support.workers.twin import Network, adadelta, adagrad
 
 RULES = pytest.mark.parametrize("make", [adadelta, adagrad])
 

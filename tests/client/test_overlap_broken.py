@@ -16,8 +16,8 @@ from pushstep.proto.errors import OverBudget, SessionClosed
 from tests.support.servers.harness import RunningServer, running_server, start_server, wait_until
 from tests.support.servers.operators import restore, show_model, take_snapshot
 from tests.support.servers.proxy import Proxy
-from tests.support.workers.counting import create, grads
-from tests.support.workers.overlapping import (
+from tests.support.trainings.optimizers import adagrad
+from tests.support.trainings.overlapping import (
     Deep,
     early_of,
     let_it_leave,
@@ -26,7 +26,8 @@ from tests.support.workers.overlapping import (
     twins_of,
     warmed,
 )
-from tests.support.workers.twin import Twins, adagrad
+from tests.support.trainings.twins import Twins
+from tests.support.workers.counting import create, grads
 
 
 @pytest.fixture(autouse=True)

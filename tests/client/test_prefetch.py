@@ -19,7 +19,9 @@ from pushstep.proto.errors import NoAnswer, NonfiniteGradient, UnsupportedModule
 from tests.support.servers.harness import RunningServer, running_server, wait_until
 from tests.support.servers.operators import restore, show_model, take_snapshot
 from tests.support.servers.proxy import Proxy
-from tests.support.workers.twin import Network, adadelta, adagrad, both, check_state_dict, loss_of
+from tests.support.trainings.bits import check_state_dict
+from tests.support.trainings.network import Network, loss_of
+from tests.support.trainings.optimizers import adadelta, adagrad, both
 
 
 class Stale:

@@ -16,7 +16,9 @@ from pushstep.client import RemoteOptimizer, Session
 from pushstep.proto.errors import ForkedSession
 from tests.support.processes.trainer import held, train
 from tests.support.servers.harness import RunningServer
-from tests.support.workers.twin import Network, Twins, adagrad, backward, loss_of
+from tests.support.trainings.network import Network, loss_of
+from tests.support.trainings.optimizers import adagrad, backward
+from tests.support.trainings.twins import Twins
 
 
 class NosyItems(Dataset[torch.Tensor]):

@@ -19,17 +19,9 @@ from pushstep.client import Outcome, RemoteOptimizer
 from pushstep.optim import Adadelta, Adagrad
 from pushstep.proto.errors import LocalParameterEdit, NonfiniteGradient, NotAttached
 from tests.support.servers.harness import RunningServer
-from tests.support.workers.twin import (
-    Make,
-    Network,
-    Twins,
-    adadelta,
-    adagrad,
-    backward,
-    both,
-    finite,
-    loss_of,
-)
+from tests.support.trainings.network import Network, finite, loss_of
+from tests.support.trainings.optimizers import Make, adadelta, adagrad, backward, both
+from tests.support.trainings.twins import Twins
 
 RULES = pytest.mark.parametrize("make", [adadelta, adagrad])
 

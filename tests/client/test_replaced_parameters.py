@@ -13,7 +13,9 @@ from pushstep.optim import Adadelta, Adagrad
 from pushstep.proto.errors import LocalParameterEdit, UnsupportedModule, WrongDtype, WrongShape
 from tests.support.servers.harness import RunningServer
 from tests.support.servers.operators import show_model
-from tests.support.workers.twin import Make, Network, Twins, adadelta, adagrad, backward, both, loss_of
+from tests.support.trainings.network import Network, loss_of
+from tests.support.trainings.optimizers import Make, adadelta, adagrad, backward, both
+from tests.support.trainings.twins import Twins
 
 
 def _replace(

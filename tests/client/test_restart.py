@@ -15,8 +15,10 @@ from pushstep.optim import Adagrad
 from pushstep.proto.errors import Superseded
 from tests.support.servers.harness import RunningServer, start_server
 from tests.support.servers.operators import restore, take_snapshot
+from tests.support.trainings.network import Network
+from tests.support.trainings.optimizers import adagrad
+from tests.support.trainings.twins import Twins
 from tests.support.workers.counting import counts, create, grads
-from tests.support.workers.twin import Network, Twins, adagrad
 
 
 def restart(server: RunningServer) -> RunningServer:

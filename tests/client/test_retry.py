@@ -27,8 +27,10 @@ from pushstep.proto.errors import (
 )
 from tests.support.servers.harness import RunningServer, running_server, wait_until
 from tests.support.servers.proxy import PIECE_BYTES, Proxy
+from tests.support.trainings.network import Network
+from tests.support.trainings.optimizers import adagrad, backward
+from tests.support.trainings.twins import Twins
 from tests.support.workers.counting import counts, create, grads
-from tests.support.workers.twin import Network, Twins, adagrad, backward
 from tests.support.workers.wire import Wire
 
 

@@ -13,7 +13,9 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from pushstep.client import RemoteOptimizer
 from tests.support.servers.harness import RunningServer
-from tests.support.workers.twin import Make, Network, Twins, adadelta, adagrad, both
+from tests.support.trainings.network import Network
+from tests.support.trainings.optimizers import Make, adadelta, adagrad, both
+from tests.support.trainings.twins import Twins
 
 SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], LRScheduler]] = {
     "StepLR": lambda o: lr_scheduler.StepLR(o, step_size=2, gamma=0.5),

@@ -23,7 +23,8 @@ from pushstep.proto.errors import (
     WrongShape,
 )
 from tests.support.servers.harness import RunningServer
-from tests.support.workers.twin import Network, adagrad, backward
+from tests.support.trainings.network import Network
+from tests.support.trainings.optimizers import adagrad, backward
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 GROUPS = [

@@ -16,8 +16,9 @@ from pushstep.optim import Adadelta, Adagrad
 from pushstep.proto.errors import AlreadyJoined, Fenced, ModelLost, SessionClosed
 from tests.support.servers.harness import RunningServer, running_server, wait_until
 from tests.support.servers.proxy import Proxy
+from tests.support.trainings.network import Network
+from tests.support.trainings.optimizers import adagrad, backward
 from tests.support.workers.counting import create, grads
-from tests.support.workers.twin import Network, adagrad, backward
 
 
 @pytest.fixture

@@ -13,17 +13,11 @@ from torch import nn
 from pushstep.optim import Adadelta, Adagrad
 from pushstep.proto.errors import OtherWorkersLive, UnsupportedModule
 from tests.support.servers.harness import RunningServer
-from tests.support.workers.twin import (
-    Make,
-    Network,
-    Twins,
-    adadelta,
-    adagrad,
-    backward,
-    both,
-    check_state_dict,
-    loss_of,
-)
+from tests.support.trainings.bits import check_state_dict
+from tests.support.trainings.local_training import LocalTraining
+from tests.support.trainings.network import Network, loss_of
+from tests.support.trainings.optimizers import Make, adadelta, adagrad, backward, both
+from tests.support.trainings.twins import Twins
 
 MAKES = pytest.mark.parametrize("make", [adadelta, adagrad, both])
 
@@ -58,8 +52,7 @@ def test_torch_saves_and_loads_it(server: RunningServer, model_name: str, make: 
     torch.save(twins.remote.state_dict(), file)
     file.seek(0)
     loaded = torch.load(file, weights_only=True)
-    local = make(twins.local_model)
-    twins.local = [local] if isinstance(local, torch.optim.Optimizer) else list(local)
+    twins.beside = LocalTraining(twins.local_model, make)
     _load_locally(twins, loaded)
     twins.step(2, 3)
     twins.check_state()

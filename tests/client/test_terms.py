@@ -17,7 +17,10 @@ from pushstep.optim import mlx as mlx
 from pushstep.proto.errors import InvalidHyperparameter, SparseNotSupported, UnsupportedModule
 from tests.support.servers.harness import RunningServer, running_server
 from tests.support.servers.operators import download, patch_group, restore, set_policy, take_snapshot
-from tests.support.workers.twin import Network, Twins, backward, check_state_dict
+from tests.support.trainings.bits import check_state_dict
+from tests.support.trainings.network import Network
+from tests.support.trainings.optimizers import backward
+from tests.support.trainings.twins import Twins
 
 Make = Callable[[nn.Module], torch.optim.Optimizer]
 MAKES: dict[str, Make] = {

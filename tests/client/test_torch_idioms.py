@@ -13,7 +13,10 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from tests.support.servers.harness import RunningServer
-from tests.support.workers.twin import Network, Twins, adadelta, adagrad, check_state_dict, finite, loss_of
+from tests.support.trainings.bits import check_state_dict
+from tests.support.trainings.network import Network, finite, loss_of
+from tests.support.trainings.optimizers import adadelta, adagrad
+from tests.support.trainings.twins import Twins
 
 Optimizers = list[torch.optim.Optimizer]
 Train = Callable[[nn.Module, Optimizers], Any]

@@ -9,7 +9,7 @@ from hypothesis import Phase
 
 from tests.support.processes.bounded import run_machine
 from tests.support.servers.harness import RunningServer
-from tests.support.workers.training_machine import Training
+from tests.support.trainings.training_machine import Training
 
 
 def train(server: RunningServer, examples: int, steps: int, *phases: Phase) -> None:

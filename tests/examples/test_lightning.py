@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from pushstep.optim import Adagrad
 from tests.support.processes.nursery import nursery
 from tests.support.servers.harness import RunningServer
-from tests.support.workers.twin import Network
+from tests.support.trainings.network import Network
 
 pytestmark = [
     # Lightning's own, of this torch

@@ -28,7 +28,9 @@ from pushstep.proto.shared_memory.cuda_ipc import HANDLE_BYTES, CudaDriver
 from pushstep.proto.types_pb2 import DeviceMemory
 from tests.support.cuda.device_host import DeviceHost, shares_device
 from tests.support.servers.harness import RunningServer, wait_until
-from tests.support.workers.twin import Make, Network, Twins, adadelta, adagrad, both
+from tests.support.trainings.network import Network
+from tests.support.trainings.optimizers import Make, adadelta, adagrad, both
+from tests.support.trainings.twins import Twins
 
 ELEMENTS = 300_007  # more than the digest leaves to the host, and on no border
 

@@ -26,22 +26,11 @@ from tests.support.numbers.ulps import (
 )
 from tests.support.servers.harness import RunningServer
 from tests.support.servers.operators import add_hook, download, patch_group, remove_hook
-from tests.support.workers.reference import (
-    OPTIMIZERS,
-    Network,
-    Replay,
-    array_bits,
-    bits,
-    drawn_gradients,
-    gradients_of,
-    hyperparameters,
-    merged,
-    parameter_bits,
-    set_gradients,
-    split_optimizers,
-    square_sum,
-    state_bits,
-)
+from tests.support.trainings.bits import array_bits, bits, check_state_dict, parameter_bits, state_bits
+from tests.support.trainings.gradients import drawn_gradients, gradients_of, merged, set_gradients, square_sum
+from tests.support.trainings.local_training import Replay
+from tests.support.trainings.network import ROWS, ScaledNetwork, loss_of
+from tests.support.trainings.optimizers import OPTIMIZERS, both
 
 STEPS = 25
 TORCH = {"adadelta": torch.optim.Adadelta, "adagrad": torch.optim.Adagrad}
@@ -65,8 +54,8 @@ CASES = [
 pytestmark = pytest.mark.usefixtures("quiet_sparse_tensors")
 
 
-def attached(session: Session, rule: str, settings: dict[str, Any]) -> tuple[Network, RemoteOptimizer]:
-    module = Network()
+def attached(session: Session, rule: str, settings: dict[str, Any]) -> tuple[ScaledNetwork, RemoteOptimizer]:
+    module = ScaledNetwork()
     return module, session.attach(OPTIMIZERS[rule](module.parameters(), **settings), module=module)
 
 
@@ -78,21 +67,19 @@ def test_every_step_is_the_local_optimizers(
     server: RunningServer, session: Session, rule: str, settings: dict[str, Any], kind: str
 ) -> None:
     mine, remote = attached(session, rule, settings)
-    here = Network()
+    here = ScaledNetwork()
     local = OPTIMIZERS[rule](here.parameters(), **settings)
     for number in range(STEPS):
         for module, optimizer in ((mine, remote), (here, local)):
-            module.embedding.sparse = kind == "sparse" or (kind == "by turns" and number % 2 == 0)
+            module.table.sparse = kind == "sparse" or (kind == "by turns" and number % 2 == 0)
             optimizer.zero_grad()
-            module.loss(number).backward()
+            loss_of(module, number).backward()
             optimizer.step()
         assert remote.last_receipt is not None
         assert (remote.last_receipt.outcome, remote.last_receipt.version) == (Outcome.APPLIED, number + 1)
         assert parameter_bits(mine) == parameter_bits(here), number
-        fetched, held = remote.state_dict(), local.state_dict()
-        assert state_bits(fetched) == state_bits(held), number
-        assert hyperparameters(fetched) == hyperparameters(held), number
-    assert parameter_bits(here) != parameter_bits(Network())
+        check_state_dict(remote.state_dict(), local.state_dict())
+    assert parameter_bits(here) != parameter_bits(ScaledNetwork())
     expected = parameter_bits(here)
     assert array_bits(session.pull()) == expected
     tensors = load_safetensors(download(server, f"{session.model}/export", "safetensors"))
@@ -103,7 +90,7 @@ def test_every_step_is_the_local_optimizers(
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
 @pytest.mark.parametrize("rule", ["adadelta", "adagrad"])
 def test_the_same_in_other_dtypes(session: Session, rule: str, sparse: bool, dtype: torch.dtype) -> None:
-    mine, here = (Network(sparse=sparse, dtype=dtype) for _ in range(2))
+    mine, here = (ScaledNetwork(sparse=sparse, dtype=dtype) for _ in range(2))
     settings = {} if rule == "adadelta" else {"lr": 0.1, "initial_accumulator_value": 0.1}
     remote = session.attach(OPTIMIZERS[rule](mine.parameters(), **settings), module=mine)
     local = OPTIMIZERS[rule](here.parameters(), **settings)
@@ -117,12 +104,12 @@ def test_the_same_in_other_dtypes(session: Session, rule: str, sparse: bool, dty
 
 
 def test_two_optimizers_make_one_model(session: Session) -> None:
-    mine, here = Network(sparse=True), Network(sparse=True)
-    remote = session.attach(split_optimizers(mine), module=mine)
-    replay = Replay(here, split_optimizers(here))
+    mine, here = ScaledNetwork(sparse=True), ScaledNetwork(sparse=True)
+    remote = session.attach(both(mine), module=mine)
+    replay = Replay(here, both)
     for number in range(STEPS):
         remote.zero_grad()
-        mine.loss(number).backward()
+        loss_of(mine, number).backward()
         gradients = gradients_of(mine)
         remote.step()
         assert parameter_bits(mine) == replay.push(gradients), number
@@ -164,26 +151,26 @@ def test_parameters_larger_than_a_message_and_without_elements(session: Session)
 
 
 def test_the_same_with_arrays(session: Session) -> None:
-    here = Network()
-    replay = Replay(here, [OPTIMIZERS["adagrad"](here.parameters(), lr=0.05)])
+    here = ScaledNetwork()
+    replay = Replay(here, lambda model: OPTIMIZERS["adagrad"](model.parameters(), lr=0.05))
     values = {name: parameter.detach().numpy().copy() for name, parameter in here.named_parameters()}
     session.create(values, [{"rule": "adagrad", "params": list(values), "lr": 0.05}])
     for number in range(STEPS):
         gradients = drawn_gradients(number, sparse=True)
         expected = replay.push(gradients)
-        table = gradients["embedding.weight"]
-        handed = {name: g.numpy() for name, g in gradients.items() if name != "embedding.weight"}
+        table = gradients["table.weight"]
+        handed = {name: g.numpy() for name, g in gradients.items() if name != "table.weight"}
         pair = (table._indices()[0].numpy(), table._values().numpy())
         if number % 2:
-            receipt = session.push({**handed, "embedding.weight": pair})
+            receipt = session.push({**handed, "table.weight": pair})
             arrays = session.pull()
         else:
-            receipt, arrays = session.exchange({**handed, "embedding.weight": pair})
+            receipt, arrays = session.exchange({**handed, "table.weight": pair})
         assert receipt.version == session.version == number + 1
         assert array_bits(arrays) == expected, number
-        ids = [39, 0, int(pair[0][0])]
-        rows = session.pull_rows("embedding.weight", ids)
-        assert np.array_equal(rows, here.embedding.weight.detach().numpy()[ids])
+        ids = [ROWS - 1, 0, int(pair[0][0])]
+        rows = session.pull_rows("table.weight", ids)
+        assert np.array_equal(rows, here.table.weight.detach().numpy()[ids])
 
 
 # --- torch's numbers
@@ -201,9 +188,9 @@ def become(module: nn.Module, optimizer: torch.optim.Optimizer, of: nn.Module, s
     optimizer.load_state_dict({"state": copy.deepcopy(state["state"]), "param_groups": groups})
 
 
-def torchs_step(rule: str, module: Network, optimizer: torch.optim.Optimizer) -> None:
+def torchs_step(rule: str, module: ScaledNetwork, optimizer: torch.optim.Optimizer) -> None:
     """torch's step. Its Adadelta refuses row-sparse gradients: then the dense rule, on the rows named only."""
-    table, gradient = module.embedding.weight, module.embedding.weight.grad
+    table, gradient = module.table.weight, module.table.weight.grad
     if rule == "adagrad" or gradient is None or not gradient.is_sparse:
         optimizer.step()
         return
@@ -224,7 +211,7 @@ def test_a_step_from_equal_state_is_torchs(
     session: Session, rule: str, settings: dict[str, Any], kind: str
 ) -> None:
     mine, remote = attached(session, rule, settings)
-    theirs = Network()
+    theirs = ScaledNetwork()
     rival = TORCH[rule](theirs.parameters(), **settings)
     for number in range(12):
         before = copy.deepcopy(mine)
@@ -286,7 +273,7 @@ def test_a_patched_learning_rate_holds_from_the_stated_version(
 ) -> None:
     settings = {"lr": 0.4}
     mine, remote = attached(session, rule, settings)
-    here, theirs = Network(), Network()
+    here, theirs = ScaledNetwork(), ScaledNetwork()
     local, rival = OPTIMIZERS[rule](here.parameters(), lr=0.4), TORCH[rule](theirs.parameters(), lr=0.4)
     for number in range(20):
         if number == CHANGED_AT:
@@ -319,10 +306,10 @@ def test_an_added_clipping_hook_clips_as_torch_does(
     server: RunningServer, session: Session, rule: str
 ) -> None:
     mine, remote = attached(session, rule, {"lr": 0.4})
-    theirs = Network()
+    theirs = ScaledNetwork()
     rival = TORCH[rule](theirs.parameters(), lr=0.4)
-    here = Network()
-    replay = Replay(here, [OPTIMIZERS[rule](here.parameters(), lr=0.4)])
+    here = ScaledNetwork()
+    replay = Replay(here, lambda model: OPTIMIZERS[rule](model.parameters(), lr=0.4))
     factors = []
     norms = sorted(math.sqrt(square_sum(drawn_gradients(number))) for number in range(CHANGED_AT, 20))
     max_norm = norms[len(norms) // 2] * 0.99
@@ -361,9 +348,9 @@ def test_an_added_clipping_hook_clips_as_torch_does(
 
 def test_clipping_counts_rows_once(server: RunningServer, session: Session) -> None:
     """The norm is that of the gradient, in which a row that came twice is one sum."""
-    mine, here = Network(sparse=True), Network(sparse=True)
-    remote = session.attach(split_optimizers(mine), module=mine)
-    replay = Replay(here, split_optimizers(here))
+    mine, here = ScaledNetwork(sparse=True), ScaledNetwork(sparse=True)
+    remote = session.attach(both(mine), module=mine)
+    replay = Replay(here, both)
     add_hook(server, session.model, "clip_grad_norm", "step_pre", {"max_norm": 0.05})
     for number in range(10):
         gradients = drawn_gradients(number, sparse=True)
@@ -443,7 +430,7 @@ SCHEDULERS: dict[str, tuple[dict[str, Any], SchedulerMaker]] = {
 def test_the_scheduler_hook_is_torchs_scheduler(server: RunningServer, session: Session, name: str) -> None:
     arguments, make = SCHEDULERS[name]
     mine, remote = attached(session, "adagrad", {"lr": 0.4})
-    here = Network()
+    here = ScaledNetwork()
     local = OPTIMIZERS["adagrad"](here.parameters(), lr=0.4)
     scheduler = None
     lrs = []
@@ -458,13 +445,13 @@ def test_the_scheduler_hook_is_torchs_scheduler(server: RunningServer, session: 
 
         def closure(number: int = number) -> Tensor:
             remote.zero_grad()
-            loss = mine.loss(number)
+            loss = loss_of(mine, number)
             loss.backward()
             return loss
 
         loss = remote.step(closure)
         local.zero_grad()
-        here_loss = here.loss(number)
+        here_loss = loss_of(here, number)
         here_loss.backward()
         local.step()
         assert bits(loss) == bits(here_loss)

@@ -15,17 +15,10 @@ from pushstep.client import Session
 from tests.support.numbers.ulps import assert_parameter_close, assert_state_close
 from tests.support.servers.harness import RunningServer
 from tests.support.servers.operators import download, show_model
-from tests.support.workers.reference import (
-    OPTIMIZERS,
-    Network,
-    bits,
-    drawn_gradients,
-    hyperparameters,
-    parameter_bits,
-    set_gradients,
-    split_optimizers,
-    state_bits,
-)
+from tests.support.trainings.bits import bits, hyperparameters, parameter_bits, state_bits
+from tests.support.trainings.gradients import drawn_gradients, set_gradients
+from tests.support.trainings.network import ScaledNetwork
+from tests.support.trainings.optimizers import OPTIMIZERS, both
 from tests.system.test_end_to_end import attached
 
 PLAIN_TORCH = Path(__file__).parents[1] / "support" / "processes" / "plain_torch.py"
@@ -47,11 +40,9 @@ def test_plain_torch_continues_from_an_export(
     server: RunningServer, session: Session, tmp_path: Path, name: str, sparse: bool
 ) -> None:
     rules = EXPORTS[name]
-    mine = Network(sparse=sparse)
+    mine = ScaledNetwork(sparse=sparse)
     optimizers = (
-        split_optimizers(mine)
-        if len(rules) == 2
-        else OPTIMIZERS[rules[0]](mine.parameters(), lr=0.3, maximize=True)
+        both(mine) if len(rules) == 2 else OPTIMIZERS[rules[0]](mine.parameters(), lr=0.3, maximize=True)
     )
     remote = session.attach(optimizers, module=mine)
     for number in range(15):

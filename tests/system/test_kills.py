@@ -18,7 +18,8 @@ from pushstep.client import RemoteOptimizer, Session
 from pushstep.optim import keras, mlx
 from tests.support.servers.harness import RunningServer, kill_and_restart, start_server
 from tests.support.servers.operators import add_hook, set_policy
-from tests.support.workers.twin import Make, Network, adadelta, adagrad, backward, both
+from tests.support.trainings.network import Network
+from tests.support.trainings.optimizers import Make, adadelta, adagrad, backward, both
 
 BEFORE, AFTER = 5, 4
 Hooks = Sequence[tuple[str, str, dict[str, Any]]]

@@ -31,19 +31,11 @@ from tests.support.servers.operators import (
     show_model,
     take_snapshot,
 )
-from tests.support.workers.reference import (
-    ROWS,
-    Bits,
-    Network,
-    Replay,
-    array_bits,
-    bits,
-    gradients_of,
-    parameter_bits,
-    split_optimizers,
-    square_sum,
-    state_bits,
-)
+from tests.support.trainings.bits import Bits, array_bits, bits, parameter_bits, state_bits
+from tests.support.trainings.gradients import gradients_of, square_sum
+from tests.support.trainings.local_training import Replay
+from tests.support.trainings.network import ROWS, ScaledNetwork, loss_of
+from tests.support.trainings.optimizers import both
 
 WORKERS = 4
 
@@ -82,16 +74,16 @@ def work(
 
     It takes `steps`, and then goes on until it is `enough`.
     """
-    module = Network(sparse=True)
+    module = ScaledNetwork(sparse=True)
     pushes = []
     with connect(server.grpc, model=model, worker=f"w{index}", timeout_s=20, retry_for_s=20) as session:
-        optimizer = session.attach(split_optimizers(module), module=module)
+        optimizer = session.attach(both(module), module=module)
         start.wait(30)
         for step in itertools.count():
             if step >= steps and enough.is_set():
                 break
             optimizer.zero_grad()
-            module.loss(index + WORKERS * step).backward()
+            loss_of(module, index + WORKERS * step).backward()
             gradients = gradients_of(module)
             optimizer.step()
             assert optimizer.last_receipt is not None
@@ -115,8 +107,8 @@ def crew_of(
     if not until_told:
         enough.set()
     with connect(server.grpc, model=model, worker="creator") as creator:
-        module = Network(sparse=True)
-        creator.attach(split_optimizers(module), module=module)
+        module = ScaledNetwork(sparse=True)
+        creator.attach(both(module), module=module)
     with ThreadPoolExecutor(WORKERS + len(readers)) as threads:
         reading = [threads.submit(read, done) for read in readers]
         crew = Crew(
@@ -134,8 +126,7 @@ def crew_of(
 
 
 def fresh_replay() -> Replay:
-    module = Network(sparse=True)
-    return Replay(module, split_optimizers(module))
+    return Replay(ScaledNetwork(sparse=True), both)
 
 
 def check_history(pushes: list[Push], steps: int) -> None:
@@ -168,7 +159,7 @@ def test_the_history_replayed_is_the_servers(server: RunningServer, model_name: 
     pulled: list[tuple[int, Bits]] = []
     afresh: list[tuple[int, Bits]] = []
     rows: list[bytes] = []
-    ids = np.array([3, ROWS - 1, 0, 17])
+    ids = np.array([3, ROWS - 1, 0, 2])
 
     def keep_pulling(done: threading.Event) -> None:
         """A reader that is sent what changed since its last pull."""
@@ -185,7 +176,7 @@ def test_the_history_replayed_is_the_servers(server: RunningServer, model_name: 
                 arrays = session.pull()
                 assert session.version is not None
                 afresh.append((session.version, array_bits(arrays)))
-                rows.append(session.pull_rows("embedding.weight", ids).tobytes())
+                rows.append(session.pull_rows("table.weight", ids).tobytes())
 
     with crew_of(server, model_name, steps, [keep_pulling, pull_afresh]) as crew:
         pushes = crew.pushes()
@@ -212,7 +203,7 @@ def test_the_history_replayed_is_the_servers(server: RunningServer, model_name: 
             assert values == history[version], version
     versions = [version for version, _ in pulled]
     assert versions == sorted(versions)
-    tables = (np.frombuffer(bits_of["embedding.weight"], np.float32).reshape(ROWS, 6) for bits_of in history)
+    tables = (np.frombuffer(bits_of["table.weight"], np.float32).reshape(ROWS, 3) for bits_of in history)
     assert set(rows) <= {table[ids].tobytes() for table in tables}
 
 
@@ -244,7 +235,7 @@ def test_edits_among_pushes_hold_from_the_version_they_state(server: RunningServ
         receipt = push.receipt
         lr = 0.02 if receipt.version >= slower else 0.1
         assert receipt.groups[0]["lr"] == lr
-        assert receipt.groups[1]["lr"] == 0.8
+        assert receipt.groups[1]["lr"] == 0.7
         replay.groups[0]["lr"] = lr
         clips = hook["effective_version"] <= receipt.version < removed
         factor = min(1.0, 0.5 / (receipt.gradient_norm + 1e-6)) if clips else 1.0

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from pushstep.client import Outcome, Receipt, connect
 from tests.support.servers.harness import RunningServer
-from tests.support.workers.twin import Network, adadelta, adagrad, loss_of
+from tests.support.trainings.network import Network, loss_of
+from tests.support.trainings.optimizers import adadelta, adagrad
 
 STEPS = 100
 Grads = dict[str, Tensor | None]

@@ -22,7 +22,9 @@ from pushstep.proto import training_pb2 as pb
 from pushstep.proto.errors.status import from_status
 from pushstep.proto.shared_memory.local_socket import HEAD_BYTES, Method, Status, framed, status_of
 from tests.support.servers.harness import RunningServer, running_server, wait_until
-from tests.support.workers.twin import Make, Network, Twins, adadelta, adagrad, both
+from tests.support.trainings.network import Network
+from tests.support.trainings.optimizers import Make, adadelta, adagrad, both
+from tests.support.trainings.twins import Twins
 from tests.support.workers.wire import GROUPS, PARAMETERS
 
 

@@ -24,17 +24,10 @@ from pushstep.server.models.saved_models import SavedModels
 from tests.support.servers.harness import RunningServer, running_server
 from tests.support.servers.judged import LAYOUT
 from tests.support.servers.operators import add_hook, patch_group, restore, show_model, take_snapshot
-from tests.support.workers.reference import (
-    Bits,
-    Network,
-    array_bits,
-    drawn_gradients,
-    hyperparameters,
-    parameter_bits,
-    set_gradients,
-    split_optimizers,
-    state_bits,
-)
+from tests.support.trainings.bits import Bits, array_bits, hyperparameters, parameter_bits, state_bits
+from tests.support.trainings.gradients import drawn_gradients, set_gradients
+from tests.support.trainings.network import ScaledNetwork
+from tests.support.trainings.optimizers import both
 
 BEFORE = 20
 AGAIN = range(BEFORE, BEFORE + 50)
@@ -57,9 +50,9 @@ class Training:
     """A worker whose gradients are the same for the same step number, at a model with hooks installed."""
 
     def __init__(self, server: RunningServer, session: Session) -> None:
-        self.module = Network(sparse=True)
+        self.module = ScaledNetwork(sparse=True)
         self.session = session
-        self.optimizer: RemoteOptimizer = session.attach(split_optimizers(self.module), module=self.module)
+        self.optimizer: RemoteOptimizer = session.attach(both(self.module), module=self.module)
         add_hook(server, session.model, "clip_grad_norm", "step_pre", {"max_norm": 0.8})
         # its period is longer than what comes before the snapshot: where it stands must come back too
         schedule = {"scheduler": "StepLR", "arguments": {"step_size": 7, "gamma": 0.9}, "groups": [1]}
@@ -116,8 +109,8 @@ def check_worth_repeating(moments: list[Moment]) -> None:
 def test_a_live_restore_repeats_the_steps(server: RunningServer, model_name: str) -> None:
     with server.connect(model_name) as session, server.connect(model_name, "w1") as another:
         training = Training(server, session)
-        idle_module = Network(sparse=True)
-        idle = another.attach(split_optimizers(idle_module), module=idle_module)
+        idle_module = ScaledNetwork(sparse=True)
+        idle = another.attach(both(idle_module), module=idle_module)
         training.run(server, range(BEFORE))
         snapshot = take_snapshot(server, model_name)
         assert (snapshot["version"], snapshot["timeline"]) == (BEFORE, 1)

@@ -2,7 +2,7 @@
 
     python plain_torch.py EXPORT GRADIENTS RESULT RULE...
 
-One rule for an export of one optimizer, or one per optimizer: "adagrad" for the embedding, "adadelta" for the rest.
+One rule for an export of one optimizer, or one per optimizer: "adagrad" for the table, "adadelta" for the rest.
 """
 
 import sys
@@ -34,9 +34,9 @@ def main(export: str, gradients: str, result: str, *rules: str) -> None:
         loaded = torch.load(export, weights_only=True)
         network = torch.nn.ModuleDict(
             {
-                "embedding": torch.nn.Embedding(40, 6),
-                "hidden": torch.nn.Linear(6, 7),
-                "out": torch.nn.Linear(7, 1),
+                "table": torch.nn.Embedding(9, 3),
+                "hidden": torch.nn.Linear(5, 4),
+                "out": torch.nn.Linear(4, 1),
             }
         )
         network.register_parameter("scale", torch.nn.Parameter(torch.zeros(())))

@@ -10,7 +10,8 @@ import torch
 
 from pushstep.client import RemoteOptimizer, connect
 from pushstep.proto.errors import ForkedSession
-from tests.support.workers.twin import Network, adagrad, backward
+from tests.support.trainings.network import Network
+from tests.support.trainings.optimizers import adagrad, backward
 
 # what the parent has and a forked child inherits
 held: list[RemoteOptimizer] = []

@@ -1,1 +1,1 @@
-"""Workers of every kind: honest, hostile, and those that local torch must equal."""
+"""Workers of every kind that push by hand: honest, hostile, counted."""

@@ -29,17 +29,11 @@ from pushstep.proto.errors import (
     WrongShape,
 )
 from tests.support.servers.harness import RunningServer
-from tests.support.workers.mirrored import (
-    STEPPED,
-    ParameterCache,
-    Trainee,
-    Worker,
-    copy_group,
-    extras_of,
-    values_of,
-    write,
-)
-from tests.support.workers.twin import adadelta, adagrad, both
+from tests.support.trainings.expected_model import ExpectedModel
+from tests.support.trainings.expected_worker import ExpectedWorker
+from tests.support.trainings.groups import copy_group
+from tests.support.trainings.optimizers import adadelta, adagrad, both
+from tests.support.trainings.trainee import STEPPED, Trainee, extras_of, values_of, write
 
 MAKES = {"adadelta": adadelta, "adagrad": adagrad, "both": both}
 names, seeds = st.sampled_from(STEPPED), st.integers(0, 20)
@@ -108,8 +102,8 @@ class Training(RuleBasedStateMachine):
         type(self).count += 1
         self.name = f"training-{type(self).count}"
         self.sparse = sparse
-        self.workers: list[Worker | None] = [None, None]
-        self.mirror = ParameterCache(MAKES[make], Trainee(sparse=sparse))
+        self.workers: list[ExpectedWorker | None] = [None, None]
+        self.expected = ExpectedModel(MAKES[make], Trainee(sparse=sparse))
         self.schedulers: list[Any] = []
         self.scalers: list[torch.amp.GradScaler] = []
         self.checkpoint: tuple[dict[str, Any], Any, Any] | None = None
@@ -117,14 +111,14 @@ class Training(RuleBasedStateMachine):
 
     def _attach(self, who: int, module: Trainee, shared_memory: bool, edits: str, overlap: bool) -> None:
         view = Trainee(sparse=self.sparse)
-        write(view, values_of(self.mirror.model) | self.mirror.extras)
-        made: Any = self.mirror.make(module.trained())
+        write(view, values_of(self.expected.model) | self.expected.extras)
+        made: Any = self.expected.make(module.trained())
         before = values_of(module) | extras_of(module)
         session = self.server.connect(self.name, f"w{who}", shared_memory=shared_memory)
         with self._said("has other values of"):
             remote = session.attach(made, module=module, edits=edits, overlap=overlap)  # type: ignore[arg-type]
-        worker = self.workers[who] = Worker(session, module, remote, edits, view, self.mirror.make)
-        for mine, theirs in zip(worker.groups, self.mirror.groups, strict=True):
+        worker = self.workers[who] = ExpectedWorker(session, module, remote, edits, view, self.expected.make)
+        for mine, theirs in zip(worker.groups, self.expected.groups, strict=True):
             copy_group(theirs, mine)
         worker.before = before if remote.values_from == "server" else {}
         worker.check()
@@ -139,7 +133,7 @@ class Training(RuleBasedStateMachine):
         words += [str(w.message) for w in said if w.category is not UserWarning]
         assert all(any(known in word for known in allowed) for word in words), words
 
-    def _worker(self, who: int) -> Worker:
+    def _worker(self, who: int) -> ExpectedWorker:
         worker = self.workers[who]
         assert worker is not None
         return worker
@@ -209,15 +203,15 @@ class Training(RuleBasedStateMachine):
                 worker.session.upload()
                 edited = list(STEPPED)
                 remote()
-        self.mirror.take_edits(worker, edited)
+        self.expected.take_edits(worker, edited)
         if gradients:
             skipped = (
                 worker.remote.last_receipt is not None and worker.remote.last_receipt.outcome == "skipped"
             )
             if who == 0 and not skipped:
-                self.mirror.take_groups(worker)
-            self.mirror.step(worker, local)
-            for mine, theirs in zip(worker.groups if who else (), self.mirror.groups, strict=False):
+                self.expected.take_groups(worker)
+            self.expected.push(worker, local)
+            for mine, theirs in zip(worker.groups if who else (), self.expected.groups, strict=False):
                 copy_group(theirs, mine)
         worker.check()
 
@@ -296,13 +290,13 @@ class Training(RuleBasedStateMachine):
         if worker.edited:
             return  # what has not been sent is in no state
         if worker.fresh:
-            self.mirror.take_edits(worker, [])
+            self.expected.take_edits(worker, [])
         state = worker.remote.state_dict()
-        self.mirror.check_state(state, worker)
+        self.expected.check_state(state, worker)
         self.checkpoint = (
             copy.deepcopy(worker.module.state_dict()),
             copy.deepcopy(state),
-            self.mirror.saved(worker),
+            self.expected.saved(worker),
         )
 
     @precondition(lambda self: self.checkpoint)
@@ -333,15 +327,15 @@ class Training(RuleBasedStateMachine):
         self._load_groups(worker, local)
         if worker.session.member().timeline != timeline:  # or what was written is still to be sent
             worker.go_back()
-            self.mirror.take_edits(worker, list(STEPPED) if worker.before else worker.edited)
-            self.mirror.load(local)
-            worker.came_with(values_of(self.mirror.model))
+            self.expected.take_edits(worker, list(STEPPED) if worker.before else worker.edited)
+            self.expected.load(local)
+            worker.came_with(values_of(self.expected.model))
         else:
             worker.settle_extras()
-        self.mirror.settle_extras(worker)
+        self.expected.settle_extras(worker)
         worker.check()
 
-    def _load_groups(self, worker: Worker, saved: list[dict[str, Any]]) -> None:
+    def _load_groups(self, worker: ExpectedWorker, saved: list[dict[str, Any]]) -> None:
         for shadow, of_one in zip(worker.shadows, copy.deepcopy(saved), strict=True):
             shadow.load_state_dict(of_one)
 
@@ -362,11 +356,11 @@ class Training(RuleBasedStateMachine):
         with self._said("was changed here after the last step"):
             worker.session.close()
         if worker.edits == "upload":
-            self.mirror.take_edits(worker, edited)
+            self.expected.take_edits(worker, edited)
         elif not edited:
-            self.mirror.take_edits(worker, [])  # of the same values, and of fresh state
-        self.mirror.extras = extras_of(worker.view)
-        self.mirror.take_groups(worker)
+            self.expected.take_edits(worker, [])  # of the same values, and of fresh state
+        self.expected.extras = extras_of(worker.view)
+        self.expected.take_groups(worker)
         self.schedulers = []
         module = Trainee(seed=seed + 1, sparse=self.sparse)
         if not rewinds or self.checkpoint is None:
@@ -383,13 +377,13 @@ class Training(RuleBasedStateMachine):
             self._load_groups(worker, local)
             worker.check()
             return
-        write(self.mirror.model, {name: saved[name] for name in STEPPED})
+        write(self.expected.model, {name: saved[name] for name in STEPPED})
         if worker.session.member().timeline != timeline:  # or its hyperparameters are still to be sent
-            self.mirror.load(local)
+            self.expected.load(local)
         self._load_groups(worker, local)
         write(worker.view, saved)
-        worker.came_with(values_of(self.mirror.model))
-        self.mirror.extras = extras_of(worker.view)
+        worker.came_with(values_of(self.expected.model))
+        self.expected.extras = extras_of(worker.view)
         worker.check()
 
     @precondition(lambda self: self.alone)
@@ -406,7 +400,7 @@ class Training(RuleBasedStateMachine):
         with self._said("was changed here after the last step"):
             worker.session.close()
         if worker.edits == "upload":
-            self.mirror.take_edits(worker, edited)
+            self.expected.take_edits(worker, edited)
         self.workers[1] = None
 
     # What is refused.
@@ -463,7 +457,7 @@ class Training(RuleBasedStateMachine):
                         model.get_parameter(name).requires_grad_(True)
                 self.step(who, 1, 1, set())
         lead = self._worker(0)
-        self.mirror.check_state(lead.remote.state_dict(), lead)
+        self.expected.check_state(lead.remote.state_dict(), lead)
         held = lead.session.pull()
-        for name, value in values_of(self.mirror.model).items():
+        for name, value in values_of(self.expected.model).items():
             assert torch.equal(torch.from_numpy(held[name]), value), name

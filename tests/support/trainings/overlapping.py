@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pushstep.client import RemoteOptimizer
 from pushstep.client.transport.early_push import EarlyPush
 from tests.support.servers.harness import RunningServer
-from tests.support.workers.twin import Twins
+from tests.support.trainings.twins import Twins
 
 
 class Deep(nn.Module):
