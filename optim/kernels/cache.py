@@ -195,5 +195,12 @@ def _cache_in(own: Path, function: Callable[..., Any]) -> Any:
         def get_disambiguator(self) -> str:
             return ""
 
+    def key(_: Any, signature: Any, codegen: Any) -> tuple[Any, ...]:
+        """What the folder's name leaves open. numba's own key pickles what the function closes over.
+
+        Another function that it calls is never pickled to the same bytes in two processes.
+        """
+        return (signature, codegen.magic_tuple())
+
     impl = type("Impl", (caching.CompileResultCacheImpl,), {"_locator_classes": [Locator]})
-    return type("Cache", (caching.FunctionCache,), {"_impl_class": impl})(function)
+    return type("Cache", (caching.FunctionCache,), {"_impl_class": impl, "_index_key": key})(function)
