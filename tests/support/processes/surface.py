@@ -31,6 +31,7 @@ from pushstep.optim.ops.sums import weighted_sum
 from tests.support.numbers.torch_settings import SETTINGS
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+_REST = httpx.Client(trust_env=False, timeout=20)
 
 
 # ---- what goes in ----------------------------------------------------------------------------------------------
@@ -253,14 +254,12 @@ def client(**options):
                 remote.synchronize()
                 module.load_state_dict(copy.deepcopy(module.state_dict()))
                 remote.upload()
-                answer = httpx.post(f"http://{http}/v1/models/{model}/snapshots", trust_env=False, timeout=20)
+                answer = _REST.post(f"http://{http}/v1/models/{model}/snapshots")
                 found += [dict(module.named_parameters()), int(answer.status_code)]
                 yield found
                 _pushed(remote, module, steps[4])
                 remote.synchronize()
-                export = httpx.get(
-                    f"http://{http}/v1/models/{model}/export?format=torch", trust_env=False, timeout=20
-                )
+                export = _REST.get(f"http://{http}/v1/models/{model}/export?format=torch")
                 content = torch.load(io.BytesIO(export.content), weights_only=True, map_location="cpu")
                 yield [dict(module.named_parameters()), content, remote.last_receipt.version]
 
