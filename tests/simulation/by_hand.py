@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .agenda import Action, Agenda
+from .loop import Action, SimulatedLoop
 from .network import Deliver, Network
 
 # Of a message, once nothing goes wrong any more.
@@ -27,8 +27,8 @@ class Loose:
 class Hand(Network):
     """Keeps what is on its way in the order in which it was sent."""
 
-    def __init__(self, agenda: Agenda) -> None:
-        self.agenda = agenda
+    def __init__(self, loop: SimulatedLoop) -> None:
+        self.loop = loop
         self.cut: set[str] = set()
         self.counts = {"sent": 0, "dropped": 0, "repeated": 0}
         self.loose: list[Loose] = []
@@ -36,7 +36,7 @@ class Hand(Network):
 
     def _take(self, loose: Loose) -> None:
         if self._calm:
-            self.agenda.after(CALM_S, loose.happens)
+            self.loop.after(CALM_S, loose.happens)
         else:
             self.loose.append(loose)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from .agenda import Action, Agenda
+from .loop import Action, SimulatedLoop
 from .network import Network, Weather
 from .simulation import TIMEOUT_S, Plan, Settings, Simulation
 from .worker import RETRY_FOR_S, Habits
@@ -34,7 +34,7 @@ EVENTS_PER_RUN = 12
 PAUSES_S = (0.05, 0.5, 0.5, 1.0, 1.0, 3.0, 3.0, 3.0, 14.0)
 
 # Until the server gets round to a piece of work.
-WORK_S = {"adding up": (0.0, 0.01, 0.3), "stepping": (0.0, 0.0, 0.005, 0.2)}
+WORK_S = {"pushes": (0.0, 0.01, 0.3), "stepper": (0.0, 0.0, 0.005, 0.2), "disk": (0.0, 0.01, 0.1)}
 
 
 def draw_policy(chance: random.Random, workers: int) -> Settings:
@@ -88,6 +88,7 @@ def draw_plan(chance: random.Random) -> Plan:
         skips=chance.choice((0.0, 0.0, 0.1)),
         weighs=chance.random() < 0.3,
         max_workers=chance.choice((100, 100, workers - 1)),
+        takes_small=chance.random() < 0.5,
     )
 
 
@@ -115,19 +116,20 @@ def happen(simulation: Simulation, event: str, name: str, chance: random.Random)
 def run(seed: int, *, log: bool = False) -> Simulation:
     """One whole run. Violation, or any other error, if something is wrong."""
     chance, fate = random.Random(~seed), random.Random(seed)
-    plan, agenda = draw_plan(chance), Agenda()
+    plan, loop = draw_plan(chance), SimulatedLoop()
 
     def work(kind: str, action: Action) -> None:
-        agenda.after(fate.choice(WORK_S[kind]), action)
+        loop.after(fate.choice(WORK_S[kind]), action)
 
-    simulation = Simulation(fate, plan, agenda, Network(agenda, fate, plan.weather), work)
+    simulation = Simulation(fate, plan, loop, Network(loop, fate, plan.weather))
+    loop.runner = work
     rough = chance.choice((0, EVENTS_PER_RUN // 2, EVENTS_PER_RUN))
     for _ in range(rough + 3):
         simulation.advance(chance.choice(PAUSES_S))
         if rough:
             event, name = chance.choice(EVENTS), chance.choice(simulation.names)
             if log:
-                print(f"{simulation.agenda.now_s:8.3f} {event} {name}")
+                print(f"{simulation.loop.now_s:8.3f} {event} {name}")
             happen(simulation, event, name, chance)
     simulation.finish()
     return simulation

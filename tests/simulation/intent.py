@@ -7,7 +7,6 @@ power of four, to `sum`: the element's digits to base four say how often each in
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -15,24 +14,27 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from pushstep.proto.types_pb2 import DType, Identity, Manifest, Parameter, ParamGroup
+from pushstep.proto.training_pb2 import PushCommit, PushRequest
+from pushstep.proto.types_pb2 import DType, Identity, Manifest, Parameter, ParamGroup, Segment
+from pushstep.proto.wire.frames import Piece, pack
+from pushstep.proto.wire.hyperparameters import wire_values
 from pushstep.proto.wire.layout import Layout
-from pushstep.server.staging.gradient import DensePart, StagedPush
-from pushstep.server.staging.inspect import measured
 
 WORKERS = 6
 ELEMENTS_EACH = 8
 # 4**11 is 2**22: what float32 adds without rounding
 INTENTS_EACH = 11 * ELEMENTS_EACH
+FIRST_LR = 0.5
 LAYOUT = Layout(
     Manifest(
         parameters=[
             Parameter(name="w", shape=[WORKERS * ELEMENTS_EACH], dtype=DType.DTYPE_FLOAT32, group=0),
             Parameter(name="b", shape=[2], dtype=DType.DTYPE_FLOAT32, group=1),
         ],
-        groups=[ParamGroup(rule="adagrad"), ParamGroup(rule="adagrad")],
+        groups=[ParamGroup(rule="adagrad", values=wire_values({"lr": FIRST_LR})) for _ in range(2)],
     )
 )
+COMMIT = PushRequest(commit=PushCommit()).SerializeToString()
 
 
 @dataclass(eq=False)
@@ -57,11 +59,6 @@ class Intent:
         return element_of(self.worker, self.number)
 
     @property
-    def digest(self) -> int:
-        """Of its body."""
-        return zlib.crc32(f"{self.worker} {self.number} {self.poison} {self.skip}".encode())
-
-    @property
     def value(self) -> float:
         """Its gradient there."""
         return math.nan if self.poison else 2.0 ** (self.number // ELEMENTS_EACH)
@@ -70,9 +67,13 @@ class Intent:
         """By parameter, made anew."""
         return _gradients(self.element, self.value, self.both)
 
-    def staged(self) -> StagedPush | None:
-        """As the server has it when it is complete."""
-        return None if self.skip else _staged(self.element, self.value, self.both)
+    def segments(self) -> list[Segment]:
+        """What its header declares."""
+        return [] if self.skip else _segments(self.both)
+
+    def body(self) -> list[bytes]:
+        """The messages behind its header, with the commit."""
+        return [COMMIT] if self.skip else _body(self.element, self.value, self.both)
 
 
 def _gradients(element: int, value: float, both: bool) -> list[Tensor | None]:
@@ -81,14 +82,17 @@ def _gradients(element: int, value: float, both: bool) -> list[Tensor | None]:
     return [w, torch.ones(2) if both else None]
 
 
-@cache  # making and measuring one took a fifth of a run, and there are only so many; nobody may write to them
-def _staged(element: int, value: float, both: bool) -> StagedPush:
-    parts = [
-        DensePart(slot.arena, slot.start, (slot,), gradient)
-        for slot, gradient in zip(LAYOUT.slots, _gradients(element, value, both), strict=True)
-        if gradient is not None
-    ]
-    return measured(parts)
+@cache
+def _segments(both: bool) -> list[Segment]:
+    slots = LAYOUT.slots if both else LAYOUT.slots[:1]
+    return [segment for segment, _ in LAYOUT.dense_segments(slots, of_push=True)]
+
+
+@cache  # there are only so many
+def _body(element: int, value: float, both: bool) -> list[bytes]:
+    pieces = [[Piece(g, g.dtype)] for g in _gradients(element, value, both) if g is not None]
+    *chunks, last = pack(pieces)
+    return [*chunks, last + COMMIT]
 
 
 def element_of(worker: str, number: int) -> int:

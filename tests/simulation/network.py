@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .agenda import Agenda
+from .loop import SimulatedLoop
 
 Deliver = Callable[[], None]
 
@@ -30,8 +30,8 @@ CALM = Weather(drop=0.0, repeat=0.0, stall=0.0, breaks=0.0)
 class Network:
     """Between the workers and the server. Messages of one worker overtake each other."""
 
-    def __init__(self, agenda: Agenda, chance: random.Random, weather: Weather) -> None:
-        self.agenda = agenda
+    def __init__(self, loop: SimulatedLoop, chance: random.Random, weather: Weather) -> None:
+        self.loop = loop
         self.chance = chance
         self.weather = weather
         self.cut: set[str] = set()
@@ -48,7 +48,7 @@ class Network:
             copies = 2
             self.counts["repeated"] += 1
         for _ in range(copies):
-            self.agenda.after(self.delay_s(), lambda: self._arrive(worker, deliver))
+            self.loop.after(self.delay_s(), lambda: self._arrive(worker, deliver))
 
     def calm(self) -> None:
         """Nothing goes wrong from here on."""
@@ -58,7 +58,7 @@ class Network:
     def bring(self, worker: str, whole: Deliver, broken: Deliver) -> None:
         """Bring a push's body after its header, or break off half way."""
         arrives = broken if self.chance.random() < self.weather.breaks else whole
-        self.agenda.after(self.delay_s(), arrives)
+        self.loop.after(self.delay_s(), arrives)
 
     def delay_s(self) -> float:
         """How long a message takes."""

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import random
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from pushstep.proto.errors import PushstepError, UnknownWorker
+from pushstep.proto.errors import PushstepError
+from pushstep.proto.training_pb2 import Membership
 from pushstep.server.coordinator.policies import catalogue as policies
 from pushstep.server.coordinator.policies.synchronous import SyncSettings
 from pushstep.server.coordinator.worker import WorkerState
+from pushstep.server.devices.device import Device
 
-from .agenda import Agenda
-from .house import LEASE_S, House, Work
-from .intake import Joined
+from .house import House
 from .intent import INTENTS_EACH, WORKERS, Intent
+from .loop import SimulatedLoop
 from .network import Network, Weather
+from .server import LEASE_S, Busy
 from .witness import SLACK_S, require
 from .worker import RETRY_FOR_S, Habits, Process
 
@@ -44,19 +45,20 @@ class Plan:
     skips: float = 0.0
     weighs: bool = False
     max_workers: int = 100
+    # the event loop takes small steps itself
+    takes_small: bool = True
 
 
 class Simulation:
     """One run."""
 
-    def __init__(
-        self, chance: random.Random, plan: Plan, agenda: Agenda, network: Network, work: Work
-    ) -> None:
+    def __init__(self, chance: random.Random, plan: Plan, loop: SimulatedLoop, network: Network) -> None:
         self.plan = plan
         self.chance = chance
-        self.agenda = agenda
+        self.loop = loop
         self.network = network
-        self.house = House(agenda, network, work, plan.max_workers, plan.admission)
+        device = Device() if plan.takes_small else Busy()
+        self.house = House(loop, plan.max_workers, plan.admission, device)
         self.intents: list[Intent] = []
         self._drawn: dict[str, int] = {}
         self.processes: dict[str, Process] = {}
@@ -93,7 +95,7 @@ class Simulation:
     def start(self, name: str, *, takeover: bool = False) -> None:
         """A process of a worker; the one before it, if it lives, is not told."""
         habits = self.plan.habits[int(name[1:])] if self.plan.habits else Habits()
-        process = Process(name, self.agenda, self.network, self.house, self.chance, habits, self._draw)
+        process = Process(name, self.loop, self.network, self.house, self.chance, habits, self._draw)
         if name in self.processes:
             self.replaced.append(self.processes[name])
         self.processes[name] = process
@@ -116,12 +118,12 @@ class Simulation:
     def visit(self, name: str) -> None:
         """Somebody new comes and goes; who is absent may be forgotten for it."""
 
-        def leave(found: Joined | PushstepError) -> None:
-            if isinstance(found, Joined):
-                self.house.intake.leave(found.identity)
+        def leave(found: Membership | PushstepError) -> None:
+            if isinstance(found, Membership):
+                self.house.server.leave(found.identity)
 
         visitor = f"{name}-visitor-{self.chance.getrandbits(32)}"
-        self.house.intake.join(visitor, False, None, self.chance.getrandbits(63) + 1, leave)
+        self.house.join(visitor, False, None, self.chance.getrandbits(63) + 1, leave)
 
     def partition(self, name: str) -> None:
         """Nothing passes between a worker and the server."""
@@ -133,33 +135,28 @@ class Simulation:
 
     def switch(self, settings: Settings) -> None:
         """Another policy, or other settings."""
-        current = self.house.coordinator.policy.settings
+        current = self.house.model.coordinator.policy.settings
         self.house.switch(policies.read(settings, current))
 
     def evict(self, name: str) -> None:
         """An operator fences a worker."""
-        worker = self.house.coordinator.sessions.workers.get(name)
-        if worker is not None:
-            self.house.witness.evicted.add((self.house.timeline, name, worker.epoch))
-            self.house.witness.fenced.add((name, worker.epoch))
-            self.house.executor.apply(self.house.coordinator.evicted(name, self.agenda.now_s))
+        self.house.evict(name)
 
     def release(self, name: str) -> None:
         """An operator lets a worker out of quarantine."""
-        with contextlib.suppress(UnknownWorker):  # it has not come yet, or was forgotten
-            self.house.executor.apply(self.house.coordinator.released(name, self.agenda.now_s))
+        self.house.release(name)
 
     # The end.
 
     def advance(self, seconds: float) -> None:
         """Let time pass."""
-        self.agenda.advance(seconds)
+        self.loop.advance(seconds)
 
     def finish(self) -> None:
         """Nothing goes wrong any more: everybody gets on, all is decided, and the state is what was told."""
         self.network.calm()
         self.poison = 0.0
-        self.house.max_workers = self.house.coordinator.sessions.max_workers = (
+        self.house.max_workers = self.house.model.coordinator.sessions.max_workers = (
             100  # there is room for everybody
         )
         for name in self.names:
@@ -189,14 +186,14 @@ class Simulation:
             if not self.processes[name].alive:
                 self.start(name)
                 goals[name] = 0
-            worker = self.house.coordinator.sessions.workers.get(name)
+            worker = self.house.model.coordinator.sessions.workers.get(name)
             if worker is not None and worker.quarantined:
                 self.release(name)
         return all(self.processes[name].done >= goals[name] + LAST_STEPS for name in missing)
 
     def _let_rounds_open(self) -> None:
         """Somebody has come to an end and goes: there may be too few for a round from here on."""
-        settings = self.house.coordinator.policy.settings
+        settings = self.house.model.coordinator.policy.settings
         if isinstance(settings, SyncSettings) and settings.min_workers > 1:
             self.switch({"policy": "sync", "min_workers": 1})
 
@@ -208,30 +205,31 @@ class Simulation:
         return not any(process.alive for process in self.processes.values())
 
     def _until(self, enough: Any, seconds: float, otherwise: str) -> None:
-        require(self.agenda.advance(seconds, enough), f"{otherwise} within {seconds:.0f} s")
+        require(self.loop.advance(seconds, enough), f"{otherwise} within {seconds:.0f} s")
 
     def check(self) -> None:
         """Nothing is left over, and the state is what the receipts say."""
-        house = self.house
-        require(not house.executor.answers and not house.executor.held, "pushes are left without a verdict")
-        require(not house.intake.waiting and not house.intake.streams, "streams are left open")
-        require(house.budget.used_bytes == 0, f"{house.budget.used_bytes} bytes are still set aside")
-        house.coordinator.sessions.expire(self.agenda.now_s)  # of whoever joined for a process that had gone
-        for worker in house.coordinator.sessions.workers.values():
+        server, model = self.house.server, self.house.model
+        require(not model.held._kept, "pushes are left without a verdict")
+        require(not server.calls, "calls are left open")
+        used_bytes = server.catalog.staging.used_bytes
+        require(used_bytes == 0, f"{used_bytes} bytes are still set aside")
+        model.sessions.expire(self.loop.now_s)  # of whoever joined for a process that had gone
+        for worker in model.sessions.workers.values():
             require(
                 not worker.undecided and not worker.receiving, f"{worker.name} still has something under way"
             )
             require(
                 worker.state is not WorkerState.LIVE or worker.name not in self.names, f"{worker.name} stays"
             )
-        require(house.arenas.version == house.commits.version, "the arenas have not reached the version")
+        require(model.arenas.version == model.version, "the arenas have not reached the version")
         self.check_state()
-        house.witness.check_told()
+        self.house.witness.check_told()
 
     def check_state(self) -> None:
         """What has been stepped is what the story makes."""
-        arenas, witness = self.house.arenas, self.house.witness
-        witness.check_lr(float(self.house.commits.groups.list[0].values["lr"]))
+        arenas, witness = self.house.model.arenas, self.house.witness
+        witness.check_lr(float(self.house.model.groups.list[0].values["lr"]))
         if arenas.timeline == self.house.timeline:  # or a restore is still to be done
             states = [
                 torch.cat([arenas.view(slot, state).reshape(-1) for slot in arenas.layout.slots])

@@ -11,10 +11,9 @@ from torch import Tensor
 from pushstep.optim import RULES
 from pushstep.proto.types_pb2 import Identity
 
-from .intent import LAYOUT, Intent, weighted_sum
+from .intent import FIRST_LR, LAYOUT, Intent, weighted_sum
 
 Key = tuple[int, str, int, int]
-FIRST_LR = 0.5
 
 
 def key_of(identity: Identity) -> Key:

@@ -14,8 +14,8 @@ from typing import Any
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from .agenda import Agenda
 from .by_hand import Hand
+from .loop import SimulatedLoop
 from .simulation import Plan, Settings, Simulation
 from .worker import Habits
 
@@ -48,15 +48,16 @@ class Story(RuleBasedStateMachine):
         policy=policies, window=st.sampled_from((1, 3)), nonfinite=st.sampled_from(("reject", "skip"))
     )
     def begin(self, policy: Settings, window: int, nonfinite: str) -> None:
-        agenda = Agenda()
-        self.hand = Hand(agenda)
+        loop = SimulatedLoop()
+        self.hand = Hand(loop)
         plan = Plan(
             workers=len(NAMES),
             habits=[Habits(window=window, pulls=1.0, retry_for_s=6.0, by_hand=True) for _ in NAMES],
             policy=policy,
             admission={"quarantine_after": 2, "nonfinite": nonfinite},
         )
-        self.simulation = Simulation(random.Random(0), plan, agenda, self.hand, self.hand.work)
+        self.simulation = Simulation(random.Random(0), plan, loop, self.hand)
+        loop.runner = self.hand.work
         self.flow()
 
     # Messages.
@@ -93,8 +94,8 @@ class Story(RuleBasedStateMachine):
     @rule(seconds=st.sampled_from(WAITS_S))
     def wait(self, seconds: float) -> None:
         """The server's own work is put off for a moment, and not for as long as anybody likes."""
-        until_s = self.simulation.agenda.now_s + seconds
-        while (left_s := until_s - self.simulation.agenda.now_s) > 0:
+        until_s = self.simulation.loop.now_s + seconds
+        while (left_s := until_s - self.simulation.loop.now_s) > 0:
             self.hand.work_off()
             self.simulation.advance(min(left_s, MOMENT_S))
 

@@ -25,8 +25,8 @@ from pushstep.server.coordinator.push import PendingPush
 from pushstep.server.coordinator.sessions import LAST_SEQUENCE
 from pushstep.server.coordinator.worker import Worker
 
-from .agenda import Agenda
 from .intent import Intent, times_applied
+from .loop import SimulatedLoop
 from .story import Books, Chapter, Key, Replay, key_of
 
 # What a wait may take beyond the lease or the time-out that bounds it: messages, adding up, and the clock's grain.
@@ -52,8 +52,8 @@ def _who(identity: Identity) -> tuple[int, str, int]:
 class Witness:
     """Sees everything and forgets nothing."""
 
-    def __init__(self, agenda: Agenda) -> None:
-        self.agenda = agenda
+    def __init__(self, loop: SimulatedLoop) -> None:
+        self.loop = loop
         self.intents: dict[Key, Intent] = {}
         # of the state as it is; and every version that ever was
         self.books = Books()
@@ -78,7 +78,7 @@ class Witness:
     def attend(self, coordinator: Coordinator) -> None:
         """Watch a server process from its start."""
         self.coordinator = coordinator
-        self._began_s = self.agenda.now_s
+        self._began_s = self.loop.now_s
         # under `bounded`: the policy that counts, and each clock by name and epoch
         self.clocks: dict[tuple[str, int], int] = {}
         self._counting: object = coordinator.policy
@@ -128,7 +128,7 @@ class Witness:
 
     def heard(self, name: str) -> None:
         """Something of a worker has arrived."""
-        self.last_heard_s[name] = self.agenda.now_s
+        self.last_heard_s[name] = self.loop.now_s
 
     @property
     def story(self) -> list[Chapter]:
@@ -348,7 +348,7 @@ class Witness:
 
     def _nobody_hangs(self) -> None:
         """What a round holds is decided within the time-out, or else a lease, once enough workers are there."""
-        settings, now_s = self.coordinator.policy.settings, self.agenda.now_s
+        settings, now_s = self.coordinator.policy.settings, self.loop.now_s
         if not self.coordinator.policy.waits:
             return
         members, lease_s = self.coordinator.sessions.members(), self.coordinator.sessions.lease_s
@@ -382,10 +382,11 @@ class Witness:
             return
         kept = type(receipt)()
         kept.CopyFrom(receipt)
-        for name in ("times", "duplicates"):
+        # known only when the step has been taken, which a snapshot of before does not hold
+        for name in ("times", "duplicates", "durable_version"):
             kept.ClearField(name)
         for group in kept.groups:
-            group.effective_lr = 0.0  # known only when the step has been taken
+            group.effective_lr = 0.0
         text = kept.SerializeToString(deterministic=True)
         require(self.receipts.setdefault(key_of(identity), text) == text, "a retry got another receipt")
         intent = self.intents[key_of(identity)]

@@ -26,16 +26,16 @@ from pushstep.proto.errors import (
     Unavailable,
     UnknownWorker,
 )
-from pushstep.proto.training_pb2 import GroupEdit, PushHeader
+from pushstep.proto.training_pb2 import GroupEdit, Membership, PushHeader
 from pushstep.proto.types_pb2 import GroupValues, Identity, Outcome, Receipt
 from pushstep.proto.wire.hyperparameters import plain_values, wire_values
 from pushstep.server.coordinator.worker import RECEIPTS_KEPT
 
-from .agenda import Agenda
-from .house import LEASE_S, House
-from .intake import Answer, Joined, Stream
-from .intent import Intent
+from .house import House
+from .intent import LAYOUT, Intent
+from .loop import SimulatedLoop
 from .network import Network
+from .server import HOLD_S, LEASE_S, Answer, Stream
 from .witness import Violation
 
 ATTEMPT_S = 2.0
@@ -65,6 +65,8 @@ class Flight:
 
     intent: Intent
     header: PushHeader
+    # its answer brings a version
+    pulls: bool
     until_s: float
     attempt: int = 0
     wait_s: float = FIRST_WAIT_S
@@ -77,7 +79,7 @@ class Process:
     def __init__(
         self,
         name: str,
-        agenda: Agenda,
+        loop: SimulatedLoop,
         network: Network,
         house: House,
         chance: random.Random,
@@ -85,7 +87,7 @@ class Process:
         draw: Callable[[str], Intent | None],
     ) -> None:
         self.name = name
-        self.agenda = agenda
+        self.loop = loop
         self.network = network
         self.house = house
         self.chance = chance
@@ -127,10 +129,10 @@ class Process:
         identity, lr = self.identity, self._unsent_lr()
         self.alive = False
         if identity is not None:
-            self.network.send(self.name, lambda: self.house.intake.leave(identity, lr))
+            self.network.send(self.name, lambda: self.house.server.leave(identity, lr))
 
     def _after(self, delay_s: float, action: Callable[[], None]) -> None:
-        self.agenda.after(delay_s, lambda: action() if self.alive else None)
+        self.loop.after(delay_s, lambda: action() if self.alive else None)
 
     def _beat(self) -> None:
         self._after(LEASE_S / 3, self._beat)
@@ -140,7 +142,7 @@ class Process:
         """Send a sign of life."""
         identity = self.identity
         if identity is not None:
-            self.network.send(self.name, lambda: self.house.intake.heartbeat(identity))
+            self.network.send(self.name, lambda: self.house.heartbeat(identity))
 
     # Joining.
 
@@ -152,15 +154,13 @@ class Process:
         number = self._join
         epoch = None if self.identity is None else int(self.identity.epoch)
 
-        def answer(found: Joined | PushstepError) -> None:
+        def answer(found: Membership | PushstepError) -> None:
             self.network.send(self.name, lambda: self._joined(number, found, takeover, attempt))
 
-        self.network.send(
-            self.name, lambda: self.house.intake.join(self.name, takeover, epoch, attempt, answer)
-        )
+        self.network.send(self.name, lambda: self.house.join(self.name, takeover, epoch, attempt, answer))
         self._after(ATTEMPT_S, lambda: self._ask_to_join(takeover, attempt) if self._join == number else None)
 
-    def _joined(self, number: int, found: Joined | PushstepError, takeover: bool, attempt: int) -> None:
+    def _joined(self, number: int, found: Membership | PushstepError, takeover: bool, attempt: int) -> None:
         if not self.alive or number != self._join:
             return
         self._join += 1
@@ -176,7 +176,7 @@ class Process:
             )
             return
         self.identity, self.version = found.identity, found.version
-        self.groups, self._joining = found.groups, False
+        self.groups, self._joining = list(found.groups), False
         flights, self.flights = list(self.flights.values()), {}
         for flight in flights:
             self._hang_up(flight)
@@ -185,13 +185,13 @@ class Process:
         for intent in again:
             self.push(intent)
 
-    def _settle_doubt(self, flight: Flight, found: Joined) -> None:
+    def _settle_doubt(self, flight: Flight, found: Membership) -> None:
         old = flight.header.identity
         for receipt in found.receipts:
             if receipt.identity == old:
                 self.house.witness.told(receipt.identity, receipt)
                 return
-        if (old.epoch, old.sequence) <= found.forgotten:
+        if (old.epoch, old.sequence) <= (found.forgotten_epoch, found.forgotten_sequence):
             flight.intent.fate = "unknown"
         elif old.timeline != found.identity.timeline:
             flight.intent.fate = "superseded"
@@ -233,12 +233,17 @@ class Process:
             model="m",
             identity=identity,
             base_version=self.version,
+            manifest_hash=LAYOUT.manifest_hash,
+            segments=intent.segments(),
             skip=intent.skip,
             samples=intent.samples,
+            hold_s=HOLD_S,
             edits=self._edits(),
         )
         intent.identities.append(identity)
-        flight = Flight(intent, header, self.agenda.now_s + self.habits.retry_for_s)
+        self.house.witness.comes(identity, intent)
+        pulls = self.chance.random() < self.habits.pulls
+        flight = Flight(intent, header, pulls, self.loop.now_s + self.habits.retry_for_s)
         self.flights[int(identity.sequence)] = flight
         self._attempt(flight)
 
@@ -265,9 +270,12 @@ class Process:
             self.network.send(self.name, lambda: self._answered(flight, attempt, answer))
 
         def arrive() -> None:
-            header = PushHeader()
-            header.CopyFrom(flight.header)
-            flight.streams.append(self.house.intake.push(header, flight.intent, reply))
+            stream = self.house.push(flight.header, flight.pulls, reply)
+            flight.streams.append(stream)
+            if not flight.header.held_digest:
+                self.network.bring(
+                    self.name, lambda: self.house.body(self.name, stream, flight.intent), stream.break_off
+                )
 
         self.network.send(self.name, arrive)
         self._after(ATTEMPT_S, lambda: self._no_answer(flight, attempt))
@@ -284,10 +292,10 @@ class Process:
         """Break the connection: the server is told, now or when the network gets round to it."""
         streams, flight.streams = flight.streams, []
         for stream in streams:
-            self.network.send(self.name, lambda stream=stream: self.house.intake.broken(stream))
+            self.network.send(self.name, stream.break_off)
 
     def _retry(self, flight: Flight, asked_s: float | None) -> None:
-        if self.agenda.now_s > flight.until_s:  # a new epoch makes sure that it is not applied from here on
+        if self.loop.now_s > flight.until_s:  # a new epoch makes sure that it is not applied from here on
             self._rejoin()
             return
         pause_s = max(asked_s or 0.0, flight.wait_s * self.chance.uniform(0.5, 1.0))
@@ -303,7 +311,7 @@ class Process:
         flight.streams.clear()
         if answer.receipt is not None:
             self._close(flight)
-            self._learn(answer.receipt, answer.version)
+            self._learn(answer.receipt, answer.version if flight.pulls else 0)
             return
         assert answer.error is not None
         self._refused(flight, answer.error)
@@ -311,8 +319,8 @@ class Process:
     def _learn(self, receipt: Receipt, version: int) -> None:
         self.done += 1
         self.groups = list(receipt.groups) or self.groups
-        if self.chance.random() < self.habits.pulls:
-            self.version = max(self.version, version, int(receipt.version) if version else 0)
+        if version:
+            self.version = max(self.version, version, int(receipt.version))
         if receipt.outcome != Outcome.OUTCOME_APPLIED:
             return
         lr = float(plain_values(self.groups[0].values)["lr"])
