@@ -55,17 +55,17 @@ class Snapshotter:
             model.tell(Point.STATE_DICT_PRE)
             content = model.content
             facts, copy = await model.copy(rolls=True)
-            begun_s = model.clock()
+            copied_s = model.clock()
             manifest = await DISK.run(folder.snapshots.write, facts, copy, automatic=automatic)
             written_bytes = sum(file["bytes"] for file in manifest["files"])
-            self.bytes_per_s = round(written_bytes / max(1e-9, model.clock() - begun_s))
+            self.bytes_per_s = round(written_bytes / max(1e-9, model.clock() - copied_s))
         model.tell(Point.STATE_DICT_POST, snapshot=manifest["id"])
         model.record("snapshot_taken", by, snapshot=manifest["id"])
         model.saved = content
         model.saved_s = model.clock()
         counts = model.counts.snapshots
         counts.taken.observe(model.saved_s - begun_s)
-        counts.note(manifest["created"], sum(file["bytes"] for file in manifest["files"]), copy.version)
+        counts.note(manifest["created"], written_bytes, copy.version)
         model.recorder.saved_version = copy.version
         journal = model.recorder.journal
         if journal is not None:

@@ -14,6 +14,7 @@ from pushstep.server.arenas.arena import ArenasCopy
 from pushstep.server.storage.model_folder import IdentityFile, ModelFolder, Recovered
 from pushstep.server.storage.saved_state import saved_state
 from pushstep.server.storage.snapshots import Snapshots
+from pushstep.server.storage.store import FolderStore
 
 from .story import Books
 
@@ -57,10 +58,10 @@ class MemorySnapshots(Snapshots):
     """The snapshots on such a disk."""
 
     def __init__(self, disk: Disk) -> None:
-        super().__init__(NOWHERE / "m" / "snapshots")
+        super().__init__(FolderStore(NOWHERE / "m" / "snapshots"))
         self._disk = disk
 
-    def ids(self) -> list[str]:
+    def ids(self, older_than: str | None = None) -> list[str]:
         return sorted(
             self._disk.snapshots, key=lambda name: list(map(int, re.findall("[0-9]+", name))), reverse=True
         )
@@ -68,7 +69,7 @@ class MemorySnapshots(Snapshots):
     def write(self, facts: Mapping[str, Any], copy: ArenasCopy, *, automatic: bool) -> dict[str, Any]:
         assert isinstance(facts, Facts)
         snapshot = f"t{copy.timeline}-v{copy.version}-e{facts['edit']}-{len(self._disk.books) + 1}"
-        manifest = json.dumps({**facts, "id": snapshot, "automatic": automatic})
+        manifest = json.dumps({**facts, "id": snapshot, "automatic": automatic, "files": [], "created": 0.0})
         kept = replace(
             copy,
             parameters=[flat.clone() for flat in copy.parameters],

@@ -88,9 +88,9 @@ def mean_is_over_members(patch: Patch) -> None:
     combine = PendingPushes._combine
     members: list[int] = []
 
-    def counting(self: PendingPushes, order: Reduce) -> None:
+    def counting(self: PendingPushes, reduce: Reduce, now_s: float) -> None:
         members.append(len(self.sessions.members()))
-        combine(self, order)
+        combine(self, reduce, now_s)
 
     patch.setattr(PendingPushes, "_combine", counting)
     patch.setattr(Reduce, "divisor", property(lambda self: float(members[-1] or 1) if self.mean else 1.0))
