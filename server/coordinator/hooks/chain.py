@@ -201,8 +201,7 @@ class HookChain:
         chain = cls()
         for entry in dumped:
             hook = made(entry["id"], entry["name"], entry["point"], entry["settings"])
-            hook.install(groups, model)
-            hook.load_state(entry["state"], groups)
+            hook.resume(entry["state"], groups, model)
             chain.list.append(hook)
             number = entry["id"].rpartition("-")[2]
             if number.isdigit():

@@ -150,5 +150,10 @@ class Hook:
         """The state that a snapshot must hold so that the hook can continue, as JSON."""
         return {}
 
+    def resume(self, state: Mapping[str, Any], groups: ParamGroups, model: str) -> None:
+        """Be installed as it was when `state` returned this. The groups are those of then, and stay as they are."""
+        self.install(groups, model)
+        self.load_state(state, groups)
+
     def load_state(self, state: Mapping[str, Any], groups: ParamGroups) -> None:
         """Continue from what `state` returned."""

@@ -76,14 +76,7 @@ class LRScheduler(Hook):
 
         InvalidHook, HeldByHook if another hook schedules one of the groups, or UnknownGroup.
         """
-        settings = self._scheduled
-        self._indices = list(range(len(groups.list))) if settings.groups is None else list(settings.groups)
-        if not self._indices or len(set(self._indices)) != len(self._indices):
-            raise InvalidHook(problem="groups must name each param group at most once, and at least one")
-        for index in self._indices:
-            group = groups.at(index, model)
-            if group.scheduled_by is not None:
-                raise HeldByHook(field="lr", group=index, hook=group.scheduled_by)
+        self._choose(groups, model, len(groups.list))
         try:
             # torch checks some arguments only at the first step, so one step is tried on a scheduler of its own
             self._stand_in, self._scheduler = self._built(groups)
@@ -95,8 +88,18 @@ class LRScheduler(Hook):
             self._write(groups)
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise InvalidHook(problem=f"{self._scheduled.scheduler}: {error}") from error
+        self.reclaim(groups)
+
+    def _choose(self, groups: ParamGroups, model: str, count: int) -> None:
+        """The groups that it schedules: those of its settings, or the first `count`. Raises what `install` raises."""
+        settings = self._scheduled
+        self._indices = list(range(count)) if settings.groups is None else list(settings.groups)
+        if not self._indices or len(set(self._indices)) != len(self._indices):
+            raise InvalidHook(problem="groups must name each param group at most once, and at least one")
         for index in self._indices:
-            groups.list[index].scheduled_by = self.hook_id
+            group = groups.at(index, model)
+            if group.scheduled_by is not None:
+                raise HeldByHook(field="lr", group=index, hook=group.scheduled_by)
 
     def remove(self, groups: ParamGroups) -> None:
         """Release the groups. Their lr stays as it is."""
@@ -158,12 +161,18 @@ class LRScheduler(Hook):
             ],
         }
 
-    def load_state(self, state: Mapping[str, Any], groups: ParamGroups) -> None:
-        """Continue from a snapshot."""
+    def resume(self, state: Mapping[str, Any], groups: ParamGroups, model: str) -> None:
+        """Go on from a snapshot. No step is tried, and no lr written: past its last one a scheduler leaves the lr alone.
+
+        Groups that were added after it was installed are not its own.
+        """
+        self._choose(groups, model, len(state["groups"]))
+        self._heard = False
+        self._stand_in, self._scheduler = self._built(groups)
         self._scheduler.load_state_dict(_from_json(state["scheduler"]))
         for group, saved in zip(self._stand_in.param_groups, state["groups"], strict=True):
             group.update(saved)
-        self._write(groups)
+        self.reclaim(groups)
 
     @property
     def _scheduled(self) -> Any:
