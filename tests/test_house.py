@@ -60,8 +60,8 @@ ARROWS = {
         "commands": {"models", "journal", "storage", "arenas", "process", "config"},
         "worker_door": {"requests", "shared_memory", "models", "streams", "arenas", "counters", "access", "process"},
         "operator_door": {
-            "capacity", "imports", "metrics", "models", "remote", "journal", "storage", "coordinator", "arenas", "streams",
-            "staging", "counters", "access", "process", "config",
+            "capacity", "imports", "metrics", "models", "observers", "remote", "journal", "storage", "coordinator", "arenas",
+            "streams", "staging", "counters", "access", "process", "config",
         },
         "capacity": {"coordinator", "models", "process", "staging"},
         "imports": {"models", "storage", "coordinator", "arenas", "staging", "process"},

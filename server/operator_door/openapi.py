@@ -6,6 +6,7 @@ when it is stale. `python -m pushstep.server.operator_door` writes it anew.
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from http import HTTPStatus
@@ -13,15 +14,18 @@ from pathlib import Path
 from typing import Any, Final
 
 from fastapi import FastAPI
+from pydantic import BaseModel
 
 from pushstep.proto.errors.status import PROBLEM_TYPE
 
 from ..access.roles import Need
 from ..access.routes import need_of
 from ..coordinator.admission import GateSettings
+from ..coordinator.hooks.catalogue import BUILT_IN
 from ..coordinator.policies.catalogue import POLICIES
 from ..coordinator.settings import Settings
 from ..imports.new_groups import NewGroup
+from ..observers.catalogue import OF_THIS_HOUSE
 from .examples import add_examples, problems_of
 from .links import add_links
 
@@ -105,18 +109,11 @@ def _with_problems(schema: dict[str, Any]) -> dict[str, Any]:
             if path.endswith(_DOWNLOADS):
                 responses["200"]["content"] = _BINARY
             if method == "patch" and path in _SETTINGS:
-                for kind in _SETTINGS[path]:
-                    made = kind.model_json_schema(ref_template="#/components/schemas/{model}")
-                    schemas.update(made.pop("$defs", {}))
-                    schemas[kind.__name__] = made
-                references = [{"$ref": f"#/components/schemas/{kind.__name__}"} for kind in _SETTINGS[path]]
+                references = [_component(kind, schemas) for kind in _SETTINGS[path]]
                 body = operation["requestBody"]["content"]["application/json"]
                 body["schema"] = {"anyOf": references, "examples": body["schema"]["examples"]}
             if (path, method) == ("/v1/models/{m}/param-groups", "post"):
-                made = NewGroup.model_json_schema(ref_template="#/components/schemas/{model}")
-                schemas.update(made.pop("$defs", {}))
-                schemas["NewGroup"] = made
-                body = {"schema": {"$ref": "#/components/schemas/NewGroup"}, "example": NEW_GROUP}
+                body = {"schema": _component(NewGroup, schemas), "example": NEW_GROUP}
                 operation["requestBody"] = {
                     "required": True,
                     "content": {"application/json": body, **_BINARY},
@@ -131,7 +128,48 @@ def _with_problems(schema: dict[str, Any]) -> dict[str, Any]:
     for replaced in ("HTTPValidationError", "ValidationError"):
         schemas.pop(replaced, None)
     schemas["Problem"] = _PROBLEM
+    _describe_hooks(schemas)
     return schema
+
+
+def _describe_hooks(schemas: dict[str, Any]) -> None:
+    """Have the body that installs a hook say what each hook of this house takes, and where it goes."""
+    plain = schemas["NewHook"]
+    kinds = sorted({*BUILT_IN, *OF_THIS_HOUSE}, key=lambda kind: kind.name)
+    choices = []
+    for kind in kinds:
+        settings = _component(kind.settings_type, schemas)
+        choices.append(
+            {
+                **plain,
+                "title": kind.name,
+                "description": inspect.cleandoc(kind.__doc__ or ""),
+                "properties": {
+                    **plain["properties"],
+                    "name": {"const": kind.name},
+                    "point": {"enum": sorted(kind.points)},
+                    "settings": settings,
+                },
+                "required": ["name", "point", *(["settings"] if _has_required(settings, schemas) else [])],
+            }
+        )
+    text = "A hook to install. Those that other packages bring are in GET /v1/hooks only."
+    schemas["NewHook"] = {"title": "NewHook", "description": text, "oneOf": choices}
+
+
+def _component(kind: type[BaseModel], schemas: dict[str, Any]) -> dict[str, Any]:
+    """A reference to settings, which are entered with all that they refer to; empty settings are their own schema."""
+    if kind is Settings:
+        return {"type": "object", "additionalProperties": False, "default": {}}
+    made = kind.model_json_schema(ref_template="#/components/schemas/{model}")
+    schemas.update(made.pop("$defs", {}))
+    schemas[kind.__name__] = made
+    return {"$ref": f"#/components/schemas/{kind.__name__}"}
+
+
+def _has_required(schema: dict[str, Any], schemas: dict[str, Any]) -> bool:
+    found = schemas[schema["$ref"].rpartition("/")[2]] if "$ref" in schema else schema
+    return "required" in found or "oneOf" in found
 
 
 def _statuses(path: str, method: str, operation: dict[str, Any]) -> Iterable[int]:
