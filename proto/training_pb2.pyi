@@ -208,7 +208,7 @@ class GroupEdit(_message.Message):
     def __init__(self, group: _Optional[int] = ..., values: _Optional[_Mapping[str, _types_pb2.Hyperparameter]] = ...) -> None: ...
 
 class PushHeader(_message.Message):
-    __slots__ = ("model", "identity", "base_version", "manifest_hash", "segments", "edits", "metrics", "worker_state", "samples", "pull", "region", "slot", "skip", "held_digest", "hold_s")
+    __slots__ = ("model", "identity", "base_version", "manifest_hash", "segments", "edits", "metrics", "worker_state", "samples", "pull", "region", "slot", "skip", "held_digest", "hold_s", "traceparent")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -231,6 +231,7 @@ class PushHeader(_message.Message):
     SKIP_FIELD_NUMBER: _ClassVar[int]
     HELD_DIGEST_FIELD_NUMBER: _ClassVar[int]
     HOLD_S_FIELD_NUMBER: _ClassVar[int]
+    TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     model: str
     identity: _types_pb2.Identity
     base_version: int
@@ -246,7 +247,8 @@ class PushHeader(_message.Message):
     skip: bool
     held_digest: int
     hold_s: float
-    def __init__(self, model: _Optional[str] = ..., identity: _Optional[_Union[_types_pb2.Identity, _Mapping]] = ..., base_version: _Optional[int] = ..., manifest_hash: _Optional[int] = ..., segments: _Optional[_Iterable[_Union[_types_pb2.Segment, _Mapping]]] = ..., edits: _Optional[_Iterable[_Union[GroupEdit, _Mapping]]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., worker_state: _Optional[bytes] = ..., samples: _Optional[float] = ..., pull: _Optional[_Union[PullOptions, _Mapping]] = ..., region: _Optional[int] = ..., slot: _Optional[int] = ..., skip: bool = ..., held_digest: _Optional[int] = ..., hold_s: _Optional[float] = ...) -> None: ...
+    traceparent: str
+    def __init__(self, model: _Optional[str] = ..., identity: _Optional[_Union[_types_pb2.Identity, _Mapping]] = ..., base_version: _Optional[int] = ..., manifest_hash: _Optional[int] = ..., segments: _Optional[_Iterable[_Union[_types_pb2.Segment, _Mapping]]] = ..., edits: _Optional[_Iterable[_Union[GroupEdit, _Mapping]]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., worker_state: _Optional[bytes] = ..., samples: _Optional[float] = ..., pull: _Optional[_Union[PullOptions, _Mapping]] = ..., region: _Optional[int] = ..., slot: _Optional[int] = ..., skip: bool = ..., held_digest: _Optional[int] = ..., hold_s: _Optional[float] = ..., traceparent: _Optional[str] = ...) -> None: ...
 
 class PushCommit(_message.Message):
     __slots__ = ("digest", "edits", "metrics", "worker_state", "samples")

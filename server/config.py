@@ -136,6 +136,9 @@ class Config(BaseSettings):
     webhook_secrets: Path | None = Field(
         None, description="folder with the secrets of webhook hooks: a file each, which the hook names"
     )
+    otel: bool = Field(
+        False, description="send spans of pushes and pulls by OpenTelemetry; OTEL_* variables say where to"
+    )
     log_format: Literal["text", "json"] = Field("text", description="text, or one JSON object for each line")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what is logged")
 

@@ -39,6 +39,7 @@ from .process.descriptors import Spare, shared_out
 from .process.exit_status import ExitStatus
 from .process.folder_lock import lock_folder
 from .process.threads import DISK, METRICS, PUSHES, REQUESTS
+from .process.tracing import Traces
 from .process.unix_socket import UnixSocket
 from .shared_memory.regions import SharedMemory
 from .staging.budget import WINDOW_BYTES
@@ -102,7 +103,8 @@ class Service:
         self._shares = shared_out(config.max_connections)
         self._loop_lag = LoopLag(self.catalog.counts.loop_lag)
         self.memory = SharedMemory(self.catalog.staging, config.memory_path(), self._shares.local)
-        self.door = GrpcDoor(self.catalog, self.memory, config.stall_s)
+        self._traces = Traces() if config.otel else None
+        self.door = GrpcDoor(self.catalog, self.memory, config.stall_s, self._traces)
         self._stop = asyncio.Event()
         self._look_now = asyncio.Event()
         connections = ("grpc.max_allowed_incoming_connections", self._shares.grpc)
@@ -304,6 +306,8 @@ class Service:
             self._unix.release()
         if self._lock is not None:
             os.close(self._lock)
+        if self._traces is not None:
+            await DISK.run(self._traces.end)
         log.info("stopped")
 
 

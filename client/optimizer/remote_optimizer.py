@@ -119,7 +119,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
                 loss = closure()
         for optimizer in self._attached.optimizers:
             optimizer._opt_called = True  # type: ignore[attr-defined]  # for schedulers made before attach
-        with shield, self._scaling:
+        with shield, self._scaling, self._worker.spans.span("step", model=self._worker.model):
             self._exchange(loss)
         return loss
 

@@ -145,7 +145,9 @@ class SharedMemory:
                 header.ClearField("region")
                 if header.HasField("pull"):
                     header.pull.ClearField("region")
+                header.ClearField("traceparent")
             return None
+        header.traceparent = self._transport.spans.traceparent()
         try:
             return call(region.local_socket, header, commit)
         except NoSharedMemory:

@@ -28,6 +28,7 @@ from pushstep.proto.wire.parts import WHOLE_BYTES, Parts, parts_of
 
 from .progress import Progress, Watchdog
 from .security import Security
+from .spans import Spans
 from .streams import Body, Exchange, Messages, Pulled, assembled, breakable, fill, first, only
 from .waiting import Wait
 
@@ -65,6 +66,7 @@ class Transport:
         """Make the channel. No request is sent yet. `security` None: as the environment says."""
         self.address = address
         self.timeout_s = timeout_s
+        self.spans = Spans()
         self.wait = Wait(address)
         self.watchdog = Watchdog(timeout_s, self.wait.moved)
         # the memory of the last answer's body, for the next answer
@@ -102,7 +104,9 @@ class Transport:
             self._look_at_certificates()
         make: Any = self._channel.unary_stream if isinstance(request, bytes) else self._channel.stream_stream
         call = make(SERVICE + method, request_serializer=None, response_deserializer=None)
-        return call(request, timeout=timeout_s, metadata=self._security.metadata, **options)
+        return call(
+            request, timeout=timeout_s, metadata=self.spans.metadata(self._security.metadata), **options
+        )
 
     def _ask(self, method: str, request: Any, answer: Any, timeout_s: float, **options: Any) -> Any:
         """The single answer to a single message."""

@@ -80,6 +80,7 @@ class Worker:
         # a session that was dropped without close() leaves, too
         weakref.finalize(self, self.membership.heartbeat.abandon, self.memory.abandon).atexit = False
         self._transport = transport
+        self.spans = transport.spans
         self._bodies = PushBodies(self.compression)
         # of what is attached: the checks of torch.distributed's ranks, and the tasks to run before the end
         self.ranks = Ranks(())
@@ -107,7 +108,7 @@ class Worker:
     def fly(self, call: Callable[[], Step]) -> Flight[Step]:
         """Run `call`, which makes a step, in its own thread; other calls on the session wait for it."""
         self.membership.check_usable()
-        return self._flights.start(call)
+        return self._flights.start(self.spans.here(call))
 
     def before_close(self, task: Callable[[], None]) -> None:
         """Run `task` when the session is closed, before it leaves, while the connection is still open."""
@@ -170,6 +171,26 @@ class Worker:
         sent except for its commit. A restore in between gives the outcome `superseded` and no parameters: the session
         has joined again, and the caller has to forget what it holds and pull.
         """
+        spans = self.spans
+        name = "exchange" if pull else "push"
+        with spans.span(name, model=self.model, worker=self.membership.worker) as span:
+            made = self._step(gradients, held, commit, skip=skip, pull=pull, early=early, onto=onto)
+            if span is not None:
+                told = made[0]
+                spans.note(span, outcome=str(told.outcome), sequence=told.sequence, version=told.version)
+            return made
+
+    def _step(
+        self,
+        gradients: Mapping[Slot, Tensor | Rows],
+        held: tuple[int, int] | None,
+        commit: pb.PushCommit,
+        *,
+        skip: bool,
+        pull: bool,
+        early: EarlyPush | None,
+        onto: tuple[int, int] | None,
+    ) -> Step:
         membership = self.membership
         member = membership.member()
         while True:
@@ -330,7 +351,8 @@ class Worker:
     def _read(self, pull: Callable[[], Pulled]) -> Pulled:
         """Pull until the server answers. ModelLost if the model that this session knows is gone."""
         try:
-            pulled = self.membership.retry.run(pull)
+            with self.spans.span("pull", model=self.model, worker=self.membership.worker):
+                pulled = self.membership.retry.run(pull)
         except UnknownModel as error:
             if not self.membership.uid:
                 raise

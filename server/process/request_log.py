@@ -20,6 +20,11 @@ def about(model: str = "", worker: str = "", sequence: int = 0) -> None:
     _ABOUT.set((model, worker, sequence))
 
 
+def subject() -> tuple[str, str, int]:
+    """The model, the worker and the sequence of the request under way, as far as they are known."""
+    return _ABOUT.get()
+
+
 class RequestLog(logging.LoggerAdapter[logging.Logger]):
     """A logger whose records have the fields of the request under way."""
 

@@ -30,6 +30,7 @@ from ..access.caller import CALLER
 from ..access.table import LOCAL_SOCKET
 from ..counters.server_counts import WORKERS_DOOR
 from ..process.request_log import RequestLog, about
+from ..process.tracing import trace_of
 from ..streams.bulk import OneMessage
 from .servicer import GrpcDoor
 
@@ -52,6 +53,7 @@ class LocalDoor:
 
     async def _answer(self, method: Method, message: bytes) -> bytes:
         about()  # the calls of one socket run in one context
+        traceparent = ""
         try:
             if (caller := CALLER.get()) is not None:
                 caller.require(LOCAL_SOCKET[method], f"{method.name} over the local socket")
@@ -62,17 +64,26 @@ class LocalDoor:
                 raise MalformedFrame(
                     problem="a call over the local socket names its region; send frames by gRPC"
                 )
-            if method is Method.PUSH:
-                return framed(Status.ANSWERED, (await self._door.pushes.push(stream)).SerializeToString())
-            _, header = await self._door.pushes.exchange(stream)
-            return framed(Status.ANSWERED, pb.PullResponse(header=header).SerializeToString())
+            traceparent = asked.traceparent
+            if self._door.traces is None:
+                return await self._answered(method, stream)
+            with self._door.traces.span(method.name.lower(), traceparent):
+                return await self._answered(method, stream)
         except Exception as error:  # noqa: BLE001 - the one place where errors become statuses
             refusal = named(error, log)
-        log.debug("refused: %s", refusal.message, extra={"code": refusal.code})
+        log.debug(
+            "refused: %s", refusal.message, extra={"code": refusal.code, "trace_id": trace_of(traceparent)}
+        )
         self._door.counts.refused(WORKERS_DOOR, refusal.code)
         if isinstance(refusal, Quarantined):
             await self._door.throttle.hold(refusal)
         return framed(Status.REFUSED, to_trailer(refusal))
+
+    async def _answered(self, method: Method, stream: OneMessage[pb.PushRequest]) -> bytes:
+        if method is Method.PUSH:
+            return framed(Status.ANSWERED, (await self._door.pushes.push(stream)).SerializeToString())
+        _, header = await self._door.pushes.exchange(stream)
+        return framed(Status.ANSWERED, pb.PullResponse(header=header).SerializeToString())
 
 
 class _LocalSocket:

@@ -16,6 +16,7 @@ from pushstep.proto.errors.status import named, untrace
 
 from ..access.caller import require_model, was_cut
 from ..process.request_log import RequestLog
+from ..process.tracing import TRACEPARENT, Traces
 from ..streams.readers import Context, Reader, Readers
 from ..streams.received import received
 
@@ -122,6 +123,28 @@ def streaming(
         await refuse(context, refusal)
 
     return call
+
+
+def traced(
+    name: str, call: Callable[[Any, Context], Awaitable[Any]], traces: Traces | None
+) -> Callable[[Any, Context], Awaitable[Any]]:
+    """A gRPC handler with a span around each call, whose parent is the caller's. The handler itself without `traces`."""
+    if traces is None:
+        return call
+
+    async def with_span(request: Any, context: Context) -> Any:
+        with traces.span(name, traceparent_of(context)):
+            return await call(request, context)
+
+    return with_span
+
+
+def traceparent_of(context: Context) -> str:
+    """What the caller says of its span, in its metadata; empty if nothing."""
+    for key, value in context.invocation_metadata() or ():
+        if key == TRACEPARENT and isinstance(value, str):
+            return value
+    return ""
 
 
 async def abort(

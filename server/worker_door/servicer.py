@@ -33,8 +33,9 @@ from ..models.catalog import Catalog
 from ..models.copies import COPIES_AT_ONCE, ModelCopies, copy_of
 from ..models.model import Model
 from ..process.inline import INLINE_PARTS
-from ..process.request_log import RequestLog, about
+from ..process.request_log import TRACE_ID, RequestLog, about
 from ..process.threads import PULLS, REQUESTS
+from ..process.tracing import Traces, trace_of
 from ..requests.join import join, leave
 from ..requests.pull import (
     extras_header,
@@ -54,7 +55,7 @@ from ..streams.bulk import BulkStream
 from ..streams.counted_parts import CountedParts
 from ..streams.readers import Context, Readers
 from ..streams.timed_messages import TimedMessages
-from .methods import abort, answered, answering, only, streamed, streaming
+from .methods import abort, answered, answering, only, streamed, streaming, traced, traceparent_of
 from .throttle import Throttle
 
 log = RequestLog("pushstep.grpc")
@@ -66,7 +67,10 @@ VERSION: Final = installed_version("pushstep")
 class GrpcDoor:
     """The methods of TrainingService."""
 
-    def __init__(self, catalog: Catalog, memory: SharedMemory, stall_s: float) -> None:
+    def __init__(
+        self, catalog: Catalog, memory: SharedMemory, stall_s: float, traces: Traces | None = None
+    ) -> None:
+        self.traces = traces
         self.catalog = catalog
         self.budget = catalog.staging
         self.memory = memory
@@ -107,9 +111,9 @@ class GrpcDoor:
             "Leave": call(one(answered(self.leave, pb.LeaveRequest))),
             "OpenRegion": call(one(answered(self.open_region, pb.OpenRegionRequest))),
             "Upload": call(one(self.upload)),
-            "Push": call(one(self.push)),
-            "Exchange": stream(many(self.exchange)),
-            "Pull": stream(many(streamed(self.pull, pb.PullRequest))),
+            "Push": call(traced("push", one(self.push), self.traces)),
+            "Exchange": stream(traced("exchange", many(self.exchange), self.traces)),
+            "Pull": stream(traced("pull", many(streamed(self.pull, pb.PullRequest)), self.traces)),
             "PullRows": stream(many(self.pull_rows)),
             "PullState": stream(many(streamed(self.pull_state, pb.PullStateRequest))),
             "PullExtras": stream(many(streamed(self.pull_extras, pb.PullExtrasRequest))),
@@ -269,6 +273,8 @@ class GrpcDoor:
 
     async def _refuse(self, context: Context, refusal: PushstepError) -> None:
         """End a call with an error. That of a quarantined worker is throttled."""
+        if not TRACE_ID.get():
+            TRACE_ID.set(trace_of(traceparent_of(context)))
         log.debug("refused: %s", refusal.message, extra={"code": refusal.code})
         self.counts.refused(WORKERS_DOOR, refusal.code)
         async with contextlib.AsyncExitStack() as around:

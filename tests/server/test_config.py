@@ -67,7 +67,7 @@ def test_argument_over_environment_over_file_over_default(
 
 def test_every_setting_is_in_the_table() -> None:
     elsewhere = {"insecure", "no_shared_memory", "snapshots", "snapshots_takeover"}
-    elsewhere |= {"tokens", "tls_cert", "tls_key", "tls_client_ca"}
+    elsewhere |= {"tokens", "tls_cert", "tls_key", "tls_client_ca", "otel"}
     assert set(Config.model_fields) == {*VALUES, *elsewhere}
 
 

@@ -1,0 +1,80 @@
+"""Spans of requests, by OpenTelemetry (`--otel`); the callers' spans are their parents.
+
+Nothing of OpenTelemetry is imported unless it is asked for. Where the spans go is said by the OTEL_* variables, as for every program that
+uses its SDK.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+from .request_log import TRACE_ID, subject
+
+# W3C's header: version, trace, parent, flags.
+_TRACEPARENT: Final = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
+TRACEPARENT: Final = "traceparent"
+# How long the end of the process waits for the last spans to be taken.
+LAST_MS: Final = 2000
+
+
+class NoTracing(ValueError):
+    """OpenTelemetry's SDK is not installed."""
+
+
+def trace_of(traceparent: str) -> str:
+    """The id of the trace that a caller's header names; empty if it names none."""
+    found = _TRACEPARENT.fullmatch(traceparent)
+    return "" if found is None else found[1]
+
+
+class Traces:
+    """Makes spans. Use it on the event loop."""
+
+    def __init__(self) -> None:
+        """NoTracing without the SDK and its exporter. A provider that this process has set up already is used."""
+        try:
+            from opentelemetry import trace
+            from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+            from opentelemetry.sdk.resources import Resource
+            from opentelemetry.sdk.trace import TracerProvider
+            from opentelemetry.sdk.trace.export import BatchSpanProcessor
+            from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+        except ImportError as error:
+            raise NoTracing(f"--otel needs OpenTelemetry: pip install 'pushstep[otel]' ({error})") from error
+        provider = trace.get_tracer_provider()
+        if not isinstance(provider, TracerProvider):
+            # OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES are taken over it
+            made = TracerProvider(resource=Resource.create({"service.name": "pushstep-server"}))
+            made.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+            provider = made
+        self._provider = provider
+        self._tracer = provider.get_tracer("pushstep.server")
+        self._parent: Callable[[dict[str, str]], Any] = TraceContextTextMapPropagator().extract
+        self._server, self._error = trace.SpanKind.SERVER, trace.StatusCode.ERROR
+
+    @contextmanager
+    def span(self, name: str, traceparent: str) -> Iterator[None]:
+        """A span around a request. `traceparent`: what its caller sent; empty for a trace of its own."""
+        span = self._tracer.start_span(
+            f"pushstep.server.{name}", self._parent({TRACEPARENT: traceparent}), kind=self._server
+        )
+        token = TRACE_ID.set(f"{span.get_span_context().trace_id:032x}")
+        try:
+            yield
+        except BaseException as error:
+            span.set_status(self._error, type(error).__name__)
+            raise
+        finally:
+            model, worker, sequence = subject()
+            span.set_attributes(
+                {"pushstep.model": model, "pushstep.worker": worker, "pushstep.sequence": sequence}
+            )
+            span.end()
+            TRACE_ID.reset(token)
+
+    def end(self) -> None:
+        """Have the last spans sent, if somebody takes them soon."""
+        self._provider.force_flush(LAST_MS)
