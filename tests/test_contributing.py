@@ -176,6 +176,11 @@ def test_what_is_added_by_the_page_works(tmp_path: Path) -> None:
         assert before in catalogue, before
         assert old in catalogue, old
         (package / entered).write_text(catalogue.replace(before, after, 1).replace(old, put, 1))
+    table = re.findall(r"^3\. .*?`(server/[\w/]+\.py)`", section("route"), re.M)[0]
+    entries = (package / table).read_text()
+    assert '"GET /v1": Need.MEMBER,' in entries
+    entries = entries.replace('"GET /v1": Need', '"GET /v1/added": Need.VIEWER,\n    "GET /v1": Need')
+    (package / table).write_text(entries)
     ran = subprocess.run(
         [sys.executable, "-c", SCRIPT], cwd=tmp_path, capture_output=True, text=True, timeout=100
     )

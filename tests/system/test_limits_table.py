@@ -13,6 +13,7 @@ from pushstep.proto.types_pb2 import Identity, Manifest, Parameter
 from pushstep.proto.wire import layout, parts
 from pushstep.proto.wire.frames import MAX_CHUNK_BYTES, MAX_MESSAGE_BYTES
 from pushstep.proto.wire.limits import limit_of
+from pushstep.server.access import attempts, tokens
 from pushstep.server.arenas import publisher as publish
 from pushstep.server.config import Config
 from pushstep.server.coordinator import sessions as session
@@ -136,6 +137,9 @@ EXPECTED = {
     + "; "
     + f"{(GRPC['grpc.keepalive_time_ms'] + GRPC['grpc.keepalive_timeout_ms']) / 1000:g} s",
     "headers of a call": size(GRPC["grpc.absolute_max_metadata_size"]),
+    "requests without a right token": f"{attempts.FREE_ATTEMPTS}",
+    "addresses of which that is known": f"{attempts.MOST_ADDRESSES:,}; {tokens.MOST_TOKENS:,}",
+    "a TLS handshake at the HTTP port": "`--stall-s`",
     "HTTP connections": f"{descriptors.MOST_HTTP:,}, or a quarter of those files",
     "HTTP requests under way": f"{app.MOST_REQUESTS}",
     "the head of an HTTP request": f"{size(http_protocol.MAX_HEAD_BYTES)}, `--stall-s`",
