@@ -124,6 +124,7 @@ _DURABILITY: Final = {
     "version": 1200,
     "durable_version": 1200,
     "journal_bytes": 1048576,
+    "snapshots_store": None,
 }
 _NEXT: Final = {"effective_version": 1201}
 _OF_WORKER: Final = {"name": "w0", **_NEXT}

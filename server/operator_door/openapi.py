@@ -174,7 +174,7 @@ def _has_required(schema: dict[str, Any], schemas: dict[str, Any]) -> bool:
 
 def _statuses(path: str, method: str, operation: dict[str, Any]) -> Iterable[int]:
     yield from _ALWAYS
-    if "{m}" in path:
+    if "{m}" in path or path == "/v1/capacity":
         yield from _OF_A_MODEL
     if operation.get("parameters") or "requestBody" in operation:
         yield 422
