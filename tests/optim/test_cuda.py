@@ -17,17 +17,9 @@ ROOT = Path(__file__).parents[2]
 CASES = sorted(path.name for path in Path(__file__).parent.glob("cuda_*_cases.py"))
 
 
-def run_cases(name, *arguments, **environment):
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        f"tests/optim/{name}",
-        *arguments,
-    ]
+def run_cases(*arguments, **environment):
+    files = [f"tests/optim/{name}" for name in CASES]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, *arguments]
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, check=False
     )
@@ -36,16 +28,15 @@ def run_cases(name, *arguments, **environment):
     assert "skipped" not in done.stdout
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_in_the_interpreter(name):
-    run_cases(name, "-m", "not gpu", TRITON_INTERPRET="1")
+@pytest.mark.timeout(400)
+def test_in_the_interpreter():
+    run_cases("-m", "not gpu", TRITON_INTERPRET="1")
 
 
 @pytest.mark.gpu
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("name", CASES)
-def test_on_a_device(name):
-    run_cases(name, TRITON_INTERPRET="0")
+def test_on_a_device():
+    run_cases(TRITON_INTERPRET="0")
 
 
 def test_triton_is_imported_at_the_first_cuda_step():

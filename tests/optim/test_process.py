@@ -8,6 +8,7 @@ import pwd
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,13 @@ import torch
 
 from pushstep.optim import Adagrad
 from pushstep.optim.kernels import cache as kernel_cache
+from tests.support.processes.nursery import Nursery, nursery
+
+
+@pytest.fixture(scope="module")
+def scripts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
+    with nursery(tmp_path_factory.mktemp("scripts")) as made:
+        yield made
 
 
 def _run(code, **environment):
@@ -29,6 +37,15 @@ def _run(code, **environment):
     )
     assert result.returncode == 0, result.stderr
     return result.stdout.strip()
+
+
+def _run_forked(scripts, code, *arguments):
+    """The same, in a process that finds torch imported, and no kernel compiled."""
+    script = scripts.start(
+        "import warnings; warnings.simplefilter('error')\n" + textwrap.dedent(code), *arguments
+    )
+    assert script.wait() == 0, script.said()
+    return script.said().strip()
 
 
 def test_numba_and_triton_are_imported_at_the_first_fused_step():
@@ -73,9 +90,11 @@ STEP = """
 """
 
 
-def test_a_second_process_compiles_nothing_and_a_damaged_cache_heals(tmp_path):
+def test_a_second_process_compiles_nothing_and_a_damaged_cache_heals(scripts, tmp_path, monkeypatch):
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+
     def run():
-        return _run(STEP, NUMBA_CACHE_DIR=str(tmp_path))
+        return _run_forked(scripts, STEP).splitlines()[-1]
 
     assert run() == "0 4"
     assert run() == "4 0"
@@ -231,7 +250,8 @@ def test_rows_beyond_two_to_the_31_elements():
 MEMORY = """
     import sys, torch
     from pushstep.optim import Adadelta, Adagrad
-    kind, n = sys.argv[1], 6000
+    kind, n = sys.argv[1], 4000
+    torch.set_num_threads(2)
     def peak():
         with open("/proc/self/status") as status:
             return next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
@@ -261,8 +281,8 @@ MEMORY = """
 
 
 @pytest.mark.parametrize("kind", ["plain", "transposed", "gaps"])
-def test_a_step_needs_no_temporaries(kind):
-    _run(f"import sys; sys.argv = ['-', {kind!r}]\n" + textwrap.dedent(MEMORY))
+def test_a_step_needs_no_temporaries(scripts, kind):
+    _run_forked(scripts, MEMORY, kind)
 
 
 def test_without_further_threads_a_step_takes_longer_and_is_the_same(monkeypatch):

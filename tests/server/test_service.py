@@ -7,7 +7,6 @@ import re
 import signal
 import socket
 import stat
-import subprocess
 import threading
 import warnings
 from pathlib import Path
@@ -24,19 +23,17 @@ from pushstep.client import Outcome, Session
 from pushstep.proto import training_pb2 as pb
 from pushstep.proto.errors import PushstepError
 from pushstep.server.service import bind_http, require_free
-from tests.support.servers.harness import SERVER, RunningServer, running_server, start_server, wait_until
+from tests.support.servers.harness import (
+    RunningServer,
+    refused_start,
+    running_server,
+    start_server,
+    wait_until,
+)
 from tests.support.servers.operators import take_snapshot
 from tests.support.workers.wire import Wire, created, state_of
 
 SERVICE = "pushstep.v1.TrainingService"
-
-
-def ended(*arguments: Any, data: Path) -> subprocess.CompletedProcess[str]:
-    """A server that does not come up."""
-    ports = ["--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0"]
-    return subprocess.run(
-        [SERVER, *ports, "--data", data, *arguments], capture_output=True, text=True, timeout=60
-    )
 
 
 def abandon(sessions: list[Session]) -> None:
@@ -51,7 +48,7 @@ def test_one_server_per_data_folder(data: Path) -> None:
     with running_server(data) as first:
         created(first, "m")
         before = state_of(first, "m")
-        second = ended(data=data)
+        second = refused_start(data)
         assert second.returncode == 1
         assert "another server uses" in second.stderr
         assert str(data) in second.stderr
@@ -66,7 +63,7 @@ def test_one_server_per_data_folder(data: Path) -> None:
 def test_a_port_that_is_taken(door: str, data: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = "127.0.0.1:{1}".format(*taken.getsockname())
-        found = ended(f"--{door}", address, data=data)
+        found = refused_start(data, f"--{door}", address)
     assert found.returncode == 1
     assert address in found.stderr
     assert "pushstep-server: cannot listen" in found.stderr
@@ -75,11 +72,11 @@ def test_a_port_that_is_taken(door: str, data: Path) -> None:
 def test_what_cannot_start_says_why(data: Path, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("")
-    found = ended(data=file)
+    found = refused_start(file)
     assert found.returncode == 1
     assert "pushstep-server: " in found.stderr
     if not torch.cuda.is_available():
-        found = ended("--device", "cuda", data=data)
+        found = refused_start(data, "--device", "cuda")
         assert found.returncode == 1
         assert "--device cuda" in found.stderr
         assert "Traceback" not in found.stderr

@@ -9,7 +9,6 @@ import shutil
 import signal
 import socket
 import stat
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ import pytest
 from pushstep.proto.errors import ModelLost, ModelNotLoaded
 from pushstep.server.storage.snapshot_manifest import arena_file
 from tests.support.servers import faulty_server
-from tests.support.servers.harness import SERVER, RunningServer, running_server, start_server
+from tests.support.servers.harness import RunningServer, refused_start, running_server, start_server
 from tests.support.workers.wire import created, state_of
 
 Tamper = Callable[[Path], None]
@@ -367,8 +366,7 @@ def a_file_as_the_models(data: Path) -> None:
 )
 def test_what_a_server_cannot_do_without_is_named(tamper: Tamper, tampered: Path) -> None:
     tamper(tampered)
-    ports = ["--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0"]
-    ended = subprocess.run([SERVER, *ports, "--data", tampered], capture_output=True, text=True, timeout=60)
+    ended = refused_start(tampered)
     assert ended.returncode == 1
     assert ended.stdout == ""
     assert ended.stderr.splitlines()[-1].startswith("pushstep-server: ")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import socket
 import stat
-import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pushstep.server.process.unix_socket import UnixSocket
-from tests.support.servers.harness import SERVER, running_server
+from tests.support.servers.harness import refused_start, running_server
 
 
 @pytest.fixture
@@ -129,16 +128,12 @@ def test_of_many_at_one_moment_one_has_it(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["model.pt", "model.pt.memory"])
-def test_a_server_starts_over_nobodys_file(name: str, data: Path, tmp_path: Path) -> None:
+def test_a_server_starts_over_nobodys_file(
+    name: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / name).write_text("my thesis")
-    ports = ["--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0"]
-    ended = subprocess.run(
-        [SERVER, *ports, "--data", data, "--unix", "model.pt"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        cwd=tmp_path,
-    )
+    monkeypatch.chdir(tmp_path)
+    ended = refused_start(data, "--unix", "model.pt")
     assert ended.returncode == 1
     assert f"{name} is no socket" in ended.stderr
     assert "Traceback" not in ended.stderr
@@ -147,14 +142,8 @@ def test_a_server_starts_over_nobodys_file(name: str, data: Path, tmp_path: Path
 
 
 def test_two_servers_do_not_share_a_path(data: Path, tmp_path: Path) -> None:
-    ports = ["--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0"]
     with running_server(data, "--unix", str(tmp_path / "s")) as first:
-        ended = subprocess.run(
-            [SERVER, *ports, "--data", tmp_path / "other", "--unix", tmp_path / "s"],
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
+        ended = refused_start(tmp_path / "other", "--unix", str(tmp_path / "s"))
         assert ended.returncode == 1
         assert "another process listens" in ended.stderr
         first.connect("m", address=f"unix:{tmp_path / 's'}")

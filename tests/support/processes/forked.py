@@ -13,18 +13,17 @@ import importlib
 import json
 import os
 import runpy
+import select
 import signal
 import socket
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import IO, Any
 
 ROOT = Path(__file__).parents[3]
 LONGEST_ORDER = 1 << 20
-POLL_S = 0.005
 
 
 class Forked:
@@ -44,11 +43,17 @@ class Forked:
 
     def wait(self, timeout: float | None = None) -> int:
         """The same, once it has ended."""
-        until_s = None if timeout is None else time.monotonic() + timeout
-        while (status := self.poll()) is None:
-            if until_s is not None and time.monotonic() > until_s:
-                raise subprocess.TimeoutExpired(f"forked process {self.pid}", timeout or 0)
-            time.sleep(POLL_S)
+        if self.returncode is None:
+            watched = os.pidfd_open(self.pid)  # it is there until its status is asked for
+            try:
+                end = select.poll()
+                end.register(watched, select.POLLIN)
+                end.poll(None if timeout is None else timeout * 1000)
+            finally:
+                os.close(watched)
+        status = self.poll()
+        if status is None:
+            raise subprocess.TimeoutExpired(f"forked process {self.pid}", timeout or 0)
         return status
 
     def send_signal(self, number: int) -> None:
@@ -143,7 +148,7 @@ def _take_orders(orders: socket.socket) -> dict[str, Any] | None:
 
 
 def _become(order: dict[str, Any], fds: Any) -> None:
-    """Take on another program's place: its folder, its files and its arguments, and Python's own way with Ctrl-C."""
+    """Take on another program's place: its folder, its files and its arguments, and the usual ways with signals."""
     os.chdir(order["folder"])
     nothing = os.open(os.devnull, os.O_RDONLY)
     for source, target in zip((nothing, *fds), (0, 1, 2), strict=True):
@@ -157,6 +162,7 @@ def _become(order: dict[str, Any], fds: Any) -> None:
     name = "script" if "code" in order else order.get("file", "pushstep-server")
     sys.argv = [name, *order["arguments"]]
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import signal
 import ssl
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -142,6 +143,18 @@ def start_server(
         raise RuntimeError(f"the server did not start: {line!r}\n{log.read_text()}")
     where = dict(entry.split("=", 1) for entry in line.split()[1:])
     return RunningServer(process, where["grpc"], where["http"], where.get("unix", ""), data, log)
+
+
+def refused_start(data: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """A server that does not come up: how it ends, and what it says."""
+    arguments = ["--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0", "--data", str(data), *options]
+    with tempfile.TemporaryFile("w+") as stderr:
+        process = serve(arguments, stderr)
+        with process.stdout:
+            stdout = process.stdout.read()
+        status = process.wait(START_S)
+        stderr.seek(0)
+        return subprocess.CompletedProcess(arguments, status, stdout, stderr.read())
 
 
 def kill_and_restart(server: RunningServer, *options: str) -> RunningServer:
