@@ -7,17 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as lightning
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
-from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader, TensorDataset
 
 from pushstep.optim import Adagrad
 from tests.support.processes.nursery import nursery
 from tests.support.servers.harness import RunningServer
-from tests.support.trainings.network import Network
 
 pytestmark = [
     # Lightning's own, of this torch
@@ -31,28 +27,12 @@ Make = Callable[[torch.nn.Module], torch.optim.Optimizer]
 BATCHES = 4
 
 
-class Regression(lightning.LightningModule):
-    """What it makes its optimizer with is all that differs between remote and local."""
+@pytest.fixture(scope="module")
+def own() -> Any:
+    """Lightning's side of these tests."""
+    from tests.examples import lightning_trainer
 
-    def __init__(self, make: Make, *, scheduled: bool = True) -> None:
-        super().__init__()
-        self.network = Network()
-        self.make = make
-        self.scheduled = scheduled
-        self.losses: list[float] = []
-
-    def training_step(self, batch: Any, index: int) -> torch.Tensor:
-        ids, numbers = batch
-        loss: torch.Tensor = self.network(ids, numbers).square().mean()
-        self.losses.append(loss.item())
-        self.log("loss", loss)
-        return loss
-
-    def configure_optimizers(self) -> Any:
-        optimizer = self.make(self.network)
-        if not self.scheduled:
-            return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": StepLR(optimizer, step_size=1, gamma=0.7)}
+    return lightning_trainer
 
 
 def batches() -> DataLoader[Any]:
@@ -61,24 +41,7 @@ def batches() -> DataLoader[Any]:
     return DataLoader(TensorDataset(ids, torch.randn(6 * BATCHES, 2, generator=made)), batch_size=6)
 
 
-def trainer(folder: Path, epochs: int, **options: Any) -> lightning.Trainer:
-    return lightning.Trainer(
-        accelerator="cpu",
-        max_epochs=epochs,
-        default_root_dir=folder,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        gradient_clip_val=0.5,
-        **options,
-    )
-
-
-def keep(folder: Path) -> ModelCheckpoint:
-    return ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
-
-
-def fit(made: lightning.Trainer, module: Regression, **options: Any) -> list[float]:
+def fit(made: Any, module: Any, **options: Any) -> list[float]:
     """The losses of this fit()."""
     before = len(module.losses)
     made.fit(module, batches(), **options)
@@ -99,22 +62,24 @@ def local(network: torch.nn.Module) -> torch.optim.Optimizer:
 OPTIONS: dict[str, Any] = {"enable_checkpointing": False}
 
 
-def test_its_losses_are_those_of_a_local_run(server: RunningServer, model_name: str, tmp_path: Path) -> None:
-    module, one = Regression(remote(server, model_name)), Regression(local)
-    assert fit(trainer(tmp_path, 3, **OPTIONS), module) == fit(trainer(tmp_path, 3, **OPTIONS), one)
+def test_its_losses_are_those_of_a_local_run(
+    own: Any, server: RunningServer, model_name: str, tmp_path: Path
+) -> None:
+    module, one = own.Regression(remote(server, model_name)), own.Regression(local)
+    assert fit(own.trainer(tmp_path, 3, **OPTIONS), module) == fit(own.trainer(tmp_path, 3, **OPTIONS), one)
 
 
 # what it is told of the attach while the scheduler has gone on; the checkpoint that follows brings its own
 @pytest.mark.filterwarnings("ignore:model .* has other values of lr:RuntimeWarning")
 @pytest.mark.filterwarnings("ignore:model .* it has gone back to the values:RuntimeWarning")
-def test_save_and_rewind(server: RunningServer, model_name: str, tmp_path: Path) -> None:
+def test_save_and_rewind(own: Any, server: RunningServer, model_name: str, tmp_path: Path) -> None:
     """Lightning loads the module, asks for the optimizer and loads its state, in that order; the server is ahead."""
     told = []
     for make in (remote(server, model_name), local):
         folder = tmp_path / str(len(told))
-        module, again = Regression(make), Regression(make)
-        losses = fit(trainer(folder, 4, callbacks=[keep(folder)]), module)
-        rewound = trainer(folder, 4, callbacks=[keep(folder)])
+        module, again = own.Regression(make), own.Regression(make)
+        losses = fit(own.trainer(folder, 4, callbacks=[own.keep(folder)]), module)
+        rewound = own.trainer(folder, 4, callbacks=[own.keep(folder)])
         after = fit(rewound, again, ckpt_path=folder / "epoch=1.ckpt", weights_only=False)
         assert after == losses[2 * BATCHES :]
         told.append((losses, [parameter.tolist() for parameter in again.parameters()]))
@@ -122,24 +87,24 @@ def test_save_and_rewind(server: RunningServer, model_name: str, tmp_path: Path)
 
 
 def test_a_second_fit_goes_on(
-    server: RunningServer, model_name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    own: Any, server: RunningServer, model_name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It asks for another optimizer: another session takes the name over at once, and says from where it continues.
 
     A local one begins with empty state; the server's goes on, as one longer fit() does.
     """
-    module = Regression(remote(server, model_name), scheduled=False)
-    one = Regression(local, scheduled=False)
+    module = own.Regression(remote(server, model_name), scheduled=False)
+    one = own.Regression(local, scheduled=False)
     caplog.set_level("INFO", "pushstep.client")
-    losses = fit(trainer(tmp_path, 2, **OPTIONS), module)
-    losses += fit(trainer(tmp_path, 2, **OPTIONS), module)
+    losses = fit(own.trainer(tmp_path, 2, **OPTIONS), module)
+    losses += fit(own.trainer(tmp_path, 2, **OPTIONS), module)
     (said,) = [
         record.getMessage()
         for record in caplog.records
         if (record.name, record.levelname) == ("pushstep.client", "WARNING")
     ]
     assert said == f"worker 'w0' continues model '{model_name}' from version {2 * BATCHES}", "and no wait"
-    assert losses == fit(trainer(tmp_path, 4, **OPTIONS), one)
+    assert losses == fit(own.trainer(tmp_path, 4, **OPTIONS), one)
 
 
 DDP = """

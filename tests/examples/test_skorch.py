@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from skorch import NeuralNetRegressor
 from torch import nn
 
 from pushstep.optim import Adagrad
@@ -34,6 +33,10 @@ def data() -> tuple[Any, Any]:
 
 
 def net_of(optimizer: Make) -> Any:
+    from skorch import (
+        NeuralNetRegressor,  # takes a second, which a process that only collects the tests need not pay
+    )
+
     torch.manual_seed(0)
     return NeuralNetRegressor(
         Regression, optimizer=optimizer, lr=0.1, max_epochs=3, batch_size=8, train_split=None, verbose=0
