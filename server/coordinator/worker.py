@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Final
@@ -168,3 +168,21 @@ def count_failed(workers: Mapping[str, Worker], decided: Decided) -> None:
     if worker is not None and worker.outcomes.get(APPLIED, 0) > 0:
         worker.outcomes[APPLIED] -= 1
         worker.outcomes[REJECTED] = worker.outcomes.get(REJECTED, 0) + 1
+
+
+def put_outcomes(rows: Iterable[Mapping[str, Any]], decided: Iterable[Decided]) -> None:
+    """Put outcomes into the dumped workers that have them, in place of what was known of them then."""
+    known = {bytes(each.receipt.identity.SerializeToString(deterministic=True)): each for each in decided}
+    if not known:
+        return
+    names = {each.receipt.identity.worker for each in known.values()}
+    for row in rows:
+        for place, verdict in enumerate(row["verdicts"] if row["name"] in names else ()):
+            was = Receipt.FromString(bytes.fromhex(verdict["receipt"]))
+            now = known.get(was.identity.SerializeToString(deterministic=True))
+            if now is None:
+                continue
+            if (was.outcome, now.receipt.outcome) == (OUTCOME_APPLIED, OUTCOME_REJECTED):
+                row["outcomes"][APPLIED] -= 1
+                row["outcomes"][REJECTED] = row["outcomes"].get(REJECTED, 0) + 1
+            row["verdicts"][place] = now.dump()

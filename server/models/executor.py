@@ -59,8 +59,8 @@ class Owner(Protocol):
     def tell(self, point: Point, **facts: Any) -> None:
         """Queue an event for the observers at a point."""
 
-    def require_whole(self) -> None:
-        """Raise if nothing can be stepped any more."""
+    def require_steppable(self) -> None:
+        """Raise if not even what was decided can be stepped any more."""
 
     def broke_off(self, problem: BaseException, version: int) -> PushstepError:
         """Note that a step failed. Returns the error for its pushes."""
@@ -100,6 +100,8 @@ class Executor:
         # the time that the timer is set for
         self._due_s = 0.0
         self._tasks: set[asyncio.Task[None]] = set()
+        # the outcomes of writes that are queued
+        self._writes: dict[int, Decided] = {}
         # The kinds of steps taken before (`_kernels_of`). The first step of a kind may compile its kernels, for seconds,
         # so the event loop does not take it, however small it is.
         self._stepped: set[int] = set()
@@ -215,7 +217,7 @@ class Executor:
         def execute() -> Taken:
             begun_s = self._clock()
             times.queue_s = begun_s - queued_s
-            model.require_whole()
+            model.require_steppable()
             if entry is not None:
                 entry.append()
                 begun_s = self._clock()
@@ -302,6 +304,7 @@ class Executor:
                 entry.append()
             job()
 
+        self._writes[id(decided)] = decided
         return self._written(self._writer.write(execute), decided, entry)
 
     async def _written(self, job: asyncio.Future[None], decided: Decided, entry: Entry | None) -> None:
@@ -320,6 +323,13 @@ class Executor:
             elif entry is not None:
                 self._recorder.not_written(entry)
             raise failure from None
+        finally:
+            del self._writes[id(decided)]
+
+    def under_way(self) -> list[Decided]:
+        """The stored outcomes whose steps or writes are queued: what comes of them is not known yet."""
+        stored = [self._coordinator.decided_of(identity) for identity in self._held.identities()]
+        return [*self._writes.values(), *(decided for decided in stored if decided is not None)]
 
     # The timer.
 

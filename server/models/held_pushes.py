@@ -11,7 +11,7 @@ import asyncio
 import copy
 import time
 from asyncio import FIRST_COMPLETED
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
@@ -81,6 +81,10 @@ class HeldPushes:
         """Hold an accepted push. Once it is resolved, `release` is called."""
         resolved = asyncio.get_running_loop().create_future()
         self._kept[pending.key] = _Kept(pending, resolved, release, answer)
+
+    def identities(self) -> Iterator[Identity]:
+        """The pushes that are not resolved yet."""
+        return (kept.pending.identity for kept in self._kept.values())
 
     def answers_of(self, pending: PendingPush) -> Answer | None:
         """What the step of a push writes into shared memory."""

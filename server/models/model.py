@@ -35,7 +35,7 @@ from ..coordinator.hooks.hook import Hook, Point
 from ..coordinator.policies.policy import PolicySettings
 from ..coordinator.policies.synchronous import require_round_fits
 from ..coordinator.sessions import Sessions
-from ..coordinator.worker import WorkerState
+from ..coordinator.worker import WorkerState, put_outcomes
 from ..counters.model_counts import ModelCounts
 from ..devices.device import Device
 from ..journal.durability import DurabilitySettings, read_durability
@@ -123,16 +123,9 @@ class Model:
         self.publisher = Publisher(self.arenas, self.writer, reading, clock)
         self.recorder = Recorder(self, journal_sync)
         self.held = HeldPushes(self.coordinator, self.require_whole, clock)
+        adding, recorder, held = device.device_stream(), self.recorder, self.held
         self.executor = Executor(
-            self.coordinator,
-            self.arenas,
-            self.writer,
-            staging,
-            device.device_stream(),
-            self.recorder,
-            self.held,
-            self,
-            clock,
+            self.coordinator, self.arenas, self.writer, staging, adding, recorder, held, self, clock
         )
 
     @property
@@ -164,9 +157,14 @@ class Model:
     def require_whole(self) -> None:
         """Raise what `require_here` raises; ModelFailed while a write has left it between two versions."""
         self.require_here()
+        self.require_steppable()
+
+    def require_steppable(self) -> None:
+        """ModelLost, ModelFailed. What was decided before the end is stepped still: the last snapshot holds it."""
+        if self.deleted:
+            raise ModelLost(model=self.name)
         if self.failed is not None:
-            # the traceback of a shared one would keep each refused push in memory
-            raise copy.copy(self.failed)
+            raise copy.copy(self.failed)  # the traceback of a shared one would keep each refused push
 
     def require_here(self) -> None:
         """Raise ModelLost once it is deleted, Draining once the server saves it for the last time."""
@@ -366,6 +364,7 @@ class Model:
         if not last:
             self.require_whole()
         facts, extras, lineage = self.dump(), self.extras, tuple(self.commits.lineage)
+        under_way = self.executor.under_way()
         journal = self.recorder.journal if rolls else None
 
         def make() -> tuple[ArenasCopy, int]:
@@ -373,6 +372,7 @@ class Model:
             return self.arenas.as_copy() if last else self.arenas.copy(), number
 
         copy, facts["journal"] = await self.writer.submit(make)
+        put_outcomes(facts["workers"], under_way)  # by now their steps are taken, or have failed
         return facts, replace(copy, extras=extras, lineage=lineage)
 
     def tell(self, point: Point, **facts: Any) -> None:

@@ -22,7 +22,7 @@ from pushstep.proto.errors import (
     SparseNotSupported,
     StepFailed,
 )
-from pushstep.proto.training_pb2 import GroupEdit
+from pushstep.proto.training_pb2 import GroupEdit, Process
 from pushstep.proto.types_pb2 import Manifest, Outcome, Receipt
 from pushstep.proto.wire.hyperparameters import wire_values
 from pushstep.proto.wire.layout import Layout
@@ -30,11 +30,13 @@ from pushstep.server.config import Config
 from pushstep.server.coordinator.groups import OperatorEdit
 from pushstep.server.coordinator.policies import catalogue as policies
 from pushstep.server.models.catalog import Catalog
+from pushstep.server.models.creations import propose
 from pushstep.server.models.edits import Edits
 from pushstep.server.models.model import Model
+from pushstep.server.models.saved_models import SavedModels
 from pushstep.server.storage.saved_state import saved_state
 from tests.support.servers.driven import Pusher, made
-from tests.support.servers.judged import LAYOUT
+from tests.support.servers.judged import LAYOUT, UID
 
 BOTH = {"a": torch.ones(2), "b": torch.ones(1)}
 ROWS = {"a": (torch.tensor([1]), torch.ones(1, 1))}
@@ -108,6 +110,51 @@ def test_what_fails_before_it_writes_moves_nothing(fault: Callable[[int, bool], 
         assert model.arenas.steps == [2, 2]
         assert bits(model) != before
         await model.close()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["taken", "failed"])
+@pytest.mark.parametrize("ends", [True, False], ids=["stop", "snapshot"])
+def test_a_snapshot_says_of_a_queued_step_what_came_of_it(
+    ends: bool, fails: bool, fault: Callable[[int, bool], None], data: Path
+) -> None:
+    """What is decided when the snapshot begins is in it as it was stepped, or refused: a retry is told no other."""
+
+    async def scenario() -> None:
+        catalog = Catalog(Config(data=data))
+        model = catalog.new_model("m", LAYOUT)
+        model.coordinator.uid = UID  # as the pusher has it
+        creation = catalog.begin_creation("m", "w", propose(LAYOUT.manifest), 0.0, 0, Process())
+        await catalog.finish_creation("m", creation, model)
+        pusher, is_free = Pusher(model), threading.Event()
+        await pusher.push(BOTH)
+        busy = model.writer.submit(is_free.wait)
+        if fails:
+            fault(1, False)
+        push = pusher.later(BOTH)
+        while model.version < 2:
+            await asyncio.sleep(0)
+        saving: asyncio.Future[Any] = asyncio.ensure_future(
+            SavedModels(catalog).save() if ends else catalog.snapshot("m", "operator")
+        )
+        for _ in range(10):
+            await asyncio.sleep(0)
+        is_free.set()
+        await busy
+        assert await saving
+        told = (await asyncio.gather(push, return_exceptions=True))[0]
+        if not ends:
+            await model.close()
+        again = Catalog(Config(data=data))
+        await SavedModels(again).load()
+        loaded = again.models["m"]
+        decided = loaded.sessions.workers["w"].decided_pushes[-1]
+        assert isinstance(decided.error, StepFailed) is isinstance(told, StepFailed) is fails
+        assert decided.receipt.outcome == (Outcome.OUTCOME_REJECTED if fails else Outcome.OUTCOME_APPLIED)
+        assert decided.receipt.version == loaded.version == 2
+        assert bits(loaded) == bits(model)
+        await loaded.close()
 
     asyncio.run(scenario())
 
