@@ -28,6 +28,7 @@ EVENTS = (
     "restore",
     "restart",
     "stop",
+    "fail",
 )
 EVENTS_PER_RUN = 12
 # between two events; the longest outlasts a lease
@@ -107,6 +108,8 @@ def happen(simulation: Simulation, event: str, name: str, chance: random.Random)
             simulation.house.restore()
         case "restart":
             simulation.house.stop_and_start(orderly=False)
+        case "fail":
+            simulation.house.fail_step()
         case "stop":
             simulation.house.stop_and_start(orderly=True)
         case _:

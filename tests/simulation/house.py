@@ -94,6 +94,18 @@ class House:
         self.witness.heard(name)
         stream.put(intent.body())
 
+    # What its machine does.
+
+    def fail_step(self) -> None:
+        """The next step that is taken finds no memory, before it has written anything."""
+        arenas = self.model.arenas
+
+        def planned(*_: Any) -> Any:
+            del arenas._planned
+            raise MemoryError("none for a simulated step")
+
+        arenas._planned = planned
+
     # What an operator does.
 
     def take_snapshot(self) -> None:

@@ -78,10 +78,10 @@ class SimulatedLoop(asyncio.BaseEventLoop):
             asyncio._set_running_loop(running)
 
     def complete(self, work: Coroutine[Any, Any, T]) -> T:
-        """Have something done to the end at this moment, behind all that threads have to do."""
+        """Have something done to the end at this moment, and all that threads have to do."""
         task = self.create_task(work)
         for piece in list(self._pieces.values()):
-            piece()
+            self.call_soon(piece)
         self._at_once = True
         try:
             if not self.advance(0.0, task.done):

@@ -21,9 +21,9 @@ def key_of(identity: Identity) -> Key:
     return identity.timeline, identity.worker, identity.epoch, identity.sequence
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Chapter:
-    """One version: what made it."""
+    """One version: what made it. If its step is `undone`, it failed, and the version moved nothing."""
 
     timeline: int
     version: int
@@ -33,6 +33,7 @@ class Chapter:
     intents: tuple[tuple[Intent, float], ...]
     # the pushes that it was made of
     keys: tuple[Key, ...]
+    undone: bool = False
 
 
 @dataclass
@@ -72,6 +73,8 @@ class Replay:
         return torch.cat(self._parameters), torch.cat(self._sums)
 
     def _step(self, chapter: Chapter) -> None:
+        if chapter.undone:
+            return
         rule = RULES["adagrad"]
         gradients = [intent.gradients() for intent, _ in chapter.intents]
         weights = [weight for _, weight in chapter.intents]

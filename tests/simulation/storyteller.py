@@ -152,13 +152,15 @@ class Story(RuleBasedStateMachine):
     def patch(self, lr: float, hold: bool) -> None:
         self.simulation.house.patch(lr, hold=hold)
 
-    @rule(command=st.sampled_from(("snapshot", "restore", "stop", "kill")))
+    @rule(command=st.sampled_from(("snapshot", "restore", "fail", "stop", "kill")))
     def command(self, command: str) -> None:
         house = self.simulation.house
         if command == "snapshot":
             house.take_snapshot()
         elif command == "restore":
             house.restore()
+        elif command == "fail":
+            house.fail_step()
         else:
             house.stop_and_start(orderly=command == "stop")
 

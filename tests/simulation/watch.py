@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pushstep.proto.training_pb2 import PushHeader
 from pushstep.proto.types_pb2 import Identity, Receipt
 from pushstep.server.arenas.arena import ArenasCopy
-from pushstep.server.coordinator.decision import Decision, Offer
+from pushstep.server.coordinator.decision import Decision, Offer, Step
 from pushstep.server.coordinator.worker import Worker
 from pushstep.server.models.model import Model
 from pushstep.server.storage.saved_state import SavedState
@@ -24,7 +25,8 @@ def watch(server: Server, model: Model, witness: Witness) -> None:
     """From here on, until the process is over."""
     coordinator, executor = model.coordinator, model.executor
     on_header, join, on_leave = coordinator.on_header, coordinator.join, coordinator.on_leave
-    receipts_of, apply, dump, restore = coordinator.receipts_of, executor.apply, model.dump, model.restore
+    receipts_of, apply, finish = coordinator.receipts_of, executor.apply, executor._finish
+    dump, restore = model.dump, model.restore
 
     def offered(header: PushHeader, now_s: float) -> Offer:
         offer = on_header(header, now_s)
@@ -57,6 +59,11 @@ def watch(server: Server, model: Model, witness: Witness) -> None:
             witness.decided(decisions)
         apply(decisions)
 
+    def finished(job: asyncio.Future[Any], step: Step, *rest: Any) -> None:
+        if job.exception() is not None and not server.is_over:
+            witness.undone(step, model.arenas)
+        finish(job, step, *rest)
+
     def dumped() -> dict[str, Any]:
         facts = Facts(dump())
         facts.books = witness.books.copy()
@@ -69,6 +76,6 @@ def watch(server: Server, model: Model, witness: Witness) -> None:
         return restore(copy, saved, timeline, by)
 
     coordinator.on_header, coordinator.join, coordinator.on_leave = offered, joined, leaves
-    coordinator.receipts_of, executor.apply = reminded, decided
+    coordinator.receipts_of, executor.apply, executor._finish = reminded, decided, finished
     model.dump, model.restore = dumped, restored
     witness.attend(coordinator)

@@ -15,6 +15,7 @@ from torch import Tensor
 from pushstep.proto.training_pb2 import PushHeader
 from pushstep.proto.types_pb2 import Identity, Outcome, Receipt
 from pushstep.proto.wire.hyperparameters import plain_values
+from pushstep.server.arenas.arena import Arenas
 from pushstep.server.coordinator.coordinator import Coordinator
 from pushstep.server.coordinator.decision import Decision, Offer, Reduce, Resolve, Step
 from pushstep.server.coordinator.policies.asynchronous import AsyncSettings
@@ -119,7 +120,13 @@ class Witness:
 
     def reminded(self, worker: Worker, receipts: Sequence[Receipt]) -> None:
         """What a worker that joins is told of its pushes is what has become of them, restores included."""
-        held = {key for chapter in self.story for key in chapter.keys if key[1] == worker.name}
+        held = {
+            key
+            for chapter in self.story
+            if not chapter.undone
+            for key in chapter.keys
+            if key[1] == worker.name
+        }
         told = {key_of(receipt.identity): receipt.outcome for receipt in receipts}
         for key, outcome in told.items():
             require((outcome == Outcome.OUTCOME_APPLIED) == (key in held), f"{key} is told {outcome}")
@@ -139,6 +146,7 @@ class Witness:
         """A restore, or a start."""
         require(timeline >= self.timeline, "a timeline came again")
         self.books, self.timeline = books.copy(), timeline
+        self.books.applied = {i for c in self.story if not c.undone for i, _ in c.intents}
         self._rounds = {}  # what was being added up never will be
 
     def patched(self, lr: float, *, held: bool) -> None:
@@ -281,6 +289,16 @@ class Witness:
             require(resolve.decided is not None, "a step without a verdict")
             self._consumed(resolve.pending, "OUTCOME_APPLIED", ticket.version)
 
+    def undone(self, step: Step, arenas: Arenas) -> None:
+        """A step has failed before it wrote anything. Its version stays, and has moved nothing."""
+        timeline, version = int(step.resolves[0].pending.identity.timeline), step.ticket.version
+        if arenas.timeline == timeline:
+            require(arenas.version >= version, f"a failed step leaves version {version} to the next one")
+        chapter = self.chapters[timeline, version]
+        chapter.undone = True
+        self.books.applied -= {intent for intent, _ in chapter.intents}
+        self.outcomes["failed"] = self.outcomes.get("failed", 0) + 1
+
     def _is_current(self, identity: Identity) -> None:
         who = f"{identity.worker}'s push of timeline {identity.timeline}, epoch {identity.epoch}"
         require(identity.timeline == self.timeline, f"{who} is let in on timeline {self.timeline}")
@@ -392,7 +410,7 @@ class Witness:
         intent = self.intents[key_of(identity)]
         chapter = self.chapters.get((identity.timeline, receipt.version))
         applied = receipt.outcome == Outcome.OUTCOME_APPLIED
-        there = chapter is not None and intent in (i for i, _ in chapter.intents)
+        there = chapter is not None and not chapter.undone and intent in (i for i, _ in chapter.intents)
         if applied:
             require(there, f"{intent.worker}:{intent.number} is told version {receipt.version}")
         intent.fate = "applied" if applied else "not applied"
@@ -409,7 +427,7 @@ class Witness:
             return
         times: dict[Intent, int] = dict.fromkeys(self.intents.values(), 0)
         for chapter in story:
-            for intent, _ in chapter.intents:
+            for intent, _ in chapter.intents if not chapter.undone else ():
                 times[intent] += 1
         for intent, count in times.items():
             if not intent.poison:
