@@ -8,8 +8,8 @@ pushes are added up outside (`Reduce`), and the sum comes back by `reduced`. Onl
 so that hooks see the norm of what is stepped. Each ticket makes the next version, in the order in which the tickets
 leave here.
 
-An event returns all decisions that it leads to. The caller applies them in order (models/executor.py, and the
-simulator in tests/simulation), then offers again each header that was told to wait. It calls `tick` at `next_s`.
+An event returns all decisions that it leads to. The caller applies them in order (models/executor.py), then offers
+again each header that was told to wait. It calls `tick` at `next_s`.
 """
 
 from __future__ import annotations

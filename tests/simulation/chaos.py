@@ -108,8 +108,6 @@ def happen(simulation: Simulation, event: str, name: str, chance: random.Random)
             simulation.house.restore()
         case "restart":
             simulation.house.stop_and_start(orderly=False)
-        case "fail":
-            simulation.house.fail_step()
         case "stop":
             simulation.house.stop_and_start(orderly=True)
         case _:

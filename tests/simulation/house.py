@@ -87,7 +87,13 @@ class House:
     def push(self, header: PushHeader, pulls: bool, reply: Callable[[Answer], None]) -> Stream:
         """A push's header."""
         self.witness.heard(header.identity.worker)
-        return self.server.push(PushRequest(header=header).SerializeToString(), pulls, reply)
+
+        def told(answer: Answer) -> None:
+            if answer.receipt is not None and answer.version:
+                self.witness.exchanged(answer.receipt, answer.version)
+            reply(answer)
+
+        return self.server.push(PushRequest(header=header).SerializeToString(), pulls, told)
 
     def body(self, name: str, stream: Stream, intent: Intent) -> None:
         """The rest of it."""

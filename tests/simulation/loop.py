@@ -118,10 +118,14 @@ class SimulatedLoop(asyncio.BaseEventLoop):
         task.add_done_callback(self._ended)
         return task
 
+    def fail(self, problem: BaseException) -> None:
+        """End the run."""
+        self._failures.append(problem)
+
     def _ended(self, task: asyncio.Task[Any]) -> None:
         problem = None if task.cancelled() else task.exception()
         if problem is not None and not isinstance(problem, PushstepError):
-            self._failures.append(problem)
+            self.fail(problem)
 
     # Threads.
 

@@ -30,6 +30,8 @@ from pushstep.server.coordinator.push import PendingPush
 from pushstep.server.coordinator.sessions import Sessions
 from pushstep.server.coordinator.worker import Worker, WorkerState
 
+from . import executor_bugs
+
 Patch = pytest.MonkeyPatch
 
 
@@ -389,6 +391,17 @@ BUGS: Final = (
     Bug(bound_blocks_too_early, "clocks ahead", ("chaos", "schedules")),
     Bug(newcomers_start_at_nothing, "clocks ahead", ("chaos", "schedules")),
     Bug(the_gone_hold_others_back, "clocks ahead", ("chaos", "schedules")),
+    Bug(executor_bugs.receipts_come_before_the_step, "is told before its step", ("chaos", "stories")),
+    Bug(executor_bugs.waiters_sleep_on, "was not woken", ("chaos",)),
+    Bug(executor_bugs.the_timer_is_not_set, "a push of .* waits|is waited for, silent", ("chaos",)),
+    Bug(executor_bugs.jobs_are_done_twice, "is stepped behind version", ("chaos", "stories")),
+    Bug(executor_bugs.small_steps_overtake, "is stepped behind version", ("chaos",)),
+    Bug(executor_bugs.answers_are_out_of_date, "is answered with version", ("chaos", "stories")),
+    Bug(executor_bugs.failed_steps_leave_their_version, "leaves version", ("chaos", "stories")),
+    Bug(executor_bugs.failed_steps_are_told_as_applied, "is told version", ("chaos", "stories")),
+    Bug(executor_bugs.bytes_are_kept, "are still set aside", ("chaos", "stories")),
+    Bug(executor_bugs.sums_are_kept, "are still set aside", ("chaos", "stories")),
+    Bug(executor_bugs.queued_steps_are_refused_at_the_end, "leaves version", ("chaos",)),
 )
 
 

@@ -133,6 +133,10 @@ class Simulation:
         """It does again."""
         self.network.cut.discard(name)
 
+    def fail(self, _: str) -> None:
+        """The next step fails, whoever's it is."""
+        self.house.fail_step()
+
     def switch(self, settings: Settings) -> None:
         """Another policy, or other settings."""
         current = self.house.model.coordinator.policy.settings

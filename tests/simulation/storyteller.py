@@ -140,7 +140,7 @@ class Story(RuleBasedStateMachine):
 
     # Trouble. One rule for several, since hypothesis picks rules evenly: most of the time somebody should work.
 
-    @rule(name=workers, trouble=st.sampled_from(("crash", "partition", "evict", "release")))
+    @rule(name=workers, trouble=st.sampled_from(("crash", "partition", "evict", "release", "fail")))
     def befall(self, name: str, trouble: str) -> None:
         getattr(self.simulation, trouble)(name)
 
@@ -152,15 +152,13 @@ class Story(RuleBasedStateMachine):
     def patch(self, lr: float, hold: bool) -> None:
         self.simulation.house.patch(lr, hold=hold)
 
-    @rule(command=st.sampled_from(("snapshot", "restore", "fail", "stop", "kill")))
+    @rule(command=st.sampled_from(("snapshot", "restore", "stop", "kill")))
     def command(self, command: str) -> None:
         house = self.simulation.house
         if command == "snapshot":
             house.take_snapshot()
         elif command == "restore":
             house.restore()
-        elif command == "fail":
-            house.fail_step()
         else:
             house.stop_and_start(orderly=command == "stop")
 

@@ -71,7 +71,7 @@ def test_a_seeded_bug_is_found(bug: Bug, monkeypatch: pytest.MonkeyPatch) -> Non
     for seed in range(SEEDS_FOR_A_BUG):
         try:
             run(seed)
-        except Exception as error:  # noqa: BLE001 - a judge that contradicts itself may stumble anywhere
+        except Exception as error:  # noqa: BLE001 - a server that contradicts itself may stumble anywhere
             said.append(f"{seed}: {error}")
             if re.search(bug.says, str(error)):
                 return

@@ -6,16 +6,17 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from pushstep.proto.errors import PushPending
 from pushstep.proto.training_pb2 import PushHeader
-from pushstep.proto.types_pb2 import Identity, Receipt
+from pushstep.proto.types_pb2 import Identity, Receipt, Ticket
 from pushstep.server.arenas.arena import ArenasCopy
-from pushstep.server.coordinator.decision import Decision, Offer, Step
+from pushstep.server.coordinator.decision import Decision, Offer, Resolve, Step
 from pushstep.server.coordinator.worker import Worker
 from pushstep.server.models.model import Model
 from pushstep.server.storage.saved_state import SavedState
 
 from .disk import Facts
-from .witness import Witness
+from .witness import Violation, Witness
 
 if TYPE_CHECKING:
     from .server import Server
@@ -26,7 +27,8 @@ def watch(server: Server, model: Model, witness: Witness) -> None:
     coordinator, executor = model.coordinator, model.executor
     on_header, join, on_leave = coordinator.on_header, coordinator.join, coordinator.on_leave
     receipts_of, apply, finish = coordinator.receipts_of, executor.apply, executor._finish
-    dump, restore = model.dump, model.restore
+    arenas, held, dump, restore = model.arenas, model.held, model.dump, model.restore
+    step, resolve_push, change = arenas.step, held.resolve, held.change
 
     def offered(header: PushHeader, now_s: float) -> Offer:
         offer = on_header(header, now_s)
@@ -59,6 +61,28 @@ def watch(server: Server, model: Model, witness: Witness) -> None:
             witness.decided(decisions)
         apply(decisions)
 
+    def stepped(ticket: Ticket, *rest: Any) -> set[int]:
+        if not server.is_over:
+            try:
+                witness.steps(ticket.version, arenas)
+            except Violation as violation:  # raised here, it would only make the step fail
+                server.loop.fail(violation)
+        return step(ticket, *rest)
+
+    def resolved(resolve: Resolve) -> None:
+        if not server.is_over:
+            witness.resolved(resolve, arenas)
+        resolve_push(resolve)
+
+    async def changed(until_s: float, worker: str) -> None:
+        since_s = server.loop.now_s
+        try:
+            await change(until_s, worker)
+        except PushPending:
+            if not server.is_over:
+                witness.gave_up(worker, since_s)
+            raise
+
     def finished(job: asyncio.Future[Any], step: Step, *rest: Any) -> None:
         if job.exception() is not None and not server.is_over:
             witness.undone(step, model.arenas)
@@ -77,5 +101,6 @@ def watch(server: Server, model: Model, witness: Witness) -> None:
 
     coordinator.on_header, coordinator.join, coordinator.on_leave = offered, joined, leaves
     coordinator.receipts_of, executor.apply, executor._finish = reminded, decided, finished
+    arenas.step, held.resolve, held.change = stepped, resolved, changed
     model.dump, model.restore = dumped, restored
     witness.attend(coordinator)

@@ -1,7 +1,7 @@
 """What must never happen, checked at every decision against books of its own.
 
 The witness keeps who joined when, whose clock stands where, and the story: which intents made which version. It takes
-from the judge only what is asked of it: the decisions, and who counts as a member.
+from the coordinator only what is asked of it: the decisions, and who counts as a member.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Witness:
     def attend(self, coordinator: Coordinator) -> None:
         """Watch a server process from its start."""
         self.coordinator = coordinator
-        self._began_s = self.loop.now_s
+        self._began_s = self._changed_s = self.loop.now_s
         # under `bounded`: the policy that counts, and each clock by name and epoch
         self.clocks: dict[tuple[str, int], int] = {}
         self._counting: object = coordinator.policy
@@ -153,6 +153,36 @@ class Witness:
         """An operator has set the lr."""
         self.books.lr, self.books.held = lr, held
 
+    # What is done about decisions.
+
+    def steps(self, version: int, arenas: Arenas) -> None:
+        """A ticket is about to be executed: in the order of the versions, each once."""
+        require(
+            version == arenas.version + 1, f"version {version} is stepped behind version {arenas.version}"
+        )
+
+    def resolved(self, resolve: Resolve, arenas: Arenas) -> None:
+        """A push is about to be answered."""
+        receipt = None if resolve.decided is None else resolve.decided.receipt
+        if receipt is None or receipt.outcome != Outcome.OUTCOME_APPLIED:
+            return
+        if arenas.timeline == receipt.identity.timeline:
+            early = arenas.version < receipt.version
+            require(
+                not early, f"version {receipt.version} of {receipt.identity.worker} is told before its step"
+            )
+
+    def exchanged(self, receipt: Receipt, version: int) -> None:
+        """An exchange has been answered with a version of the timeline of its push."""
+        if receipt.outcome == Outcome.OUTCOME_APPLIED:
+            worker, stepped = receipt.identity.worker, receipt.version
+            require(version >= stepped, f"{worker}'s step to {stepped} is answered with version {version}")
+
+    def gave_up(self, worker: str, since_s: float) -> None:
+        """Somebody who waits for a change since then has waited in vain."""
+        happened = since_s < self._changed_s < self.loop.now_s
+        require(not happened, f"{worker} was not woken by what happened at {self._changed_s:.3f}")
+
     # Clocks of `bounded`.
 
     def _slowest(self) -> int:
@@ -194,6 +224,7 @@ class Witness:
 
     def decided(self, decisions: Sequence[Decision]) -> None:
         """In the order in which they were made."""
+        self._changed_s = self.loop.now_s
         policy = self.coordinator.policy
         carries = isinstance(policy.settings, SyncSettings) and policy.settings.late == "carry"
         if carries and not any(known is policy for known in self._carry):
