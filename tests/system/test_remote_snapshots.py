@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.support.servers import faulty_store
-from tests.support.servers.faulty_store import SECRET
+from tests.support.disks import faulty_store
+from tests.support.disks.faulty_store import SECRET
 from tests.support.servers.harness import RunningServer, running_server, start_server, wait_until
 from tests.support.workers.wire import GROUPS, PARAMETERS, created, state_of
 

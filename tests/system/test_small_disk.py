@@ -16,8 +16,8 @@ import pytest
 
 from pushstep.client import Session, connect
 from pushstep.proto.errors import JournalFull, PushstepError
+from tests.support.disks.small_disk import SmallDisk, may_mount, small_disk
 from tests.support.servers.harness import RunningServer, start_server, wait_until
-from tests.support.servers.small_disk import SmallDisk, may_mount, small_disk
 
 SIZE_BYTES, LEFT_BYTES = 16 << 20, 6 << 20
 SHAPE = (50_000,)

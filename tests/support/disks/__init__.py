@@ -1,0 +1,1 @@
+"""Disks and stores that are small, or fail."""
