@@ -202,18 +202,14 @@ class ObjectStore:
 
         Of the automatic ones only the newest is sent: the others were to be replaced by it. Raises as `send` does.
         """
-        self.finish_deleting()
         found = sorted(self.unsent(), key=_order, reverse=True)
-        newest = found[0] if found else ""
-        try:
-            for snapshot in found:
-                if snapshot == newest or not self._is_automatic(snapshot):
-                    self.send(snapshot)
-        finally:
-            for snapshot in found[1:]:
-                if self._is_automatic(snapshot):
-                    self.discard(snapshot)
-        return newest
+        for snapshot in list(filter(self._is_automatic, found))[1:]:
+            self.discard(snapshot)
+            found.remove(snapshot)
+        for snapshot in found:
+            self.send(snapshot)
+        self.finish_deleting()
+        return found[0] if found else ""
 
     def _is_automatic(self, snapshot: str) -> bool:
         """False for one that cannot be read, too: it stays."""

@@ -124,14 +124,16 @@ class Sender:
             await prune(model, newest)
 
     async def send(self, model: Model, snapshot: str) -> None:
-        """Send a snapshot that an operator has asked for. Raises why it cannot be; then it is gone again."""
+        """Send a snapshot that an operator has asked for. Raises why it cannot be; it is tried again with the others.
+
+        It stays in the data folder meanwhile: the model counts on it.
+        """
         store, sending = self._remote.store(self._models / model.name), self._of(model)
         async with sending.lock:
             try:
                 await STORE.run(store.send, snapshot)
             except Exception as error:
                 self._failed(model, sending, error)
-                await STORE.run(store.discard, snapshot)
                 raise
             self._went_well(model, sending, snapshot)
 

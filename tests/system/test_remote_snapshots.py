@@ -37,6 +37,11 @@ def ids(server: RunningServer) -> list[str]:
     return [entry["id"] for entry in server.rest("GET", "/v1/models/m/snapshots").json()["snapshots"]]
 
 
+def automatic(server: RunningServer) -> list[bool]:
+    listed = server.rest("GET", "/v1/models/m/snapshots").json()["snapshots"]
+    return sorted((entry["automatic"] for entry in listed), reverse=True)
+
+
 def kinds(server: RunningServer) -> list[str]:
     return [event["kind"] for event in server.rest("GET", "/v1/models/m/events").json()["events"]]
 
@@ -132,8 +137,8 @@ def test_training_goes_on_while_the_store_fails(data: Path, tmp_path: Path, cont
             control.unlink()
             wait_until(lambda: sent(server)["problem"] is None, 30.0)
             wait_until(lambda: len(local(data)) == 0, 30.0)
-        # what was not sent counts for nothing, and is not listed: only what is kept
-        wait_until(lambda: len(ids(server)) == 2)
+        # those that were asked for are all there, and of the automatic ones those that are kept
+        wait_until(lambda: automatic(server) == [True] * 2 + [False] * 5)
         state = state_of(server, "m")
     for text in (*answers, server.log.read_text()):
         assert SECRET not in text
