@@ -209,7 +209,9 @@ class SavedModels:
                 await model.close()
             except Exception:
                 log.exception("model %s could not be closed", name, extra={"model": name})
-        return saved
+        # when all are on the disk: a store that does not answer takes no model's time
+        sent = await asyncio.gather(*map(self._send_last, self._catalog.models.values()))
+        return saved and all(sent)
 
     async def _save_last(self, name: str, model: Model) -> None:
         """Write the last snapshot straight from the arenas.
@@ -231,11 +233,23 @@ class SavedModels:
                 await self._catalog.snapshotter.prune(model, folder, manifest["id"])
         except PushstepError as error:
             log.warning("model %s: after its last snapshot: %s", name, error.message, extra={"model": name})
-        if self._catalog.sender is not None:
-            snapshotter = self._catalog.snapshotter
-            await self._catalog.sender.send_last(
-                model, lambda model, sent: snapshotter.prune(model, folder, sent, STORE)
+
+    async def _send_last(self, model: Model) -> bool:
+        """Send what a stop has written to where snapshots are kept. False if that fails: the data folder has it."""
+        if self._catalog.sender is None:
+            return True
+        try:
+            await self._catalog.sender.send_last(model, self._catalog.prune_sent)
+        except Exception as error:  # noqa: BLE001 - whatever it was, the other models are sent
+            log.error(
+                "model %s is saved at version %d in the data folder ONLY, where the next start finds it: %s",
+                model.name,
+                model.version,
+                named(error, log).message,
+                extra={"model": model.name},
             )
+            return False
+        return True
 
     def _what_is_left(self, name: str) -> str:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 from typing import Final
@@ -23,7 +24,9 @@ class Secrets:
 
     def add(self, texts: Iterable[str]) -> None:
         """Hide these texts from here on, also as they stand in a URL."""
-        found = {form for text in texts for form in (text, quote(text, safe=""), unquote(text))}
+        plain = {form for text in texts for form in (text, quote(text, safe=""), unquote(text))}
+        # as they stand in a line of JSON, too
+        found = {form for text in plain for form in (text, json.dumps(text)[1:-1], _in_json(text))}
         known = {text for text in (*found, *self._texts) if len(text) >= SHORTEST}
         # the longest first: one may be a part of another
         self._texts = sorted(known, key=len, reverse=True)
@@ -37,6 +40,10 @@ class Secrets:
         for secret in self._texts:
             text = text.replace(secret, HIDDEN)
         return text
+
+
+def _in_json(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)[1:-1]
 
 
 SECRETS: Final = Secrets()

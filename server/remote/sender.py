@@ -140,7 +140,7 @@ class Sender:
     async def send_last(self, model: M, prune: Prune[M]) -> None:
         """Send the last snapshot, at a stop. Raises why it cannot be: the data folder has it."""
         sending = self._of(model)
-        async with sending.lock:
+        async with sending.lock, self._turns:
             await self._send_all(model, sending, prune)
 
     def _went_well(self, model: Model, sending: Sending, snapshot: str) -> None:

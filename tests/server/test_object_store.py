@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 import uuid
 from collections.abc import Callable
@@ -257,9 +258,11 @@ def test_urls_that_are_of_no_use(url: str) -> None:
 
 def test_secrets_are_hidden_in_every_form() -> None:
     secrets = Secrets()
-    secrets.add(["p/ss w%rd", "abc"])
+    secrets.add(["p/ss w%rd", 'q"ü\\x', "abc"])
     secrets.add_environment({"AWS_SECRET_ACCESS_KEY": "k-123456", "HOME": "/root", "X_PASSWORD": ""})
     assert secrets.hide("p/ss w%rd p%2Fss%20w%25rd k-123456 /root abc") == "*** *** *** /root abc"
+    assert secrets.hide(json.dumps('of q"ü\\x')) == '"of ***"'
+    assert secrets.hide(json.dumps('of q"ü\\x', ensure_ascii=False)) == '"of ***"'
     assert shown("ftp://me:word@host:21/path?sig=1#x") == "ftp://host:21/path"
 
 

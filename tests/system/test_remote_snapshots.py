@@ -153,9 +153,19 @@ def test_a_stop_without_the_store_loses_nothing(data: Path, tmp_path: Path, cont
     wait_until(lambda: sent(server)["sent"] is not None)
     push(server)
     state = state_of(server, "m")
-    control.write_text("away")
+    created(server, "other")
+    control.write_text("hang")
     assert server.stop() == 3
+    # every model is on the disk before the first is sent
+    lines = server.log.read_text().splitlines()
+    (last_saved, first_sent) = (
+        [number for number, line in enumerate(lines) if words in line]
+        for words in (" saved at version ", "in the data folder ONLY")
+    )
+    assert len(last_saved) == 4
+    assert max(last_saved[:2]) < min(first_sent)
     assert local(data)
+    control.write_text("away")
     assert SECRET not in server.log.read_text()
     with pytest.raises(RuntimeError, match="does not do what is asked") as refused:
         start_server(data, "--snapshots", url, command=FAULTY)
