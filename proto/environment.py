@@ -37,6 +37,10 @@ SETTINGS: Final = (
     "snapshot_every_s",
     "snapshots",
     "snapshots_takeover",
+    "webhook_hosts",
+    "webhook_networks",
+    "webhook_secrets",
+    "log_format",
     "log_level",
 )
 # What a worker's process, and the commands, read.

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from fastapi import FastAPI
-from pydantic import BaseModel
+from pydantic import BaseModel, RootModel
 
 from pushstep.proto.errors.status import PROBLEM_TYPE
 
@@ -139,6 +139,10 @@ def _describe_hooks(schemas: dict[str, Any]) -> None:
     choices = []
     for kind in kinds:
         settings = _component(kind.settings_type, schemas)
+        if issubclass(kind.settings_type, RootModel):
+            # dozens of kinds within each other: they are described, and what makes requests need not try them all
+            name = kind.settings_type.__name__
+            settings = {"type": "object", "description": f"one of #/components/schemas/{name}"}
         choices.append(
             {
                 **plain,
@@ -169,7 +173,7 @@ def _component(kind: type[BaseModel], schemas: dict[str, Any]) -> dict[str, Any]
 
 def _has_required(schema: dict[str, Any], schemas: dict[str, Any]) -> bool:
     found = schemas[schema["$ref"].rpartition("/")[2]] if "$ref" in schema else schema
-    return "required" in found or "oneOf" in found
+    return "required" in found or "description" in schema
 
 
 def _statuses(path: str, method: str, operation: dict[str, Any]) -> Iterable[int]:

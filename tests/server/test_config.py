@@ -42,6 +42,9 @@ VALUES: dict[str, tuple[Any, Any, Any, Any]] = {
     "worker_bytes": (1 << 20, 2 << 20, 3 << 20, 512 << 20),
     "durability": ("everysec", "durable", "applied", "applied"),
     "snapshot_every_s": (30.0, 90.0, 15.0, 60.0),
+    "webhook_hosts": ("a.example.com", "b.example.com", "c.example.com", None),
+    "webhook_networks": ("10.0.0.0/8", "10.1.0.0/16", "fd00::/8,10.0.0.0/8", None),
+    "webhook_secrets": (Path("a"), Path("b"), Path("c"), None),
     "log_level": ("debug", "warning", "error", "info"),
     "log_format": ("json", "text", "json", "text"),
 }
@@ -104,6 +107,7 @@ def test_other_programs_files_do_not_count(tmp_path: Path, monkeypatch: pytest.M
 
 BAD: dict[str, tuple[list[str], str]] = {
     "no number": (["--max-models", "many"], "max_models"),
+    "no network": (["--webhook-networks", "10.0.0.0/8,somewhere"], "webhook_networks"),
     "zero": (["--max-bytes", "0"], "max_bytes"),
     "negative": (["--lease-s", "-1"], "lease_s"),
     "nan": (["--stall-s", "nan"], "stall_s"),

@@ -230,9 +230,9 @@ def test_a_failed_load_is_told_and_can_be_done_again(data: Path, monkeypatch: py
         snapshot = (await catalog.snapshot("m", "test"))["id"]
         load = model.arenas.load
 
-        def failing(copy: Any, timeline: int) -> None:
+        def failing(copy: Any, timeline: int, averaging: Any) -> None:
             copy.parameters.pop()
-            load(copy, timeline)
+            load(copy, timeline, averaging)
 
         monkeypatch.setattr(model, "on_failed", lambda model: None)
         monkeypatch.setattr(model.arenas, "load", failing)
@@ -298,7 +298,7 @@ def test_a_hook_with_a_defect_refuses_the_push_by_name(monkeypatch: pytest.Monke
     async def scenario() -> None:
         model = made()
         worker = Pusher(model)
-        hook, _ = Edits(model).add_hook("clip_grad_norm", "step_pre", {"max_norm": 1.0}, False, "test")
+        hook = model.hooks.add("clip_grad_norm", "step_pre", {"max_norm": 1.0}, model.groups, model.name)
         monkeypatch.setattr(hook, "step_pre", lambda context: {}["key"])
         error = await refusal(worker.push(BOTH))
         assert isinstance(error, RejectedByHook)

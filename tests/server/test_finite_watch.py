@@ -42,7 +42,7 @@ def test_a_step_that_ruins_parameters_is_told_of_once(gradients: Gradients, name
     async def scenario() -> None:
         model = made()
         worker = Pusher(model)
-        Edits(model).add_hook("finite_guard", Point.STEP_PRE, {"action": "apply"}, False, "test")
+        model.hooks.add("finite_guard", Point.STEP_PRE, {"action": "apply"}, model.groups, model.name)
         await worker.push(GOOD)
         assert told(model) == []
         await worker.push(gradients)
@@ -62,7 +62,7 @@ def test_one_element_among_many_is_found_in_the_end(monkeypatch: pytest.MonkeyPa
     async def scenario() -> None:
         model = made()
         worker = Pusher(model)
-        Edits(model).add_hook("finite_guard", Point.STEP_PRE, {"action": "apply"}, False, "test")
+        model.hooks.add("finite_guard", Point.STEP_PRE, {"action": "apply"}, model.groups, model.name)
         await worker.push({"a": torch.tensor([NAN, 1.0])})
         await worker.push(GOOD)
         assert told(model) == []

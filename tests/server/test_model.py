@@ -28,12 +28,12 @@ def test_what_a_snapshot_will_hold_stays_while_training_goes_on() -> None:
 
     async def scenario() -> None:
         model = made()
-        Edits(model).add_hook(
+        model.hooks.add(
             "lr_scheduler",
             "step_post",
             {"scheduler": "MultiStepLR", "arguments": {"milestones": [1, 9]}},
-            False,
-            "test",
+            model.groups,
+            model.name,
         )
         worker = model.sessions.join("w", 0.0, takeover=False)
 
