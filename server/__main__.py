@@ -21,7 +21,6 @@ from .config import Config
 from .process import logs
 from .process.exit_status import ExitStatus
 from .process.folder_lock import DataFolderLocked
-from .process.tracing import NoTracing
 from .service import Service
 
 log = logging.getLogger("pushstep.server")
@@ -113,7 +112,7 @@ def serve(arguments: Sequence[str] | None = None) -> int:
         status = asyncio.run(_run(config))
     except KeyboardInterrupt:
         return 130  # the service had not installed its signal handlers yet
-    except (OSError, DataFolderLocked, MemoryError, NoTracing, PushstepError) as error:
+    except (OSError, DataFolderLocked, MemoryError, PushstepError) as error:
         writer.say(f"pushstep-server: {error or 'out of memory'}")
         status = ExitStatus.NOT_STARTED
     if status is ExitStatus.NOT_ALL_SAVED:

@@ -39,10 +39,10 @@ from .process.descriptors import Spare, shared_out
 from .process.exit_status import ExitStatus
 from .process.folder_lock import lock_folder
 from .process.threads import DISK, METRICS, PUSHES, REQUESTS
-from .process.tracing import Traces
 from .process.unix_socket import UnixSocket
 from .shared_memory.regions import SharedMemory
 from .staging.budget import WINDOW_BYTES
+from .traces.request_spans import Traces
 from .worker_door.entrance import Entrance, require_entries
 from .worker_door.local import LocalDoor
 from .worker_door.servicer import SERVICE, GrpcDoor

@@ -54,11 +54,13 @@ ARROWS = {
         "__init__": set[str](),
         "__main__": {"service", "access", "config", "process"},
         "service": {
-            "worker_door", "operator_door", "shared_memory", "metrics", "models", "devices", "staging", "access", "process",
-            "config",
+            "worker_door", "operator_door", "shared_memory", "metrics", "models", "devices", "staging", "traces", "access",
+            "process", "config",
         },
         "commands": {"models", "journal", "storage", "arenas", "process", "config"},
-        "worker_door": {"requests", "shared_memory", "models", "streams", "arenas", "counters", "access", "process"},
+        "worker_door": {
+            "requests", "shared_memory", "models", "streams", "arenas", "counters", "traces", "access", "process",
+        },
         "operator_door": {
             "capacity", "imports", "metrics", "models", "observers", "remote", "journal", "storage", "coordinator", "arenas",
             "streams", "staging", "counters", "access", "process", "config",
@@ -75,7 +77,7 @@ ARROWS = {
             "observers", "journal", "remote", "storage", "coordinator", "arenas", "devices", "staging", "counters", "process", "config",
         },
         "remote": {"storage", "process"},
-        "observers": {"coordinator"},
+        "observers": {"coordinator", "traces"},
         "journal": {"storage", "coordinator", "arenas", "staging", "counters", "process"},
         "storage": {"coordinator", "arenas", "process"},
         "coordinator": {"staging", "counters"},
@@ -85,6 +87,7 @@ ARROWS = {
         "staging": {"process"},
         "access": set[str](),
         "counters": set[str](),
+        "traces": {"process"},
         "process": set[str](),
         "config": {"journal", "coordinator", "devices", "access"},
     },

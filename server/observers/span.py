@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
-import threading
 from collections.abc import Mapping
 from typing import Any, ClassVar, Final
 
 from pydantic import Field
 
-from pushstep.proto.errors import MissingExtra
-
 from ..coordinator.hooks.hook import Hook, Place, Point
 from ..coordinator.settings import Positive, Settings
+from ..traces.provider import provider, require_installed
 
 SPAN: Final = "pushstep.step"
 FACTS: Final = ("model", "timeline", "version", "worker", "staleness", "gradient_norm", "clip_factor")
 NANOSECONDS: Final = 1e9
 FLUSH_MS: Final = 5000
-_lock = threading.Lock()
-_own: list[Any] = []
 
 
 class SpanSettings(Settings):
@@ -47,18 +42,12 @@ class Span(Hook):
 
     def prepare(self, place: Place) -> None:
         """MissingExtra if OpenTelemetry's SDK is not installed."""
-        for package in ("opentelemetry", "opentelemetry.sdk", "opentelemetry.exporter"):
-            try:
-                found = importlib.util.find_spec(package)
-            except ModuleNotFoundError:  # the package that it lies in
-                found = None
-            if found is None:
-                raise MissingExtra(what=f"the hook {self.name}", package="opentelemetry-sdk", extra="otel")
+        require_installed(f"the hook {self.name}")
 
     def open(self, place: Place) -> None:
         """Begin. MissingExtra."""
         self.prepare(place)
-        self._provider = _provider()
+        self._provider = provider()
 
     def observe(self, event: Mapping[str, Any]) -> None:
         """Send a step's span."""
@@ -77,23 +66,3 @@ class Span(Hook):
         flush = getattr(self._provider, "force_flush", None)
         if flush is not None:
             flush(FLUSH_MS)
-
-
-def _provider() -> Any:
-    """The process's tracer provider; one of our own, which the environment sets up, if there is none."""
-    from opentelemetry import trace
-
-    found = trace.get_tracer_provider()
-    if not isinstance(found, trace.ProxyTracerProvider):
-        return found
-    with _lock:
-        if not _own:
-            from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-            from opentelemetry.sdk.resources import Resource
-            from opentelemetry.sdk.trace import TracerProvider
-            from opentelemetry.sdk.trace.export import BatchSpanProcessor
-
-            made = TracerProvider(resource=Resource.create({"service.name": "pushstep-server"}))
-            made.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
-            _own.append(made)
-        return _own[0]

@@ -30,8 +30,8 @@ from ..access.caller import CALLER
 from ..access.table import LOCAL_SOCKET
 from ..counters.server_counts import WORKERS_DOOR
 from ..process.request_log import RequestLog, about
-from ..process.tracing import trace_of
 from ..streams.bulk import OneMessage
+from ..traces.request_spans import trace_of
 from .servicer import GrpcDoor
 
 log = RequestLog("pushstep.line")

@@ -16,9 +16,9 @@ from pushstep.proto.errors.status import named, untrace
 
 from ..access.caller import require_model, was_cut
 from ..process.request_log import RequestLog
-from ..process.tracing import TRACEPARENT, Traces
 from ..streams.readers import Context, Reader, Readers
 from ..streams.received import received
+from ..traces.request_spans import TRACEPARENT, Traces
 
 log = RequestLog("pushstep.grpc")
 # A call's one message must arrive within this time: 4 MiB at 70 KB/s.

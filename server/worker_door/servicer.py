@@ -35,7 +35,6 @@ from ..models.model import Model
 from ..process.inline import INLINE_PARTS
 from ..process.request_log import TRACE_ID, RequestLog, about
 from ..process.threads import PULLS, REQUESTS
-from ..process.tracing import Traces, trace_of
 from ..requests.join import join, leave
 from ..requests.pull import (
     extras_header,
@@ -55,6 +54,7 @@ from ..streams.bulk import BulkStream
 from ..streams.counted_parts import CountedParts
 from ..streams.readers import Context, Readers
 from ..streams.timed_messages import TimedMessages
+from ..traces.request_spans import Traces, trace_of
 from .methods import abort, answered, answering, only, streamed, streaming, traced, traceparent_of
 from .throttle import Throttle
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
-import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -269,12 +269,8 @@ def test_what_is_not_installed_is_named(
 ) -> None:
     """As an import of a package that is not there fails."""
     package = {"tensorboard": "tensorboard", "otel_span": "opentelemetry.sdk"}[kind.name]
-    real = __import__("importlib.util", fromlist=["find_spec"]).find_spec
-    monkeypatch.setattr(
-        sys.modules[kind.__module__].__dict__["importlib"].util,
-        "find_spec",
-        lambda name: None if name == package else real(name),
-    )
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else real(name))
     hook = kind(f"{kind.name}-1", Point.STEP_POST, kind.settings_type())
     for prepare in (hook.prepare, hook.open):
         with pytest.raises(MissingExtra) as caught:

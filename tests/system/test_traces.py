@@ -18,7 +18,7 @@ import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from pushstep.proto import training_pb2 as pb
-from pushstep.server.process.tracing import trace_of
+from pushstep.server.traces.request_spans import trace_of
 from tests.support.servers.harness import COMMANDS, DEVICE, SUPPORT, RunningServer, running_server
 from tests.support.source_tree import PACKAGES, name_of, python_files
 from tests.support.workers.wire import SERVICE
@@ -163,7 +163,7 @@ def test_what_is_no_traceparent_names_no_trace(text: str) -> None:
 
 def test_without_the_extra_the_server_says_what_to_install(tmp_path: Path) -> None:
     blocked = tmp_path / "sitecustomize.py"
-    blocked.write_text("import sys\nsys.modules['opentelemetry.sdk.trace'] = None\n")
+    blocked.write_text("import sys\nsys.modules['opentelemetry.sdk'] = None\n")
     command = [
         *COMMANDS[DEVICE],
         "--otel",

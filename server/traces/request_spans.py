@@ -11,17 +11,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
-from .request_log import TRACE_ID, subject
+from ..process.request_log import TRACE_ID, subject
+from .provider import provider, require_installed
 
 # W3C's header: version, trace, parent, flags.
 _TRACEPARENT: Final = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
 TRACEPARENT: Final = "traceparent"
 # How long the end of the process waits for the last spans to be taken.
 LAST_MS: Final = 2000
-
-
-class NoTracing(ValueError):
-    """OpenTelemetry's SDK is not installed."""
 
 
 def trace_of(traceparent: str) -> str:
@@ -34,24 +31,13 @@ class Traces:
     """Makes spans. Use it on the event loop."""
 
     def __init__(self) -> None:
-        """NoTracing without the SDK and its exporter. A provider that this process has set up already is used."""
-        try:
-            from opentelemetry import trace
-            from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-            from opentelemetry.sdk.resources import Resource
-            from opentelemetry.sdk.trace import TracerProvider
-            from opentelemetry.sdk.trace.export import BatchSpanProcessor
-            from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
-        except ImportError as error:
-            raise NoTracing(f"--otel needs OpenTelemetry: pip install 'pushstep[otel]' ({error})") from error
-        provider = trace.get_tracer_provider()
-        if not isinstance(provider, TracerProvider):
-            # OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES are taken over it
-            made = TracerProvider(resource=Resource.create({"service.name": "pushstep-server"}))
-            made.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
-            provider = made
-        self._provider = provider
-        self._tracer = provider.get_tracer("pushstep.server")
+        """MissingExtra without OpenTelemetry's SDK."""
+        require_installed("--otel")
+        from opentelemetry import trace
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+        self._provider = provider()
+        self._tracer = self._provider.get_tracer("pushstep.server")
         self._parent: Callable[[dict[str, str]], Any] = TraceContextTextMapPropagator().extract
         self._server, self._error = trace.SpanKind.SERVER, trace.StatusCode.ERROR
 
@@ -77,4 +63,6 @@ class Traces:
 
     def end(self) -> None:
         """Have the last spans sent, if somebody takes them soon."""
-        self._provider.force_flush(LAST_MS)
+        flush = getattr(self._provider, "force_flush", None)
+        if flush is not None:
+            flush(LAST_MS)

@@ -1,0 +1,1 @@
+"""Spans by OpenTelemetry: where they go, and those of requests."""
