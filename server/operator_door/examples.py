@@ -64,6 +64,7 @@ _HOOK: Final = {
     "point": "step_pre",
     "settings": {"max_norm": 1.0},
     "failures": 0,
+    "dropped": 0,
 }
 _SNAPSHOT: Final = {
     "id": "t1-v1200-e3-1",
@@ -162,11 +163,13 @@ ANSWERS: Final[Mapping[tuple[str, str], Mapping[str, Any]]] = {
         "version": 1200,
         "timeline": 1,
         "statistics": {"value": _NUMBERS, "sum": _NUMBERS},
+        "looked_at": 128,
     },
     ("get", "/v1/hooks"): {"hooks": [{"name": "clip_grad_norm", "kind": "transform", "points": ["step_pre"]}]},
     ("get", f"{_M}/hooks"): {"hooks": [_HOOK], "next": None, "dropped_events": 0, **_NEXT},
     ("post", f"{_M}/hooks"): {**_HOOK, **_NEXT},
     ("get", f"{_M}/hooks/{{hook_id}}"): {**_HOOK, "state": {}},
+    ("patch", f"{_M}/hooks/{{hook_id}}"): {**_HOOK, "order": ["clip_grad_norm-1"], **_NEXT},
     ("delete", f"{_M}/hooks/{{hook_id}}"): {"id": "clip_grad_norm-1", **_NEXT},
     ("get", f"{_M}/policy"): {**_POLICY, **_NEXT},
     ("patch", f"{_M}/policy"): {**_POLICY, **_NEXT},

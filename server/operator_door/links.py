@@ -21,7 +21,7 @@ def _each(places: Sequence[tuple[str, str]], **names: str) -> list[Target]:
     return [(method, path, names) for method, path in places]
 
 
-_OF_HOOK: Final = [("get", _HOOK), ("delete", _HOOK)]
+_OF_HOOK: Final = [("get", _HOOK), ("patch", _HOOK), ("delete", _HOOK)]
 _OF_SNAPSHOT: Final = [
     ("get", _SNAPSHOT),
     ("get", f"{_SNAPSHOT}/content"),

@@ -23,6 +23,7 @@ from pushstep.server.config import Config
 from pushstep.server.models.catalog import Catalog
 from pushstep.server.models.saved_models import SavedModels
 from pushstep.server.operator_door.app import create_app
+from pushstep.server.operator_door.resources.parameters import LOOK_ELEMENTS
 from tests.support.servers.harness import RunningServer, wait_until
 from tests.support.workers.wire import PARAMETERS, created, state_of
 
@@ -138,8 +139,24 @@ def test_a_parameter_in_numbers(rest: Rest, session: Session) -> None:
     assert statistics == pytest.approx(
         {"min": value.min(), "max": value.max(), "mean": value.mean(), "norm": np.linalg.norm(value)}
     )
-    assert (shown["version"], shown["timeline"]) == (1, 1)
+    assert (shown["version"], shown["timeline"], shown["looked_at"]) == (1, 1, 8)
     assert rest("GET", "/parameters/wei", 404)["code"] == "unknown_parameter"
+
+
+def test_a_large_parameter_is_looked_at_in_parts(server: RunningServer, model_name: str) -> None:
+    """The writer copies a bounded part of it, spread over all of it."""
+    values = np.ones(3 * LOOK_ELEMENTS, np.float32)
+    values[:LOOK_ELEMENTS] = 3.0
+    session = server.connect(model_name)
+    session.create({"p": values}, [{"rule": "adagrad", "params": ["p"]}])
+    with httpx.Client(base_url=f"http://{server.http}", timeout=60, trust_env=False) as client:
+        shown = client.get(f"/v1/models/{model_name}/parameters/p").json()
+        assert client.delete(f"/v1/models/{model_name}").status_code == 204
+    assert LOOK_ELEMENTS * 0.99 < shown["looked_at"] <= LOOK_ELEMENTS
+    statistics = shown["statistics"]["value"]
+    assert (statistics["min"], statistics["max"]) == (1.0, 3.0)
+    assert statistics["mean"] == pytest.approx(5 / 3, rel=0.01)
+    assert statistics["norm"] == pytest.approx(np.linalg.norm(values), rel=0.01)
 
 
 def test_param_groups_show_torchs_words(rest: Rest) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from itertools import islice
 from operator import attrgetter
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Query
 from torch import Tensor
@@ -23,6 +24,9 @@ from ..numbers import finite_values
 from ..queries import Index
 
 router = APIRouter(tags=["parameters"])
+# A look copies them in the writer thread: 16 MB of each float32 state, some milliseconds.
+LOOK_ELEMENTS: Final = 4 << 20
+LOOK_BLOCK: Final = 1024
 
 
 def _show(slot: Slot, model: Model) -> dict[str, Any]:
@@ -56,13 +60,17 @@ async def list_parameters(
 
 @router.get("/models/{m}/parameters/{name:path}", summary="Show a parameter in numbers")
 async def show_parameter(model: ModelHere, name: str, looks: LooksHere) -> dict[str, Any]:
-    """Statistics of the parameter's values and states at one version."""
+    """Statistics of the parameter's values and states at one version.
+
+    Of a large parameter only `looked_at` elements are looked at, in blocks spread over it, since steps wait meanwhile: the
+    statistics are of those, and the norm is estimated from theirs.
+    """
     slot = model.layout.slot(name, model.name)
     arenas = model.arenas
 
     def copy() -> tuple[dict[str, int], dict[str, Tensor]]:
         views = {"value": arenas.view(slot), **{s: arenas.view(slot, s) for s in arenas.state_names(slot)}}
-        copied = {name: copy_of(view, f"a look at {slot.name!r}") for name, view in views.items()}
+        copied = {name: copy_of(_looked_at(view), f"a look at {slot.name!r}") for name, view in views.items()}
         return {"version": arenas.version, "timeline": arenas.timeline}, copied
 
     async def copied() -> tuple[dict[str, int], dict[str, Tensor]]:
@@ -72,9 +80,25 @@ async def show_parameter(model: ModelHere, name: str, looks: LooksHere) -> dict[
         return at, tensors
 
     async with looks.shared((model.uid, model.timeline, model.version, slot.index), copied) as (at, tensors):
-        shown = await READS.run(_statistics, tensors)
-    return {**_show(slot, model), **at, "statistics": shown}
+        shown = await READS.run(_statistics, tensors, math.prod(slot.shape))
+        looked_at = tensors["value"].numel()
+    return {**_show(slot, model), **at, "statistics": shown, "looked_at": looked_at}
 
 
-def _statistics(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, float | None]]:
-    return {name: finite_values(statistics(tensor)) for name, tensor in tensors.items()}
+def _looked_at(tensor: Tensor) -> Tensor:
+    """All of a tensor, or of a large one at most LOOK_ELEMENTS, in blocks at equal distances."""
+    every = -(-tensor.numel() // LOOK_ELEMENTS)
+    if every <= 1:
+        return tensor
+    flat = tensor.reshape(-1)
+    blocks = flat.numel() // (every * LOOK_BLOCK)
+    return flat[: blocks * every * LOOK_BLOCK].view(blocks, every * LOOK_BLOCK)[:, :LOOK_BLOCK]
+
+
+def _statistics(tensors: Mapping[str, Tensor], elements: int) -> dict[str, dict[str, float | None]]:
+    shown = {name: dict(statistics(tensor)) for name, tensor in tensors.items()}
+    for name, tensor in tensors.items():
+        norm = shown[name]["norm"]
+        if norm is not None and tensor.numel() < elements:  # of a sample
+            shown[name]["norm"] = norm * math.sqrt(elements / tensor.numel())
+    return {name: finite_values(values) for name, values in shown.items()}
