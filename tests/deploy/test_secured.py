@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import re
 import signal
+import ssl
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,16 @@ import yaml
 
 from pushstep.client.demo.worker import main as worker_main
 from pushstep.proto.environment import OF_CLIENTS, SETTINGS
-from tests.deploy.test_deploy import COMPOSE, DEPLOY, README, SERVICES, WORKERS, environment, free_port, healthchecks
+from tests.deploy.test_deploy import (
+    COMPOSE,
+    DEPLOY,
+    README,
+    SERVICES,
+    WORKERS,
+    environment,
+    free_port,
+    healthchecks,
+)
 from tests.support.access.secured import Authority, TokenFile
 
 
@@ -83,16 +92,17 @@ def test_what_both_files_say_starts_a_server_that_is_healthy_and_asks_who_calls(
         if name.startswith("PUSHSTEP_")  # the caches of compiled kernels stay where they are
     }
     program = Path(sys.executable).with_name("pushstep-server")
-    server = subprocess.Popen([program, *ADDED["server"]["command"]], env=os.environ | here)
+    command = [program, *ADDED["server"]["command"]]
+    server = subprocess.Popen(command, env=os.environ | here, stdout=subprocess.PIPE, text=True)
     try:
-        for path, check in healthchecks().items():
-            command = [sys.executable, *(word.replace(":7071/", f":{ports['7071']}/") for word in check[1:])]
-            until_s = time.monotonic() + 60
-            while subprocess.run(command, env=os.environ | here, capture_output=True, timeout=30).returncode:
-                assert server.poll() is None, "the server ended; its message is above"
-                assert time.monotonic() < until_s, path
-                time.sleep(0.2)
-        with httpx.Client(verify=str(secrets.ca), trust_env=False, timeout=20) as client:
+        assert server.stdout is not None
+        assert server.stdout.readline().startswith("ready ")
+        for check in healthchecks().values():
+            probe = [sys.executable, *(word.replace(":7071/", f":{ports['7071']}/") for word in check[1:])]
+            assert subprocess.run(probe, env=os.environ | here, timeout=60).returncode == 0
+        with httpx.Client(
+            verify=ssl.create_default_context(cafile=secrets.ca), trust_env=False, timeout=20
+        ) as client:
             url = f"https://127.0.0.1:{ports['7071']}/v1/models"
             assert client.get(url).status_code == 401
             assert client.get(url, headers=tokens.headers("viewer")).status_code == 200
@@ -100,4 +110,4 @@ def test_what_both_files_say_starts_a_server_that_is_healthy_and_asks_who_calls(
         assert server.wait(60) == 0
     finally:
         server.kill()
-        server.wait()
+        server.communicate()
