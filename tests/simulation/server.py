@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 from pushstep.proto import training_pb2 as pb
 from pushstep.proto.errors import PushstepError
@@ -21,6 +22,7 @@ from pushstep.server.arenas.arena import Arenas
 from pushstep.server.config import Config
 from pushstep.server.coordinator.admission import GateSettings
 from pushstep.server.devices.device import Device, DeviceStream
+from pushstep.server.models import catalog
 from pushstep.server.models.catalog import Catalog
 from pushstep.server.models.creations import Proposal
 from pushstep.server.models.model import Model
@@ -102,7 +104,9 @@ class MemoryCatalog(Catalog):
     """A catalog on a disk in memory."""
 
     def __init__(self, config: Config, loop: SimulatedLoop, disk: Disk, device: Device) -> None:
-        super().__init__(config, loop.time)
+        # to look for what is installed takes as long as the rest of a run
+        with patch.object(catalog, "register"):
+            super().__init__(config, loop.time)
         self.device = device
         self._folder = MemoryFolder(disk)
 
