@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load
-from tests.support.workers.twin import Network, Twins, adagrad, backward, both
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -23,6 +22,9 @@ from pushstep.optim.ops.normal import noise_key, normals
 from tests.support.numbers.optimizer_peers import KerasRun
 from tests.support.servers.harness import RunningServer
 from tests.support.servers.operators import add_hook, restore, take_snapshot
+from tests.support.trainings.network import Network
+from tests.support.trainings.optimizers import adagrad, backward, both
+from tests.support.trainings.twins import Twins
 
 STEPS = 20
 CLIP_VALUE, MAX_NORM, SEED, ETA, GAMMA = 0.02, 0.05, 7, 1e-3, 0.55
