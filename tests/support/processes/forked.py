@@ -12,12 +12,14 @@ import gc
 import importlib
 import json
 import os
+import pickle
 import runpy
 import select
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 from typing import IO, Any
@@ -165,6 +167,39 @@ def _become(order: dict[str, Any], fds: Any) -> None:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
 
 
+def _load_kernels() -> None:
+    """Load the kernels that every server warms up: that is half of its start.
+
+    None runs in this process, which would start threads that a forked one lacks. A child runs them, and tells which they are.
+    """
+    import torch
+
+    from pushstep.optim.kernels import cache
+    from pushstep.server.devices.warmup import warm_kernels
+
+    asked: list[tuple[Any, ...]] = []
+    compile_one = cache._compile
+
+    def note(*kernel: Any) -> Any:
+        asked.append(kernel)
+        return compile_one(*kernel)
+
+    with tempfile.TemporaryFile() as told:
+        child = os.fork()
+        if child == 0:
+            cache._compile = note
+            warm_kernels(torch.device("cpu"), Path(os.devnull))
+            pickle.dump(asked, told)
+            told.flush()
+            os._exit(0)
+        if os.waitpid(child, 0)[1] != 0:
+            raise RuntimeError("the kernels of a server's start cannot be warmed up")
+        told.seek(0)
+        for kernel in pickle.load(told):
+            cache.compiled(*kernel)
+    cache.folder.cache_clear()  # a server may be told another
+
+
 if __name__ == "__main__":
     for name in sys.argv[2:]:
         importlib.import_module(name)
@@ -173,6 +208,8 @@ if __name__ == "__main__":
 
     cpu_target.typing_context.refresh()
     cpu_target.target_context.refresh()
+    if "pushstep.server.__main__" in sys.argv:
+        _load_kernels()
     given = _take_orders(socket.socket(fileno=int(sys.argv[1])))
     if given is not None and "code" in given:
         import torch
