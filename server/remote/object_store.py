@@ -13,7 +13,7 @@ import errno
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -174,6 +174,10 @@ class ObjectStore:
         """Remove a snapshot that was not sent. What may be of it in the store is deleted later. OSError."""
         self._note(lambda index: index.with_deleting(snapshot))
         self._local.remove(snapshot)
+
+    def removing(self) -> Iterable[str]:
+        """Those that the store may still have."""
+        return self._index().deleting
 
     def unsent(self) -> Sequence[str]:
         """Those of which a copy is in the data folder. OSError."""

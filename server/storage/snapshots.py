@@ -70,7 +70,8 @@ class Snapshots:
         """
         state = f"t{copy.timeline}-v{copy.version}-e{facts['edit']}"
         # numbered, because the worker table changes between versions and the same state may be written again
-        numbers = [int(known.rpartition("-")[2]) for known in self.ids() if known.startswith(f"{state}-")]
+        taken = {*self.ids(), *self.store.removing()}
+        numbers = [int(known.rpartition("-")[2]) for known in taken if known.startswith(f"{state}-")]
         snapshot = f"{state}-{max(numbers, default=0) + 1}"
         temporary = self.folder / f"tmp-{uuid.uuid4().hex}"
         try:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -53,6 +53,9 @@ class Store(Protocol):
 
     def remove(self, snapshot: str) -> None:
         """Remove a snapshot. A half-removed one never looks like a whole one."""
+
+    def removing(self) -> Iterable[str]:
+        """Snapshots that are being removed: until they are gone, no other has their name."""
 
     def unsent(self) -> Sequence[str]:
         """The snapshots that are not yet where they are kept."""
@@ -126,6 +129,10 @@ class FolderStore:
         os.replace(self.folder / snapshot, trash)
         files.remove(trash)
         files.fsync(self.folder)
+
+    def removing(self) -> Iterable[str]:
+        """None: a rename removes them at once."""
+        return ()
 
     def unsent(self) -> Sequence[str]:
         """None: each is where it is kept once it is written."""

@@ -206,6 +206,9 @@ def test_a_deletion_that_broke_off_is_finished_at_the_next_start(
     monkeypatch.setattr(store.files, "rm", _away)
     store.snapshots.delete(snapshot)
     assert store.snapshots.ids() == []
+    again = store.write(1)  # of the same state, and not of the same name
+    assert again != snapshot
+    store.objects.discard(again)
     monkeypatch.undo()
     assert store.files.exists(store.key(snapshot, "arena-0000.safetensors"))
     store.objects.open()
