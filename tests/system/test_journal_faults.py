@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import sys
 import threading
 import warnings
@@ -204,3 +205,31 @@ def test_a_snapshot_that_failed_behind_a_restore_holds_up_no_change_of_the_level
             warnings.simplefilter("ignore")
             session.close()
         assert server.stop() == 0
+
+
+def test_a_server_without_a_descriptor_left_acknowledges_what_it_forces_to_the_disk(data: Path) -> None:
+    """What is already open goes on: pushes and pulls. A snapshot is refused by name, and taken later."""
+    server = start_server(data, *DURABLE)
+    session = _session(server)
+    try:
+        create(session)
+        session.push(grads(0))
+        pid = server.process.pid
+        with httpx.Client(base_url=f"http://{server.http}", trust_env=False) as operator:
+            assert operator.get("/v1/models/m").status_code == 200
+            before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, (3, before[1]))
+            for number in range(1, 6):
+                session.push(grads(number))
+            refused = operator.post("/v1/models/m/snapshots")
+            assert (refused.status_code, refused.json()["code"]) == (500, "storage_failed")
+            session.push(grads(6))
+            assert counts(session, 7) == [1] * 7
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
+            assert operator.post("/v1/models/m/snapshots").status_code == 201
+        server = kill_and_restart(server, *DURABLE)
+        assert counts(session, 7) == [1] * 7
+        session.close()
+        assert server.stop() == 0
+    finally:
+        server.kill()
