@@ -8,21 +8,25 @@ import resource
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from types import SimpleNamespace
+from typing import Any, NoReturn, cast
 
 import pytest
 
 from pushstep.proto.errors import DiskFull, JournalFull, PushstepError, StorageFailed
 from pushstep.proto.journal_pb2 import JournalRecord
+from pushstep.server.journal import recorder as recorder_module
 from pushstep.server.journal import reserve as reserve_module
 from pushstep.server.journal.chain import JournalChain
 from pushstep.server.journal.journal import Journal, Level
+from pushstep.server.journal.recorder import Recorder
 from pushstep.server.journal.reserve import FLOOR_BYTES, RESERVE_BYTES
 from pushstep.server.journal.sync import JournalSync
 
 UID = bytes(range(16))
 NUMBERS = ("EMFILE", "ENFILE", "ENOMEM", "EINTR", "ENOSPC", "EDQUOT", "EROFS", "EIO")
 FULL = ("ENOSPC", "EDQUOT")
+PAGE = 4096
 
 
 class Ended(BaseException):
@@ -202,4 +206,27 @@ def test_a_disk_that_can_set_nothing_aside_takes_edits_all_the_same(
     journal.close()
 
 
-PAGE = 4096
+def test_the_note_of_a_restore_waits_for_what_it_needs(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A start would not know of the restore without it. No write was lost, so the process need not end."""
+    append(journal, 1)
+    recorder = Recorder(cast(Any, SimpleNamespace()), JournalSync())
+    recorder.journal = journal
+    missing = [errno.EMFILE, errno.ENOSPC, errno.EROFS]
+    opened = os.open
+
+    def fails(path: Any, *arguments: Any, **options: Any) -> int:
+        if missing and str(path).endswith(".new"):
+            number = missing.pop()
+            raise OSError(number, os.strerror(number))
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", fails)
+    monkeypatch.setattr(recorder_module, "AGAIN_S", 0.0)
+    recorder.skip(0)
+    assert missing == []
+    assert not journal.is_based
+    append(journal, 2)
+    journal.close()
+    assert read(journal) == [1]  # and then a gap, which a snapshot bridges
