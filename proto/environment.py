@@ -40,6 +40,7 @@ SETTINGS: Final = (
     "webhook_hosts",
     "webhook_networks",
     "webhook_secrets",
+    "otel",
     "log_format",
     "log_level",
 )

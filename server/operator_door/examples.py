@@ -187,7 +187,7 @@ ANSWERS: Final[Mapping[tuple[str, str], Mapping[str, Any]]] = {
     ("get", f"{_M}/durability"): _DURABILITY,
     ("patch", f"{_M}/durability"): _DURABILITY,
     ("post", f"{_M}/restore"): _RESTORED,
-    ("get", f"{_M}/state-dict"): {"version": 1200, "timeline": 1, "optimizers": [{"state": {}, "param_groups": []}]},
+    ("get", f"{_M}/state-dict"): {"version": 1200, "timeline": 1, "optimizers": [{"state": {}, "param_groups": []}], "hooks": []},
     ("put", f"{_M}/state-dict"): {**_RESTORED, "parameters": 4, "buffers": 0, "state": "begun_anew"},
     ("get", f"{_M}/events"): {"events": [_EVENT], "next": None, "log": "a1b2c3d4"},
 }  # fmt: skip
