@@ -422,6 +422,28 @@ def test_observers_that_are_behind_cost_nothing_and_are_counted(
     assert [event["n"] for event in failing.seen] == sorted(event["n"] for event in failing.seen)
 
 
+def test_a_slow_observer_keeps_no_other_from_its_events(
+    failing: type[Failing], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(at_work, "OBSERVER_QUEUE", 5)
+    installed = HookChain()
+    slow = installed.add("failing", "step_post", {}, groups(), "m")
+    quick = installed.add("json_log", "step_post", {}, groups(), "m")
+    looking = at_work.Observers()
+    with caplog.at_level("INFO", "pushstep.hooks.json_log"):
+        for number in range(20):
+            looking.tell(installed.observers(Point.STEP_POST), {"n": number})
+            wait_until(lambda seen=number + 1: len(caplog.messages) == seen)
+    assert quick.dropped == 0
+    assert 14 <= slow.dropped <= 15
+    assert looking.dropped == slow.dropped
+    installed.remove(slow.hook_id, groups(), "m")
+    looking.keep(installed.list)
+    failing.go.set()
+    wait_until(lambda: slow.failures == 20 - slow.dropped)
+    looking.close()
+
+
 def test_json_log_writes_what_happened(server: RunningServer, session: Session, hooks: str) -> None:
     for point in Point:
         added = {"name": "json_log", "point": point, "settings": {"every": 2 if point == "step_post" else 1}}
