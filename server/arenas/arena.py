@@ -152,7 +152,9 @@ class Arenas:
                 parts, factor, clipped = changed(ticket, parts, take)
             if ticket.frozen:
                 parts = [part for part in parts if self._group_of(part) not in ticket.frozen]
-            moves = self.averages.plan(ticket, self.layout, self.parameters)
+            moves: Sequence[Callable[[], None]] = ()
+            if ticket.averages:
+                moves = self.averages.plan(ticket, self.layout, self.parameters)
             if moves and any(overwritten(ticket, self.layout)):
                 copy_out = None  # it would not receive what the parameters become
             steps = list(self._planned(parts, values, factor, copy_out))

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from pushstep.client import Outcome, Session
 from tests.support.servers.harness import RunningServer, running_server, wait_until
 from tests.support.servers.operators import add_hook, restore, take_snapshot
+from tests.support.trainings.network import Network
+from tests.support.trainings.optimizers import adagrad, backward
 from tests.support.workers.wire import GROUPS, PARAMETERS, created
 
 ONES = {"bias": np.ones(4, np.float32)}
@@ -210,6 +212,23 @@ def test_each_point_fires_where_torchs_does(journaled: RunningServer) -> None:
         assert [at for point, at in points_seen(journaled, model) if point.startswith("step_p")] == [
             version
         ] * 2
+    ask(journaled, "DELETE", f"/v1/models/{model}", 204)
+
+
+def test_a_worker_s_state_dict_is_one_too(journaled: RunningServer) -> None:
+    model = f"p{next(_numbers)}"
+    with journaled.connect(model) as session:
+        network = Network()
+        remote = session.attach(adagrad(network), module=network)
+        for point in ("state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post"):
+            add_hook(journaled, model, "json_log", point, {})
+        state = remote.state_dict()
+        wait_until(lambda: len(points_seen(journaled, model)) == 2)
+        backward(network, [remote], 0)
+        remote.step()
+        remote.load_state_dict(state)
+        points = ["load_state_dict_post", "load_state_dict_pre", "state_dict_post", "state_dict_pre"]
+        wait_until(lambda: sorted({point for point, _ in points_seen(journaled, model)}) == points)
     ask(journaled, "DELETE", f"/v1/models/{model}", 204)
 
 
