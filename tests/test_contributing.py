@@ -86,7 +86,7 @@ async def added() -> dict[str, str]:
 """,
         "from .resources import (\n",
         "from .resources import (\n    added,\n",
-        "    root,\n    models,=>    added,\n    root,\n    models,",
+        "    server,\n    models,=>    added,\n    server,\n    models,",
     ),
     "device": (
         """

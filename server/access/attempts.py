@@ -1,7 +1,7 @@
 """Refused tokens, counted by the address that they came from.
 
 A right token is let in however many wrong ones came from its address: whoever shares an address with a flood is not
-shut out with it. Only the refusals change: beyond FREE_ATTEMPTS, and one more each second, an address is told to stop, and
+shut out with it. Only the refusals change: beyond FREE_ATTEMPTS, and PER_S more each second, an address is told to stop, and
 its connection ends.
 """
 
@@ -15,8 +15,9 @@ from collections.abc import Callable
 from typing import Final
 
 log = logging.getLogger("pushstep.access")
-FREE_ATTEMPTS: Final = 20
-PER_S: Final = 1.0
+# Enough for a thousand workers at one address whose token was taken back; a flood brings as many in a second.
+FREE_ATTEMPTS: Final = 1000
+PER_S: Final = 20.0
 # Addresses remembered; the one that was refused the longest ago is forgotten first.
 MOST_ADDRESSES: Final = 10_000
 LOGGED_EVERY_S: Final = 60.0

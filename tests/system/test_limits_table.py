@@ -137,7 +137,7 @@ EXPECTED = {
     + "; "
     + f"{(GRPC['grpc.keepalive_time_ms'] + GRPC['grpc.keepalive_timeout_ms']) / 1000:g} s",
     "headers of a call": size(GRPC["grpc.absolute_max_metadata_size"]),
-    "requests without a right token": f"{attempts.FREE_ATTEMPTS}",
+    "requests without a right token": f"{attempts.FREE_ATTEMPTS:,}; {attempts.PER_S:g}",
     "addresses of which that is known": f"{attempts.MOST_ADDRESSES:,}; {tokens.MOST_TOKENS:,}",
     "a TLS handshake at the HTTP port": "`--stall-s`",
     "HTTP connections": f"{descriptors.MOST_HTTP:,}, or a quarter of those files",

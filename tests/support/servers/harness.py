@@ -52,6 +52,8 @@ class RunningServer:
     data: Path
     log: Path
     sessions: list[Session] = field(default_factory=list)
+    # of each session, unless it is told another
+    token: str | None = None
     # of each REST call that has none of its own
     headers: dict[str, str] = field(default_factory=dict)
     # of each call of gRPC that is made by hand
@@ -66,7 +68,13 @@ class RunningServer:
             options.pop("address", self.grpc),
             model=model,
             worker=worker,
-            **{"timeout_s": 20.0, "retry_for_s": 20.0, "shared_memory": False, **options},
+            **{
+                "timeout_s": 20.0,
+                "retry_for_s": 20.0,
+                "shared_memory": False,
+                "token": self.token,
+                **options,
+            },
         )
         self.sessions.append(session)
         return session
