@@ -159,6 +159,7 @@ def check(data: Path, examples: int) -> None:
         assert "Traceback" not in log
 
 
+@pytest.mark.timeout(300)
 def test_no_answer_is_another_than_described(data: Path) -> None:
     check(data, 12)
 
