@@ -49,7 +49,10 @@ def adopt(remote: Remote, data: Path) -> None:
         Index(frozenset(ids)).write(path)
         ModelFolder(path).write_identity(_identity(manifest))
         log.warning(
-            "model %s was found at %s: it goes on from its newest snapshot", name, remote.bucket.shown
+            "model %s was found at %s: it goes on from its newest snapshot",
+            name,
+            remote.bucket.shown,
+            extra={"model": name},
         )
     remote.adopted()
 

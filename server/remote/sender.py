@@ -147,7 +147,7 @@ class Sender:
         if snapshot:
             sending.sent = snapshot
         if sending.problem:
-            log.info("model %s: its snapshots are sent again", model.name)
+            log.info("model %s: its snapshots are sent again", model.name, extra={"model": model.name})
             model.record("snapshots_sent_again", "server", snapshot=snapshot)
         sending.problem, sending.since, sending.wait_s = "", 0.0, FIRST_WAIT_S
 
@@ -157,7 +157,11 @@ class Sender:
         problem = error.message if isinstance(error, PushstepError) else in_words(error)
         sending.due_s = time.monotonic() + sending.wait_s
         log.warning(
-            "model %s: a snapshot was not sent, again in %.0f s: %s", model.name, sending.wait_s, problem
+            "model %s: a snapshot was not sent, again in %.0f s: %s",
+            model.name,
+            sending.wait_s,
+            problem,
+            extra={"model": model.name},
         )
         sending.wait_s = min(2 * sending.wait_s, LONGEST_WAIT_S)
         if not sending.problem:

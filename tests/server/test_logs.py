@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -206,6 +207,29 @@ def test_every_line_about_a_model_has_it_as_a_field() -> None:
         and "extra" not in [keyword.arg for keyword in node.keywords]
     ]
     assert wrong == []
+
+
+def test_the_libraries_lines_take_the_same_form() -> None:
+    """In a process of its own: pytest has handlers of its own here."""
+    names = ["uvicorn.error", "grpc._cython.cygrpc", "asyncio", "py.warnings", "opentelemetry.sdk"]
+    code = f"""
+import logging
+from pushstep.server.process import logs
+from pushstep.server import service
+import uvicorn
+writer = logs.start("info", "json")
+uvicorn.Config(None, log_config=None)
+for name in {names!r}:
+    logging.getLogger(name).error("said by %s\\n%s", name, {FORGED!r})
+writer.flush()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=100
+    )
+    lines = [json.loads(line) for line in done.stderr.splitlines()]
+    assert [(line["logger"], line["message"]) for line in lines] == [
+        (name, f"said by {name}\n{FORGED}") for name in names
+    ]
 
 
 @pytest.fixture(scope="module", params=["text", "json"])
