@@ -16,7 +16,7 @@ TRACE_ID: Final[ContextVar[str]] = ContextVar("trace_id", default="")
 
 
 def about(model: str = "", worker: str = "", sequence: int = 0) -> None:
-    """Say what the request under way is about. It takes 0.2 us."""
+    """Say what the request under way is about. It takes 0.1 us."""
     _ABOUT.set((model, worker, sequence))
 
 

@@ -122,7 +122,7 @@ PULLS: Final = Threads("pulls", 2)
 # a quarter of the cores. A reader beyond those that may wait gets Busy.
 READS: Final = Threads("reads", max(1, int(SHARE_OF_READS * _CORES)), most_waiting=16)
 # Scrapes of /metrics, most of whose work is Python: a quarter of a core, however often they are asked for. One of 10 models
-# takes 10 ms, one of 100 with 10,000 workers each 1 s.
+# takes 20 ms, one of 100 with 10,000 workers each 2.4 s.
 METRICS: Final = Threads("metrics", 1, most_waiting=8, share=Share(SHARE_OF_READS, 5.0))
 # Chunks of files that are sent over REST. The limit on HTTP requests bounds the calls: each has one read at a time.
 DOWNLOADS: Final = Threads("downloads", 2)
