@@ -99,7 +99,8 @@ def _with_problems(schema: dict[str, Any]) -> dict[str, Any]:
             responses = operation["responses"]
             need = need_of(method.upper(), path)
             operation["x-role"] = need.value
-            operation["security"] = [] if need is Need.OPEN else [{"bearer": []}]
+            # without a token where the server has none, as by default on loopback
+            operation["security"] = [] if need is Need.OPEN else [{"bearer": []}, {}]
             for status in (
                 *_statuses(path, method, operation),
                 *(() if need is Need.OPEN else _WITHOUT_TOKEN),
