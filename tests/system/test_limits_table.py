@@ -30,7 +30,7 @@ from pushstep.server.models import (
 )
 from pushstep.server.observers import addresses, observers, webhook
 from pushstep.server.operator_door import app, http_protocol
-from pushstep.server.operator_door.answers import downloads
+from pushstep.server.operator_door.answers import downloads, event_stream
 from pushstep.server.process import descriptors, threads
 from pushstep.server.service import GRPC_OPTIONS
 from pushstep.server.staging import budget
@@ -160,6 +160,7 @@ EXPECTED = {
         f"{chain.MAX_HOOKS}; {size(chain.MAX_SETTINGS_BYTES)}; {schedulers.MAX_SCHEDULERS}; {schedulers.MAX_LIST:,}"
     ),
     "events kept of a model": f"{events.EVENTS_KEPT:,}; {size(events.EVENT_BYTES)}; {size(events.EVENTS_BYTES)}",
+    "streams of events": f"{event_stream.MOST_LISTENERS}; {event_stream.MOST_BEHIND}",
     "events that observers": f"{observers.OBSERVER_QUEUE:,}",
     "a webhook's request": (
         f"{duration(webhook.TIMEOUT_S)} (at most {webhook.MOST_TIMEOUT_S:.0f}); {addresses.LONGEST_URL:,} characters; "
