@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Final
 
@@ -20,19 +19,17 @@ from pushstep.proto.wire import dtypes
 from pushstep.proto.wire.hyperparameters import values_of
 from pushstep.proto.wire.layout import Layout, Slot
 
+from ..captures.capture import PARAMETER, Averaged, Capture, Span, Written
 from ..devices.device import Device
 from ..process.memory import copy_of, take
 from ..staging.gradient import DensePart, RowsPart
-from .averages import Averages, Buffers, overwritten
+from .arenas_copy import ArenasCopy
+from .averages import Averages, overwritten
 from .extras import Extras
 from .finite_watch import FiniteWatch
 from .gradients import Part, Take, changed
-from .rules import fill_initial, rule_of
+from .rules import fill_initial, rule_of, stays_finite
 
-# New hyperparameters of a group are tried on this before they are accepted.
-TRIED_ELEMENTS: Final = 256
-TRIED_GRADIENTS: Final = (0.0, 1.0, -1.0)
-TRIED_STEPS: Final = 2
 # Charged for a parameter beside its elements: its name, place and step count. A million of them take 800 MB.
 PARAMETER_BYTES: Final = 1 << 10
 FRESH: Final[Take] = partial(torch.empty, dtype=torch.uint8, device="cpu")
@@ -56,10 +53,17 @@ class Arenas:
         self.watch = FiniteWatch()
         # between two versions: a write has begun and was not finished
         self.torn = False
+        # the version that a snapshot is being made of
+        self.capture: Capture | None = None
 
     @contextmanager
-    def writing(self) -> Iterator[None]:
-        """A block that replaces one version by another. After an error the arenas are torn until a load."""
+    def writing(self, parts: Iterable[Written]) -> Iterator[None]:
+        """A block that replaces one version by another. After an error the arenas are torn until a load.
+
+        parts: all that it overwrites. A snapshot that is being read has it saved first.
+        """
+        if self.capture is not None and not self.capture.save(parts):
+            self.capture = None
         self.torn = True
         yield
         self.torn = False
@@ -121,13 +125,17 @@ class Arenas:
             fill_initial(self.layout, self.states, values, 0)
 
     def begin_anew(self, slots: Iterable[Slot], values: Sequence[Mapping[str, float | bool]]) -> None:
-        """Reset the states and step counts of parameters. values: the hyperparameters of all groups."""
+        """Reset the states and step counts of parameters, in a block of `writing`.
+
+        values: the hyperparameters of all groups.
+        """
         with self.device_stream.here():
             for slot in slots:
                 rule = rule_of(self.layout, slot.group)
                 for name in rule.state_names:
                     self.view(slot, name).fill_(rule.initial_value(name, values[slot.group]))
                 self.steps[slot.index] = 0
+                self.mark_changed(slot, self.version)
 
     def step(
         self,
@@ -160,7 +168,7 @@ class Arenas:
             steps = list(self._planned(parts, values, factor, copy_out))
         finally:
             self.version = ticket.version
-        with self.writing():
+        with self.writing([*parts, *self.averages.moved(ticket, self.layout)] if moves else parts):
             for step in steps:
                 step()
             written: set[int] = set()
@@ -282,10 +290,36 @@ class Arenas:
 
     def stays_finite(self, group: int, values: Mapping[str, float | bool]) -> bool:
         """True if trial steps with these hyperparameters keep a sample of finite elements finite."""
-        return self._as_it_is().stays_finite(group, values)
+        return stays_finite(self.layout, self.parameters, self.states, self.steps, group, values)
 
-    def _as_it_is(self) -> ArenasCopy:
-        return ArenasCopy(self.layout, self.timeline, self.version, self.parameters, self.states, self.steps)
+    def begin_averages(self, hook: str, groups: Sequence[int]) -> None:
+        """Have averages for a hook, equal to the parameters. OutOfMemory."""
+        if self.capture is not None:
+            self.capture.save(Averaged(hook, arena.index) for arena in self.layout.arenas)
+        self.averages.begin(hook, groups, self.layout, self.parameters)
+
+    def _all(self) -> list[Span | Averaged]:
+        spans = [Span(arena.index, 0, arena.elements) for arena in self.layout.arenas]
+        averaged = [Averaged(hook, arena) for hook, kept in self.averages.buffers.items() for arena in kept]
+        return [*spans, *averaged]
+
+    def captured(self, extras: Extras, lineage: Sequence[tuple[int, int]]) -> Capture:
+        """This version for one reader, in any thread, until it closes it. Later writes save what it still needs."""
+        if self.capture is not None and self.capture.is_open:
+            raise RuntimeError("one version is being read already")
+        self.capture = Capture(
+            self.layout,
+            self.timeline,
+            self.version,
+            [{PARAMETER: a, **b} for a, b in zip(self.parameters, self.states, strict=True)],
+            list(self.steps),
+            extras,
+            lineage,
+            self.averages.copied(lambda average: average),
+            self.row_changed,
+            self.device_stream,
+        )
+        return self.capture
 
     def copy(self) -> ArenasCopy:
         """A copy of everything at this version, in memory of its own on the CPU. OutOfMemory."""
@@ -316,7 +350,7 @@ class Arenas:
         averaging: the hooks whose averages are kept.
         """
         fill_averages = self.averages.planned_load(copy.averages, self.device, averaging)
-        with self.writing():
+        with self.writing(self._all()):
             fill_averages()
             for flat, source in zip(self.parameters, copy.parameters, strict=True):
                 flat.copy_(source)
@@ -328,53 +362,6 @@ class Arenas:
             for slot in self.layout.slots:
                 self.mark_changed(slot, copy.version)
         self.watch.look(self.layout, self.parameters)
-
-
-@dataclass(frozen=True, slots=True)
-class ArenasCopy:
-    """What Arenas held at one version. Nobody writes to it."""
-
-    layout: Layout
-    timeline: int
-    version: int
-    parameters: list[Tensor]
-    states: list[dict[str, Tensor]]
-    steps: list[int]
-    # buffers and frozen values, by name: kept, not stepped
-    extras: Extras = field(default_factory=Extras)
-    # the (timeline, version) that each restore before it continued from
-    lineage: Sequence[tuple[int, int]] = ()
-    # what hooks keep beside the parameters: by hook and arena
-    averages: Buffers = field(default_factory=dict)
-
-    @property
-    def lineage_here(self) -> list[tuple[int, int]]:
-        """The lineage of a timeline that continues from here."""
-        return [*self.lineage, (self.timeline, self.version)]
-
-    def stays_finite(self, group: int, values: Mapping[str, float | bool]) -> bool:
-        """True if trial steps with these hyperparameters keep a sample of a group's finite elements finite."""
-        rule = rule_of(self.layout, group)
-        for arena in self.layout.arenas_of_group[group]:
-            if not arena.elements:
-                continue
-            stride = -(-arena.elements // TRIED_ELEMENTS)
-            for gradient in TRIED_GRADIENTS:
-                flats = [self.parameters[arena.index], *self.states[arena.index].values()]
-                param, *state = (flat[::stride].clone() for flat in flats)
-                was = torch.isfinite(param)
-                first = arena.slots[0].index
-                for step in range(1, 1 + TRIED_STEPS):
-                    at = step + (self.steps[first] if first < len(self.steps) else 0)
-                    rule.step_dense(param, torch.full_like(param, gradient), state, values, step=at)
-                if bool((was & ~torch.isfinite(param)).any()):
-                    return False
-        return True
-
-    def view(self, slot: Slot, state: str = "") -> Tensor:
-        """One parameter (or its state) in its own shape."""
-        flat = self.states[slot.arena][state] if state else self.parameters[slot.arena]
-        return flat[slot.start : slot.stop].view(slot.shape)
 
 
 def _between(flat: Tensor, start: int, stop: int) -> Tensor:

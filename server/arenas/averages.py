@@ -17,6 +17,7 @@ from pushstep.proto.types_pb2 import ParameterAverage, Ticket
 from pushstep.proto.wire import dtypes
 from pushstep.proto.wire.layout import Layout, Slot
 
+from ..captures.capture import Averaged, Span
 from ..process.memory import take
 
 # By hook, then by arena.
@@ -78,6 +79,14 @@ class Averages:
             yield plan_average(average, parameters[arena], move.momentum)
             if move.overwrite and layout.arenas[arena].group not in ticket.frozen:
                 yield partial(copy, parameters[arena], average)
+
+    def moved(self, ticket: Ticket, layout: Layout) -> Iterator[Averaged | Span]:
+        """What `plan`'s calls overwrite."""
+        for move in ticket.averages:
+            for arena in self.buffers[move.hook]:
+                yield Averaged(move.hook, arena)
+                if move.overwrite and layout.arenas[arena].group not in ticket.frozen:
+                    yield Span(arena, 0, layout.arenas[arena].elements)
 
     def copied(self, make: Callable[[Tensor], Tensor]) -> dict[str, dict[int, Tensor]]:
         """All of them, each made by `make`."""

@@ -113,6 +113,7 @@ def _snapshot(folder: ModelFolder, snapshot: str) -> dict[str, Any]:
     try:
         manifest, copy = folder.snapshots.read(snapshot)
         saved_state(manifest, copy, folder.name)
+        based_on = [under["id"] for under in folder.snapshots.chain(snapshot)[:-1]]
     except SnapshotDamaged as error:
         return {"id": snapshot, "state": "damaged", "problem": error.fields["problem"]}
     except SnapshotUnsupported as error:
@@ -125,6 +126,8 @@ def _snapshot(folder: ModelFolder, snapshot: str) -> dict[str, Any]:
         "timeline": copy.timeline,
         "version": copy.version,
         "journal": int(manifest.get("journal", 0)),
+        # a link is what has changed since these, the whole one first; all of them were verified with it
+        "based_on": based_on,
     }
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from ..arenas.arena import ArenasCopy
+    from ..arenas.arenas_copy import ArenasCopy
     from .data_folder import DataFolder
 
 

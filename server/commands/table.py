@@ -45,6 +45,8 @@ def _table(model: ModelFindings) -> Table:
         kind = "automatic" if entry.get("automatic") else ""
         about = entry.get("problem", "")
         state = f"{entry['state']}{': ' if about else ''}{about}"
+        if based_on := entry.get("based_on"):
+            state += f", on {' + '.join(based_on)}"
         version = str(entry.get("version", ""))
         size = str(entry.get("bytes", ""))
         table.add_row(f"snapshot {kind}".strip(), entry["id"], "", version, size, escape(state))

@@ -312,6 +312,16 @@ class CudaLane(DeviceStream):
                 pieces.append(Fetched(piece, _event(cuda.Event, stream, blocking=True), copies))
         return pieces
 
+    def fetch(self, target: Tensor, source: Tensor) -> None:
+        """Copy in the stream's order, from any thread, and wait for the copy alone."""
+        with self.here():
+            target.copy_(source)
+
+    def gathered(self, source: Tensor, ids: Tensor) -> Tensor:
+        """Gathered on the device, or on the host where they lie there."""
+        with self.here():
+            return source.index_select(0, ids.to(source.device)).cpu()
+
     def publish(self, make: Callable[[], None]) -> None:
         """Make frames in the publisher thread. Their source is a copy, so the next steps need not wait."""
         self._device.publisher.submit(make)

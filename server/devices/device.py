@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pushstep.optim.ops.copies import copy
 from pushstep.proto.errors import NoSharedMemory
 from pushstep.proto.wire.buffers import fresh_memory
 from pushstep.proto.wire.frames import Assembly, BodyDigest, Piece, Source
@@ -58,6 +59,14 @@ class DeviceStream:
         On the CPU, make those frames before the next step is taken.
         """
         return [Piece(source, dtype)]
+
+    def fetch(self, target: Tensor, source: Tensor) -> None:
+        """Copy elements into host memory, behind the work that is queued. Returns when they are there."""
+        copy(target, source)
+
+    def gathered(self, source: Tensor, ids: Tensor) -> Tensor:
+        """Rows of a tensor in host memory of their own, as `fetch` copies them."""
+        return source.index_select(0, ids)
 
     def publish(self, make: Callable[[], None]) -> None:
         """Make frames from what `outgoing` returned: at once; if those are copies, beside the next steps."""

@@ -23,7 +23,8 @@ from pushstep.proto.wire import dtypes
 from pushstep.proto.wire.layout import Layout, Slot
 from pushstep.proto.wire.tensor_names import STEP, state_name, state_of
 
-from ..arenas.arena import Arenas, ArenasCopy
+from ..arenas.arena import Arenas
+from ..arenas.arenas_copy import ArenasCopy
 from ..arenas.rules import rule_of
 from ..coordinator.settings import LARGEST_WHOLE
 from ..staging.inspect import is_accumulated

@@ -32,7 +32,8 @@ from pushstep.proto.wire import dtypes
 from pushstep.proto.wire.hyperparameters import wire_values
 from pushstep.proto.wire.layout import MAX_DIMENSIONS, Layout, with_group
 
-from ..arenas.arena import Arenas, ArenasCopy
+from ..arenas.arena import Arenas
+from ..arenas.arenas_copy import ArenasCopy
 from ..coordinator.groups import Group
 from ..coordinator.policies.policy import listed
 from ..coordinator.policies.synchronous import require_round_fits

@@ -42,6 +42,7 @@ from ..devices.choose import device
 from ..journal.durability import DurabilitySettings
 from ..journal.sync import JournalSync
 from ..observers.catalogue import register
+from ..pacing.paced_lock import PacedLock
 from ..process import garbage
 from ..process.threads import DISK, STORE
 from ..remote.remote import remote_of
@@ -98,7 +99,7 @@ class Catalog:
         self.sender = None if self.remote is None else Sender(self.remote, self._models)
         self.snapshotter.sender = self.sender
         # by model name: held while its folder is written to or removed
-        self._folders: dict[str, asyncio.Lock] = {}
+        self._folders: dict[str, PacedLock] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
 
     def get(self, name: str, uid: bytes = b"") -> Model:
@@ -137,9 +138,9 @@ class Catalog:
         path = self._models / name
         return ModelFolder(path, None if self.remote is None else self.remote.store(path))
 
-    def alone(self, name: str) -> asyncio.Lock:
+    def alone(self, name: str) -> PacedLock:
         """The lock of a model's folder: hold it to write into the folder or to remove it."""
-        return self._folders.setdefault(name, asyncio.Lock())
+        return self._folders.setdefault(name, PacedLock())
 
     # Creation: a ticket, then the values, then the model.
 
@@ -390,5 +391,6 @@ class Catalog:
 
     async def until_whole(self, timeout_s: float) -> None:
         """Wait, for at most `timeout_s`, for edits that are under way, also those whose callers have gone."""
+        self.snapshotter.hurry()
         if self._tasks:
             await asyncio.wait(set(self._tasks), timeout=timeout_s)

@@ -14,7 +14,7 @@ from typing import Any, Final, Generic, TypeVar
 
 from pushstep.proto.errors import ExportsBusy
 
-from ..arenas.arena import ArenasCopy
+from ..arenas.arenas_copy import ArenasCopy
 from ..coordinator.hooks.hook import Point
 from .model import Model
 

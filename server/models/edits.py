@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from pushstep.proto.errors import InvalidHyperparameter
 
-from ..arenas.arena import ArenasCopy
+from ..arenas.arenas_copy import ArenasCopy
 from ..arenas.averages import Averages
 from ..coordinator.admission import GateSettings
 from ..coordinator.commits import DURABILITY, GATE, GROUPS, HOOKS, POLICY, of_group, of_hook
@@ -217,10 +217,7 @@ class HookEdits:
 
     def _begin(self, hook_id: str, groups: Sequence[int]) -> Future[None]:
         """Have averages that equal the parameters. OutOfMemory, the first time."""
-        arenas = self._model.arenas
-        return self._model.writer.write(
-            lambda: arenas.averages.begin(hook_id, groups, arenas.layout, arenas.parameters)
-        )
+        return self._model.writer.write(partial(self._model.arenas.begin_averages, hook_id, groups))
 
     def _held_by(self) -> list[str | None]:
         """The hook that holds the lr of each group."""

@@ -22,11 +22,13 @@ from pushstep.proto.errors.status import untrace
 from pushstep.proto.types_pb2 import Identity, Receipt
 from pushstep.proto.wire.layout import Layout
 
-from ..arenas.arena import Arenas, ArenasCopy
+from ..arenas.arena import Arenas
+from ..arenas.arenas_copy import ArenasCopy
 from ..arenas.averages import Averages
 from ..arenas.extras import Extras
 from ..arenas.publisher import Publisher
 from ..arenas.writer import ModelWriter
+from ..captures.capture import Capture
 from ..coordinator.commits import Commits, Revisions
 from ..coordinator.coordinator import Coordinator
 from ..coordinator.groups import Group, ParamGroups
@@ -46,6 +48,7 @@ from ..process.logs import in_short
 from ..process.threads import DISK
 from ..staging.budget import Budget
 from ..staging.read_budget import ReadBudget
+from ..storage.chains import Base
 from ..storage.model_folder import IdentityFile
 from ..storage.saved_state import SavedState
 from .events import Events
@@ -103,12 +106,11 @@ class Model:
         self.counts = ModelCounts()
         self.last_receipt: Receipt | None = None
         self.durability = durability
-        # what is on the disk of who it is
+        # what is on the disk of who it is; of what, and since when, the newest snapshot is; and when one was last begun
         self.kept = IdentityFile(uid, timeline, None, ())
-        # what the newest snapshot holds, and when it was taken
         self.saved: Hashable = None
         self.saved_s = self.clock()
-        # when a snapshot was last begun
+        self.base: Base | None = None
         self.tried_s = 0.0
         # the last upload that replaced the optimizer state: its retry is answered and not refused
         self.replaced_by: Identity | None = None
@@ -343,11 +345,6 @@ class Model:
         at = timeline or self.timeline
         return replace(self.kept, timeline=at, clean_version=clean_version, lineage=stands_on)
 
-    @property
-    def version_before_failure(self) -> int:
-        """The last version that was whole, of a model that a write has left torn."""
-        return self.arenas.version - 1
-
     def end(self) -> None:
         """Decide and step nothing more. ModelFailed if a write has left it between two versions."""
         self.require_whole()
@@ -355,36 +352,37 @@ class Model:
         self.recorder.give_up()
         self.executor.close()
 
-    async def copy(self, *, last: bool = False, rolls: bool = False) -> tuple[dict[str, Any], ArenasCopy]:
-        """Groups, hooks and workers, with the arenas of exactly the same version. OutOfMemory.
+    async def copy(self) -> tuple[dict[str, Any], ArenasCopy]:
+        """Groups, hooks and workers, with a copy of the arenas of exactly the same version. OutOfMemory."""
+        self.require_whole()
+        facts, extras, lineage = self.dump(), self.extras, tuple(self.commits.lineage)
+        under_way = self.executor.under_way()
+        copy = await self.writer.submit(self.arenas.copy)
+        put_outcomes(facts["workers"], under_way)
+        return facts, replace(copy, extras=extras, lineage=lineage)
 
-        `last`: the model has ended, so the arenas themselves serve as the copy where they lie on the CPU. `rolls`: for a
-        snapshot, behind which the journal begins a new file. StorageFailed.
-        """
+    async def captured(self, *, last: bool = False) -> tuple[dict[str, Any], Capture]:
+        """As `copy`, to be read beside training. Unless it is the `last`, the journal begins a file. StorageFailed."""
         if not last:
             self.require_whole()
         facts, extras, lineage = self.dump(), self.extras, tuple(self.commits.lineage)
         under_way = self.executor.under_way()
-        journal = self.recorder.journal if rolls else None
+        journal = None if last else self.recorder.journal
 
-        def make() -> tuple[ArenasCopy, int]:
+        def mark() -> tuple[Capture, int]:
             number = self.recorder.number if journal is None else journal.roll()
-            return self.arenas.as_copy() if last else self.arenas.copy(), number
+            return self.arenas.captured(extras, lineage), number
 
-        copy, facts["journal"] = await self.writer.submit(make)
+        content, facts["journal"] = await self.writer.submit(mark)
         put_outcomes(facts["workers"], under_way)  # by now their steps are taken, or have failed
-        return facts, replace(copy, extras=extras, lineage=lineage)
+        return facts, content
 
     def tell(self, point: Point, **facts: Any) -> None:
         """Queue an event for the observers at a point."""
         if observers := self.hooks.observers(point):
-            now = {
-                "time": time.time(),
-                "model": self.name,
-                "timeline": self.timeline,
-                "version": self.version,
-            }
-            self.observers.tell(observers, {**now, **facts})
+            now = {"time": time.time(), "model": self.name}
+            at = {"timeline": self.timeline, "version": self.version}
+            self.observers.tell(observers, {**now, **at, **facts})
 
     async def close(self) -> None:
         """Finish what is queued and end the model's threads."""

@@ -18,8 +18,9 @@ from pushstep.proto.journal_pb2 import JournalRecord
 from pushstep.proto.types_pb2 import Outcome, ServerTimes
 from pushstep.proto.wire.hyperparameters import values_of
 
-from ..arenas.arena import ArenasCopy
+from ..arenas.arenas_copy import ArenasCopy
 from ..arenas.extras import Extras
+from ..captures.capture import spans_of
 from ..coordinator.admission import Admission
 from ..coordinator.commits import Revisions
 from ..coordinator.groups import ParamGroups
@@ -166,14 +167,14 @@ class Replay:
 
     def _upload(self, message: JournalRecord, payload: PayloadReader) -> None:
         model, arenas, version = self._model, self._model.arenas, int(message.version)
-        with arenas.writing():
+        fresh = [model.layout.slots[index] for index in message.values.fresh]
+        with arenas.writing(spans_of(message.values.segments, fresh)):
             arenas.version = version
             for segment, values in payload.values(message.values.segments):
                 flat = arenas.flat(segment.arena, segment.state)
                 flat[segment.start : segment.stop].copy_(values)
                 for slot in model.layout.slots_of(segment):
                     arenas.mark_changed(slot, version)
-            fresh = [model.layout.slots[index] for index in message.values.fresh]
             arenas.begin_anew(fresh, [group.values for group in model.groups.list])
 
     def _change(self, changed: dict[str, Any]) -> None:

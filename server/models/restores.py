@@ -21,7 +21,7 @@ from pushstep.proto.errors import (
     VersionNotKept,
 )
 
-from ..arenas.arena import ArenasCopy
+from ..arenas.arenas_copy import ArenasCopy
 from ..coordinator.hooks.hook import Point
 from ..process.threads import DISK
 from ..storage.model_folder import ModelFolder
@@ -131,7 +131,7 @@ class Restores:
         """Restore a model that a failed write has left torn, to the last version before that write."""
         try:
             async with self.turns:
-                state = await DISK.run(self._state_at, model, model.version_before_failure)
+                state = await DISK.run(self._state_at, model, model.arenas.version - 1)
                 if state is None:
                     log.error(
                         "model %s failed and has no snapshot that verifies",

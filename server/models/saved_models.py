@@ -111,6 +111,7 @@ class SavedModels:
             proven = model.timeline == identity.timeline
             model.begun_at = model.timeline, model.version
             model.counts.snapshots.note(state.created_s, state.files_bytes, state.copy.version)
+            model.base = state.base
             crashed = [*identity.crashed, *([] if proven else [identity.timeline])]
             model.kept = replace(identity, crashed=crashed)
             await DISK.run(folder.write_identity, model.identity(None))
@@ -214,21 +215,19 @@ class SavedModels:
         return saved and all(sent)
 
     async def _save_last(self, name: str, model: Model) -> None:
-        """Write the last snapshot straight from the arenas.
-
-        Nobody writes to them any more, so no copy is needed.
-        """
+        """Write the last snapshot, straight from the arenas: nobody writes to them any more."""
         model.end()
         model.tell(Point.STATE_DICT_PRE)
-        facts, copied = await model.copy(last=True)
-        folder = self._catalog.folder(name)
-        manifest = await DISK.run(folder.snapshots.write, facts, copied, automatic=True)
-        model.tell(Point.STATE_DICT_POST, snapshot=manifest["id"])
-        log.info(
-            "model %s saved at version %d: %s", name, copied.version, manifest["id"], extra={"model": name}
-        )
+        facts, content = await model.captured(last=True)
+        folder, version = self._catalog.folder(name), content.version
         try:
-            await DISK.run(folder.write_identity, model.identity(copied.version))
+            manifest = await DISK.run(folder.snapshots.write, facts, content, automatic=True, base=model.base)
+        finally:
+            content.close()
+        model.tell(Point.STATE_DICT_POST, snapshot=manifest["id"])
+        log.info("model %s saved at version %d: %s", name, version, manifest["id"], extra={"model": name})
+        try:
+            await DISK.run(folder.write_identity, model.identity(version))
             if self._catalog.sender is None:
                 await self._catalog.snapshotter.prune(model, folder, manifest["id"])
         except PushstepError as error:

@@ -17,9 +17,12 @@ from pushstep.proto.errors import Draining, ModelFailed, ModelLost, PushstepErro
 from ..coordinator.hooks.hook import Point
 from ..journal.durability import DurabilitySettings
 from ..journal.journal import Journal, Level
+from ..pacing.pace import AT_ONCE, Pace
+from ..pacing.paced_lock import PacedLock
 from ..process.exit_status import disk_failed
-from ..process.threads import DISK, Threads
+from ..process.threads import DISK, SNAPSHOTS, Threads
 from ..remote.sender import Sender
+from ..storage.chains import base_of
 from ..storage.model_folder import ModelFolder
 from .edits import Edits
 from .model import Model
@@ -32,10 +35,15 @@ RETRY_S: Final = 10.0
 # A journal that is longer than both of these causes a snapshot before its time.
 LONG_JOURNAL_BYTES: Final = 1 << 30
 LONG_JOURNAL_MODELS: Final = 4
+# An automatic snapshot takes at most so long, and at most half of its interval.
+LONGEST_S: Final = 30.0
 
 
 class Snapshotter:
-    """Takes the snapshots of all models of a catalog. A snapshot holds a copy of a whole model, so few run at once."""
+    """Takes the snapshots of all models of a catalog.
+
+    A snapshot may come to hold a copy of a whole model, which training overwrites meanwhile, so few run at once.
+    """
 
     def __init__(self, at_once: int) -> None:
         self._turns = asyncio.Semaphore(at_once)
@@ -43,54 +51,94 @@ class Snapshotter:
         self.sender: Sender | None = None
         # as the last snapshot was written; None before the first
         self.bytes_per_s: int | None = None
+        # of the snapshots that are being written
+        self._paces: set[Pace] = set()
+        # how many wait for their turn
+        self._waiting = 0
 
-    async def take(self, model: Model, folder: ModelFolder, by: str, *, automatic: bool) -> dict[str, Any]:
+    async def take(
+        self, model: Model, folder: ModelFolder, by: str, *, automatic: bool, pace: Pace = AT_ONCE
+    ) -> dict[str, Any]:
         """Take a snapshot at the current version; its manifest. Hold the lock of the folder.
 
         Automatic ones beyond those that are kept are removed, and what they needed of the journal.
         """
         model.tried_s = model.clock()
-        async with self._turns:
-            begun_s = model.clock()
-            model.tell(Point.STATE_DICT_PRE)
-            content = model.content
-            facts, copy = await model.copy(rolls=True)
-            copied_s = model.clock()
-            manifest = await DISK.run(folder.snapshots.write, facts, copy, automatic=automatic)
-            written_bytes = sum(file["bytes"] for file in manifest["files"])
-            self.bytes_per_s = round(written_bytes / max(1e-9, model.clock() - copied_s))
-        model.tell(Point.STATE_DICT_POST, snapshot=manifest["id"])
-        model.record("snapshot_taken", by, snapshot=manifest["id"])
-        model.saved = content
-        model.saved_s = model.clock()
-        counts = model.counts.snapshots
-        counts.taken.observe(model.saved_s - begun_s)
-        counts.note(manifest["created"], written_bytes, copy.version)
-        model.recorder.saved_version = copy.version
-        journal = model.recorder.journal
-        if journal is not None:
-            journal.based(manifest["journal"], copy.version)
-            model.recorder.note_durable(journal)
+        if pace is AT_ONCE and self._turns.locked():
+            self.hurry()
+        self._waiting += 1
+        try:
+            await self._turns.acquire()
+        finally:
+            self._waiting -= 1
+        self._paces.add(pace)
+        begun_s = model.clock()
+        try:
+            manifest = await self._write(model, folder, by, automatic, pace)
+            model.counts.snapshots.taken.observe(model.saved_s - begun_s)
+        finally:
+            self._paces.discard(pace)
+            self._turns.release()
         if self.sender is not None:
             self.sender.note(model)  # what it replaces is removed once it was sent
         elif automatic:
-            await self.prune(model, folder, manifest["id"])
+            await self.prune(model, folder, manifest["id"], pace=pace)
         return manifest
+
+    async def _write(
+        self, model: Model, folder: ModelFolder, by: str, automatic: bool, pace: Pace
+    ) -> dict[str, Any]:
+        model.tell(Point.STATE_DICT_PRE)
+        held, layout, base = model.content, model.layout, model.base
+        journal = model.recorder.journal
+        if journal is not None and journal.file_bytes > _longest(model) / 2:
+            base = None  # a chain that ends lets go of the journal behind the one before
+        facts, content = await model.captured()
+        version, begun_s = content.version, model.clock()
+        try:
+            manifest = await SNAPSHOTS.run(
+                folder.snapshots.write, facts, content, automatic=automatic, base=base, pace=pace
+            )
+        finally:
+            content.close()
+        written_bytes = sum(file["bytes"] for file in manifest["files"])
+        self.bytes_per_s = round(written_bytes / max(1e-9, model.clock() - begun_s))
+        model.tell(Point.STATE_DICT_POST, snapshot=manifest["id"])
+        model.record("snapshot_taken", by, snapshot=manifest["id"])
+        model.saved, model.base = held, base_of(manifest, layout)
+        model.saved_s = model.clock()
+        model.counts.snapshots.note(manifest["created"], written_bytes, version)
+        model.recorder.saved_version = version
+        if journal is not None:
+            journal.based(manifest["journal"], version)
+            model.recorder.note_durable(journal)
+        return manifest
+
+    def hurry(self) -> None:
+        """Have the snapshots that are being written written as fast as can be."""
+        for pace in self._paces:
+            pace.hurry()
+
+    def _pace_of(self, model: Model) -> Pace:
+        """The pace of an automatic snapshot. It ends before the next one is due, and sooner if others wait."""
+        limit_s = min(LONGEST_S, model.durability.snapshot_every_s / 2)
+        return Pace(limit_s / (1 + self._waiting))
 
     async def prune(
         self,
         model: Model,
         folder: ModelFolder,
         snapshot: str,
-        threads: Threads = DISK,
+        threads: Threads = SNAPSHOTS,
         alone: AbstractAsyncContextManager[Any] | None = None,
+        pace: Pace = AT_ONCE,
     ) -> None:
         """Remove the automatic snapshots that are not kept, behind one that was just written, and the journal before.
 
         `threads`: who removes snapshots. `alone`: the lock of the folder, unless it is held.
         """
         try:
-            oldest = await threads.run(folder.snapshots.prune, model.durability.keep, snapshot)
+            oldest = await threads.run(folder.snapshots.prune, model.durability.keep, pace)
             async with alone or contextlib.nullcontext():
                 if model.recorder.journal is not None:
                     await DISK.run(model.recorder.journal.prune, oldest)
@@ -102,6 +150,17 @@ class Snapshotter:
                 error.message,
                 extra={"model": model.name},
             )
+
+    async def delete(
+        self, model: Model, folder: ModelFolder, alone: PacedLock, snapshot: str, by: str, threads: Threads
+    ) -> None:
+        """Delete a snapshot, but not while another is being based on it. UnknownSnapshot.
+
+        `alone`: the lock of the folder, which is not held.
+        """
+        async with alone:
+            await threads.run(folder.snapshots.delete, snapshot)
+        model.record("snapshot_deleted", by, snapshot=snapshot)
 
     async def open_journal(self, model: Model, folder: ModelFolder, *, after_gap: bool) -> None:
         """Open a journal that continues after the recorder's last record, if the model's level needs one.
@@ -158,18 +217,25 @@ class Snapshotter:
             return model.clock() - model.tried_s >= RETRY_S
         if model.saved == model.content:
             return False
-        if journal is not None:
-            most = max(LONG_JOURNAL_BYTES, LONG_JOURNAL_MODELS * model.held_bytes)
-            if journal.file_bytes > most:
-                return True
+        if journal is not None and journal.file_bytes > _longest(model):
+            return True
         return model.clock() - model.saved_s >= model.durability.snapshot_every_s
 
-    async def take_due(self, model: Model, folder: ModelFolder, alone: asyncio.Lock) -> None:
-        """Take a snapshot that is due. A failure is logged, and the snapshot is tried again later."""
+    async def take_due(self, model: Model, folder: ModelFolder, alone: PacedLock) -> None:
+        """Take a snapshot that is due. A failure is logged, and the snapshot is tried again later.
+
+        Beside training, unless acknowledgements wait for it, or somebody waits for the lock.
+        """
+        if alone.locked():  # another snapshot, or a restore, which comes with one: look again later
+            return
+        journal = model.recorder.journal
         try:
             async with alone:
                 if self.is_due(model):
-                    await self.take(model, folder, "server", automatic=True)
+                    is_awaited = journal is not None and not journal.is_based
+                    pace = AT_ONCE if is_awaited else self._pace_of(model)
+                    with alone.at(pace):
+                        await self.take(model, folder, "server", automatic=True, pace=pace)
         except (ModelLost, ModelFailed, Draining):
             return
         except Exception as error:  # noqa: BLE001 - whatever it was, the other models are saved, and this one later
@@ -184,3 +250,8 @@ class Snapshotter:
             )
             with contextlib.suppress(PushstepError):
                 model.record("snapshot_failed", "server", problem=str(error))
+
+
+def _longest(model: Model) -> int:
+    """Bytes of a journal beyond which a snapshot is taken before its time."""
+    return max(LONG_JOURNAL_BYTES, LONG_JOURNAL_MODELS * model.held_bytes)

@@ -116,6 +116,8 @@ REQUESTS: Final = Threads("requests", 1, most_waiting=32, share=Share(SHARE_OF_R
 DISK: Final = Threads("disk", 4)
 # Reads and writes of a store of snapshots that is elsewhere, which may be slow, or may not answer.
 STORE: Final = Threads("store", 8, most_waiting=64)
+# Snapshots that are written, and verified, beside training: few at once, which rest most of the time.
+SNAPSHOTS: Final = Threads("snapshots", 2)
 # Frames of whole states, made for workers as they are sent.
 PULLS: Final = Threads("pulls", 2)
 # What readers ask for over REST: verified snapshots, checkpoints, whole states. Each computes all the time, so they have

@@ -15,7 +15,7 @@ from pushstep.proto.wire.identifiers import is_name
 
 from ..storage.model_folder import IdentityFile, ModelFolder
 from ..storage.snapshot_manifest import ID
-from ..storage.snapshots import LONGEST_MANIFEST_BYTES, MANIFEST
+from ..storage.snapshot_reader import LONGEST_MANIFEST_BYTES, MANIFEST
 from ..storage.store import read_whole
 from .bucket import Bucket
 from .index import Index

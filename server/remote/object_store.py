@@ -25,7 +25,7 @@ from pushstep.proto.errors import SnapshotsAway, UnknownSnapshot
 from ..storage import files
 from ..storage.model_folder import IDENTITY, LONGEST_IDENTITY_BYTES, IdentityFile
 from ..storage.snapshot_manifest import ID
-from ..storage.snapshots import MANIFEST
+from ..storage.snapshot_reader import MANIFEST
 from ..storage.store import FolderStore, Source, opened_file
 from .bucket import CHUNK_BYTES, Bucket
 from .index import Index

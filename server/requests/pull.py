@@ -12,7 +12,8 @@ from pushstep.proto.wire import dtypes
 from pushstep.proto.wire.frames import Piece
 from pushstep.proto.wire.parts import header_messages
 
-from ..arenas.arena import Arenas, ArenasCopy
+from ..arenas.arena import Arenas
+from ..arenas.arenas_copy import ArenasCopy
 from ..arenas.extras import Extras
 from ..arenas.publisher import Published
 from ..models.model import Model

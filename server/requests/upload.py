@@ -42,8 +42,10 @@ from pushstep.proto.wire.hyperparameters import plain_values
 from pushstep.proto.wire.layout import Layout, check_body, with_group
 from pushstep.proto.wire.parts import WHOLE_BYTES
 
-from ..arenas.arena import Arenas, ArenasCopy
+from ..arenas.arena import Arenas
+from ..arenas.arenas_copy import ArenasCopy
 from ..arenas.extras import Extras
+from ..captures.capture import spans_of
 from ..coordinator.groups import Group
 from ..coordinator.policies import catalogue as policies
 from ..coordinator.worker import Worker
@@ -284,7 +286,7 @@ class Upload:
         values = [group.values for group in model.groups.list]
 
         def write() -> None:
-            with model.arenas.writing():
+            with model.arenas.writing(spans_of(self._header.segments, fresh)):
                 model.arenas.version = version
                 self._fill(model.arenas, [])
                 model.arenas.begin_anew(fresh, values)

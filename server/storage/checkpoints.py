@@ -27,7 +27,7 @@ from pushstep.proto.errors import UnknownHook, UnsupportedFormat
 from pushstep.proto.wire import dtypes
 from pushstep.proto.wire.tensor_names import GROUPS
 
-from ..arenas.arena import ArenasCopy
+from ..arenas.arenas_copy import ArenasCopy
 from . import files
 from .file_content import groups_text, states_by_name
 from .snapshots import EXPORT_PREFIX

@@ -13,7 +13,7 @@ from pushstep.proto.errors import InvalidManifest
 from pushstep.proto.wire.layout import Layout, Slot
 from pushstep.proto.wire.tensor_names import STEP, state_name
 
-from ..arenas.arena import ArenasCopy
+from ..arenas.arenas_copy import ArenasCopy
 
 
 def states_by_name(copy: ArenasCopy, taken: Mapping[str, Tensor]) -> dict[str, Tensor]:

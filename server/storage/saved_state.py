@@ -8,13 +8,14 @@ from typing import Any
 
 from pushstep.proto.errors import PushstepError, SnapshotUnsupported
 
-from ..arenas.arena import ArenasCopy
+from ..arenas.arenas_copy import ArenasCopy
 from ..coordinator.admission import Admission
 from ..coordinator.groups import ParamGroups
 from ..coordinator.hooks.chain import HookChain
 from ..coordinator.policies import catalogue as policies
 from ..coordinator.policies.policy import PolicySettings
 from ..coordinator.sessions import Sessions
+from .chains import Base, base_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,8 @@ class SavedState:
     durability: Mapping[str, Any] | None
     # at which edit each resource was last changed; empty in older snapshots
     revisions: Mapping[str, int]
+    # on which the next snapshot may be based; None for what is no snapshot as it lies on the disk
+    base: Base | None
     # when it was written, as seconds since the epoch, and the bytes of its files
     created_s: float = 0.0
     files_bytes: int = 0
@@ -74,6 +77,7 @@ def saved_state(manifest: Mapping[str, Any], copy: ArenasCopy, model: str) -> Sa
         int(manifest.get("first_epoch", 0)),
         manifest.get("durability"),
         manifest.get("revisions", {}),
+        base_of(manifest, copy.layout),
         float(manifest.get("created", 0.0)),
         sum(int(file["bytes"]) for file in manifest.get("files", ())),
     )

@@ -21,10 +21,14 @@ from pushstep.proto.wire.layout import MAX_DIMENSIONS, MAX_PARAMETERS, Layout
 
 from ..coordinator.settings import problems
 
+# A whole snapshot; a link, which is laid over the snapshot that it names. Builds that know no links refuse them.
 FORMAT: Final = 1
+LINK_FORMAT: Final = 2
 EXTRAS: Final = "extras.safetensors"
 ID: Final = re.compile(r"t([0-9]+)-v([0-9]+)-e([0-9]+)-([0-9]+)")
 PROBLEMS_SHOWN: Final = 3
+# A start reads all links of a chain, and each may be damaged.
+MOST_LINKS: Final = 16
 
 Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 Number = Annotated[int, Field(ge=0, lt=1 << 64)]
@@ -69,7 +73,7 @@ class SavedGroup(Saved):
 class SavedFile(Saved):
     """A file of the snapshot: the arena and the elements that it holds, unless it holds the extras."""
 
-    file: Annotated[str, Field(pattern=r"^(arena-[0-9]{4,}|extras)\.safetensors$")]
+    file: Annotated[str, Field(pattern=r"^((arena|rows)-[0-9]{4,}|extras)\.safetensors$")]
     bytes: Count
     xxh3_128: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")] | None = None
     # in place of it, in older snapshots
@@ -84,6 +88,15 @@ class SavedFile(Saved):
         if self.xxh3_128 is None and self.sha256 is None:
             raise ValueError("neither xxh3_128 nor sha256")
         return self
+
+
+class SavedBase(Saved):
+    """The snapshot under a link, and how long and large the chain of links is with this one."""
+
+    id: Annotated[str, Field(pattern=f"^{ID.pattern}$")]
+    digest: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    links: Annotated[int, Field(ge=1, le=MOST_LINKS)]
+    bytes: Count
 
 
 class SavedHook(Saved):
@@ -127,7 +140,7 @@ class SavedWorker(Saved):
 class SnapshotManifest(Saved):
     """The whole manifest."""
 
-    format: Literal[1]
+    format: Literal[1, 2]
     id: str
     automatic: bool
     created: float
@@ -148,20 +161,36 @@ class SnapshotManifest(Saved):
     first_epoch: Count = 0
     durability: dict[str, Any] | None = None
     revisions: dict[str, Count] = {}
+    base: SavedBase | None = None
+    # by slot: the parameters of which a link holds the changed rows
+    tables: list[Count] = []
 
     @field_validator("files")
     @classmethod
     def _in_order(cls, files: list[SavedFile]) -> list[SavedFile]:
-        arenas = [file for file in files if file.file != EXTRAS]
+        of_arenas = [file for file in files if file.file != EXTRAS]
+        arenas = [file for file in of_arenas if not is_rows(file.file)]
+        rows = [file for file in of_arenas if is_rows(file.file)]
         names = [arena_file(index) for index in range(len(arenas))]
+        names += [rows_file(file.arena or 0) for file in rows]
         if [file.file for file in files] not in (names, [*names, EXTRAS]):
             raise ValueError("not the arenas' files, each once and in order, and then the extras'")
         if [file.arena for file in arenas] != list(range(len(arenas))):
             raise ValueError("a file is of another arena than its name says")
+        if len({file.file for file in rows}) != len(rows) or any(file.arena is None for file in rows):
+            raise ValueError("two files hold the rows of one arena")
         return files
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
+        if (self.format == LINK_FORMAT) != (self.base is not None):
+            raise ValueError("a link has a base, and a whole snapshot has none")
+        if self.base is None and (self.tables or any(is_rows(file.file) for file in self.files)):
+            raise ValueError("a whole snapshot holds no rows of tables")
+        if self.tables and (
+            max(self.tables) >= len(self.parameters) or len(set(self.tables)) != len(self.tables)
+        ):
+            raise ValueError("its tables are not parameters of it")
         if not self.id.startswith(f"t{self.timeline}-v{self.version}-e{self.edit}-"):
             raise ValueError("the id is not that of its timeline, version and edit")
         if len(self.steps) != len(self.parameters):
@@ -174,11 +203,22 @@ def arena_file(index: int) -> str:
     return f"arena-{index:04d}.safetensors"
 
 
+def rows_file(index: int) -> str:
+    """The name of the file with rows of an arena's tables."""
+    return f"rows-{index:04d}.safetensors"
+
+
+def is_rows(name: str) -> bool:
+    """True for the name of a file with rows."""
+    return name.startswith("rows-")
+
+
 def checked(snapshot: str, manifest: Mapping[str, Any]) -> None:
     """SnapshotUnsupported unless a manifest with a good digest has this build's format and schema."""
-    if manifest.get("format") != FORMAT:
+    if manifest.get("format") not in (FORMAT, LINK_FORMAT):
         found = str(manifest.get("format"))[:20]
-        raise SnapshotUnsupported(snapshot=snapshot, problem=f"it is of format {found}, not {FORMAT}")
+        known = f"{FORMAT} or {LINK_FORMAT}"
+        raise SnapshotUnsupported(snapshot=snapshot, problem=f"it is of format {found}, not {known}")
     try:
         SnapshotManifest.model_validate(manifest)
     except ValidationError as error:
@@ -212,7 +252,9 @@ def layout_of(snapshot: str, manifest: Mapping[str, Any]) -> Layout:
     except PushstepError as error:
         raise SnapshotUnsupported(snapshot=snapshot, problem=error.message) from error
     held = [
-        (file["group"], file["start"], file["stop"]) for file in manifest["files"] if file["file"] != EXTRAS
+        (file["group"], file["start"], file["stop"])
+        for file in manifest["files"]
+        if file["file"] != EXTRAS and not is_rows(file["file"])
     ]
     if held != [(arena.group, 0, arena.elements) for arena in layout.arenas]:
         raise SnapshotUnsupported(

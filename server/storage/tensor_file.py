@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from pushstep.proto.wire.layout import MAX_ELEMENTS
 
+from ..pacing.pace import AT_ONCE, Pace
 from ..process.memory import take
 from .store import Source
 
@@ -76,12 +78,15 @@ class OtherBytes(Exception):
     """The file is not the one that was written."""
 
 
-def digest_of(source: Source, kind: str = DIGEST) -> str:
+def digest_of(source: Source, kind: str = DIGEST, pace: Pace = AT_ONCE) -> str:
     """A digest of a file. Raises what its reading does."""
     digest = _DIGESTS[kind]()
     block = memoryview(bytearray(READ_BYTES))
+    begun_s = time.monotonic()
     while count := source.readinto(block):
         digest.update(block[:count])
+        pace.rest(time.monotonic() - begun_s, count)
+        begun_s = time.monotonic()
     return str(digest.hexdigest())
 
 
@@ -170,27 +175,40 @@ def _tensor(name: str, entry: _Entry, data: Tensor) -> Tensor:
     return aligned.view(dtype).view(entry.shape)
 
 
+def header_of(
+    tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]],
+    metadata: Mapping[str, str] | None = None,
+    alignment: int = _LENGTH_BYTES,
+) -> tuple[bytes, int]:
+    """The header of a file with tensors of these types and shapes, one behind the other, and the length of the file.
+
+    The first tensor begins at a multiple of `alignment`. Tensors with large elements come first, or others are not aligned.
+    """
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, (dtype, shape) in tensors.items():
+        begin = end
+        end += math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(_LENGTH_BYTES + len(text)) % alignment)
+    return len(text).to_bytes(_LENGTH_BYTES, "little") + text, _LENGTH_BYTES + len(text) + end
+
+
+def aligned_first(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names in an order in which every tensor is aligned: the largest element size first."""
+    return sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write tensors into a file, straight from where they lie. One under two names is written twice. OSError.
 
     safetensors' own `save_file` refuses tensors that share memory, so tied weights would be copied first.
     """
-    # the largest element size first, so that each tensor is aligned
-    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-    header: dict[str, object] = {"__metadata__": dict(metadata)}
-    end = 0
-    for name in names:
-        tensor, begin = tensors[name], end
-        end += tensor.nbytes
-        header[name] = {
-            "dtype": _NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [begin, end],
-        }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % _LENGTH_BYTES)
+    names = aligned_first(tensors)
+    header, _ = header_of({name: (tensors[name].dtype, tensors[name].shape) for name in names}, metadata)
     with path.open("wb") as file:
-        file.write(len(text).to_bytes(_LENGTH_BYTES, "little") + text)
+        file.write(header)
         for name in names:
             if tensors[name].numel():
                 file.write(tensors[name].reshape(-1).view(torch.uint8).numpy().data)

@@ -27,7 +27,7 @@ from pushstep.proto.wire.frames import MAX_CHUNK_BYTES, Piece, pack
 from pushstep.proto.wire.parts import WHOLE_BYTES, parts_of
 
 from ..access.caller import may_use, require_model
-from ..arenas.arena import ArenasCopy
+from ..arenas.arenas_copy import ArenasCopy
 from ..counters.server_counts import WORKERS_DOOR
 from ..models.catalog import Catalog
 from ..models.copies import COPIES_AT_ONCE, ModelCopies, copy_of

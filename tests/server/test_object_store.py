@@ -17,7 +17,8 @@ from pushstep.server.remote import bucket as bucket_module
 from pushstep.server.remote.bucket import Bucket, shown
 from pushstep.server.remote.remote import Remote
 from pushstep.server.storage.model_folder import IdentityFile, ModelFolder
-from pushstep.server.storage.snapshots import MANIFEST, Snapshots
+from pushstep.server.storage.snapshot_reader import MANIFEST
+from pushstep.server.storage.snapshots import Snapshots
 from tests.server.test_snapshots import FACTS, copy_of
 
 UID = bytes(range(16))
@@ -36,7 +37,7 @@ class Store:
         self.snapshots = Snapshots(self.objects)
 
     def write(self, version: int = 1, *, automatic: bool = True) -> str:
-        return str(self.snapshots.write(FACTS, copy_of(version), automatic=automatic)["id"])
+        return str(self.snapshots.write(FACTS, copy_of(version).captured(), automatic=automatic)["id"])
 
     @property
     def files(self) -> Any:
@@ -113,7 +114,7 @@ def test_what_is_not_read_back_as_it_was_sent_does_not_count(
     assert store.snapshots.read(snapshot)[1].version == 2  # from the data folder
     monkeypatch.undo()
     assert store.objects.send_unsent() == snapshot
-    store.snapshots.prune(1, snapshot)
+    store.snapshots.prune(1)
     assert store.snapshots.ids() == [snapshot]
 
 

@@ -17,11 +17,14 @@ import numpy as np
 import pytest
 
 from pushstep.proto.errors import ModelNotLoaded, PushstepError, SnapshotDamaged, SnapshotUnsupported
+from pushstep.proto.types_pb2 import DType, Manifest, Parameter, ParamGroup
+from pushstep.proto.wire.layout import Layout
 from pushstep.server.config import Config
 from pushstep.server.models.catalog import Catalog
 from pushstep.server.models.saved_models import SavedModels
 from pushstep.server.storage.snapshots import Snapshots
 from pushstep.server.storage.store import FolderStore
+from tests.server.test_links import Trained
 from tests.support.servers.harness import running_server, start_server
 from tests.support.workers.wire import created
 
@@ -110,6 +113,41 @@ def test_every_damage_is_seen(kept: Kept) -> None:
                 assert found is not None and found[0]["id"] == older
         path.write_bytes(content)
     assert store.read(newer)
+
+
+def test_every_damage_to_a_link_and_to_its_base_is_seen(tmp_path: Path) -> None:
+    """The link is damaged with its base, and an older snapshot, which stands apart, is taken."""
+    layout = Layout(
+        Manifest(
+            parameters=[
+                Parameter(name="table", shape=[40, 2], dtype=DType.DTYPE_FLOAT32),
+                Parameter(name="bias", shape=[1], dtype=DType.DTYPE_FLOAT32),
+            ],
+            groups=[ParamGroup(rule="adagrad")],
+        )
+    )
+    trained = Trained(tmp_path / "m" / "snapshots", layout)
+    trained.rows("table", 1)
+    apart = trained.take()
+    trained.base = None
+    trained.rows("table", 2)
+    base = trained.take()
+    trained.rows("table", 7, 39)
+    link = trained.take()
+    store = trained.store
+    assert [entry["id"] for entry in store.chain(link)] == [base, link]
+    for path in (path for name in (link, base) for path in sorted((store.folder / name).iterdir())):
+        content = path.read_bytes()
+        step = 1 if path.parent.name == link else 5  # whole snapshots are tried above
+        for number, bad in enumerate(itertools.islice(damages(content), 0, None, step)):
+            path.write_bytes(bad)
+            with pytest.raises(SnapshotDamaged):
+                store.read(link)
+            if number % 64 == 0:
+                found = store.newest()
+                assert found is not None and found[0]["id"] == (apart if path.parent.name == base else base)
+        path.write_bytes(content)
+    trained.check(apart, base, link)
 
 
 def test_a_start_takes_an_older_snapshot_for_a_damaged_one(kept: Kept) -> None:

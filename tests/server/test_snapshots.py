@@ -21,10 +21,9 @@ from pushstep.optim import RULES
 from pushstep.proto import types_pb2
 from pushstep.proto.errors import ModelNotLoaded, SnapshotDamaged, StorageFailed, UnknownSnapshot
 from pushstep.proto.wire.layout import Layout
-from pushstep.server.arenas.arena import ArenasCopy
+from pushstep.server.arenas.arenas_copy import ArenasCopy
 from pushstep.server.coordinator.admission import Admission
-from pushstep.server.storage import files as files_module
-from pushstep.server.storage import snapshots as module
+from pushstep.server.storage import snapshot_reader as module
 from pushstep.server.storage.checkpoints import Content
 from pushstep.server.storage.checkpoints import write as write_export
 from pushstep.server.storage.files import write_durably
@@ -76,7 +75,7 @@ def store(tmp_path: Path) -> Snapshots:
 
 
 def taken(store: Snapshots, version: int, *, automatic: bool = False, **more: Any) -> str:
-    return str(store.write(FACTS, copy_of(version, **more), automatic=automatic)["id"])
+    return str(store.write(FACTS, copy_of(version, **more).captured(), automatic=automatic)["id"])
 
 
 def damaged(store: Snapshots) -> set[str]:
@@ -287,17 +286,16 @@ def test_every_call_to_the_disk_may_fail(
 def test_the_names_of_new_folders_are_forced_to_the_disk(
     store: Snapshots, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forced: list[Path] = []
-    real = files_module.fsync
+    names: list[str] = []
+    real = os.fsync
 
-    def fsync(path: Path) -> None:
-        forced.append(path)
-        real(path)
+    def fsync(descriptor: int) -> None:
+        names.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        real(descriptor)
 
     store.folder.parent.mkdir()
-    monkeypatch.setattr(files_module, "fsync", fsync)
+    monkeypatch.setattr(os, "fsync", fsync)
     snapshot = taken(store, 1)
-    names = [path.name for path in forced]
     for name in ("m", "snapshots", "arena-0000.safetensors", "extras.safetensors", "manifest.json"):
         assert name in names
     assert names[-1] == "snapshots"

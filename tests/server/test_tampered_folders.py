@@ -196,7 +196,7 @@ CASES: dict[str, tuple[Tamper, str]] = {
     "policy-unknown": (put("policy", {"policy": "eager"}), "eager"),
     "gate-unknown": (put("gate", {"strict": True}), "gate"),
     "worker-unknown": (resealed(lambda m: m["workers"].append(WORKER)), "workers"),
-    "format-unknown": (put("format", 2), "format 2"),
+    "format-unknown": (put("format", 3), "format 3"),
     "shape-other": (put("parameters", 0, "shape", [5, 4]), "do not hold"),
     "shape-negative": (put("parameters", 0, "shape", [-5, 3]), "shape"),
     "shape-huge": (put("parameters", 0, "shape", [2**62, 3]), "impossible shape"),

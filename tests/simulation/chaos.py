@@ -35,7 +35,12 @@ EVENTS_PER_RUN = 12
 PAUSES_S = (0.05, 0.5, 0.5, 1.0, 1.0, 3.0, 3.0, 3.0, 14.0)
 
 # Until the server gets round to a piece of work.
-WORK_S = {"pushes": (0.0, 0.01, 0.3), "stepper": (0.0, 0.0, 0.005, 0.2), "disk": (0.0, 0.01, 0.1)}
+WORK_S = {
+    "pushes": (0.0, 0.01, 0.3),
+    "stepper": (0.0, 0.0, 0.005, 0.2),
+    "disk": (0.0, 0.01, 0.1),
+    "snapshots": (0.0, 0.01, 0.1),
+}
 
 
 def draw_policy(chance: random.Random, workers: int) -> Settings:

@@ -5,12 +5,18 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pushstep.proto.errors import UnknownSnapshot
-from pushstep.server.arenas.arena import ArenasCopy
+from pushstep.server.arenas.arenas_copy import ArenasCopy
+from pushstep.server.arenas.extras import Extras
+from pushstep.server.captures.capture import PARAMETER, Capture
+from pushstep.server.pacing.pace import AT_ONCE, Pace
+from pushstep.server.storage.chains import Base
 from pushstep.server.storage.model_folder import IdentityFile, ModelFolder, Recovered
 from pushstep.server.storage.saved_state import saved_state
 from pushstep.server.storage.snapshots import Snapshots
@@ -66,16 +72,19 @@ class MemorySnapshots(Snapshots):
             self._disk.snapshots, key=lambda name: list(map(int, re.findall("[0-9]+", name))), reverse=True
         )
 
-    def write(self, facts: Mapping[str, Any], copy: ArenasCopy, *, automatic: bool) -> dict[str, Any]:
+    def write(
+        self,
+        facts: Mapping[str, Any],
+        copy: Capture,
+        *,
+        automatic: bool,
+        base: Base | None = None,
+        pace: Pace = AT_ONCE,
+    ) -> dict[str, Any]:
         assert isinstance(facts, Facts)
         snapshot = f"t{copy.timeline}-v{copy.version}-e{facts['edit']}-{len(self._disk.books) + 1}"
         manifest = json.dumps({**facts, "id": snapshot, "automatic": automatic, "files": [], "created": 0.0})
-        kept = replace(
-            copy,
-            parameters=[flat.clone() for flat in copy.parameters],
-            states=[{name: flat.clone() for name, flat in states.items()} for states in copy.states],
-        )
-        self._disk.snapshots[snapshot] = Snapshot(manifest, kept)
+        self._disk.snapshots[snapshot] = Snapshot(manifest, _read(copy))
         self._disk.books[snapshot] = facts.books
         return dict(json.loads(manifest))
 
@@ -85,10 +94,28 @@ class MemorySnapshots(Snapshots):
         kept = self._disk.snapshots[snapshot]
         return json.loads(kept.manifest), kept.copy
 
-    def prune(self, keep: int, written: str = "") -> int:
+    def prune(self, keep: int, pace: Pace = AT_ONCE) -> int:
         for snapshot in self.ids()[keep:]:
             del self._disk.snapshots[snapshot]
         return 0
+
+
+def _read(content: Capture) -> ArenasCopy:
+    """What a capture holds, a piece at a time, as the server's own snapshots read it."""
+    arenas = [
+        {
+            name: torch.cat([part.clone().reshape(-1) for part in content.whole(arena.index, name)])
+            for name in content.names(arena.index)
+        }
+        for arena in content.layout.arenas
+    ]
+    parameters = [flats.pop(PARAMETER) for flats in arenas]
+    extras = content.extras
+    assert isinstance(extras, Extras)
+    layout, timeline, version = content.layout, content.timeline, content.version
+    return ArenasCopy(
+        layout, timeline, version, parameters, arenas, content.steps, extras, list(content.lineage)
+    )
 
 
 class MemoryFolder(ModelFolder):

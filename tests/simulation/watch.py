@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pushstep.proto.errors import PushPending
 from pushstep.proto.training_pb2 import PushHeader
 from pushstep.proto.types_pb2 import Identity, Receipt, Ticket
-from pushstep.server.arenas.arena import ArenasCopy
+from pushstep.server.arenas.arenas_copy import ArenasCopy
 from pushstep.server.coordinator.decision import Decision, Offer, Resolve, Step
 from pushstep.server.coordinator.worker import Worker
 from pushstep.server.models.model import Model

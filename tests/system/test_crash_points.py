@@ -1,7 +1,7 @@
 """A durable server is killed at each named point of its way to the disk, under load: every push is applied exactly once.
 
-One folder goes through all of them. Each push has an element of its own, under Adagrad, whose `sum` is how often it was
-applied.
+One folder goes through all of them. Each push has an element and a row of a table of its own, under Adagrad, whose `sum` is
+how often it was applied. Most snapshots are links: of the table, the rows that changed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tests.support.servers import faulty_server
 from tests.support.servers.harness import RunningServer, start_server
 
 FAULTY = Path(faulty_server.__file__)
-ELEMENTS = 4000
+ELEMENTS, WIDTH = 4000, 8
 PUSHES_BEFORE = 3
 # what is written, and in which call
 PLACES = {
@@ -41,11 +41,15 @@ PLACES = {
     "a snapshot's name": "replace:snapshots/tmp-*",
     "the names of snapshots": "fsync:m/snapshots",
     "an old snapshot": "rmdir:snapshots/tmp-*",
+    "a link's rows": "fsync:rows-0000.safetensors",
+    "the mark of a hidden base": "fsync:snapshots/deleted-*",
 }
 POINTS = {
     **{f"before {name}": (call, "kill") for name, call in PLACES.items()},
     **{f"after {name}": (call, "kill-after") for name, call in PLACES.items()},
     "in the middle of a record": ("pwritev:journal/*.journal", "kill-half"),
+    "before a slice of an arena": ("pwrite:arena-0000.safetensors", "kill"),
+    "before the mark of a removed base": ("unlink:snapshots/deleted-*", "kill"),
     "while an acknowledged record is read": ("preadv:!journal/*.journal", "kill"),
     "while a snapshot is loaded": ("readv:!arena-0000.safetensors", "kill"),
 }
@@ -60,7 +64,8 @@ class Load:
             address, model="m", worker="w0", retry_for_s=120.0, shared_memory=False
         )
         self.session.create(
-            {"w": np.zeros(ELEMENTS, np.float32)}, [{"rule": "adagrad", "params": ["w"], "lr": 0.5}]
+            {"w": np.zeros(ELEMENTS, np.float32), "table": np.zeros((ELEMENTS, WIDTH), np.float32)},
+            [{"rule": "adagrad", "params": ["w", "table"], "lr": 0.5}],
         )
         self.versions: list[int] = []
         self.problem: BaseException | None = None
@@ -73,9 +78,11 @@ class Load:
             with warnings.catch_warnings():
                 warnings.simplefilter("error")  # nobody is to be told of anything
                 while not self._ends.is_set():
-                    gradient = np.zeros(ELEMENTS, np.float32)
-                    gradient[len(self.versions)] = 1
-                    self.versions.append(self.session.push({"w": gradient}).version)
+                    number, gradient = len(self.versions), np.zeros(ELEMENTS, np.float32)
+                    gradient[number] = 1
+                    row = np.array([number]), np.ones((1, WIDTH), np.float32)
+                    receipt = self.session.push({"w": gradient, "table": row})
+                    self.versions.append(receipt.version)
         except BaseException as problem:  # noqa: BLE001 - the test looks at it
             self.problem = problem
 
@@ -98,10 +105,12 @@ class Load:
     def check(self) -> None:
         """Each push was applied once, and made the next version."""
         assert self.versions == list(range(1, len(self.versions) + 1))
-        sums = next(values for _, state, values in self.session.pull_state().dense() if state == "sum")
-        applied: Any = sums.flatten()
-        assert bool((applied[: len(self.versions)] == 1).all())
-        assert bool((applied[len(self.versions) :] == 0).all())
+        sums: list[Any] = [v for _, state, v in self.session.pull_state().dense() if state == "sum"]
+        flat = np.concatenate([values.flatten() for values in sums])
+        assert flat.size == ELEMENTS * (1 + WIDTH)
+        for applied in (flat[:ELEMENTS], flat[ELEMENTS:].reshape(ELEMENTS, WIDTH)):
+            assert bool((applied[: len(self.versions)] == 1).all())
+            assert bool((applied[len(self.versions) :] == 0).all())
 
 
 def _struck(server: RunningServer) -> None:

@@ -11,7 +11,7 @@ from fastapi.responses import StreamingResponse
 
 from pushstep.proto.errors import UnknownSnapshot
 
-from ...arenas.arena import ArenasCopy
+from ...arenas.arenas_copy import ArenasCopy
 from ...models.catalog import Catalog
 from ...models.events import OPERATOR
 from ...process.threads import DISK, READS, STORE, Threads
@@ -103,8 +103,8 @@ async def delete_snapshot(
         if not shown:
             raise UnknownSnapshot(model=model.name, snapshot=snapshot)
         return would(shown[0], None)
-    await _writers(catalog).run(catalog.snapshots(model.name).delete, snapshot)
-    model.record("snapshot_deleted", OPERATOR, snapshot=snapshot)
+    folder, alone = catalog.folder(model.name), catalog.alone(model.name)
+    await catalog.snapshotter.delete(model, folder, alone, snapshot, OPERATOR, _writers(catalog))
     return Response(status_code=204)
 
 
