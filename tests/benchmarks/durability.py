@@ -14,18 +14,19 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
 import httpx
+import numpy as np
 import torch
 
 from pushstep.client import RemoteOptimizer, Session, connect
 from pushstep.optim import Adadelta, Adagrad
 from tests.support.servers.harness import RunningServer, running_server, start_server
 
-from .machine import Others
+from .machine import Others, cpu_s
 from .table import count, decided, table
 
 RULES: Final[dict[str, Any]] = {"adadelta": Adadelta, "adagrad": Adagrad}
@@ -35,6 +36,8 @@ DURABLE_OF_DISK, EVERYSEC_OF_APPLIED = 0.7, 1 / 1.15
 # of a model of 1 GB with its state: 1 - 3.5 %
 TRAINED_ELEMENTS, QUICK_TRAINED_ELEMENTS = 83_000_000, 1_000_000
 STEPS_PER_SNAPSHOT, BESIDE_SNAPSHOTS = 100, 1 / 1.035
+TABLE_ROWS, QUICK_TABLE_ROWS, TABLE_WIDTH = 2_000_000, 20_000, 32
+LINK_OF_WHOLE = 0.03
 RECOVERY_OF_DISK = 0.7
 
 
@@ -164,50 +167,150 @@ def levels(folder: Path, rule: str, elements: int, rounds: int) -> None:
     table(f"An exchange of {count(elements)} float32, {rule}, shared memory", columns, rows, others.share())
 
 
-def training(folder: Path, elements: int, snapshots: int) -> None:
-    """Print what snapshots cost a training."""
+def training(folder: Path, elements: int, rounds: int) -> None:
+    """Print what snapshots cost a training: one that is due, at its pace, and one that is asked for, at once."""
     others = Others()
-    rates: dict[str, list[float]] = {"without": [], "with": []}
+    found: dict[str, list[Block]] = {"none": [], "automatic": [], "asked for": []}
     with running_server(folder / "trained", "--log-level", "error") as server:
         level = Level(server, "adadelta", "applied", elements)
-        path = f"/v1/models/{level.model}/snapshots"
         for _ in range(5):
             level.step()
-        for _ in range(snapshots):
-            for name, taken in rates.items():
-                begun_s = time.perf_counter()
-                for number in range(STEPS_PER_SNAPSHOT):
-                    if name == "with" and number == 0:
-                        asking = _in_background(server, path)
-                    level.step()
-                taken.append(time.perf_counter() - begun_s)
-                if name == "with":
-                    asking()
+        for number in range(rounds):
+            for name in found if number % 2 else reversed(found):
+                snapshot = Snapshot(server, level.model)
+                if name == "automatic":
+                    snapshot.let_be_due(found["none"][-1].wall_s if found["none"] else 1.0)
+                elif name == "asked for":
+                    snapshot.ask()
+                block = Block(server, level)
+                if name != "none":
+                    snapshot.wait()
+                block.end(server)
+                found[name].append(block)
+                os.sync()
         level.session.close()
-    without, beside = (statistics.median(taken) / STEPS_PER_SNAPSHOT for taken in rates.values())
-    held_bytes = 3 * 4 * elements
+    rows = []
+    alone = Median(found["none"])
+    for name, blocks in found.items():
+        median = Median(blocks)
+        slower = median.wall_s / alone.wall_s
+        rows.append(
+            (
+                name,
+                f"{median.wall_s * 10:.1f}",
+                f"{median.slowest_s * 1e3:.0f}",
+                f"{median.cpu_s:.2f}",
+                f"{(median.cpu_s - alone.cpu_s) / median.wall_s / (os.cpu_count() or 1):.1%}",
+                f"{slower - 1:.1%}",
+                *(decided(1 / slower, BESIDE_SNAPSHOTS) if name == "automatic" else ("", "")),
+            )
+        )
+    columns = (
+        "a snapshot", "step ms", "slowest ms", "server's CPU s", "of the cores", "slower by", "asked", "met",
+    )  # fmt: skip
+    held = f"{3 * 4 * elements / 1e9:.2f} GB"
+    title = f"{STEPS_PER_SNAPSHOT} steps beside a snapshot of {held}, adadelta, shared memory"
+    table(title, columns, rows, others.share())
+
+
+class Block:
+    """Steps of a training, their times, and the CPU time that the server took for them and for the snapshot."""
+
+    def __init__(self, server: RunningServer, level: Level) -> None:
+        self._cpu_s = cpu_s(server.process.pid)
+        self.times_s = [_timed(level.step) for _ in range(STEPS_PER_SNAPSHOT)]
+        self.wall_s = sum(self.times_s)
+        self.cpu_s = 0.0
+
+    def end(self, server: RunningServer) -> None:
+        """The snapshot is on the disk."""
+        self.cpu_s = cpu_s(server.process.pid) - self._cpu_s
+
+
+class Median:
+    """Of some blocks."""
+
+    def __init__(self, blocks: list[Block]) -> None:
+        self.wall_s = statistics.median(block.wall_s for block in blocks)
+        self.slowest_s = statistics.median(max(block.times_s) for block in blocks)
+        self.cpu_s = statistics.median(block.cpu_s for block in blocks)
+
+
+class Snapshot:
+    """One that is taken beside what comes next."""
+
+    def __init__(self, server: RunningServer, model: str) -> None:
+        self._server = server
+        self._path = f"/v1/models/{model}"
+        self._before = self._listed()
+        self._pool = ThreadPoolExecutor(1)
+        self._asked: Future[httpx.Response] | None = None
+
+    def _listed(self) -> set[str]:
+        shown = self._server.rest("GET", f"{self._path}/snapshots").json()["snapshots"]
+        return {entry["id"] for entry in shown}
+
+    def let_be_due(self, every_s: float) -> None:
+        """An automatic one is due at such an interval, the first of them now."""
+        self._set(max(1.0, every_s))
+
+    def _set(self, every_s: float) -> None:
+        settings = {"snapshot_every_s": every_s}
+        self._server.rest("PATCH", f"{self._path}/durability", json=settings).raise_for_status()
+
+    def ask(self) -> None:
+        """Ask for one."""
+        url = f"http://{self._server.http}{self._path}/snapshots"
+        self._asked = self._pool.submit(httpx.post, url, timeout=120, trust_env=False)
+
+    def wait(self) -> None:
+        """Until it is on the disk."""
+        if self._asked is not None:
+            self._asked.result().raise_for_status()
+        while not self._listed() - self._before:
+            time.sleep(0.05)
+        self._set(1e6)
+        self._pool.shutdown()
+
+
+def links(folder: Path, rows: int) -> None:
+    """Print what a snapshot of a table costs of which few rows were touched since the last one."""
+    others = Others()
+    with running_server(folder / "tables", "--log-level", "error") as server:
+        session = connect(f"unix:{server.unix}", model="m", worker="w0")
+        session.create(
+            {"table": np.zeros((rows, TABLE_WIDTH), np.float32)}, [{"rule": "adagrad", "params": ["table"]}]
+        )
+        (whole,) = server.rest("GET", "/v1/models/m/snapshots").json()["snapshots"]
+        taken: list[tuple[int, float, float]] = []
+        draw = np.random.default_rng(0)
+        for _ in range(3):
+            ids = np.sort(draw.choice(rows, rows // 100, replace=False))
+            session.push({"table": (ids, np.ones((len(ids), TABLE_WIDTH), np.float32))})
+            begun_s, used_s = time.perf_counter(), cpu_s(server.process.pid)
+            snapshot = server.rest("POST", "/v1/models/m/snapshots").json()
+            taken.append(
+                (_bytes_of(snapshot), time.perf_counter() - begun_s, cpu_s(server.process.pid) - used_s)
+            )
+        session.close()
+    whole_bytes, link_bytes = _bytes_of(whole), statistics.median(nbytes for nbytes, _, _ in taken)
+    share = link_bytes / whole_bytes
     row = (
-        f"{held_bytes / 1e9:.2f} GB, a snapshot every {STEPS_PER_SNAPSHOT} steps",
-        f"{without * 1e3:.1f}",
-        f"{beside * 1e3:.1f}",
-        f"{beside / without - 1:.1%}",
-        *decided(without / beside, BESIDE_SNAPSHOTS),
+        f"{rows:,} rows of {TABLE_WIDTH}, adagrad",
+        f"{whole_bytes / 1e6:.1f}",
+        f"{link_bytes / 1e6:.2f}",
+        f"{share:.2%}",
+        f"at most {LINK_OF_WHOLE:.0%}",
+        "yes" if share <= LINK_OF_WHOLE else "**no**",
+        f"{statistics.median(seconds for _, seconds, _ in taken) * 1e3:.0f}",
+        f"{statistics.median(used for _, _, used in taken) * 1e3:.0f}",
     )
-    columns = ("", "step ms without", "with", "slower by", "asked", "met")
-    table("Training beside snapshots, adadelta, shared memory", columns, [row], others.share())
+    columns = ("", "whole MB", "MB", "of the whole", "asked", "met", "ms", "CPU ms")
+    table("A snapshot of a table of which 1 % of the rows were touched", columns, [row], others.share())
 
 
-def _in_background(server: RunningServer, path: str) -> Callable[[], None]:
-    pool = ThreadPoolExecutor(1)
-    asked = pool.submit(
-        lambda: httpx.post(f"http://{server.http}{path}", timeout=120, trust_env=False).raise_for_status()
-    )
-
-    def wait() -> None:
-        asked.result()
-        pool.shutdown()
-
-    return wait
+def _bytes_of(snapshot: dict[str, Any]) -> int:
+    return sum(entry["bytes"] for entry in snapshot["files"])
 
 
 def recovery(folder: Path, elements: int, pushes: int) -> None:
@@ -279,6 +382,7 @@ def main(quick: bool = False) -> None:
             for left in ("rows.db", "rows.db-wal", "rows.db-shm", "checkpoint.pt"):
                 (folder / left).unlink(missing_ok=True)
         recovery(folder, elements, 5 if quick else 20)
+        links(folder, QUICK_TABLE_ROWS if quick else TABLE_ROWS)
         training(folder, QUICK_TRAINED_ELEMENTS if quick else TRAINED_ELEMENTS, 2 if quick else 3)
 
 
