@@ -7,6 +7,7 @@ the server's process, with all of its rights. One that cannot be loaded is named
 from __future__ import annotations
 
 import logging
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Final
 
@@ -22,8 +23,9 @@ KINDS: Final = ("transform", "guard", "observer")
 OF_THIS_HOUSE: Final[tuple[type[Hook], ...]] = (Span, TensorBoard, Webhook)
 
 
+@cache
 def register() -> None:
-    """Enter all of them in the catalogue, once per process."""
+    """Enter all of them in the catalogue, once per process: to look at every installed package takes some 20 ms."""
     for kind in OF_THIS_HOUSE:
         CATALOGUE.setdefault(kind.name, kind)
     for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
