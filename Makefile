@@ -39,8 +39,10 @@ $(VENV)/typing: setup
 bench: setup
 	$(BIN)/python -m tests.benchmarks
 
+# Ends by itself: each part has at most an hour, and says in its docstring how long it takes on quiet cores, or its bound.
+# The seconds of each are printed at the end.
 soak: setup
-	$(BIN)/pytest -m soak -s --timeout 3600 tests
+	$(BIN)/pytest -m soak -s --timeout 3600 --durations 0 --durations-min 1 tests
 
 format: setup
 	$(BIN)/ruff check --fix .

@@ -40,6 +40,7 @@ def rows(*options: str) -> dict[str, list[list[str]]]:
 @pytest.mark.timeout(TIMEOUT_S + 20)
 @pytest.mark.soak
 def test_each_side_takes_part_in_its_tables() -> None:
+    """Takes about half a minute."""
     words = ("pushstep", "rpc default", "socket tcp")
     tables = ("exchange", "streams", "sync", "pulls")
     found = rows(

@@ -167,7 +167,10 @@ def test_whatever_call_fails(
     shared_memory: bool,
     options: dict[str, Any],
 ) -> None:
-    """A fault in one call after the other, of all that attach makes; then the attach that works."""
+    """A fault in one call after the other, of all that attach makes; then the attach that works.
+
+    With every call each takes about 5 seconds.
+    """
     if there:
         first = Script(4)
         server.connect(model_name, "w0").attach(first.optimizers, module=first.model)

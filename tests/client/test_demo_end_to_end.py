@@ -93,6 +93,7 @@ def test_the_demo_survives_a_kill_of_its_server_with_the_score_that_it_would_hav
 @pytest.mark.timeout(400)
 @pytest.mark.soak
 def test_each_policy_trains_to_the_score_of_what_it_compares_with(tmp_path: Path) -> None:
+    """Takes a minute or two."""
     # 256 batches among three: the last round is of one worker, the others have left
     told = run_demo(tmp_path, "--policy", "all", "--workers", "3")
     flights = load_flights()

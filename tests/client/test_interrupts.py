@@ -135,6 +135,7 @@ def test_interrupts_at_random_moments(
 def test_many_interrupts_at_random_moments(
     server: RunningServer, model_name: str, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Each takes about 6 seconds."""
     monkeypatch.setattr(overlap, "BUCKET_BYTES", 1 << 17)
     assert train_through(server, model_name, how, 400, 2) > 100
 

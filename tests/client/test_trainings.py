@@ -25,6 +25,7 @@ def test_whatever_is_done_between_steps(server: RunningServer) -> None:
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
 def test_whatever_is_done_for_long(server: RunningServer) -> None:
+    """Takes about 8 minutes; to shrink a failure takes longer."""
     train(server, 2000, 40, Phase.generate, Phase.shrink)
 
 

@@ -37,6 +37,7 @@ def run(name, *options):
     ids=["sample", "mistakes", "all"],
 )
 def test_in_the_build_that_looks(name, options):
+    """All of them take at most 10 minutes."""
     done = run(name, *options)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert " passed" in done.stdout

@@ -95,6 +95,7 @@ def test_any_bytes_are_a_message_or_refused_by_name() -> None:
 
 @pytest.mark.soak
 def test_any_bytes_are_a_message_or_refused_by_name_at_length() -> None:
+    """Takes at most an hour."""
     fuzz(IN_A_SOAK)
 
 

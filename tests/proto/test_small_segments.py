@@ -202,6 +202,7 @@ def test_any_message_is_named_or_a_chunk(message: bytes) -> None:
     payload=st.binary(max_size=1024),
 )
 def test_any_of_it_at_length(segments: list[Segment], legal: Segment, payload: bytes) -> None:
+    """Takes at most a quarter of an hour."""
     check_segments(segments)
     check_payload(legal, payload)
     with contextlib.suppress(PushstepError):

@@ -115,4 +115,5 @@ def test_no_accepted_edits_make_a_step_fail(served: RunningServer, steps: list[A
 @settings(max_examples=3000, deadline=None, suppress_health_check=list(HealthCheck))
 @given(steps=st.lists(st.one_of(EDITS, PUSHES), min_size=3, max_size=30))
 def test_no_accepted_edits_make_a_step_fail_at_length(served: RunningServer, steps: list[Any]) -> None:
+    """Takes at most an hour."""
     run(served, steps)

@@ -401,6 +401,7 @@ def test_a_power_cut_leaves_a_prefix(
 
 @pytest.mark.soak
 def test_many_power_cuts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Takes at most an hour."""
     for seed in range(100, 200):
         (tmp_path / str(seed)).mkdir()
         _survives(tmp_path / str(seed), monkeypatch, seed, 200)

@@ -98,4 +98,5 @@ def test_mutated_messages(watched: RunningServer) -> None:
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
 def test_many_mutated_messages(watched: RunningServer) -> None:
+    """Takes about 4 minutes."""
     mutate(watched, IN_A_SOAK)

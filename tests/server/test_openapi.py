@@ -166,4 +166,5 @@ def test_no_answer_is_another_than_described(data: Path) -> None:
 
 @pytest.mark.soak
 def test_no_answer_is_another_than_described_at_length(data: Path) -> None:
+    """Takes at most an hour."""
     check(data, 1000)

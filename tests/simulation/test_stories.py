@@ -29,6 +29,7 @@ def test_whatever_is_told() -> None:
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
 def test_whatever_is_told_for_long() -> None:
+    """Takes at most an hour."""
     tell(20_000, 80, (TELL, SHORTEN))
 
 
@@ -42,6 +43,7 @@ def test_a_seeded_bug_is_found(bug: Bug, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
 def test_a_failure_is_a_short_story(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Takes at most an hour, most of it to shrink the failure."""
     dedupe_is_dropped(monkeypatch)
     with pytest.raises(Violation) as failure:
         tell(600, 50, (TELL, SHORTEN))

@@ -179,7 +179,10 @@ def test_struck_before_and_after_their_pushes(short: RunningServer, model_name: 
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("waves", [2, pytest.param(20, marks=pytest.mark.soak)])
 def test_struck_at_random_moments(short: RunningServer, model_name: str, tmp_path: Path, waves: int) -> None:
-    """25 at once, each at a moment of its own; then half of them go on, and new processes come for the others."""
+    """25 at once, each at a moment of its own; then half of them go on, and new processes come for the others.
+
+    20 waves take at most 20 minutes.
+    """
     chance = random.Random(waves)
     enough = threading.Event()
     with (

@@ -119,6 +119,7 @@ def torment(host: Host, crews: list[Crew], kills_each: int, total: int, cuts_s: 
     ("total", "kills_each"), [(5_040, 1), pytest.param(100_080, 12, marks=pytest.mark.soak)]
 )
 def test_each_push_is_applied_exactly_once(tmp_path: Path, total: int, kills_each: int) -> None:
+    """100,080 pushes take at most an hour."""
     each = total // SESSIONS
     with hosted(tmp_path / "data") as host:
         server = host.server

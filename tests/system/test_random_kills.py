@@ -127,13 +127,14 @@ def test_killed_at_random(data: Path) -> None:
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
 def test_killed_a_thousand_times(data: Path) -> None:
+    """Takes about 9 minutes."""
     print(f"{_survives(data, 2, ['durable'], lambda kills, _: kills < 1000, LONGEST_S)[1]} pushes")
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
 def test_a_hundred_thousand_pushes_are_applied_exactly_once(data: Path) -> None:
-    """At both levels that have a journal, with fewer kills and more pushes between two of them."""
+    """At both levels that have a journal, with fewer kills and more pushes between two of them. Takes at most an hour."""
     begun_s = time.monotonic()
     kills, pushes = _survives(data, 3, ["durable", "everysec"], lambda _, pushes: pushes < 100_000, 2.0)
     print(f"{pushes} pushes, {kills} kills, {time.monotonic() - begun_s:.0f} s")

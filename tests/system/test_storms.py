@@ -403,6 +403,7 @@ def told_once(workers: Sequence[Worker], evictions: int) -> None:
 def test_everybody_is_told_the_truth_and_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int, for_s: float
 ) -> None:
+    """The soak takes 3 minutes, and what its last round takes."""
     monkeypatch.setattr(Transport, "push", Transport.push)  # the faults put theirs in its place
     chance = random.Random(seed)
     begun_s = time.monotonic()
