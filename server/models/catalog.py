@@ -80,7 +80,7 @@ class Catalog:
         # for what readers of all models are sent
         self.reading = ReadBudget(config.reading_bytes(), config.stall_s / 4)
         # for what all models hold
-        self.holding = ModelBudget(config.max_bytes, lambda: sum(m.held_bytes for m in self.models.values()))
+        self.holding = ModelBudget(config.max_bytes, self._held_bytes)
         self.counts = ServerCounts()
         self.models: dict[str, Model] = {}
         # models whose files could not be loaded at the start, and why; their names are not free
@@ -101,6 +101,10 @@ class Catalog:
         # by model name: held while its folder is written to or removed
         self._folders: dict[str, PacedLock] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
+
+    def _held_bytes(self) -> int:
+        """Bytes of all models. In any thread: of those that there are now."""
+        return sum(model.held_bytes for model in list(self.models.values()))
 
     def get(self, name: str, uid: bytes = b"") -> Model:
         """The model of a name; else Starting, ModelNotLoaded, ModelLost (if `uid` is given), UnknownModel."""

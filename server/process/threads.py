@@ -27,6 +27,7 @@ _CORES: Final = os.cpu_count() or 1
 SHARE_OF_REQUESTS: Final = 0.25
 BURST_S: Final = 30.0
 SHARE_OF_READS: Final = 0.25
+METRICS_BURST_S: Final = 5.0
 
 
 class Share:
@@ -125,6 +126,6 @@ PULLS: Final = Threads("pulls", 2)
 READS: Final = Threads("reads", max(1, int(SHARE_OF_READS * _CORES)), most_waiting=16)
 # Scrapes of /metrics, most of whose work is Python: a quarter of a core, however often they are asked for. One of 10 models
 # takes 20 ms, one of 100 with 10,000 workers each 2.4 s.
-METRICS: Final = Threads("metrics", 1, most_waiting=8, share=Share(SHARE_OF_READS, 5.0))
+METRICS: Final = Threads("metrics", 1, most_waiting=8, share=Share(SHARE_OF_READS, METRICS_BURST_S))
 # Chunks of files that are sent over REST. The limit on HTTP requests bounds the calls: each has one read at a time.
 DOWNLOADS: Final = Threads("downloads", 2)

@@ -28,6 +28,7 @@ from pushstep.server.metrics import disk
 from pushstep.server.metrics.disk import DiskWatch
 from pushstep.server.metrics.exposition import OPEN_METRICS, PLAIN, Collector, accepts_open_metrics
 from pushstep.server.models.catalog import Catalog
+from pushstep.server.models.model import Model
 from tests.support.servers.driven import Pusher, made
 from tests.support.servers.harness import RunningServer, running_server
 from tests.support.source_tree import ROOT
@@ -267,6 +268,26 @@ def test_a_scrape_waits_for_no_writer(tmp_path: Path) -> None:
         assert found["pushstep_workers", (("model", "m0"), ("state", "live"))] == 1
         assert pusher.sequence == 0
         for each in scrape.catalog.models.values():
+            await each.close()
+
+    asyncio.run(scenario())
+
+
+def test_models_may_come_and_go_during_a_scrape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        scrape = collector(tmp_path)
+        models, extra = scrape.catalog.models, made()
+        kept = list(models.values())
+
+        def moves(model: Model) -> int:
+            """Whatever is read, a model has come or gone meanwhile."""
+            models.pop("m9") if "m9" in models else models.update(m9=extra)
+            return 1
+
+        monkeypatch.setattr(Model, "held_bytes", property(moves))
+        found = samples(list(scrape.collect()))
+        assert found["pushstep_budget_used_bytes", (("budget", "models"),)] >= 3
+        for each in (*kept, extra):
             await each.close()
 
     asyncio.run(scenario())

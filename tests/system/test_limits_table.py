@@ -142,6 +142,10 @@ EXPECTED = {
     "a TLS handshake at the HTTP port": "`--stall-s`",
     "HTTP connections": f"{descriptors.MOST_HTTP:,}, or a quarter of those files",
     "HTTP requests under way": f"{app.MOST_REQUESTS}",
+    "scrapes of": (
+        f"{threads.METRICS.count + waiting(threads.METRICS)}; {A_QUARTER[threads.SHARE_OF_READS]} of that of one "
+        f"core, after the first {duration(threads.METRICS_BURST_S)}"
+    ),
     "the head of an HTTP request": f"{size(http_protocol.MAX_HEAD_BYTES)}, `--stall-s`",
     "its body": (
         f"{size(app.MAX_BODY_BYTES)} of JSON, {settings.MAX_DEPTH} deep, {settings.MAX_ENTRIES:,} entries of one list "
