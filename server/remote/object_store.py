@@ -73,6 +73,8 @@ class ObjectSource:
 class ObjectStore:
     """Snapshots that are sent to a store of objects, and read from there."""
 
+    is_local = False
+
     def __init__(self, model: Path, bucket: Bucket, require_owned: Callable[[], None]) -> None:
         """`model`: the model's folder. `require_owned` raises unless this server may write to the bucket."""
         self._model = model

@@ -35,6 +35,8 @@ class Store(Protocol):
 
     # where snapshots are written
     folder: Path
+    # True if whoever reads asks this machine's disk alone
+    is_local: bool
 
     def names(self) -> list[str]:
         """The names of what is there, of snapshots and of other things."""
@@ -95,6 +97,8 @@ def read_whole(source: Source, limit_bytes: int) -> bytes:
 
 class FolderStore:
     """Snapshots that stay in the data folder."""
+
+    is_local = True
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
