@@ -26,7 +26,8 @@ def adagrad(model: nn.Module) -> Adagrad:
 
 def both(model: nn.Module) -> list[torch.optim.Optimizer]:
     """The table under Adagrad, everything else under Adadelta: two optimizers that make one model."""
-    dense = [parameter for name, parameter in model.named_parameters() if name != "table.weight"]
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    dense = [parameter for name, parameter in trained.items() if name != "table.weight"]
     return [Adagrad([model.get_parameter("table.weight")], lr=0.1), Adadelta(dense, lr=0.7)]
 
 
