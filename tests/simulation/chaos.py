@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
+from functools import cache
 from typing import Any
 
 from .loop import Action, SimulatedLoop
-from .network import Network, Weather
+from .network import CALM, Network, Weather
 from .simulation import TIMEOUT_S, Plan, Settings, Simulation
 from .worker import RETRY_FOR_S, Habits
 
@@ -119,9 +120,17 @@ def happen(simulation: Simulation, event: str, name: str, chance: random.Random)
             getattr(simulation, event)(name)
 
 
+@cache
+def warm() -> None:
+    """Have the kernels compiled: until they are, the event loop leaves small pushes to a thread."""
+    loop, chance = SimulatedLoop(), random.Random(0)
+    Simulation(chance, Plan(workers=1), loop, Network(loop, chance, CALM)).advance(3.0)
+
+
 def run(seed: int, *, log: bool = False) -> Simulation:
     """One whole run. Violation, or any other error, if something is wrong."""
     chance, fate = random.Random(~seed), random.Random(seed)
+    warm()
     plan, loop = draw_plan(chance), SimulatedLoop()
 
     def work(kind: str, action: Action) -> None:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from .by_hand import Hand
+from .chaos import warm
 from .loop import SimulatedLoop
 from .simulation import Plan, Settings, Simulation
 from .worker import Habits
@@ -48,6 +49,7 @@ class Story(RuleBasedStateMachine):
         policy=policies, window=st.sampled_from((1, 3)), nonfinite=st.sampled_from(("reject", "skip"))
     )
     def begin(self, policy: Settings, window: int, nonfinite: str) -> None:
+        warm()
         loop = SimulatedLoop()
         self.hand = Hand(loop)
         plan = Plan(
