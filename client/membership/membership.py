@@ -27,6 +27,7 @@ from pushstep.proto.errors import (
     ForkedSession,
     LeaseExpired,
     ManifestChanged,
+    ManifestMismatch,
     ModelLost,
     NoAnswer,
     NotAttached,
@@ -39,7 +40,7 @@ from pushstep.proto.errors import (
     UnknownWorker,
 )
 from pushstep.proto.types_pb2 import Identity, Manifest
-from pushstep.proto.wire.hyperparameters import wire_values
+from pushstep.proto.wire.hyperparameters import group_edits
 from pushstep.proto.wire.layout import Layout, Slot, with_group
 
 from ..gradients.compression import Compression
@@ -89,6 +90,8 @@ class Membership:
         # the attempt number of a join without an answer: a retry of it must not fence the membership that the first got
         self._joining = 0
         self._manifest: Manifest | None = None
+        # the manifest with a group whose addition has broken off: the server may have the group
+        self._adding: Manifest | None = None
         # what `undo_join` restores: the membership, `uid` and `known_timeline`
         self._before: tuple[Member | None, bytes, int] = (None, b"", 0)
         self.in_doubt: Identity | None = None
@@ -223,7 +226,13 @@ class Membership:
 
     def rejoin(self) -> Member:
         """Join again: after a restore, an expired lease or a changed manifest."""
-        self._join(self._manifest)
+        try:
+            self._join(self._manifest)
+        except ManifestMismatch:
+            if self._adding is None:
+                raise
+            self._join(self._adding)
+            self._manifest, self._adding = self._adding, None
         self.worker_state.rejoined()
         return self.joined()
 
@@ -271,7 +280,7 @@ class Membership:
             model=self.model,
             identity=self.joined().identity(),
             worker_state=self.worker_state.due(),
-            edits=edit_messages(edits),
+            edits=group_edits(edits),
         )
         try:
             answer = answered(partial(self.transport.leave, request))
@@ -355,8 +364,9 @@ class Membership:
     def add_group(self, added: Manifest, values: Mapping[str, Tensor]) -> Member:
         """Add one param group, or join it if another worker has added it already; the membership."""
         layout = with_group(self._member_now().layout, added)
+        self._adding = layout.manifest
         answer = self._send(lambda member: uploads.group(self.model, member, added, layout, values))
-        self._manifest = layout.manifest
+        self._manifest, self._adding = layout.manifest, None
         return self.adopt(answer.member, layout)
 
     def replace_state(self, header: pb.UploadHeader, values: Mapping[tuple[Slot, str], Tensor]) -> Member:
@@ -388,8 +398,3 @@ class Membership:
         if (restored := self.tell_restore()) is not None:
             raise restored
         return member
-
-
-def edit_messages(edits: Mapping[int, Mapping[str, float | bool]]) -> list[pb.GroupEdit]:
-    """Edits by group and name, as messages."""
-    return [pb.GroupEdit(group=group, values=wire_values(values)) for group, values in edits.items()]

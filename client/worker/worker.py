@@ -28,12 +28,13 @@ from pushstep.proto.errors import (
 )
 from pushstep.proto.types_pb2 import Segment
 from pushstep.proto.wire import dtypes
+from pushstep.proto.wire.hyperparameters import group_edits
 from pushstep.proto.wire.layout import Layout, Slot
 
 from ..gradients.body import PushBodies, Rows
 from ..gradients.compression import Compression, push_and_pull
 from ..membership.member import Member
-from ..membership.membership import Membership, edit_messages
+from ..membership.membership import Membership
 from ..membership.receipt import Outcome, Receipt, own_receipt
 from ..shared_memory.local_socket import LocalSocket
 from ..shared_memory.sharing import SharedMemory
@@ -149,7 +150,7 @@ class Worker:
             metrics=metrics or None,
             samples=samples,
             worker_state=self.membership.worker_state.due(),
-            edits=edit_messages(edits) if edits else None,
+            edits=group_edits(edits) if edits else None,
         )
 
     def step(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import lru_cache
 
+from ..training_pb2 import GroupEdit
 from ..types_pb2 import GroupValues, Hyperparameter
 
 Values = dict[str, float | bool]
@@ -34,3 +35,8 @@ def wire_values(values: Mapping[str, float | bool]) -> dict[str, Hyperparameter]
         name: Hyperparameter(flag=value) if isinstance(value, bool) else Hyperparameter(number=float(value))
         for name, value in values.items()
     }
+
+
+def group_edits(edits: Mapping[int, Mapping[str, float | bool]]) -> list[GroupEdit]:
+    """Edits by group and name, as messages."""
+    return [GroupEdit(group=group, values=wire_values(values)) for group, values in edits.items()]
