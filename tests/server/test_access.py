@@ -150,7 +150,7 @@ def test_a_token_is_found_by_its_whole(monkeypatch: pytest.MonkeyPatch) -> None:
         assert tokens.caller(other) is None
 
 
-@pytest.mark.parametrize("token", [SECRET, "x" * 40, ""])
+@pytest.mark.parametrize("token", [SECRET, "x" * 40, ""], ids=["known", "unknown", "empty"])
 def test_every_look_up_compares_once_in_constant_time(token: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also one that finds nothing: the same work, whatever was sent and however many tokens there are."""
     compared: list[tuple[bytes, bytes]] = []
