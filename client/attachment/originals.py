@@ -64,9 +64,9 @@ def _check_keras(optimizer: KerasOptimizer) -> None:
         (
             any((optimizer.clipnorm, optimizer.clipvalue, optimizer.global_clipnorm)),
             "clipping",
-            "a clip_grad_norm hook",
+            "the hook clipnorm or global_clipnorm, or clip_grad_value for clipvalue",
         ),
-        (optimizer.use_ema, "use_ema", "an average of what is pulled"),
+        (optimizer.use_ema, "use_ema", "an ema hook"),
         (optimizer.loss_scale_factor, "loss_scale_factor", "a torch.amp.GradScaler"),
         (
             optimizer.gradient_accumulation_steps,

@@ -157,10 +157,10 @@ def test_rounds_of_it(server: RunningServer, model_name: str) -> None:
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"clipnorm": 1.0}, "clipping: use a clip_grad_norm hook"),
+    ({"clipnorm": 1.0}, "clipping: use the hook clipnorm or global_clipnorm"),
     ({"clipvalue": 1.0}, "clipping"),
     ({"global_clipnorm": 1.0}, "clipping"),
-    ({"use_ema": True}, "use_ema"),
+    ({"use_ema": True}, "use_ema: use an ema hook"),
     ({"loss_scale_factor": 8.0}, "loss_scale_factor: use a torch.amp.GradScaler"),
     ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps"),
     ({"learning_rate": lambda: 0.1}, "a schedule as learning_rate"),
