@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import torch
@@ -19,6 +20,7 @@ from ..process.threads import READS
 # Large enough to be beyond most caches, small enough to take some ten milliseconds.
 MEASURED_BYTES: Final = 16 << 20
 CHUNK_BYTES: Final = 1 << 20
+FLAT: Final = partial(torch.zeros, dtype=torch.float32, device="cpu")
 # The best of so many: others on the host make a run slower, never faster.
 RUNS: Final = 3
 KEPT_S: Final = 300.0
@@ -86,8 +88,8 @@ def _ingest() -> Callable[[], None]:
 def _step_of(name: str) -> Callable[[], None]:
     rule = RULES[name]
     elements = MEASURED_BYTES // 4
-    param, gradient = torch.zeros(elements), torch.full((elements,), 1e-3)
-    states = [torch.zeros(elements) for _ in rule.state_names]
+    param, gradient = FLAT(elements), FLAT(elements).fill_(1e-3)
+    states = [FLAT(elements) for _ in rule.state_names]
 
     def run() -> None:
         rule.step_dense(param, gradient, states, dict(rule.defaults), step=1)

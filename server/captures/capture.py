@@ -36,6 +36,7 @@ BLOCK_ELEMENTS: Final = 1 << 20
 KEPT_BYTES: Final = 1 << 30
 _POOL: Final = BufferPool(KEPT_BYTES)
 LARGEST_ITEM_BYTES: Final = 8
+NOTHING: Final = torch.empty(0, dtype=torch.uint8, device="cpu")
 
 
 class Span(NamedTuple):
@@ -133,7 +134,7 @@ class Capture:
             if at < arena.elements:
                 pieces.append(_Run(at, arena.elements))
             self._pieces.append(pieces)
-        self._staging = torch.empty(0)
+        self._staging = NOTHING
 
     def names(self, arena: int) -> list[str]:
         """The tensors of an arena, large elements first, as a file has them."""
@@ -304,7 +305,7 @@ class Capture:
             raise RuntimeError("it is read no more")
 
     def _drop(self) -> None:
-        self._pieces, self.tables, self._staging = [[] for _ in self._pieces], {}, torch.empty(0)
+        self._pieces, self.tables, self._staging = [[] for _ in self._pieces], {}, NOTHING
         self._averaged = [_Run(0, 0) for _ in self._averaged]
 
 

@@ -112,7 +112,7 @@ class CapturedTable:
             self._runs.append(aside)
         if not len(want):
             return
-        ends = torch.tensor([int(want[0]), int(want[-1]) + 1])
+        ends = torch.tensor([int(want[0]), int(want[-1]) + 1], dtype=torch.int64, device="cpu")
         for run in self._runs:
             low, high = torch.searchsorted(run.ids, ends).tolist()
             if low == high:
