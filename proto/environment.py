@@ -45,7 +45,7 @@ SETTINGS: Final = (
     "log_level",
 )
 # What a worker's process, and the commands, read.
-OF_CLIENTS: Final = ("token", "tls_ca", "tls_client_cert", "tls_client_key")
+OF_CLIENTS: Final = ("server", "token", "tls_ca", "tls_client_cert", "tls_client_key")
 # Kubernetes and Docker's links set these in every container beside a service that is called pushstep.
 _OF_A_SERVICE: Final = re.compile(r".*(SERVICE_(HOST|PORT)|PORT_\d+_(TCP|UDP|SCTP)).*")
 

@@ -13,11 +13,18 @@ import typer
 from .demo import demo
 from .export import export
 from .import_file import import_file
+from .operate.capacity import capacity
+from .operate.events import events
+from .operate.groups import groups
+from .operate.hooks import hooks
+from .operate.models import models
+from .operate.settings import durability, gate, policy
+from .operate.snapshots import snapshots
+from .operate.top import top
+from .operate.workers import workers
 from .status import status
 
-app = typer.Typer(
-    no_args_is_help=True, add_completion=False, help="Use a pushstep server from the command line."
-)
+app = typer.Typer(no_args_is_help=True, help="Use a pushstep server from the command line.")
 
 
 def _show_version(asked: bool) -> None:
@@ -36,10 +43,11 @@ def options(
     """Use a pushstep server from the command line."""
 
 
-app.command()(demo)
-app.command()(export)
 app.command("import")(import_file)
-app.command()(status)
+for _command in (
+    capacity, demo, durability, events, export, gate, groups, hooks, models, policy, snapshots, status, top, workers
+):  # fmt: skip
+    app.command()(_command)
 for _entry in sorted(entry_points(group="pushstep.commands"), key=lambda entry: entry.name):
     # what it needs to run it imports when it runs
     app.command(_entry.name)(_entry.load())

@@ -1,4 +1,4 @@
-"""The options of commands for servers that ask who calls: a token, and certificates.
+"""The options of commands that speak with a server: its address, and for those that ask who calls a token and certificates.
 
 A token is never an argument itself, since every user of a machine sees the arguments of its processes.
 """
@@ -14,17 +14,20 @@ import typer
 if TYPE_CHECKING:
     from ..transport.security import Security
 
+ServerOption = Annotated[
+    str, typer.Option("--server", envvar="PUSHSTEP_SERVER", help="HOST:PORT or unix:/path")
+]
 TokenOption = Annotated[
     str | None,
     typer.Option(
-        "--token", metavar="@FILE", help="The file with the token, or - for stdin [default: PUSHSTEP_TOKEN]."
+        "--token",
+        metavar="@FILE",
+        help="The file with the token, or - for stdin; PUSHSTEP_TOKEN has it otherwise.",
     ),
 ]
 TlsCaOption = Annotated[
     Path | None,
-    typer.Option(
-        "--tls-ca", help="PEM file with the CA of the server's certificate [default: PUSHSTEP_TLS_CA]."
-    ),
+    typer.Option("--tls-ca", help="PEM file with the CA of the server's certificate; or PUSHSTEP_TLS_CA."),
 ]
 InsecureOption = Annotated[
     bool, typer.Option("--insecure", help="Send the token to another host without TLS, too.")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .access import InsecureOption, TlsCaOption, TokenOption, security_of
+from .access import InsecureOption, ServerOption, TlsCaOption, TokenOption, security_of
 
 if TYPE_CHECKING:
     from ..transport.security import Security
@@ -26,7 +26,7 @@ class Format(StrEnum):
 def export(
     out: Annotated[Path, typer.Argument(help="The file to write; for dcp, a folder that is not there yet.")],
     model: Annotated[str, typer.Option(help="The model's name.")],
-    server: Annotated[str, typer.Option(help="HOST:PORT or unix:/path")] = "localhost:7070",
+    server: ServerOption = "localhost:7070",
     form: Annotated[Format, typer.Option("--format", help="What to write.")] = Format.SAFETENSORS,
     snapshot: Annotated[str | None, typer.Option(help="A snapshot's id, in place of the model now.")] = None,
     state: Annotated[

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .access import InsecureOption, TlsCaOption, TokenOption, security_of
+from .access import InsecureOption, ServerOption, TlsCaOption, TokenOption, security_of
 
 if TYPE_CHECKING:
     from ..transport.security import Security
@@ -22,7 +22,7 @@ def import_file(
         Path, typer.Argument(help="A safetensors file, such as an export.", exists=True, dir_okay=False)
     ],
     model: Annotated[str, typer.Option(help="The model's name.")],
-    server: Annotated[str, typer.Option(help="HOST:PORT or unix:/path")] = "localhost:7070",
+    server: ServerOption = "localhost:7070",
     create: Annotated[bool, typer.Option("--create", help="Make a new model of the file.")] = False,
     groups: Annotated[
         str | None,

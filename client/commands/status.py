@@ -11,7 +11,9 @@ from .access import InsecureOption, TlsCaOption, TokenOption, security_of
 
 
 def status(
-    server: Annotated[str, typer.Argument(help="HOST:PORT or unix:/path")] = "localhost:7070",
+    server: Annotated[
+        str, typer.Argument(envvar="PUSHSTEP_SERVER", help="HOST:PORT or unix:/path")
+    ] = "localhost:7070",
     as_json: Annotated[bool, typer.Option("--json", help="One line of JSON.")] = False,
     token: TokenOption = None,
     tls_ca: TlsCaOption = None,

@@ -1,0 +1,202 @@
+"""What every operating command shares: which server, as whom, text or JSON, and what a refusal looks like.
+
+`operates` gives a command the options for that, and itself a `Door` as its first argument. A command asks, and shows the
+answer: as a table for people, and with --json as the server sent it, on one line. The exit status is 0 if it was done, 1 if
+the server refused it or is not there, 2 for a wrong command line.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import wraps
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+
+from ..access import InsecureOption, ServerOption, TlsCaOption, TokenOption, security_of
+
+if TYPE_CHECKING:
+    import http.client
+
+    from ...transport.security import Security
+
+JsonOption = Annotated[bool, typer.Option("--json", help="The server's answer, one line of JSON.")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would change; nothing does.")]
+YesOption = Annotated[bool, typer.Option("--yes", help="Do it without asking.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A new value, as JSON; several times.")
+]
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="The model's name.")]
+_SHARED: Final = {
+    "server": (ServerOption, "localhost:7070"),
+    "as_json": (JsonOption, False),
+    "token": (TokenOption, None),
+    "tls_ca": (TlsCaOption, None),
+    "insecure": (InsecureOption, False),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Door:
+    """The operators' door of one server, and how its answers are shown."""
+
+    server: str
+    security: Security
+    as_json: bool
+
+    def stream(
+        self, method: str, path: str, query: Mapping[str, Any], headers: Mapping[str, str], body: bytes = b""
+    ) -> AbstractContextManager[http.client.HTTPResponse]:
+        """An answer, to be read in a block. The catalogue's error that the server answers with; ServerUnavailable."""
+        from ..rest import answer_to
+
+        texts = {
+            name: json.dumps(value) if isinstance(value, bool) else str(value)
+            for name, value in query.items()
+            if value is not None
+        }
+        return answer_to(self.server, method, path, texts, headers, self.security, [body] if body else ())
+
+    def ask(self, method: str, path: str, body: Any = None, **query: Any) -> Any:
+        """An answer as JSON; None if it is empty. A `query` of None is left out. Raises what `stream` raises."""
+        content = b"" if body is None else json.dumps(body).encode()
+        headers = {"Content-Type": "application/json", "Content-Length": str(len(content))}
+        with self.stream(method, path, query, headers, content) as answer:
+            got = answer.read()
+        return json.loads(got) if got else None
+
+    def all_of(self, path: str, key: str, **query: Any) -> dict[str, Any]:
+        """A list with all its pages: what the first one answers, with the entries under `key` of all."""
+        first = page = self.ask("GET", path, **query)
+        while page["next"] is not None:
+            page = self.ask("GET", path, **query, cursor=page["next"])
+            first[key] += page[key]
+        return {**first, "next": None}
+
+    def show(self, answer: Any, *tables: Table, said: str = "") -> None:
+        """Print an answer: as JSON, or as tables and a line."""
+        if self.as_json:
+            typer.echo(json.dumps(answer))
+            return
+        for table in tables:
+            table.print()
+        if said:
+            typer.echo(plain(said))
+
+    def show_edit(self, answer: Any, said: str, *, dry_run: bool) -> None:
+        """Print what an edit has led to, or would."""
+        if dry_run:
+            said = f"nothing was changed; it would be: {json.dumps(answer)}"
+        elif answer is not None and "effective_version" in answer:
+            said += f", from version {answer['effective_version']} on"
+        self.show(answer, said=said)
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Rows under headings, as wide as the terminal, or as they are where none is."""
+
+    columns: Sequence[str]
+    rows: Iterable[Sequence[Any]]
+
+    def made(self) -> Any:
+        """As rich draws it."""
+        from rich import box
+        from rich.table import Table as RichTable
+        from rich.text import Text
+
+        table = RichTable(box=box.SIMPLE_HEAD, pad_edge=False)
+        for column in self.columns:
+            table.add_column(column, overflow="fold")
+        for row in self.rows:
+            table.add_row(*(Text(plain(value)) for value in row))
+        return table
+
+    def print(self) -> None:
+        """Print it."""
+        from rich.console import Console
+
+        console = Console()
+        if not console.is_terminal and "COLUMNS" not in console._environ:
+            console.width = 1000
+        console.print(self.made())
+
+
+def plain(value: Any) -> str:
+    """A value as text of one line, in which no control character acts on a terminal."""
+    if value is None or value == "":
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    text = value if isinstance(value, str) else json.dumps(value)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def pairs(given: Iterable[str]) -> dict[str, Any]:
+    """NAME=VALUE as a mapping: values as JSON, and as text where they are none. BadParameter."""
+    found: dict[str, Any] = {}
+    for each in given:
+        name, equals, value = each.partition("=")
+        if not name or not equals:
+            raise typer.BadParameter(f"{each!r} is not NAME=VALUE", param_hint="--set")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found
+
+
+def one_of(**asked: Any) -> None:
+    """BadParameter if more than one of these options was given."""
+    given = [f"--{name.replace('_', '-')}" for name, value in asked.items() if value not in (None, False, [])]
+    if len(given) > 1:
+        raise typer.BadParameter(f"{' and '.join(given)} are done one at a time")
+
+
+def agreed(question: str, *, yes: bool) -> None:
+    """Ask before what cannot be undone. Ends the command without a yes; BadParameter where nobody can be asked."""
+    import sys
+
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise typer.BadParameter("nobody can be asked without a terminal; pass --yes", param_hint="--yes")
+    typer.confirm(question, abort=True, err=True)
+
+
+def operates(command: Callable[..., None]) -> Callable[..., None]:
+    """`command`, whose first argument is a Door, with the options that make one."""
+    own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
+    shared = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+        for name, (kind, default) in _SHARED.items()
+    ]
+
+    @wraps(command)
+    def run(**given: Any) -> None:
+        # not needed for --help
+        from pushstep.proto.errors import PushstepError
+
+        server, as_json, *access = (given.pop(name) for name in _SHARED)
+        try:
+            command(Door(server, security_of(server, *access), as_json), **given)
+        except (PushstepError, OSError) as error:
+            typer.echo(str(error), err=True)
+            raise typer.Exit(1) from error
+
+    keywords = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in own]
+    run.__signature__ = inspect.Signature([*keywords, *shared])  # type: ignore[attr-defined]
+    run.__annotations__ = {each.name: each.annotation for each in (*keywords, *shared)}
+    return run
+
+
+def lines_of(answer: http.client.HTTPResponse) -> Iterator[str]:
+    """The lines of an answer as they come."""
+    while line := answer.readline():
+        yield line.decode().rstrip("\r\n")
