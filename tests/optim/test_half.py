@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pushstep.optim import RULES, Adadelta, Adagrad
+from pushstep.optim.rules.mlx import rounded
 
 HALF = [torch.bfloat16, torch.float16]
 
@@ -73,7 +74,9 @@ def test_mixed_dtypes_are_the_float32_step_rounded_once(name, param, grad, state
     p, g = torch.randn(n).to(param), torch.randn(n).to(grad)
     states = [torch.rand(n).to(state) for _ in rule.state_names]
     wide = [p.float().clone(), *(s.float().clone() for s in states)]
-    rule.step_dense(wide[0], g.float(), wide[1:], rule.defaults, step=3, factor=0.3)
+    # MLX's lr has the parameter's dtype
+    lr = rounded(rule.defaults["lr"], param) if name.startswith("mlx_") else rule.defaults["lr"]
+    rule.step_dense(wide[0], g.float(), wide[1:], {**rule.defaults, "lr": lr}, step=3, factor=0.3)
     rule.step_dense(p, g, states, rule.defaults, step=3, factor=0.3)
     for narrow, reference in zip([p, *states], wide, strict=True):
         assert torch.equal(narrow, reference.to(narrow.dtype))
