@@ -12,6 +12,7 @@ import torch
 
 from pushstep.proto.errors import InvalidHyperparameter
 from pushstep.server.arenas import finite_watch
+from pushstep.server.coordinator.groups import OperatorEdit
 from pushstep.server.coordinator.hooks.hook import Point
 from pushstep.server.models.edits import Edits
 from pushstep.server.models.model import Model
@@ -110,9 +111,9 @@ def test_values_that_would_ruin_the_next_step_are_refused(values: Mapping[str, f
         before = model.dump()
         if refused:
             with pytest.raises(InvalidHyperparameter, match="group 0"):
-                await Edits(model).try_group(0, values)
+                await Edits(model).try_group(0, OperatorEdit(values, True))
         else:
-            await Edits(model).try_group(0, values)
+            await Edits(model).try_group(0, OperatorEdit(values, True))
         assert model.dump() == before
         assert model.arenas.parameters[0].tolist() == [2.0, 2.0]
         await model.close()

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import numpy as np
@@ -67,9 +68,19 @@ def rest(server: RunningServer, session: Session) -> Iterator[Rest]:
     made.client.close()
 
 
+def all_models(rest: Rest) -> list[Any]:
+    """Those of all pages."""
+    page = rest("GET", "/v1/models")
+    found: list[Any] = page["models"]
+    while page["next"] is not None:
+        page = rest("GET", f"/v1/models?cursor={quote(page['next'])}")
+        found += page["models"]
+    return found
+
+
 def test_models(rest: Rest, session: Session) -> None:
     shown = rest("GET", "")
-    assert shown in rest("GET", "/v1/models")["models"]
+    assert shown in all_models(rest)
     assert (shown["name"], shown["version"], shown["timeline"], shown["edit"]) == (session.model, 1, 1, 0)
     assert (shown["parameters"], shown["elements"], shown["groups"]) == (4, 28, 2)
     rows = 5 + 4 + 4  # each with the version that changed it
@@ -81,7 +92,7 @@ def test_models(rest: Rest, session: Session) -> None:
     accepted = {"policy": "async", "scale": False, "max_staleness": None, "max_staleness_by_group": {}}
     assert rest("GET", "/policy") == {**accepted, "effective_version": 2}
     capacity = rest("GET", "/v1/capacity")
-    assert capacity["models"]["held"] == len(rest("GET", "/v1/models")["models"])
+    assert capacity["models"]["held"] == len(all_models(rest))
     assert capacity["bytes"]["held"] >= shown["bytes"]
 
 
