@@ -20,18 +20,18 @@ from .webhook import Webhook
 log = logging.getLogger("pushstep.hooks")
 GROUP: Final = "pushstep.hooks"
 KINDS: Final = ("transform", "guard", "observer")
-OF_THIS_HOUSE: Final[tuple[type[Hook], ...]] = (Span, TensorBoard, Webhook)
+OBSERVERS: Final[tuple[type[Hook], ...]] = (Span, TensorBoard, Webhook)
 
 
 @cache
 def register() -> None:
     """Enter all of them in the catalogue, once per process: to look at every installed package takes some 20 ms."""
-    for kind in OF_THIS_HOUSE:
+    for kind in OBSERVERS:
         CATALOGUE.setdefault(kind.name, kind)
     for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
         if entry.name not in CATALOGUE:
             _enter(entry)
-        elif CATALOGUE[entry.name] in (*BUILT_IN, *OF_THIS_HOUSE):
+        elif CATALOGUE[entry.name] in (*BUILT_IN, *OBSERVERS):
             log.error(
                 "the hook %s of %s is not installed: pushstep has one of that name", entry.name, _of(entry)
             )

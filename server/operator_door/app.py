@@ -268,10 +268,10 @@ class Entrance:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        way = self._counts.http
         started = False
         self._under_way += 1
         actor = ACTOR.set(_actor(scope))
-        way = self._counts.http
 
         async def watched_send(message: Message) -> None:
             nonlocal started
@@ -285,27 +285,7 @@ class Entrance:
             return message
 
         try:
-            headers = dict(scope["headers"])
-            host = headers.get(b"host", b"").decode("latin-1")
-            self._check_host(host)
-            if self._under_way > MOST_REQUESTS and scope["path"] not in ALWAYS_ANSWERED:
-                raise Busy(what="requests", waiting=self._under_way - 1, retry_after_s=RETRY_AFTER_S)
-            self._access.admit(scope)
-            if (caller := CALLER.get()) is not None:
-                ACTOR.set(caller.actor)
-            origin = headers.get(b"origin")
-            if origin is not None and scope["method"] not in ("GET", "HEAD", "OPTIONS"):
-                self._check_origin(origin.decode("latin-1"), host)
-            if _takes_file(scope):  # the route takes room for it before it reads it
-                await self._app(scope, counted_receive, watched_send)
-                return
-            declared = headers.get(b"content-length", b"0")
-            if declared.isdigit() and int(declared) > MAX_BODY_BYTES:
-                raise MessageTooLarge(got=int(declared), limit=MAX_BODY_BYTES)
-            limited = _limited(counted_receive)
-            if _is_route(scope):  # what is at no route is refused unread, whatever it holds
-                limited = await _read(scope, limited)
-            await self._app(scope, limited, watched_send)
+            await self._pass_on(scope, counted_receive, watched_send)
             return
         except asyncio.CancelledError:
             cut = was_cut()
@@ -323,6 +303,28 @@ class Entrance:
             ACTOR.reset(actor)
         self._counts.refused(OPERATORS_DOOR, refusal.code)
         await problem_response(refusal)(scope, receive, watched_send)
+
+    async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on that may come in; else HostNotAllowed, Busy, MessageTooLarge, and what `admit` raises."""
+        headers = dict(scope["headers"])
+        host = headers.get(b"host", b"").decode("latin-1")
+        self._check_host(host)
+        if self._under_way > MOST_REQUESTS and scope["path"] not in ALWAYS_ANSWERED:
+            raise Busy(what="requests", waiting=self._under_way - 1, retry_after_s=RETRY_AFTER_S)
+        self._access.admit(scope)
+        if (caller := CALLER.get()) is not None:
+            ACTOR.set(caller.actor)
+        origin = headers.get(b"origin")
+        if origin is not None and scope["method"] not in ("GET", "HEAD", "OPTIONS"):
+            self._check_origin(origin.decode("latin-1"), host)
+        if not _takes_file(scope):  # the route of a file takes room for it before it reads it
+            declared = headers.get(b"content-length", b"0")
+            if declared.isdigit() and int(declared) > MAX_BODY_BYTES:
+                raise MessageTooLarge(got=int(declared), limit=MAX_BODY_BYTES)
+            receive = _limited(receive)
+            if _is_route(scope):  # what is at no route is refused unread, whatever it holds
+                receive = await _read(scope, receive)
+        await self._app(scope, receive, send)
 
     def _check_host(self, host: str) -> None:
         """HostNotAllowed for a foreign name.

@@ -25,7 +25,7 @@ from ..coordinator.hooks.catalogue import BUILT_IN
 from ..coordinator.policies.catalogue import POLICIES
 from ..coordinator.settings import Settings
 from ..imports.new_groups import NewGroup
-from ..observers.catalogue import OF_THIS_HOUSE
+from ..observers.catalogue import OBSERVERS
 from .examples import add_examples, problems_of
 from .links import add_links
 
@@ -136,7 +136,7 @@ def _with_problems(schema: dict[str, Any]) -> dict[str, Any]:
 def _describe_hooks(schemas: dict[str, Any]) -> None:
     """Have the body that installs a hook say what each hook of this house takes, and where it goes."""
     plain = schemas["NewHook"]
-    kinds = sorted({*BUILT_IN, *OF_THIS_HOUSE}, key=lambda kind: kind.name)
+    kinds = sorted({*BUILT_IN, *OBSERVERS}, key=lambda kind: kind.name)
     choices = []
     for kind in kinds:
         settings = _component(kind.settings_type, schemas)

@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from pushstep.proto.errors import MissingExtra, PushstepError
 from pushstep.server.coordinator.hooks.hook import Hook, Place, Point
-from pushstep.server.observers.catalogue import OF_THIS_HOUSE
+from pushstep.server.observers.catalogue import OBSERVERS
 from tests.support.servers.harness import SERVER, RunningServer, running_server, wait_until
 from tests.support.servers.operators import add_hook, remove_hook, restore, take_snapshot
 from tests.support.workers.wire import created
@@ -263,7 +263,7 @@ def test_a_faulty_observer_fails_nothing(watched: RunningServer, model_name: str
         assert [entry["state"] for entry in state] == [{"fine": 1}, {}]
 
 
-@pytest.mark.parametrize("kind", [kind for kind in OF_THIS_HOUSE if kind.name != "webhook"])
+@pytest.mark.parametrize("kind", [kind for kind in OBSERVERS if kind.name != "webhook"])
 def test_what_is_not_installed_is_named(
     kind: type[Hook], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -30,7 +30,7 @@ from pushstep.server.coordinator.hooks.chain import MAX_HOOKS, HookChain
 from pushstep.server.coordinator.hooks.hook import Hook, Point, StepContext
 from pushstep.server.coordinator.hooks.schedulers import KINDS
 from pushstep.server.observers import observers as at_work
-from pushstep.server.observers.catalogue import OF_THIS_HOUSE
+from pushstep.server.observers.catalogue import OBSERVERS
 from tests.support.servers.harness import RunningServer, wait_until
 from tests.support.workers.wire import created
 
@@ -74,7 +74,7 @@ def install(
 
 def test_catalogue_says_what_can_be_installed(server: RunningServer) -> None:
     shown = {entry["name"]: entry for entry in server.rest("GET", "/v1/hooks").json()["hooks"]}
-    assert set(shown) == {*CATALOGUE, *(kind.name for kind in OF_THIS_HOUSE)}
+    assert set(shown) == {*CATALOGUE, *(kind.name for kind in OBSERVERS)}
     for entry in shown.values():
         assert entry["kind"] in ("transform", "guard", "observer")
         assert entry["description"]
