@@ -15,6 +15,7 @@ from pushstep.client.membership import member as membership
 from pushstep.optim import Adadelta, Adagrad
 from pushstep.proto.errors import AlreadyJoined, Fenced, ModelLost, SessionClosed
 from tests.support.servers.harness import RunningServer, running_server, wait_until
+from tests.support.servers.operators import all_models
 from tests.support.servers.proxy import Proxy
 from tests.support.trainings.network import Network
 from tests.support.trainings.optimizers import adagrad, backward
@@ -111,7 +112,7 @@ def test_a_deleted_model_is_lost(server: RunningServer, model_name: str, made_ag
     ):
         with pytest.raises(ModelLost, match=f"'{model_name}'.*never made anew"):
             call()
-    names = [model["name"] for model in server.rest("GET", "/v1/models").json()["models"]]
+    names = [model["name"] for model in all_models(server)]
     assert (model_name in names) is made_again
     made.close()
 

@@ -26,6 +26,7 @@ from pushstep.proto.types_pb2 import (
 )
 from pushstep.proto.wire.frames import Piece, pack
 from tests.support.servers.harness import RunningServer, running_server
+from tests.support.servers.operators import all_models
 from tests.support.workers.wire import GROUPS, PARAMETERS, RawWorker, Wire, created, untouched
 
 MODEL = "bad-uploads"
@@ -77,7 +78,7 @@ def body(header: pb.UploadHeader, *values: Tensor) -> list[bytes]:
 
 
 def models(server: RunningServer) -> list[str]:
-    return [model["name"] for model in server.rest("GET", "/v1/models").json()["models"]]
+    return [model["name"] for model in all_models(server)]
 
 
 NAMES = [

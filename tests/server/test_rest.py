@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import httpx
 import numpy as np
@@ -26,6 +25,7 @@ from pushstep.server.models.saved_models import SavedModels
 from pushstep.server.operator_door.app import create_app
 from pushstep.server.operator_door.resources.parameters import LOOK_ELEMENTS
 from tests.support.servers.harness import RunningServer, wait_until
+from tests.support.servers.operators import all_models
 from tests.support.workers.wire import PARAMETERS, created, state_of
 
 ONES = {"bias": np.ones(4, np.float32)}
@@ -68,19 +68,9 @@ def rest(server: RunningServer, session: Session) -> Iterator[Rest]:
     made.client.close()
 
 
-def all_models(rest: Rest) -> list[Any]:
-    """Those of all pages."""
-    page = rest("GET", "/v1/models")
-    found: list[Any] = page["models"]
-    while page["next"] is not None:
-        page = rest("GET", f"/v1/models?cursor={quote(page['next'])}")
-        found += page["models"]
-    return found
-
-
-def test_models(rest: Rest, session: Session) -> None:
+def test_models(rest: Rest, session: Session, server: RunningServer) -> None:
     shown = rest("GET", "")
-    assert shown in all_models(rest)
+    assert shown in all_models(server)
     assert (shown["name"], shown["version"], shown["timeline"], shown["edit"]) == (session.model, 1, 1, 0)
     assert (shown["parameters"], shown["elements"], shown["groups"]) == (4, 28, 2)
     rows = 5 + 4 + 4  # each with the version that changed it
@@ -92,7 +82,7 @@ def test_models(rest: Rest, session: Session) -> None:
     accepted = {"policy": "async", "scale": False, "max_staleness": None, "max_staleness_by_group": {}}
     assert rest("GET", "/policy") == {**accepted, "effective_version": 2}
     capacity = rest("GET", "/v1/capacity")
-    assert capacity["models"]["held"] == len(all_models(rest))
+    assert capacity["models"]["held"] == len(all_models(server))
     assert capacity["bytes"]["held"] >= shown["bytes"]
 
 

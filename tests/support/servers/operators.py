@@ -7,6 +7,7 @@ import socket
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from tests.support.servers.harness import RunningServer
 
@@ -74,6 +75,17 @@ def show_worker(server: RunningServer, model: str, worker: str) -> dict[str, Any
 def show_model(server: RunningServer, model: str) -> dict[str, Any]:
     """A model in numbers."""
     return _answer(server, "GET", f"/v1/models/{model}", 200)
+
+
+def all_models(server: RunningServer) -> list[Any]:
+    """The models of all pages."""
+    found, query = [], ""
+    while True:
+        page = server.rest("GET", f"/v1/models{query}").json()
+        found += page["models"]
+        if page["next"] is None:
+            return found
+        query = f"?cursor={quote(page['next'])}"
 
 
 def download(server: RunningServer, path: str, form: str) -> bytes:
