@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-import threading
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,8 +16,9 @@ from typer.testing import CliRunner, Result
 from pushstep.client.commands import app
 from pushstep.client.commands.operate.door import pairs, plain
 from pushstep.client.commands.operate.top import Rates
-from tests.support.servers.harness import RunningServer, wait_until
+from tests.support.servers.harness import RunningServer
 
+PUSHSTEP = Path(sys.executable).with_name("pushstep")
 HYPERPARAMETERS = {"rule": "adagrad", "params": ["w"], "lr": 0.5}
 
 
@@ -195,19 +198,16 @@ def test_without_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "no pushstep server answers at 127.0.0.1:1" in result.stderr
 
 
-def test_events_are_followed_as_they_come(
-    server: RunningServer, run: Callable[..., Result], model: str
-) -> None:
-    results: list[Result] = []
-    follower = threading.Thread(target=lambda: results.append(run("events", model, "--follow", "--json")))
-    follower.start()
-    wait_until(lambda: server.rest("GET", f"/v1/models/{model}").status_code == 200)
-    server.rest("PATCH", f"/v1/models/{model}/param-groups/0", json={"lr": 0.125})
-    server.rest("DELETE", f"/v1/models/{model}")  # which ends the stream
-    follower.join(timeout=30)
-    assert not follower.is_alive()
-    kinds = [json.loads(line).get("kind") for line in done(results[0]).splitlines()]
-    assert "param_group_changed" in kinds
+def test_events_are_followed_as_they_come(server: RunningServer, model: str) -> None:
+    command = [PUSHSTEP, "events", model, "--follow", "--json", "--server", server.grpc]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as follower:
+        assert follower.stdout is not None
+        kinds = [json.loads(follower.stdout.readline())["kind"]]  # of what was before: it is there now
+        server.rest("PATCH", f"/v1/models/{model}/param-groups/0", json={"lr": 0.125})
+        server.rest("DELETE", f"/v1/models/{model}")  # which ends the stream
+        kinds += [json.loads(line).get("kind") for line in follower.stdout]
+    assert follower.returncode == 0
+    assert kinds[0] == "created" and "param_group_changed" in kinds
 
 
 def test_a_list_of_several_pages_is_whole(
