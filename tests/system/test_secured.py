@@ -344,7 +344,7 @@ def test_a_token_that_is_taken_back_ends_a_push_that_streams(
         more.set()
         (error,) = ended
         assert type(error) is TokenRevoked
-        assert "calls cut: 1" in guarded.log.read_text()
+        wait_until(lambda: "calls cut: 1" in guarded.log.read_text())  # a thread of its own writes the log
         seen = made[0]
         wait_until(lambda: made[0] > seen + 2)
     assert type(wire.refused("Push", iter([b""]))) is Unauthenticated
