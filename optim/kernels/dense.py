@@ -35,7 +35,7 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from .intrinsics import COPY, EMA, FIRST, GRAD, PARAM, SECOND, claim, fma, load, store
+from .intrinsics import COPY, EMA, FIRST, GRAD, PARAM, SECOND, claim, fma, load, store, tensor_at
 
 # Columns of `addresses`, which has one row per tensor. The first columns are the slots of `intrinsics.py`.
 STEP_COLUMN: Final = 6
@@ -95,14 +95,7 @@ def dense(spec: Spec) -> Callable[..., None]:
         k = claim(plan, worker)
         while k >= 0:
             start, stop = k * plan[1], min((k + 1) * plan[1], plan[2])
-            low, high = 0, len(starts) - 1
-            while high - low > 1:
-                middle = (low + high) >> 1
-                if starts[middle] <= start:
-                    low = middle
-                else:
-                    high = middle
-            for tensor in range(low, len(starts) - 1):
+            for tensor in range(tensor_at(starts, start), len(starts) - 1):
                 base = starts[tensor]
                 if base >= stop:
                     break

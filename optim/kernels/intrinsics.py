@@ -296,3 +296,31 @@ claim: Any = register_jitable(_claim)
 
 A worker takes the slices of its own stretch first, then those that are left of the others' stretches.
 """
+
+
+def _tensor_at(starts: Any, number: int) -> int:
+    low, high = 0, len(starts) - 1
+    while high - low > 1:
+        middle = (low + high) >> 1
+        if starts[middle] <= number:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+tensor_at: Any = register_jitable(_tensor_at)
+"""tensor_at(starts, number): of tensors that begin at ascending `starts`, with the end of the last behind them, the one at `number`."""
+
+
+def _folded(lanes: Any) -> float:
+    half = len(lanes) >> 1
+    while half > 0:
+        for j in range(half):
+            lanes[j] += lanes[half + j]
+        half >>= 1
+    return float(lanes[0])
+
+
+folded: Any = register_jitable(_folded)
+"""folded(lanes): the sum of partial sums, as many as a power of two, in an order that is always the same. It overwrites them."""

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from .intrinsics import GRAD, claim, load
+from .intrinsics import GRAD, claim, folded, load, tensor_at
 
 BLOCK_ELEMENTS: Final = 4096
 LANES: Final = 256
@@ -31,14 +31,7 @@ def block_sums(kind: int) -> Callable[..., None]:
         piece = claim(plan, worker)
         while piece >= 0:
             start, stop = piece * plan[1], min((piece + 1) * plan[1], plan[2])
-            low, high = 0, len(starts) - 1
-            while high - low > 1:
-                middle = (low + high) >> 1
-                if starts[middle] <= start:
-                    low = middle
-                else:
-                    high = middle
-            tensor = low
+            tensor = tensor_at(starts, start)
             for block in range(start, stop):
                 while starts[tensor + 1] <= block:
                     tensor += 1
@@ -51,12 +44,7 @@ def block_sums(kind: int) -> Callable[..., None]:
                     for j in range(min(LANES, first + count - chunk)):
                         x = load(address, chunk + j, kind, True, GRAD)
                         lanes[j] += x * x
-                half = LANES >> 1
-                while half > 0:
-                    for j in range(half):
-                        lanes[j] += lanes[half + j]
-                    half >>= 1
-                sums[block] = lanes[0]
+                sums[block] = folded(lanes)
             piece = claim(plan, worker)
 
     return kernel

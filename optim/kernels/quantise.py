@@ -18,7 +18,20 @@ from typing import Any, Final
 
 import numpy as np
 
-from .intrinsics import CODE, FIRST, FLOAT32, GRAD, PARAM, SCALE, SECOND, claim, load, store
+from .intrinsics import (
+    CODE,
+    FIRST,
+    FLOAT32,
+    GRAD,
+    PARAM,
+    SCALE,
+    SECOND,
+    claim,
+    folded,
+    load,
+    store,
+    tensor_at,
+)
 from .norms import BLOCK_ELEMENTS, LANES
 
 SCALE_BYTES: Final = 4
@@ -114,14 +127,7 @@ def dequantise(spec: tuple[int, bool]) -> Callable[..., None]:
         piece = claim(plan, worker)
         while piece >= 0:
             start, stop = piece * plan[1], min((piece + 1) * plan[1], plan[2])
-            low, high = 0, len(starts) - 1
-            while high - low > 1:
-                middle = (low + high) >> 1
-                if starts[middle] <= start:
-                    low = middle
-                else:
-                    high = middle
-            unit = low
+            unit = tensor_at(starts, start)
             for number in range(start, stop):
                 while starts[unit + 1] <= number:
                     unit += 1
@@ -141,12 +147,7 @@ def dequantise(spec: tuple[int, bool]) -> Callable[..., None]:
                         for j in range(min(LANES, end - at)):
                             x = load(values, tos[unit] + at + j, FLOAT32, True, PARAM)
                             lanes[j] += x * x
-                    half = LANES >> 1
-                    while half > 0:
-                        for j in range(half):
-                            lanes[j] += lanes[half + j]
-                        half >>= 1
-                    sums[number] = lanes[0]
+                    sums[number] = folded(lanes)
             piece = claim(plan, worker)
 
     return kernel

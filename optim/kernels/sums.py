@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from .intrinsics import FLOAT32, FLOAT64, GRAD, PARAM, claim, load, store
+from .intrinsics import FLOAT32, FLOAT64, GRAD, PARAM, claim, folded, load, store, tensor_at
 from .norms import BLOCK_ELEMENTS, LANES
 
 SIGNATURE: Final = (
@@ -46,14 +46,7 @@ def weighted_sum(kind: int) -> Callable[..., None]:
         piece = claim(plan, worker)
         while piece >= 0:
             start, stop = piece * plan[1], min((piece + 1) * plan[1], plan[2])
-            low, high = 0, len(starts) - 1
-            while high - low > 1:
-                middle = (low + high) >> 1
-                if starts[middle] <= start:
-                    low = middle
-                else:
-                    high = middle
-            tensor = low
+            tensor = tensor_at(starts, start)
             for block in range(start, stop):
                 while starts[tensor + 1] <= block:
                     tensor += 1
@@ -77,12 +70,7 @@ def weighted_sum(kind: int) -> Callable[..., None]:
                     for j in range(min(LANES, end - chunk)):
                         y = load(target, chunk + j, total_kind, True, PARAM)
                         lanes[j] += y * y
-                half = LANES >> 1
-                while half > 0:
-                    for j in range(half):
-                        lanes[j] += lanes[half + j]
-                    half >>= 1
-                sums[block] = lanes[0]
+                sums[block] = folded(lanes)
             piece = claim(plan, worker)
 
     return kernel

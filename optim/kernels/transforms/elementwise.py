@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from ..intrinsics import EMA, FLOAT64, GRAD, PARAM, claim, fma, load, store
+from ..intrinsics import EMA, FLOAT64, GRAD, PARAM, claim, fma, folded, load, store, tensor_at
 from .normal import normal
 
 SCALE, CLIP, NOISE = range(3)
@@ -55,14 +55,7 @@ def elementwise(spec: tuple[int, int, int]) -> Callable[..., None]:
         piece = claim(plan, worker)
         while piece >= 0:
             start, stop = piece * plan[1], min((piece + 1) * plan[1], plan[2])
-            low, high = 0, len(starts) - 1
-            while high - low > 1:
-                middle = (low + high) >> 1
-                if starts[middle] <= start:
-                    low = middle
-                else:
-                    high = middle
-            tensor = low
+            tensor = tensor_at(starts, start)
             for block in range(start, stop):
                 while starts[tensor + 1] <= block:
                     tensor += 1
@@ -110,14 +103,7 @@ def centralize(spec: tuple[int, int]) -> Callable[..., None]:
         piece = claim(plan, worker)
         while piece >= 0:
             start, stop = piece * plan[1], min((piece + 1) * plan[1], plan[2])
-            low, high = 0, len(starts) - 1
-            while high - low > 1:
-                middle = (low + high) >> 1
-                if starts[middle] <= start:
-                    low = middle
-                else:
-                    high = middle
-            tensor = low
+            tensor = tensor_at(starts, start)
             for row in range(start, stop):
                 while starts[tensor + 1] <= row:
                     tensor += 1
@@ -130,12 +116,7 @@ def centralize(spec: tuple[int, int]) -> Callable[..., None]:
                     for chunk in range(first, end, LANES):
                         for j in range(min(LANES, end - chunk)):
                             lanes[j] += load(source, chunk + j, kind, wide, GRAD) * factor
-                    half = LANES >> 1
-                    while half > 0:
-                        for j in range(half):
-                            lanes[j] += lanes[half + j]
-                        half >>= 1
-                    mean = real(lanes[0] / (end - first))
+                    mean = real(folded(lanes) / (end - first))
                 for i in range(first, end):
                     x = load(source, i, kind, wide, GRAD) * factor
                     store(target, i, x - mean, total_kind, PARAM)
