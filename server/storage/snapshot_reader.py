@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -52,12 +53,9 @@ class SnapshotReader:
         UnknownSnapshot, SnapshotDamaged, SnapshotUnsupported; OutOfMemory or StorageFailed where this process lacks
         the means to read it.
         """
-        try:
+        with self._unless_deleted(snapshot):
             self._require_listed(snapshot)
             return self._read(snapshot)
-        except SnapshotDamaged:
-            self._require_there(snapshot)  # UnknownSnapshot if it was deleted while it was read
-            raise
 
     def _read(self, snapshot: str) -> tuple[dict[str, Any], ArenasCopy]:
         chain = self.chain(snapshot)
@@ -103,11 +101,12 @@ class SnapshotReader:
 
     def verified(self, snapshot: str) -> dict[str, Any]:
         """A snapshot's manifest, after every byte is verified. Keeps no tensor. Raises as `read` does."""
-        self._require_listed(snapshot)
-        chain = self.chain(snapshot)
-        for manifest in chain:
-            self._verify(manifest, snapshot, AT_ONCE)
-        return chain[-1]
+        with self._unless_deleted(snapshot):
+            self._require_listed(snapshot)
+            chain = self.chain(snapshot)
+            for manifest in chain:
+                self._verify(manifest, snapshot, AT_ONCE)
+            return chain[-1]
 
     def verify_again(self, chain: Sequence[Mapping[str, Any]], pace: Pace) -> None:
         """Verify the files of a chain that may have changed since they were verified. Raises as `read` does."""
@@ -132,7 +131,17 @@ class SnapshotReader:
                 found[name] = self.manifest(name)
             return found[name]
 
-        return chain_of(snapshot, manifest_of)
+        with self._unless_deleted(snapshot):
+            return chain_of(snapshot, manifest_of)
+
+    @contextmanager
+    def _unless_deleted(self, snapshot: str) -> Iterator[None]:
+        """Raise UnknownSnapshot, and not what its missing files look like, if it is deleted while this reads it."""
+        try:
+            yield
+        except SnapshotDamaged:
+            self._require_there(snapshot)
+            raise
 
     def name(self, snapshot: str) -> str:
         """A snapshot's path below the data folder."""

@@ -251,7 +251,7 @@ class Snapshots(SnapshotReader):
                 if not chain[-1]["automatic"]:
                     continue
                 self.verify_again(chain, pace)
-            except (SnapshotDamaged, SnapshotUnsupported):
+            except (SnapshotDamaged, SnapshotUnsupported, UnknownSnapshot):
                 continue
             root, is_needed = chain[0]["id"], kept < keep
             if not is_needed and keep > 1 and len(roots) == 1:

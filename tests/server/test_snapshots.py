@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -9,7 +10,6 @@ import resource
 import shutil
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +117,36 @@ def test_an_id_is_never_taken_twice(store: Snapshots) -> None:
     assert len({first, second, third}) == 3
     assert {entry["id"] for entry in store.manifests()} == {second, third}
     assert store.read(second)[1].parameters[0].tolist() == [5.0] * 3
+
+
+READS: dict[str, Callable[[Snapshots, str], object]] = {
+    "listed": lambda store, snapshot: store.manifests(),
+    "verified": Snapshots.verified,
+    "read": Snapshots.read,
+}
+
+
+@pytest.mark.parametrize("files_before", range(3))
+@pytest.mark.parametrize("what", READS)
+def test_one_that_is_deleted_while_it_is_read_is_not_damaged(
+    what: str, files_before: int, store: Snapshots, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever of its files is the first that is gone."""
+    kept, goes = taken(store, 1), taken(store, 2)
+    opened, size_of = store.store.opened, store.store.size_of
+    asked: list[str] = []
+
+    def before(snapshot: str) -> None:
+        asked.append(snapshot)
+        if asked.count(goes) == files_before + 1 and store.store.holds(goes):
+            store.store.remove(goes)
+
+    monkeypatch.setattr(store.store, "opened", lambda of, file: (before(of), opened(of, file))[1])
+    monkeypatch.setattr(store.store, "size_of", lambda of, file: (before(of), size_of(of, file))[1])
+    with contextlib.suppress(UnknownSnapshot):
+        assert "damaged" not in str(READS[what](store, goes))
+    monkeypatch.undo()
+    assert [entry["id"] for entry in store.manifests()] == [kept]
 
 
 @pytest.mark.parametrize("mask", [0x01, 0x08, 0x20, 0x2A, 0x80, 0xFF], ids=hex)
@@ -227,7 +257,7 @@ def leftovers(store: Snapshots) -> list[str]:
     return sorted(path.name for path in store.folder.iterdir()) if store.folder.exists() else []
 
 
-@contextmanager
+@contextlib.contextmanager
 def largest_file(size: int) -> Iterator[None]:
     """A disk that refuses to write further than this into a file."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
