@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from tests.support.processes import crowd
 from tests.support.servers.harness import forget_peak, memory_bytes, running_server
@@ -19,10 +20,12 @@ PUSH_BYTES = 4 * MIB
 STAGING_BYTES = 64 * MIB
 # Beside the budget: what malloc keeps of freed messages in its arenas, and 64 connections, each with its window (384 KiB)
 # and some 1.2 MiB of gRPC's own (64 sessions on two connections took 120 MiB less). It grew by 220 to 253 MiB, in 24 s
-# no more than in 8. Without a budget the pushes alone are 256 MiB, and gRPC's messages as much again.
-SLACK_BYTES = (128 + WORKERS * 3 // 2) * MIB
+# no more than in 8, and by 322 MiB on a busy machine. Without a budget it is more than 500 MiB: the pushes alone are 256 MiB,
+# and gRPC's messages as much again.
+SLACK_BYTES = (224 + WORKERS * 3 // 2) * MIB
 
 
+@pytest.mark.timeout(300)
 def test_memory_is_bounded_and_everyone_gets_a_turn(tmp_path: Path) -> None:
     with running_server(tmp_path / "data", "--staging-bytes", str(STAGING_BYTES)) as server:
         pid = server.process.pid
@@ -52,7 +55,7 @@ def test_memory_is_bounded_and_everyone_gets_a_turn(tmp_path: Path) -> None:
             process.stdin.write("go\n")
             process.stdin.flush()
         for process in crowds:
-            out, _ = process.communicate(timeout=100)
+            out, _ = process.communicate(timeout=250)
             assert process.returncode == 0
             applied.update(json.loads(out))
         grown = memory_bytes(pid, "VmHWM") - before

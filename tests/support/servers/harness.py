@@ -37,6 +37,8 @@ START_S = 60.0
 # the server that all tests share snapshots some hundred models, beside whatever else the machine does
 STOP_S = 90.0
 _numbers = itertools.count()
+# what the log says of a port that somebody has
+IN_USE = "is in use"
 # Of every call's own, httpx would make it for http, too, and read all certificates: 17 ms, thirty times the call.
 _TLS = ssl.create_default_context()
 
@@ -126,9 +128,33 @@ def start_server(
     """Start a server on free ports with `data` as its folder, and wait until it is ready. On the test's device.
 
     `command`: what is started in place of the server's own command. A file that Python runs is forked, too.
+    At the address of a server before it, it is started again while a connection of somebody's happens to have that port.
     """
     data.mkdir(parents=True, exist_ok=True)
-    log = data / f"server-{next(_numbers)}.log"
+    until_s = time.monotonic() + START_S
+    while True:
+        log = data / f"server-{next(_numbers)}.log"
+        process, line = _started(data, options, log, environment, command)
+        if line.startswith("ready "):
+            where = dict(entry.split("=", 1) for entry in line.split()[1:])
+            return RunningServer(process, where["grpc"], where["http"], where.get("unix", ""), data, log)
+        process.wait(STOP_S)
+        if process.stdout is not None:
+            process.stdout.close()
+        text = log.read_text()
+        if IN_USE not in text or "--grpc" not in options or time.monotonic() > until_s:
+            raise RuntimeError(f"the server did not start: {line!r}\n{text}")
+        time.sleep(0.1)
+
+
+def _started(
+    data: Path,
+    options: Sequence[str],
+    log: Path,
+    environment: dict[str, str] | None,
+    command: Sequence[str | Path],
+) -> tuple[subprocess.Popen[str] | Forked, str]:
+    """A server's process, and the first line that it prints."""
     arguments = ["--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0", "--data", str(data), *options]
     process: subprocess.Popen[str] | Forked
     started = tuple(str(word) for word in command or COMMANDS[DEVICE])
@@ -144,13 +170,7 @@ def start_server(
             )
     if process.stdout is None:
         raise RuntimeError("no pipe")
-    line = process.stdout.readline()
-    if not line.startswith("ready "):
-        process.wait(STOP_S)
-        process.stdout.close()
-        raise RuntimeError(f"the server did not start: {line!r}\n{log.read_text()}")
-    where = dict(entry.split("=", 1) for entry in line.split()[1:])
-    return RunningServer(process, where["grpc"], where["http"], where.get("unix", ""), data, log)
+    return process, process.stdout.readline()
 
 
 def refused_start(data: Path, *options: str) -> subprocess.CompletedProcess[str]:
@@ -186,7 +206,7 @@ def running_server(data: Path, *options: str, **how: Any) -> Iterator[RunningSer
                 raise RuntimeError(f"the server ended with {status}\n{server.log.read_text()}")
 
 
-def wait_until(condition: Any, timeout_s: float = 10.0) -> None:
+def wait_until(condition: Any, timeout_s: float = 30.0) -> None:
     """Return once `condition()` is true; AssertionError when it stays false."""
     until_s = time.monotonic() + timeout_s
     while not condition():
