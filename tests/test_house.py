@@ -62,7 +62,7 @@ ARROWS = {
             "requests", "shared_memory", "models", "streams", "arenas", "counters", "traces", "access", "process",
         },
         "operator_door": {
-            "capacity", "imports", "metrics", "models", "observers", "remote", "journal", "storage", "coordinator", "arenas",
+            "capacity", "imports", "metrics", "models", "observers", "page", "remote", "journal", "storage", "coordinator", "arenas",
             "streams", "staging", "counters", "access", "process", "config",
         },
         "capacity": {"coordinator", "models", "process", "staging"},
@@ -72,6 +72,7 @@ ARROWS = {
             "access", "process",
         },
         "shared_memory": {"models", "arenas", "devices", "staging", "access", "process"},
+        "page": set[str](),
         "metrics": {"models", "coordinator", "counters", "process"},
         "models": {
             "observers", "journal", "remote", "storage", "pacing", "coordinator", "captures", "arenas", "devices", "staging", "counters",

@@ -19,6 +19,9 @@ _MODEL: Final = "/v1/models/{m}"
 ROUTES: Final[Mapping[str, Need]] = {
     "GET /healthz": Need.OPEN,
     "GET /readyz": Need.OPEN,
+    # files that say nothing about the server; what they show comes from the routes below, with the token that they ask for
+    "GET /ui": Need.OPEN,
+    "GET /ui/{asset}": Need.OPEN,
     "GET /metrics": Need.VIEWER,
     "GET /openapi.json": Need.MEMBER,
     "HEAD /openapi.json": Need.MEMBER,

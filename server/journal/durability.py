@@ -16,11 +16,17 @@ MOST_KEPT: Final = 1000
 class DurabilitySettings(Settings):
     """The settings of one model."""
 
-    level: Level = Level.APPLIED
-    # a snapshot is taken so often while something changes
-    snapshot_every_s: Seconds = 60.0
-    # automatic snapshots that are kept, the newest ones; the journal reaches back to the oldest of them
-    keep: Annotated[int, Field(ge=1, le=MOST_KEPT)] = 2
+    level: Level = Field(
+        default=Level.APPLIED,
+        description="what a push's answer promises: it is applied; or it is on the disk within a second; or it is on the disk",
+    )
+    snapshot_every_s: Seconds = Field(
+        default=60.0, description="a snapshot is taken so often while something changes"
+    )
+    keep: Annotated[int, Field(ge=1, le=MOST_KEPT)] = Field(
+        default=2,
+        description="automatic snapshots that are kept, the newest ones; the journal reaches back to the oldest of them",
+    )
 
     @field_validator("level", mode="before")
     @classmethod

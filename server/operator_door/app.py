@@ -41,6 +41,8 @@ from ..metrics.exposition import Exposition
 from ..models.catalog import Catalog
 from ..models.copies import COPIES_AT_ONCE, Copies, ModelCopies
 from ..models.events import ACTOR
+from ..page import route as page
+from ..page.assets import assets
 from ..process.request_log import RequestLog, about
 from ..process.threads import REQUESTS, RETRY_AFTER_S
 from ..streams.received import INLINE_MESSAGE_BYTES
@@ -77,7 +79,7 @@ ALWAYS_ANSWERED: Final = frozenset({"/healthz", "/readyz", metrics.PATH})
 
 
 # What is not below /v1.
-AT_ROOT: Final = (health, metrics)
+AT_ROOT: Final = (health, metrics, page)
 RESOURCES: Final = (
     server,
     models,
@@ -122,6 +124,7 @@ def create_app(
     app.state.listeners = Listeners()
     app.state.rates = Measured()
     app.state.exposition = Exposition(catalog)
+    assets()  # read now, while nobody waits
     for at_root in AT_ROOT:
         app.include_router(at_root.router)
     for resource in RESOURCES:

@@ -38,7 +38,33 @@ _MODEL: Final = {
     "workers_live": 2,
     "parameters_nonfinite": [],
     "failed": None,
-    "last_step": {"version": 1200, "worker": "w0", "staleness": 1, "gradient_norm": 0.82, "clip_factor": 1.0},
+    "last_step": {
+        "version": 1200,
+        "worker": "w0",
+        "staleness": 1,
+        "gradient_norm": 0.82,
+        "clip_factor": 1.0,
+        "metrics": {"loss": 0.31},
+    },
+}
+_ROOM: Final = {"count": 1204, "sum": 0.361}
+_FIGURES: Final = {
+    "pushes": {
+        "applied": 1200,
+        "skipped": 0,
+        "dropped_late": 0,
+        "too_stale": 0,
+        "rejected": 4,
+        "superseded": 0,
+    },
+    "refused": 4,
+    "pending": 0,
+    "seconds": dict.fromkeys(["receive", "wait", "queue", "journal", "step", "publish"], _ROOM),
+    "staleness": {"count": 1200, "sum": 640.0},
+    "lr": [0.1],
+    "durability": "durable",
+    "durable_version": 1200,
+    "snapshot": {"version": 1180, "created": 1790000000.0},
 }
 _GROUP: Final = {
     "index": 0,
@@ -135,7 +161,11 @@ _NUMBERS: Final = {"min": -0.9, "max": 0.8, "mean": 0.01, "norm": 3.2}
 ANSWERS: Final[Mapping[tuple[str, str], Mapping[str, Any]]] = {
     ("get", "/healthz"): {"status": "ok"},
     ("get", "/readyz"): {"ready": True},
-    ("get", "/v1"): {"version": "0.1.0", "grpc": "127.0.0.1:7070"},
+    ("get", "/v1"): {
+        "version": "0.1.0",
+        "grpc": "127.0.0.1:7070",
+        "caller": {"name": "ann", "role": "operator", "models": []},
+    },
     ("get", "/v1/capacity"): {
         "models": {"held": 1, "limit": 100, "not_loaded": 0},
         "bytes": {"held": 24576, "limit": 1099511627776},
@@ -152,7 +182,7 @@ ANSWERS: Final[Mapping[tuple[str, str], Mapping[str, Any]]] = {
     },
     ("get", "/v1/models"): {"models": [_MODEL], "next": None, "not_loaded": []},
     ("post", "/v1/models"): _MODEL,
-    ("get", _M): _MODEL,
+    ("get", _M): {**_MODEL, "figures": _FIGURES},
     ("get", f"{_M}/param-groups"): {"param_groups": [_GROUP], "total": 1, "next": None, **_NEXT},
     ("post", f"{_M}/param-groups"): {**_GROUP, **_NEXT, "workers_live": 1, "workers_told": ["w0"]},
     ("get", f"{_M}/param-groups/{{index}}"): {**_GROUP, **_NEXT},

@@ -25,6 +25,7 @@ from ..coordinator.hooks.catalogue import BUILT_IN
 from ..coordinator.policies.catalogue import POLICIES
 from ..coordinator.settings import Settings
 from ..imports.new_groups import NewGroup
+from ..journal.durability import DurabilitySettings
 from ..observers.catalogue import OBSERVERS
 from .examples import add_examples, problems_of
 from .links import add_links
@@ -47,6 +48,7 @@ _WITH_A_FILE: Final = (409, 411)
 _SETTINGS: Final[Mapping[str, Sequence[type[Settings]]]] = {
     "/v1/models/{m}/gate": [GateSettings],
     "/v1/models/{m}/policy": list(POLICIES),
+    "/v1/models/{m}/durability": [DurabilitySettings],
 }
 NEW_GROUP: Final = {
     "rule": "adagrad",

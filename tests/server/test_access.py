@@ -352,7 +352,8 @@ def test_what_changes_something_asks_for_an_operator() -> None:
     for entry, need in ROUTES.items():
         is_read = entry.split()[0] in ("GET", "HEAD")
         assert (need is Need.OPERATOR) != is_read, entry
-    assert [entry for entry, need in ROUTES.items() if need is Need.OPEN] == ["GET /healthz", "GET /readyz"]
+    is_open = [entry for entry, need in ROUTES.items() if need is Need.OPEN]
+    assert is_open == ["GET /healthz", "GET /readyz", "GET /ui", "GET /ui/{asset}"]
     assert [entry for entry, need in RPCS.items() if need is Need.OPEN] == ["/grpc.health.v1.Health/Check"]
 
 

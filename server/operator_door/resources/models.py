@@ -11,9 +11,10 @@ from ...imports.imports import Imports
 from ...models.events import OPERATOR
 from ...models.model import NAMES_SHOWN, Model
 from ..answers.dry_run import DRY_RUN_ANSWER, DryRun, would
+from ..answers.figures import figures
 from ..answers.pages import Cursor, key_in, page_of
 from ..depends import CatalogHere, ModelHere, declared_bytes, received
-from ..numbers import finite
+from ..numbers import finite, finite_values
 from ..openapi import FILE_BODY
 from ..queries import Index
 
@@ -24,6 +25,7 @@ MOST_SHOWN: Final = 100
 def describe(model: Model) -> dict[str, Any]:
     """A model as JSON: its identity, size, policy and last step."""
     receipt = model.last_receipt
+    pusher = None if receipt is None else model.sessions.workers.get(receipt.identity.worker)
     return {
         "name": model.name,
         "uid": model.uid.hex(),
@@ -48,6 +50,7 @@ def describe(model: Model) -> dict[str, Any]:
             "staleness": receipt.staleness,
             "gradient_norm": finite(receipt.gradient_norm),
             "clip_factor": finite(receipt.clip_factor),
+            "metrics": {} if pusher is None else finite_values(pusher.metrics),
         },
     }
 
@@ -109,8 +112,11 @@ async def create_model(
 
 @router.get("/models/{m}", summary="Show a model")
 async def show_model(model: ModelHere) -> dict[str, Any]:
-    """One model."""
-    return describe(model)
+    """One model. `figures` are what this process has counted: two looks give the rates between them.
+
+    Each of `seconds` (of the rooms of a push) and `staleness` has the sum of all its values and their number.
+    """
+    return {**describe(model), "figures": figures(model)}
 
 
 @router.delete(

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 
+from ...access.caller import CALLER
 from ...capacity.capacity import carried, shown, usage
 from ...capacity.rates import Measured
 from ..depends import CatalogHere
@@ -16,9 +17,20 @@ MOST_EVERY_S = 1e6
 
 
 @router.get("", summary="Which server this is")
-async def root(request: Request) -> dict[str, str]:
-    """The server's version, and the address that workers connect to."""
-    return {"version": installed_version("pushstep"), "grpc": request.app.state.grpc_address}
+async def root(request: Request) -> dict[str, Any]:
+    """The server's version, the address that workers connect to, and whose token this is.
+
+    `caller` has the token's name, its role, and the patterns of the only models that it is for, if it is not for all. It is
+    null where the server has no tokens, and everyone may do everything.
+    """
+    caller = CALLER.get()
+    return {
+        "version": installed_version("pushstep"),
+        "grpc": request.app.state.grpc_address,
+        "caller": None
+        if caller is None
+        else {"name": caller.name, "role": caller.role, "models": list(caller.models)},
+    }
 
 
 @router.get("/capacity", summary="Show how full the server is, and what it carries")

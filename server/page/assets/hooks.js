@@ -1,0 +1,5 @@
+import { html } from "./html.js";
+
+export function Hooks() {
+  return html``;
+}
