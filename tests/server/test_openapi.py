@@ -2,37 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from pushstep.proto.errors import CATALOGUE
 from pushstep.server.operator_door.examples import ANSWERS
-from pushstep.server.operator_door.openapi import FILE
-from tests.support.access.secured import TokenFile
 from tests.support.servers.harness import RunningServer, running_server
 from tests.support.servers.operators import add_hook, take_snapshot
+from tests.support.servers.schema_runs import DELETE_MODEL, described, run_schemathesis
 from tests.support.workers.wire import created
-
-SCHEMATHESIS = Path(sys.executable).with_name("schemathesis")
-DELETE_MODEL = "delete_model_v1_models__m__delete"
-# Whether a rule has a hyperparameter, or torch a scheduler of such arguments, is more than a schema says.
-NOT_CHECKED = "positive_data_acceptance"
-# What is too long for its field may be too long for a request, and what comes without its token is not looked at.
-TOO_LARGE = """
-[checks.negative_data_rejection]
-expected-statuses = ["400", "401", "404", "405", "406", "409", "412", "413", "415", "422", "5xx"]
-
-"""
-
-
-def described() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(FILE.read_text())
-    return found
 
 
 def test_the_committed_description_is_fresh(server: RunningServer) -> None:
@@ -110,44 +89,6 @@ def test_a_link_leads_to_a_parameter_of_its_target() -> None:
         assert set(link["parameters"]) <= known, link
 
 
-def asking(description: dict[str, Any]) -> dict[str, Any]:
-    """As it is of a server that has tokens: none of its routes that ask for one is answered without."""
-    for operations in description["paths"].values():
-        for operation in operations.values():
-            operation["security"] = [way for way in operation["security"] if way]
-    return description
-
-
-def run_schemathesis(
-    server: RunningServer,
-    folder: Path,
-    examples: int,
-    *options: str,
-    phases: str = "examples,coverage,fuzzing",
-    **names: str | int,
-) -> None:
-    folder.mkdir()
-    lines = "".join(f'"path.{name}" = {json.dumps(value)}\n' for name, value in names.items())
-    (folder / "schemathesis.toml").write_text(f"{TOO_LARGE}[parameters]\n{lines}")
-    description = asking(described()) if server.headers else described()
-    (folder / "openapi.json").write_text(json.dumps(description))
-    command = [
-        SCHEMATHESIS,
-        "run",
-        "openapi.json",
-        "--url",
-        f"http://{server.http}",
-        "--seed",
-        "1",
-        "--no-color",
-    ]
-    command += [word for name, value in server.headers.items() for word in ("--header", f"{name}: {value}")]
-    command += ["--phases", phases, "--max-examples", str(examples)]
-    command += ["--exclude-checks", NOT_CHECKED, "--warnings", "off", "--suppress-health-check", "all"]
-    done = subprocess.run([*command, *options], cwd=folder, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-
-
 def check(data: Path, examples: int) -> None:
     """Every operation, on a model that has one of everything and on one that is not there."""
     with running_server(data) as server:
@@ -184,13 +125,3 @@ def test_no_answer_is_another_than_described(data: Path) -> None:
 def test_no_answer_is_another_than_described_at_length(data: Path) -> None:
     """Takes at most an hour."""
     check(data, 1000)
-
-
-def test_no_route_is_answered_without_a_token(data: Path) -> None:
-    """Each as its example asks, and then without its token, and with another: 401."""
-    tokens = TokenFile(data.with_name("tokens"))
-    with running_server(data, *tokens.options()) as server:
-        server.token, server.headers = tokens.tokens["worker"], tokens.headers("operator")
-        created(server, "m")
-        others = ("--exclude-operation-id", DELETE_MODEL)
-        run_schemathesis(server, data / "asked", 1, *others, phases="examples", m="m")
