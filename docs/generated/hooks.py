@@ -1,0 +1,82 @@
+"""What mkdocs runs while it builds the site: pages made of what the code says, and links to files beside the docs.
+
+A page that is made here lies in no folder and is never committed, so it cannot be other than what it was made of.
+"""
+
+from __future__ import annotations
+
+import atexit
+import re
+import tempfile
+from pathlib import Path
+from posixpath import normpath, relpath
+from typing import Any
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.plugins import event_priority
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("proto", "optim", "server", "client")
+# Files outside of docs/ that are pages of the site.
+TAKEN_IN = {
+    "deploy/METRICS.md": "reference/metrics.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+}
+_LINK = re.compile(r"(?<!!)\[([^\]]+)\]\((?!https?:|#|mailto:)([^)#\s]*)(#[^)\s]*)?\)")
+
+
+@event_priority(100)  # before mkdocstrings reads its own
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Give mkdocstrings the packages by their names: the folders have others."""
+    folder = tempfile.TemporaryDirectory(prefix="pushstep-docs-")
+    atexit.register(folder.cleanup)
+    package = Path(folder.name) / "pushstep"
+    package.mkdir()
+    (package / "__init__.py").symlink_to(ROOT / "package" / "__init__.py")
+    for name in PACKAGES:
+        (package / name).symlink_to(ROOT / name)
+    config.plugins["mkdocstrings"].config.handlers["python"]["paths"] = [folder.name]
+    config.nav = _there(config.nav)
+    return config
+
+
+def _there(entries: list[Any]) -> list[Any]:
+    """The entries of `nav` whose pages are there."""
+    kept: list[Any] = []
+    for entry in entries:
+        title, page = next(iter(entry.items())) if isinstance(entry, dict) else (None, entry)
+        if isinstance(page, list):
+            kept += [{title: inside}] if (inside := _there(page)) else []
+        elif page in TAKEN_IN.values() or (ROOT / "docs" / page).exists():
+            kept.append(entry)
+    return kept
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the pages that are not files of docs/."""
+    for source, where in TAKEN_IN.items():
+        files.append(File.generated(config, where, content=(ROOT / source).read_text()))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Have links to the repository's files lead to their pages; one to a file that is no page becomes its name."""
+    here = page.file.src_uri
+    beside = next((source for source, where in TAKEN_IN.items() if where == here), f"docs/{here}")
+
+    def replaced(link: re.Match[str]) -> str:
+        text, target, anchor = link[1], link[2], link[3] or ""
+        if not target:
+            return link[0]
+        file = normpath(f"{Path(beside).parent.as_posix()}/{target}")
+        site = TAKEN_IN.get(file) or (file.removeprefix("docs/") if file.startswith("docs/") else None)
+        if site is not None:
+            return f"[{text}]({relpath(site, Path(here).parent.as_posix())}{anchor})"
+        if not (ROOT / file).exists():
+            return link[0]  # mkdocs reports it
+        return text if file in text or text.startswith("`") else f"{text} (`{file}`)"
+
+    return _LINK.sub(replaced, markdown)
