@@ -42,7 +42,7 @@ from ..models.catalog import Catalog
 from ..models.copies import COPIES_AT_ONCE, Copies, ModelCopies
 from ..models.events import ACTOR
 from ..page import route as page
-from ..page.assets import assets
+from ..page.served_files import assets
 from ..process.request_log import RequestLog, about
 from ..process.threads import REQUESTS, RETRY_AFTER_S
 from ..streams.received import INLINE_MESSAGE_BYTES

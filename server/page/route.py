@@ -13,7 +13,7 @@ from fastapi.responses import RedirectResponse
 
 from pushstep.proto.errors import UnknownRoute
 
-from .assets import INDEX, assets
+from .served_files import INDEX, assets
 
 router = APIRouter(tags=["page"], include_in_schema=False)
 PATH: Final = "/ui"

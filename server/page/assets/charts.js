@@ -29,7 +29,7 @@ function optionsOf(lines, format, widthPx, isLog) {
       y: isLog ? { distr: 3 } : { range: (_, least, most) => (most > least || most !== 0 ? [Math.min(0, least), most > 0 ? most * 1.1 : 1] : [0, 1]) },
     },
     axes: [
-      { ...axis, grid: { show: false }, space: 70, values: (_, ticks) => ticks.map((at) => clock(at)) },
+      { ...axis, grid: { show: false }, size: 28, space: 70, values: (_, ticks) => ticks.map((at) => clock(at)) },
       { ...axis, size: 52, space: 34, values: (_, ticks) => ticks.map((value) => (value === null ? "" : format(value))) },
     ],
     series: [

@@ -42,7 +42,7 @@ function Figures({ model, history }) {
     <${Figure} name="Gradient norm" detail=${step && step.clip_factor < 1 && `clipped to ${number(step.clip_factor)} of it`}>${number(step?.gradient_norm)}</${Figure}>
     <${Figure} name="Loss" detail=${step && step.metrics.loss === undefined && "not reported"}>${number(step?.metrics.loss)}</${Figure}>
     <${Figure} name="Snapshot" detail=${snapshot.created && `version ${whole(snapshot.version)}`}>${snapshot.created ? ago(snapshot.created) : "none yet"}</${Figure}>
-    <${Figure} name="On disk" detail=${figures.durability}>${behind > 0 ? `${whole(behind)} behind` : "all"}</${Figure}>
+    <${Figure} name="Not on disk" detail=${`versions · ${figures.durability}`}>${whole(Math.max(0, behind))}</${Figure}>
   </dl>`;
 }
 
