@@ -62,12 +62,16 @@ class Place:
 class JournalChain:
     """The files of one model's journal. All methods block: call them in a thread."""
 
-    def __init__(self, folder: Path, uid: bytes, places: Sequence[Place] | None = None) -> None:
+    def __init__(
+        self, folder: Path, uid: bytes, places: Sequence[Place] | None = None, last: int | None = None
+    ) -> None:
         """JournalDamaged if a file's header is none, or a file in the middle is missing.
 
-        places: only these files, whose headers were read.
+        places: only these files, whose headers were read. last: of a journal that is being written to, the last record that
+        was whole before this call. What is behind it may be half written, or in a file that is not known here.
         """
         self.folder = folder
+        self._last = last
         self._model = folder.parent.name
         self._uid = uid
         self.places = list(self._placed() if places is None else places)
@@ -161,7 +165,7 @@ class JournalChain:
         for place in self._from(after):
             yield from self.records_of(place, after)
             reached = place
-        self.is_at_end = reached is not None and reached is self.places[-1]
+        self.is_at_end = self._last is None and reached is not None and reached is self.places[-1]
         if reached is not None and self.is_at_end and self.end < marked(self.folder, self._uid):
             problem = f"it was on the disk, and the journal ends at record {self.end}"
             raise JournalDamaged(
@@ -187,6 +191,8 @@ class JournalChain:
             with JournalReader(place.path) as reader:
                 number, at, self.link = place.heading.first, reader.begin, place.heading.link
                 while place.last is None or number <= place.last:
+                    if self._last is not None and number > self._last:
+                        return
                     try:
                         if number <= after:
                             _, at, self.link = reader.message(number, at)

@@ -322,9 +322,13 @@ class Recorder:
         if self.level is not Level.APPLIED:
             await self.drained()
 
+    async def appended(self) -> int:
+        """The number of the newest record, once everything decided so far is in the journal."""
+        return await self._model.writer.submit(lambda: self.number, reads=False)
+
     async def drained(self) -> None:
         """Wait until everything decided so far is in the journal and, at `durable`, on the disk."""
-        number = await self._model.writer.submit(lambda: self.number, reads=False)
+        number = await self.appended()
         safe: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.when_safe(number, self.level, partial(_set, safe))
         await safe

@@ -219,11 +219,12 @@ def held_at(
     made_of: Callable[[int, int], bool],
     version: int | None,
     scratch: Callable[[SavedState], Model],
+    last: int | None = None,
 ) -> Held | None:
     """What a model held at a version, or as near before it as snapshots and journal reach; None: at their end.
 
     None if no snapshot is so old. `made_of`: whether the model descends from a (timeline, version). `scratch` makes a model
-    of a saved state that no other has. It blocks.
+    of a saved state that no other has. last: of a journal that is being written to, the last record to read. It blocks.
     """
 
     def is_wanted(timeline: int, at: int) -> bool:
@@ -234,7 +235,7 @@ def held_at(
         return None
     manifest, copy = found
     state = saved_state(manifest, copy, folder.name)
-    chain = JournalChain(folder.journal, uid)
+    chain = JournalChain(folder.journal, uid, last=last)
     if state.copy.version == version or not chain.continues(state.journal):
         return Held(manifest, copy, state.journal, 0, 0.0)
     model = scratch(state)

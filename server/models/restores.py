@@ -91,7 +91,7 @@ class Restores:
 
     async def _at_version(self, model: Model, version: int) -> SavedState:
         await model.recorder.drained()
-        state = await DISK.run(self._state_at, model, version)
+        state = await DISK.run(self._state_at, model, version, await model.recorder.appended())
         if state is None or state.copy.version != version:
             raise VersionNotKept(model=model.name, version=version)
         return state
@@ -131,7 +131,8 @@ class Restores:
         """Restore a model that a failed write has left torn, to the last version before that write."""
         try:
             async with self.turns:
-                state = await DISK.run(self._state_at, model, model.arenas.version - 1)
+                last = await model.recorder.appended()
+                state = await DISK.run(self._state_at, model, model.arenas.version - 1, last)
                 if state is None:
                     log.error(
                         "model %s failed and has no snapshot that verifies",
@@ -155,14 +156,17 @@ class Restores:
                 extra={"model": model.name},
             )
 
-    def _state_at(self, model: Model, version: int) -> SavedState | None:
-        """What the model held at a version, or as near before it as snapshots and journal reach. It blocks."""
+    def _state_at(self, model: Model, version: int, last: int) -> SavedState | None:
+        """What the model held at a version, or as near before it as snapshots and journal reach. It blocks.
+
+        last: the journal's last record to read. The model trains on, so those behind it are being written.
+        """
         folder = self._folder(model.name)
         while True:
             kept = folder.snapshots.ids()
             try:
                 found = held_at(
-                    folder, model.uid, model.commits.holds, version, partial(self._scratch, model)
+                    folder, model.uid, model.commits.holds, version, partial(self._scratch, model), last
                 )
                 break
             except PushstepError:

@@ -7,7 +7,7 @@ import fcntl
 import logging
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -397,6 +397,37 @@ def test_a_power_cut_leaves_a_prefix(
 ) -> None:
     caplog.set_level(logging.ERROR)
     _survives(tmp_path, monkeypatch, seed, 100)
+
+
+def _grow(journal: Journal) -> None:
+    journal.append(JournalRecord(timeline=1, version=4), [memoryview(bytes(32 << 20))])
+
+
+def _grow_by_half(journal: Journal) -> None:
+    _grow(journal)
+    with journal._file.path.open("r+b") as file:
+        file.truncate(file.seek(0, os.SEEK_END) - (16 << 20))
+
+
+def _roll(journal: Journal) -> None:
+    journal.roll()
+    _write(journal, range(4, 6))
+
+
+@pytest.mark.parametrize("meanwhile", [_grow, _grow_by_half, _roll])
+def test_what_is_written_beside_a_reader_is_no_damage(
+    tmp_path: Path, meanwhile: Callable[[Journal], None]
+) -> None:
+    """A restore of a version reads the journal while the model trains: up to the last record that it knows of."""
+    journal = _journal(tmp_path)
+    _write(journal, range(1, 4))
+    records = JournalChain(tmp_path / "m" / "journal", UID, last=journal.appended).records(0)
+    found = [next(records)]
+    meanwhile(journal)
+    journal.sync()
+    found += records
+    assert [int(record.message.version) for record in found] == [1, 2, 3]
+    journal.close()
 
 
 @pytest.mark.soak
