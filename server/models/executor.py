@@ -305,7 +305,11 @@ class Executor:
             job()
 
         self._writes[id(decided)] = decided
-        return self._written(self._writer.write(execute), decided, entry)
+        # a task of its own: what comes of the write is noted even if its caller is cancelled
+        writing = asyncio.ensure_future(self._written(self._writer.submit(execute), decided, entry))
+        self._tasks.add(writing)
+        writing.add_done_callback(self._tasks.discard)
+        return asyncio.shield(writing)
 
     async def _written(self, job: asyncio.Future[None], decided: Decided, entry: Entry | None) -> None:
         try:

@@ -23,7 +23,7 @@ from pushstep.proto.errors import (
     StepFailed,
 )
 from pushstep.proto.training_pb2 import GroupEdit, Process
-from pushstep.proto.types_pb2 import Manifest, Outcome, Receipt
+from pushstep.proto.types_pb2 import Identity, Manifest, Outcome, Receipt
 from pushstep.proto.wire.hyperparameters import wire_values
 from pushstep.proto.wire.layout import Layout
 from pushstep.server.config import Config
@@ -289,6 +289,38 @@ def test_a_write_is_done_although_nobody_waits_for_it_any_more() -> None:
         await blocked
         await model.writer.submit(lambda: None)
         assert done == [1]
+        await model.close()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("fails", [True, False], ids=["failed", "written"])
+def test_what_comes_of_a_write_is_noted_although_its_caller_is_gone(fails: bool) -> None:
+    """Its stored outcome is what happened, whoever asks for it again: else a failed upload stays applied for ever."""
+
+    async def scenario() -> None:
+        model = made()
+        Pusher(model)
+        go_on = threading.Event()
+
+        def write() -> None:
+            if fails:
+                raise OSError("no memory for a test")
+
+        identity = Identity(model_uid=UID, timeline=1, worker="w", epoch=1, sequence=1)
+        decided, _ = model.coordinator.uploaded(identity, 7, model.clock())
+        blocked = model.writer.submit(go_on.wait)
+        writing = asyncio.ensure_future(model.executor.write(write, decided, None))
+        await asyncio.sleep(0)
+        writing.cancel()
+        go_on.set()
+        await blocked
+        await asyncio.gather(*model.executor._tasks, return_exceptions=True)
+        assert writing.cancelled()
+        expected = Outcome.OUTCOME_REJECTED if fails else Outcome.OUTCOME_APPLIED
+        assert decided.receipt.outcome == expected
+        assert ("step_failed" in kinds(model)) == fails
+        assert model.executor.under_way() == []
         await model.close()
 
     asyncio.run(scenario())
