@@ -196,7 +196,7 @@ class NewGroups:
         live = [worker.name for worker in model.sessions.live()]
         version, adopting = Edits(model).add_groups(extension, [group], by)
         await adopting
-        await self._catalog.bridge(model)
+        await self._catalog.keep_groups(model)
         await model.recorder.until_safe()
         garbage.set_aside(len(model.layout.slots))
         return {

@@ -352,10 +352,10 @@ class Catalog:
 
         await self.whole(change())
 
-    async def bridge(self, model: Model) -> None:
-        """Take the snapshot that stands for what is not in the journal."""
+    async def keep_groups(self, model: Model) -> None:
+        """Take a snapshot, since no record holds a group that was added. At each level: workers go by the new manifest."""
         async with self.alone(model.name):
-            await self.snapshotter.bridge(model, self.folder(model.name))
+            await self.snapshotter.take(model, self.folder(model.name), "server", automatic=True)
 
     async def take_due_snapshots(self) -> None:
         """Take the automatic snapshots of all models when they are due, until this is cancelled."""

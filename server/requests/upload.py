@@ -384,7 +384,7 @@ class Upload:
                 raise ManifestChanged(model=model.name)
             _, adopting = Edits(model).add_groups(extension, added, identity.worker)
             await adopting
-            await self._catalog.bridge(model)
+            await self._catalog.keep_groups(model)
             garbage.set_aside(len(model.layout.slots))
         worker = model.sessions.require(identity, model.clock())
         return await self._answer(model, worker, model.version + 1)

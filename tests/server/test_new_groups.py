@@ -91,6 +91,22 @@ def test_an_attached_loop_goes_on_once_it_has_the_group(server: RunningServer, m
     assert not torch.equal(before, module.weight)
 
 
+@pytest.mark.parametrize("level", ["applied", "everysec", "durable"])
+def test_an_added_group_is_kept_before_it_is_answered(level: str, data: Path) -> None:
+    """A crash right behind the answer loses nothing, at any level: workers and operators go by the new manifest."""
+    server = start_server(data, "--durability", level)
+    created(server, "m")
+    made = add(server, "m", json=HEAD, params=FORCE)
+    before = state_of(server, "m")
+    server.kill()
+    with running_server(data) as again:
+        after = state_of(again, "m")
+        differs = {key for key in before if before[key] != after[key]}
+        assert differs <= ({"timeline"} if level == "applied" else set())
+        shown = again.rest("GET", "/v1/models/m/param-groups/2").json()
+        assert (shown["params"], shown["etag"]) == (made["params"], made["etag"])
+
+
 @pytest.mark.parametrize("how", ["stop", "kill"])
 def test_an_added_group_outlasts_the_server(how: str, data: Path) -> None:
     server = start_server(data, "--durability", "durable")
