@@ -248,20 +248,30 @@ class Ticket(_message.Message):
     def __init__(self, identity: _Optional[_Union[Identity, _Mapping]] = ..., version: _Optional[int] = ..., factor: _Optional[float] = ..., lr_scale: _Optional[float] = ..., groups: _Optional[_Iterable[_Union[GroupValues, _Mapping]]] = ..., contributions: _Optional[_Iterable[_Union[Contribution, _Mapping]]] = ..., divisor: _Optional[float] = ..., frozen: _Optional[_Iterable[int]] = ..., operations: _Optional[_Iterable[_Union[GradientOperation, _Mapping]]] = ..., averages: _Optional[_Iterable[_Union[ParameterAverage, _Mapping]]] = ...) -> None: ...
 
 class GradientOperation(_message.Message):
-    __slots__ = ("clip_value", "clip_grad_norm", "global_clipnorm", "clipnorm", "centralize", "noise")
+    __slots__ = ("clip_value", "clip_grad_norm", "global_clipnorm", "clipnorm", "centralize", "noise", "clip_by_norm")
     CLIP_VALUE_FIELD_NUMBER: _ClassVar[int]
     CLIP_GRAD_NORM_FIELD_NUMBER: _ClassVar[int]
     GLOBAL_CLIPNORM_FIELD_NUMBER: _ClassVar[int]
     CLIPNORM_FIELD_NUMBER: _ClassVar[int]
     CENTRALIZE_FIELD_NUMBER: _ClassVar[int]
     NOISE_FIELD_NUMBER: _ClassVar[int]
+    CLIP_BY_NORM_FIELD_NUMBER: _ClassVar[int]
     clip_value: float
     clip_grad_norm: float
     global_clipnorm: float
     clipnorm: float
     centralize: bool
     noise: GradientNoise
-    def __init__(self, clip_value: _Optional[float] = ..., clip_grad_norm: _Optional[float] = ..., global_clipnorm: _Optional[float] = ..., clipnorm: _Optional[float] = ..., centralize: bool = ..., noise: _Optional[_Union[GradientNoise, _Mapping]] = ...) -> None: ...
+    clip_by_norm: ClipByNorm
+    def __init__(self, clip_value: _Optional[float] = ..., clip_grad_norm: _Optional[float] = ..., global_clipnorm: _Optional[float] = ..., clipnorm: _Optional[float] = ..., centralize: bool = ..., noise: _Optional[_Union[GradientNoise, _Mapping]] = ..., clip_by_norm: _Optional[_Union[ClipByNorm, _Mapping]] = ...) -> None: ...
+
+class ClipByNorm(_message.Message):
+    __slots__ = ("max_norm", "norm_type")
+    MAX_NORM_FIELD_NUMBER: _ClassVar[int]
+    NORM_TYPE_FIELD_NUMBER: _ClassVar[int]
+    max_norm: float
+    norm_type: float
+    def __init__(self, max_norm: _Optional[float] = ..., norm_type: _Optional[float] = ...) -> None: ...
 
 class GradientNoise(_message.Message):
     __slots__ = ("stddev", "seed")

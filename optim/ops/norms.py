@@ -18,6 +18,8 @@ from ..backends.dispatch import path_of
 from ..step.step import FUSED_DTYPES
 
 BLOCK_ELEMENTS: Final = 4096
+# Elements of which `power_norm` makes a float64 copy at once.
+NORM_SLICE_ELEMENTS: Final = 256 * BLOCK_ELEMENTS
 _KERNELS: Final = {"fused": None, "differentiable": False, "foreach": None}
 
 
@@ -45,6 +47,48 @@ def global_norm(tensors: Sequence[Tensor]) -> float:
     for one in square_sums(tensors):
         total += one
     return math.sqrt(total)
+
+
+def power_norm(values: Tensor, norm_type: float) -> float:
+    """The norm of another power than 2 of one parameter's gradient, in float64, over the same blocks; `inf`: its largest magnitude.
+
+    Magnitudes are taken in parts of the largest one, so that no power overflows.
+    """
+    flat = values.detach().reshape(-1)
+    if not flat.numel():
+        return 0.0
+    largest = float(torch.linalg.vector_norm(flat, math.inf))
+    if math.isinf(norm_type) or largest == 0 or not math.isfinite(largest):
+        return largest
+    total = 0.0
+    for start in range(0, flat.numel(), NORM_SLICE_ELEMENTS):
+        part = flat[start : start + NORM_SLICE_ELEMENTS].to(torch.float64).abs().div_(largest).pow_(norm_type)
+        whole = part.numel() // BLOCK_ELEMENTS * BLOCK_ELEMENTS
+        for block in part[:whole].view(-1, BLOCK_ELEMENTS).sum(dim=1).tolist():
+            total += block
+        if whole < part.numel():
+            total += float(part[whole:].sum())
+    return largest * _root(total, norm_type)
+
+
+def together(norms: Sequence[float], norm_type: float) -> float:
+    """The norm over all tensors, of the norm of each, in this order. NaN if one is."""
+    if any(map(math.isnan, norms)):
+        return math.nan
+    largest = max(norms, default=0.0)
+    if math.isinf(norm_type) or largest == 0 or math.isinf(largest):
+        return largest
+    total = 0.0
+    for norm in norms:
+        total += (norm / largest) ** norm_type
+    return largest * _root(total, norm_type)
+
+
+def _root(total: float, norm_type: float) -> float:
+    try:
+        return float(total ** (1 / norm_type))
+    except OverflowError:
+        return math.inf
 
 
 def _in_torch(values: Tensor) -> float:

@@ -163,6 +163,7 @@ class DiskFull(StorageFailed):
 
     code = "disk_full"
     grpc_status = Status.RESOURCE_EXHAUSTED
+    http_status = 507
     template = "cannot write {path}: it takes {need} bytes, the disk has {free} free ({problem})"
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pushstep.optim.ops import transforms
 from pushstep.optim.ops.normal import noise_key
-from pushstep.optim.ops.norms import square_sums
+from pushstep.optim.ops.norms import power_norm, square_sums, together
 from pushstep.proto.types_pb2 import Ticket
 from pushstep.proto.wire import dtypes
 from pushstep.proto.wire.layout import Slot
@@ -44,8 +44,10 @@ def changed(ticket: Ticket, parts: Sequence[Part], take: Take) -> tuple[list[Par
             case "clip_value":
                 work.clip(operation.clip_value)
             case "clip_grad_norm":
-                limit = operation.clip_grad_norm / (work.norm() + EPSILON)
-                work.multiply(limit if math.isnan(limit) else min(1.0, limit))
+                work.multiply(torch_factor(work.norm(), operation.clip_grad_norm))
+            case "clip_by_norm":
+                clip = operation.clip_by_norm
+                work.multiply(torch_factor(work.power_norm(clip.norm_type), clip.max_norm))
             case "global_clipnorm":
                 norm = work.norm()
                 work.multiply(
@@ -61,6 +63,12 @@ def changed(ticket: Ticket, parts: Sequence[Part], take: Take) -> tuple[list[Par
                 raise ValueError(f"the ticket asks for {unknown}, which this build does not know")
     left = work.finish()
     return work.parts, left, work.product
+
+
+def torch_factor(norm: float, limit: float) -> float:
+    """min(1, limit / (norm + 1e-6)); NaN for NaN."""
+    clip = limit / (norm + EPSILON)
+    return clip if math.isnan(clip) else min(1.0, clip)
 
 
 def keras_factor(norm: float, limit: float) -> float:
@@ -101,6 +109,16 @@ class Gradients:
             factor = next(iter(factors.values()))
             return math.sqrt(sum([sums[index] for index in sorted(sums)])) * abs(factor)
         return math.sqrt(sum([sums[index] * factors[index] ** 2 for index in sorted(sums)]))
+
+    def power_norm(self, norm_type: float) -> float:
+        """Another norm over all gradients, the norms of the parameters taken together in manifest order."""
+        norms: dict[int, float] = {}
+        for k, part in enumerate(self.parts):
+            slots = self._slots[k]
+            pieces = [part.rows] if isinstance(part, RowsPart) else _pieces(part, slots)
+            for slot, piece, factor in zip(slots, pieces, self._factors[k], strict=True):
+                norms[slot.index] = power_norm(piece, norm_type) * abs(factor)
+        return together([norms[index] for index in sorted(norms)], norm_type)
 
     def clip_each(self, limit: float) -> None:
         """Multiply each parameter's gradient by its own `keras_factor`."""

@@ -36,6 +36,7 @@ _ALWAYS: Final = (400, 403, 408, 500, 503)
 _WITHOUT_TOKEN: Final = (401, 429)
 _OF_A_MODEL: Final = (404, 409)
 _WITH_A_CONDITION: Final = 412
+_NO_ROOM_ON_DISK: Final = 507
 _DOWNLOADS: Final = ("/export", "/content")
 _BINARY: Final = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
 # `openapi_extra` of a route whose body is a file.
@@ -188,7 +189,7 @@ def _statuses(path: str, method: str, operation: dict[str, Any]) -> Iterable[int
     if "application/octet-stream" in operation.get("requestBody", {}).get("content", {}):
         yield from _WITH_A_FILE
     if method in ("post", "put", "patch", "delete"):
-        yield from (413, 422)
+        yield from (413, 422, _NO_ROOM_ON_DISK)
     if any(parameter["name"] == "if-match" for parameter in operation.get("parameters", ())):
         yield _WITH_A_CONDITION
 

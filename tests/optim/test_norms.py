@@ -78,3 +78,33 @@ def test_a_sum_is_finite_exactly_if_every_element_is(dtype, bad):
 def test_devices_without_a_kernel_use_torch():
     values = torch.randn(10_000)
     assert norms._in_torch(values) == pytest.approx(norms.square_sum(values), rel=1e-14)
+
+
+@pytest.mark.parametrize("norm_type", [0.01, 0.5, 1.0, 2.0, 3.5, 40.0, 1000.0, math.inf])
+@pytest.mark.parametrize("n", [0, 1, 4097, 1_100_000])
+def test_other_norms_are_torchs(norm_type, n):
+    """Of float64 numbers; of the list, the norm of the norms. The bits are the same for any number of threads."""
+    torch.manual_seed(n)
+    values = torch.randn(n, dtype=torch.float64)
+    tensors = [values, values[: n // 2], 1e-3 * values]
+    expected = [float(torch.linalg.vector_norm(t, norm_type)) if n > 1 else 0.0 for t in tensors]
+    found = [[norms.power_norm(t, norm_type) for t in tensors]]
+    for threads in (1, 2):
+        with threads_at_most(threads):
+            found.append([norms.power_norm(t, norm_type) for t in tensors])
+    assert found[0] == found[1] == found[2]
+    if n > 1 and (0.5 <= norm_type <= 40 or norm_type == math.inf):  # between, torch's powers leave float64
+        for one, other in zip(found[0], expected, strict=True):
+            assert one == pytest.approx(other, rel=1e-9)
+        whole = float(torch.linalg.vector_norm(torch.tensor(expected), norm_type))
+        assert norms.together(found[0], norm_type) == pytest.approx(whole, rel=1e-6)
+
+
+@pytest.mark.parametrize("norm_type", [0.01, 1.0, 3.0, 1000.0, math.inf])
+def test_other_norms_of_extremes(norm_type):
+    assert math.isnan(norms.power_norm(torch.tensor([1.0, math.nan]), norm_type))
+    assert norms.power_norm(torch.tensor([1.0, -math.inf]), norm_type) == math.inf
+    assert math.isnan(norms.together([math.nan, math.inf], norm_type))
+    assert norms.together([], norm_type) == norms.together([0.0, 0.0], norm_type) == 0.0
+    assert norms.power_norm(torch.tensor([-3e38]), norm_type) == pytest.approx(3e38)
+    assert norms.power_norm(torch.tensor([1e-45]), norm_type) == pytest.approx(1.4e-45, rel=0.1)

@@ -105,7 +105,11 @@ def test_added_listed_ordered_and_removed(server: RunningServer, session: Sessio
 
     assert listed() == [guard["id"], clip["id"], log["id"]]
     shown = server.rest("GET", f"{hooks}/{clip['id']}").json()
-    assert (shown["kind"], shown["point"], shown["settings"]) == ("transform", "step_pre", {"max_norm": 0.5})
+    assert (shown["kind"], shown["point"], shown["settings"]) == (
+        "transform",
+        "step_pre",
+        {"max_norm": 0.5, "norm_type": 2.0, "error_if_nonfinite": False},
+    )
     assert server.rest("GET", f"/v1/models/{session.model}").json()["nonfinite"] == "skip"
     skipped = session.push({"bias": np.full(4, np.nan, np.float32)})
     assert (skipped.outcome, skipped.version) == (Outcome.SKIPPED, 2)

@@ -50,11 +50,14 @@ def clip_value(params: Params, version: int) -> None:
         torch.nn.utils.clip_grad_value_([p for _, p in params], CLIP_VALUE)
 
 
-def clip_norm(params: Params, version: int) -> None:
-    stand_ins = [nn.Parameter(torch.zeros_like(values(p))) for _, p in params]
-    for stand_in, (_, p) in zip(stand_ins, params, strict=True):
-        stand_in.grad = values(p)
-    torch.nn.utils.clip_grad_norm_(stand_ins, MAX_NORM)
+def clip_by(norm_type: float) -> Callable[[Params, int], None]:
+    def clip(params: Params, version: int) -> None:
+        stand_ins = [nn.Parameter(torch.zeros_like(values(p))) for _, p in params]
+        for stand_in, (_, p) in zip(stand_ins, params, strict=True):
+            stand_in.grad = values(p)
+        torch.nn.utils.clip_grad_norm_(stand_ins, MAX_NORM, norm_type)
+
+    return clip
 
 
 def keras_global(params: Params, version: int) -> None:
@@ -89,7 +92,15 @@ def noise(params: Params, version: int) -> None:
 Hook = tuple[str, dict[str, Any]]
 HOOKS: dict[str, tuple[Hook, Callable[[Params, int], None], bool]] = {
     "by value": (("clip_grad_value", {"clip_value": CLIP_VALUE}), clip_value, True),
-    "by norm": (("clip_grad_norm", {"max_norm": MAX_NORM}), clip_norm, False),
+    "by norm": (("clip_grad_norm", {"max_norm": MAX_NORM}), clip_by(2.0), False),
+    **{
+        f"by norm {norm_type}": (
+            ("clip_grad_norm", {"max_norm": MAX_NORM, "norm_type": norm_type}),
+            clip_by(float(norm_type)),
+            False,
+        )
+        for norm_type in ("inf", 1.0, 3.5)
+    },
     "by global norm": (("global_clipnorm", {"global_clipnorm": MAX_NORM}), keras_global, False),
     "each by norm": (("clipnorm", {"clipnorm": MAX_NORM}), keras_each, False),
     "centralized": (("gradient_centralization", {}), centralize, False),
@@ -99,6 +110,7 @@ CHAINS = {
     **{name: [name] for name in HOOKS},
     "value, then norm": ["by value", "by norm"],
     "norm, then value": ["by norm", "by value"],
+    "each norm of torch's": ["by norm inf", "by norm 3.5", "by norm 1.0", "by norm"],
     "all of them": ["noise", "by value", "centralized", "each by norm", "by global norm", "by norm"],
     "norms only": ["each by norm", "by norm", "by global norm"],
     "value twice": ["by value", "by value"],
@@ -142,7 +154,7 @@ def test_gradients_are_changed_as_torch_changes_them(
 def check_receipt(twins: Twins, chain: Sequence[str]) -> None:
     receipt = twins.remote.last_receipt
     assert receipt is not None
-    if "by norm" in chain or "by global norm" in chain:
+    if any(name.startswith("by norm") or name == "by global norm" for name in chain):
         assert 0 < receipt.clip_factor < 1 or len(chain) > 1
     else:
         assert receipt.clip_factor == 1

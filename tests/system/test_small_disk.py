@@ -91,7 +91,7 @@ if MAY_MOUNT:
             assert hasty.pull()["w"].shape == SHAPE
             kept = server.rest("GET", "/v1/models/m/snapshots").json()
             answer = server.rest("POST", "/v1/models/m/snapshots")
-            assert (answer.status_code, answer.json()["code"]) == (500, "disk_full")
+            assert (answer.status_code, answer.json()["code"]) == (507, "disk_full")
             assert server.rest("GET", "/v1/models/m/snapshots").json() == kept
             assert not list(disk.folder.glob("models/m/snapshots/tmp-*"))
             # edits and joins have room of their own, until that is gone, too: then they are refused and change nothing

@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from typing import ClassVar, Final
+from typing import Annotated, ClassVar, Final, Literal
 
 from pydantic import Field
 
-from pushstep.proto.types_pb2 import GradientOperation
+from pushstep.proto.types_pb2 import ClipByNorm, GradientOperation
 
+from ..admission import Nonfinite
 from ..groups import LARGEST
 from ..settings import Settings
 from .hook import Hook, Point, StepContext
 
 EPSILON: Final = 1e-6  # torch's, in the denominator
+# Beyond these a float64 holds neither the powers nor their root; "inf" is another matter.
+SMALLEST_NORM_TYPE: Final = 0.01
+LARGEST_NORM_TYPE: Final = 1000.0
 
 
 class Clipping(Hook):
@@ -50,7 +54,14 @@ class ByGlobalNorm(Clipping):
 class ClipGradNormSettings(Settings):
     """How far to clip."""
 
-    max_norm: float = Field(gt=0, description="the largest L2 norm that a push's gradient may keep")
+    max_norm: float = Field(gt=0, description="the largest norm that a push's gradient may keep")
+    norm_type: Annotated[float, Field(ge=SMALLEST_NORM_TYPE, le=LARGEST_NORM_TYPE)] | Literal["inf"] = Field(
+        2.0, description='the power of the norm; "inf": the largest magnitude'
+    )
+    error_if_nonfinite: bool = Field(
+        False,
+        description="reject pushes whose gradients are not finite, whatever the model's `nonfinite` says",
+    )
 
 
 class ClipGradNorm(ByGlobalNorm):
@@ -71,7 +82,22 @@ class ClipGradNorm(ByGlobalNorm):
 
     def operation(self) -> GradientOperation:
         """The same."""
-        return GradientOperation(clip_grad_norm=self.settings.max_norm)
+        settings = self.settings
+        if settings.norm_type == 2:
+            return GradientOperation(clip_grad_norm=settings.max_norm)
+        norm = ClipByNorm(max_norm=settings.max_norm, norm_type=float(settings.norm_type))
+        return GradientOperation(clip_by_norm=norm)
+
+    def step_pre(self, context: StepContext) -> None:
+        """The L2 norm is known; another one is taken where the step is."""
+        if self.settings.norm_type == 2:
+            super().step_pre(context)
+        else:
+            context.operations.append(self.operation())
+
+    def nonfinite(self) -> Nonfinite | None:
+        """As torch raises, the gate rejects."""
+        return Nonfinite.REJECT if self.settings.error_if_nonfinite else None
 
 
 class GlobalClipnormSettings(Settings):
