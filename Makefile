@@ -19,10 +19,12 @@ demo: setup
 
 # Without Prometheus on the PATH (.ci/run installs Debian's) the tests that start one are left out.
 WITHOUT_PROMETHEUS := $(if $(shell sh -c 'command -v prometheus && command -v promtool'),, and not prometheus)
+# Nor those that look at the page, without Chromium.
+WITHOUT_CHROMIUM := $(if $(shell sh -c 'command -v chromium'),, and not chromium)
 # A file's tests stay together: they share what its fixtures start. One process more than cores, since many tests wait.
 # tests/conftest.py has the long files begin first.
 test: setup
-	$(BIN)/pytest -m 'not soak and not gpu$(WITHOUT_PROMETHEUS)' --numprocesses $$(($$(nproc) + 1)) --maxprocesses 5 --dist loadfile --no-loadscope-reorder tests
+	$(BIN)/pytest -m 'not soak and not gpu$(WITHOUT_PROMETHEUS)$(WITHOUT_CHROMIUM)' --numprocesses $$(($$(nproc) + 1)) --maxprocesses 5 --dist loadfile --no-loadscope-reorder tests
 
 lint: setup $(VENV)/typing
 	$(BIN)/ruff check .

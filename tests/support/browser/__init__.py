@@ -1,0 +1,1 @@
+"""A real browser, and trainings that it looks at."""
