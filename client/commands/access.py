@@ -5,6 +5,7 @@ A token is never an argument itself, since every user of a machine sees the argu
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,7 +16,12 @@ if TYPE_CHECKING:
     from ..transport.security import Security
 
 ServerOption = Annotated[
-    str, typer.Option("--server", envvar="PUSHSTEP_SERVER", help="HOST:PORT or unix:/path")
+    str,
+    typer.Option(
+        "--server",
+        envvar="PUSHSTEP_SERVER",
+        help="HOST:PORT or unix:/path, as workers connect; or the REST door's URL.",
+    ),
 ]
 TokenOption = Annotated[
     str | None,
@@ -34,12 +40,52 @@ InsecureOption = Annotated[
 ]
 
 
-def security_of(server: str, token: str | None, tls_ca: Path | None, insecure: bool) -> Security:
-    """How the server is spoken to. Ends the command for a token that was given as an argument. InvalidSettings."""
-    from ..transport.security import TLS, Security
+def is_url(server: str) -> bool:
+    """Whether a server is named by its REST door's URL, in place of the address for workers."""
+    return server.startswith(("http://", "https://"))
 
-    tls = None if tls_ca is None else TLS(ca=tls_ca)
-    return Security(server, None if token is None else read_token(token), tls, insecure)
+
+def host_and_port(url: str) -> str:
+    """HOST:PORT of a URL. BadParameter."""
+    from urllib.parse import urlsplit
+
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
+    except ValueError:
+        host, port = "", 0
+    if not host:
+        raise typer.BadParameter(f"{url} is no URL: write http://HOST:PORT", param_hint="--server")
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def security_of(server: str, token: str | None, tls_ca: Path | None, insecure: bool) -> Security:
+    """How the server is spoken to. BadParameter for a token or a file that is none, or for one that would be read on the way."""
+    from pushstep.proto.errors import InvalidSettings, TokenNotSent
+
+    from ..transport.security import CERT_VARIABLE, KEY_VARIABLE, TLS, Security
+
+    tls: TLS | bool | None = None
+    if tls_ca is not None:
+        cert, key = (os.environ.get(name) or None for name in (CERT_VARIABLE, KEY_VARIABLE))
+        tls = TLS(ca=tls_ca, cert=cert, key=key)
+    address = server
+    if is_url(server):
+        address, tls = host_and_port(server), (tls or True) if server.startswith("https:") else False
+    told = None if token is None else read_token(token)
+    try:
+        made = Security(address, told, tls, insecure)
+        if made.is_tls:
+            made.context()
+    except TokenNotSent:
+        raise typer.BadParameter(
+            f"a token is not sent to {server} without TLS, where anyone on the way could read it: pass --tls-ca FILE, or "
+            "--insecure on a network that you trust",
+            param_hint="--token",
+        ) from None
+    except InvalidSettings as error:
+        raise typer.BadParameter(error.message) from None
+    return made
 
 
 def read_token(option: str) -> str:

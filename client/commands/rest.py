@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import http.client
 import json
+import ssl
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Final
@@ -21,14 +22,13 @@ from rich.progress import (
 )
 
 from pushstep.proto.errors import PushstepError, ServerUnavailable
-from pushstep.proto.errors.status import PROBLEM_TYPE, from_problem
 
-from ..transport.dial import dial
 from ..transport.security import Security, is_unix
+from .access import is_url
+from .description import description_of
 
 # How long an answer may take to begin: a server writes a whole checkpoint first.
 TIMEOUT_S: Final = 600.0
-DIAL_S: Final = 3.0
 BLOCK_BYTES: Final = 1 << 20
 LONGEST_PROBLEM_BYTES: Final = 1 << 20
 _EVERYWHERE: Final = ("0.0.0.0", "::")  # noqa: S104 - where a server may say that it listens
@@ -37,6 +37,62 @@ _EVERYWHERE: Final = ("0.0.0.0", "::")  # noqa: S104 - where a server may say th
 def model_path(model: str, *parts: str) -> str:
     """The path of a model's resource."""
     return "/v1/models/" + "/".join(quote(part, safe="") for part in (model, *parts))
+
+
+class Answer:
+    """An answer whose body is read in parts. Each read raises ServerUnavailable if the connection breaks."""
+
+    def __init__(self, response: http.client.HTTPResponse, http_url: str) -> None:
+        self._response = response
+        self._http_url = http_url
+        self.headers = response.headers
+        # of the body, as far as it is not read yet; None if the server has not said
+        self.length = response.length
+
+    def read(self, size_bytes: int = -1) -> bytes:
+        """So many of the next bytes, fewer only at the end; all by default."""
+        with _network(self._http_url):
+            return self._response.read(size_bytes)
+
+    def lines(self) -> Iterator[str]:
+        """The lines as they come."""
+        while True:
+            with _network(self._http_url):
+                line = self._response.readline()
+            if not line:
+                return
+            yield line.decode().rstrip("\r\n")
+
+    def blocks(self) -> Iterator[bytes]:
+        """The body in blocks. ServerUnavailable also if it ends too early."""
+        left = self.length
+        while block := self.read(BLOCK_BYTES):
+            left = None if left is None else left - len(block)
+            yield block
+        if left:
+            with _network(self._http_url):
+                raise http.client.IncompleteRead(b"", left)
+
+
+@contextmanager
+def _network(http_url: str) -> Iterator[None]:
+    """ServerUnavailable for what a connection raises. No file is read or written in the block: its errors are others."""
+    try:
+        yield
+    except (OSError, http.client.HTTPException) as error:
+        raise ServerUnavailable(address=http_url, seconds=TIMEOUT_S, problem=_reason(error)) from error
+
+
+def _reason(error: OSError | http.client.HTTPException) -> str:
+    if isinstance(error, http.client.RemoteDisconnected):
+        return (
+            "it ended the connection without an answer; the URL of a REST door with TLS begins with https://"
+        )
+    if isinstance(error, http.client.BadStatusLine):
+        return "it speaks no HTTP; the address for workers is written without http://"
+    if isinstance(error, ssl.SSLError):
+        return f"no TLS: {error.reason or error}; the URL of a REST door without TLS begins with http://"
+    return f"its REST door: {error or type(error).__name__}"
 
 
 @contextmanager
@@ -48,31 +104,31 @@ def answer_to(
     headers: Mapping[str, str],
     security: Security,
     body: Iterable[bytes] = (),
-) -> Iterator[http.client.HTTPResponse]:
+) -> Iterator[Answer]:
     """The answer to a request, to be read in a block. A body needs its Content-Length in `headers`.
 
     The error of the catalogue that the server answers with; ServerUnavailable if it cannot be reached.
     """
-    transport, found = dial(server, timeout_s=DIAL_S, security=security)
-    transport.close()
-    connection = _connection(server, found.http_url, security)
+    http_url = server if is_url(server) else description_of(server, security).http_url
+    connection = _connection(server, http_url, security)
     try:
-        connection.putrequest(method, f"{path}?{urlencode(query)}" if query else path)
-        for name, value in (*headers.items(), *security.headers.items()):
-            connection.putheader(name, value)
-        connection.endheaders()
-        try:
-            for block in body:
-                connection.send(block)
-        except (BrokenPipeError, ConnectionResetError):
-            pass  # refused before it was read: the answer says why
-        answer = connection.getresponse()
-        if answer.status >= 400:
-            raise _problem(answer)
-        yield answer
-    except (OSError, http.client.HTTPException) as error:
-        problem = str(error) or type(error).__name__
-        raise ServerUnavailable(address=found.http_url, seconds=TIMEOUT_S, problem=problem) from error
+        with _network(http_url):
+            path = urlsplit(http_url).path.rstrip("/") + path
+            connection.putrequest(method, f"{path}?{urlencode(query)}" if query else path)
+            for name, value in (*headers.items(), *security.headers.items()):
+                connection.putheader(name, value)
+            connection.endheaders()
+        for block in body:
+            with _network(http_url):
+                try:
+                    connection.send(block)
+                except (BrokenPipeError, ConnectionResetError):
+                    break  # refused before it was read: the answer says why
+        with _network(http_url):
+            response = connection.getresponse()
+        if response.status >= 400:
+            raise _problem(response)
+        yield Answer(response, http_url)
     finally:
         connection.close()
 
@@ -88,12 +144,18 @@ def _connection(server: str, http_url: str, security: Security) -> http.client.H
         # a Unix socket speaks no TLS, but REST beside it does
         context = (security if security.is_tls else Security(f"{host}:0", tls=True)).context()
         return http.client.HTTPSConnection(host, url.port, timeout=TIMEOUT_S, context=context)
-    security.require_private(f"{host}:{url.port}")
+    if not is_url(server):  # that one was asked when the token was read
+        security.require_private(f"{host}:{url.port}")
     return http.client.HTTPConnection(host, url.port, timeout=TIMEOUT_S)
 
 
 def _problem(answer: http.client.HTTPResponse) -> PushstepError:
-    text = answer.read(LONGEST_PROBLEM_BYTES)
+    from pushstep.proto.errors.status import PROBLEM_TYPE, from_problem
+
+    try:
+        text = answer.read(LONGEST_PROBLEM_BYTES)
+    except (OSError, http.client.HTTPException):
+        text = b""
     if answer.headers.get_content_type() != PROBLEM_TYPE:
         return from_problem({"detail": f"the server answers {answer.status} {answer.reason}"})
     return from_problem(json.loads(text))
@@ -102,16 +164,6 @@ def _problem(answer: http.client.HTTPResponse) -> PushstepError:
 def digest_field(sha256: bytes) -> str:
     """A Repr-Digest field of RFC 9530."""
     return f"sha-256=:{base64.b64encode(sha256).decode()}:"
-
-
-def blocks_of(answer: http.client.HTTPResponse) -> Iterator[bytes]:
-    """An answer's body in blocks. IncompleteRead if it breaks off."""
-    left = answer.length
-    while block := answer.read(BLOCK_BYTES):
-        left = None if left is None else left - len(block)
-        yield block
-    if left:
-        raise http.client.IncompleteRead(b"", left)
 
 
 def shown(blocks: Iterable[bytes], what: str, total_bytes: int | None, *, quiet: bool) -> Iterator[bytes]:

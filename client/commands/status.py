@@ -2,43 +2,36 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
 
-from .access import InsecureOption, TlsCaOption, TokenOption, security_of
+from .access import is_url
+from .door import Door, operates, plain
 
 
+@operates
 def status(
-    server: Annotated[
-        str, typer.Argument(envvar="PUSHSTEP_SERVER", help="HOST:PORT or unix:/path")
-    ] = "localhost:7070",
-    as_json: Annotated[bool, typer.Option("--json", help="One line of JSON.")] = False,
-    token: TokenOption = None,
-    tls_ca: TlsCaOption = None,
-    insecure: InsecureOption = False,
+    door: Door,
+    where: Annotated[str | None, typer.Argument(metavar="[SERVER]", help="The same as --server.")] = None,
+    wait_s: Annotated[
+        float, typer.Option("--wait", min=0.0, metavar="SECONDS", help="Wait so long for a server to start.")
+    ] = 0.0,
 ) -> None:
     """Say which server answers and which models it holds."""
-    # not needed for --help
-    from pushstep.proto.errors import PushstepError
+    from .description import description_of
 
-    from ..transport.dial import dial
-
-    try:
-        transport, found = dial(server, timeout_s=3.0, security=security_of(server, token, tls_ca, insecure))
-    except PushstepError as error:
-        typer.echo(error.message, err=True)
-        raise typer.Exit(1) from error
-    transport.close()
-    facts = {
-        "server": server,
-        "version": found.server_version,
-        "http": found.http_url,
-        "models": list(found.models),
-    }
-    if as_json:
-        typer.echo(json.dumps(facts))
-        return
-    for name, value in facts.items():
-        typer.echo(f"{name:8} {', '.join(value) if isinstance(value, list) else value}")
+    if is_url(door.server):
+        if wait_s:
+            raise typer.BadParameter("a URL is not waited for: pass HOST:PORT", param_hint="--wait")
+        root, held = door.ask("GET", "/v1"), door.all_of("/v1/models", "models")
+        version, http, models = root["version"], door.server, [model["name"] for model in held["models"]]
+    else:
+        found = description_of(door.server, door.security, wait_s)
+        version, http, models = found.server_version, found.http_url, list(found.models)
+    facts = {"server": door.server, "version": version, "http": http, "models": models}
+    lines = [
+        f"{name:8} {', '.join(value) or 'none' if isinstance(value, list) else plain(value)}"
+        for name, value in facts.items()
+    ]
+    door.show(facts, said=lines)

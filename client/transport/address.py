@@ -14,6 +14,7 @@ import socket
 import ssl
 import time
 from typing import Final
+from urllib.parse import quote
 
 from pushstep.proto.errors import InvalidAddress
 
@@ -50,6 +51,11 @@ class Address:
             raise InvalidAddress(address=text, problem=_of_url(scheme, rest))
         elif not text.startswith(_GRPC_S_OWN):
             self._host = _host_and_port(text)
+
+    @property
+    def target(self) -> str:
+        """The address as gRPC reads it."""
+        return target_of(self.text)
 
     def why_nobody_listens(self) -> str | None:
         """The system's error of a connection there; None if something accepts it, or it is not known."""
@@ -168,6 +174,12 @@ def _of_url(scheme: str, rest: str) -> str:
 def _seen_from(host: str, grpc: str) -> str:
     """The server's gRPC address: its own port, with the host under which the server was reached."""
     return f"{f'[{host}]' if ':' in host else host}:{grpc.rpartition(':')[2]}"
+
+
+def target_of(address: str) -> str:
+    """An address as gRPC reads it: a Unix socket's path is part of a URI, so it is percent-encoded."""
+    scheme, colon, path = address.partition(":")
+    return f"unix:{quote(path)}" if colon and scheme == "unix" else address
 
 
 def is_same_host(address: str) -> bool:

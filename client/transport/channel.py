@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, Final
-from urllib.parse import quote
 
 import grpc
 import torch
@@ -26,6 +25,7 @@ from pushstep.proto.wire.frames import (
 from pushstep.proto.wire.layout import Layout
 from pushstep.proto.wire.parts import WHOLE_BYTES, Parts, parts_of
 
+from .address import target_of
 from .progress import Progress, Watchdog
 from .security import Security
 from .spans import Spans
@@ -77,7 +77,7 @@ class Transport:
 
     def _opened(self) -> grpc.Channel:
         credentials = self._security.credentials()
-        target = _target(self.address)
+        target = target_of(self.address)
         if credentials is None:
             return grpc.insecure_channel(target, options=OPTIONS)
         return grpc.secure_channel(target, credentials, options=OPTIONS)
@@ -229,9 +229,3 @@ class Transport:
         """Close the channel."""
         self.watchdog.close()
         self._channel.close()
-
-
-def _target(address: str) -> str:
-    """The address as gRPC reads it: a Unix socket's path is part of a URI, so it is percent-encoded."""
-    scheme, colon, path = address.partition(":")
-    return f"unix:{quote(path)}" if colon and scheme == "unix" else address

@@ -106,7 +106,7 @@ class Security:
         except OSError as error:
             problem = (isinstance(error, ssl.SSLError) and error.reason) or error.strerror
             raise InvalidSettings(
-                problem=f"the files of {self._tls} are no certificates: {problem}"
+                problem=f"{_names(self._tls)}: no certificates that can be used ({problem})"
             ) from None
         return context
 
@@ -147,6 +147,10 @@ def _tls(asked: TLS | bool | None) -> TLS | None:
             problem="a certificate of one's own and its key go together: TLS(cert=..., key=...)"
         )
     return found
+
+
+def _names(tls: TLS) -> str:
+    return ", ".join(str(path) for path in (tls.ca, tls.cert, tls.key) if path is not None)
 
 
 def _content(path: str | Path | None) -> bytes | None:

@@ -128,7 +128,7 @@ def test_status_for_people(server: RunningServer, model_name: str) -> None:
 @pytest.mark.parametrize("options", [[], ["--json"]])
 def test_status_without_a_server(nobody: str, options: list[str]) -> None:
     done = pushstep("status", nobody, *options)
-    assert done.returncode == 1
+    assert done.returncode == 3
     assert done.stdout == ""
     assert f"no pushstep server answers at {nobody}" in done.stderr
     assert "start one with: pushstep-server" in done.stderr

@@ -161,6 +161,6 @@ def test_what_is_refused_says_why(
 
 def test_without_a_server(tmp_path: Path) -> None:
     done = pushstep("export", "--server", "127.0.0.1:1", "--model", "m", str(tmp_path / "out"))
-    assert done.returncode == 1
+    assert done.returncode == 3
     assert "no pushstep server answers at 127.0.0.1:1" in done.stderr
     assert list(tmp_path.iterdir()) == []

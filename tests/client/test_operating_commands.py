@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from pushstep.client.commands import app
-from pushstep.client.commands.operate.door import pairs, plain
+from pushstep.client.commands.door import pairs, plain
 from pushstep.client.commands.operate.top import Rates
 from tests.support.servers.harness import RunningServer
 
@@ -194,7 +194,7 @@ def test_what_is_refused(run: Callable[..., Result], model: str, case: str) -> N
 
 def test_without_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
     result = CliRunner().invoke(app, ["models", "--server", "127.0.0.1:1"])
-    assert (result.exit_code, result.stdout) == (1, "")
+    assert (result.exit_code, result.stdout) == (3, "")
     assert "no pushstep server answers at 127.0.0.1:1" in result.stderr
 
 
@@ -215,7 +215,7 @@ def test_a_list_of_several_pages_is_whole(
 ) -> None:
     for _ in range(3):
         server.rest("POST", f"/v1/models/{model}/snapshots")
-    from pushstep.client.commands.operate.door import Door
+    from pushstep.client.commands.door import Door
     from pushstep.client.transport.security import Security
 
     door = Door(server.grpc, Security(server.grpc), as_json=True)

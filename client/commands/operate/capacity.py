@@ -6,14 +6,20 @@ from typing import Annotated
 
 import typer
 
-from .door import Door, Table, operates
+from ..completion import model_names
+from ..door import Door, Table, operates
 
 
 @operates
 def capacity(
     door: Door,
     model: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="Also how many workers of this model are carried.")
+        str | None,
+        typer.Argument(
+            metavar="[MODEL]",
+            help="Also how many workers of this model are carried.",
+            autocompletion=model_names,
+        ),
     ] = None,
     push_every_s: Annotated[
         float | None, typer.Option(help="How often each of them pushes, in seconds.")

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .door import Door, ModelArgument, Table, lines_of, operates, plain
+from ..door import Door, ModelArgument, Table, operates, plain
 
 COLUMNS = ("id", "time", "event", "actor", "version", "")
 SHOWN = {"id", "time", "kind", "by", "actor", "timeline", "version", "edit"}
@@ -39,7 +39,7 @@ def events(
         door.show(found, Table(COLUMNS, map(_row, found["events"])))
         return
     with door.stream("GET", path, {"kind": kind}, {"Accept": "text/event-stream"}) as answer:
-        for name, data in _messages(lines_of(answer)):
+        for name, data in _messages(answer.lines()):
             if door.as_json:
                 typer.echo(json.dumps(data))
             elif "kind" in data:

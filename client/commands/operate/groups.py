@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .door import Door, DryRunOption, ModelArgument, SetOption, Table, operates, pairs
+from ..door import Door, DryRunOption, ModelArgument, SetOption, Table, operates, pairs
 
 NOT_SETTINGS = {
     "index",

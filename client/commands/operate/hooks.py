@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .door import Door, DryRunOption, ModelArgument, SetOption, Table, one_of, operates, pairs
+from ..door import Door, DryRunOption, ModelArgument, SetOption, Table, one_of, operates, pairs
 
 COLUMNS = ("hook", "kind", "point", "settings", "failures", "dropped")
 

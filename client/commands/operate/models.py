@@ -6,7 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from .door import Door, DryRunOption, Table, YesOption, agreed, operates
+from ..completion import model_names
+from ..door import Door, DryRunOption, Table, YesOption, agreed, operates
 
 COLUMNS = ("model", "version", "policy", "workers", "parameters", "bytes", "groups", "hooks", "problem")
 
@@ -32,7 +33,10 @@ def row(model: dict[str, Any]) -> tuple[Any, ...]:
 def models(
     door: Door,
     model: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="One model; all if it is left out.")
+        str | None,
+        typer.Argument(
+            metavar="[MODEL]", help="One model; all if it is left out.", autocompletion=model_names
+        ),
     ] = None,
     delete: Annotated[bool, typer.Option("--delete", help="Delete the model and its snapshots.")] = False,
     yes: YesOption = False,

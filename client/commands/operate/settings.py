@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from .door import Door, DryRunOption, ModelArgument, SetOption, Table, operates, pairs
+from ..door import Door, DryRunOption, ModelArgument, SetOption, Table, operates, pairs
 
 
 def _settings(resource: str, what: str, example: str) -> Callable[..., None]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .door import Door, DryRunOption, ModelArgument, Table, YesOption, agreed, one_of, operates
+from ..door import Door, DryRunOption, ModelArgument, Table, YesOption, agreed, one_of, operates
 
 COLUMNS = ("snapshot", "version", "timeline", "taken", "bytes", "by")
 

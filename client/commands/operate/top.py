@@ -7,7 +7,8 @@ from typing import Annotated, Any, Final
 
 import typer
 
-from .door import Door, Table, operates
+from ..completion import model_names
+from ..door import Door, Table, operates
 from .workers import COLUMNS as WORKER_COLUMNS
 from .workers import row as worker_row
 
@@ -70,7 +71,12 @@ def _tables(found: dict[str, Any]) -> list[Table]:
 def top(
     door: Door,
     model: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="One model, with its workers; all if left out.")
+        str | None,
+        typer.Argument(
+            metavar="[MODEL]",
+            help="One model, with its workers; all if left out.",
+            autocompletion=model_names,
+        ),
     ] = None,
     every_s: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 1.0,
     looks: Annotated[int | None, typer.Option(min=1, help="End after so many looks.")] = None,

@@ -1,15 +1,15 @@
-"""What every operating command shares: which server, as whom, text or JSON, and what a refusal looks like.
+"""What every command that asks a server shares: which server, as whom, text or JSON, and what a refusal looks like.
 
 `operates` gives a command the options for that, and itself a `Door` as its first argument. A command asks, and shows the
-answer: as a table for people, and with --json as the server sent it, on one line. The exit status is 0 if it was done, 1 if
-the server refused it or is not there, 2 for a wrong command line.
+answer: as a table for people, and with --json as the server sent it, on one line. The exit status is one of `Exit`.
 """
 
 from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import wraps
@@ -17,12 +17,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from ..access import InsecureOption, ServerOption, TlsCaOption, TokenOption, security_of
+from pushstep.proto.errors import PushstepError
+
+from .access import InsecureOption, ServerOption, TlsCaOption, TokenOption, security_of
+from .completion import model_names
+from .failure import failed
 
 if TYPE_CHECKING:
-    import http.client
-
-    from ...transport.security import Security
+    from ..transport.security import Security
+    from .rest import Answer
 
 JsonOption = Annotated[bool, typer.Option("--json", help="The server's answer, one line of JSON.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would change; nothing does.")]
@@ -30,7 +33,9 @@ YesOption = Annotated[bool, typer.Option("--yes", help="Do it without asking.")]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A new value, as JSON; several times.")
 ]
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="The model's name.")]
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="The model's name.", autocompletion=model_names)
+]
 _SHARED: Final = {
     "server": (ServerOption, "localhost:7070"),
     "as_json": (JsonOption, False),
@@ -50,9 +55,9 @@ class Door:
 
     def stream(
         self, method: str, path: str, query: Mapping[str, Any], headers: Mapping[str, str], body: bytes = b""
-    ) -> AbstractContextManager[http.client.HTTPResponse]:
+    ) -> AbstractContextManager[Answer]:
         """An answer, to be read in a block. The catalogue's error that the server answers with; ServerUnavailable."""
-        from ..rest import answer_to
+        from .rest import answer_to
 
         texts = {
             name: json.dumps(value) if isinstance(value, bool) else str(value)
@@ -77,15 +82,15 @@ class Door:
             first[key] += page[key]
         return {**first, "next": None}
 
-    def show(self, answer: Any, *tables: Table, said: str = "") -> None:
-        """Print an answer: as JSON, or as tables and a line."""
+    def show(self, answer: Any, *tables: Table, said: Sequence[str] = ()) -> None:
+        """Print an answer: as JSON, or as tables and lines."""
         if self.as_json:
             typer.echo(json.dumps(answer))
             return
         for table in tables:
             table.print()
-        if said:
-            typer.echo(plain(said))
+        for line in said:
+            typer.echo(plain(line))
 
     def show_edit(self, answer: Any, said: str, *, dry_run: bool) -> None:
         """Print what an edit has led to, or would."""
@@ -93,7 +98,7 @@ class Door:
             said = f"nothing was changed; it would be: {json.dumps(answer)}"
         elif answer is not None and "effective_version" in answer:
             said += f", from version {answer['effective_version']} on"
-        self.show(answer, said=said)
+        self.show(answer, said=[said])
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,8 +166,6 @@ def one_of(**asked: Any) -> None:
 
 def agreed(question: str, *, yes: bool) -> None:
     """Ask before what cannot be undone. Ends the command without a yes; BadParameter where nobody can be asked."""
-    import sys
-
     if yes:
         return
     if not sys.stdin.isatty():
@@ -171,8 +174,11 @@ def agreed(question: str, *, yes: bool) -> None:
 
 
 def operates(command: Callable[..., None]) -> Callable[..., None]:
-    """`command`, whose first argument is a Door, with the options that make one."""
-    own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
+    """`command`, whose first argument is a Door, with the options that make one.
+
+    An argument of its own named `where` is another way to say which server; the Door has it.
+    """
+    _, *own = inspect.signature(command, eval_str=True).parameters.values()
     shared = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
         for name, (kind, default) in _SHARED.items()
@@ -180,23 +186,14 @@ def operates(command: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(command)
     def run(**given: Any) -> None:
-        # not needed for --help
-        from pushstep.proto.errors import PushstepError
-
         server, as_json, *access = (given.pop(name) for name in _SHARED)
+        server = given.pop("where", None) or server
         try:
             command(Door(server, security_of(server, *access), as_json), **given)
         except (PushstepError, OSError) as error:
-            typer.echo(str(error), err=True)
-            raise typer.Exit(1) from error
+            raise failed(error, as_json=as_json) from error
 
     keywords = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in own]
     run.__signature__ = inspect.Signature([*keywords, *shared])  # type: ignore[attr-defined]
     run.__annotations__ = {each.name: each.annotation for each in (*keywords, *shared)}
     return run
-
-
-def lines_of(answer: http.client.HTTPResponse) -> Iterator[str]:
-    """The lines of an answer as they come."""
-    while line := answer.readline():
-        yield line.decode().rstrip("\r\n")
