@@ -11,14 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from typer.testing import CliRunner
 
 from pushstep.client import Session
+from pushstep.client.commands import app
 from pushstep.proto.errors import Fenced, NonfiniteGradient, Quarantined
 from tests.support.servers.harness import RunningServer, running_server
 from tests.support.servers.operators import take_snapshot
 from tests.support.source_tree import ROOT
 
 PAGE = (ROOT / "deploy/README.md").read_text()
+SECTION = PAGE[PAGE.index("## A night shift") :]
+SECTION = SECTION[: SECTION.index("\n## ", 5)]
 START = {"weight": np.linspace(-1, 1, 6, dtype=np.float32)}
 
 
@@ -26,9 +30,7 @@ class Shift:
     """The commands of the page, in order, each run once."""
 
     def __init__(self, server: RunningServer, folder: Path) -> None:
-        section = PAGE[PAGE.index("## A night shift") :]
-        section = section[: section.index("\n## ", 5)]
-        blocks = re.findall(r"```sh\n(.*?)```", section, re.DOTALL)
+        blocks = re.findall(r"```sh\n(.*?)```", SECTION, re.DOTALL)
         self._left = [line for block in blocks for line in block.splitlines()]
         self._address = server.http
         self._folder = folder
@@ -46,7 +48,7 @@ class Shift:
             command, cwd=self._folder, capture_output=True, text=True, check=False, timeout=60
         )
         assert done.returncode == 0, (line, done.stderr)
-        return json.loads(done.stdout) if done.stdout else None
+        return json.loads(done.stdout) if done.stdout.startswith("{") else done.stdout or None
 
     def is_over(self) -> bool:
         return not self._left
@@ -70,8 +72,12 @@ def test_the_drill(data: Path, tmp_path: Path) -> None:
                 push(bad, np.nan)
         shift = Shift(server, tmp_path)
 
+        # the metrics lead to it: which model, and why
+        refused = r'code="(\w+)",model="flights"\} 3(?:\.0)?$'
+        codes = re.findall(refused, shift.next("/metrics"), re.MULTILINE)
+        assert codes == ["nonfinite_gradient"]
         rejected = shift.next("kind=push_rejected")["events"]
-        assert {(event["by"], event["code"]) for event in rejected} == {("bad", "nonfinite_gradient")}
+        assert {(event["by"], event["code"]) for event in rejected} == {("bad", codes[0])}
         shift.names["BAD"] = rejected[-1]["by"]
         shown = shift.next("/workers/BAD")
         assert (shown["outcomes"], shown["refused_in_row"]) == ({"applied": 1, "rejected": 3}, 3)
@@ -121,3 +127,38 @@ def test_the_drill(data: Path, tmp_path: Path) -> None:
         with pytest.warns(RuntimeWarning, match="restored"):
             push(good)
         assert push(good) > before["version"]
+
+
+def test_the_drill_by_pushstep(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each command of the page's table, in order, does what its step is for."""
+    with running_server(data) as server:
+        good, bad, _ = (server.connect("flights", worker) for worker in ("good", "bad", "dead"))
+        good.create(START, [{"rule": "adagrad", "params": ["weight"], "lr": 0.1}])
+        names = {"BAD": "bad", "DEAD": "dead", "ID": take_snapshot(server, "flights")["id"]}
+        push(server.sessions[-1])
+        with pytest.raises(NonfiniteGradient):
+            push(bad, np.nan)
+        monkeypatch.setenv("PUSHSTEP_SERVER", server.grpc)
+        monkeypatch.setenv("COLUMNS", "240")
+        monkeypatch.chdir(tmp_path)
+        told = {}
+        for step, cell in re.findall(r"^\| (\w+) \| (`.*`) \|$", SECTION, re.MULTILINE):
+            for line in re.findall("`pushstep (.*?)`", cell):
+                words = [names.get(word, word) for word in line.split()]
+                result = CliRunner().invoke(app, words)
+                assert result.exit_code == 0, (line, result.output)
+                told[step] = told.get(step, "") + result.output
+        assert len(told) == 7
+        assert "nonfinite_gradient" in told["find"]
+        assert "bad" in told["find"]
+        assert names["ID"] in told["restore"]
+        assert (tmp_path / "flights.safetensors").stat().st_size > 0
+        events = server.rest("GET", "/v1/models/flights/events").json()["events"]
+        kinds = [event["kind"] for event in events if event["actor"] == "local"]
+        assert kinds[1:] == [
+            "worker_quarantined",
+            "param_group_changed",
+            "snapshot_taken",
+            "restored",
+            "worker_evicted",
+        ]
