@@ -1,4 +1,4 @@
-"""The user's interface: `connect`, and the session of one worker with one model.
+"""The session of one worker with one model: what `connect` returns.
 
 A Session has a Worker, which makes its pushes, and adds what a user needs: parameters by name as numpy arrays, an
 attached optimizer, and `close`, after which the model goes on without this worker.
@@ -11,7 +11,7 @@ import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal, NoReturn, Self
+from typing import Any, NoReturn, Self
 
 import torch
 from torch import Tensor, nn
@@ -23,19 +23,15 @@ from pushstep.proto.wire.layout import Layout
 from .attachment.manifest import of_arrays
 from .attachment.originals import as_optimizers
 from .gradients.body import as_array, as_gradient, by_slot, row_ids
-from .gradients.compression import Wire
 from .membership.at_exit import close_at_exit
 from .membership.member import Member
 from .membership.policy import Policy, for_workers
 from .membership.receipt import Receipt
-from .optimizer.options import Edits
+from .notebook import facts
+from .optimizer.options import Edits, Progress
 from .optimizer.remote_optimizer import RemoteOptimizer, named_after
-from .options import MIN_TIMEOUT_S, check_options, default_worker, warn_of_environment
 from .shared_memory.sharing import SharedMemory
-from .transport.address import is_same_host
 from .transport.channel import Transport
-from .transport.dial import dial
-from .transport.security import TLS, Security
 from .transport.shield import shield
 from .transport.streams import Pulled
 from .warn import warn
@@ -45,66 +41,6 @@ from .worker.ranks import Ranks
 from .worker.worker import Worker
 
 log = logging.getLogger("pushstep.client")
-
-
-@shield
-def connect(
-    address: str,
-    *,
-    model: str,
-    worker: str | None = None,
-    wire: Wire = None,
-    top_k: float | None = None,
-    timeout_s: float = 30.0,
-    retry_for_s: float = 300.0,
-    wait_s: float = 0.0,
-    shared_memory: bool = True,
-    takeover: bool = False,
-    on_reject: Literal["raise", "skip"] = "raise",
-    on_restore: Literal["continue", "raise"] = "continue",
-    token: str | None = None,
-    tls: TLS | bool | None = None,
-    insecure: bool = False,
-) -> Session:
-    """Return a session with the server at "HOST:PORT" or "unix:/path".
-
-    `wire`: the dtype of pushes and pulls, its name, or a pair (pushes, pulls); None: each parameter's own dtype.
-    "int8" is for pushes only; pulls are then bfloat16. `top_k`: the fraction of each dense gradient's elements to push,
-    the largest ones. What int8 or top_k leaves out of a push is added to the next gradient. `timeout_s`: how long an
-    attempt may stand still. `retry_for_s`: how long a silent server is asked again; time in which bytes move does not
-    count. `wait_s`: how long to wait for a server that has not started yet. Memory is shared with a server on this host, or
-    on this GPU, unless `shared_memory` is False. `on_reject="skip"` warns where a rejected push would raise. `token`, `tls`,
-    `insecure`: see `Security`. Raises ServerUnavailable, TlsFailed, TokenNotSent, and the errors of `check_options`.
-    """
-    name = worker if worker is not None else default_worker()
-    check_options(
-        model,
-        name,
-        wire,
-        top_k,
-        choices={
-            "on_reject": (on_reject, ("raise", "skip")),
-            "on_restore": (on_restore, ("continue", "raise")),
-        },
-        seconds={
-            "timeout_s": (timeout_s, MIN_TIMEOUT_S),
-            "retry_for_s": (retry_for_s, 0.0),
-            "wait_s": (wait_s, 0.0),
-        },
-    )
-    warn_of_environment()
-    transport, found = dial(address, timeout_s, wait_s, Security(address, token, tls, insecure))
-    try:
-        sharing = shared_memory and bool(found.memory_path) and is_same_host(address)
-        return Session(
-            transport,
-            WorkerOptions(
-                model, name, wire, top_k, retry_for_s, takeover, on_reject, on_restore, shared_memory=sharing
-            ),
-        )
-    except BaseException:
-        transport.close()
-        raise
 
 
 class Session:
@@ -166,6 +102,7 @@ class Session:
         overlap: bool = False,
         prefetch: bool = False,
         edits: Edits = "sample",
+        progress: Progress | None = None,
     ) -> RemoteOptimizer:
         """Return an optimizer whose steps the server takes, in place of torch's or pushstep.optim's Adadelta or Adagrad.
 
@@ -183,6 +120,8 @@ class Session:
         refuses the next step by LocalParameterEdit. It finds every write that torch counts and every changed address; it
         finds other writes by samples of the memory, so it finds all that touch whole tensors. "check" compares all of the
         memory. "upload" compares all of it and sends the changed parameters as a version of their own.
+
+        `progress`: called with each step's receipt when the step is over, such as `lambda receipt: bar.update()`.
 
         A session steps one model, so a second attach is refused. An attach that fails leaves nothing behind.
         """
@@ -214,6 +153,7 @@ class Session:
                 overlap=overlap,
                 prefetch=prefetch,
                 edits=edits,
+                progress=progress,
                 undo=undo,
             )
             ranks.say(self._membership.member().policy, chosen=asked is not None)
@@ -395,6 +335,18 @@ class Session:
         )
 
     def __repr__(self) -> str:
+        return (
+            f"<Session {self.worker!r} of model {self.model!r} at {self._transport.address}, {self._state()}>"
+        )
+
+    def _state(self) -> str:
+        if self._membership.is_over:
+            return "closed" if self._membership.closed else "of another process"
         member = self._membership.current
-        where = "reader" if member is None else f"epoch {member.epoch}"
-        return f"<Session {self.worker!r} of model {self.model!r} at {self._transport.address}, {where}>"
+        return "reader" if member is None else f"epoch {member.epoch}"
+
+    def _repr_html_(self) -> str:
+        receipt = self.last_receipt
+        last = "none yet" if receipt is None else receipt.explain()
+        where = f"model {self.model!r} at {self._transport.address}, {self._state()}"
+        return facts(f"Session {self.worker!r}", [("of", where), ("last push", last)])

@@ -16,13 +16,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from pushstep.proto.errors import (
-    Fenced,
-    LocalParameterEdit,
-    PushstepError,
-    Superseded,
-    UnsupportedModule,
-)
+from pushstep.proto.errors import Fenced, LocalParameterEdit, PushstepError, Superseded, UnsupportedModule
 
 from ..attachment.attachment import Attachment, Names
 from ..membership.policy import Policy
@@ -36,8 +30,9 @@ from .attached import Attached
 from .checkpoints import Checkpoints
 from .grad_scaler import Scaling
 from .metrics import Metrics
-from .options import Edits, check_options
+from .options import Edits, Progress, Telling, check_options
 from .server_state import ServerState
+from .summary import shown, summary
 
 
 class RemoteOptimizer(torch.optim.Optimizer):
@@ -58,10 +53,11 @@ class RemoteOptimizer(torch.optim.Optimizer):
         overlap: bool,
         prefetch: bool,
         edits: Edits,
+        progress: Progress | None,
         undo: contextlib.ExitStack,
     ) -> None:
         """Registers in `undo` the calls that reverse attaching, here and on the server. `session` is kept open."""
-        check_options(edits, overlap=overlap, prefetch=prefetch)
+        check_options(edits, overlap=overlap, prefetch=prefetch, progress=progress)
         attachment = Attachment(optimizers, module, names)
         # no defaults: torch would add one rule's keys to another rule's groups
         super().__init__(attachment.settings, {})
@@ -71,6 +67,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self._worker = worker
         self._single = single
         self._sends_edits = edits == "upload"
+        self._telling = Telling(progress)
         self._attached = Attached(
             worker,
             attachment,
@@ -121,6 +118,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
             optimizer._opt_called = True  # type: ignore[attr-defined]  # for schedulers made before attach
         with shield, self._scaling, self._worker.spans.span("step", model=self._worker.model):
             self._exchange(loss)
+        self._telling.tell(self.last_receipt)
         return loss
 
     def _exchange(self, loss: Any) -> None:
@@ -131,7 +129,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
             self._attached.follow()
             edited = self._attached.edited()
             if edited and not self._may_send_edits():
-                self._check_current()
+                # Fenced or ModelLost: another session may have written the parameters
+                self._worker.pull_message(self._parameters.at)
                 ranks.refuse_wrapper()  # a wrapper's broadcast may have written it
                 raise LocalParameterEdit(parameter=edited[0])
         except PushstepError as error:
@@ -140,7 +139,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self._refused_for = ""
         computed_on = self._parameters.at
         if self._flight is not None:
-            self.synchronize()
+            self._land()
         if edited or self._parameters.fresh:
             self._attached.send_edits(edited)
             computed_on = self._parameters.at
@@ -182,12 +181,16 @@ class RemoteOptimizer(torch.optim.Optimizer):
         """
         self._metrics.report(metrics)
 
-    @shield
     def synchronize(self) -> None:
         """With `prefetch`: wait for the push in flight and take its answer, as the next `step()` would.
 
         Raises the error with which that push was refused. Call it after the last step, and before reading parameters.
         """
+        self._land()
+        self._telling.tell(self.last_receipt)
+
+    @shield
+    def _land(self) -> None:
         if self._flight is not None:
             self._worker.wait_for_flight()  # may be interrupted and called again
             (flight, since), self._flight = self._flight, None
@@ -238,18 +241,15 @@ class RemoteOptimizer(torch.optim.Optimizer):
         """True if edits="upload", unless the edits may belong to a checkpoint whose state attach discarded."""
         return self._sends_edits and not self._attached.state_discarded
 
-    def _check_current(self) -> None:
-        """Raise Fenced or ModelLost if they explain a local edit: another session may have written the parameters."""
-        self._worker.pull_message(self._parameters.at)
-
     def _finish(self) -> None:
         """Land the last push and send what is left; runs before the session closes."""
         if self._overlap is not None:
             self._overlap.stop()
         try:
-            self.synchronize()
+            self._land()
         except PushstepError as error:
             warn(f"the last step failed: {error.message}")
+        self._telling.tell_or_warn(self.last_receipt)
         self._finish_edits()
         self._attached.extras.send_if_possible()
 
@@ -262,7 +262,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
                 if edited or self._parameters.fresh:
                     self._attached.send_edits(edited)
             elif self._refused_for != LocalParameterEdit.code:
-                self._check_current()
+                self._worker.pull_message(self._parameters.at)
                 warn(
                     f"parameter {edited[0]!r} was changed here after the last step, and the server has not seen it; "
                     'attach(..., edits="upload") or session.upload() before close() sends it'
@@ -384,7 +384,10 @@ class RemoteOptimizer(torch.optim.Optimizer):
         )
 
     def __repr__(self) -> str:
-        return f"RemoteOptimizer of {self._session!r}\n{super().__repr__()}"
+        return f"RemoteOptimizer of {self._session!r}, {'; '.join(summary(self.param_groups))}"
+
+    def _repr_html_(self) -> str:
+        return shown(repr(self._session), self.param_groups, self.last_receipt)
 
 
 def named_after(optimizers: Sequence[torch.optim.Optimizer]) -> type[RemoteOptimizer]:

@@ -216,7 +216,7 @@ def test_a_failed_connect_leaves_nothing_open(server: RunningServer, monkeypatch
         fail(server.grpc, wire="float33")
         fail(server.grpc, top_k=7)
         with monkeypatch.context() as patch:  # what only the session finds
-            patch.setattr("pushstep.client.session.check_options", lambda *_, **__: None)
+            patch.setattr("pushstep.client.connection.check_options", lambda *_, **__: None)
             fail(server.grpc, wire="float33")
 
     threads = set(threading.enumerate())
