@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 
-NAMES = ("cuda", "durability", "edits", "health", "metrics", "optim", "transport")
+NAMES = ("cuda", "durability", "edits", "health", "metrics", "optim", "page", "transport")
 
 
 def size(text: str) -> int:

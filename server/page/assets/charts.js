@@ -96,8 +96,9 @@ const SPARK = { width: 240, height: 36, points: 90 };
 export function Spark({ history, name, label }) {
   const values = (history.series[name] ?? []).slice(-SPARK.points).map((value) => value ?? 0);
   const most = Math.max(...values, 1e-9);
-  const step = SPARK.width / (SPARK.points - 1);
-  const first = SPARK.points - values.length;
+  const shown = Math.max(values.length, SPARK.points / 3);
+  const step = SPARK.width / (shown - 1);
+  const first = shown - values.length;
   const points = values.map(
     (value, index) => `${((first + index) * step).toFixed(1)},${(SPARK.height - 2 - (value / most) * (SPARK.height - 4)).toFixed(1)}`,
   );

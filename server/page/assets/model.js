@@ -6,7 +6,7 @@ import { Groups } from "./groups.js";
 import { health } from "./health.js";
 import { historyOf } from "./history.js";
 import { Hooks } from "./hooks.js";
-import { html } from "./html.js";
+import { html, useEffect, useRef } from "./html.js";
 import { useLook } from "./look.js";
 import { Badge, Loading, ProblemNote } from "./parts.js";
 import { Policy } from "./policy.js";
@@ -46,6 +46,15 @@ function Figures({ model, history }) {
   </dl>`;
 }
 
+function Tabs({ base, tab }) {
+  const bar = useRef(null);
+  // on a phone they do not all fit
+  useEffect(() => bar.current.querySelector("[aria-current]")?.scrollIntoView({ block: "nearest", inline: "center" }), [tab]);
+  return html`<nav class="tabs" aria-label="Parts of the model" ref=${bar}>
+    ${TABS.map(([key, title]) => html`<a href=${`${base}/${key}`} aria-current=${key === tab ? "page" : undefined}>${title}</a>`)}
+  </nav>`;
+}
+
 export function ModelView({ name, tab, mayEdit }) {
   const { found: model, problem } = useLook(modelPath(name), 1000, { note: (seen) => historyOf(seen).note(seen) });
   const workers = useLook(modelPath(name, "workers"), 2000, { query: { limit: 200 } });
@@ -69,8 +78,6 @@ export function ModelView({ name, tab, mayEdit }) {
     </div>
     ${problem && !problem.isLost && html`<${ProblemNote} problem=${problem} />`}
     <${Figures} model=${model} history=${history} />
-    <nav class="tabs" aria-label="Parts of the model">
-      ${TABS.map(([key, title]) => html`<a href=${`${base}/${key}`} aria-current=${key === tab ? "page" : undefined}>${title}</a>`)}
-    </nav>
+    <${Tabs} base=${base} tab=${tab} />
     <${View} name=${name} model=${model} history=${history} workers=${workers} events=${events} stamp=${stamp} mayEdit=${mayEdit} />`;
 }

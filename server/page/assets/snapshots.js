@@ -16,11 +16,11 @@ function Row({ name, snapshot, mayEdit, onAsk }) {
   const problem = snapshot.damaged ?? snapshot.unsupported;
   return html`<tr data-snapshot=${snapshot.id}>
     <td class="name">${snapshot.id}${problem && html`<p><${Badge} level="bad">damaged</${Badge}> ${problem}</p>`}</td>
-    <td class="number">${whole(snapshot.version)}</td>
-    <td class="number">${whole(snapshot.timeline)}</td>
-    <td>${snapshot.created ? html`<time title=${ago(snapshot.created)} datetime=${new Date(snapshot.created * 1000).toISOString()}>${clock(snapshot.created)}</time>` : "–"}</td>
-    <td>${snapshot.automatic ? "the server" : "an operator"}</td>
-    <td class="number">${snapshot.files ? bytes(sizeOf(snapshot)) : "–"}</td>
+    <td class="number" data-label="version">${whole(snapshot.version)}</td>
+    <td class="number" data-label="timeline">${whole(snapshot.timeline)}</td>
+    <td data-label="taken">${snapshot.created ? html`<time title=${ago(snapshot.created)} datetime=${new Date(snapshot.created * 1000).toISOString()}>${clock(snapshot.created)}</time>` : "–"}</td>
+    <td data-label="by">${snapshot.automatic ? "the server" : "an operator"}</td>
+    <td class="number" data-label="size">${snapshot.files ? bytes(sizeOf(snapshot)) : "–"}</td>
     <td><div class="actions">
       ${!problem && html`<${Download} below=${below} query=${{ state: true }} name=${`${name}-${snapshot.id}.safetensors`} label=${`Download ${snapshot.id}`}>Download</${Download}>`}
       ${mayEdit && !problem && html`<${Button} aria-label=${`Restore ${snapshot.id}`} onClick=${() => onAsk("restore", snapshot)}>Restore</${Button}>`}

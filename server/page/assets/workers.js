@@ -47,15 +47,15 @@ function Row({ worker, mayEdit, onAct }) {
   const isHere = worker.state === "live";
   return html`<tr data-worker=${worker.name}>
     <td class="name">${worker.name}</td>
-    <td><${Badge} level=${worker.quarantined ? "bad" : STATES[worker.state]}>${worker.quarantined ? "quarantined" : worker.state}</${Badge}>
+    <td data-label="state"><${Badge} level=${worker.quarantined ? "bad" : STATES[worker.state]}>${worker.quarantined ? "quarantined" : worker.state}</${Badge}>
       ${worker.lead && html` <span class="tag">lead</span>`}${underPolicy(worker) && html` <span class="tag">${underPolicy(worker)}</span>`}</td>
-    <td class="number">${whole(worker.lag)}</td>
-    <td class="number">${whole(worker.staleness)}</td>
-    <td class="number">${seconds(Number(worker.last_seen_s.toPrecision(2)))} ago</td>
-    <td class="number">${whole(worker.outcomes.applied ?? 0)}</td>
-    <td>${others(worker.outcomes) || "–"}</td>
-    <td class="number">${whole(worker.in_flight)}</td>
-    <td>${metrics || "–"}</td>
+    <td class="number" data-label="lag">${whole(worker.lag)}</td>
+    <td class="number" data-label="staleness">${whole(worker.staleness)}</td>
+    <td class="number" data-label="last seen">${seconds(Number(worker.last_seen_s.toPrecision(2)))} ago</td>
+    <td class="number" data-label="applied">${whole(worker.outcomes.applied ?? 0)}</td>
+    <td data-label="other outcomes">${others(worker.outcomes) || "–"}</td>
+    <td class="number" data-label="in flight">${whole(worker.in_flight)}</td>
+    <td data-label="metrics">${metrics || "–"}</td>
     ${mayEdit && html`<td><div class="actions">
       ${worker.quarantined
         ? html`<${Button} aria-label=${`Release ${worker.name}`} onClick=${() => onAct("release", worker.name)}>Release</${Button}>`
