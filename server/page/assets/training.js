@@ -3,7 +3,7 @@
 import { Chart } from "./charts.js";
 import { ROOMS } from "./history.js";
 import { html } from "./html.js";
-import { number, rate, seconds } from "./words.js";
+import { number, seconds } from "./words.js";
 
 const TONES = ["one", "two", "three", "four", "five", "six"];
 const toned = (names, title) => names.map((name, index) => ({ name, tone: TONES[index % TONES.length], title: title(name) }));
@@ -14,7 +14,7 @@ export function Training({ model, history }) {
   const rooms = ROOMS.filter((room) => model.figures.seconds[room].count > 0);
   const hasLoss = history.latest("loss") !== null || model.last_step?.metrics.loss !== undefined;
   return html`<div class="charts">
-    <${Chart} title="Pushes" unit="per second" history=${history} format=${rate}
+    <${Chart} title="Pushes" unit="per second" history=${history} format=${number}
       lines=${[{ name: "applied", tone: "one", title: "applied" }, { name: "others", tone: "bad", title: "not applied" }]} />
     <${Chart} title="Step time by room" unit="mean of a push" history=${history} format=${(ms) => seconds(ms / 1000)}
       lines=${toned(rooms, (room) => room)} />

@@ -37,7 +37,7 @@ export function bytes(value) {
   return `${number(value / 2 ** (10 * step))} ${units[step]}`;
 }
 
-export const ago = (epochS) => `${seconds(Math.max(0, Date.now() / 1000 - epochS))} ago`;
+export const ago = (epochS) => `${seconds(Math.round(Math.max(0, Date.now() / 1000 - epochS)))} ago`;
 
 export function clock(epochS) {
   const at = new Date(epochS * 1000);
