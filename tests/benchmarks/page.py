@@ -62,7 +62,7 @@ def _measured(folder: Path, elements: int, calls: int, shared: bool, rounds: int
     with ExitStack() as stack:
         servers: list[RunningServer] = []
         sessions: list[Session] = []
-        for side in ("alone", "looked at"):
+        for side in ("alone", "looked-at"):
             server = stack.enter_context(running_server(folder / side))
             session = server.connect(MODEL, "w0", shared_memory=shared)
             session.create(gradient, [{"rule": "adagrad", "params": ["p"]}])
