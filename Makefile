@@ -21,10 +21,12 @@ demo: setup
 WITHOUT_PROMETHEUS := $(if $(shell sh -c 'command -v prometheus && command -v promtool'),, and not prometheus)
 # Nor those that look at the page, without Chromium.
 WITHOUT_CHROMIUM := $(if $(shell sh -c 'command -v chromium'),, and not chromium)
+# Nor those that run the documents' commands, without curl.
+WITHOUT_CURL := $(if $(shell sh -c 'command -v curl'),, and not curl)
 # A file's tests stay together: they share what its fixtures start. One process more than cores, since many tests wait.
 # tests/conftest.py has the long files begin first.
 test: setup
-	$(BIN)/pytest -m 'not soak and not gpu$(WITHOUT_PROMETHEUS)$(WITHOUT_CHROMIUM)' --numprocesses $$(($$(nproc) + 1)) --maxprocesses 5 --dist loadfile --no-loadscope-reorder tests
+	$(BIN)/pytest -m 'not soak and not gpu$(WITHOUT_PROMETHEUS)$(WITHOUT_CHROMIUM)$(WITHOUT_CURL)' --numprocesses $$(($$(nproc) + 1)) --maxprocesses 5 --dist loadfile --no-loadscope-reorder tests
 
 lint: setup $(VENV)/typing
 	$(BIN)/ruff check .
