@@ -11,7 +11,7 @@ log = logging.getLogger("pushstep.service")
 
 
 class ExitStatus(IntEnum):
-    """How a server's process ended. The README has the same table."""
+    """How a server's process ended. docs/operators.md has the same table."""
 
     SAVED = 0
     NOT_STARTED = 1
