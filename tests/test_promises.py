@@ -1,4 +1,4 @@
-"""What the project says about itself, held: import arrows, packaging, the README's commands, what is never done."""
+"""What the project says about itself, held: import arrows, packaging, the README's commands, the contract's tests, what is never done."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from pushstep.server.process.exit_status import ExitStatus
 from tests.conftest import LONG_FIRST
 from tests.support.servers.harness import RunningServer
 from tests.support.source_tree import MAY_IMPORT, PACKAGES, ROOT, name_of, python_files, tracked
@@ -356,7 +357,7 @@ def test_the_test_files_that_begin_first_are_there() -> None:
 
 def test_the_tour_is_the_tree() -> None:
     """Each folder of the packages has its row; each file that the tour names is there."""
-    tour = README[README.index("## Tour of the source") : README.index("## How a server ends")]
+    tour = (ROOT / "docs/source.md").read_text()
     rows = dict(re.findall(r"^\| `([\w/]+)/` \| (.*) \|$", tour, re.M))
     folders = {name_of(path.parent) for path in python_files(*PACKAGES) if path.parent.parent.parent == ROOT}
     named = set(rows) | {
@@ -366,6 +367,27 @@ def test_the_tour_is_the_tree() -> None:
     for folder, text in rows.items():
         for name in re.findall(r"`([\w.]+\.(?:py|proto))`", text):
             assert (ROOT / folder / name).exists(), f"{folder}/{name}"
-    walk = re.findall(r"`((?:proto|optim|server|client)/[\w/]+\.py)`", tour)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/source.md"])
+def test_how_a_push_walks_names_files(page: str) -> None:
+    text = (ROOT / page).read_text()
+    walk = re.findall(r"`((?:proto|optim|server|client)/[\w/]+\.py)`", text)
     assert len(walk) > 8
     assert [name for name in walk if not (ROOT / name).exists()] == []
+
+
+def test_each_promise_has_its_test() -> None:
+    """Each section of the contract but the last names tests, and these are there."""
+    _, *sections = (ROOT / "docs/contract.md").read_text().split("\n## ")
+    assert len(sections) > 12
+    for section in sections[:-1]:
+        held = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", section)
+        assert held, section.splitlines()[0]
+        for file, name in held:
+            assert re.search(rf"^(?:async )?def {name}\(", (ROOT / file).read_text(), re.M), f"{file}::{name}"
+
+
+def test_how_a_server_ends_is_the_table_of_the_guide() -> None:
+    rows = re.findall(r"^\| (\d) \| ", (ROOT / "docs/operators.md").read_text(), re.M)
+    assert [int(row) for row in rows] == [status.value for status in ExitStatus]

@@ -1,4 +1,4 @@
-"""The README's table of limits says what the code does: each row's default is made of the constants here."""
+"""docs/limits.md's table says what the code does: each row's default is made of the constants here."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from pushstep.server.storage import tensor_file
 from pushstep.server.streams import counted_parts, received, timed_messages
 from pushstep.server.worker_door.methods import REQUEST_S
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs/limits.md").read_text()
 DEFAULTS = Config()
 
 
@@ -174,7 +174,7 @@ EXPECTED = {
 
 
 def test_the_table_of_limits_says_what_the_code_does() -> None:
-    section = README.split("## Limits")[1].split("\n## ")[0]
+    section = PAGE.split("## The table")[1].split("\n## ")[0]
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")]
         for line in section.splitlines()
@@ -192,5 +192,5 @@ def test_the_table_of_limits_says_what_the_code_does() -> None:
 
 def test_every_setting_that_is_a_limit_is_in_the_table() -> None:
     limits = [name for name in Config.model_fields if re.search("^max_|_bytes$|^lease_s|^stall_s", name)]
-    section = README.split("## Limits")[1]
+    section = PAGE
     assert [name for name in limits if f"`--{name.replace('_', '-')}`" not in section] == []
