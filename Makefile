@@ -40,9 +40,9 @@ $(VENV)/typing: setup
 	@for name in $(PACKAGES); do ln -sfn $(CURDIR)/$$name $@/pushstep/$$name; done
 	@ln -sfn $(CURDIR)/package/__init__.py $@/pushstep/__init__.py
 
-# The site, in build/docs; a warning is an error. The variable keeps the theme from advertising its successor.
+# The site, in build/docs; a warning is an error (with --quiet none would be). The variable keeps the theme from advertising its successor.
 docs: setup
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 bench: setup
 	$(BIN)/python -m tests.benchmarks

@@ -12,6 +12,10 @@ from pathlib import Path
 from posixpath import normpath, relpath
 from typing import Any
 
+import errors_reference
+import grpc_reference
+import rest_reference
+import settings_reference
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
@@ -19,12 +23,21 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("proto", "optim", "server", "client")
+# What is made of code, and by what.
+MADE = {
+    "reference/rest.md": rest_reference.page,
+    "reference/grpc.md": grpc_reference.page,
+    "reference/settings.md": settings_reference.page,
+    "reference/errors.md": errors_reference.page,
+}
 # Files outside of docs/ that are pages of the site.
 TAKEN_IN = {
     "deploy/METRICS.md": "reference/metrics.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
 }
+# What a block needs is for the test that runs the blocks.
+_NEEDS = re.compile(r'^( *```\w+)(?: needs="[^"]*")', re.MULTILINE)
 _LINK = re.compile(r"(?<!!)\[([^\]]+)\]\((?!https?:|#|mailto:)([^)#\s]*)(#[^)\s]*)?\)")
 
 
@@ -50,13 +63,15 @@ def _there(entries: list[Any]) -> list[Any]:
         title, page = next(iter(entry.items())) if isinstance(entry, dict) else (None, entry)
         if isinstance(page, list):
             kept += [{title: inside}] if (inside := _there(page)) else []
-        elif page in TAKEN_IN.values() or (ROOT / "docs" / page).exists():
+        elif page in MADE or page in TAKEN_IN.values() or (ROOT / "docs" / page).exists():
             kept.append(entry)
     return kept
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that are not files of docs/."""
+    for where, make in MADE.items():
+        files.append(File.generated(config, where, content=make()))
     for source, where in TAKEN_IN.items():
         files.append(File.generated(config, where, content=(ROOT / source).read_text()))
     return files
@@ -79,4 +94,4 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             return link[0]  # mkdocs reports it
         return text if file in text or text.startswith("`") else f"{text} (`{file}`)"
 
-    return _LINK.sub(replaced, markdown)
+    return _LINK.sub(replaced, _NEEDS.sub(r"\1", markdown))
