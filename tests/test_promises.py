@@ -296,7 +296,7 @@ def test_the_first_example_and_the_curl_lines_work(server: RunningServer, model_
             [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, done.stderr
-    assert "outcome='applied', version=10" in done.stdout
+    assert "The push was applied and made version 10." in done.stdout
     lines = [command for command in commands() if command.startswith("curl ")]
     assert lines
     files: dict[str, bytes] = {}
