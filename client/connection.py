@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 from .gradients.compression import Wire
@@ -60,15 +61,20 @@ def connect(
         },
     )
     warn_of_environment()
-    transport, found = dial(address, timeout_s, wait_s, Security(address, token, tls, insecure))
+    options = WorkerOptions(
+        model, name, wire, top_k, retry_for_s, takeover, on_reject, on_restore, shared_memory
+    )
+    return session_at(address, Security(address, token, tls, insecure), options, timeout_s, wait_s)
+
+
+def session_at(
+    address: str, security: Security, options: WorkerOptions, timeout_s: float = 30.0, wait_s: float = 0.0
+) -> Session:
+    """A session with the server at an address, with options that were checked. Raises what `dial` raises."""
+    transport, found = dial(address, timeout_s, wait_s, security)
     try:
-        sharing = shared_memory and bool(found.memory_path) and is_same_host(address)
-        return Session(
-            transport,
-            WorkerOptions(
-                model, name, wire, top_k, retry_for_s, takeover, on_reject, on_restore, shared_memory=sharing
-            ),
-        )
+        shares = options.shared_memory and bool(found.memory_path) and is_same_host(address)
+        return Session(transport, replace(options, shared_memory=shares))
     except BaseException:
         transport.close()
         raise

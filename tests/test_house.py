@@ -97,7 +97,7 @@ ARROWS = {
     },
     "client": {
         "__init__": {"connection", "session", "optimizer", "membership", "transport"},
-        "commands": {"__init__", "demo", "gradients", "transport"},
+        "commands": {"connection", "demo", "gradients", "session", "transport", "worker"},
         "demo": {"__init__"},
         "connection": {"options", "session", "worker", "gradients", "transport"},
         "session": {

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from .bench import bench
 from .demo import demo
 from .export import export
 from .import_file import import_file
@@ -45,7 +46,7 @@ def options(
 
 app.command("import")(import_file)
 for _command in (
-    capacity, demo, durability, events, export, gate, groups, hooks, models, policy, snapshots, status, top, workers
+    bench, capacity, demo, durability, events, export, gate, groups, hooks, models, policy, snapshots, status, top, workers
 ):  # fmt: skip
     app.command()(_command)
 for _entry in sorted(entry_points(group="pushstep.commands"), key=lambda entry: entry.name):

@@ -13,10 +13,10 @@ class WorkerOptions:
 
     model: str
     worker: str
-    wire: Wire
-    top_k: float | None
-    retry_for_s: float
-    takeover: bool
-    on_reject: str
-    on_restore: str
-    shared_memory: bool
+    wire: Wire = None
+    top_k: float | None = None
+    retry_for_s: float = 300.0
+    takeover: bool = False
+    on_reject: str = "raise"
+    on_restore: str = "continue"
+    shared_memory: bool = True

@@ -46,6 +46,7 @@ def check(
 
     from ..process.folder_lock import DataFolderLocked
     from .data_folder import NoDataFolder, opened
+    from .failure import failed
 
     if yes and not repair:
         raise typer.BadParameter("it answers what --repair asks", param_hint="--yes")
@@ -57,8 +58,7 @@ def check(
         with _silent(), opened(folder, snapshots) as data:
             status = _checked(data, as_json=as_json, repair=repair, yes=yes)
     except (NoDataFolder, DataFolderLocked, PushstepError, OSError, ValueError) as error:
-        typer.echo(f"pushstep check: {error}", err=True)
-        raise typer.Exit(2) from error
+        raise failed("check", error, 2, as_json=as_json) from error
     raise typer.Exit(status)
 
 
@@ -78,14 +78,17 @@ def _checked(data: DataFolder, *, as_json: bool, repair: bool, yes: bool) -> int
     import asyncio
     import json
 
-    from .findings import findings_of, mend
+    from .findings import findings_of, mend, steps_of
+    from .progress import shown
     from .table import show
 
     catalog = data.catalog()
     catalog.device.open()
 
     async def all_found() -> list[ModelFindings]:
-        return [await findings_of(catalog, name) for name in data.models]
+        steps = sum(steps_of(catalog, name) for name in data.models)
+        with shown(steps, quiet=as_json) as told:
+            return [await findings_of(catalog, name, told) for name in data.models]
 
     found = asyncio.run(all_found())
     if repair:

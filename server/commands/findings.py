@@ -13,12 +13,14 @@ from pushstep.proto.errors import (
     SnapshotUnsupported,
 )
 
+from ..journal.chain import journal_files
 from ..journal.examination import FileFinding, examine
 from ..journal.repair import Repair, repair_of
 from ..models.catalog import Catalog
 from ..models.saved_models import SavedModels, not_loaded
 from ..storage.model_folder import IdentityFile, ModelFolder
 from ..storage.saved_state import saved_state
+from .progress import Told, untold
 
 
 @dataclass(slots=True)
@@ -89,17 +91,29 @@ def _file(found: FileFinding) -> dict[str, Any]:
     return entry
 
 
-async def findings_of(catalog: Catalog, name: str) -> ModelFindings:
-    """Verify everything of one model, and load it as a start would. Writes nothing."""
+def steps_of(catalog: Catalog, name: str) -> int:
+    """How many things `findings_of` tells of; 1 of a folder that cannot be read, of which it says why."""
+    folder = catalog.folder(name)
+    try:
+        return len(folder.snapshots.ids()) + len(journal_files(folder.journal, name)) + 1
+    except (PushstepError, OSError):
+        return 1
+
+
+async def findings_of(catalog: Catalog, name: str, told: Told = untold) -> ModelFindings:
+    """Verify everything of one model, and load it as a start would. Writes nothing. `told` hears what is verified."""
     found, folder = ModelFindings(name), catalog.folder(name)
     try:
-        found.snapshots = [_snapshot(folder, snapshot) for snapshot in folder.snapshots.ids()]
+        for snapshot in folder.snapshots.ids():
+            told(f"{name}: {snapshot}")
+            found.snapshots.append(_snapshot(folder, snapshot))
         found.identity = folder.read_identity(bool(found.snapshots))
-        found.journal = examine(folder.journal, found.identity.uid if found.identity else None)
+        found.journal = examine(folder.journal, found.identity.uid if found.identity else None, begun=told)
     except SnapshotsAway:  # nothing can be said
         raise
     except (PushstepError, OSError) as error:
         found.problem = not_loaded(name, error).fields["problem"]
+    told(f"{name}: a start")
     refused = await _start(catalog, found)
     base = None if found.identity is None else _base(found, found.identity)
     if refused is not None and found.identity is not None and base is not None:

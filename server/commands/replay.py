@@ -34,19 +34,18 @@ def replay(
 
     from ..process.folder_lock import DataFolderLocked
     from .data_folder import NoDataFolder, opened
+    from .failure import failed
 
     try:
         with opened(folder, snapshots) as data:
             name = _one(data, model)
             if out is not None and out.resolve().is_relative_to(data.path.resolve()):
                 raise typer.BadParameter("nothing is written into DIR", param_hint="--out")
-            facts = _replayed(data, name, to, out)
+            facts = _replayed(data, name, to, out, quiet=as_json)
     except (NoDataFolder, DataFolderLocked, ValueError) as error:
-        typer.echo(f"pushstep replay: {error}", err=True)
-        raise typer.Exit(2) from error
+        raise failed("replay", error, 2, as_json=as_json) from error
     except (PushstepError, OSError) as error:
-        typer.echo(f"pushstep replay: {error}", err=True)
-        raise typer.Exit(1) from error
+        raise failed("replay", error, 1, as_json=as_json) from error
     if as_json:
         typer.echo(json.dumps(facts))
         return
@@ -62,12 +61,15 @@ def _one(data: DataFolder, model: str | None) -> str:
     return model
 
 
-def _replayed(data: DataFolder, name: str, to: int | None, out: Path | None) -> dict[str, Any]:
+def _replayed(
+    data: DataFolder, name: str, to: int | None, out: Path | None, *, quiet: bool
+) -> dict[str, Any]:
     from functools import partial
 
     from pushstep.proto.errors import ModelNotLoaded, VersionNotKept
 
     from ..models.replay import held_at
+    from .progress import shown
 
     catalog = data.catalog()
     catalog.device.open()
@@ -76,7 +78,15 @@ def _replayed(data: DataFolder, name: str, to: int | None, out: Path | None) -> 
     if identity is None:
         raise ModelNotLoaded(model=name, problem="identity.json is missing")
     scratch = partial(catalog.loaded_from, name=name, uid=identity.uid)
-    found = held_at(store, identity.uid, identity.made_of, to, scratch)
+    with shown(None, quiet=quiet) as told:
+        found = held_at(
+            store,
+            identity.uid,
+            identity.made_of,
+            to,
+            scratch,
+            lambda version: told(f"{name}: version {version}"),
+        )
     if found is None or (to is not None and found.copy.version != to):
         raise VersionNotKept(model=name, version="0" if to is None else to)
     if out is not None:

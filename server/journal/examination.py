@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -37,16 +37,22 @@ class FileFinding:
     problem: str = ""
 
 
-def examine(folder: Path, uid: bytes | None, unfit: JournalDamaged | None = None) -> list[FileFinding]:
+def examine(
+    folder: Path,
+    uid: bytes | None,
+    unfit: JournalDamaged | None = None,
+    begun: Callable[[str], None] = lambda _: None,
+) -> list[FileFinding]:
     """What each file of a journal holds, in order. `uid` None: each file's own. StorageFailed, OutOfMemory.
 
-    unfit: names a record that is whole, and that a replay could not apply.
+    unfit: names a record that is whole, and that a replay could not apply. `begun` hears of each file.
     """
     model = folder.parent.name
     paths = journal_files(folder, model)
     headings = [_heading(path, model) for path in paths]
     findings: list[FileFinding] = []
     for index, (path, heading) in enumerate(zip(paths, headings, strict=True)):
+        begun(f"{model}: {path.name}")
         following = headings[index + 1] if index + 1 < len(paths) else None
         if isinstance(heading, str):
             first = first_of(path) or (findings[-1].last + 1 if findings else 1)

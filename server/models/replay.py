@@ -52,17 +52,19 @@ class Replay:
         after: int,
         made_of: Callable[[int, int], bool],
         until: int | None = None,
+        reached: Callable[[int], None] | None = None,
     ) -> None:
         """A replay of the records behind number `after`.
 
         made_of: whether the model descends from a (timeline, version); what a restore has undone ends the replay.
-        until: the last version to replay; None for all.
+        until: the last version to replay; None for all. `reached` hears each version.
         """
         self._model = model
         self._chain = chain
         self._made_of = made_of
         self._until = until
         self._after = after
+        self._reached = reached
         # the number of the last record that was replayed
         self.last = after
         # True if the replay came to the journal's end
@@ -87,6 +89,8 @@ class Replay:
                     model=self._model.name, file="", record=record.number, problem=f"it does not fit: {error}"
                 ) from error
             self.last = record.number
+            if self._reached is not None:
+                self._reached(self._model.version)
             if time.monotonic() - said_s >= PROGRESS_EVERY_S:
                 said_s = time.monotonic()
                 log.info(
@@ -220,11 +224,13 @@ def held_at(
     version: int | None,
     scratch: Callable[[SavedState], Model],
     last: int | None = None,
+    reached: Callable[[int], None] | None = None,
 ) -> Held | None:
     """What a model held at a version, or as near before it as snapshots and journal reach; None: at their end.
 
     None if no snapshot is so old. `made_of`: whether the model descends from a (timeline, version). `scratch` makes a model
-    of a saved state that no other has. last: of a journal that is being written to, the last record to read. It blocks.
+    of a saved state that no other has. last: of a journal that is being written to, the last record to read. `reached`
+    hears each version that is replayed. It blocks.
     """
 
     def is_wanted(timeline: int, at: int) -> bool:
@@ -239,7 +245,7 @@ def held_at(
     if state.copy.version == version or not chain.continues(state.journal):
         return Held(manifest, copy, state.journal, 0, 0.0)
     model = scratch(state)
-    replay = Replay(model, chain, state.journal, made_of, until=version)
+    replay = Replay(model, chain, state.journal, made_of, until=version, reached=reached)
     begun_s = time.monotonic()
     replay.run()
     seconds = time.monotonic() - begun_s

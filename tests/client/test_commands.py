@@ -22,6 +22,7 @@ PUSHSTEP = Path(sys.executable).with_name("pushstep")
 ROOT = Path(__file__).parents[2]
 COMMANDS = [
     *(
+        "bench",
         "capacity",
         "check",
         "demo",
