@@ -20,7 +20,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pushstep.proto.errors import (
     Busy,
-    HostNotAllowed,
     InvalidSettings,
     MessageTooLarge,
     MethodNotAllowed,
@@ -32,6 +31,7 @@ from pushstep.proto.errors.status import PROBLEM_TYPE, named, to_problem, untrac
 
 from ..access.caller import CALLER, was_cut
 from ..access.guard import Guard
+from ..access.request_rate import MOST_WAITING, RequestRate
 from ..access.routes import RouteAccess, challenge
 from ..capacity.rates import Measured
 from ..coordinator.settings import problems, read_json
@@ -51,6 +51,7 @@ from .answers.downloads import Downloads
 from .answers.event_stream import Listeners
 from .answers.outlet import Outlet
 from .header_fields import is_json
+from .pages import check_host, check_page
 from .resources import (
     durability,
     events,
@@ -246,11 +247,9 @@ def problem_response(error: PushstepError) -> JSONResponse:
 
 
 class Entrance:
-    """Refuses too many requests at once, who has no token for it, bodies over the limit, and foreign Host and Origin headers.
+    """Refuses too many requests at once, who has no token for it, bodies over the limit, and other sites' pages.
 
-    It also answers the errors that the application has not answered. A page in an operator's browser can be made to
-    send requests to this address, under another host name or under the server's own. Without the checks of Host and
-    Origin it could steer the server.
+    It also answers the errors that the application has not answered.
     """
 
     def __init__(
@@ -265,6 +264,7 @@ class Entrance:
         self._access = access
         self._allowed_hosts = allowed_hosts
         self._under_way = 0
+        self._rate = RequestRate()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on to the application, or answer it here."""
@@ -311,15 +311,15 @@ class Entrance:
         """Pass a request on that may come in; else HostNotAllowed, Busy, MessageTooLarge, and what `admit` raises."""
         headers = dict(scope["headers"])
         host = headers.get(b"host", b"").decode("latin-1")
-        self._check_host(host)
+        check_host(host, self._allowed_hosts)
         if self._under_way > MOST_REQUESTS and scope["path"] not in ALWAYS_ANSWERED:
             raise Busy(what="requests", waiting=self._under_way - 1, retry_after_s=RETRY_AFTER_S)
         self._access.admit(scope)
         if (caller := CALLER.get()) is not None:
             ACTOR.set(caller.actor)
-        origin = headers.get(b"origin")
-        if origin is not None and scope["method"] not in ("GET", "HEAD", "OPTIONS"):
-            self._check_origin(origin.decode("latin-1"), host)
+        if scope["path"] not in ALWAYS_ANSWERED:
+            await self._turn(ACTOR.get())
+        check_page(scope["method"], scope["headers"], host)
         if not _takes_file(scope):  # the route of a file takes room for it before it reads it
             declared = headers.get(b"content-length", b"0")
             if declared.isdigit() and int(declared) > MAX_BODY_BYTES:
@@ -329,21 +329,17 @@ class Entrance:
                 receive = await _read(scope, receive)
         await self._app(scope, receive, send)
 
-    def _check_host(self, host: str) -> None:
-        """HostNotAllowed for a foreign name.
-
-        Starlette's TrustedHostMiddleware has the same rule, but it answers in plain text, not in the shape of errors,
-        and may redirect to "www.". Older versions that FastAPI allows cut "[::1]:7071" at its first colon.
-        """
-        name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
-        if self._allowed_hosts is not None and name.strip("[]").lower() not in self._allowed_hosts:
-            raise HostNotAllowed(host=host[:200])
-
-    def _check_origin(self, origin: str, host: str) -> None:
-        """HostNotAllowed for another site's page: browsers send Origin with a change, programs do not."""
-        came_from = origin.partition("://")[2]
-        if came_from.lower() != host.lower():
-            raise HostNotAllowed(host=origin[:200])
+    async def _turn(self, who: str) -> None:
+        """Wait for a caller's turn, as none of the requests under way. Busy if too many wait already."""
+        wait_s = self._rate.wait_s(who)
+        if wait_s is None:
+            raise Busy(what="requests of yours", waiting=MOST_WAITING, retry_after_s=RETRY_AFTER_S)
+        if wait_s:
+            self._under_way -= 1
+            try:
+                await asyncio.sleep(wait_s)
+            finally:
+                self._under_way += 1
 
 
 def _actor(scope: Scope) -> str:

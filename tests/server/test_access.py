@@ -25,6 +25,8 @@ from pushstep.server.__main__ import serve
 from pushstep.server.access.attempts import FREE_ATTEMPTS, MOST_ADDRESSES, PER_S, Attempts
 from pushstep.server.access.caller import CALLER, Caller, require_model
 from pushstep.server.access.guard import Guard
+from pushstep.server.access.request_rate import FREE, MOST_CALLERS, MOST_WAITING, RequestRate
+from pushstep.server.access.request_rate import PER_S as REQUESTS_PER_S
 from pushstep.server.access.roles import LET_IN, Need, Role
 from pushstep.server.access.routes import RouteAccess, entry_of
 from pushstep.server.access.table import LOCAL_SOCKET, ROUTES, RPCS
@@ -292,6 +294,24 @@ def test_attempts_are_counted_by_address_and_forgiven_with_time() -> None:
         attempts.wait_s("10.0.0.1")  # a flood does not shut it out for longer
     now[0] += 3.0 / PER_S
     assert attempts.wait_s("10.0.0.1") == 0
+
+
+def test_beyond_what_is_free_requests_are_answered_at_a_pace() -> None:
+    """Each waits behind the one before, up to so many; the others have what they had; a flood does not last."""
+    now = [0.0]
+    rate = RequestRate(clock=lambda: now[0])
+    assert [rate.wait_s("a") for _ in range(FREE)] == [0.0] * FREE
+    waits = [rate.wait_s("a") for _ in range(MOST_WAITING)]
+    assert waits == pytest.approx([(number + 1) / REQUESTS_PER_S for number in range(MOST_WAITING)])
+    assert [rate.wait_s("a") for _ in range(1000)] == [None] * 1000
+    assert rate.wait_s("b") == 0.0
+    now[0] += MOST_WAITING / REQUESTS_PER_S
+    assert rate.wait_s("a") == pytest.approx(1 / REQUESTS_PER_S)
+    now[0] += FREE
+    assert rate.wait_s("a") == 0.0
+    for number in range(MOST_CALLERS + 5):
+        rate.wait_s(f"caller-{number}")
+    assert len(rate._taken) == MOST_CALLERS
 
 
 def test_a_host_has_one_count_for_all_its_ipv6_addresses() -> None:

@@ -152,6 +152,10 @@ HOSTS = [
     "",
     "[::2]:80",
     "localhost@evil",
+    "localhost:1@evil",
+    "[localhost]",
+    "localhost:x",
+    "127.0.0.1:80:80",
     "0",
 ]
 

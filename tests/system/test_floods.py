@@ -25,7 +25,6 @@ from tests.support.workers.wire import PARAMETERS
 STAGING_BYTES = 256 << 20
 # Beside what the server is told to keep for pushes and files: all that a flood may take.
 CAP_BYTES = STAGING_BYTES + (256 << 20)
-STALL_S = 3.0
 GRADIENTS = {name: np.full(value.shape, 1e-3, np.float32) for name, value in PARAMETERS.items()}
 # How much of each flood: connections, MiB, requests, streams.
 SHORT = {"slow-heads": 100, "large-body": 300, "ranges": 300, "idle-streams": 600, "idle-connections": 150}
@@ -91,7 +90,7 @@ class Secured:
 def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
     folder = tmp_path_factory.mktemp("floods")
     authority, tokens = Authority(folder / "authority"), TokenFile(folder / "tokens")
-    limits = ("--stall-s", str(STALL_S), "--staging-bytes", str(STAGING_BYTES))
+    limits = ("--staging-bytes", str(STAGING_BYTES))
     with running_server(folder / "data", *authority.server_options(), *tokens.options(), *limits) as server:
         made = Secured(server, authority, tokens)
         yield made

@@ -81,7 +81,8 @@ def large_body(target: Target, count: int) -> None:
                 for _ in range(count):
                     connection.sendall(block)
                 connection.recv(1 << 16)
-        in_place()
+            in_place()
+            time.sleep(0.5)
 
 
 def ranges(target: Target, count: int) -> None:
@@ -124,11 +125,9 @@ async def _idle_streams(target: Target, count: int) -> None:
 
     needed = -(-count // CALLS_A_CONNECTION)
     channels += [grpc.aio.secure_channel(target.grpc, credentials, options) for _ in range(needed)]
-    while True:
-        lost = [number for number in range(count) if number not in calls or calls[number].done()]
-        await asyncio.gather(*map(open_all, lost))
-        in_place()
-        await asyncio.sleep(1)
+    await asyncio.gather(*map(open_all, range(count)))
+    in_place()
+    await asyncio.sleep(3600)
 
 
 def idle_connections(target: Target, count: int) -> None:
