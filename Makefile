@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PACKAGES := proto optim server client
 
+# Or each process that the tests start would compile what it imports of the project anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: setup demo test lint docs bench soak format clean
 .DEFAULT_GOAL := test
 

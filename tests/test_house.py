@@ -239,7 +239,17 @@ def test_a_circle_and_a_wrong_arrow_would_be_found(tmp_path: Path) -> None:
         + "\nimport time\n\nfrom pushstep.client import connect\nfrom ..models.model import Model\n"
     )
     ran = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not would_be_found", "tests"],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-k",
+            "arrows or circle_of or pure",
+            "tests",
+        ],
         cwd=copied,
         env={**os.environ, "PYTEST_ADDOPTS": ""},
         capture_output=True,

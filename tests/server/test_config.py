@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 
 from pushstep.server.__main__ import parser
 from pushstep.server.config import MAX_UNIX_PATH_BYTES, Config, is_loopback, split_address
-from tests.support.servers.harness import SERVER
+from tests.support.servers.harness import refused_start
 
 
 @pytest.fixture(autouse=True)
@@ -215,9 +214,7 @@ def test_unix_path_is_in_the_data_folder_unless_it_would_be_too_long(tmp_path: P
 def test_wrong_settings_end_the_process_with_2_and_words(
     arguments: list[str], words: str, tmp_path: Path
 ) -> None:
-    ended = subprocess.run(
-        [SERVER, "--data", tmp_path / "data", *arguments], capture_output=True, text=True, timeout=60
-    )
+    ended = refused_start(tmp_path / "data", *arguments)
     assert ended.returncode == 2
     assert words in ended.stderr
     assert "Traceback" not in ended.stderr

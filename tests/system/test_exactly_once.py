@@ -9,8 +9,6 @@ were applied; the parameters, replayed in the order of the versions that the rec
 from __future__ import annotations
 
 import random
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -25,6 +23,7 @@ from pushstep.client import connect
 from pushstep.optim import Adagrad
 from tests.support.processes import faulty_worker
 from tests.support.processes.faulty_worker import SHARED, gradient, model_of
+from tests.support.processes.nursery import Nursery, Script, nursery
 from tests.support.servers.harness import RunningServer
 from tests.support.servers.host import Host, hosted
 from tests.support.servers.proxy import Proxy
@@ -32,31 +31,33 @@ from tests.support.servers.proxy import Proxy
 SESSIONS_EACH = 12
 PROCESSES = 2
 SESSIONS = SESSIONS_EACH * PROCESSES
-WORKER = faulty_worker.__file__
+WORKER = f"import runpy; runpy.run_path({faulty_worker.__file__!r}, run_name='__main__')"
 
 
 class Crew:
     """One process after another of the same sessions, behind a proxy of their own."""
 
-    def __init__(self, server: RunningServer, number: int, pushes: int, folder: Path) -> None:
+    def __init__(
+        self, server: RunningServer, scripts: Nursery, number: int, pushes: int, folder: Path
+    ) -> None:
+        self._scripts = scripts
         self.proxy = Proxy(server.grpc)
         self.diary = folder / f"diary-{number}"
         self.kills = self.cuts = self._written = 0
         self._first = number * SESSIONS_EACH
         self._pushes = pushes
-        self._start()
+        self.script = self._start()
 
-    def _start(self) -> None:
+    def _start(self) -> Script:
         where = [self.proxy.address, "m", self._first, SESSIONS_EACH, SESSIONS, self._pushes]
-        command = [sys.executable, WORKER, *where, self.diary, self._first + self.kills]
-        self.process = subprocess.Popen([str(word) for word in command])
+        arguments = (*where, self.diary, self._first + self.kills)
+        return self._scripts.start(WORKER, *map(str, arguments))
 
     def kill(self) -> None:
         """SIGKILL, and another process under the same names."""
-        self.process.kill()
-        self.process.wait()
+        self.script.kill()
         self.kills += 1
-        self._start()
+        self.script = self._start()
 
     def cut(self, chance: random.Random) -> None:
         """Break every connection; half of the time replies that had left are lost with them."""
@@ -78,40 +79,40 @@ class Crew:
 
     def close(self) -> None:
         """End it."""
-        if self.process.poll() is None:
-            self.process.kill()
-            self.process.wait()
+        self.script.process.kill()
+        self.script.wait()
         self.proxy.close()
 
 
 @contextmanager
 def crews_of(server: RunningServer, pushes: int, folder: Path) -> Iterator[list[Crew]]:
     crews: list[Crew] = []
-    try:
-        crews += [Crew(server, number, pushes, folder) for number in range(PROCESSES)]
-        yield crews
-    finally:
-        for crew in crews:
-            crew.close()
+    with nursery(folder) as scripts:
+        try:
+            crews += [Crew(server, scripts, number, pushes, folder) for number in range(PROCESSES)]
+            yield crews
+        finally:
+            for crew in crews:
+                crew.close()
 
 
 def torment(host: Host, crews: list[Crew], kills_each: int, total: int, cuts_s: float) -> None:
     """Cut, kill and restart until everybody is through; kills and restarts are spread over the pushes."""
     chance = random.Random(1)
     due = [kill * total // len(crews) // (kills_each + 1) for kill in range(1, kills_each + 1)]
-    while any(crew.process.poll() is None for crew in crews):
+    while any(crew.script.process.poll() is None for crew in crews):
         threading.Event().wait(chance.uniform(0.2, 1.8) * cuts_s)
         # between the kills
         if sum(crew.told() for crew in crews) >= (host.restarts + 0.5) * total / kills_each:
             host.restart()
         for crew in crews:
-            if crew.process.poll() is not None:
+            if crew.script.process.poll() is not None:
                 continue
             if crew.kills < kills_each and crew.told() >= due[crew.kills]:
                 crew.kill()
             elif chance.random() < 0.5 and crew.gets_on():
                 crew.cut(chance)
-    assert [crew.process.returncode for crew in crews] == [0] * len(crews)
+    assert [crew.script.wait() for crew in crews] == [0] * len(crews), [crew.script.said() for crew in crews]
 
 
 @pytest.mark.timeout(3600)

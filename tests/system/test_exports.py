@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ import torch
 
 from pushstep.client import Session
 from tests.support.numbers.ulps import assert_parameter_close, assert_state_close
+from tests.support.processes.forked import Origin
 from tests.support.servers.harness import RunningServer
 from tests.support.servers.operators import download, show_model
 from tests.support.trainings.bits import bits, hyperparameters, parameter_bits, state_bits
@@ -34,10 +34,20 @@ EXPORTS = {
 }
 
 
+@pytest.fixture(scope="module")
+def plain_torch() -> Iterator[Origin]:
+    """Processes that find torch imported, and nothing of pushstep."""
+    origin = Origin("torch._dynamo")
+    try:
+        yield origin
+    finally:
+        origin.close()
+
+
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
 @pytest.mark.parametrize("name", EXPORTS)
 def test_plain_torch_continues_from_an_export(
-    server: RunningServer, session: Session, tmp_path: Path, name: str, sparse: bool
+    server: RunningServer, session: Session, plain_torch: Origin, tmp_path: Path, name: str, sparse: bool
 ) -> None:
     rules = EXPORTS[name]
     mine = ScaledNetwork(sparse=sparse)
@@ -57,9 +67,9 @@ def test_plain_torch_continues_from_an_export(
     set_gradients(mine, gradients)
     remote.step()
 
-    command = [sys.executable, "-I", PLAIN_TORCH, "export.pt", "gradients.pt", "result.pt", *rules]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
+    files = [str(tmp_path / file) for file in ("export.pt", "gradients.pt", "result.pt")]
+    process = plain_torch.run(PLAIN_TORCH.read_text(), (*files, *rules), tmp_path / "log")
+    assert process.wait(60) == 0, (tmp_path / "log").read_text()
     found = torch.load(tmp_path / "result.pt", weights_only=True)
     assert {key: bits(value) for key, value in found["loaded"].items()} == parameter_bits(before)
     fetched = remote.state_dict() if len(rules) == 2 else [remote.state_dict()]

@@ -13,7 +13,7 @@ from pathlib import Path
 from tests.support.processes.forked import Forked, Origin
 
 # `torch._dynamo` is what the first optimizer imports.
-IMPORTS = ("torch._dynamo", "pushstep.client")
+IMPORTS = ("torch._dynamo", "pushstep.client.session", "pushstep.client.optimizer.remote_optimizer")
 
 
 @dataclass
