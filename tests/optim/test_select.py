@@ -46,7 +46,7 @@ def check(source, residual, k, wire, threads):
     assert same(rest, expected_rest)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(data=st.data(), held=st.sampled_from([torch.float32, torch.float64]), owed=st.booleans())
 def test_any_values_are_selected_as_by_sorting(data, held, owed):
     numbers = st.sampled_from(EDGES) | st.floats(width=32)

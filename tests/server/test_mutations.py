@@ -19,7 +19,7 @@ from tests.support.workers.good_requests import requests
 from tests.support.workers.wire import RawLocalSocket, RawWorker, Wire, created, named, state_of
 
 SEED = 20_240
-IN_A_TEST, IN_A_SOAK = 5_000, 100_000
+IN_A_TEST, IN_A_SOAK = 2_500, 100_000
 # After so many the worker joins anew, under the next name: what was changed may have ended it.
 ROUND = 250
 

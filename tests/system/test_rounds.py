@@ -25,7 +25,7 @@ from tests.support.servers.harness import RunningServer
 from tests.support.trainings.network import Network, loss_of
 from tests.support.trainings.optimizers import adadelta, adagrad
 
-STEPS = 100
+STEPS = 40
 Grads = dict[str, Tensor | None]
 
 
