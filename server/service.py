@@ -40,6 +40,7 @@ from .process.exit_status import ExitStatus
 from .process.folder_lock import lock_folder
 from .process.threads import DISK, METRICS, PUSHES, REQUESTS
 from .process.unix_socket import UnixSocket
+from .service_manager import tell_manager
 from .shared_memory.regions import SharedMemory
 from .staging.budget import WINDOW_BYTES
 from .traces.request_spans import Traces
@@ -260,6 +261,7 @@ class Service:
             print(f"ready grpc={self.grpc_address} http={self.http_address}{unix}", flush=True)
         except OSError as error:  # the starter has closed our output; workers may still connect
             log.warning("nobody hears that the server is ready: %s", error)
+        tell_manager("READY=1")
         stopped = asyncio.create_task(self._stop.wait())
         doors = {self._serving} if self._serving is not None else set()
         await asyncio.wait({stopped, *doors}, return_when=asyncio.FIRST_COMPLETED)
@@ -270,6 +272,7 @@ class Service:
 
     async def _drain(self) -> ExitStatus:
         """Refuse new work and let work in flight finish. A part that fails does not stop the others."""
+        tell_manager("STOPPING=1")
         log.info("stopping: draining for at most %.0f s", self.config.drain_s)
         self.catalog.draining = True
         self.catalog.ready = False

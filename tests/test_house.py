@@ -55,8 +55,9 @@ ARROWS = {
         "__main__": {"service", "access", "config", "process"},
         "service": {
             "worker_door", "operator_door", "shared_memory", "metrics", "models", "devices", "staging", "traces", "access",
-            "process", "config",
+            "process", "config", "service_manager",
         },
+        "service_manager": set[str](),
         "commands": {"models", "journal", "storage", "arenas", "process", "config"},
         "worker_door": {
             "requests", "shared_memory", "models", "streams", "arenas", "counters", "traces", "access", "process",
