@@ -100,6 +100,7 @@ ARROWS = {
         "__init__": {"connection", "session", "optimizer", "membership", "transport"},
         "commands": {"connection", "demo", "gradients", "session", "transport", "worker"},
         "demo": {"__init__"},
+        "keras": {"session", "optimizer", "membership"},
         "connection": {"options", "session", "worker", "gradients", "transport"},
         "session": {
             "optimizer", "attachment", "worker", "shared_memory", "membership", "gradients", "transport",

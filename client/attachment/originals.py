@@ -108,7 +108,7 @@ def as_optimizers(given: Any) -> list[torch.optim.Optimizer]:
         if kind.__module__.partition(".")[0] == "keras":
             problem = (
                 f"keras.optimizers.{kind.__name__} steps Keras's own variables: pushstep.optim.keras has it, for torch "
-                "parameters, with the same arguments"
+                "parameters, with the same arguments; for fit(), pushstep.client.keras.attach(session, optimizer)"
             )
         raise UnsupportedModule(problem=problem)
     return optimizers

@@ -85,7 +85,7 @@ def _replayed(
             identity.made_of,
             to,
             scratch,
-            lambda version: told(f"{name}: version {version}"),
+            reached=lambda version: told(f"{name}: version {version}"),
         )
     if found is None or (to is not None and found.copy.version != to):
         raise VersionNotKept(model=name, version="0" if to is None else to)
