@@ -8,6 +8,7 @@ takes about two minutes.
 
 from __future__ import annotations
 
+import os
 import statistics
 import tempfile
 import threading
@@ -30,6 +31,7 @@ from .table import table
 PAGES = 5
 MODEL = "m"
 SETTLE_S = 3.0
+SHARE_S = 10.0
 # What a page on the view of a model's charts asks, with the seconds between two looks.
 LOOKS = ((f"/v1/models/{MODEL}", 1.0), (f"/v1/models/{MODEL}/workers?limit=200", 2.0))
 SIZES = (("10 K", 10_000, 200), ("16 M", 16_000_000, 3))
@@ -53,6 +55,7 @@ def main(*, quick: bool = False) -> None:
         f"ms, {PAGES} pages",
         "ratio",
         f"ratio, GETs of {PAGES} pages only",
+        "server's share of a core for the pages",
     ]
     table(f"an exchange beside {PAGES} open pages", columns, rows, others.share())
 
@@ -72,6 +75,7 @@ def _measured(folder: Path, elements: int, calls: int, shared: bool, rounds: int
         with _asking(servers[1]):
             asked = _interleaved(turns, rounds)
         with _open_pages(servers[1]):
+            share = _share_of_a_core(servers[1])
             shown = _interleaved(turns, rounds)
     alone, looked_at = shown
     return [
@@ -79,7 +83,21 @@ def _measured(folder: Path, elements: int, calls: int, shared: bool, rounds: int
         f"{statistics.median(looked_at) * 1e3:.3f}",
         f"{_ratio(*shown):.3f}",
         f"{_ratio(*asked):.3f}",
+        f"{share:.1%}",
     ]
+
+
+def _cpu_s(pid: int) -> float:
+    """CPU seconds that a process has taken, by all of its threads."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _share_of_a_core(server: RunningServer) -> float:
+    """What the server takes of a core while nobody pushes."""
+    begun_s, begun_cpu_s = time.monotonic(), _cpu_s(server.process.pid)
+    time.sleep(SHARE_S)
+    return (_cpu_s(server.process.pid) - begun_cpu_s) / (time.monotonic() - begun_s)
 
 
 def _ratio(alone: list[float], looked_at: list[float]) -> float:

@@ -19,6 +19,8 @@ export function kindOf(schema, root) {
   const inner = rest?.length === 1 ? rest[0] : rest ? {} : found;
   if (inner.enum) return { kind: "choice", choices: inner.enum, mayBeNull };
   if (["integer", "number", "string", "boolean"].includes(inner.type)) return { kind: inner.type, mayBeNull };
+  // such as a power of a norm, or "inf"
+  if (rest?.length && rest.every(({ type }) => ["integer", "number", "string"].includes(type))) return { kind: "loose", mayBeNull };
   return { kind: "json", mayBeNull };
 }
 
@@ -37,6 +39,7 @@ export function valueOf(text, { kind, mayBeNull }, name) {
     if (text.trim() === "" || Number.isNaN(found)) throw new Error(`${spaced(name)}: a number is needed`);
     return found;
   }
+  if (kind === "loose") return text.trim() === "" || Number.isNaN(Number(text)) ? text : Number(text);
   if (kind !== "json") return text;
   try {
     return JSON.parse(text);
