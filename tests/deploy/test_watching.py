@@ -24,7 +24,7 @@ from tests.support.source_tree import ROOT, python_files
 
 pytestmark = pytest.mark.prometheus
 DEPLOY = ROOT / "deploy"
-CONFIG = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())
+CONFIGS = {name: DEPLOY / "prometheus" / f"{name}.yml" for name in ("prometheus", "prometheus.tls")}
 ALERTS_FILE = DEPLOY / "prometheus" / "alerts.yml"
 RULES = [rule for group in yaml.safe_load(ALERTS_FILE.read_text())["groups"] for rule in group["rules"]]
 ALERTS = {rule["alert"]: rule for rule in RULES}
@@ -40,9 +40,11 @@ GRADIENT = {"weight": np.ones(4, dtype=np.float32)}
 class Prometheus:
     """A Prometheus process that scrapes one server all the time."""
 
-    def __init__(self, folder: Path, target: str) -> None:
+    def __init__(self, folder: Path, target: str, name: str = "prometheus") -> None:
+        """Scrapes `target` as one of the configurations says; its secrets are in the folder."""
+        text = CONFIGS[name].read_text().replace("/run/secrets", str(folder))
         config = {
-            **CONFIG,
+            **yaml.safe_load(text),
             "global": {"scrape_interval": "100ms", "scrape_timeout": "100ms", "evaluation_interval": "1h"},
             "rule_files": [str(ALERTS_FILE)],
         }
@@ -168,8 +170,15 @@ def test_alerts_name_codes_and_events_that_exist() -> None:
     assert {rule["labels"]["severity"] for rule in RULES} == {"page", "ticket"}
 
 
+def test_the_two_configurations_differ_in_how_they_ask() -> None:
+    plain, secured = (yaml.safe_load(path.read_text()) for path in CONFIGS.values())
+    (job,) = secured["scrape_configs"]
+    assert [job.pop(key) for key in ("scheme", "tls_config", "authorization")]
+    assert secured == plain
+
+
 def test_promtool_finds_no_fault() -> None:
-    for command in (["rules", ALERTS_FILE], ["config", DEPLOY / "prometheus" / "prometheus.yml"]):
+    for command in (["rules", ALERTS_FILE], ["config", CONFIGS["prometheus"]]):
         subprocess.run(["promtool", "check", *map(str, command)], check=True, capture_output=True)
 
 
