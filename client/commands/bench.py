@@ -81,6 +81,12 @@ def bench(
     wire: Annotated[
         Wire | None, typer.Option(help="What gradients travel in; the parameters' own otherwise.")
     ] = None,
+    operator_token: Annotated[
+        str | None,
+        typer.Option(
+            metavar="@FILE", help="The token to delete its models with, where --token is that of a worker."
+        ),
+    ] = None,
     network: Annotated[
         bool,
         typer.Option("--network", help="Send frames, also to a server on this host, with no shared memory."),
@@ -93,12 +99,13 @@ def bench(
     wanted = [size_of(text.strip()) for text in sizes.split(",")]
     if is_url(door.server):
         raise typer.BadParameter("steps go to the workers' door: pass HOST:PORT", param_hint="--server")
+    operator = door if operator_token is None else door.with_token(operator_token)
     measured = []
     memory = False
     with _bar(len(wanted), quiet=door.as_json) as told:
         for size in wanted:
             told(f"{size:,} parameters")
-            with _model(door, wire, network=network) as session:
+            with _model(door, operator, wire, network=network) as session:
                 found, memory = _measure(session, size, rule, seconds)
             measured.append(found)
     facts = {
@@ -128,8 +135,8 @@ def _row(found: Measured) -> tuple[Any, ...]:
 
 
 @contextlib.contextmanager
-def _model(door: Door, wire: Wire | None, *, network: bool) -> Iterator[Session]:
-    """A session with a model of its own, which is deleted behind the block."""
+def _model(door: Door, operator: Door, wire: Wire | None, *, network: bool) -> Iterator[Session]:
+    """A session with a model of its own, which `operator` deletes behind the block."""
     from ..connection import session_at
     from ..worker.options import WorkerOptions
     from .rest import model_path
@@ -142,7 +149,7 @@ def _model(door: Door, wire: Wire | None, *, network: bool) -> Iterator[Session]
             yield session
     finally:
         try:
-            door.ask("DELETE", model_path(name))
+            operator.ask("DELETE", model_path(name))
         except UnknownModel:
             pass  # it was not made
         except PushstepError as error:

@@ -11,7 +11,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -19,11 +19,13 @@ import typer
 
 from pushstep.proto.errors import PushstepError
 
-from .access import InsecureOption, ServerOption, TlsCaOption, TokenOption, security_of
+from .access import InsecureOption, ServerOption, TlsCaOption, TokenOption, read_token, security_of
 from .completion import model_names
 from .failure import failed
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from ..transport.security import Security
     from .rest import Answer
 
@@ -65,6 +67,10 @@ class Door:
             if value is not None
         }
         return answer_to(self.server, method, path, texts, headers, self.security, [body] if body else ())
+
+    def with_token(self, token: str) -> Door:
+        """The same door for someone else. BadParameter."""
+        return replace(self, security=self.security.with_token(read_token(token)))
 
     def ask(self, method: str, path: str, body: Any = None, **query: Any) -> Any:
         """An answer as JSON; None if it is empty. A `query` of None is left out. Raises what `stream` raises."""
@@ -123,12 +129,17 @@ class Table:
 
     def print(self) -> None:
         """Print it."""
-        from rich.console import Console
+        wide_console().print(self.made())
 
-        console = Console()
-        if not console.is_terminal and "COLUMNS" not in console._environ:
-            console.width = 1000
-        console.print(self.made())
+
+def wide_console() -> Console:
+    """The terminal; where there is none, no line is broken."""
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal and "COLUMNS" not in console._environ:
+        console.width = 1000
+    return console
 
 
 def plain(value: Any) -> str:

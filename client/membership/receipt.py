@@ -35,7 +35,7 @@ _WHAT_WAS_DONE: Final = {
     "skipped": "The push was skipped: nothing was applied, on purpose, and the model stayed at version {version}.",
     "dropped_late": (
         "The push was dropped: its round had closed before it came, and the model was at version {version}. A longer "
-        "round_timeout_s, or fewer workers in a round, would have let it in."
+        "timeout_s of the policy would have waited for it, and late=carry would have taken it into the next round."
     ),
     "too_stale": (
         "The push was dropped as too stale: the model was at version {version}, further on than the policy allows. Pull "

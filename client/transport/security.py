@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import ssl
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -54,10 +55,7 @@ class Security:
     ) -> None:
         """InvalidSettings for an option, or a file, that cannot be used. TokenNotSent without TLS."""
         found = os.environ.get(TOKEN_VARIABLE, "") if token is None else token
-        if not isinstance(found, str) or (found and not _TOKEN.fullmatch(found)):
-            raise InvalidSettings(
-                problem="token= is no token: letters, digits and '._~+/-', as --make-token prints"
-            )
+        _check_token(found)
         if not isinstance(tls, (TLS, bool, type(None))):
             raise InvalidSettings(problem=f"tls={tls!r}: use True, False or TLS(ca=..., cert=..., key=...)")
         self._token = found
@@ -66,6 +64,13 @@ class Security:
         self._content = self._read()
         if self._tls is None:
             self.require_private(address)
+
+    def with_token(self, token: str) -> Security:
+        """The same with another token. InvalidSettings."""
+        _check_token(token)
+        made = copy(self)
+        made._token = token
+        return made
 
     def require_private(self, address: str) -> None:
         """TokenNotSent unless the token may go to this address without TLS."""
@@ -124,6 +129,14 @@ class Security:
         if self._tls is None:
             return None, None, None
         return _content(self._tls.ca), _content(self._tls.cert), _content(self._tls.key)
+
+
+def _check_token(token: object) -> None:
+    """InvalidSettings, which does not show it."""
+    if not isinstance(token, str) or (token and not _TOKEN.fullmatch(token)):
+        raise InvalidSettings(
+            problem="token= is no token: letters, digits and '._~+/-', as --make-token prints"
+        )
 
 
 def is_unix(address: str) -> bool:

@@ -46,7 +46,7 @@ EXPLAINED: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
     ),
     "a reason that is not known here": ({"outcome": Outcome.REJECTED, "reason": "new"}, ["(new)"], []),
     "skipped": ({"outcome": Outcome.SKIPPED}, ["was skipped", "on purpose"], []),
-    "late": ({"outcome": Outcome.DROPPED_LATE}, ["its round had closed", "round_timeout_s"], []),
+    "late": ({"outcome": Outcome.DROPPED_LATE}, ["its round had closed", "timeout_s of the policy"], []),
     "too stale": ({"outcome": Outcome.TOO_STALE}, ["too stale", "max_staleness"], []),
     "superseded": ({"outcome": Outcome.SUPERSEDED, "reason": "superseded"}, ["restored meanwhile"], []),
     "notes": ({"notes": ["gradient scaled by 0.5"]}, ["On the way: gradient scaled by 0.5"], []),

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -11,12 +14,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from pushstep.client.commands import app
 from pushstep.client.commands.door import pairs, plain
+from pushstep.client.commands.operate.screen import MODELS, WORKERS, fitting, screen
 from pushstep.client.commands.operate.top import Rates
-from tests.support.servers.harness import RunningServer
+from tests.support.servers.harness import RunningServer, start_server
 
 PUSHSTEP = Path(sys.executable).with_name("pushstep")
 HYPERPARAMETERS = {"rule": "adagrad", "params": ["w"], "lr": 0.5}
@@ -61,7 +66,7 @@ SHOWN: dict[str, tuple[list[str], list[str], str]] = {
     "events": (["events", "MODEL"], ["created"], "events"),
     "capacity": (["capacity"], ["bytes"], "bytes"),
     "capacity for a model": (["capacity", "MODEL", "--push-every-s", "1"], ["workers"], "rates"),
-    "top": (["top", "--looks", "1"], ["MODEL", "versions/s"], "models"),
+    "top": (["top", "--looks", "1"], ["MODEL", "live workers"], "models"),
     "top of a model": (["top", "MODEL", "--looks", "1"], ["w0"], "workers"),
 }
 
@@ -244,3 +249,70 @@ def test_rates_are_of_two_looks_on_one_timeline() -> None:
     assert rates.of("m", 10, 0.0) is None
     assert rates.of("m", 30, 2.0) == 10.0
     assert rates.of("m", 5, 3.0) is None
+
+
+@pytest.mark.parametrize("width", [60, 80, 120, 200])
+def test_the_screen_is_as_wide_as_the_terminal(server: RunningServer, model: str, width: int) -> None:
+    """No line is wider or broken, the names are whole, and the wider the more columns."""
+    found = {
+        "models": [{**server.rest("GET", f"/v1/models/{model}").json(), "versions_per_s": 12.0}],
+        "workers": server.rest("GET", f"/v1/models/{model}/workers").json()["workers"],
+    }
+    console = Console(width=width, height=24)
+    with console.capture() as captured:
+        console.print(screen(found, "127.0.0.1:7070", width, 24))
+    lines = captured.get().splitlines()
+    assert len(lines) < 15 and max(map(len, lines)) <= width
+    assert "12.0 versions/s" in lines[0] or width == 60
+    assert any(line.split()[:1] == [model] for line in lines), lines
+    assert any(line.split()[:1] == ["w0"] for line in lines), lines
+    assert ("gradient norm" in captured.get()) == (width >= 120)
+
+
+def test_the_columns_that_matter_stay() -> None:
+    for columns in (MODELS, WORKERS):
+        kept = fitting(columns, [["x" * 30] * len(columns)], 10)
+        assert {columns[n].goes for n in kept} == {0}
+        assert fitting(columns, [["x"] * len(columns)], 1000) == list(range(len(columns)))
+
+
+def test_top_goes_on_when_the_server_comes_again(tmp_path: Path) -> None:
+    """In a terminal: what was seen last stays, with the reason beside it."""
+    server = start_server(tmp_path)
+    server.connect("kept").create({"w": np.zeros(4, np.float32)})
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "160", "LINES": "30"}
+    with subprocess.Popen(
+        [PUSHSTEP, "top", "--server", server.grpc, "--every-s", "0.1"],
+        stdout=theirs,
+        stderr=subprocess.DEVNULL,
+        env=environment,
+    ) as process:
+        os.close(theirs)
+        read_until(ours, "kept")
+        server.stop()
+        read_until(ours, "no pushstep server answers")
+        again = start_server(tmp_path, "--grpc", server.grpc)
+        read_until(ours, "live workers: 0")
+        process.send_signal(signal.SIGINT)
+        while read_some(ours):
+            pass
+    os.close(ours)
+    assert process.returncode == 0
+    assert again.stop() == 0
+
+
+def read_some(terminal: int) -> str:
+    try:
+        return os.read(terminal, 65536).decode(errors="replace")
+    except OSError:  # the other side is closed
+        return ""
+
+
+def read_until(terminal: int, words: str) -> None:
+    """Read what a program draws until the words are in it."""
+    seen = ""
+    while words not in seen:
+        some = read_some(terminal)
+        assert some, seen
+        seen += some

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import time
-from typing import Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..completion import model_names
-from ..door import Door, Table, operates
-from .workers import COLUMNS as WORKER_COLUMNS
-from .workers import row as worker_row
+from pushstep.proto.errors import NoAnswer, ServerUnavailable, Unavailable
 
-COLUMNS: Final = ("model", "version", "versions/s", "workers", "staleness", "gradient norm", "problem")
-# Of a model's workers, those that are shown.
-MOST_WORKERS: Final = 20
+from ..completion import model_names
+from ..door import Door, operates, wide_console
+from ..failure import words_of
+from .screen import MOST_WORKERS, screen
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
 
 
 class Rates:
@@ -46,27 +48,6 @@ def _look(door: Door, model: str | None, rates: Rates) -> dict[str, Any]:
     return found
 
 
-def _row(model: dict[str, Any]) -> tuple[Any, ...]:
-    step = model["last_step"] or {}
-    rate = model["versions_per_s"]
-    return (
-        model["name"],
-        model["version"],
-        None if rate is None else f"{rate:.1f}",
-        model["workers_live"],
-        step.get("staleness"),
-        step.get("gradient_norm"),
-        model["failed"] or ("not finite" if model["parameters_nonfinite"] else None),
-    )
-
-
-def _tables(found: dict[str, Any]) -> list[Table]:
-    tables = [Table(COLUMNS, map(_row, found["models"]))]
-    if "workers" in found:
-        tables.append(Table(WORKER_COLUMNS, map(worker_row, found["workers"])))
-    return tables
-
-
 @operates
 def top(
     door: Door,
@@ -82,22 +63,32 @@ def top(
     looks: Annotated[int | None, typer.Option(min=1, help="End after so many looks.")] = None,
 ) -> None:
     """Show models, and one model's workers, as they train, until it is interrupted; with --json a line for each look."""
-    from rich.console import Console, Group
     from rich.live import Live
 
-    rates, count = Rates(), 0
-    console = Console()
-    live = None if door.as_json or not console.is_terminal else Live(console=console, screen=looks is None)
+    rates, count, found = Rates(), 0, None
+    console = wide_console()
+    is_live = not door.as_json and console.is_terminal
+    # with a number of looks the last one stays on the terminal
+    live = Live(console=console, screen=looks is None, auto_refresh=False) if is_live else None
     try:
         if live is not None:
             live.start()
         while True:
-            found = _look(door, model, rates)
-            if live is None:
-                door.show(found, *_tables(found))
-            else:
-                live.update(Group(*(table.made() for table in _tables(found))), refresh=True)
+            problem = ""
+            try:
+                found = _look(door, model, rates)
+            except (ServerUnavailable, NoAnswer, Unavailable) as error:
+                # one that was there may come again: who looks at it sees since when it is gone
+                if found is None or live is None:
+                    raise
+                problem = words_of(error)
             count += 1
+            if live is not None:
+                live.update(_drawn(console, door, found, problem), refresh=True)
+            elif door.as_json:
+                typer.echo(json.dumps(found))
+            else:
+                console.print(_drawn(console, door, found, problem))
             if count == looks:
                 return
             time.sleep(every_s)
@@ -106,3 +97,9 @@ def top(
     finally:
         if live is not None:
             live.stop()
+
+
+def _drawn(console: Console, door: Door, found: dict[str, Any], problem: str) -> RenderableType:
+    height = console.height if console.is_terminal else 1000
+    made: RenderableType = screen(found, door.server, console.width, height, problem)
+    return made

@@ -8,17 +8,7 @@ import typer
 
 from ..door import Door, DryRunOption, ModelArgument, Table, YesOption, agreed, one_of, operates
 
-COLUMNS = (
-    "worker",
-    "state",
-    "lag",
-    "staleness",
-    "last seen s",
-    "applied",
-    "rejected",
-    "in flight",
-    "metrics",
-)
+COLUMNS = ("worker", "state", "lag", "stale", "seen s", "applied", "other", "flight", "metrics")
 
 
 def row(worker: dict[str, Any]) -> tuple[Any, ...]:
