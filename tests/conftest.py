@@ -29,6 +29,7 @@ LONG_FIRST = (
     "system/test_faulty_disk.py",
     "optim/test_cuda.py",
     "optim/test_process.py",
+    "system/test_remote_snapshots.py",
     "system/test_starvation.py",
     "client/test_attach_undone.py",
     "client/test_session_life.py",

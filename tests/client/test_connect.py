@@ -159,7 +159,7 @@ def test_another_web_server() -> None:
             connect(f"127.0.0.1:{there.getsockname()[1]}", model="m")
         done.set()
         socket.create_connection(there.getsockname()).close()
-        serving.join(20)
+        serving.join(60)
 
 
 def test_another_grpc_server() -> None:

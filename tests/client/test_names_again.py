@@ -141,7 +141,7 @@ def test_a_round_goes_on_with_a_run_again(server: RunningServer, model_name: str
     again = go_on(server, model_name, "w1")
     receipt = again.push(grads(1))
     assert (receipt.epoch, receipt.version, receipt.contributors) == (2, 2, ["w0", "w1"])
-    pushing.join(10)
+    pushing.join(60)
     assert not pushing.is_alive()
     one.close()
 

@@ -78,7 +78,7 @@ def test_nobody_waits_for_a_dropped_session(server: RunningServer, model_name: s
     wait_until(lambda: show_worker(server, model_name, "w0")["round"] == "present")
     del other, session
     gc.collect()
-    pushing.join(10)
+    pushing.join(60)
     assert not pushing.is_alive()
     assert one.last_receipt is not None and one.last_receipt.version == 1
 

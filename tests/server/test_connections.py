@@ -102,7 +102,7 @@ def test_a_caller_that_does_not_read_is_dropped(quick: RunningServer, model_name
     with connected(quick) as connection:
         connection.sendall(request(f"/v1/models/{model_name}/export"))
         wait_until(lambda: checkpoints_held(quick) == 1)
-        wait_until(lambda: checkpoints_held(quick) == 0, 20)
+        wait_until(lambda: checkpoints_held(quick) == 0, 60)
 
 
 REFUSED = {

@@ -384,7 +384,7 @@ class Failing(Hook):
         raise RuntimeError("not now")
 
     def observe(self, event: Mapping[str, Any]) -> str | None:
-        self.go.wait(10)
+        self.go.wait(60)
         self.seen.append(event)
         raise RuntimeError("blind")
 

@@ -151,7 +151,7 @@ def test_without_a_descriptor_everything_that_was_appended_is_forced_to_the_disk
         except OSError as error:
             assert error.errno == errno.EMFILE
         synced.request(journal, done.set)
-        assert done.wait(10)
+        assert done.wait(60)
         assert journal.synced == 1
         with pytest.raises(StorageFailed):
             journal.roll()

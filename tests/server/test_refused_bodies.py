@@ -151,7 +151,7 @@ def stalled(scene: Scene) -> None:
 
     def messages() -> Iterator[bytes]:
         yield scene.raw.good(1.0, "w")[0]
-        over.wait(10)
+        over.wait(60)
 
     assert scene.wire.refused("Push", messages()).code == "stream_stalled"
     over.set()
@@ -166,7 +166,7 @@ def cancelled(scene: Scene) -> None:
         came.set()
 
     call = scene.wire.start("Push", messages())
-    assert came.wait(10)
+    assert came.wait(60)
     call.cancel()
 
 

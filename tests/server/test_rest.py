@@ -111,7 +111,7 @@ def test_a_model_is_deleted_while_it_is_saved(server: RunningServer, model_name:
         saved = pool.submit(rest, "POST", "/snapshots", 201)
         wait_until(lambda: list(folder.glob("snapshots/tmp-*")))
         rest("DELETE", "", 204)
-        assert saved.result(20)["version"] == 0
+        assert saved.result(60)["version"] == 0
         assert not folder.exists()
         assert rest("GET", "", 404)["code"] == "unknown_model"
 

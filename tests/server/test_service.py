@@ -283,7 +283,7 @@ def test_a_stop_waits_for_a_stream_no_longer_than_told(data: Path) -> None:
 
         call = wire.start("Push", messages())
         server.process.send_signal(signal.SIGTERM)
-        assert server.process.wait(20) == 0
+        assert server.process.wait(60) == 0
         done.set()
         with pytest.raises(grpc.RpcError):
             list(call)

@@ -322,7 +322,7 @@ def test_a_receiver_takes_no_more_time_and_memory_than_it_is_given(
             failed = True
         took_s = time.monotonic() - begun_s
         over.set()
-        thread.join(10)
+        thread.join(60)
     assert failed is fails
     assert took_s < 10
 

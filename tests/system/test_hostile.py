@@ -179,7 +179,7 @@ def test_its_connections_end_and_nobody_elses_do(
         beside.open(5)
         with server.connect(model_name, "another") as session:
             assert session.push({"bias": np.ones(4, np.float32)}).outcome is Outcome.APPLIED
-        wait_until(lambda: not (alive(told) and alive(beside)), 20)
+        wait_until(lambda: not (alive(told) and alive(beside)), 60)
         ended = [connection for connection in (told, beside) if not alive(connection)]
         assert [connection.answered for connection in ended] == [1]
         assert alive(idle)

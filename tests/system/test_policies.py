@@ -196,7 +196,7 @@ def test_a_push_that_ssp_lets_wait_is_let_in_by_the_slowest(server: RunningServe
             assert worker(server, model_name, "a")["in_flight"] == 0  # it holds nothing
             assert worker(server, model_name, "a")["clocks_ahead"] == 2
             slow.push(grads())
-            receipt = waiting.result(20)
+            receipt = waiting.result(60)
         assert receipt.outcome is Outcome.APPLIED
         assert receipt.times["wait_s"] > 0.25
 

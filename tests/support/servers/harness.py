@@ -112,7 +112,7 @@ class RunningServer:
     def outlived_by(self, session: Session) -> None:
         """Wait for the end of a process that was killed, and close a session of its, which cannot leave any more."""
         try:
-            self.process.wait(10)
+            self.process.wait(60)
             with pytest.warns(RuntimeWarning, match="could not leave"):
                 session.close()
         finally:
