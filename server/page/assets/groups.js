@@ -37,7 +37,7 @@ function Editor({ name, group, onDone }) {
     {
       onDone: () => {
         setDraft({});
-        onDone();
+        return onDone();
       },
       onStale: onDone,
     },

@@ -38,7 +38,7 @@ function withHelp(schema, helps) {
   return { ...schema, properties: Object.fromEntries(properties) };
 }
 
-function Add({ name, catalogue, etag, again }) {
+function Add({ name, catalogue, again }) {
   const [kindName, setKindName] = useState(catalogue[0].name);
   const kind = catalogue.find((each) => each.name === kindName);
   const [point, setPoint] = useState(null);
@@ -54,14 +54,13 @@ function Add({ name, catalogue, etag, again }) {
       const settings = changesIn({ ...drafts, ...draft }, schema, kind.settings);
       if (by) settings[by] = chosen ?? choices[0];
       const body = { name: kind.name, point: at, settings, prepend: isFirst };
-      return send("POST", modelPath(name, "hooks"), body, { query: { dry_run: dryRun || undefined }, etag });
+      return send("POST", modelPath(name, "hooks"), body, { query: { dry_run: dryRun || undefined } });
     },
     {
       onDone: () => {
         setDraft({});
-        again();
+        return again();
       },
-      onStale: again,
     },
   );
   function choose(event) {
@@ -111,7 +110,7 @@ function Settings({ name, hook, kind, again }) {
     {
       onDone: () => {
         setDraft({});
-        again();
+        return again();
       },
       onStale: again,
     },
@@ -158,7 +157,7 @@ export function Hooks({ name, stamp, mayEdit }) {
     <${ProblemNote} problem=${problem} />
     ${hooks.map((hook, place) => html`<${Installed} key=${hook.id} name=${name} hook=${hook} kind=${catalogue.found.hooks.find((kind) => kind.name === hook.name)}
       place=${place} last=${hooks.length - 1} mayEdit=${mayEdit} again=${installed.again} onRemove=${setRemoved} onMove=${move} />`)}
-    ${mayEdit && html`<${Add} name=${name} catalogue=${catalogue.found.hooks} etag=${installed.etag} again=${installed.again} />`}
+    ${mayEdit && html`<${Add} name=${name} catalogue=${catalogue.found.hooks} again=${installed.again} />`}
     ${removed && html`<${Ask} title=${`Remove ${removed.id}?`} word="Remove" onClose=${() => setRemoved(null)}
       act=${async () => {
         await send("DELETE", modelPath(name, "hooks", removed.id));

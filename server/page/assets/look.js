@@ -63,10 +63,12 @@ export function useLook(below, everyMs, { query, note } = {}) {
   return state;
 }
 
-// What `load()` brings, again whenever `stamp` changes or `again()` is called. What was there stays until then.
+// What `load()` brings, again whenever `stamp` changes or `again()` is called, which is done when it has come. What was there
+// stays until then.
 export function useResource(load, stamp) {
   const [state, setState] = useState({ found: null, etag: null, problem: null });
   const [turn, setTurn] = useState(0);
+  const waiting = useRef([]);
   useEffect(() => {
     let isOver = false;
     let timer = null;
@@ -79,6 +81,7 @@ export function useResource(load, stamp) {
         setState((before) => ({ ...before, problem }));
         if (problem.isLost || problem.status === 503) timer = setTimeout(fill, AGAIN_MS);
       }
+      if (!isOver) waiting.current.splice(0).forEach((done) => done());
     }
     fill();
     return () => {
@@ -86,7 +89,11 @@ export function useResource(load, stamp) {
       clearTimeout(timer);
     };
   }, [stamp, turn]);
-  return { ...state, again: () => setTurn((before) => before + 1) };
+  function again() {
+    setTurn((before) => before + 1);
+    return new Promise((done) => waiting.current.push(done));
+  }
+  return { ...state, again };
 }
 
 // The connection, followed.

@@ -116,11 +116,12 @@ export function useEdit(send, { onDone, onStale } = {}) {
     setState({ busy: dryRun ? "try" : "apply", problem: null, preview: null, done: null });
     try {
       const { found } = await send(dryRun);
+      // the next edit is of what this one has made
+      if (!dryRun) await onDone?.(found);
       setState({ busy: "", problem: null, preview: dryRun ? found : null, done: dryRun ? null : found });
-      if (!dryRun) onDone?.(found);
     } catch (problem) {
+      if (problem.code === "stale_etag") await onStale?.();
       setState({ busy: "", problem, preview: null, done: null });
-      if (problem.code === "stale_etag") onStale?.();
     }
   }
 

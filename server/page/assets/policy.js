@@ -43,7 +43,7 @@ export function Settings({ below, title, about, what, found, etag, again, pick, 
     {
       onDone: () => {
         setDraft({});
-        again();
+        return again();
       },
       onStale: again,
     },

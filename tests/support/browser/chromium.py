@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, ConsoleMessage, Page, Request, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Page, Request, expect, sync_playwright
 
 # It reaches nothing by itself, and needs neither a GPU nor rights of its own.
 FLAGS = (
@@ -21,6 +21,7 @@ FLAGS = (
     "--disable-sync",
 )
 PATIENCE_MS = 60_000
+expect.set_options(timeout=PATIENCE_MS)
 SERIOUS = ("serious", "critical")
 
 
