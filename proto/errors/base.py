@@ -15,11 +15,13 @@ comes back as the same class (see status.py). No code ever matches on a message'
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Final
 
 import grpc
 
 Status = grpc.StatusCode
+# The page with an entry for each code, from the repository's root.
+HELP: Final = "docs/troubleshooting.md"
 
 
 class PushstepError(Exception):
@@ -29,11 +31,28 @@ class PushstepError(Exception):
     grpc_status: ClassVar[grpc.StatusCode] = Status.UNKNOWN
     http_status: ClassVar[int] = 500
     template: ClassVar[str] = ""
+    _notes: list[str] | None = None
 
     def __init__(self, message: str | None = None, **fields: object) -> None:
         self.fields: dict[str, str] = {name: str(value) for name, value in fields.items()}
         self.message = self.template.format(**fields) if message is None else message
         super().__init__(self.message)
+
+    @property
+    def help(self) -> str:
+        """Where it says what this means and what to do; empty for a family, which has no code."""
+        return f"{HELP}#{self.code}" if self.code else ""
+
+    @property
+    def __notes__(self) -> list[str]:
+        """What tracebacks show below the message. Made when one is shown: most errors are never."""
+        if self._notes is None:
+            self._notes = [f"see {self.help}"] if self.help else []
+        return self._notes
+
+    @__notes__.setter
+    def __notes__(self, notes: list[str]) -> None:
+        self._notes = notes
 
     @property
     def consumed(self) -> bool:

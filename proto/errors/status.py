@@ -126,6 +126,7 @@ def to_problem(error: errors.PushstepError) -> dict[str, object]:
         "status": error.http_status,
         "detail": brief(error.message),
         "code": error.code,
+        "help": error.help,
         "fields": _brief_fields(error),
     }
 

@@ -70,6 +70,7 @@ _PROBLEM: Final = {
         "status": {"type": "integer"},
         "detail": {"type": "string"},
         "code": {"type": "string", "description": "of the error catalogue, such as unknown_model"},
+        "help": {"type": "string", "description": "where the documents say what to do"},
         "fields": {"type": "object", "additionalProperties": {"type": "string"}},
     },
 }

@@ -9,6 +9,7 @@ import logging
 import pickle
 import string
 import threading
+import traceback
 from collections.abc import Iterator
 from typing import Any
 
@@ -199,7 +200,18 @@ def test_crosses_problem_json_as_itself(kind: type[PushstepError]) -> None:
     assert problem["detail"] == error.message
     assert problem["title"]
     assert problem["type"] == f"urn:pushstep:error:{kind.code}"
+    assert problem["help"] == f"docs/troubleshooting.md#{kind.code}"
     assert_same(from_problem(problem), error)
+
+
+def test_a_traceback_says_where_to_read_on() -> None:
+    """Notes that are added stay behind it, and the message is what it was."""
+    error = errors.UnknownModel(model="m")
+    error.add_note("of the third attempt")
+    shown = traceback.format_exception_only(error)
+    assert shown[1:] == ["see docs/troubleshooting.md#unknown_model\n", "of the third attempt\n"]
+    assert str(error) == error.message
+    assert traceback.format_exception_only(errors.Broken("of no code"))[1:] == []
 
 
 SECRET = "password=hunter2 /etc/shadow"

@@ -47,7 +47,7 @@ def raw_request(
         content = answer.read()
         assert answer.getheader("content-type") == "application/problem+json", (answer.status, content)
     problem = json.loads(content)
-    assert set(problem) == {"type", "title", "status", "detail", "code", "fields"}
+    assert set(problem) == {"type", "title", "status", "detail", "code", "help", "fields"}
     assert problem["status"] == answer.status
     assert type(from_problem(problem)) is CATALOGUE[problem["code"]]
     assert len(problem["detail"]) > 5

@@ -50,7 +50,7 @@ class Rest:
         if status >= 400:
             assert answer.headers["content-type"] == "application/problem+json"
             problem = answer.json()
-            assert set(problem) == {"type", "title", "status", "detail", "code", "fields"}
+            assert set(problem) == {"type", "title", "status", "detail", "code", "help", "fields"}
             assert problem["status"] == status
             assert type(from_problem(problem)) is CATALOGUE[problem["code"]]
         return answer
