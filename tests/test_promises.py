@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import ast
-import json
 import os
 import re
-import shlex
 import subprocess
 import sys
 import textwrap
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import httpx
 import pytest
+import typer
 
+from pushstep.client.commands import app
+from pushstep.server.__main__ import parser
 from pushstep.server.process.exit_status import ExitStatus
 from tests.conftest import LONG_FIRST
-from tests.support.servers.harness import RunningServer
+from tests.support.documents.blocks import Block, pages, read_blocks
 from tests.support.source_tree import MAY_IMPORT, PACKAGES, ROOT, name_of, python_files, tracked
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -236,20 +237,16 @@ def test_no_file_knows_where_it_was_written() -> None:
     assert wrong == []
 
 
-# --- the README
+# --- the documents
 
 
-def blocks(language: str) -> list[str]:
-    """The README's fenced blocks of one language ("" for none)."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.M | re.S)
-
-
-def commands() -> list[str]:
-    """Every command line of the blocks that are for a shell, continuation lines joined."""
-    shell = [block for language in ("", "sh", "bash", "console") for block in blocks(language)]
-    lines = [line.removeprefix("$ ") for block in shell for line in block.replace("\\\n", " ").splitlines()]
-    known = ("make", "pip", "pushstep", "pushstep-server", "curl")
-    return [line for line in lines if line.split() and line.split()[0] in known]
+def commands() -> Iterator[tuple[Block, list[str]]]:
+    """Every command of the documents' shell blocks, run or not: its words, up to what a shell does with them."""
+    for block in (block for page in pages() for block in read_blocks(page) if block.language == "bash"):
+        for line in re.sub(r"\\\n", " ", block.text).splitlines():
+            words = re.split(r"[|;&<>#]| \$\(", line)[0].split()
+            if words and words[0] in ("make", "pip", "pushstep", "pushstep-server", "curl"):
+                yield block, words
 
 
 def test_the_first_screen_has_both_commands() -> None:
@@ -263,92 +260,35 @@ def test_the_commands_exist() -> None:
     targets = set(re.findall(r"^([a-z]+):", makefile, re.M))
     phony = set(re.search(r"^\.PHONY: (.*)$", makefile, re.M).group(1).split())  # type: ignore[union-attr]
     assert phony <= targets
-    named = {word for command in commands() if command.startswith("make ") for word in command.split()[1:2]}
+    named = {words[1] for _, words in commands() if words[0] == "make"}
     named |= set(re.findall(r"`make (\w+)", README + (ROOT / "CONTRIBUTING.md").read_text()))
     assert {"demo", "test"} <= named <= targets
-    scripts = PROJECT["project"]["scripts"]
-    called = {command.split()[0] for command in commands()} & {"pushstep", "pushstep-server"}
-    assert called <= set(scripts)
-    for name in scripts:
+    for name in PROJECT["project"]["scripts"]:
         assert Path(sys.executable).with_name(name).exists()
-    from pushstep.client.commands import app
-
-    subcommands = {info.name or info.callback.__name__ for info in app.registered_commands if info.callback}
-    named = {
-        c.split()[1] for c in commands() if c.startswith("pushstep ") and not c.split()[1].startswith("-")
-    }
-    assert named <= subcommands
 
 
-def test_python_blocks_compile() -> None:
-    assert blocks("python")
-    for block in blocks("python"):
-        compile(block, "README.md", "exec")
+def test_the_options_in_the_documents_exist() -> None:
+    """Of blocks that no test runs, too."""
+    group: Any = typer.main.get_command(app)
+    known = {name: options_of(each) for name, each in group.commands.items()}
+    servers = {option for action in parser()._actions for option in action.option_strings}
+    wrong = []
+    for block, words in commands():
+        if words[0] == "pushstep-server":
+            options = servers
+        elif words[0] == "pushstep" and not words[1].startswith("-"):
+            if words[1] not in known:
+                wrong.append(f"{block}: {words[1]}")
+            options = known.get(words[1], set())
+        else:
+            continue
+        used = {word.split("=")[0] for word in words if word.startswith("--")}
+        wrong += [f"{block}: {option}" for option in used - options - {"--help"}]
+    assert wrong == []
 
 
-def test_the_first_example_and_the_curl_lines_work(server: RunningServer, model_name: str) -> None:
-    """Every example that connects is run as it stands, but for the address and the model's name."""
-    runnable = [block for block in blocks("python") if "connect(" in block]
-    assert runnable
-    for block in runnable:
-        code = block.replace("localhost:7070", server.grpc).replace('"flights"', f'"{model_name}"')
-        done = subprocess.run(
-            [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr
-    assert "The push was applied and made version 10." in done.stdout
-    lines = [command for command in commands() if command.startswith("curl ")]
-    assert lines
-    files: dict[str, bytes] = {}
-    for line in lines:
-        for given, here in (
-            ("localhost:7071", server.http),
-            ("models/flights", f"models/{model_name}"),
-            ("name=another", f"name={model_name}-another"),
-        ):
-            line = line.replace(given, here)
-        answer = as_curl(line, files)
-        assert answer.status_code in (200, 201), (line, answer.text)
-    groups = server.rest("GET", f"/v1/models/{model_name}/param-groups").json()["param_groups"]
-    assert groups[0]["lr"] == 0.5
-
-
-def as_curl(line: str, files: dict[str, bytes]) -> httpx.Response:
-    """The request that a curl command line makes, for the few options that the README uses. Its files are `files`."""
-    method, headers, url, output = "GET", {}, "", ""
-    body: str | bytes | None = None
-    words = iter(shlex.split(line)[1:])
-    for word in words:
-        if word == "-X":
-            method = next(words)
-        elif word == "-H":
-            name, _, value = next(words).partition(":")
-            headers[name.strip()] = value.strip()
-        elif word == "-d":
-            body = next(words)
-            json.loads(body)
-            method = "POST" if method == "GET" else method
-        elif word == "--data-binary":
-            method, body = "POST", files[next(words).removeprefix("@")]
-        elif word == "-T":
-            method, body = "PUT", files[next(words)]
-        elif word == "-o":
-            output = next(words)
-        elif not word.startswith("-"):
-            url = word
-    answer = httpx.request(
-        method, f"http://{url}", headers=headers, content=body, timeout=20.0, trust_env=False
-    )
-    if output:
-        files[output] = answer.content
-    return answer
-
-
-def test_links_to_files_lead_somewhere() -> None:
-    for document in ("README.md", "CONTRIBUTING.md", "deploy/README.md"):
-        folder = (ROOT / document).parent
-        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", (ROOT / document).read_text()):
-            assert (folder / target).exists(), f"{document}: {target}"
+def options_of(command: Any) -> set[str]:
+    return {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
 
 
 def test_the_test_files_that_begin_first_are_there() -> None:

@@ -59,4 +59,4 @@ def read_blocks(page: Path) -> list[Block]:
 
 def pages() -> list[Path]:
     """Every page whose blocks are run."""
-    return sorted((ROOT / "docs").rglob("*.md"))
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

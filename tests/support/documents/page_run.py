@@ -76,6 +76,8 @@ class PageRun:
         self._home, self._state = self.folder / "home", self.folder / "state"
         for made in (self._home, self._state):
             made.mkdir(parents=True)
+        # an answer that is an error fails the block, also where a page's curl has no -f
+        (self._home / ".curlrc").write_text("fail\nsilent\nshow-error\n")
 
     def run(self, block: Block) -> str:
         """Run one block; what it has written. AssertionError, with all that it said, if it fails."""

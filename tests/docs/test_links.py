@@ -1,0 +1,49 @@
+"""Links between the repository's Markdown files: each leads to a file that is there, and to a heading in it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+
+from tests.support.source_tree import ROOT, name_of, tracked
+
+DOCUMENTS = {name_of(path): path for path in tracked() if path.suffix == ".md"}
+# Pages that are made when the site is built have no file to look at; tests/docs/test_site.py follows links to them.
+MADE = {"rest.md", "grpc.md", "settings.md", "metrics.md", "errors.md"}
+_LINK = re.compile(r"\]\((?!\w+:)([^)#\s]*)(?:#([^)\s]*))?\)")
+_FENCED = re.compile(r"^( *)```.*?^\1```$", re.MULTILINE | re.DOTALL)
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors of a page's headings, as GitHub and the site make them, and those that are written."""
+    found = set(re.findall(r'<a (?:id|name)="([^"]+)"', text))
+    for heading in re.findall(r"^#+ +(.+?)(?: +#+)?$", _FENCED.sub("", text), re.MULTILINE):
+        own = re.search(r"\{:? *#([\w-]+) *\}$", heading)
+        if own is not None:
+            found.add(own[1])
+        plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).lower()
+        found.add(re.sub(r"[^\w\- ]", "", plain).strip().replace(" ", "-"))
+    return found
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_every_link_leads_somewhere(name: str) -> None:
+    page = DOCUMENTS[name]
+    wrong = []
+    for target, anchor in _LINK.findall(_FENCED.sub("", page.read_text())):
+        file = Path(page.parent, unquote(target)).resolve() if target else page
+        if file.parent == ROOT / "docs" / "reference" and file.name in MADE:
+            continue
+        if not file.exists():
+            wrong.append(f"{target}: there is no such file")
+        elif anchor and file.suffix == ".md" and anchor not in anchors(file.read_text()):
+            wrong.append(f"{target}#{anchor}: there is no such heading")
+    assert wrong == []
+
+
+def test_anchors_are_those_of_headings() -> None:
+    page = '# Who may *do* what?\n```\n# no heading\n```\n## `keep` and [more](x.md)\n<a id="here"></a>\n### too_old\n'
+    assert anchors(page) == {"who-may-do-what", "keep-and-more", "here", "too_old"}
