@@ -33,6 +33,7 @@ MADE = {
 # Files outside of docs/ that are pages of the site.
 TAKEN_IN = {
     "deploy/METRICS.md": "reference/metrics.md",
+    "deploy/README.md": "deploying.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
 }

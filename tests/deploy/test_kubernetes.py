@@ -17,7 +17,7 @@ import yaml
 from pushstep.proto.environment import OF_CLIENTS, SETTINGS
 from pushstep.server.config import Config
 from tests.deploy.test_deploy import README, environment, of, options_of
-from tests.support.servers.deployed import (
+from tests.support.deployments.deployed import (
     DEPLOY,
     deployed,
     free_port,

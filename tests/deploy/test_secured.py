@@ -25,7 +25,7 @@ from tests.deploy.test_deploy import (
     healthchecks,
 )
 from tests.deploy.test_watching import Prometheus
-from tests.support.servers.deployed import (
+from tests.support.deployments.deployed import (
     NAMES,
     SERVER,
     Deployed,

@@ -19,7 +19,7 @@ import pytest
 from pushstep.proto.environment import SETTINGS
 from pushstep.server.process.exit_status import ExitStatus
 from tests.deploy.test_deploy import README
-from tests.support.servers.deployed import (
+from tests.support.deployments.deployed import (
     DEPLOY,
     NAMES,
     Deployed,
