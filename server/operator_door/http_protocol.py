@@ -28,6 +28,10 @@ from ..streams.timed_messages import PROGRESS_BYTES
 BODY_STALLS: Final = 4
 # Of a file, in that time: as a stream of workers.
 BODY_PROGRESS_BYTES: Final = BODY_STALLS * PROGRESS_BYTES
+# Of a body whose request is refused before it is there: uvicorn reads and drops it, so that the connection goes on. Beyond so
+# many bytes the connection ends, or a refused caller could send without an end, and have all of it decrypted.
+MOST_UNWANTED_BYTES: Final = 1 << 20
+LAST_LOOK_S: Final = 1.0
 MAX_HEAD_BYTES: Final = 16 << 10
 # Connections without a request under way, the longest idle first. They are ended to make room for new ones.
 Idle = dict["HttpProtocol", None]
@@ -54,6 +58,9 @@ class HttpProtocol(H11Protocol):
         self._idle = idle
         self._stall_s = stall_s
         self._waits_for = ""
+        # of a body behind its answer, which nobody reads
+        self._unwanted_bytes = 0
+        self._is_ending = False
         # bytes that came since the timer began
         self._came_bytes = 0
         self._timer: asyncio.TimerHandle | None = None
@@ -69,11 +76,29 @@ class HttpProtocol(H11Protocol):
     def data_received(self, data: bytes) -> None:
         """Bytes have arrived."""
         self._came_bytes += len(data)
+        if self._is_refused():
+            self._unwanted_bytes += len(data)
+            if self._unwanted_bytes > MOST_UNWANTED_BYTES:
+                self._end_unread()
+                return
         super().data_received(data)
         self._look()
 
+    def _is_refused(self) -> bool:
+        """True while a body comes whose request was answered before it was there."""
+        is_answered = self.cycle is not None and self.cycle.response_complete
+        return is_answered and self.conn.their_state is h11.SEND_BODY
+
+    def _end_unread(self) -> None:
+        """Take nothing more, and end the connection once the caller has had time to read its answer."""
+        if not self._is_ending:
+            self._is_ending = True
+            self.transport.pause_reading()
+            self.loop.call_later(LAST_LOOK_S, self.transport.abort)
+
     def on_response_complete(self) -> None:
         """A request has been answered. The next one may have arrived already."""
+        self._unwanted_bytes = 0
         super().on_response_complete()
         self._look()
         self._watch_reader()

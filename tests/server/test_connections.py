@@ -140,6 +140,19 @@ def test_a_request_of_two_ends_takes_nothing_along(quick: RunningServer, order: 
         assert answer.count(b"HTTP/1.1") == 1
 
 
+@pytest.mark.parametrize("path", ["/v1/models/m/hooks", "/nowhere"])
+def test_a_refused_body_is_not_read_without_an_end(quick: RunningServer, path: str) -> None:
+    """It is answered at once; of a GB only what the system's buffers hold goes out, and what is read to be polite."""
+    with untouched(quick, MODEL), connected(quick) as connection:
+        connection.sendall(request(path, "POST", Content_Length=1 << 30))
+        sent = 0
+        with contextlib.suppress(OSError):
+            while sent < 1 << 30:
+                sent += connection.send(bytes(1 << 20))
+        assert sent < 64 << 20
+        assert problem(received(connection)) == (413, "message_too_large")
+
+
 def test_idle_connections_make_room_for_new_ones(quick: RunningServer) -> None:
     """More than there may be, of which none sends a byte: whoever comes is served, and the oldest go first."""
     with contextlib.ExitStack() as stack:
