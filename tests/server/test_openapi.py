@@ -8,9 +8,9 @@ import pytest
 
 from pushstep.proto.errors import CATALOGUE
 from pushstep.server.operator_door.examples import ANSWERS
+from tests.support.access.schema_runs import DELETE_MODEL, described, run_schemathesis
 from tests.support.servers.harness import RunningServer, running_server
 from tests.support.servers.operators import add_hook, take_snapshot
-from tests.support.servers.schema_runs import DELETE_MODEL, described, run_schemathesis
 from tests.support.workers.wire import created
 
 

@@ -13,10 +13,10 @@ import pytest
 from pushstep.client import Outcome, connect
 from pushstep.proto.errors import PushstepError
 from pushstep.server.access.roles import Role
+from tests.support.access.schema_runs import DELETE_MODEL, run_schemathesis
 from tests.support.access.secured import TokenFile
 from tests.support.servers.harness import RunningServer, running_server
 from tests.support.servers.operators import add_hook, take_snapshot
-from tests.support.servers.schema_runs import DELETE_MODEL, run_schemathesis
 from tests.support.workers.wire import PARAMETERS, created
 
 MODEL, TRAINER = "m", "trainer"
