@@ -30,6 +30,8 @@ LONG_FIRST = (
     "optim/test_cuda.py",
     "optim/test_process.py",
     "system/test_remote_snapshots.py",
+    "docs/test_blocks.py",
+    "page/test_page.py",
     "system/test_starvation.py",
     "client/test_attach_undone.py",
     "client/test_session_life.py",
@@ -44,6 +46,7 @@ LONG_FIRST = (
     "client/test_demo_end_to_end.py",
     "system/test_exports.py",
     "server/test_openapi.py",
+    "server/test_openapi_roles.py",
     "client/test_trainings.py",
 )
 
