@@ -29,7 +29,9 @@ WITHOUT_CURL := $(if $(shell sh -c 'command -v curl'),, and not curl)
 # Nor those that make secrets, without openssl; nor those that render the chart, where there is no Helm for this machine.
 WITHOUT_OPENSSL := $(if $(shell sh -c 'command -v openssl'),, and not openssl)
 HELM := $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),$(BIN)/helm)
-WITHOUT := $(WITHOUT_PROMETHEUS)$(WITHOUT_CHROMIUM)$(WITHOUT_CURL)$(WITHOUT_OPENSSL)$(if $(HELM),, and not helm)
+# Nor the worker in JavaScript, without Node.js.
+WITHOUT_NODE := $(if $(shell sh -c 'command -v node && command -v npm'),, and not node)
+WITHOUT := $(WITHOUT_NODE)$(WITHOUT_PROMETHEUS)$(WITHOUT_CHROMIUM)$(WITHOUT_CURL)$(WITHOUT_OPENSSL)$(if $(HELM),, and not helm)
 # A file's tests stay together: they share what its fixtures start. One process more than cores, since many tests wait.
 # tests/conftest.py has the long files begin first.
 test: setup $(HELM)

@@ -1,10 +1,10 @@
 """Accelerate with two processes: each pushes its own gradients, and the server takes one step of their mean for both.
 
     pushstep-server &
-    accelerate launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no accelerate_two.py [SERVER]
+    accelerate launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no accelerate_two.py [SERVER | local]
 
 The data is sharded and the optimizer prepared by Accelerate. The network stays as it is: `prepare` would wrap it in
-DistributedDataParallel, and no rank needs to wait for the other's gradients. `--local` does use DistributedDataParallel.
+DistributedDataParallel, and no rank needs to wait for the other's gradients. `local` does use DistributedDataParallel.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from pushstep.client import connect
 
-local = "--local" in sys.argv
-server = next((word for word in sys.argv[1:] if not word.startswith("--")), "localhost:7070")
+server = sys.argv[1] if len(sys.argv) > 1 else "localhost:7070"
+local = server == "local"
 
 torch.manual_seed(0)
 inputs = torch.randn(256, 8)

@@ -1,7 +1,7 @@
-"""Hugging Face's Trainer: the attached optimizer is given by `optimizers=`. `--local` takes torch's own steps instead.
+"""Hugging Face's Trainer: the attached optimizer is given by `optimizers=`. `local` takes torch's own steps instead.
 
     pushstep-server &
-    python hf_trainer.py [SERVER] [--local]
+    python hf_trainer.py [SERVER | local]
 
 The network is made from a configuration, so nothing is fetched.
 """
@@ -17,8 +17,8 @@ from transformers import BertConfig, BertForSequenceClassification, Trainer, Tra
 
 from pushstep.client import connect
 
-local = "--local" in sys.argv
-server = next((word for word in sys.argv[1:] if not word.startswith("--")), "localhost:7070")
+server = sys.argv[1] if len(sys.argv) > 1 else "localhost:7070"
+local = server == "local"
 
 torch.manual_seed(0)
 words = torch.randint(0, 20, (64, 6))

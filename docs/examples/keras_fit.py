@@ -1,7 +1,7 @@
-"""Keras's `compile` and `fit` on its torch backend. `--local` takes Keras's own steps instead.
+"""Keras's `compile` and `fit` on its torch backend. `local` takes Keras's own steps instead.
 
-    pushstep-server &
-    python keras_fit.py [SERVER] [--local]
+pushstep-server &
+python keras_fit.py [SERVER | local]
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import numpy as np
 from pushstep.client import connect
 from pushstep.client.keras import attach
 
-local = "--local" in sys.argv
-server = next((word for word in sys.argv[1:] if not word.startswith("--")), "localhost:7070")
+server = sys.argv[1] if len(sys.argv) > 1 else "localhost:7070"
+local = server == "local"
 
 keras.utils.set_random_seed(0)
 inputs = np.random.default_rng(0).normal(size=(256, 8)).astype(np.float32)

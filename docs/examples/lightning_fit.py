@@ -1,7 +1,7 @@
-"""Lightning's Trainer, with clipping, a scheduler and checkpoints of its own. `--local` takes torch's own steps instead.
+"""Lightning's Trainer, with clipping, a scheduler and checkpoints of its own. `local` takes torch's own steps instead.
 
-    pushstep-server &
-    python lightning_fit.py [SERVER] [--local]
+pushstep-server &
+python lightning_fit.py [SERVER | local]
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from pushstep.client import connect
 
-local = "--local" in sys.argv
-server = next((word for word in sys.argv[1:] if not word.startswith("--")), "localhost:7070")
+server = sys.argv[1] if len(sys.argv) > 1 else "localhost:7070"
+local = server == "local"
 
 
 class Regression(lightning.LightningModule):

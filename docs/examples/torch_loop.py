@@ -1,7 +1,7 @@
-"""A plain torch loop. `--local` takes torch's own steps instead.
+"""A plain torch loop. `local` takes torch's own steps instead.
 
-    pushstep-server &
-    python torch_loop.py [SERVER] [--local]
+pushstep-server &
+python torch_loop.py [SERVER | local]
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from torch import nn
 
 from pushstep.client import connect
 
-local = "--local" in sys.argv
-server = next((word for word in sys.argv[1:] if not word.startswith("--")), "localhost:7070")
+server = sys.argv[1] if len(sys.argv) > 1 else "localhost:7070"
+local = server == "local"
 
 torch.manual_seed(0)
 inputs = torch.randn(256, 8)

@@ -1,7 +1,7 @@
-"""torchrun with two ranks, and no wrapper around the network. `--local` uses DistributedDataParallel instead.
+"""torchrun with two ranks, and no wrapper around the network. `local` uses DistributedDataParallel instead.
 
-    pushstep-server &
-    torchrun --standalone --nproc-per-node 2 torchrun_two.py [SERVER] [--local]
+pushstep-server &
+torchrun --standalone --nproc-per-node 2 torchrun_two.py [SERVER | local]
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pushstep.client import connect
 
-local = "--local" in sys.argv
-server = next((word for word in sys.argv[1:] if not word.startswith("--")), "localhost:7070")
+server = sys.argv[1] if len(sys.argv) > 1 else "localhost:7070"
+local = server == "local"
 
 dist.init_process_group("gloo")
 rank, ranks = dist.get_rank(), dist.get_world_size()

@@ -1,16 +1,16 @@
 // A worker in JavaScript: stock gRPC, the service's .proto files, and nothing of pushstep's.
 //
 //     npm ci
-//     node train.mjs PROTO [SERVER] [--local]
+//     node train.mjs PROTO [SERVER | local]
 //
 // PROTO is the folder that has `pushstep/proto/*.proto`. It fits a line to points, and creates its model if there is none.
-// `--local` takes the same Adagrad steps here, in doubles.
+// `local` takes the same Adagrad steps here, in doubles.
 
 import grpc from "@grpc/grpc-js";
 import loader from "@grpc/proto-loader";
 
-const local = process.argv.includes("--local");
-const [proto, server = "localhost:7070"] = process.argv.slice(2).filter((word) => !word.startsWith("--"));
+const [proto, server = "localhost:7070"] = process.argv.slice(2);
+const local = server === "local";
 const LR = 0.5;
 const FLOAT32 = "DTYPE_FLOAT32";
 
@@ -76,7 +76,7 @@ class Worker {
       ]);
     }
     this.member = answer.member;
-    this.sequence = Number(this.member.identity.sequence);
+    this.sequence = Number(this.member.identity.sequence ?? 0);
     this.version = this.member.version;
   }
 

@@ -1,0 +1,88 @@
+"""The scripts of `docs/examples`: each ends at the loss of its local run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.servers.harness import RunningServer, running_server
+
+EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
+BIN = Path(sys.executable).parent
+ONE_PERCENT = 0.01
+LAUNCHERS: dict[str, list[str | Path]] = {
+    "python": [sys.executable],
+    "torchrun": [BIN / "torchrun", "--standalone", "--nproc-per-node", "2"],
+    "accelerate": [
+        BIN / "accelerate", "launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
+        "--mixed_precision", "no", "--dynamo_backend", "no",
+    ],
+}  # fmt: skip
+# by script: what starts it, and by how much its loss may differ
+SCRIPTS: dict[str, tuple[str, float]] = {
+    "torch_loop.py": ("python", 0.0),
+    "lightning_fit.py": ("python", 0.0),
+    "hf_trainer.py": ("python", 0.0),
+    "keras_fit.py": ("python", ONE_PERCENT),
+    "accelerate_two.py": ("accelerate", ONE_PERCENT),
+    "torchrun_two.py": ("torchrun", ONE_PERCENT),
+}
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> object:
+    """A server in which no model has the name of an example's yet."""
+    with running_server(tmp_path_factory.mktemp("examples") / "data") as running:
+        yield running
+
+
+def loss_of(command: list[str | Path], folder: Path, environment: dict[str, str] | None = None) -> float:
+    # one thread: the networks are too small for more
+    known = {**os.environ, "OMP_NUM_THREADS": "1", "KERAS_HOME": str(folder), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=250, check=False, cwd=folder, env=known
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("loss ")]
+    return float(line.split()[1])
+
+
+def test_each_script_is_in_the_table() -> None:
+    assert {path.name for path in EXAMPLES.glob("*.py")} == set(SCRIPTS)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_it_ends_at_the_loss_of_its_local_run(script: str, served: RunningServer, tmp_path: Path) -> None:
+    launcher, differs = SCRIPTS[script]
+    command = [*LAUNCHERS[launcher], EXAMPLES / script]
+    remote = loss_of([*command, served.grpc], tmp_path)
+    assert remote == pytest.approx(loss_of([*command, "local"], tmp_path), rel=differs, abs=0.0)
+    model = script.removesuffix(".py").replace("_", "-")
+    assert served.rest("GET", f"/v1/models/{model}").json()["version"] > 0
+
+
+@pytest.mark.node
+@pytest.mark.timeout(600)
+def test_a_worker_in_javascript(served: RunningServer, tmp_path: Path) -> None:
+    for name in ("package.json", "package-lock.json", "train.mjs"):
+        shutil.copy(EXAMPLES / "node" / name, tmp_path)
+    cache = {**os.environ, "npm_config_cache": str(tmp_path / "cache"), "npm_config_update_notifier": "false"}
+    installed = subprocess.run(
+        ["npm", "ci", "--no-audit", "--no-fund"],
+        capture_output=True, text=True, timeout=250, check=False, cwd=tmp_path, env=cache,
+    )  # fmt: skip
+    assert installed.returncode == 0, installed.stderr
+    protos = tmp_path / "protos" / "pushstep"
+    protos.mkdir(parents=True)
+    (protos / "proto").symlink_to(EXAMPLES.parents[1] / "proto")
+    command: list[str | Path] = ["node", tmp_path / "train.mjs", tmp_path / "protos"]
+    remote = loss_of([*command, served.grpc], tmp_path)
+    local = loss_of([*command, "local"], tmp_path)
+    assert abs(remote - local) < ONE_PERCENT * max(local, 1e-4)
+    assert served.rest("GET", "/v1/models/node").json()["version"] == 40
