@@ -69,11 +69,13 @@ def test_every_block_runs(
     own = any(block.language == "bash" and STARTS_A_SERVER.search(block.text) for block in blocks)
     server = None if own else request.getfixturevalue("shared_server")
     grpc, http = (server.grpc, server.http) if server is not None else (free_address(), free_address())
-    with page_run(tmp_path, *commands, grpc, http) as run:
-        for block in blocks:
-            run.run(block)
-    if server is not None:
-        forget_models(server)
+    try:
+        with page_run(tmp_path, *commands, grpc, http) as run:
+            for block in blocks:
+                run.run(block)
+    finally:
+        if server is not None:
+            forget_models(server)
 
 
 def forget_models(server: RunningServer) -> None:
