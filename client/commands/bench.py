@@ -193,8 +193,8 @@ def _parameter(size: int) -> torch.nn.Parameter:
     """A parameter and its gradient."""
     import torch
 
-    made = torch.nn.Parameter(torch.randn(size))
-    made.grad = torch.randn(size) * 0.01
+    made = torch.nn.Parameter(torch.randn(size, dtype=torch.float32, device="cpu"))
+    made.grad = torch.randn(size, dtype=torch.float32, device="cpu") * 0.01
     return made
 
 

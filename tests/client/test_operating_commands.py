@@ -102,7 +102,7 @@ DONE: dict[str, tuple[list[str], str, tuple[str, Callable[[Any], bool]]]] = {
     "a hook": (
         ["hooks", "MODEL", "--add", "clip_grad_norm", "--set", "max_norm=1.5"],
         "clip_grad_norm-1 was added",
-        ("hooks", lambda shown: shown["hooks"][0]["settings"] == {"max_norm": 1.5}),
+        ("hooks", lambda shown: shown["hooks"][0]["settings"]["max_norm"] == 1.5),
     ),
     "a policy": (
         ["policy", "MODEL", "--set", "policy=sync", "--set", "min_workers=1"],
@@ -154,7 +154,8 @@ def test_what_is_done_and_what_would_be(
 def test_a_hook_is_changed_and_removed(run: Callable[..., Result], model: str) -> None:
     made = json.loads(done(run("hooks", model, "--add", "clip_grad_norm", "--set", "max_norm=1", "--json")))
     assert "was changed" in done(run("hooks", model, "--change", made["id"], "--set", "max_norm=2"))
-    assert '{"max_norm": 2.0}' in done(run("hooks", model))
+    (shown,) = json.loads(done(run("hooks", model, "--json")))["hooks"]
+    assert shown["settings"]["max_norm"] == 2.0
     assert "was removed" in done(run("hooks", model, "--remove", made["id"]))
 
 

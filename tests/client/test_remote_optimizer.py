@@ -36,7 +36,7 @@ def test_it_is_an_optimizer(server: RunningServer, model_name: str) -> None:
     assert len(remote.param_groups) == 1
     assert remote.param_groups[0] is original.param_groups[0]
     assert [id(p) for p in remote.param_groups[0]["params"]] == [id(p) for p in twins.model.parameters()]
-    assert model_name in repr(remote) and "lr: 0.7" in repr(remote)
+    assert model_name in repr(remote) and "lr=0.7" in repr(remote)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])

@@ -102,9 +102,11 @@ def test_an_added_group_is_kept_before_it_is_answered(level: str, data: Path) ->
     with running_server(data) as again:
         after = state_of(again, "m")
         differs = {key for key in before if before[key] != after[key]}
-        assert differs <= ({"timeline"} if level == "applied" else set())
+        # the ETags of the groups name the timeline, and a crash at `applied` begins one
+        assert differs == ({"timeline", "groups"} if level == "applied" else set())
         shown = again.rest("GET", "/v1/models/m/param-groups/2").json()
-        assert (shown["params"], shown["etag"]) == (made["params"], made["etag"])
+        assert shown["params"] == made["params"]
+        assert (shown["etag"] == made["etag"]) == (level != "applied")
 
 
 @pytest.mark.parametrize("how", ["stop", "kill"])

@@ -13,7 +13,7 @@ from pushstep.proto.types_pb2 import Identity, Manifest, Parameter
 from pushstep.proto.wire import layout, parts
 from pushstep.proto.wire.frames import MAX_CHUNK_BYTES, MAX_MESSAGE_BYTES
 from pushstep.proto.wire.limits import limit_of
-from pushstep.server.access import attempts, tokens
+from pushstep.server.access import attempts, request_rate, tokens
 from pushstep.server.arenas import publisher as publish
 from pushstep.server.config import Config
 from pushstep.server.coordinator import sessions as session
@@ -137,6 +137,7 @@ EXPECTED = {
     + "; "
     + f"{(GRPC['grpc.keepalive_time_ms'] + GRPC['grpc.keepalive_timeout_ms']) / 1000:g} s",
     "headers of a call": size(GRPC["grpc.absolute_max_metadata_size"]),
+    "HTTP requests of one token": f"{request_rate.FREE:,} at once, and {request_rate.PER_S:g} in each second",
     "requests without a right token": f"{attempts.FREE_ATTEMPTS:,}; {attempts.PER_S:g}",
     "addresses of which that is known": f"{attempts.MOST_ADDRESSES:,}; {tokens.MOST_TOKENS:,}",
     "a TLS handshake at the HTTP port": "`--stall-s`",
