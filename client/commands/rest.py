@@ -49,7 +49,7 @@ class Answer:
         # of the body, as far as it is not read yet; None if the server has not said
         self.length = response.length
 
-    def read(self, size_bytes: int = -1) -> bytes:
+    def read(self, size_bytes: int | None = None) -> bytes:
         """So many of the next bytes, fewer only at the end; all by default."""
         with _network(self._http_url):
             return self._response.read(size_bytes)
