@@ -29,6 +29,17 @@ with socket.socket(socket.AF_UNIX) as caller:
     status = int(caller.recv(16) or b"1")
 sys.exit(status if status >= 0 else 128 - status)
 """
+# Most of what commands import when they run, and what the first optimizer of a page's Python does.
+_IMPORTS = (
+    "torch._dynamo",
+    "pushstep.client.session",
+    "pushstep.client.commands",
+    "pushstep.client.commands.rest",
+    "pydantic.main",
+    "rich.live",
+    "rich.progress",
+    "rich.table",
+)
 _CODE = "import sys\nfrom pushstep.client.commands import main\nsys.argv[0] = 'pushstep'\nmain()\n"
 
 
@@ -37,7 +48,7 @@ class CommandShim:
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._origin = Origin("torch", "pushstep.client", "pushstep.client.commands")
+        self._origin = Origin(*_IMPORTS)
         self._listening = socket.socket(socket.AF_UNIX)
         path = str(folder / "pushstep.sock")
         self._listening.bind(path)
