@@ -290,14 +290,19 @@ def test_top_goes_on_when_the_server_comes_again(tmp_path: Path) -> None:
         env=environment,
     ) as process:
         os.close(theirs)
-        read_until(ours, "kept")
-        server.stop()
-        read_until(ours, "no pushstep server answers")
-        again = start_server(tmp_path, "--grpc", server.grpc)
-        read_until(ours, "live workers: 0")
-        process.send_signal(signal.SIGINT)
-        while read_some(ours):
-            pass
+        try:
+            read_until(ours, "kept")
+            server.stop()
+            read_until(ours, "no pushstep server answers")
+            again = start_server(tmp_path, "--grpc", server.grpc)
+            again.connect("another").create({"w": np.zeros(4, np.float32)})
+            read_until(ours, "another")
+            process.send_signal(signal.SIGINT)
+            while read_some(ours):
+                pass
+        except BaseException:
+            process.kill()  # it waits for somebody to read
+            raise
     os.close(ours)
     assert process.returncode == 0
     assert again.stop() == 0
