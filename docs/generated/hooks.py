@@ -10,7 +10,6 @@ import re
 import tempfile
 from pathlib import Path
 from posixpath import normpath, relpath
-from typing import Any
 
 import errors_reference
 import grpc_reference
@@ -53,20 +52,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     for name in PACKAGES:
         (package / name).symlink_to(ROOT / name)
     config.plugins["mkdocstrings"].config.handlers["python"]["paths"] = [folder.name]
-    config.nav = _there(config.nav)
     return config
-
-
-def _there(entries: list[Any]) -> list[Any]:
-    """The entries of `nav` whose pages are there."""
-    kept: list[Any] = []
-    for entry in entries:
-        title, page = next(iter(entry.items())) if isinstance(entry, dict) else (None, entry)
-        if isinstance(page, list):
-            kept += [{title: inside}] if (inside := _there(page)) else []
-        elif page in MADE or page in TAKEN_IN.values() or (ROOT / "docs" / page).exists():
-            kept.append(entry)
-    return kept
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

@@ -34,7 +34,7 @@ def page() -> str:
     ]
     return (
         _HEAD
-        + table(["option", "variable", "key", "takes", "default", "what it is"], rows)
+        + table(["option, variable, key", "takes", "default", "what it is"], rows)
         + "## Options that are no settings\n\n"
         + table(["option", "what it does"], others)
     )
@@ -43,10 +43,9 @@ def page() -> str:
 def _row(name: str, field: FieldInfo) -> list[str]:
     option = f"--{name.replace('_', '-')}"
     only_environment = name == "tokens"  # a secret among arguments is seen by everybody on the machine
+    names = [*([] if only_environment else [f"`{option}`"]), f"`PUSHSTEP_{name.upper()}`", f"`{name}`"]
     return [
-        f'<a id="{name}"></a>' + ("none" if only_environment else f"`{option}`"),
-        f"`PUSHSTEP_{name.upper()}`",
-        f"`{name}`",
+        f'<a id="{name}"></a>' + "<br>".join(names),
         " ".join([_type(field.annotation), *_bounds(field)]),
         _default(field),
         cell(field.description or ""),
