@@ -18,6 +18,7 @@ from typing import Any, Final
 
 import keras
 import numpy as np
+import torch
 
 from pushstep.optim import keras as steps
 from pushstep.proto.errors import UnsupportedModule
@@ -90,6 +91,8 @@ class KerasOptimizer(keras.optimizers.Optimizer):  # type: ignore[misc]
 
     def build(self, variables: Sequence[keras.Variable]) -> None:
         """Attach: create the model on the server from the variables, or take its values."""
+        if self._options.get("edits") != "upload":
+            _require_unconstrained(variables)
         super().build(variables)
         parameters = [variable.value for variable in variables]
         groups: list[dict[str, Any]] = []
@@ -127,6 +130,14 @@ class KerasOptimizer(keras.optimizers.Optimizer):  # type: ignore[misc]
         self.remote.step()
         self._take_lr()
 
+    def scale_loss(self, loss: Any) -> Any:
+        """See Keras. What it calls before backward."""
+        if torch.compiler.is_compiling():
+            raise UnsupportedModule(
+                problem="jit_compile=True compiles the update, too, which the server does: leave it out of compile()"
+            )
+        return super().scale_loss(loss)
+
     def _take_lr(self) -> None:
         """Show what an operator, or another worker, has set. A schedule goes on as it is: it sets the next one."""
         lr = float(self.remote.param_groups[0]["lr"])
@@ -155,10 +166,14 @@ class KerasOptimizer(keras.optimizers.Optimizer):  # type: ignore[misc]
 
 
 def names_of(variables: Sequence[keras.Variable]) -> list[str]:
-    """Names for the server, the same for each worker and each time a model is made: Keras numbers its layers on and on."""
+    """Names for the server, the same for each worker and each time a model is made or loaded.
+
+    Of Keras's paths the layer and the variable are taken: Keras numbers layers on and on, and a model that was loaded or
+    cloned lacks the outer parts.
+    """
     names, seen = list[str](), Counter[str]()
     for variable in variables:
-        name = "/".join(_NUMBERED.sub("", part) for part in variable.path.split("/"))
+        name = "/".join(_NUMBERED.sub("", part) for part in variable.path.split("/")[-2:])
         seen[name] += 1
         names.append(name if seen[name] == 1 else f"{name}.{seen[name]}")
     return names
@@ -172,9 +187,19 @@ def _require_supported(optimizer: Any, rule: Any) -> None:
         problem = f"Keras runs on {keras.backend.backend()}: set KERAS_BACKEND=torch before it is imported"
     elif rule is None or not kind.__module__.startswith("keras."):
         problem = f"{kind.__name__} is not a rule that the server steps; use Keras's own Adadelta or Adagrad"
-    elif optimizer.built:
+    elif optimizer.built and int(optimizer.iterations.numpy()):
         problem = "it has stepped already, and its state would be lost: attach a new one"
     elif optimizer.use_ema:
         problem = "use_ema writes the averages over the parameters of this worker alone: use an ema hook"
     if problem:
         raise UnsupportedModule(problem=problem)
+
+
+def _require_unconstrained(variables: Sequence[keras.Variable]) -> None:
+    """Raise UnsupportedModule for a variable that Keras writes to after each update, behind the server's back."""
+    for variable in variables:
+        if variable.constraint is not None:
+            raise UnsupportedModule(
+                problem=f"{type(variable.constraint).__name__} writes to {variable.path} after each update, which the server "
+                'does not see: with attach(..., edits="upload") the next step sends it'
+            )

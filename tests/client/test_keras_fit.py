@@ -166,6 +166,61 @@ def test_a_saved_model_has_the_local_optimizer(
         np.testing.assert_array_equal(one, other)
 
 
+def test_a_loaded_model_goes_on_where_it_was(server: RunningServer, model_name: str, tmp_path: Path) -> None:
+    """Its variables have other paths than they had, and its optimizer is made, but has not stepped."""
+    local, losses, _ = fitted(MAKES["Adagrad"](), epochs=4)
+    with server.connect(model_name) as session:
+        model, *_ = fitted(attach(session, MAKES["Adagrad"]()))
+        model.save(tmp_path / "m.keras")
+    with pytest.warns(UserWarning, match="Skipping variable loading"):
+        loaded = keras.saving.load_model(tmp_path / "m.keras")
+    assert [each.path for each in loaded.trainable_variables] != [
+        each.path for each in model.trainable_variables
+    ]
+    optimizer = attach(server.connect(model_name), loaded.optimizer)
+    loaded.compile(optimizer=optimizer, loss="mse")
+    loss = loaded.fit(X, Y, batch_size=16, verbose=0, shuffle=False).history["loss"]
+    same((loaded, loss, loaded.get_weights()), (local, losses[3:], local.get_weights()))
+    assert optimizer.last_receipt.version == 16
+
+
+CONSTRAINED: dict[str, Callable[[], Any]] = {
+    "non-negative": lambda: keras.constraints.NonNeg(),
+    "of unit norm": lambda: keras.constraints.UnitNorm(),
+}
+
+
+@pytest.mark.parametrize("constraint", CONSTRAINED)
+def test_a_constraint_needs_uploads(server: RunningServer, model_name: str, constraint: str) -> None:
+    """Refused before a model is made: Keras writes to the variable after each update."""
+
+    def constrained(optimizer: Any) -> tuple[Any, list[float], list[Any]]:
+        keras.utils.set_random_seed(1)
+        dense = keras.layers.Dense(1, kernel_constraint=CONSTRAINED[constraint]())
+        model = keras.Sequential([keras.Input((6,)), dense])
+        model.compile(optimizer=optimizer, loss="mse")
+        done = model.fit(X, Y, batch_size=16, verbose=0, shuffle=False)
+        return model, done.history["loss"], model.get_weights()
+
+    make = MAKES["Adagrad"]
+    with pytest.raises(UnsupportedModule, match=r'dense.*/kernel after each update.* edits="upload"'):
+        constrained(attach(server.connect(model_name), make()))
+    assert server.rest("GET", f"/v1/models/{model_name}").status_code == 404
+    session = server.connect(model_name, "w1")
+    same(constrained(attach(session, make(), edits="upload")), constrained(make()))
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler warns of itself and of Keras
+def test_a_compiled_step_is_refused_in_words(server: RunningServer, model_name: str) -> None:
+    model = network()
+    model.compile(
+        optimizer=attach(server.connect(model_name), MAKES["Adagrad"]()), loss="mse", jit_compile=True
+    )
+    with pytest.raises(UnsupportedModule, match="jit_compile=True compiles the update"):
+        model.fit(X, Y, verbose=0)
+    assert server.rest("GET", f"/v1/models/{model_name}").json()["version"] == 0
+
+
 @pytest.mark.parametrize("edits", ["sample", "upload"])
 def test_weights_that_are_loaded_are_seen(server: RunningServer, model_name: str, edits: Any) -> None:
     optimizer = attach(server.connect(model_name), MAKES["Adagrad"](), edits=edits)
@@ -180,9 +235,7 @@ def test_weights_that_are_loaded_are_seen(server: RunningServer, model_name: str
 
 
 def stepped() -> Any:
-    made = optimizers.Adagrad()
-    made.build(network().trainable_variables)
-    return made
+    return fitted(optimizers.Adagrad(), epochs=1)[0].optimizer
 
 
 class Mine(optimizers.Adagrad):
