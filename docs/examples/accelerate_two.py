@@ -1,9 +1,9 @@
 """Accelerate with two processes: each pushes its own gradients, and the server takes one step of their mean for both.
 
     pushstep-server &
-    accelerate launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no accelerate_two.py [SERVER | local]
+    torchrun --standalone --nproc-per-node 2 accelerate_two.py [SERVER | local]
 
-The data is sharded and the optimizer prepared by Accelerate. The network stays as it is: `prepare` would wrap it in
+With GPUs `accelerate launch` starts it as well; with `--cpu` that would start one process only. The data is sharded and the optimizer prepared by Accelerate. The network stays as it is: `prepare` would wrap it in
 DistributedDataParallel, and no rank needs to wait for the other's gradients. `local` does use DistributedDataParallel.
 """
 
