@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import subprocess
@@ -25,6 +26,7 @@ SCRIPTS: dict[str, tuple[str, float, int]] = {
     "lightning_fit.py": ("python", 0.0, 32),
     "hf_trainer.py": ("python", 0.0, 16),
     "keras_fit.py": ("python", ONE_PERCENT, 32),
+    "mlx_arrays.py": ("python", ONE_PERCENT, 32),
     "accelerate_two.py": ("torchrun", ONE_PERCENT, 32),
     "torchrun_two.py": ("torchrun", ONE_PERCENT, 32),
 }
@@ -35,6 +37,12 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> object:
     """A server in which no model has the name of an example's yet."""
     with running_server(tmp_path_factory.mktemp("examples") / "data") as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where local runs write, whichever test asks for their loss first."""
+    return tmp_path_factory.mktemp("local")
 
 
 def loss_of(command: list[str | Path], folder: Path, environment: dict[str, str] | None = None) -> float:
@@ -48,19 +56,46 @@ def loss_of(command: list[str | Path], folder: Path, environment: dict[str, str]
     return float(line.split()[1])
 
 
-def test_each_script_is_in_the_table() -> None:
+def command_of(script: str, launcher: str) -> list[str | Path]:
+    return [*LAUNCHERS[launcher], EXAMPLES / script]
+
+
+@functools.cache
+def local_loss_of(script: str, folder: Path) -> float:
+    return loss_of([*command_of(script, SCRIPTS[script][0]), "local"], folder)
+
+
+def version_of(served: RunningServer, model: str) -> int:
+    return int(served.rest("GET", f"/v1/models/{model}").json()["version"])
+
+
+def test_each_script_is_in_the_table_and_on_the_page() -> None:
     assert {path.name for path in EXAMPLES.glob("*.py")} == set(SCRIPTS)
+    said = (EXAMPLES / "README.md").read_text().splitlines()
+    for script, (launcher, *_) in SCRIPTS.items():
+        words = [launcher, *LAUNCHERS[launcher][1:], f"docs/examples/{script}"]
+        assert " ".join(map(str, words)) in said
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_it_ends_at_the_loss_of_its_local_run(script: str, served: RunningServer, tmp_path: Path) -> None:
+def test_it_ends_at_the_loss_of_its_local_run(
+    script: str, served: RunningServer, tmp_path: Path, kept: Path
+) -> None:
     launcher, differs, versions = SCRIPTS[script]
-    command = [*LAUNCHERS[launcher], EXAMPLES / script]
-    remote = loss_of([*command, served.grpc], tmp_path)
-    assert remote == pytest.approx(loss_of([*command, "local"], tmp_path), rel=differs, abs=0.0)
-    model = script.removesuffix(".py").replace("_", "-")
-    assert served.rest("GET", f"/v1/models/{model}").json()["version"] == versions
+    remote = loss_of([*command_of(script, launcher), served.grpc], tmp_path)
+    assert remote == pytest.approx(local_loss_of(script, kept), rel=differs, abs=0.0)
+    assert version_of(served, script.removesuffix(".py").replace("_", "-")) == versions
+
+
+@pytest.mark.timeout(600)
+def test_two_ranks_of_the_trainer_train_as_one_process(
+    served: RunningServer, tmp_path: Path, kept: Path
+) -> None:
+    """With half the batch each. The order of the samples is another, so the losses on the way differ a little."""
+    remote = loss_of([*command_of("hf_trainer.py", "torchrun"), served.grpc], tmp_path)
+    assert remote == pytest.approx(local_loss_of("hf_trainer.py", kept), rel=ONE_PERCENT, abs=0.0)
+    assert version_of(served, "hf-trainer-2") == 16
 
 
 @pytest.mark.node
