@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-
-from pushstep.client.commands import app
+from pushstep.client.commands import main
 
 if __name__ == "__main__":
-    sys.exit(app(prog_name="pushstep"))
+    main()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -52,6 +53,18 @@ LONG_FIRST = (
 
 
 def pytest_configure() -> None:
+    """Before any test."""
+    _heed_ctrl_c()
+    _draw_no_constants()
+
+
+def _heed_ctrl_c() -> None:
+    """Whoever starts the tests in the background may have SIGINT ignored; what the tests start would ignore it, too."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _draw_no_constants() -> None:
     """Hypothesis also draws the constants of the project's modules that are loaded already.
 
     Which ones are depends on the test files that ran before in the same process, so the same test would

@@ -56,4 +56,4 @@ for _entry in sorted(entry_points(group="pushstep.commands"), key=lambda entry: 
 
 def main() -> None:
     """Run the command line."""
-    app()
+    app(prog_name="pushstep")
