@@ -44,6 +44,8 @@ class Watched:
     root: str
     requested: list[str] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
+    # words of errors that a test provokes: a browser reports every answer that is one, however often the page asks
+    expected: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.page.set_default_timeout(PATIENCE_MS)
@@ -62,6 +64,10 @@ class Watched:
         """Go to a view, such as `models/flights/workers`."""
         self.page.goto(f"{self.root}/ui#/{place}")
         return self.page
+
+    def unexpected(self) -> list[str]:
+        """Errors in which none of the expected words is."""
+        return [error for error in self.errors if not any(word in error for word in self.expected)]
 
     def outside(self) -> list[str]:
         """Requests that went anywhere but to the server."""
