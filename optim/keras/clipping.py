@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ..ops import norms
+from ..ops.norms import global_norm, keras_factor, keras_global_factor, square_sums
 
 
 class Clipping(NamedTuple):
@@ -41,14 +41,9 @@ class Clipping(NamedTuple):
     def factors(self, grads: Sequence[Tensor], ratio: float) -> list[float]:
         """The clipping factor of each gradient, for gradients that are still to be multiplied by `ratio`."""
         if self.clipnorm is not None and self.clipnorm > 0:
-            sums = norms.square_sums(grads)
-            return [_factor(math.sqrt(one) * abs(ratio), self.clipnorm) for one in sums]
+            sums = square_sums(grads)
+            return [keras_factor(math.sqrt(one) * abs(ratio), self.clipnorm) for one in sums]
         if self.global_clipnorm is not None and self.global_clipnorm > 0:
-            norm = norms.global_norm(grads) * abs(ratio)
-            return [_factor(norm, self.global_clipnorm) if math.isfinite(norm) else math.nan] * len(grads)
+            norm = global_norm(grads) * abs(ratio)
+            return [keras_global_factor(norm, self.global_clipnorm)] * len(grads)
         return [1.0] * len(grads)
-
-
-def _factor(norm: float, limit: float) -> float:
-    """limit / max(norm, limit); NaN for NaN."""
-    return 1.0 if norm <= limit else limit / norm

@@ -20,6 +20,7 @@ from ..step.step import FUSED_DTYPES
 BLOCK_ELEMENTS: Final = 4096
 # Elements of which `power_norm` makes a float64 copy at once.
 NORM_SLICE_ELEMENTS: Final = 256 * BLOCK_ELEMENTS
+EPSILON: Final = 1e-6  # torch's, in the denominator of a clip factor
 _KERNELS: Final = {"fused": None, "differentiable": False, "foreach": None}
 
 
@@ -63,11 +64,7 @@ def power_norm(values: Tensor, norm_type: float) -> float:
     total = 0.0
     for start in range(0, flat.numel(), NORM_SLICE_ELEMENTS):
         part = flat[start : start + NORM_SLICE_ELEMENTS].to(torch.float64).abs().div_(largest).pow_(norm_type)
-        whole = part.numel() // BLOCK_ELEMENTS * BLOCK_ELEMENTS
-        for block in part[:whole].view(-1, BLOCK_ELEMENTS).sum(dim=1).tolist():
-            total += block
-        if whole < part.numel():
-            total += float(part[whole:].sum())
+        total = _added(part, total)
     return largest * _root(total, norm_type)
 
 
@@ -84,6 +81,22 @@ def together(norms: Sequence[float], norm_type: float) -> float:
     return largest * _root(total, norm_type)
 
 
+def torch_factor(norm: float, limit: float) -> float:
+    """min(1, limit / (norm + 1e-6)): `torch.nn.utils.clip_grad_norm_`."""
+    clip = limit / (norm + EPSILON)
+    return clip if math.isnan(clip) else min(1.0, clip)
+
+
+def keras_factor(norm: float, limit: float) -> float:
+    """limit / max(norm, limit): Keras's `clipnorm`."""
+    return 1.0 if norm <= limit else limit / norm
+
+
+def keras_global_factor(norm: float, limit: float) -> float:
+    """The same; NaN if the norm is not finite: Keras's `global_clipnorm`."""
+    return keras_factor(norm, limit) if math.isfinite(norm) else math.nan
+
+
 def _root(total: float, norm_type: float) -> float:
     try:
         return float(total ** (1 / norm_type))
@@ -93,14 +106,15 @@ def _root(total: float, norm_type: float) -> float:
 
 def _in_torch(values: Tensor) -> float:
     """The sum over the same blocks for tensors without a kernel. The order within a block is torch's."""
-    flat = values.reshape(-1)
-    whole = flat.numel() // BLOCK_ELEMENTS * BLOCK_ELEMENTS
-    total = 0.0
-    if whole:
-        # Always a copy: `to` alone returns a float64 gradient itself, and the line below would square it in place.
-        blocks = flat[:whole].view(-1, BLOCK_ELEMENTS).to(torch.float64, copy=True)
-        for block in blocks.square_().sum(dim=1).tolist():
-            total += block
-    if whole < flat.numel():
-        total += float(flat[whole:].to(torch.float64, copy=True).square_().sum())
+    # Always a copy: `to` alone returns a float64 gradient itself, and it would be squared in place.
+    return _added(values.reshape(-1).to(torch.float64, copy=True).square_(), 0.0)
+
+
+def _added(values: Tensor, total: float) -> float:
+    """`total` and the sums of float64 blocks, added in block order."""
+    whole = values.numel() // BLOCK_ELEMENTS * BLOCK_ELEMENTS
+    for block in values[:whole].view(-1, BLOCK_ELEMENTS).sum(dim=1).tolist():
+        total += block
+    if whole < values.numel():
+        total += float(values[whole:].sum())
     return total

@@ -9,14 +9,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Final
 
 import torch
 from torch import Tensor
 
 from pushstep.optim.ops import transforms
 from pushstep.optim.ops.normal import noise_key
-from pushstep.optim.ops.norms import power_norm, square_sums, together
+from pushstep.optim.ops.norms import (
+    keras_factor,
+    keras_global_factor,
+    power_norm,
+    square_sums,
+    together,
+    torch_factor,
+)
 from pushstep.proto.types_pb2 import Ticket
 from pushstep.proto.wire import dtypes
 from pushstep.proto.wire.layout import Slot
@@ -25,7 +31,6 @@ from ..staging.gradient import DensePart, RowsPart
 
 Part = DensePart | RowsPart
 Take = Callable[[int], Tensor]
-EPSILON: Final = 1e-6  # torch's, in the denominator
 
 
 def bytes_of_change(ticket: Ticket, parts: Sequence[Part]) -> int:
@@ -49,10 +54,7 @@ def changed(ticket: Ticket, parts: Sequence[Part], take: Take) -> tuple[list[Par
                 clip = operation.clip_by_norm
                 work.multiply(torch_factor(work.power_norm(clip.norm_type), clip.max_norm))
             case "global_clipnorm":
-                norm = work.norm()
-                work.multiply(
-                    keras_factor(norm, operation.global_clipnorm) if math.isfinite(norm) else math.nan
-                )
+                work.multiply(keras_global_factor(work.norm(), operation.global_clipnorm))
             case "clipnorm":
                 work.clip_each(operation.clipnorm)
             case "centralize":
@@ -63,17 +65,6 @@ def changed(ticket: Ticket, parts: Sequence[Part], take: Take) -> tuple[list[Par
                 raise ValueError(f"the ticket asks for {unknown}, which this build does not know")
     left = work.finish()
     return work.parts, left, work.product
-
-
-def torch_factor(norm: float, limit: float) -> float:
-    """min(1, limit / (norm + 1e-6)); NaN for NaN."""
-    clip = limit / (norm + EPSILON)
-    return clip if math.isnan(clip) else min(1.0, clip)
-
-
-def keras_factor(norm: float, limit: float) -> float:
-    """limit / max(norm, limit); NaN for NaN."""
-    return 1.0 if norm <= limit else limit / norm
 
 
 class Gradients:

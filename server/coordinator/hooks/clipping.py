@@ -6,12 +6,12 @@ gate knows the norm, and the factor goes into the step.
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from typing import Annotated, ClassVar, Final, Literal
 
 from pydantic import Field
 
+from pushstep.optim.ops.norms import keras_global_factor, torch_factor
 from pushstep.proto.types_pb2 import ClipByNorm, GradientOperation
 
 from ..admission import Nonfinite
@@ -19,7 +19,6 @@ from ..groups import LARGEST
 from ..settings import Settings
 from .hook import Hook, Point, StepContext
 
-EPSILON: Final = 1e-6  # torch's, in the denominator
 # Beyond these a float64 holds neither the powers nor their root; "inf" is another matter.
 SMALLEST_NORM_TYPE: Final = 0.01
 LARGEST_NORM_TYPE: Final = 1000.0
@@ -76,9 +75,7 @@ class ClipGradNorm(ByGlobalNorm):
 
     def factor(self, norm: float) -> float:
         """torch's formula."""
-        clip = self.settings.max_norm / (norm + EPSILON)
-        # a NaN norm keeps its NaN, as torch's clamp does
-        return clip if math.isnan(clip) else min(1.0, clip)
+        return torch_factor(norm, self.settings.max_norm)
 
     def operation(self) -> GradientOperation:
         """The same."""
@@ -117,8 +114,7 @@ class GlobalClipnorm(ByGlobalNorm):
 
     def factor(self, norm: float) -> float:
         """Keras's formula."""
-        limit = self.settings.global_clipnorm
-        return limit / max(norm, limit) if math.isfinite(norm) else math.nan
+        return keras_global_factor(norm, self.settings.global_clipnorm)
 
     def operation(self) -> GradientOperation:
         """The same."""
