@@ -10,9 +10,10 @@ from __future__ import annotations
 import ipaddress
 import logging
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Final
+
+from .sinking_counts import SinkingCounts
 
 log = logging.getLogger("pushstep.access")
 # Enough for a thousand workers at one address whose token was taken back; a flood brings as many in a second.
@@ -28,25 +29,22 @@ class Attempts:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._counts: OrderedDict[str, tuple[float, float]] = OrderedDict()
+        self._counts = SinkingCounts(PER_S, MOST_ADDRESSES, clock)
         self._unlogged = 0
         self._logged_s = -LOGGED_EVERY_S
 
     def wait_s(self, address: str) -> float:
         """Count a refused attempt. How long the address has to wait for its next one; 0.0 if it need not."""
-        now_s = self._clock()
         place = _place(address)
-        count, seen_s = self._counts.pop(place, (0.0, now_s))
-        count = max(0.0, count - (now_s - seen_s) * PER_S) + 1.0
+        count = self._counts.of(place) + 1.0
         # what comes beyond the limit is not counted, or a flood would shut its address out for long after its end
-        self._counts[place] = min(count, FREE_ATTEMPTS + 1.0), now_s
-        if len(self._counts) > MOST_ADDRESSES:
-            self._counts.popitem(last=False)
-        self._log(address, now_s)
+        self._counts.note(place, min(count, FREE_ATTEMPTS + 1.0))
+        self._log(address)
         return max(0.0, count - FREE_ATTEMPTS) / PER_S
 
-    def _log(self, address: str, now_s: float) -> None:
+    def _log(self, address: str) -> None:
         self._unlogged += 1
+        now_s = self._clock()
         if now_s - self._logged_s >= LOGGED_EVERY_S:
             log.warning("refused for want of a token: %d requests, the last from %s", self._unlogged, address)
             self._unlogged, self._logged_s = 0, now_s

@@ -8,9 +8,10 @@ the holder of a token, or an address where nobody has one.
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Final
+
+from .sinking_counts import SinkingCounts
 
 # Enough for a page, a script over all groups of a model, and a restart of many; a flood brings as many in a few seconds.
 FREE: Final = 3000
@@ -24,18 +25,12 @@ class RequestRate:
     """What each caller has left. Used on the event loop only."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        # what was taken, which sinks by PER_S each second, and when that was so
-        self._taken: OrderedDict[str, tuple[float, float]] = OrderedDict()
+        self._taken = SinkingCounts(PER_S, MOST_CALLERS, clock)
 
     def wait_s(self, who: str) -> float | None:
         """Count a request: how long it has to wait for its turn. None if too many wait already; it is not counted then."""
-        now_s = self._clock()
-        taken, seen_s = self._taken.pop(who, (0.0, now_s))
-        taken = max(0.0, taken - (now_s - seen_s) * PER_S)
+        taken = self._taken.of(who)
         is_refused = taken >= FREE + MOST_WAITING
         taken += 0.0 if is_refused else 1.0
-        self._taken[who] = taken, now_s
-        if len(self._taken) > MOST_CALLERS:
-            self._taken.popitem(last=False)
+        self._taken.note(who, taken)
         return None if is_refused else max(0.0, taken - FREE) / PER_S
