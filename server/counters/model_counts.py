@@ -76,6 +76,18 @@ class ModelCounts:
         self.journal = JournalCounts()
         self.snapshots = SnapshotCounts()
 
+    @property
+    def rooms(self) -> dict[str, Histogram]:
+        """How long pushes were in each room, in the order in which they pass them."""
+        return {
+            "receive": self.receive,
+            "wait": self.wait,
+            "queue": self.queue,
+            "journal": self.journal.append,
+            "step": self.step,
+            "publish": self.publish,
+        }
+
     def decided(self, receipt: Receipt) -> None:
         """Count a push that got its outcome, with the times in its receipt."""
         outcome, times = receipt.outcome, receipt.times

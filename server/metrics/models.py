@@ -49,13 +49,9 @@ def _outcomes(view: ModelView) -> Iterable[Reading]:
 
 def _rooms(view: ModelView) -> Iterable[Reading]:
     counts = view.counts
-    yield ("receive",), counts.receive
-    yield ("wait",), counts.wait
-    yield ("queue",), counts.queue
-    if counts.journal.records:
-        yield ("journal",), counts.journal.append
-    yield ("step",), counts.step
-    yield ("publish",), counts.publish
+    for room, seconds in counts.rooms.items():
+        if room != "journal" or counts.journal.records:
+            yield (room,), seconds
 
 
 def _by_word(counted: Mapping[str, float]) -> Iterable[Reading]:

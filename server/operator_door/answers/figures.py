@@ -20,19 +20,11 @@ GROUPS_SHOWN: Final = 16
 def figures(model: Model) -> dict[str, Any]:
     """Pushes by outcome, time in each room, staleness, learning rates, and how safe the model is."""
     counts = model.counts
-    rooms = {
-        "receive": counts.receive,
-        "wait": counts.wait,
-        "queue": counts.queue,
-        "journal": counts.journal.append,
-        "step": counts.step,
-        "publish": counts.publish,
-    }
     return {
         "pushes": {word: counts.outcomes[number] for number, word in OUTCOMES.items() if number},
         "refused": sum(counts.refusals.values()),
         "pending": len(model.held),
-        "seconds": {room: _shown(histogram) for room, histogram in rooms.items()},
+        "seconds": {room: _shown(histogram) for room, histogram in counts.rooms.items()},
         "staleness": _shown(counts.staleness),
         "lr": [finite(group.values["lr"]) for group in islice(model.groups.list, GROUPS_SHOWN)],
         "durability": model.durability.level,
