@@ -326,12 +326,13 @@ class Recorder:
         """The number of the newest record, once everything decided so far is in the journal."""
         return await self._model.writer.submit(lambda: self.number, reads=False)
 
-    async def drained(self) -> None:
-        """Wait until everything decided so far is in the journal and, at `durable`, on the disk."""
+    async def drained(self) -> int:
+        """The same, once it is on the disk, too, if the level is `durable`."""
         number = await self.appended()
         safe: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.when_safe(number, self.level, partial(_set, safe))
         await safe
+        return number
 
     def let_readers_go(self) -> None:
         """Wait no more for versions of a timeline that has ended."""

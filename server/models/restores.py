@@ -90,8 +90,7 @@ class Restores:
             return version
 
     async def _at_version(self, model: Model, version: int) -> SavedState:
-        await model.recorder.drained()
-        state = await DISK.run(self._state_at, model, version, await model.recorder.appended())
+        state = await DISK.run(self._state_at, model, version, await model.recorder.drained())
         if state is None or state.copy.version != version:
             raise VersionNotKept(model=model.name, version=version)
         return state
