@@ -95,17 +95,12 @@ class KerasOptimizer(keras.optimizers.Optimizer):  # type: ignore[misc]
             _require_unconstrained(variables)
         super().build(variables)
         parameters = [variable.value for variable in variables]
+        decays = [self.weight_decay if self._local._use_weight_decay(each) else None for each in variables]
         groups: list[dict[str, Any]] = []
-        for decay in (self.weight_decay, None):
-            chosen = [
-                parameter
-                for parameter, variable in zip(parameters, variables, strict=True)
-                if (self.weight_decay if self._local._use_weight_decay(variable) else None) == decay
-            ]
+        for decay in dict.fromkeys((self.weight_decay, None)):
+            chosen = [parameter for parameter, own in zip(parameters, decays, strict=True) if own == decay]
             if chosen:
                 groups.append({"params": chosen, "weight_decay": decay})
-            if self.weight_decay is None:
-                break
         lr = float(self._get_current_learning_rate())
         original = self._rule(groups, learning_rate=lr, **self._values)
         names = dict(zip(parameters, names_of(variables), strict=True))

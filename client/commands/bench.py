@@ -218,13 +218,12 @@ def _quantile(took: Sequence[float], share: float) -> float:
 @contextlib.contextmanager
 def _bar(sizes: int, *, quiet: bool) -> Iterator[Callable[[str], None]]:
     """What is measured now, on a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 
-    console = Console(stderr=True)
+    from .rest import progress_bar
+
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    hidden = quiet or not console.is_terminal
-    with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
+    with progress_bar(*columns, quiet=quiet, transient=True) as bar:
         task = bar.add_task("", total=sizes, completed=-1)
 
         def told(what: str) -> None:

@@ -16,6 +16,7 @@ from rich.progress import (
     BarColumn,
     DownloadColumn,
     Progress,
+    ProgressColumn,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
@@ -166,13 +167,17 @@ def digest_field(sha256: bytes) -> str:
     return f"sha-256=:{base64.b64encode(sha256).decode()}:"
 
 
+def progress_bar(*columns: ProgressColumn, quiet: bool, transient: bool = False) -> Progress:
+    """A bar on stderr, if that is a terminal, for a block. `transient`: it goes when the block ends."""
+    console = Console(stderr=True)
+    hidden = quiet or not console.is_terminal
+    return Progress(*columns, console=console, transient=transient, disable=hidden)
+
+
 def shown(blocks: Iterable[bytes], what: str, total_bytes: int | None, *, quiet: bool) -> Iterator[bytes]:
     """The same blocks, with their progress on stderr, if that is a terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    console = Console(stderr=True)
-    with Progress(
-        *columns, TimeRemainingColumn(), console=console, disable=quiet or not console.is_terminal
-    ) as bar:
+    with progress_bar(*columns, TimeRemainingColumn(), quiet=quiet) as bar:
         task = bar.add_task(what, total=total_bytes)
         for block in blocks:
             yield block
