@@ -3,7 +3,7 @@
 const ROOT = new URL("../v1", import.meta.url).href;
 const TOKEN = "pushstep-token";
 // Of a request that is answered at once. Edits may wait for the disk, and snapshots for a large model.
-const PATIENCE_MS = 15_000;
+export const PATIENCE_MS = 15_000;
 
 export class Problem extends Error {
   constructor(status, code, message, retryAfterS = null) {

@@ -1,6 +1,6 @@
 // Looking at the server again and again: only while the tab is visible, and never before the last answer has come.
 
-import { connection, get } from "./api.js";
+import { PATIENCE_MS, connection, get } from "./api.js";
 import { useEffect, useRef, useState } from "./html.js";
 
 const AGAIN_MS = 2000;
@@ -50,7 +50,7 @@ export function useLook(below, everyMs, { query, note } = {}) {
     if (below === null) return undefined;
     return repeatedly(async (ended) => {
       try {
-        const signal = AbortSignal.any([ended, AbortSignal.timeout(15_000)]);
+        const signal = AbortSignal.any([ended, AbortSignal.timeout(PATIENCE_MS)]);
         const { found } = await get(below, JSON.parse(asked), signal);
         latest.current?.(found);
         setState({ found, problem: null });
