@@ -21,6 +21,7 @@ from pushstep.client.commands import app
 from pushstep.server.access.roles import Role
 from tests.support.access.secured import Authority, TokenFile
 from tests.support.servers.harness import RunningServer, running_server, start_server
+from tests.support.terminals.terminal import read_some
 
 PUSHSTEP = Path(sys.executable).with_name("pushstep")
 NOBODY = "127.0.0.1:1"
@@ -278,19 +279,12 @@ def test_long_work_shows_its_progress_on_a_terminal(
         [PUSHSTEP, name, *filled(line)], stdout=subprocess.DEVNULL, stderr=theirs, env=environment
     ) as process:
         os.close(theirs)
-        seen = b""
-        while block := _read(ours):
-            seen += block
+        seen = ""
+        while some := read_some(ours):
+            seen += some
     os.close(ours)
     assert process.returncode == 0, seen
-    assert shown in seen.decode(), seen
-
-
-def _read(terminal: int) -> bytes:
-    try:
-        return os.read(terminal, 4096)
-    except OSError:  # the other side is closed
-        return b""
+    assert shown in seen, seen
 
 
 def completed(line: str, environment: dict[str, Any]) -> list[str]:

@@ -22,6 +22,7 @@ from pushstep.client.commands.door import pairs, plain
 from pushstep.client.commands.operate.screen import MODELS, WORKERS, fitting, screen
 from pushstep.client.commands.operate.top import Rates
 from tests.support.servers.harness import RunningServer, start_server
+from tests.support.terminals.terminal import read_some, read_until
 
 PUSHSTEP = Path(sys.executable).with_name("pushstep")
 HYPERPARAMETERS = {"rule": "adagrad", "params": ["w"], "lr": 0.5}
@@ -306,19 +307,3 @@ def test_top_goes_on_when_the_server_comes_again(tmp_path: Path) -> None:
     os.close(ours)
     assert process.returncode == 0
     assert again.stop() == 0
-
-
-def read_some(terminal: int) -> str:
-    try:
-        return os.read(terminal, 65536).decode(errors="replace")
-    except OSError:  # the other side is closed
-        return ""
-
-
-def read_until(terminal: int, words: str) -> None:
-    """Read what a program draws until the words are in it."""
-    seen = ""
-    while words not in seen:
-        some = read_some(terminal)
-        assert some, seen
-        seen += some

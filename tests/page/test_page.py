@@ -4,28 +4,24 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 
 import httpx
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
-from tests.support.browser.chromium import PATIENCE_MS, Watched, chromium, tab
+from tests.support.browser.chromium import PATIENCE_MS, Watched, tab
 from tests.support.browser.pushing import STRANGE, Pushing
 from tests.support.servers.harness import RunningServer, running_server, start_server, wait_until
 from tests.support.servers.operators import all_models, show_model, show_worker
 
 pytestmark = pytest.mark.chromium
 MODEL = "flights"
+Watching = Callable[[RunningServer], AbstractContextManager[Watched]]
 TABS = ("training", "workers", "groups", "hooks", "policy", "snapshots", "events")
 # for whatever takes the server, a worker or the browser its time
 LONG_S = PATIENCE_MS / 1000
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as running:
-        yield running
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +37,9 @@ def pushing(served: RunningServer) -> Iterator[Pushing]:
 
 
 @pytest.fixture
-def watched(browser: Browser, served: RunningServer, pushing: Pushing) -> Iterator[Watched]:
-    with tab(browser, served.http) as shown:
+def watched(watching: Watching, served: RunningServer, pushing: Pushing) -> Iterator[Watched]:
+    with watching(served) as shown:
         yield shown
-    assert shown.unexpected() == []
-    assert shown.outside() == []
 
 
 def figure(page: Page, name: str) -> str:

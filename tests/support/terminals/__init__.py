@@ -1,0 +1,1 @@
+"""Terminals that programs draw on."""
