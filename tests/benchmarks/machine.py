@@ -13,12 +13,14 @@ class Others:
     """What everybody but this process and its children uses of the CPUs from now on."""
 
     def __init__(self) -> None:
-        self._ours = descendants([os.getpid()])
         self._begin_s = time.perf_counter()
         self._used_s = self._now_s()
 
     def _now_s(self) -> float:
-        return machine_busy_s() - sum(map(cpu_s, self._ours))
+        times = os.times()
+        # of children that have ended meanwhile, and of theirs
+        ended_s = times.children_user + times.children_system
+        return machine_busy_s() - ended_s - sum(map(cpu_s, descendants([os.getpid()])))
 
     def share(self) -> float:
         """So far: 0 is a quiet machine, 1 one that they had to themselves."""
