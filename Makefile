@@ -12,12 +12,17 @@ unexport PYTHONDONTWRITEBYTECODE
 
 setup: $(VENV)/ready
 
-$(VENV)/ready: pyproject.toml constraints.txt
+# The demo installs what it needs, and no more; whoever has everything has that, too.
+$(VENV)/ready: EXTRAS := demo,test,examples,docs
+$(VENV)/ready-for-demo: EXTRAS := demo
+# pip says what it fetches the first time, and nothing when it only looks again.
+$(VENV)/ready $(VENV)/ready-for-demo: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,test,examples,docs]'
-	@touch $@
+	@echo "Installing pushstep[$(EXTRAS)] into $(VENV): it takes minutes where torch is not there yet, and seconds later."
+	$(BIN)/pip install$(if $(wildcard $@), --quiet) --disable-pip-version-check --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	@touch $@ $(VENV)/ready-for-demo
 
-demo: setup
+demo: $(VENV)/ready-for-demo
 	$(BIN)/pushstep demo
 
 # Without Prometheus on the PATH (.ci/run installs Debian's) the tests that start one are left out.
