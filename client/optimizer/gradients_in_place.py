@@ -47,7 +47,7 @@ class GradientsInPlace:
         for parameter in able:
             if parameter.requires_grad:
                 register: Any = parameter.register_post_accumulate_grad_hook  # torch gives it no types
-                self._handles[parameter] = register(self._lend)
+                self._handles[parameter] = register(self._offer)
 
     @property
     def waits(self) -> bool:
@@ -60,6 +60,11 @@ class GradientsInPlace:
             handle.remove()
         self._handles.clear()
         self.frozen = []
+
+    def _offer(self, parameter: Tensor) -> None:
+        # in a graph that torch.compile makes, memory cannot be lent: the step copies such gradients
+        if not torch.compiler.is_compiling():
+            self._lend(parameter)
 
     @shield  # an interrupted copy's threads would still write into a place that is lent again
     @torch.no_grad()

@@ -254,7 +254,8 @@ def _weakly(overlap: Overlap) -> Callable[[Tensor], None]:
 
     def hook(parameter: Tensor) -> None:
         known = reference()
-        if known is not None:
+        # in a graph that torch.compile makes, nothing leaves: the step sends such gradients
+        if known is not None and not torch.compiler.is_compiling():
             known.on_gradient(parameter)
 
     return hook

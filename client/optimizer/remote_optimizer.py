@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import nn
+from torch._compile import _disable_dynamo
 
 from pushstep.proto.errors import Fenced, LocalParameterEdit, PushstepError, Superseded, UnsupportedModule
 
@@ -103,6 +104,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
     # The step.
 
+    @_disable_dynamo  # torch.compile ends its graph in front of a step; public, it would import dynamo at once
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Send the gradients, let the server step, and take the parameters back. Returns the closure's loss, or None.

@@ -214,6 +214,33 @@ def test_images_in_channels_last(server: RunningServer, model_name: str) -> None
     check_state_dict(ends[1][1], ends[0][1])
 
 
+# torch's own, of any loss behind the end of a graph
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("attach", [{}, {"overlap": True}], ids=str)
+@pytest.mark.parametrize("shared_memory", [False, True], ids=["frames", "shared memory"])
+def test_a_whole_step_may_be_compiled(
+    server: RunningServer, model_name: str, shared_memory: bool, attach: dict[str, bool]
+) -> None:
+    """Backward is in the graph, and the step behind its end, as torch's own zero_grad is; the bits are those without."""
+    address = f"unix:{server.unix}" if shared_memory else server.grpc
+    session = server.connect(model_name, address=address, shared_memory=shared_memory)
+    twins = Twins(session, Network(), adagrad, **attach)
+    ids, numbers = torch.randint(0, 9, (6,)), torch.randn(6, 2)
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> Tensor:
+        optimizer.zero_grad()
+        loss: Tensor = model(ids, numbers).square().mean()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        return loss.detach()
+
+    compiled = torch.compile(step, backend="eager")
+    for _ in range(STEPS):
+        assert torch.equal(compiled(twins.model, twins.remote), step(twins.local_model, twins.local[0]))
+    twins.check_state()
+    assert twins.remote.last_receipt is not None and twins.remote.last_receipt.version == STEPS
+
+
 def test_a_compiled_module_and_its_original_are_one_model(server: RunningServer, model_name: str) -> None:
     names = []
     for number, wrap in enumerate((lambda m: m, lambda m: torch.compile(m, backend="eager"))):
