@@ -29,6 +29,13 @@ MADE = {
     "reference/settings.md": settings_reference.page,
     "reference/errors.md": errors_reference.page,
 }
+# What they are made of: in a checkout, where there are no such pages, links lead there.
+MADE_OF = {
+    "server/operator_door/openapi.json": "reference/rest.md",
+    "proto/training.proto": "reference/grpc.md",
+    "server/config.py": "reference/settings.md",
+    "proto/errors": "reference/errors.md",
+}
 # Files outside of docs/ that are pages of the site.
 TAKEN_IN = {
     "deploy/METRICS.md": "reference/metrics.md",
@@ -74,7 +81,9 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         if not target:
             return link[0]
         file = normpath(f"{Path(beside).parent.as_posix()}/{target}")
-        site = TAKEN_IN.get(file) or (file.removeprefix("docs/") if file.startswith("docs/") else None)
+        site = TAKEN_IN.get(file) or MADE_OF.get(file)
+        if site is None and file.startswith("docs/"):
+            site = file.removeprefix("docs/")
         if site is not None:
             return f"[{text}]({relpath(site, Path(here).parent.as_posix())}{anchor})"
         if not (ROOT / file).exists():

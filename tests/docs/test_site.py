@@ -68,6 +68,14 @@ def test_every_link_leads_somewhere(site: Site) -> None:
     assert wrong == []
 
 
+def test_the_reference_leads_to_its_pages(site: Site) -> None:
+    """In a checkout the same links lead to what the pages are made of."""
+    pages = {name for name in site.pages if name.startswith("reference/")} - {"reference/index.html"}
+    text = (site.folder / "reference" / "index.html").read_text()
+    [main] = re.findall(r"<article.*</article>", text, re.DOTALL)
+    assert {f"reference/{name}" for name in re.findall(r'href="(\w+\.html)"', main)} == pages
+
+
 def test_no_markdown_is_left_as_it_was_written(site: Site) -> None:
     """A list without an empty line before it, a table or a fence that is none."""
     left = re.compile(r"^\s*(?:[-*] |\d+\. |\||```|#+ )|\]\(", re.MULTILINE)
