@@ -40,6 +40,21 @@ def test_every_link_leads_somewhere(name: str) -> None:
     assert wrong == []
 
 
+def test_a_reader_of_several_pages_meets_no_model_of_another_network() -> None:
+    """Each page trains models of its own names. README.md and the site's first page have one and the same network."""
+    pages: dict[str, set[str]] = {}
+    for name, page in DOCUMENTS.items():
+        for model in re.findall(r'\bconnect\([^)]*\bmodel="(\w[\w-]*)"', page.read_text()):
+            pages.setdefault(model, set()).add(name)
+    assert pages.pop("first") == {"README.md", "docs/index.md"}
+    assert {model: names for model, names in pages.items() if len(names) > 1} == {}
+    made = {
+        re.search(r"^model = .*$", (ROOT / name).read_text(), re.M)[0]
+        for name in ("README.md", "docs/index.md")
+    }  # type: ignore[index]
+    assert len(made) == 1
+
+
 def test_anchors_are_those_of_headings() -> None:
     page = '# Who may *do* what?\n```\n# no heading\n```\n## `keep` and [more](x.md)\n<a id="here"></a>\n### too_old\n'
     assert anchors(page) == {"who-may-do-what", "keep-and-more", "here", "too_old"}

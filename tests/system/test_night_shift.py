@@ -41,7 +41,7 @@ class Shift:
         """Run the next command, which has this in it, and return the JSON that curl prints, or the text."""
         line = self._left.pop(0)
         assert part in line
-        line = line.replace("localhost:7071", self._server.http).replace("flights", self._model)
+        line = re.sub(r"\bnight\b", self._model, line.replace("localhost:7071", self._server.http))
         if line.startswith("pushstep "):
             return self._run_here(shlex.split(line))
         command = ["bash", "-ec", line]
