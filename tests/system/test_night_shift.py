@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import stat
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +20,13 @@ from typer.testing import CliRunner
 from pushstep.client import Session
 from pushstep.client.commands import app
 from pushstep.proto.errors import Fenced, NonfiniteGradient, Quarantined
-from tests.support.servers.harness import RunningServer
+from tests.support.access.secured import Authority, TokenFile
+from tests.support.servers.harness import RunningServer, running_server
 from tests.support.servers.operators import take_snapshot
 from tests.support.source_tree import ROOT
 
 PAGE = (ROOT / "docs/operators.md").read_text()
+PUSHSTEP = Path(sys.executable).with_name("pushstep")
 START = {"weight": np.linspace(-1, 1, 6, dtype=np.float32)}
 
 
@@ -104,6 +109,29 @@ class Training:
         with pytest.warns(RuntimeWarning, match="restored"):
             push(self.good)
         assert push(self.good) > self.before["version"]
+
+
+def test_the_drill_begins_on_a_server_with_tokens_and_tls(data: Path, tmp_path: Path) -> None:
+    """What the page says to do first there has both tools let in, and believe the server."""
+    secrets = tmp_path / "secrets"
+    authority = Authority(secrets)
+    tokens = TokenFile(secrets / "tokens")
+    (secrets / "operator.token").write_text(tokens.tokens["operator"] + "\n")
+    [first] = re.findall(r'```bash needs="certificates"\n(cd secrets\n.*?)```', PAGE, re.DOTALL)
+    with running_server(data, *authority.server_options(), *tokens.options()) as server:
+        asked = f"curl -fsS {server.http}/v1/models\necho\n{PUSHSTEP} models --json\n"
+        done = subprocess.run(
+            ["bash", "-ec", first.replace("localhost:7070", server.grpc) + asked],
+            cwd=tmp_path,
+            env={**os.environ, "HOME": str(tmp_path), "no_proxy": "*"},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+        assert done.returncode == 0, done.stderr
+        assert [json.loads(line)["models"] for line in done.stdout.splitlines()] == [[], []]
+    assert stat.S_IMODE((secrets / ".curlrc").stat().st_mode) == 0o600
 
 
 def test_the_drill_by_curl(server: RunningServer, model_name: str, tmp_path: Path) -> None:
