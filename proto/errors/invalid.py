@@ -119,6 +119,14 @@ class LengthRequired(InvalidRequest):
     template = "a file is sent with its Content-Length, so that room for it can be set aside first"
 
 
+class UnsupportedEncoding(InvalidRequest):
+    """A body over HTTP that is compressed. None is unpacked: a small one could hold any number of bytes."""
+
+    code = "unsupported_encoding"
+    http_status = 415
+    template = "a body with Content-Encoding {got!r} is not taken: send it as it is, without that field"
+
+
 class RangeNotSatisfiable(InvalidRequest):
     """A Range header that names nothing of what there is."""
 

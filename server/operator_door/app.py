@@ -26,6 +26,7 @@ from pushstep.proto.errors import (
     PushstepError,
     RangeNotSatisfiable,
     UnknownRoute,
+    UnsupportedEncoding,
 )
 from pushstep.proto.errors.status import PROBLEM_TYPE, named, to_problem, untrace
 
@@ -50,7 +51,7 @@ from . import openapi
 from .answers.downloads import Downloads
 from .answers.event_stream import Listeners
 from .answers.outlet import Outlet
-from .header_fields import is_json
+from .header_fields import codings, is_json
 from .pages import check_host, check_page
 from .resources import (
     durability,
@@ -74,6 +75,8 @@ MAX_BODY_BYTES: Final = 128 << 10
 OPENAPI_PATH: Final = "/openapi.json"
 # The most requests under way at once, downloads included.
 MOST_REQUESTS: Final = 200
+# Methods whose requests have none that anyone reads.
+WITHOUT_BODY: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 LOOPBACK: Final = frozenset({"127.0.0.1", "::1"})
 # Health checks and metrics are answered however many requests are under way.
 ALWAYS_ANSWERED: Final = frozenset({"/healthz", "/readyz", metrics.PATH})
@@ -237,11 +240,13 @@ def _(error: HTTPException, request: Request) -> PushstepError:
 
 
 def problem_response(error: PushstepError) -> JSONResponse:
-    """An error as problem+json, with Retry-After and Content-Range where they apply."""
+    """An error as problem+json, with Retry-After, Content-Range and Accept-Encoding where they apply."""
     wait_s = error.retry_after_s
     headers = {} if wait_s is None else {"Retry-After": str(max(1, round(wait_s)))}
     if isinstance(error, RangeNotSatisfiable):
         headers["Content-Range"] = f"bytes */{error.fields['size']}"
+    if isinstance(error, UnsupportedEncoding):
+        headers["Accept-Encoding"] = "identity"
     headers |= challenge(error)
     return JSONResponse(to_problem(error), error.http_status, headers, media_type=PROBLEM_TYPE)
 
@@ -308,7 +313,10 @@ class Entrance:
         await problem_response(refusal)(scope, receive, watched_send)
 
     async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on that may come in; else HostNotAllowed, Busy, MessageTooLarge, and what `admit` raises."""
+        """Pass a request on that may come in; else HostNotAllowed, Busy, MessageTooLarge, and what `admit` raises.
+
+        UnsupportedEncoding for a body that would have to be unpacked.
+        """
         headers = dict(scope["headers"])
         host = headers.get(b"host", b"").decode("latin-1")
         check_host(host, self._allowed_hosts)
@@ -320,6 +328,8 @@ class Entrance:
         if scope["path"] not in ALWAYS_ANSWERED:
             await self._turn(ACTOR.get())
         check_page(scope["method"], scope["headers"], host)
+        if scope["method"] not in WITHOUT_BODY and (packed := codings(scope["headers"])) and _is_route(scope):
+            raise UnsupportedEncoding(got=packed)
         if not _takes_file(scope):  # the route of a file takes room for it before it reads it
             declared = headers.get(b"content-length", b"0")
             if declared.isdigit() and int(declared) > MAX_BODY_BYTES:
@@ -353,7 +363,7 @@ async def _read(scope: Scope, receive: Receive) -> Receive:
 
     InvalidSettings or InvalidText for a body that is no JSON or has two meanings.
     """
-    if scope["method"] in ("GET", "HEAD", "OPTIONS"):
+    if scope["method"] in WITHOUT_BODY:
         return receive
     message = await receive()
     parts = [message.get("body", b"")]

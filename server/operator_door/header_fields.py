@@ -1,4 +1,4 @@
-"""Header fields of HTTP: If-Match as RFC 9110 has it, and digests as RFC 9530 has them.
+"""Header fields of HTTP: If-Match and Content-Encoding as RFC 9110 has them, and digests as RFC 9530 has them.
 
 An edit with If-Match is made only on the state that its caller knows.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 from pushstep.proto.errors import InvalidSettings, StaleEtag
@@ -31,6 +31,13 @@ def require_match(if_match: Sequence[str] | None, etag: str, what: str) -> None:
 def is_json(content_type: str) -> bool:
     """True if a body of this type is JSON."""
     return content_type.partition(";")[0].strip().lower() == "application/json"
+
+
+def codings(fields: Iterable[tuple[bytes, bytes]]) -> str:
+    """What a body was packed with, of all Content-Encoding fields, shortened; nothing for one that is as it is."""
+    given = b",".join(value for name, value in fields if name == b"content-encoding")
+    found = [each.strip() for each in given.decode("latin-1").lower().split(",")]
+    return ", ".join(each for each in found if each not in ("", "identity"))[:100]
 
 
 def wants_digest(wanted: str) -> bool:

@@ -190,7 +190,7 @@ def _statuses(path: str, method: str, operation: dict[str, Any]) -> Iterable[int
     if "application/octet-stream" in operation.get("requestBody", {}).get("content", {}):
         yield from _WITH_A_FILE
     if method in ("post", "put", "patch", "delete"):
-        yield from (413, 422, _NO_ROOM_ON_DISK)
+        yield from (413, 415, 422, _NO_ROOM_ON_DISK)
     if any(parameter["name"] == "if-match" for parameter in operation.get("parameters", ())):
         yield _WITH_A_CONDITION
 

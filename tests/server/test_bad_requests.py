@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import http.client
 import json
 from collections.abc import Iterator
@@ -143,6 +144,25 @@ def test_a_body_that_is_not_json_by_its_type(
     """What a page in a browser may send without being asked."""
     for kind in ("text/plain", "application/x-www-form-urlencoded"):
         assert_refused(server, 422, "invalid_settings", method, path, b'{"lr": 0.5}', {"Content-Type": kind})
+
+
+@pytest.mark.parametrize("coding", [b"gzip", b"GZIP, identity", b"deflate", b"x" * 5000])
+def test_a_packed_body_is_not_unpacked(coding: bytes, server: RunningServer, owner: Session) -> None:
+    """Whatever the body is: one of a few bytes could hold any number of them. Routes of files, too."""
+    field = {"Content-Encoding": coding.decode()}
+    files = [("PUT", f"{ROOT}/state-dict"), ("POST", "/v1/models?name=packed")]
+    for body in (b'{"lr": 0.5}', gzip.compress(b'{"lr": 0.5}')):
+        for method, path in [*BODIES, *files]:
+            assert_refused(server, 415, "unsupported_encoding", method, path, body, {**JSON, **field})
+    answer = server.rest("DELETE", f"{ROOT}/hooks/none", headers=field)
+    assert (answer.status_code, answer.headers["accept-encoding"]) == (415, "identity")
+    assert server.rest("GET", GROUP, headers=field).status_code == 200
+
+
+def test_a_body_as_it_is_may_say_so(server: RunningServer, owner: Session) -> None:
+    lr = server.rest("GET", GROUP).json()["lr"]
+    field = {"Content-Encoding": "identity"}
+    assert server.rest("PATCH", GROUP, json={"lr": lr}, headers=field).status_code == 200
 
 
 HOSTS = [
