@@ -36,6 +36,7 @@ _MODEL: Final = {
     "policy": _POLICY,
     "nonfinite": "reject",
     "workers_live": 2,
+    "workers_quarantined": 0,
     "parameters_nonfinite": [],
     "failed": None,
     "last_step": {

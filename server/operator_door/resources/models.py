@@ -40,6 +40,7 @@ def describe(model: Model) -> dict[str, Any]:
         "policy": model.coordinator.policy.settings.model_dump(mode="json"),
         "nonfinite": model.coordinator.admission.nonfinite(model.hooks.nonfinite()),
         "workers_live": model.sessions.live_count(),
+        "workers_quarantined": sum(worker.quarantined for worker in model.sessions.workers.values()),
         "parameters_nonfinite": list(model.nonfinite[:NAMES_SHOWN]),
         "failed": None if model.failed is None else model.failed.message,
         "last_step": None

@@ -6,7 +6,7 @@ import { plural, seconds } from "./words.js";
 const STALL_S = 20;
 
 // `movedMs`: when the version was last seen to change, or when it was first seen.
-export function health(model, movedMs, workers = null) {
+export function health(model, movedMs) {
   if (model.failed) return { level: "bad", word: "Failed", why: `${model.failed} Restore a snapshot.` };
   const nonfinite = model.parameters_nonfinite;
   if (nonfinite.length) {
@@ -14,7 +14,7 @@ export function health(model, movedMs, workers = null) {
     return { level: "bad", word: "Diverged", why: `NaN or infinity in ${nonfinite[0]}${many}. Restore a snapshot.` };
   }
   if (!model.workers_live) return { level: "idle", word: "Idle", why: "No worker is here." };
-  const quarantined = (workers ?? []).filter((worker) => worker.quarantined).length;
+  const quarantined = model.workers_quarantined;
   if (quarantined) {
     return { level: "warn", word: "Attention", why: `${plural(quarantined, "worker")} in quarantine.` };
   }

@@ -65,7 +65,7 @@ export function ModelView({ name, tab, mayEdit }) {
       ${gone ? html`<div class="panel empty"><h1>No model ${name}</h1><p>It was deleted, or never made.</p></div>` : html`<${Loading} problem=${problem?.isLost ? null : problem} />`}`;
   }
   const history = historyOf(model);
-  const state = health(model, history.movedMs, workers.found?.workers);
+  const state = health(model, history.movedMs);
   const [, , View] = TABS.find(([key]) => key === tab) ?? TABS[0];
   // another one whenever an operator, a restore or a snapshot has changed something
   const stamp = `${model.uid} ${model.timeline} ${model.edit} ${model.groups} ${events.saved}`;
