@@ -58,6 +58,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--models", help="with --make-token: the only models that it is for, such as flights,test-*"
     )
+    made.add_argument(
+        "--worker", help="with --make-token worker: the only workers' names that it is for, such as w0,gpu-*"
+    )
     for name, setting in Config.model_fields.items():
         option = f"--{name.replace('_', '-')}"
         if name == "tokens":
@@ -71,11 +74,11 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def _make_token(role: str, name: str = "", models: str = "") -> int:
+def _make_token(role: str, name: str = "", models: str = "", worker: str = "") -> int:
     """Print a new token and its line. It is shown this once."""
     token = made_token()
     try:
-        line = line_of(token, name or role, Role(role), models)
+        line = line_of(token, name or role, Role(role), models, worker)
     except ValueError as error:
         print(f"pushstep-server: {error}", file=sys.stderr)
         return ExitStatus.BAD_SETTINGS
@@ -94,11 +97,11 @@ def serve(arguments: Sequence[str] | None = None) -> int:
     settings = vars(parser().parse_args(arguments))
     file = settings.pop("config", None)
     role = settings.pop("make_token", None)
-    named = {option: settings.pop(option) for option in ("name", "models") if option in settings}
+    named = {option: settings.pop(option) for option in ("name", "models", "worker") if option in settings}
     if role is not None:
         return _make_token(role, **named)
     if named:
-        print("pushstep-server: --name and --models go with --make-token", file=sys.stderr)
+        print("pushstep-server: --name, --models and --worker go with --make-token", file=sys.stderr)
         return ExitStatus.BAD_SETTINGS
     try:
         config = Config.read(settings, file)

@@ -24,15 +24,19 @@ class Caller:
     Nothing here is secret. Used on the event loop only.
     """
 
-    __slots__ = ("_calls", "_patterns", "is_revoked", "models", "name", "role")
+    __slots__ = ("_calls", "_of_models", "_of_workers", "is_revoked", "models", "name", "role", "workers")
 
-    def __init__(self, name: str, role: Role, models: Sequence[str] = ()) -> None:
-        """`models`: patterns of the names of the only models that it may use; empty for all."""
+    def __init__(
+        self, name: str, role: Role, models: Sequence[str] = (), workers: Sequence[str] = ()
+    ) -> None:
+        """Patterns of the names of the only models that it may use, and of the only workers that it may be; empty for all."""
         self.name = name
         self.role = role
         self.models = tuple(models)
+        self.workers = tuple(workers)
         self.is_revoked = False
-        self._patterns = [re.compile(translate(pattern)) for pattern in models]
+        self._of_models = [re.compile(translate(pattern)) for pattern in models]
+        self._of_workers = [re.compile(translate(pattern)) for pattern in workers]
         self._calls: set[asyncio.Task[Any]] = set()
 
     def __repr__(self) -> str:
@@ -45,7 +49,11 @@ class Caller:
 
     def may_use(self, model: str) -> bool:
         """Whether the token is for this model."""
-        return not self._patterns or any(pattern.match(model) for pattern in self._patterns)
+        return not self._of_models or any(pattern.match(model) for pattern in self._of_models)
+
+    def may_be(self, worker: str) -> bool:
+        """Whether the token is for a worker of this name."""
+        return not self._of_workers or any(pattern.match(worker) for pattern in self._of_workers)
 
     def require(self, need: Need, what: str) -> None:
         """PermissionDenied unless this role is let in. TokenRevoked."""
@@ -88,6 +96,24 @@ def require_model(model: str) -> None:
         raise PermissionDenied(
             problem=f"the token {caller.name!r} is for models {', '.join(caller.models)}, and {model[:200]!r} is none of them",
             need=f"models {', '.join(caller.models)}",
+        )
+
+
+def require_named(message: Any) -> None:
+    """PermissionDenied if a worker's message names a model, or a worker, that its caller's token is not for.
+
+    A message without a worker's name reads, or has the ticket of a join, which was looked at.
+    """
+    require_model(message.model)
+    caller = CALLER.get()
+    if caller is None or not caller.workers:
+        return
+    fields = message.DESCRIPTOR.fields_by_name
+    named = message.worker if "worker" in fields else message.identity.worker if "identity" in fields else ""
+    if named and not caller.may_be(named):
+        raise PermissionDenied(
+            problem=f"the token {caller.name!r} is for workers {', '.join(caller.workers)}, and {named[:200]!r} is none of them",
+            need=f"worker {', '.join(caller.workers)}",
         )
 
 

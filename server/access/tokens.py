@@ -1,7 +1,7 @@
 """Bearer tokens: made, read from their sources, and looked up.
 
 A source has a line for each token: a name, a role, `sha256:` and the token's hash (or the token itself, in a file of its
-own or the environment), and perhaps the models that it is for. A token has 256 random bits, so one pass of SHA-256
+own or the environment), and perhaps the models that it is for, and `worker=` and the workers' names that it is for. A token has 256 random bits, so one pass of SHA-256
 protects it. What is kept in memory is the hash. It is found through an index that is keyed anew in each process, so the
 time of a look-up tells nothing about the hashes; the hash that was found is compared in constant time. Either takes the
 same time however many tokens there are.
@@ -21,6 +21,7 @@ from .caller import Caller
 from .roles import Role
 
 HASHED: Final = "sha256:"
+WORKER: Final = "worker="
 SHORTEST: Final = 20
 LONGEST: Final = 512
 MOST_TOKENS: Final = 100_000
@@ -39,6 +40,7 @@ class Token:
     role: Role
     models: tuple[str, ...]
     digest: bytes = field(repr=False)
+    workers: tuple[str, ...] = ()
 
 
 def made_token() -> str:
@@ -46,12 +48,13 @@ def made_token() -> str:
     return f"pushstep-{secrets.token_urlsafe(32)}"
 
 
-def line_of(token: str, name: str, role: Role, models: str = "") -> str:
-    """The line that lets a token in, with its hash. ValueError for a name, or models, that no line can have."""
-    words = [name, role.value, HASHED + digest_of(token).hex(), *([models] if models else [])]
+def line_of(token: str, name: str, role: Role, models: str = "", workers: str = "") -> str:
+    """The line that lets a token in, with its hash. ValueError for a name, or lists, that no line can have."""
+    words = [name, role.value, HASHED + digest_of(token).hex()]
+    words += [*([models] if models else []), *([WORKER + workers] if workers else [])]
     line = " ".join(words)
     if line.split() != words:
-        raise ValueError("a name, and a list of models, has no spaces")
+        raise ValueError("a name, and a list of models or workers, has no spaces")
     _parsed(line, hashed_only=True)
     return line
 
@@ -77,17 +80,30 @@ def read_tokens(lines: Iterable[str], source: str, *, hashed_only: bool = False)
 
 def _parsed(line: str, *, hashed_only: bool) -> Token:
     words = line.split()
+    workers = _patterns(words.pop().removeprefix(WORKER)) if words[-1].startswith(WORKER) else ()
     if len(words) not in (3, 4):
-        raise ValueError("a token is NAME ROLE sha256:HASH, and perhaps MODELS, such as flights,test-*")
+        raise ValueError(
+            "a token is NAME ROLE sha256:HASH, and perhaps MODELS, such as flights,test-*, and worker=NAMES"
+        )
     name, role, secret = words[:3]
     if not _NAME.fullmatch(name):
         raise ValueError("the first word is no name of at most 100 letters, digits, '.', '_' and '-'")
     if role not in tuple(Role):
         raise ValueError(f"the second word is no role: {', '.join(Role)}")
-    models = tuple(words[3].split(",")) if len(words) == 4 else ()
-    if not all(map(_PATTERN.fullmatch, models)):
+    models = _patterns(words[3]) if len(words) == 4 else ()
+    if models is None:
         raise ValueError("the fourth word is no list of models' names or patterns, such as flights,test-*")
-    return Token(name, Role(role), models, _digest(secret, hashed_only=hashed_only))
+    if workers is None:
+        raise ValueError(f"behind {WORKER} there is no list of workers' names or patterns, such as w0,gpu-*")
+    if workers and role != Role.WORKER:
+        raise ValueError(f"{WORKER} is for the role {Role.WORKER.value}: nobody else is a worker")
+    return Token(name, Role(role), models, _digest(secret, hashed_only=hashed_only), workers)
+
+
+def _patterns(word: str) -> tuple[str, ...] | None:
+    """Names or patterns between commas; None if one is neither."""
+    found = tuple(word.split(","))
+    return found if all(map(_PATTERN.fullmatch, found)) else None
 
 
 def _digest(secret: str, *, hashed_only: bool) -> bytes:
@@ -142,7 +158,7 @@ class Tokens:
             if kept is not None and kept[0] == token:
                 known[place] = kept
             else:
-                known[place] = token, Caller(token.name, token.role, token.models)
+                known[place] = token, Caller(token.name, token.role, token.models, token.workers)
         if len(known) > MOST_TOKENS:
             raise ValueError(f"there are more than {MOST_TOKENS} tokens")
         gone = [

@@ -25,7 +25,7 @@ from pushstep.proto.wire.frames import MAX_MESSAGE_BYTES, Piece, pack
 from pushstep.proto.wire.layout import ID_BYTES
 from pushstep.proto.wire.limits import limit_of
 
-from ..access.caller import require_model
+from ..access.caller import require_named
 from ..arenas.publisher import fetched
 from ..models.catalog import Catalog
 from ..models.model import Model
@@ -75,7 +75,7 @@ class RowsAsked:
         except ValueError as error:
             raise MalformedFrame(problem="not a PullRowsRequest") from error
         request = await received(pb.PullRowsRequest, ids.rest)
-        require_model(request.model)
+        require_named(request)
         if ids.count > MOST_IDS:
             raise TooLong(what="PullRowsRequest.ids", got=ids.count, unit="entries", most=MOST_IDS)
         about(request.model)

@@ -14,7 +14,7 @@ from pushstep.proto.errors import MalformedFrame
 from pushstep.proto.training_pb2 import PushCommit, PushRequest, UploadRequest
 from pushstep.proto.wire.frames import Chunk, chunk_in, chunk_of, fields_bytes
 
-from ..access.caller import require_model
+from ..access.caller import require_named
 from ..staging.budget import Budget
 from .counted_parts import CountedParts
 from .received import INLINE_MESSAGE_BYTES, received
@@ -40,7 +40,7 @@ class BulkStream(Generic[M]):
     async def header(self) -> M:
         """The message with the complete header. It may carry a chunk and the commit too. MalformedFrame.
 
-        PermissionDenied if its model is not for the caller.
+        PermissionDenied if its model, or its worker, is not the caller's.
         """
         if self._first is not None:
             return self._first[0]
@@ -55,7 +55,7 @@ class BulkStream(Generic[M]):
             raise MalformedFrame(problem="the first message of a stream must carry the header")
         if in_parts:
             await self._complete(fields)
-        require_model(fields.header.model)
+        require_named(fields.header)
         self._first = fields, chunk
         return fields
 

@@ -14,7 +14,7 @@ from google.protobuf.message import Message
 from pushstep.proto.errors import PushstepError, StreamStalled
 from pushstep.proto.errors.status import named, untrace
 
-from ..access.caller import require_model, was_cut
+from ..access.caller import require_named, was_cut
 from ..process.request_log import RequestLog
 from ..streams.readers import Context, Reader, Readers
 from ..streams.received import received
@@ -59,10 +59,10 @@ def streamed(
 
 
 async def asked(kind: type[Message], messages: AsyncIterator[bytes]) -> Any:
-    """The one message of a call, parsed. PermissionDenied if it names a model that is not for the caller."""
+    """The one message of a call, parsed. PermissionDenied if it names a model, or a worker, that is not the caller's."""
     request: Any = await received(kind, await only(messages))
     if "model" in kind.DESCRIPTOR.fields_by_name:
-        require_model(request.model)
+        require_named(request)
     return request
 
 

@@ -26,7 +26,7 @@ from pushstep.proto.types_pb2 import GroupValues
 from pushstep.proto.wire.frames import MAX_CHUNK_BYTES, Piece, pack
 from pushstep.proto.wire.parts import WHOLE_BYTES, parts_of
 
-from ..access.caller import may_use, require_model
+from ..access.caller import may_use, require_named
 from ..arenas.arenas_copy import ArenasCopy
 from ..counters.server_counts import WORKERS_DOOR
 from ..models.catalog import Catalog
@@ -145,7 +145,7 @@ class GrpcDoor:
         try:
             await parts.read(TimedMessages(messages, self.stall_s))
             request = await parts.parsed(pb.JoinRequest)
-            require_model(request.model)
+            require_named(request)
             response = await join(self.catalog, request, peer)
             del request
             whole = await REQUESTS.run(response.SerializeToString)

@@ -59,6 +59,10 @@ LINES: dict[str, tuple[str, str]] = {
     "a token of other characters": ("a worker " + "ä" * 30, "20 to 512"),
     "bad models": (f"a worker {HASHED} m/..", "fourth"),
     "empty models": (f"a worker {HASHED} m,,n", "fourth"),
+    "bad workers": (f"a worker {HASHED} m worker=w/..", "list of workers"),
+    "no workers": (f"a worker {HASHED} worker=", "list of workers"),
+    "workers in front of models": (f"a worker {HASHED} worker=w m", "NAME ROLE"),
+    "a viewer that is a worker": (f"a viewer {HASHED} worker=w0", "for the role worker"),
 }
 
 
@@ -122,6 +126,10 @@ def test_make_token_prints_a_token_and_the_line_that_lets_it_in(
         assert token not in line + printed.err
         assert list(read_tokens([line], "x", hashed_only=True)) == [known(role, "n", ("m", "x-*"), token)]
         assert serve(["--make-token", role.value, "--name", "a b"]) == 2
+        workers = ["--models", "m", "--worker", "w0,gpu-*"]
+        assert serve(["--make-token", role.value, *workers]) == (0 if role is Role.WORKER else 2)
+        printed = capsys.readouterr()
+        assert role is not Role.WORKER or printed.out.endswith(" m worker=w0,gpu-*\n")
         assert serve(["--name", "n"]) == 2
     finally:
         os.umask(mask)

@@ -49,6 +49,7 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> TokenFile:
     made = TokenFile(tmp_path_factory.mktemp("tokens") / "tokens")
     made.add("limited-worker", Role.WORKER, f"{MODEL},test-*")
     made.add("limited-operator", Role.OPERATOR, f"{MODEL},test-*")
+    made.add("bound-worker", Role.WORKER, workers="bound,gpu-*")
     return made
 
 
@@ -258,6 +259,52 @@ def test_a_token_for_one_model_reaches_no_other_by_any_rpc(
         for model, is_theirs in ((MODEL, True), (OTHER, False), ("missing", False), ("test-1", True)):
             found = refusal(guarded.grpc, method, tokens, "limited-worker", naming(name, model))
             assert found is (None if is_theirs else PermissionDenied), (method, model)
+
+
+def of_worker(method: str, worker: str) -> bytes | None:
+    """A message of an RPC that names a worker of the model; None if none of its messages does."""
+    kind = pb.PushRequest if method == "Exchange" else getattr(pb, f"{method}Request", pb.JoinRequest)
+    made: Any = kind()
+    named = made.header if "header" in kind.DESCRIPTOR.fields_by_name else made
+    named.model = MODEL
+    fields = named.DESCRIPTOR.fields_by_name
+    if "worker" in fields:
+        named.worker = worker
+    elif "identity" in fields:
+        named.identity.worker = worker
+    else:
+        return None
+    whole = bytes(made.SerializeToString())
+    return bytes(pb.JoinPart(part=whole).SerializeToString()) if method == "JoinInParts" else whole
+
+
+@pytest.mark.parametrize("method", OF_A_MODEL)
+def test_a_token_for_one_worker_speaks_for_no_other_by_any_rpc(
+    guarded: RunningServer, tokens: TokenFile, method: str
+) -> None:
+    name = method.rpartition("/")[2]
+    for worker, is_theirs in (("bound", True), ("gpu-7", True), ("w0", False), ("bound2", False)):
+        message = of_worker(name, worker)
+        if message is None:
+            assert name in ("PullRows", "PullExtras", "PullState"), f"{name} names no worker"
+            continue
+        found = refusal(guarded.grpc, method, tokens, "bound-worker", message)
+        assert found is (None if is_theirs else PermissionDenied), (method, worker)
+
+
+@pytest.mark.parametrize("shared_memory", [False, True], ids=["frames", "shared memory"])
+def test_a_token_for_one_worker_trains_as_this_one(
+    guarded: RunningServer, tokens: TokenFile, shared_memory: bool
+) -> None:
+    held = tokens.tokens["bound-worker"]
+    with guarded.connect("bound", "bound", token=held, shared_memory=shared_memory) as session:
+        session.create({"w": np.zeros(4, np.float32)})
+        session.push({"w": np.ones(4, np.float32)})
+    with (
+        guarded.connect("bound", "w0", token=held, shared_memory=shared_memory) as session,
+        pytest.raises(PermissionDenied, match=r"for workers bound, gpu-\*, and 'w0' is none of them"),
+    ):
+        session.create({"w": np.zeros(4, np.float32)})
 
 
 @pytest.mark.parametrize("entry", [entry for entry in ROUTES if "{m}" in entry])

@@ -28,10 +28,10 @@ class TokenFile:
         for role in Role:
             self.add(role.value, role)
 
-    def add(self, name: str, role: Role, models: str = "") -> str:
+    def add(self, name: str, role: Role, models: str = "", workers: str = "") -> str:
         """One more token."""
         token = self.tokens[name] = made_token()
-        self._lines[name] = line_of(token, name, role, models)
+        self._lines[name] = line_of(token, name, role, models, workers)
         self._write()
         return token
 
