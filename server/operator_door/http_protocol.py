@@ -14,6 +14,7 @@ import json
 from typing import Any, Final
 
 import h11
+from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn import Config
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
@@ -55,6 +56,7 @@ class HttpProtocol(H11Protocol):
     def __init__(self, config: Config, state: ServerState, idle: Idle, stall_s: float) -> None:
         super().__init__(config=config, server_state=state, app_state={})
         self.conn = _Connection(h11.SERVER, MAX_HEAD_BYTES)
+        self.app = self._running(self.app)
         self._idle = idle
         self._stall_s = stall_s
         self._waits_for = ""
@@ -67,6 +69,18 @@ class HttpProtocol(H11Protocol):
         # the timer while the caller has bytes to take, and how many it had taken when the timer began
         self._reading: asyncio.TimerHandle | None = None
         self._taken_bytes = 0
+
+    def _running(self, app: ASGIApp) -> ASGIApp:
+        """`app`; where it returns in the middle of an answer, which it does to cut its caller off, the connection ends."""
+
+        async def run(scope: Scope, receive: Receive, send: Send) -> None:
+            await app(scope, receive, send)
+            cycle = self.cycle
+            if cycle is not None and cycle.response_started and not cycle.response_complete:
+                cycle.disconnected = True  # or uvicorn would log it as a defect
+                self.transport.close()
+
+        return run
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         """Start the clock: the caller may never send anything."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import signal
 import socket
 import ssl
@@ -388,6 +389,50 @@ def test_a_session_whose_token_is_taken_back_is_told_so(
     assert guarded.rest("GET", "/v1/models/m").json()["version"] == receipt.version
     with pytest.warns(RuntimeWarning, match="could not leave"):
         session.close()
+
+
+def test_a_token_that_is_taken_back_ends_its_stream_of_events(
+    guarded: RunningServer, tokens: TokenFile
+) -> None:
+    """Also one that waits for an event; another's goes on, and the log has no error for it."""
+    guarded.connect("m", token=tokens.tokens["worker"]).create(PARAMETERS)
+    url = f"http://{guarded.http}/v1/models/m/events"
+    stream = {"Accept": "text/event-stream"}
+    with contextlib.ExitStack() as stack:
+        client = stack.enter_context(httpx.Client(timeout=60, trust_env=False))
+        viewers, operators = (
+            stack.enter_context(client.stream("GET", url, headers={**stream, **tokens.headers(role)}))
+            for role in ("viewer", "operator")
+        )
+        lines = viewers.iter_lines()
+        assert next(lines).startswith("retry:")
+        tokens.take_back("viewer")
+        reload(guarded)
+        assert [line for line in lines if line][-2:] == ["event: ended", 'data: {"why": "token_revoked"}']
+        wait_until(lambda: "revoked: viewer; calls cut: 1" in guarded.log.read_text())
+        guarded.rest("PATCH", "/v1/models/m/gate", json={"nonfinite": "skip"})
+        assert any("gate_changed" in line for line in operators.iter_lines())
+        assert client.get(url, headers={**stream, **tokens.headers("viewer")}).status_code == 401
+    assert not re.search("Traceback|ERROR", guarded.log.read_text())
+
+
+def test_a_token_that_is_taken_back_ends_its_download(guarded: RunningServer, tokens: TokenFile) -> None:
+    """In the middle, so that nobody takes what has come for the whole; and the log has no error for it."""
+    large = {"w": np.zeros(16 << 20, np.float32)}
+    guarded.connect("m", token=tokens.tokens["worker"]).create(large)
+    url = f"http://{guarded.http}/v1/models/m/export?format=safetensors"
+    with (
+        httpx.Client(timeout=60, trust_env=False) as client,
+        client.stream("GET", url, headers=tokens.headers("viewer")) as answer,
+    ):
+        blocks = answer.iter_raw(1 << 16)
+        next(blocks)
+        tokens.take_back("viewer")
+        reload(guarded)
+        wait_until(lambda: "revoked: viewer; calls cut: 1" in guarded.log.read_text())
+        with pytest.raises(httpx.RemoteProtocolError):
+            list(blocks)
+    assert not re.search("Traceback|ERROR", guarded.log.read_text())
 
 
 def test_a_token_that_changes_its_role_is_another_from_then_on(

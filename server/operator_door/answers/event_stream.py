@@ -6,6 +6,7 @@ with a last event that says so, and comes again for what it has missed.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
@@ -17,6 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from pushstep.proto.errors import Busy
 
+from ...access.caller import was_cut
 from ...models.events import Events
 
 MEDIA_TYPE: Final = "text/event-stream"
@@ -68,9 +70,16 @@ class EventStream(StreamingResponse):
         super().__init__(frames, headers=headers, media_type=MEDIA_TYPE)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the events until the listener goes, or no more come."""
+        """Send the events until the listener goes, no more come, or its token is revoked."""
         with self._listeners.one_more():
-            await super().__call__(scope, receive, send)
+            try:
+                await super().__call__(scope, receive, send)
+            except asyncio.CancelledError:
+                cut = was_cut()
+                if cut is None:
+                    raise
+                last = f"event: ended\ndata: {json.dumps({'why': cut.code})}\n\n"
+                await send({"type": "http.response.body", "body": last.encode(), "more_body": False})
 
 
 async def frames_of(
