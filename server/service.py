@@ -11,6 +11,7 @@ import contextlib
 import errno
 import logging
 import os
+import shlex
 import signal
 import socket
 import sys
@@ -256,7 +257,8 @@ class Service:
 
     async def _until_stopped(self) -> None:
         await self._say(health_pb2.HealthCheckResponse.SERVING)
-        unix = f" unix={self.unix_path}" if self.unix_path else ""
+        # a shell's words: a path may have spaces
+        unix = f" unix={shlex.quote(self.unix_path)}" if self.unix_path else ""
         try:
             print(f"ready grpc={self.grpc_address} http={self.http_address}{unix}", flush=True)
         except OSError as error:  # the starter has closed our output; workers may still connect

@@ -143,9 +143,9 @@ def test_a_socket_left_by_a_dead_server_is_replaced(data: Path) -> None:
     assert not Path(server.unix).exists()
 
 
-@pytest.mark.parametrize("name", ["a%41%zz", "what?#é%2F"])
+@pytest.mark.parametrize("name", ["a%41%zz", "what?#é%2F", "my data unix='x"])
 def test_a_folder_whose_name_is_no_uri(name: str, tmp_path: Path) -> None:
-    """gRPC takes a Unix socket's path for part of a URI; both ends take it as it is."""
+    """gRPC takes a Unix socket's path for part of a URI; both ends take it as it is. The line on stdout is a shell's words."""
     data = tmp_path / name
     with running_server(data, "--unix", str(data / "s")) as server:
         assert server.unix == str(data / "s")

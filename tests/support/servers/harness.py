@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import re
+import shlex
 import signal
 import ssl
 import subprocess
@@ -136,7 +137,7 @@ def start_server(
         log = data / f"server-{next(_numbers)}.log"
         process, line = _started(data, options, log, environment, command)
         if line.startswith("ready "):
-            where = dict(entry.split("=", 1) for entry in line.split()[1:])
+            where = dict(entry.split("=", 1) for entry in shlex.split(line)[1:])
             return RunningServer(process, where["grpc"], where["http"], where.get("unix", ""), data, log)
         process.wait(STOP_S)
         if process.stdout is not None:
