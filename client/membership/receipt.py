@@ -55,7 +55,7 @@ _HOW_SAFE: Final = {
 _PHASES: Final = {
     "receive_s": "being received",
     "queue_s": "waiting for its turn",
-    "wait_s": "waiting for other workers",
+    "wait_s": "waiting for its policy to let it in",
     "step_s": "being stepped",
     "publish_s": "being published",
 }

@@ -18,6 +18,8 @@ log = logging.getLogger("pushstep.service")
 # Files that are not connections: the listeners, snapshots and exports under way, kernels, the log.
 OWN_FILES: Final = 128
 MOST_HTTP: Final = 1000
+# Of workers: who has fewer to give is told so when the server starts.
+FEW_CONNECTIONS: Final = 1000
 RESERVED: Final = 16
 
 
@@ -48,7 +50,8 @@ def shared_out(most_grpc: int) -> Shares:
     # a worker on this host has a gRPC connection and a local socket
     grpc = min(most_grpc, (free - http) // 2)
     if grpc < most_grpc:
-        log.info(
+        log.log(
+            logging.INFO if grpc < FEW_CONNECTIONS else logging.DEBUG,
             "this process may open %d files: it holds at most %d workers' connections at once, not %d; raise the limit "
             "(ulimit -n)",
             soft,

@@ -56,7 +56,7 @@ EXPLAINED: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
     "on the disk": ({"durability": "durable"}, ["on the disk before"], []),
     "where time went": (
         {"times": {"receive_s": 0.002, "queue_s": 0.5, "wait_s": 1.5, "step_s": 0.0, "publish_s": 0.0}},
-        ["took the server 2 s: 1.5 s waiting for other workers, 500 ms waiting for its turn"],
+        ["took the server 2 s: 1.5 s waiting for its policy to let it in, 500 ms waiting for its turn"],
         ["received"],
     ),
 }

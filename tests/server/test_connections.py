@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import resource
 import socket
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from pushstep.server.operator_door.app import MOST_REQUESTS
-from pushstep.server.process.descriptors import MOST_HTTP
+from pushstep.server.process.descriptors import FEW_CONNECTIONS, MOST_HTTP, shared_out
 from tests.support.servers.harness import SERVER, RunningServer, running_server, wait_until
 from tests.support.servers.operators import checkpoints_held
 from tests.support.workers.wire import created, untouched
@@ -30,6 +31,17 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     with running_server(tmp_path_factory.mktemp("quick") / "data", *options) as running:
         created(running, MODEL)
         yield running
+
+
+@pytest.mark.parametrize("limit", [4 * FEW_CONNECTIONS, FEW_CONNECTIONS])
+def test_only_who_can_have_few_workers_is_told_so(
+    limit: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A line about open files at a start says nothing to who has three workers, if there is room for a thousand."""
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (limit, limit))
+    with caplog.at_level(logging.INFO, "pushstep.service"):
+        shares = shared_out(20_000)
+    assert (shares.grpc < FEW_CONNECTIONS) == ("raise the limit" in caplog.text) == (limit == FEW_CONNECTIONS)
 
 
 def connected(server: RunningServer, port: str = "http") -> socket.socket:
