@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import math
@@ -18,6 +19,7 @@ from pushstep.client import Outcome, Session
 from pushstep.proto.errors import (
     HeldByHook,
     InvalidHook,
+    NonfiniteGradient,
     PushstepError,
     RejectedByHook,
     UnknownGroup,
@@ -32,7 +34,8 @@ from pushstep.server.coordinator.hooks.schedulers import KINDS
 from pushstep.server.observers import observers as at_work
 from pushstep.server.observers.catalogue import OBSERVERS
 from tests.support.servers.harness import RunningServer, wait_until
-from tests.support.workers.wire import created
+from tests.support.servers.operators import set_gate
+from tests.support.workers.wire import created, untouched
 
 ONES = {"bias": np.ones(4, np.float32)}
 
@@ -139,6 +142,34 @@ def test_nonfinite_apply_does_as_torch_does(server: RunningServer, session: Sess
         answer = server.rest("GET", f"/v1/models/{session.model}{path}")
         assert answer.status_code == 200
         json.loads(answer.text, parse_constant=lambda constant: pytest.fail(constant))
+
+
+@pytest.mark.parametrize("norm_type", [2.0, "inf"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_error_if_nonfinite_is_torchs(
+    server: RunningServer, session: Session, hooks: str, value: float, norm_type: float | str
+) -> None:
+    """Where the gate lets such gradients in, the hook rejects what torch raises for, until it is told not to."""
+    gradient = np.array([value, 1, 1, 1], np.float32)
+    set_gate(server, session.model, nonfinite="apply")
+    settings = {"max_norm": 0.5, "norm_type": norm_type, "error_if_nonfinite": True}
+    installed = {"name": "clip_grad_norm", "point": "step_pre", "settings": settings}
+    hook = server.rest("POST", hooks, json=installed).json()["id"]
+    for raises in (True, False):
+        parameter = torch.zeros(4, requires_grad=True)
+        parameter.grad = torch.from_numpy(gradient.copy())
+        with pytest.raises(RuntimeError, match="non-finite") if raises else contextlib.nullcontext():
+            torch.nn.utils.clip_grad_norm_([parameter], 0.5, float(norm_type), error_if_nonfinite=raises)
+        if raises:
+            with untouched(server, session.model), pytest.raises(NonfiniteGradient):
+                session.push({"bias": gradient})
+            assert server.rest("GET", f"/v1/models/{session.model}").json()["nonfinite"] == "reject"
+            lenient = {"settings": {**settings, "error_if_nonfinite": False}}
+            assert server.rest("PATCH", f"{hooks}/{hook}", json=lenient).status_code == 200
+        else:
+            assert session.push({"bias": gradient}).outcome is Outcome.APPLIED
+            held = np.isnan(session.pull()["bias"])
+            assert held.tolist() == parameter.grad.isnan().tolist()
 
 
 def test_a_scheduler_holds_its_lr(server: RunningServer, session: Session, hooks: str) -> None:
