@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import wraps
@@ -101,8 +101,9 @@ class Door:
     def show_edit(self, answer: Any, said: str, *, dry_run: bool) -> None:
         """Print what an edit has led to, or would."""
         if dry_run:
-            said = f"nothing was changed; it would be: {json.dumps(answer)}"
-        elif answer is not None and "effective_version" in answer:
+            self.show(answer, *changes_of(answer), said=_facts_of(answer))
+            return
+        if answer is not None and "effective_version" in answer:
             said += f", from version {answer['effective_version']} on"
         self.show(answer, said=[said])
 
@@ -130,6 +131,39 @@ class Table:
     def print(self) -> None:
         """Print it."""
         wide_console().print(self.made())
+
+
+def changes_of(answer: Mapping[str, Any]) -> list[Table]:
+    """What the answer to a dry run says would change, field by field; no table if nothing would."""
+    before, after = (dict(_leaves(answer[when])) for when in ("before", "after"))
+    rows = [
+        (name, before.get(name), after.get(name))
+        for name in {**before, **after}
+        if name not in before or name not in after or before[name] != after[name]
+    ]
+    return [Table(("", "now", "then"), rows)] if rows else []
+
+
+def _leaves(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+    """What JSON holds, by its place in it, such as settings.max_norm or param_groups.0.lr."""
+    if value is None and not place:
+        return  # there is nothing before what is made, nor after what is deleted
+    is_list = isinstance(value, list) and any(isinstance(each, dict) for each in value)
+    if not is_list and not isinstance(value, dict):
+        yield place, value
+        return
+    for name, each in enumerate(value) if is_list else value.items():
+        yield from _leaves(each, f"{place}.{name}" if place else str(name))
+
+
+def _facts_of(answer: Mapping[str, Any]) -> list[str]:
+    """What else the answer to a dry run says."""
+    facts = {name: value for name, value in answer.items() if name not in ("dry_run", "before", "after")}
+    version = facts.pop("effective_version", None)
+    said = "nothing was changed: this was a dry run"
+    if version is not None:
+        said += f"; it would hold from version {version} on"
+    return [said, *(f"{name.replace('_', ' ')}: {plain(value)}" for name, value in facts.items())]
 
 
 def wide_console() -> Console:

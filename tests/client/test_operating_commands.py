@@ -146,10 +146,22 @@ def test_what_is_done_and_what_would_be(
     line = [model if word == "MODEL" else word for word in line]
     look = lambda: server.rest("GET", f"/v1/models/{model}/{place}").json()  # noqa: E731
     before = look()
-    assert "nothing was changed" in done(run(*line, "--dry-run"))
+    said = done(run(*line, "--dry-run"))
+    assert "nothing was changed" in said and "{" not in said
+    assert json.loads(done(run(*line, "--dry-run", "--json")))["dry_run"] is True
     assert {**look(), "last_seen_s": 0, "lease_left_s": 0} == {**before, "last_seen_s": 0, "lease_left_s": 0}
     assert words in done(run(*line))
     assert holds(look())
+
+
+def test_a_dry_run_shows_what_would_change_and_nothing_else(run: Callable[..., Result], model: str) -> None:
+    line = ["groups", model, "0", "--set", "lr=0.25", "--dry-run"]
+    rows = [row.split() for row in done(run(*line)).splitlines() if row.strip()]
+    assert [row for row in rows if row[0] == "lr"] == [["lr", "0.5", "0.25"]]
+    assert "rule" not in [row[0] for row in rows]
+    assert " ".join(rows[-1]).endswith("it would hold from version 4 on")
+    same = done(run("policy", model, "--set", "policy=async", "--dry-run"))
+    assert same == "nothing was changed: this was a dry run; it would hold from version 4 on\n"
 
 
 def test_a_hook_is_changed_and_removed(run: Callable[..., Result], model: str) -> None:
