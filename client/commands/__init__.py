@@ -12,6 +12,7 @@ import typer
 
 from .bench import bench
 from .demo import demo
+from .explain import explain
 from .export import export
 from .import_file import import_file
 from .operate.capacity import capacity
@@ -21,9 +22,9 @@ from .operate.hooks import hooks
 from .operate.models import models
 from .operate.settings import durability, gate, policy
 from .operate.snapshots import snapshots
+from .operate.status import status
 from .operate.top import top
 from .operate.workers import workers
-from .status import status
 
 app = typer.Typer(no_args_is_help=True, help="Use a pushstep server from the command line.")
 
@@ -46,7 +47,7 @@ def options(
 
 app.command("import")(import_file)
 for _command in (
-    bench, capacity, demo, durability, events, export, gate, groups, hooks, models, policy, snapshots, status, top, workers
+    bench, capacity, demo, durability, events, explain, export, gate, groups, hooks, models, policy, snapshots, status, top, workers
 ):  # fmt: skip
     app.command()(_command)
 for _entry in sorted(entry_points(group="pushstep.commands"), key=lambda entry: entry.name):

@@ -71,6 +71,8 @@ def words_of(error: errors.PushstepError | OSError) -> str:
     except KeyError:  # of a server of another version
         said = error.message
     advice = _ADVICE.get(type(error))
+    if advice is None and text is None and error.code:
+        advice = f"pushstep explain {error.code}"
     return said if advice is None else f"{said}\n({advice})"
 
 

@@ -47,7 +47,7 @@ class PushstepError(Exception):
     def __notes__(self) -> list[str]:
         """What tracebacks show below the message. Made when one is shown: most errors are never."""
         if self._notes is None:
-            self._notes = [f"see {self.help}"] if self.help else []
+            self._notes = [f"see {self.help}, or: pushstep explain {self.code}"] if self.help else []
         return self._notes
 
     @__notes__.setter

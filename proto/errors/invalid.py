@@ -166,7 +166,7 @@ class NonfiniteGradient(InvalidRequest):
     """A gradient with NaN or infinity under `nonfinite = reject`."""
 
     code = "nonfinite_gradient"
-    template = "the gradient of {parameter!r} holds NaN or infinity; the push was not applied (set nonfinite to skip or apply to change that)"
+    template = "the gradient of {parameter!r} holds NaN or infinity; the push was not applied. Look for the cause where the loss is computed, or have such pushes left out: `pushstep gate MODEL --set nonfinite=skip`"
 
 
 class RowOutOfRange(InvalidRequest):
@@ -187,7 +187,7 @@ class NormOutlier(InvalidRequest):
     """A gradient whose norm is far above what the model's accepted pushes have had."""
 
     code = "norm_outlier"
-    template = "the gradient's norm is {norm}, accepted pushes had about {usual} and at most {limit} is let in; the push was not applied (PATCH the model's gate to change that)"
+    template = "the gradient's norm is {norm}, accepted pushes had about {usual} and at most {limit} is let in; the push was not applied (`pushstep gate MODEL --set norm_outlier=null` lets such norms in)"
 
 
 class RejectedByHook(InvalidRequest):

@@ -157,7 +157,10 @@ class ManifestMismatch(Refused):
     """A worker's model is not the server's."""
 
     code = "manifest_mismatch"
-    template = "this worker's parameters differ from model {model!r}: {differences}"
+    template = (
+        "this worker's parameters differ from model {model!r}: {differences}. Run the code that the model was made with, "
+        "or train another model: connect(..., model=...) with a name of its own"
+    )
 
 
 class NoSharedMemory(Refused):

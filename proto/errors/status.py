@@ -14,7 +14,6 @@ from logging import Logger, LoggerAdapter
 from typing import Final, cast
 
 import grpc
-import torch
 from google.protobuf.duration_pb2 import Duration
 from google.rpc.code_pb2 import Code
 from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
@@ -47,7 +46,7 @@ def named(error: Exception, log: Logger | LoggerAdapter[Logger]) -> errors.Pushs
         log.warning("%s", error.message)
     if isinstance(error, errors.PushstepError) and not isinstance(error, errors.Misuse):
         found: errors.PushstepError = copy.copy(error)
-    elif isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+    elif _is_of_memory(error):
         log.error("out of memory", exc_info=error)
         found = errors.OutOfMemory(what="this request", need="an unknown number of")
     else:
@@ -56,6 +55,13 @@ def named(error: Exception, log: Logger | LoggerAdapter[Logger]) -> errors.Pushs
         found = errors.InternalError(log_id=log_id)
     untrace(error)
     return found
+
+
+def _is_of_memory(error: Exception) -> bool:
+    # imported here: commands read answers by this module, and end before torch would be there
+    import torch
+
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError))
 
 
 def untrace(error: BaseException) -> None:

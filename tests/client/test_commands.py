@@ -16,6 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pushstep.client.commands import app
+from pushstep.proto.errors import CATALOGUE
 from tests.support.servers.harness import RunningServer
 
 PUSHSTEP = Path(sys.executable).with_name("pushstep")
@@ -28,6 +29,7 @@ COMMANDS = [
         "demo",
         "durability",
         "events",
+        "explain",
         "export",
         "gate",
         "groups",
@@ -94,6 +96,30 @@ def test_commands_of_other_packages_load_nothing_until_they_run() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_what_an_error_means_is_told_without_torch_or_a_server() -> None:
+    code = (
+        "import sys\n"
+        "from pushstep.client.commands import main\n"
+        "sys.argv = ['pushstep', 'explain', 'nonfinite_gradient']\n"
+        "try: main()\n"
+        "except SystemExit as ended: assert not ended.code\n"
+        "from pushstep.proto.errors.status import from_problem\n"  # what a refused command reads
+        "assert not {'torch', 'numpy'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "GradScaler" in done.stdout
+
+
+def test_every_error_is_explained() -> None:
+    done = CliRunner().invoke(app, ["explain", "--json"])
+    assert {entry["code"] for entry in json.loads(done.stdout)} == set(CATALOGUE)
+    assert all(entry["meaning"] and entry["do"] for entry in json.loads(done.stdout))
+    assert "](" not in done.stdout
+    listed = CliRunner().invoke(app, ["explain"])
+    assert all(code in listed.stdout for code in CATALOGUE)
 
 
 def test_an_unknown_subcommand_is_refused() -> None:

@@ -209,7 +209,10 @@ def test_a_traceback_says_where_to_read_on() -> None:
     error = errors.UnknownModel(model="m")
     error.add_note("of the third attempt")
     shown = traceback.format_exception_only(error)
-    assert shown[1:] == ["see docs/troubleshooting.md#unknown_model\n", "of the third attempt\n"]
+    assert shown[1:] == [
+        "see docs/troubleshooting.md#unknown_model, or: pushstep explain unknown_model\n",
+        "of the third attempt\n",
+    ]
     assert str(error) == error.message
     assert traceback.format_exception_only(errors.Broken("of no code"))[1:] == []
 

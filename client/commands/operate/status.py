@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from .access import is_url
-from .door import Door, operates, plain
+from ..access import is_url
+from ..door import Door, operates, plain
 
 
 @operates
@@ -19,7 +19,7 @@ def status(
     ] = 0.0,
 ) -> None:
     """Say which server answers and which models it holds."""
-    from .description import description_of
+    from ..description import description_of
 
     if is_url(door.server):
         if wait_s:
