@@ -95,6 +95,11 @@ class TrainingServiceStub(object):
                 request_serializer=pushstep_dot_proto_dot_training__pb2.PushRequest.SerializeToString,
                 response_deserializer=pushstep_dot_proto_dot_training__pb2.PullResponse.FromString,
                 _registered_method=True)
+        self.TakeSteps = channel.stream_stream(
+                '/pushstep.v1.TrainingService/TakeSteps',
+                request_serializer=pushstep_dot_proto_dot_training__pb2.PushRequest.SerializeToString,
+                response_deserializer=pushstep_dot_proto_dot_training__pb2.PullResponse.FromString,
+                _registered_method=True)
         self.PullRows = channel.unary_stream(
                 '/pushstep.v1.TrainingService/PullRows',
                 request_serializer=pushstep_dot_proto_dot_training__pb2.PullRowsRequest.SerializeToString,
@@ -204,6 +209,17 @@ class TrainingServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def TakeSteps(self, request_iterator, context):
+        """TakeSteps takes pushes over one call, one after the other: that saves two thirds of what a call for each costs, which is
+        most of a small push. Each is a header, its chunks and its commit, as a stream of Push is. It is answered before the
+        next one is read, as Exchange would answer it; without `pull`, by one message whose header has the receipt alone. A
+        refusal ends the call, as it ends a Push. The server ends it, too, without an error, when no push has come for a minute,
+        and when it stops: open another call then, and send again what was not answered.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def PullRows(self, request, context):
         """PullRows returns some rows of one parameter at one version.
         """
@@ -279,6 +295,11 @@ def add_TrainingServiceServicer_to_server(servicer, server):
             ),
             'Exchange': grpc.stream_stream_rpc_method_handler(
                     servicer.Exchange,
+                    request_deserializer=pushstep_dot_proto_dot_training__pb2.PushRequest.FromString,
+                    response_serializer=pushstep_dot_proto_dot_training__pb2.PullResponse.SerializeToString,
+            ),
+            'TakeSteps': grpc.stream_stream_rpc_method_handler(
+                    servicer.TakeSteps,
                     request_deserializer=pushstep_dot_proto_dot_training__pb2.PushRequest.FromString,
                     response_serializer=pushstep_dot_proto_dot_training__pb2.PullResponse.SerializeToString,
             ),
@@ -560,6 +581,33 @@ class TrainingService(object):
             request_iterator,
             target,
             '/pushstep.v1.TrainingService/Exchange',
+            pushstep_dot_proto_dot_training__pb2.PushRequest.SerializeToString,
+            pushstep_dot_proto_dot_training__pb2.PullResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def TakeSteps(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/pushstep.v1.TrainingService/TakeSteps',
             pushstep_dot_proto_dot_training__pb2.PushRequest.SerializeToString,
             pushstep_dot_proto_dot_training__pb2.PullResponse.FromString,
             options,

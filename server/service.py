@@ -281,6 +281,7 @@ class Service:
         for model in self.catalog.models.values():
             model.held.let_go()
             model.events.end("draining")
+        self.door.steps.end()
         whole = await self._part("health", self._health.enter_graceful_shutdown())
         whole &= await self._part("gRPC", self._grpc.stop(self.config.drain_s))
         whole &= await self._part("shared memory", self.memory.stop())

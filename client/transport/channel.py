@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import grpc
 import torch
@@ -29,9 +29,11 @@ from .address import target_of
 from .progress import Progress, Watchdog
 from .security import Security
 from .spans import Spans
+from .step_call import StepCalls
 from .streams import Body, Exchange, Messages, Pulled, assembled, breakable, fill, first, only
 from .waiting import Wait
 
+T = TypeVar("T")
 SERVICE: Final = "/pushstep.v1.TrainingService/"
 OPTIONS: Final = (
     ("grpc.max_receive_message_length", TRANSPORT_LIMIT_BYTES),
@@ -74,6 +76,7 @@ class Transport:
         keep_freed_blocks()
         self._security = security or Security(address)
         self._channel = self._opened()
+        self._steps = StepCalls(partial(self._call, "TakeSteps"), self.watchdog)
 
     def _opened(self) -> grpc.Channel:
         credentials = self._security.credentials()
@@ -86,6 +89,7 @@ class Transport:
         """Open the channel anew if the files of certificates have changed: gRPC keeps those that it was given."""
         self.wait.in_trouble = False
         if self._security.renew():
+            self._steps.close()
             old, self._channel = self._channel, self._opened()
             old.close()
 
@@ -150,16 +154,27 @@ class Transport:
         )
         return answer
 
-    def push(self, header: pb.PushHeader, body: Body, commit: pb.PushCommit) -> pb.PushResponse:
-        """Push."""
+    def push(
+        self, header: pb.PushHeader, body: Body, commit: pb.PushCommit
+    ) -> pb.PushResponse | pb.PullHeader:
+        """Push. The answer has the receipt."""
+        if self._steps.takes(body):
+            return self._step(header, body, commit, lambda answer, progress: first(answer, progress.moved)[0])
         messages = Messages(pb.PushRequest(header=header), body.segments, body.pieces, lambda _: commit)
-        single = body.single(messages)
-        if single is None:
-            sent: pb.PushResponse = self._stream_in("Push", messages, pb.PushResponse)
-            return sent
-        call = self._call("Push", single, self.timeout_s)
-        answer: pb.PushResponse = messages.sent(lambda: only(breakable(call), pb.PushResponse))
-        return answer
+        sent: pb.PushResponse = self._stream_in("Push", messages, pb.PushResponse)
+        return sent
+
+    def _step(
+        self,
+        header: pb.PushHeader,
+        body: Body,
+        commit: pb.PushCommit,
+        read: Callable[[Iterator[bytes], Progress], T],
+    ) -> T:
+        """One push of TakeSteps."""
+        header.traceparent = self.spans.traceparent()
+        messages = Messages(pb.PushRequest(header=header), body.segments, body.pieces, lambda _: commit)
+        return self._steps.ask(messages.joined(), read)
 
     def _stream_in(self, method: str, messages: Messages, answer: Any) -> Any:
         with self.watchdog.over(self.watchdog.begin()) as progress:
@@ -168,8 +183,10 @@ class Transport:
 
     def exchange(self, header: pb.PushHeader, body: Body, commit: pb.PushCommit, layout: Layout) -> Pulled:
         """Exchange."""
+        if self._steps.takes(body):
+            return self._step(header, body, commit, partial(self._received, layout=layout, to_end=False))
         messages = Messages(pb.PushRequest(header=header), body.segments, body.pieces, lambda _: commit)
-        return self._exchange(messages, body.single(messages), layout).result()
+        return self._exchange(messages, layout).result()
 
     def begin_exchange(
         self,
@@ -181,12 +198,11 @@ class Transport:
     ) -> Exchange:
         """Start an Exchange. Another thread iterates `pieces` and calls `commit`; both may block there."""
         messages = Messages(pb.PushRequest(header=header), segments, pieces, commit)
-        return self._exchange(messages, None, layout)
+        return self._exchange(messages, layout)
 
-    def _exchange(self, messages: Messages, single: bytes | None, layout: Layout) -> Exchange:
+    def _exchange(self, messages: Messages, layout: Layout) -> Exchange:
         progress = self.watchdog.begin()
-        request = messages.watched(progress) if single is None else single
-        call = progress.of(self._call("Exchange", request))
+        call = progress.of(self._call("Exchange", messages.watched(progress)))
         return Exchange(call, messages, partial(self._received, layout=layout), self.watchdog, progress)
 
     def upload(self, header: pb.UploadHeader, body: Body) -> pb.UploadResponse:
@@ -220,12 +236,15 @@ class Transport:
     def _pulled(self, method: str, request: Any, layout: Layout | None) -> Pulled:
         with self.watchdog.over(self.watchdog.begin()) as progress:
             call = progress.of(self._call(method, request.SerializeToString()))
-            return self._received(call, progress, layout)
+            return self._received(breakable(call), progress, layout)
 
-    def _received(self, call: Any, progress: Progress, layout: Layout | None) -> Pulled:
-        return assembled(breakable(call), layout, self._buffers, progress.moved)
+    def _received(
+        self, messages: Iterator[bytes], progress: Progress, layout: Layout | None, *, to_end: bool = True
+    ) -> Pulled:
+        return assembled(messages, layout, self._buffers, progress.moved, to_end=to_end)
 
     def close(self) -> None:
         """Close the channel."""
         self.watchdog.close()
+        self._steps.close()
         self._channel.close()

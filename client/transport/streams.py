@@ -31,7 +31,7 @@ from pushstep.proto.wire.parts import Parts, header_messages
 from .progress import Progress, Watchdog
 from .shield import shield
 
-# A push of up to this size goes out as one message; the server also copies and steps it without another thread.
+# A push of up to this size goes over the open call of TakeSteps; the server also copies and steps it without another thread.
 SMALL_BYTES: Final = 64 << 10
 
 
@@ -42,13 +42,10 @@ class Body:
     segments: Sequence[Segment]
     pieces: Sequence[Sequence[Source]]
 
-    def single(self, messages: Messages) -> bytes | None:
-        """All messages of a small body as one; None if the body is not small.
-
-        gRPC sends a stream's messages from its own thread, which takes a third of a small push's time.
-        """
-        small = sum(piece.nbytes for pieces in self.pieces for piece in pieces) <= SMALL_BYTES
-        return messages.joined() if small else None
+    @property
+    def is_small(self) -> bool:
+        """Whether a call of its own would take longer than moving it."""
+        return sum(piece.nbytes for pieces in self.pieces for piece in pieces) <= SMALL_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +118,7 @@ class Exchange:
     def result(self) -> Pulled:
         """Wait for the answer and return it."""
         with self._watchdog.over(self._progress) as progress:
-            answer: Pulled = self._messages.sent(lambda: self._received(self._call, progress))
+            answer: Pulled = self._messages.sent(lambda: self._received(breakable(self._call), progress))
             return answer
 
     def when_over(self, then: Callable[[], None]) -> None:
@@ -182,16 +179,15 @@ class Messages:
             self._fault = error
             raise
 
-    def joined(self) -> bytes | None:
-        """The whole stream as one message, if it has one chunk; None otherwise.
+    def joined(self) -> list[bytes]:
+        """The whole stream in as few messages as it has chunks, or one.
 
-        Concatenated protobuf messages parse as one, so the parts are only joined; the payload goes last.
+        Concatenated protobuf messages parse as one, so the parts are only joined; a payload goes last.
         """
-        parts = list(self)
-        if len(parts) != 3:
-            return None
-        header, chunk, commit = parts
-        return b"".join((header, commit, chunk))
+        header, *chunks, commit = self
+        if len(chunks) < 2:
+            return [b"".join((header, commit, *chunks))]
+        return [header + chunks[0], *chunks[1:-1], commit + chunks[-1]]
 
     def sent(self, call: Callable[[], Any]) -> Any:
         """Run the call. If making a message failed, raise that error instead of gRPC's."""
@@ -204,9 +200,17 @@ class Messages:
 
 
 def assembled(
-    messages: Iterator[bytes], layout: Layout | None, buffers: BufferPool, moved: Callable[[], None]
+    messages: Iterator[bytes],
+    layout: Layout | None,
+    buffers: BufferPool,
+    moved: Callable[[], None],
+    *,
+    to_end: bool = True,
 ) -> Pulled:
-    """A complete answer; calls `moved` when some of it has come. MalformedFrame if it does not fit."""
+    """A complete answer; calls `moved` when some of it has come. MalformedFrame if it does not fit.
+
+    `to_end`: nothing comes behind it.
+    """
     header, chunk = first(messages, moved)
     if layout is None or (header.manifest.parameters and layout.manifest_hash != header.manifest_hash):
         layout = Layout(header.manifest)
@@ -214,7 +218,7 @@ def assembled(
         raise MalformedFrame(problem="the server's answer is of another manifest")
     # the server sets the body's size, without a limit here; the segments have to fit this model
     body = Assembly(check_body(layout, header.segments, 1 << 62), take=buffers.take)
-    fill(body, chunk, messages, moved)
+    fill(body, chunk, messages, moved, to_end=to_end)
     return Pulled(header, layout, body)
 
 
@@ -232,11 +236,18 @@ def first(messages: Iterator[bytes], moved: Callable[[], None]) -> tuple[pb.Pull
     return pb.PullHeader.FromString(parts.take()) if parts.size_bytes else fields.header, chunk
 
 
-def fill(body: Assembly, chunk: Chunk | None, messages: Iterator[bytes], moved: Callable[[], None]) -> None:
-    """Place `chunk` and all chunks that follow into `body`, and finish it."""
+def fill(
+    body: Assembly,
+    chunk: Chunk | None,
+    messages: Iterator[bytes],
+    moved: Callable[[], None],
+    *,
+    to_end: bool = True,
+) -> None:
+    """Place `chunk` and the chunks that follow into `body`, all or until it is complete, and finish it."""
     if chunk is not None:
         body.place(chunk)
-    for message in messages:
+    while (to_end or not body.is_complete) and (message := next(messages, None)) is not None:
         moved()
         _, chunk = unpack(message, pb.PullResponse)
         if chunk is not None:

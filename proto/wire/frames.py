@@ -221,11 +221,12 @@ def unpack(message: bytes, kind: type[M]) -> tuple[M | None, Chunk | None]:
     chunk = chunk_of(message)
     if chunk is not None:
         return None, chunk
+    rest, payload = split(message)
     try:
-        fields = kind.FromString(message)
+        fields = kind.FromString(rest)
     except DecodeError as error:
         raise MalformedFrame(problem=f"not a {kind.__name__}") from error
-    return fields, chunk_in(fields)
+    return fields, chunk_of_fields(fields, payload)
 
 
 def chunk_of(message: bytes) -> Chunk | None:
@@ -236,8 +237,8 @@ def chunk_of(message: bytes) -> Chunk | None:
     return None if chunk is None else _checked(chunk)
 
 
-def fields_bytes(message: bytes) -> int:
-    """How many bytes of a bulk message need parsing: those before a payload that fills the rest, or all."""
+def split(message: bytes) -> tuple[bytes, memoryview | None]:
+    """The bytes of a bulk message that need parsing, and the payload behind them; None if it does not fill the rest."""
     at = 0
     while at < len(message):
         tag, kind = message[at], message[at] & 7
@@ -248,10 +249,12 @@ def fields_bytes(message: bytes) -> int:
         if kind != 2 or tag >= 0x80:
             break
         length, start = _length(message, start, 5)
+        if tag == _PAYLOAD_TAG and start + length == len(message):
+            return message[:at], memoryview(message)[start:]
         if tag == _PAYLOAD_TAG:
-            return at if start + length == len(message) else len(message)
+            break
         at = start + length
-    return len(message)
+    return message, None
 
 
 def _length(message: bytes, at: int, most_bytes: int) -> tuple[int, int]:
@@ -264,10 +267,10 @@ def _length(message: bytes, at: int, most_bytes: int) -> tuple[int, int]:
     return value, len(message) + 1
 
 
-def chunk_in(fields: BulkMessage) -> Chunk | None:
-    """The chunk in a parsed message's fields; None if they hold no payload. MessageTooLarge."""
-    payload = fields.payload
-    return _checked(Chunk(fields.segment, fields.offset, memoryview(payload))) if payload else None
+def chunk_of_fields(fields: BulkMessage, payload: memoryview | None) -> Chunk | None:
+    """The chunk of a message in the parts that `split` gives; None if its payload is empty. MessageTooLarge."""
+    found = memoryview(fields.payload) if payload is None else payload
+    return _checked(Chunk(fields.segment, fields.offset, found)) if found else None
 
 
 def _checked(chunk: Chunk) -> Chunk:
@@ -331,7 +334,7 @@ class Assembly:
 
     def place(self, chunk: Chunk) -> None:
         """Copy a chunk to its place. WrongLength or MalformedFrame, before any write, if it is not next."""
-        if self._segment >= len(self._lengths):
+        if self.is_complete:
             raise WrongLength(what="the body", got="longer", expected=sum(self._lengths))
         if chunk.segment != self._segment or chunk.offset != self._filled:
             raise MalformedFrame(
@@ -356,9 +359,14 @@ class Assembly:
             self._segment += 1
             self._filled = 0
 
+    @property
+    def is_complete(self) -> bool:
+        """True when every segment is filled."""
+        return self._segment >= len(self._lengths)
+
     def finish(self) -> None:
         """WrongLength if the body is not complete: the stream has ended early."""
-        if self._segment < len(self._lengths):
+        if not self.is_complete:
             got = sum(self._lengths[: self._segment]) + self._filled
             raise WrongLength(what="the body", got=got, expected=sum(self._lengths))
 

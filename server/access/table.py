@@ -86,6 +86,8 @@ RPCS: Final[Mapping[str, Need]] = {
     f"{_TRAINING}/Upload": Need.WORKER,
     f"{_TRAINING}/Push": Need.WORKER,
     f"{_TRAINING}/Exchange": Need.WORKER,
+    # a stream that stays open
+    f"{_TRAINING}/TakeSteps": Need.WORKER,
     f"{_TRAINING}/Pull": Need.WORKER,
     f"{_TRAINING}/PullRows": Need.WORKER,
     f"{_TRAINING}/PullState": Need.WORKER,

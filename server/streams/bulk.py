@@ -12,7 +12,7 @@ from typing import Any, Generic, Self, TypeVar
 
 from pushstep.proto.errors import MalformedFrame
 from pushstep.proto.training_pb2 import PushCommit, PushRequest, UploadRequest
-from pushstep.proto.wire.frames import Chunk, chunk_in, chunk_of, fields_bytes
+from pushstep.proto.wire.frames import Chunk, chunk_of, chunk_of_fields, split
 
 from ..access.caller import require_named
 from ..staging.budget import Budget
@@ -111,11 +111,11 @@ class BulkStream(Generic[M]):
         chunk = chunk_of(message)
         if chunk is not None:
             return None, chunk
-        parsed_bytes = fields_bytes(message)
-        fields = await received(self._kind, message, len(message) - parsed_bytes)
-        if parsed_bytes > INLINE_MESSAGE_BYTES:
+        rest, payload = split(message)
+        fields = await received(self._kind, rest)
+        if len(rest) > INLINE_MESSAGE_BYTES:
             self._messages.begin_window()  # parsing may have waited for a thread, which the client did not cause
-        return fields, chunk_in(fields)
+        return fields, chunk_of_fields(fields, payload)
 
     async def _moved(self) -> None:
         if self._moving is not None:
@@ -127,15 +127,23 @@ class BulkStream(Generic[M]):
 
 
 class OneMessage(BulkStream[M]):
-    """A stream that consists of one message, which is already here: it never waits."""
+    """A stream whose first message is here already. Without `rest` it is the only one, and nothing waits."""
 
-    def __init__(self, message: bytes, kind: type[M], budget: Budget) -> None:
-        super().__init__(_nothing(), kind, 0.0, budget)
+    def __init__(
+        self,
+        message: bytes,
+        kind: type[M],
+        budget: Budget,
+        rest: AsyncIterator[bytes] | None = None,
+        stall_s: float = 0.0,
+    ) -> None:
+        super().__init__(_nothing() if rest is None else rest, kind, stall_s, budget)
         self._message: bytes | None = message
+        self._is_only = rest is None
 
     async def _next(self) -> bytes | None:
         message, self._message = self._message, None
-        return message
+        return message if message is not None or self._is_only else await super()._next()
 
 
 async def _nothing(messages: Iterable[bytes] = ()) -> AsyncIterator[bytes]:

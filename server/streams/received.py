@@ -21,15 +21,14 @@ M = TypeVar("M", bound=Message)
 INLINE_MESSAGE_BYTES: Final = 32 << 10
 
 
-async def received(kind: type[M], message: bytes, payload_bytes: int = 0) -> M:
+async def received(kind: type[M], message: bytes) -> M:
     """The message, parsed and checked.
 
     Raises MessageTooLarge, MalformedFrame, NumberOutOfRange, TooLong or InvalidText.
-    `payload_bytes`: how many of its bytes take no time to parse.
     """
     if len(message) > MAX_MESSAGE_BYTES:
         raise MessageTooLarge(got=len(message), limit=MAX_MESSAGE_BYTES)
-    if len(message) - payload_bytes <= INLINE_MESSAGE_BYTES:
+    if len(message) <= INLINE_MESSAGE_BYTES:
         return parse(kind, message)
     return await REQUESTS.run(parse, kind, message)
 

@@ -56,6 +56,7 @@ from ..streams.readers import Context, Readers
 from ..streams.timed_messages import TimedMessages
 from ..traces.request_spans import Traces, trace_of
 from .methods import abort, answered, answering, only, streamed, streaming, traced, traceparent_of
+from .steps import StepCalls
 from .throttle import Throttle
 
 log = RequestLog("pushstep.grpc")
@@ -79,6 +80,7 @@ class GrpcDoor:
         self.readers = Readers(catalog.reading, stall_s, self.counts)
         self.throttle = Throttle()
         self.pushes = PushHandler(catalog, memory)
+        self.steps = StepCalls(catalog, self.pushes, stall_s, traces)
         self._copies = ModelCopies(COPIES_AT_ONCE)
         self.http_url = ""
         self.unix_path = ""
@@ -113,6 +115,7 @@ class GrpcDoor:
             "Upload": call(one(self.upload)),
             "Push": call(traced("push", one(self.push), self.traces)),
             "Exchange": stream(traced("exchange", many(self.exchange), self.traces)),
+            "TakeSteps": stream(many(self.steps.take)),
             "Pull": stream(traced("pull", many(streamed(self.pull, pb.PullRequest)), self.traces)),
             "PullRows": stream(many(self.pull_rows)),
             "PullState": stream(many(streamed(self.pull_state, pb.PullStateRequest))),

@@ -5,7 +5,18 @@ from __future__ import annotations
 import argparse
 import importlib
 
-NAMES = ("cuda", "durability", "edits", "health", "metrics", "optim", "page", "transport")
+NAMES = (
+    "cuda",
+    "durability",
+    "edits",
+    "health",
+    "memory",
+    "metrics",
+    "optim",
+    "page",
+    "start",
+    "transport",
+)
 
 
 def size(text: str) -> int:
@@ -27,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
         "--only",
         action="append",
         metavar="TABLE",
-        choices=["exchange", "sync", "streams", "training", "workers", "pulls", "hostile"],
+        choices=["exchange", "small", "sync", "streams", "training", "workers", "pulls", "hostile"],
     )
     only.add_argument(
         "--sides", action="append", metavar="WORD", help="only sides whose name contains it; may repeat"

@@ -9,6 +9,12 @@ CROWD_OF_ONE = 1.0
 PUSHES_BESIDE_PULLS = 0.9
 PUSHES_BESIDE_HOSTILE = 0.9
 SYNC_OF_GLOO = 1.5
+# of 10 K parameters: over TCP, of bare gRPC's speed and of torch.distributed.rpc's best; through shared memory, of the latter
+SMALL_OF_GRPC = 0.6
+SMALL_OF_RPC = 0.8
+SMALL_SHARED_OF_RPC = 1.5
+# of the pushes per second that a bare grpc.aio server takes of as many workers
+MANY_OF_GRPC = 0.5
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """gRPC by itself: streams of as many bytes, in messages and with options like ours, that are dropped when they arrive.
 
-What it takes is a bound for whoever speaks gRPC from Python: nothing is encoded, checked, copied or stepped.
+What it takes is a bound for whoever speaks gRPC from Python: nothing is encoded, checked, copied or stepped. Each exchange is
+a call of its own, or one message each way of a call that stays open.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import tempfile
 import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, Literal
 
 import grpc
 
@@ -22,6 +25,9 @@ from .side import Side, side_of
 
 SERVICE = "bare.Stream"
 WANTED = "wanted-bytes"
+# what answers a push: about as much as a receipt
+ANSWER_BYTES = 300
+Way = Literal["calls", "open call"]
 
 
 def _messages(total_bytes: int) -> list[bytes]:
@@ -38,15 +44,24 @@ async def _move(messages: AsyncIterator[bytes], context: grpc.aio.ServicerContex
         yield message
 
 
+async def _keep(messages: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
+    """Answer each message with as much as the call's metadata says."""
+    answer = bytes(int(dict(context.invocation_metadata() or ())[WANTED]))
+    async for _ in messages:
+        yield answer
+
+
 def _listen(folder: str) -> End:
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, daemon=True).start()
 
     async def start() -> grpc.aio.Server:
         server = grpc.aio.server(options=GRPC_OPTIONS)
-        handler = grpc.method_handlers_generic_handler(
-            SERVICE, {"Move": grpc.stream_stream_rpc_method_handler(_move)}
-        )
+        methods = {
+            name: grpc.stream_stream_rpc_method_handler(method)
+            for name, method in (("Move", _move), ("Keep", _keep))
+        }
+        handler = grpc.method_handlers_generic_handler(SERVICE, methods)
         server.add_generic_rpc_handlers((handler,))
         Path(folder, "port").write_text(str(server.add_insecure_port("127.0.0.1:0")))
         await server.start()
@@ -81,8 +96,8 @@ class GrpcWorker:
         self._move(self._out, self._bytes)
 
     def push(self) -> None:
-        """Send all, get one byte."""
-        self._move(self._out, 1)
+        """Send all, get a little."""
+        self._move(self._out, ANSWER_BYTES)
 
     def pull(self) -> None:
         """Ask, and get all."""
@@ -93,31 +108,60 @@ class GrpcWorker:
         self._channel.close()
 
 
-def _workers(folder: str, payload_bytes: int) -> Sequence[GrpcWorker]:
-    return [GrpcWorker(folder, payload_bytes)]
+class OpenCallWorker(GrpcWorker):
+    """One channel, and on it a call for each task that stays open. Only what fits into one message."""
+
+    def __init__(self, folder: str, payload_bytes: int) -> None:
+        super().__init__(folder, payload_bytes)
+        self._open: dict[int, tuple[SimpleQueue[bytes | None], Any]] = {}
+
+    def _move(self, out: list[bytes], back_bytes: int) -> None:
+        if back_bytes not in self._open:
+            requests: SimpleQueue[bytes | None] = SimpleQueue()
+            call = self._channel.stream_stream(f"/{SERVICE}/Keep")
+            answers = call(iter(requests.get, None), metadata=((WANTED, str(back_bytes)),))
+            self._open[back_bytes] = requests, answers
+        requests, answers = self._open[back_bytes]
+        requests.put(out[0])
+        next(answers)
+
+    def close(self) -> None:
+        """Hang up."""
+        for requests, _ in self._open.values():
+            requests.put(None)
+        super().close()
+
+
+KINDS: dict[Way, type[GrpcWorker]] = {"calls": GrpcWorker, "open call": OpenCallWorker}
+
+
+def _workers(folder: str, payload_bytes: int, way: Way, count: int) -> Sequence[GrpcWorker]:
+    return [KINDS[way](folder, payload_bytes) for _ in range(count)]
 
 
 class Grpc:
-    """Owns a process that serves and one that calls."""
+    """Owns a process that serves and one or two that call."""
 
-    def __init__(self) -> None:
+    def __init__(self, drivers: int = 1) -> None:
         self._folder = tempfile.TemporaryDirectory()
         self._server = Driver(_listen, self._folder.name)
-        self._driver = Driver()
-        self._server.answer()
-        self._driver.answer()
+        self._drivers = [Driver() for _ in range(drivers)]
+        for driver in (self._server, *self._drivers):
+            driver.answer()
 
-    def side(self, payload_bytes: int) -> Side:
-        """One worker that moves so many bytes each way."""
+    def side(self, payload_bytes: int, way: Way = "calls", workers: int = 1) -> Side:
+        """Workers spread over the processes that move so many bytes each way."""
+        drivers = self._drivers[:workers]
+        share = -(-workers // len(drivers))
         return side_of(
-            "gRPC tcp",
+            "gRPC tcp" if way == "calls" else f"gRPC tcp, {way}",
             _workers,
-            [self._driver],
-            [(self._folder.name, payload_bytes)],
+            drivers,
+            [(self._folder.name, payload_bytes, way, share)] * len(drivers),
             servers=[self._server.pid],
         )
 
     def close(self) -> None:
         """End the processes."""
-        end_all([self._driver, self._server])
+        end_all([*self._drivers, self._server])
         self._folder.cleanup()

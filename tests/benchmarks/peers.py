@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from .peer_gloo import Gloo
-from .peer_grpc import Grpc
+from .peer_grpc import Grpc, Way
 from .peer_local import Local, Rule
 from .peer_ray import FORMS, Form, Ray
 from .peer_ray import installed as ray_installed
@@ -76,9 +76,9 @@ class Peers:
         """Bare sockets moving as many float32."""
         return self._peer(Socket, family).side(elements * FLOAT32_BYTES)
 
-    def grpc(self, elements: int) -> Side:
+    def grpc(self, elements: int, way: Way = "calls", workers: int = 1) -> Side:
         """Bare gRPC moving as many float32."""
-        return self._peer(Grpc).side(elements * FLOAT32_BYTES)
+        return self._peer(Grpc, min(workers, 2)).side(elements * FLOAT32_BYTES, way, workers)
 
     def gloo(self, rule: Rule, elements: int) -> Side:
         """Two gloo ranks."""

@@ -40,6 +40,11 @@ class Measured:
         """Repeats per second of all workers together, the median of the turns."""
         return statistics.median(self.rates)
 
+    @property
+    def cpu_s_each(self) -> float:
+        """CPU seconds of all processes of the side for each repeat, the median of the turns."""
+        return statistics.median(self.cpu_s)
+
     def cpu_s_per_gb(self, payload_bytes: float) -> float:
         """CPU seconds of all processes of the side for each GB of payload."""
         return statistics.mean(self.cpu_s) / (payload_bytes / 1e9)

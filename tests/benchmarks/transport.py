@@ -1,8 +1,8 @@
 """This service against its peers, all as real processes on this machine.
 
-Tables, one for each question: `exchange` (what a step costs), `sync` (two workers, against gloo), `streams` (one
-direction, against a bare socket), `training` (a step with its compute: overlap, prefetch, top_k, int8), `workers`
-(1 to 16 of them), `pulls` and `hostile` (what those cost pushes).
+Tables, one for each question: `exchange` (what a step costs), `small` (one of few parameters, and how many in a second),
+`sync` (two workers, against gloo), `streams` (one direction, against a bare socket), `training` (a step with its compute:
+overlap, prefetch, top_k, int8), `workers` (1 to 16 of them), `pulls` and `hostile` (what those cost pushes).
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from .peer_ray import installed as ray_installed
 from .peers import Peers
 from .transport_exchange import exchange, in_step
 from .transport_hostile import hostile
+from .transport_small import small
 from .transport_streams import streams
 from .transport_training import training
 from .transport_workers import crowds, pulls
 
-TABLES = ("exchange", "sync", "streams", "training", "workers", "pulls", "hostile")
+TABLES = ("exchange", "small", "sync", "streams", "training", "workers", "pulls", "hostile")
 RULES: tuple[Rule, ...] = ("adadelta", "adagrad")
 SIZES = (10_000, 1_000_000, 16_000_000, 64_000_000)
 QUICK_SIZES = (10_000, 1_000_000)
@@ -47,6 +48,9 @@ def main(
     bulk = sizes or (QUICK_SIZES[1:] if quick else BULK_SIZES)
     with Peers(sides, device) as peers:
         for name in only or TABLES:
+            if name == "small":
+                small(peers, quick)
+                continue
             for size in own if name == "exchange" else bulk:
                 _print(name, peers, size, rules, quick)
 

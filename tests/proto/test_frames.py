@@ -24,8 +24,8 @@ from pushstep.proto.wire.frames import (
     BodyDigest,
     Chunk,
     Piece,
-    fields_bytes,
     pack,
+    split,
     unpack,
 )
 
@@ -376,7 +376,7 @@ def test_pack_takes_the_digest_that_assembly_takes() -> None:
 
 
 def fields_of(*parts: bytes) -> int:
-    return fields_bytes(b"".join(parts))
+    return len(split(b"".join(parts))[0])
 
 
 def test_only_what_is_before_a_payload_is_to_be_parsed() -> None:

@@ -237,8 +237,19 @@ BAD: dict[str, tuple[Push, str, bool]] = {
 }
 
 
-@pytest.mark.parametrize("method", ["Push", "Exchange"])
-@pytest.mark.parametrize("case", BAD)
+# a call of TakeSteps without a push is none that is bad
+NO_PUSH = ("an empty stream", "TakeSteps")
+
+
+@pytest.mark.parametrize(
+    ("case", "method"),
+    [
+        (case, method)
+        for case in BAD
+        for method in ("Push", "Exchange", "TakeSteps")
+        if (case, method) != NO_PUSH
+    ],
+)
 def test_bad_push(case: str, method: str, server: RunningServer, raw: RawWorker) -> None:
     make, code, consumes = BAD[case]
     messages = make(raw)

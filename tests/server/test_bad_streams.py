@@ -94,7 +94,7 @@ def takes_work(raw: RawWorker) -> bool:
 FULL_ROWS = STAGING_BYTES // 20
 
 
-@pytest.mark.parametrize("method", ["Push", "Exchange"])
+@pytest.mark.parametrize("method", ["Push", "Exchange", "TakeSteps"])
 def test_over_budget_says_when_to_come_back(method: str, tight: RunningServer, raw: RawWorker) -> None:
     """The whole declared size is set aside at the header; what does not fit is told before its body is read."""
     other = RawWorker(raw.wire, MODEL, f"raw-{next(_workers)}")
@@ -189,7 +189,7 @@ def test_a_stream_that_ends_without_a_commit_is_no_push(tight: RunningServer, ra
     """A cancelled stream ends just so, as far as gRPC tells."""
     messages = raw.good()
     with untouched(tight, MODEL):
-        for method in ("Push", "Exchange"):
+        for method in ("Push", "Exchange", "TakeSteps"):
             error = raw.wire.refused(method, messages[:-1])
             assert error.code == "malformed_frame"
             assert "commit" in error.message
@@ -197,7 +197,7 @@ def test_a_stream_that_ends_without_a_commit_is_no_push(tight: RunningServer, ra
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (0, 2, 1)], ids=str)
-@pytest.mark.parametrize("method", ["Push", "Exchange"])
+@pytest.mark.parametrize("method", ["Push", "Exchange", "TakeSteps"])
 def test_header_chunk_and_commit_may_be_one_message(
     method: str, order: tuple[int, ...], tight: RunningServer, raw: RawWorker
 ) -> None:

@@ -55,6 +55,7 @@ NAMES = [
     "PullExtras",
     "Push",
     "Exchange",
+    "TakeSteps",
     "Upload of a group",
     "Upload of fresh states",
     "Upload of a state",

@@ -163,7 +163,7 @@ def connections(server: RunningServer, caught: RawWorker) -> Iterator[list[hosti
 def test_its_headers_are_refused_before_their_bodies(server: RunningServer, caught: RawWorker) -> None:
     """No body follows, and none is waited for."""
     header = caught.good()[0]
-    for method in ("Push", "Exchange"):
+    for method in ("Push", "Exchange", "TakeSteps"):
         wire = Wire(server.grpc)
         assert wire.refused(method, [header]).code == "quarantined"
         wire.close()

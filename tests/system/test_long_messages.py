@@ -152,7 +152,7 @@ def test_bad_parts_are_refused_and_nothing_is_kept(
     assert PARAMETERS.keys() == before["export"].keys()
 
 
-@pytest.mark.parametrize("method", ["Push", "Exchange", "Upload", "JoinInParts"])
+@pytest.mark.parametrize("method", ["Push", "Exchange", "TakeSteps", "Upload", "JoinInParts"])
 def test_parts_without_end_are_counted_before_they_are_kept(
     server: RunningServer, wire: Wire, method: str
 ) -> None:

@@ -236,9 +236,9 @@ def test_a_method_that_is_not_there_is_not_there_for_anyone(
 
 def naming(method: str, model: str) -> bytes:
     """A message of an RPC that names a model."""
-    header = {"Push": pb.PushRequest, "Exchange": pb.PushRequest, "Upload": pb.UploadRequest}
-    if method in header:
-        made: Any = header[method]()
+    header = {"Push": pb.PushRequest, "Exchange": pb.PushRequest, "TakeSteps": pb.PushRequest}
+    if method in (*header, "Upload"):
+        made: Any = header.get(method, pb.UploadRequest)()
         made.header.model = model
     elif method == "JoinInParts":
         made = pb.JoinPart(part=pb.JoinRequest(model=model, worker="w").SerializeToString())

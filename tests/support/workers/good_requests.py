@@ -58,6 +58,7 @@ def requests(raw: RawWorker) -> dict[str, tuple[str, Message]]:
         "PullExtras": ("PullExtras", pb.PullExtrasRequest(model=model)),
         "Push": ("Push", push(raw)),
         "Exchange": ("Exchange", push(raw)),
+        "TakeSteps": ("TakeSteps", push(raw)),
         "Upload of a group": ("Upload", new),
         "Upload of fresh states": ("Upload", fresh),
         "Upload of a state": ("Upload", state),

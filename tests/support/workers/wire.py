@@ -29,7 +29,7 @@ from pushstep.proto.wire.layout import ID_BYTES, Layout, Slot
 from tests.support.servers.harness import RunningServer
 
 SERVICE = "/pushstep.v1.TrainingService/"
-BULK_IN = ("Push", "Exchange", "Upload")
+BULK_IN = ("Push", "Exchange", "TakeSteps", "Upload")
 UNARY = ("Describe", "Join", "Heartbeat", "Leave")
 STREAMED_OUT = ("Pull", "PullRows", "PullState", "PullExtras")
 # Two rules, two groups, four parameters; the table takes row-sparse gradients, the scalar has no rows.

@@ -1,0 +1,98 @@
+"""TakeSteps: the small pushes of one session go over one call, which stays open between them.
+
+To begin and to end a call of gRPC takes longer than to move 40 KB each way. Whatever goes wrong ends the call; the push is
+then sent again over another one, as after any broken call.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from queue import SimpleQueue
+from typing import Any, TypeVar, cast
+
+import grpc
+
+from pushstep.proto.wire.steps import IDLE_S
+
+from .progress import Progress, Watchdog
+from .retry import TransportFailure
+from .shield import shield
+from .streams import Body
+
+T = TypeVar("T")
+# Makes a call of these requests, which a thread of gRPC's iterates.
+Start = Callable[[Iterator[bytes]], Any]
+
+
+class _StepCall:
+    """One open call."""
+
+    def __init__(self, start: Start) -> None:
+        self._requests: SimpleQueue[bytes | None] = SimpleQueue()
+        self._call = start(iter(self._requests.get, None))
+        self._used_s = time.monotonic()
+
+    @property
+    def is_fresh(self) -> bool:
+        """False once the server may be about to end it, as one that nobody uses."""
+        return time.monotonic() - self._used_s < IDLE_S / 2
+
+    def ask(self, push: Sequence[bytes]) -> Iterator[bytes]:
+        """Send a push; the messages of its answer, to be read whole. TransportFailure if the server ends the call."""
+        for message in push:
+            self._requests.put(message)
+        for answer in self._call:
+            self._used_s = time.monotonic()
+            yield answer
+        raise TransportFailure("the server ended the call before it answered")
+
+    def cancel(self) -> None:
+        """End the call; any thread may do this."""
+        self._call.cancel()
+        self._requests.put(None)  # the thread that waits for the next request
+
+
+class StepCalls:
+    """Owns a session's open call, and opens another one when that has ended."""
+
+    def __init__(self, start: Start, watchdog: Watchdog) -> None:
+        self._start = start
+        self._watchdog = watchdog
+        self._call: _StepCall | None = None
+        # False: the server is older than TakeSteps
+        self._is_known = True
+
+    def takes(self, body: Body) -> bool:
+        """Whether a push goes over the open call."""
+        return self._is_known and body.is_small
+
+    def ask(self, push: Sequence[bytes], read: Callable[[Iterator[bytes], Progress], T]) -> T:
+        """Send a push, and have `read` read its answer and no more."""
+        if self._call is None or not self._call.is_fresh:
+            self.close()
+            self._call = _StepCall(self._start)
+        call = self._call
+        try:
+            with self._watchdog.over(self._watchdog.begin()) as progress:
+                progress.of(call)
+                shield.breaks(call.cancel)
+                return read(call.ask(push), progress)
+        except grpc.RpcError as error:
+            self.close()
+            status = cast(grpc.Call, error)  # grpc raises an object that is both
+            if status.code() is not grpc.StatusCode.UNIMPLEMENTED:
+                raise
+            self._is_known = False
+            raise TransportFailure("the server does not know TakeSteps") from error
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            shield.breaks(None)
+
+    def close(self) -> None:
+        """End the open call."""
+        call, self._call = self._call, None
+        if call is not None:
+            call.cancel()
