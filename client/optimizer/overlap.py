@@ -26,10 +26,10 @@ from pushstep.proto.wire.layout import Layout, Slot
 
 from ..attachment.parameters import Parameters
 from ..gradients.body import Rows
-from ..transport.early_push import EarlyPush
 from ..transport.shield import shield
 from ..transport.streams import Body
 from ..warn import warn
+from ..worker.early_push import EarlyPush
 from ..worker.worker import Worker
 
 # The size hardly matters: 268 to 285 ms per step with 1 to 16 MiB, 301 without overlap (16 M float32, TCP, two cores).

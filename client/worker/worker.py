@@ -40,10 +40,10 @@ from ..shared_memory.local_socket import LocalSocket
 from ..shared_memory.sharing import SharedMemory
 from ..transport.attempts import Sending
 from ..transport.channel import Transport
-from ..transport.early_push import EarlyPush
 from ..transport.shield import shield
 from ..transport.streams import Body, Pulled
 from .cache import ParameterCache
+from .early_push import EarlyPush
 from .flight import Flight, Flights
 from .options import WorkerOptions
 from .outcomes import Outcomes

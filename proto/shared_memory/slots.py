@@ -23,7 +23,7 @@ from torch import Tensor
 from ..errors import MalformedFrame
 from ..types_pb2 import Segment
 from ..wire import dtypes
-from ..wire.frames import BodyDigest, Piece
+from ..wire.frames import BodyDigest, Piece, segment_table
 from ..wire.layout import Layout
 
 PAGE_BYTES: Final = 4096
@@ -52,7 +52,7 @@ class Places:
             self._starts.append(end)
             end += -(-arena.elements * dtype.itemsize // PAGE_BYTES) * PAGE_BYTES
         self.nbytes = max(end, PAGE_BYTES)
-        self._last: tuple[Sequence[Segment], Sequence[tuple[int, int]]] | None = None
+        self._last: tuple[Sequence[Segment], Sequence[tuple[int, int]], bytes] | None = None
 
     def start(self, arena: int, element: int) -> int:
         """The byte of the slot at which an element of an arena begins."""
@@ -71,12 +71,16 @@ class Places:
         room = (segment.stop - segment.start) * self.dtypes[segment.arena].itemsize
         return self.layout.segment_bytes(segment) <= room
 
-    def spans(self, segments: Sequence[Segment]) -> Sequence[tuple[int, int]]:
-        """The `span` of each segment. Those of the last list are kept: it must not change."""
+    def spans(self, segments: Sequence[Segment]) -> tuple[Sequence[tuple[int, int]], bytes]:
+        """The `span` of each segment, and their table. Those of the last list are kept: it must not change."""
         last = self._last  # read once: pushes of many parameters ask in threads
         if last is None or last[0] is not segments:
-            last = self._last = segments, [self.span(segment) for segment in segments]
-        return last[1]
+            last = self._last = (
+                segments,
+                [self.span(segment) for segment in segments],
+                segment_table(segments),
+            )
+        return last[1:]
 
     def span(self, segment: Segment) -> tuple[int, int]:
         """First byte and length of a legal segment's payload. MalformedFrame if it cannot lie in the slot."""
@@ -119,8 +123,7 @@ class SharedBody:
 
     def __init__(self, places: Places, slot: SharedSlot, segments: Sequence[Segment]) -> None:
         self._slot = slot
-        self._segments = segments
-        self._spans = places.spans(segments)
+        self._spans, self._table = places.spans(segments)
 
     def part(self, segment: int, dtype: torch.dtype, start: int = 0, count: int | None = None) -> Tensor:
         """Elements of a segment as a flat tensor: `count` of `dtype` from byte `start` on.
@@ -138,7 +141,7 @@ class SharedBody:
 
         `read` is called as it goes, with a segment and how many of its bytes have been digested.
         """
-        digest = BodyDigest(self._segments)
+        digest = BodyDigest(self._table)
         for segment, (first, length) in enumerate(self._spans):
             payload = self._slot.view(first, length, torch.uint8).numpy().data
             for start in range(0, length, READ_BYTES):

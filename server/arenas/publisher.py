@@ -59,6 +59,11 @@ class Published:
     # the segments lie in the reader's own region: nothing is sent
     shared: bool = False
 
+    def made(self) -> Sequence[bytes] | None:
+        """All frames, in the order of the segments, if none is still to be made."""
+        dense = [] if self.dense is None else self.dense.made()
+        return dense if dense is None or self.rows is None else [*dense, *self.rows.frames]
+
     async def frames(self) -> AsyncIterator[bytes]:
         """All frames, in the order of the segments."""
         if self.dense is not None:
@@ -113,6 +118,10 @@ class Publisher:
         OverBudget if other readers hold so many versions, or so many bytes, that there is no room for it soon.
         """
         loop = asyncio.get_running_loop()
+        if self._is_small() and self._writer.is_idle:
+            published = self._at_once(timeline, have_version, wire, loop)
+            if published is not None:
+                return published
         until_s = self._clock() + self._budget.wait_s
         request = _Request(timeline, have_version, wire, loop.create_future(), until_s)
         with self._lock:
@@ -120,13 +129,29 @@ class Publisher:
         self._schedule(loop)
         return await request.answer
 
+    def _is_small(self) -> bool:
+        return sum([flat.nbytes for flat in self._arenas.parameters]) <= INLINE_BYTES
+
+    def _at_once(
+        self,
+        timeline: int | None,
+        have_version: int | None,
+        wire: torch.dtype | None,
+        loop: asyncio.AbstractEventLoop,
+    ) -> Published | None:
+        """What the writer would do, where it has nothing else to do. None if there is no room now."""
+        unmade: list[tuple[DenseFrames, list[Sequence[Source]]]] = []
+        published = self._answer_to(timeline, have_version, wire, unmade)
+        for frames, bodies in unmade:
+            self._make(frames, bodies, loop)
+        return published
+
     def _schedule(self, loop: asyncio.AbstractEventLoop) -> None:
         with self._lock:
             if self._scheduled or not self._waiting:
                 return
             self._scheduled = True
-        small = sum(flat.nbytes for flat in self._arenas.parameters) <= INLINE_BYTES
-        job = self._writer.submit(lambda: self._publish(loop), small=small)
+        job = self._writer.submit(lambda: self._publish(loop), small=self._is_small())
         if job.done():
             self._published(job)
         else:
@@ -154,7 +179,7 @@ class Publisher:
             if request.answer.done():  # its reader has gone
                 continue
             try:
-                published = self._answer_to(request, unmade)
+                published = self._answer_to(request.timeline, request.have_version, request.wire, unmade)
                 if published is None and self._clock() > request.until_s:
                     raise self._budget.over(sum(flat.nbytes for flat in self._arenas.parameters))
             except Exception as error:  # noqa: BLE001 - whatever it is belongs to the reader, not to the writer
@@ -182,22 +207,26 @@ class Publisher:
             self.forget()
 
     def _answer_to(
-        self, request: _Request, unmade: list[tuple[DenseFrames, list[Sequence[Source]]]]
+        self,
+        timeline: int | None,
+        have_version: int | None,
+        wire: torch.dtype | None,
+        unmade: list[tuple[DenseFrames, list[Sequence[Source]]]],
     ) -> Published | None:
         """The answer to a request, in the writer thread.
 
         None if there is no room, because others are still read.
         """
         arenas = self._arenas
-        have = request.have_version if request.timeline == arenas.timeline else None
+        have = have_version if timeline == arenas.timeline else None
         if have == arenas.version:
             return Published(*self._now(), True, [], None, None)
-        dense = self._dense(request.wire, unmade)
+        dense = self._dense(wire, unmade)
         if dense is None:
             return None
         if not arenas.row_changed:
             return Published(*self._now(), False, dense.segments, dense, None)
-        rows = self._row_tracked(have, request.wire, len(dense.segments))
+        rows = self._row_tracked(have, wire, len(dense.segments))
         if rows is None:
             return None
         return Published(*self._now(), False, dense.segments + rows.segments, dense, rows)

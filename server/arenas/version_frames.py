@@ -30,7 +30,6 @@ class DenseFrames:
         self._complete = False
         self._fault: Exception | None = None
         self._readers: list[asyncio.Future[None]] = []
-        weakref.finalize(self, memory.give_back, self._buffers).atexit = False
 
     @property
     def nbytes(self) -> int:
@@ -38,6 +37,8 @@ class DenseFrames:
         return sum((s.stop - s.start) * dtypes.to_torch(s.dtype, "segment").itemsize for s in self.segments)
 
     def _take(self, size_bytes: int) -> io.BytesIO:
+        if not self._buffers:
+            weakref.finalize(self, self._memory.give_back, self._buffers).atexit = False
         self._buffers.append(self._memory.take(size_bytes))
         return self._buffers[-1]
 
@@ -57,6 +58,13 @@ class DenseFrames:
         finally:
             self._complete = True
             wake(self._wake)
+
+    def made(self) -> list[bytes] | None:
+        """All frames, once they are there, for a reader who takes them now; None before that."""
+        if not self._complete or self._fault is not None:
+            return None
+        self.moved_s = self._clock()
+        return self._made
 
     def _wake(self) -> None:
         readers, self._readers = self._readers, []

@@ -30,6 +30,11 @@ class ModelWriter:
         self._takes_small = arenas.device_stream.takes_small
         self._unfinished = 0
 
+    @property
+    def is_idle(self) -> bool:
+        """True if the event loop may do a small job itself now, which has nothing to wait for."""
+        return self._takes_small and not self._unfinished and not self._arenas.torn
+
     def submit(
         self, job: Callable[[], T], *, small: bool = False, mends: bool = False, reads: bool = True
     ) -> asyncio.Future[T]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 import torch
 
@@ -72,26 +72,45 @@ async def published_header(model: Model, published: Published, known_manifest: i
 
 async def published_messages(published: Published, header: pb.PullHeader) -> AsyncIterator[bytes]:
     """An answer's messages: the header, then the frames as they are encoded."""
-    *parts, first = await header_frames(header)
-    for part in parts:
-        yield part
-    async for frame in published.frames():
-        if first and len(frame) <= INLINE_BYTES:
-            # one message instead of two: two serialised protobuf messages, one after the other, parse as one
-            frame = first + frame
+    ready = await ready_messages(published, header)
+    for message in ready:
+        yield message
+    if not ready:
+        *parts, first = await header_frames(header)
+        for part in parts:
+            yield part
+        async for frame in published.frames():
+            for message in joined(first, frame):
+                yield message
             first = b""
-        elif first:
+        if first:
             yield first
-            first = b""
-        yield frame
-    if first:
-        yield first
+
+
+async def ready_messages(published: Published, header: pb.PullHeader) -> Sequence[bytes]:
+    """The same at once, if nothing of it is still to be encoded; nothing otherwise."""
+    frames = published.made()
+    if frames is None:
+        return ()
+    *parts, first = await header_frames(header)
+    return [*parts, *joined(first, frames[0]), *frames[1:]] if frames else [*parts, first]
+
+
+def joined(header: bytes, frame: bytes) -> Sequence[bytes]:
+    """A header and the frame behind it: one message if the frame is small.
+
+    Two serialised protobuf messages, one after the other, parse as one.
+    """
+    if not header or len(frame) <= INLINE_BYTES:
+        return (header + frame,)
+    return header, frame
 
 
 async def header_frames(header: pb.PullHeader) -> list[bytes]:
     """The messages that carry an answer's header."""
-    few = len(header.segments) + len(header.manifest.parameters) <= INLINE_PARTS
-    return await PULLS.run_unless(few, lambda: list(header_messages(pb.PullResponse(header=header))))
+    if len(header.segments) + len(header.manifest.parameters) <= INLINE_PARTS:
+        return list(header_messages(pb.PullResponse(header=header)))
+    return await PULLS.run(lambda: list(header_messages(pb.PullResponse(header=header))))
 
 
 def state_header(model: Model, copy: ArenasCopy, segments: list[Segment]) -> pb.PullHeader:

@@ -11,6 +11,7 @@ from pushstep.proto.errors import MalformedFrame, ManifestChanged
 from pushstep.proto.training_pb2 import GroupEdit, PushCommit, PushHeader
 from pushstep.proto.types_pb2 import GroupValues, Segment
 from pushstep.proto.wire import limits
+from pushstep.proto.wire.frames import segment_table
 from pushstep.proto.wire.layout import Layout, Slot, check_body
 
 from ..process.inline import INLINE_PARTS
@@ -28,6 +29,8 @@ class Declared:
     """What a push's header declares of its body: the segments, and what follows from them and the layout."""
 
     segments: Sequence[Segment]
+    # of the segments, as a digest begins with it
+    table: bytes
     # of each segment: its parameters, and its bytes
     slots: Sequence[Sequence[Slot]]
     lengths: list[int]
@@ -67,6 +70,7 @@ def declared(layout: Layout, header: PushHeader, model: str, limit_bytes: int) -
     bytes_needed = sum(lengths) + sum(map(layout.unpacked_bytes, segments))
     found = Declared(
         segments,
+        segment_table(segments),
         slots,
         lengths,
         bytes_needed,

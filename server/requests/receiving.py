@@ -122,7 +122,7 @@ async def _declared(call: PushCall, layout: Layout) -> Declared:
 
 async def _received(call: PushCall, layout: Layout, found: Declared, held: Held) -> Receiving:
     """What the body is received into, or where it lies; its bytes are claimed first."""
-    model, header = call.model, call.header
+    model = call.model
     owner = f"{model.name}/{call.worker}"
     few = found.parameters <= INLINE_PARTS
     if call.region is not None:
@@ -139,7 +139,7 @@ async def _received(call: PushCall, layout: Layout, found: Declared, held: Held)
     await held.claim(owner, found.bytes_needed + found.segments_bytes)
 
     def allocated() -> Receiving:
-        digest = BodyDigest(header.segments)
+        digest = BodyDigest(found.table)
         try:
             take = model.staging.buffer
             body = model.device.body(found.lengths, digest, take, stepped=found.is_plain)

@@ -7,8 +7,8 @@ reports a cancelled stream as a closed one, so the end of a stream proves nothin
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable
-from typing import Any, Generic, Self, TypeVar
+from collections.abc import AsyncIterator, Callable
+from typing import Any, Final, Generic, Self, TypeVar
 
 from pushstep.proto.errors import MalformedFrame
 from pushstep.proto.training_pb2 import PushCommit, PushRequest, UploadRequest
@@ -21,6 +21,16 @@ from .received import INLINE_MESSAGE_BYTES, received
 from .timed_messages import TimedMessages
 
 M = TypeVar("M", bound=PushRequest | UploadRequest)
+
+
+class _Nothing(AsyncIterator[bytes]):
+    """No message."""
+
+    async def __anext__(self) -> bytes:
+        raise StopAsyncIteration
+
+
+_NOTHING: Final = _Nothing()
 # Copies a chunk: at once (None), or in a thread (a future). The next message is read while the thread copies.
 Place = Callable[[Chunk], "asyncio.Future[None] | None"]
 
@@ -32,7 +42,8 @@ class BulkStream(Generic[M]):
         """A long header counts in `budget` until the end of the stream's `with` block."""
         self._messages = TimedMessages(messages, stall_s)
         self._kind = kind
-        self._parts = CountedParts("a header", budget)
+        self._budget = budget
+        self._parts: CountedParts | None = None
         self._first: tuple[M, Chunk | None] | None = None
         self._commit: PushCommit | None = None
         self._moving: asyncio.Future[None] | None = None
@@ -46,22 +57,21 @@ class BulkStream(Generic[M]):
             return self._first[0]
         self._messages.begin_window()
         fields, chunk = await self._fields(await self._next() or b"")
-        in_parts = False
         while fields is not None and fields.header_part and not fields.HasField("header"):
-            in_parts = True
+            self._parts = self._parts or CountedParts("a header", self._budget)
             self._parts.add(fields.header_part)
             fields, chunk = await self._fields(await self._next() or b"")
         if fields is None or not fields.HasField("header"):
             raise MalformedFrame(problem="the first message of a stream must carry the header")
-        if in_parts:
-            await self._complete(fields)
+        if self._parts is not None:
+            await self._complete(fields, self._parts)
         require_named(fields.header)
         self._first = fields, chunk
         return fields
 
-    async def _complete(self, fields: M) -> None:
+    async def _complete(self, fields: M, parts: CountedParts) -> None:
         header: Any = fields.header
-        header.CopyFrom(await self._parts.parsed(type(header), header))
+        header.CopyFrom(await parts.parsed(type(header), header))
         self._messages.begin_window()
 
     def __enter__(self) -> Self:
@@ -69,7 +79,8 @@ class BulkStream(Generic[M]):
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._parts.release()
+        if self._parts is not None:
+            self._parts.release()
 
     async def feed(self, place: Place) -> PushCommit | None:
         """Hand every chunk to `place`, one after the other, and return the commit.
@@ -137,15 +148,10 @@ class OneMessage(BulkStream[M]):
         rest: AsyncIterator[bytes] | None = None,
         stall_s: float = 0.0,
     ) -> None:
-        super().__init__(_nothing() if rest is None else rest, kind, stall_s, budget)
+        super().__init__(_NOTHING if rest is None else rest, kind, stall_s, budget)
         self._message: bytes | None = message
         self._is_only = rest is None
 
     async def _next(self) -> bytes | None:
         message, self._message = self._message, None
         return message if message is not None or self._is_only else await super()._next()
-
-
-async def _nothing(messages: Iterable[bytes] = ()) -> AsyncIterator[bytes]:
-    for message in messages:
-        yield message

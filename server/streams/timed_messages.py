@@ -22,12 +22,13 @@ class TimedMessages:
     def __init__(self, messages: AsyncIterator[bytes], stall_s: float) -> None:
         self._messages = messages
         self._stall_s = stall_s
-        # when PROGRESS_BYTES must have come, and the bytes that have come
+        # when PROGRESS_BYTES must have come (0: as if a window began with the next wait), and the bytes that have come
         self._due_s = 0.0
         self._came_bytes = 0
 
     async def next(self) -> bytes | None:
         """The next message, or None at the stream's end. Raises StreamStalled."""
+        self._due_s = self._due_s or asyncio.get_running_loop().time() + self._stall_s
         try:
             async with asyncio.timeout_at(self._due_s):
                 message = await anext(self._messages, None)
@@ -39,6 +40,6 @@ class TimedMessages:
         return message
 
     def begin_window(self) -> None:
-        """Start a new window: enough bytes have come, or the client did not cause the last wait."""
-        self._due_s = asyncio.get_running_loop().time() + self._stall_s
+        """Start a new window with the next wait: enough bytes have come, or the client did not cause the last one."""
+        self._due_s = 0.0
         self._came_bytes = 0

@@ -19,7 +19,7 @@ from pushstep.proto.wire.steps import IDLE_S
 from ..arenas.publisher import Published
 from ..models.catalog import Catalog
 from ..process.request_log import about
-from ..requests.pull import published_messages
+from ..requests.pull import published_messages, ready_messages
 from ..requests.push import PushHandler
 from ..streams.bulk import OneMessage
 from ..traces.request_spans import Traces
@@ -49,6 +49,9 @@ class StepCalls:
             published, header = await self._answer(stream)
             if published is None:
                 yield pb.PullResponse(header=header).SerializeToString()
+            elif ready := await ready_messages(published, header):
+                for message in ready:
+                    yield message
             else:
                 async with aclosing(published_messages(published, header)) as answers:
                     async for answer in answers:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pushstep.client import RemoteOptimizer
-from pushstep.client.transport.early_push import EarlyPush
+from pushstep.client.worker.early_push import EarlyPush
 from tests.support.servers.harness import RunningServer
 from tests.support.trainings.twins import Twins
 

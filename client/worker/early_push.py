@@ -18,9 +18,9 @@ from pushstep.proto import training_pb2 as pb
 from pushstep.proto.wire.frames import Piece
 from pushstep.proto.wire.layout import Layout
 
-from .channel import Transport
-from .shield import shield
-from .streams import Body, Pulled
+from ..transport.channel import Transport
+from ..transport.shield import shield
+from ..transport.streams import Body, Pulled
 
 # how often a wait checks whether the user has interrupted it
 _LOOK_S: Final = 0.1
