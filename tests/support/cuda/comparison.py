@@ -3,12 +3,14 @@
 In Triton's interpreter (TRITON_INTERPRET=1 before triton is imported) tensors lie on the CPU. Two of its operations round
 otherwise than the instructions that they stand for: fma is a product and a sum, and bfloat16 is truncated. They are
 replaced here by ones that round once, to nearest even. What the kernels should compute, whoever has written them, is
-in `cuda_reference`.
+in `reference.py`.
 """
 
 from __future__ import annotations
 
+import functools
 import os
+import types
 
 import numpy as np
 import torch
@@ -50,8 +52,27 @@ def _round_as_instructions_do():
     interpreter._convert_float = converted
 
 
+def _patch_once():
+    """Have the interpreter's operations stay in `triton.language`.
+
+    Each launch, and each call of another function within it, looks through the whole language to put them there: that is
+    most of what a launch takes.
+    """
+    from triton.runtime import interpreter
+
+    patch_lang = interpreter._patch_lang
+
+    @functools.cache
+    def patched(fn):
+        patch_lang(fn)
+        return types.SimpleNamespace(restore=lambda: None)
+
+    interpreter._patch_lang = patched
+
+
 if INTERPRETED:
     _round_as_instructions_do()
+    _patch_once()
 
 
 def ordered(tensor):
