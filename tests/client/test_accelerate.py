@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -23,11 +21,18 @@ from tests.support.trainings.twins import Twins
 
 
 @pytest.fixture(autouse=True)
-def _a_process_of_its_own() -> Iterator[None]:
-    """Accelerate's state is the process's; the next test's is another training."""
-    yield
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
+def accelerate() -> Iterator[Any]:
+    """Accelerate, imported when the first test runs. Its state is the process's; the next test's is another training."""
+    import accelerate.state
+
+    yield accelerate
+    forget(accelerate)
+
+
+def forget(accelerate: Any) -> None:
+    """Have Accelerate begin again."""
+    for name in ("AcceleratorState", "GradientState", "PartialState"):
+        getattr(accelerate.state, name)._reset_state()
 
 
 def _data() -> DataLoader[Any]:
@@ -36,9 +41,7 @@ def _data() -> DataLoader[Any]:
     return DataLoader(TensorDataset(ids, torch.randn(20, 6, 2, generator=generator)), batch_size=None)
 
 
-def _train(
-    accelerator: Accelerator, model: Any, optimizer: Any, data: Any, scheduler: Any, batches: slice
-) -> None:
+def _train(accelerator: Any, model: Any, optimizer: Any, data: Any, scheduler: Any, batches: slice) -> None:
     """The loop of Accelerate's documentation."""
     for ids, numbers in list(data)[batches]:
         with accelerator.accumulate(model):
@@ -63,14 +66,13 @@ def _shown(server: RunningServer, model: str) -> tuple[int, int]:
 
 @pytest.mark.parametrize("make", [adadelta, adagrad])
 def test_the_documented_loop_with_checkpoints(
-    server: RunningServer, model_name: str, make: Make, tmp_path: Path
+    accelerate: Any, server: RunningServer, model_name: str, make: Make, tmp_path: Path
 ) -> None:
     """Accumulation, clipping, a scheduler; saved in the middle, trained on, gone back to, and trained on again."""
     start, ends = Network(), list[Any]()
     for side in ("remote", "local"):
-        for state in (AcceleratorState, GradientState, PartialState):
-            state._reset_state()
-        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+        forget(accelerate)
+        accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
         model: Any = copy.deepcopy(start)
         optimizer: Any = make(model)
         if side == "remote":
@@ -98,7 +100,9 @@ def test_the_documented_loop_with_checkpoints(
     assert ends[0][2] == ends[1][2]
 
 
-def test_prepare_in_every_worker_changes_nothing(server: RunningServer, model_name: str) -> None:
+def test_prepare_in_every_worker_changes_nothing(
+    accelerate: Any, server: RunningServer, model_name: str
+) -> None:
     """Whatever one of them does to the model, all would see; `one` steps between the others' two calls too."""
     one = Network()
     stepping = server.connect(model_name, "one").attach(adagrad(one), module=one)
@@ -117,15 +121,17 @@ def test_prepare_in_every_worker_changes_nothing(server: RunningServer, model_na
 
         optimizer.state_dict = fetch_and_step  # type: ignore[method-assign]
         scheduler = lr_scheduler.StepLR(optimizer, step_size=1000)
-        prepared.append(Accelerator(cpu=True).prepare(model, optimizer, _data(), scheduler))
+        prepared.append(accelerate.Accelerator(cpu=True).prepare(model, optimizer, _data(), scheduler))
         assert _shown(server, model_name) == (1, number * 3 + 1)
-        _train(Accelerator(cpu=True), *prepared[-1], slice(0, 2))
+        _train(accelerate.Accelerator(cpu=True), *prepared[-1], slice(0, 2))
     assert _shown(server, model_name) == (1, 9)
 
 
-def test_a_list_of_optimizers_is_prepared_as_one(server: RunningServer, model_name: str) -> None:
+def test_a_list_of_optimizers_is_prepared_as_one(
+    accelerate: Any, server: RunningServer, model_name: str
+) -> None:
     twins = Twins(server.connect(model_name), Network(sparse=True), both)
-    accelerator = Accelerator(cpu=True)
+    accelerator = accelerate.Accelerator(cpu=True)
     model, remote = accelerator.prepare(twins.model, twins.remote)
     local = accelerator.prepare(twins.local_model, *twins.local)
     for seed in range(3):
