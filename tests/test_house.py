@@ -253,7 +253,7 @@ def test_a_circle_and_a_wrong_arrow_would_be_found(tmp_path: Path) -> None:
             "tests",
         ],
         cwd=copied,
-        env={**os.environ, "PYTEST_ADDOPTS": ""},
+        env={**os.environ, "PYTEST_ADDOPTS": "", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
         capture_output=True,
         text=True,
         timeout=100,

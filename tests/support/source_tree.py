@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -60,8 +61,13 @@ class Import:
     relative: bool = False
 
 
-def imports(path: Path) -> Iterator[Import]:
+@functools.cache
+def imports(path: Path) -> tuple[Import, ...]:
     """All imports of a file."""
+    return tuple(_found_in(path))
+
+
+def _found_in(path: Path) -> Iterator[Import]:
     package = path.parent.relative_to(ROOT).parts
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
