@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import socket
 import subprocess
@@ -18,8 +17,8 @@ from typer.testing import CliRunner
 from pushstep.client.commands import app
 from pushstep.proto.errors import CATALOGUE
 from tests.support.servers.harness import RunningServer
+from tests.support.terminals.command import pushstep
 
-PUSHSTEP = Path(sys.executable).with_name("pushstep")
 ROOT = Path(__file__).parents[2]
 COMMANDS = [
     *(
@@ -40,14 +39,6 @@ COMMANDS = [
     *("policy", "replay", "snapshots", "status", "top", "workers"),
 ]
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
-
-
-def pushstep(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run the command on a plain, wide terminal."""
-    environment = {**os.environ, "COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}
-    return subprocess.run(
-        [PUSHSTEP, *arguments], capture_output=True, text=True, timeout=60, check=False, env=environment
-    )
 
 
 @pytest.fixture

@@ -20,7 +20,9 @@ from typer.testing import CliRunner, Result
 from pushstep.client.commands import app
 from pushstep.server.access.roles import Role
 from tests.support.access.secured import Authority, TokenFile
+from tests.support.processes.forked import workers
 from tests.support.servers.harness import RunningServer, running_server, start_server
+from tests.support.terminals.command import COMMAND
 from tests.support.terminals.terminal import read_some
 
 PUSHSTEP = Path(sys.executable).with_name("pushstep")
@@ -283,23 +285,22 @@ def test_long_work_shows_its_progress_on_a_terminal(
     line, shown = LONG[name]
     ours, theirs = pty.openpty()
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "200"}
-    with subprocess.Popen(
-        [PUSHSTEP, name, *filled(line)], stdout=subprocess.DEVNULL, stderr=theirs, env=environment
-    ) as process:
-        os.close(theirs)
-        seen = ""
-        while some := read_some(ours):
-            seen += some
+    with open(os.devnull, "w") as nothing:
+        process = workers().start(
+            COMMAND, [name, *filled(line)], nothing.fileno(), theirs, environment=environment
+        )
+    os.close(theirs)
+    seen = ""
+    while some := read_some(ours):
+        seen += some
     os.close(ours)
-    assert process.returncode == 0, seen
+    assert process.wait(60) == 0, seen
     assert shown in seen, seen
 
 
 def completed(line: str, environment: dict[str, Any]) -> list[str]:
     words = {"_PUSHSTEP_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
-    done = subprocess.run(
-        [PUSHSTEP], env={**os.environ, **environment, **words}, capture_output=True, text=True, timeout=60
-    )
+    done = workers().call(COMMAND, environment={**os.environ, **environment, **words})
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout.split()
 

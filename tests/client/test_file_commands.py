@@ -14,14 +14,14 @@ from safetensors.torch import load, load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from tests.client.test_commands import pushstep
 from tests.support.servers.harness import RunningServer
 from tests.support.servers.operators import download, show_model, take_snapshot
+from tests.support.terminals.command import pushstep
 from tests.support.workers.wire import created
 
 
 def ran(*arguments: str | Path) -> dict[str, object]:
-    done = pushstep(*map(str, arguments), "--json")
+    done = pushstep(*arguments, "--json")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.count("\n") == 1
     found: dict[str, object] = json.loads(done.stdout)

@@ -6,8 +6,6 @@ import json
 import os
 import pty
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,10 +19,11 @@ from pushstep.client.commands import app
 from pushstep.client.commands.door import pairs, plain
 from pushstep.client.commands.operate.screen import MODELS, WORKERS, fitting, screen
 from pushstep.client.commands.operate.top import Rates
+from tests.support.processes.forked import workers
 from tests.support.servers.harness import RunningServer, start_server
+from tests.support.terminals.command import COMMAND
 from tests.support.terminals.terminal import read_some, read_until
 
-PUSHSTEP = Path(sys.executable).with_name("pushstep")
 HYPERPARAMETERS = {"rule": "adagrad", "params": ["w"], "lr": 0.5}
 
 
@@ -218,14 +217,16 @@ def test_without_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_events_are_followed_as_they_come(server: RunningServer, model: str) -> None:
-    command = [PUSHSTEP, "events", model, "--follow", "--json", "--server", server.grpc]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as follower:
-        assert follower.stdout is not None
-        kinds = [json.loads(follower.stdout.readline())["kind"]]  # of what was before: it is there now
+    command = ["events", model, "--follow", "--json", "--server", server.grpc]
+    ours, theirs = os.pipe()
+    follower = workers().start(COMMAND, command, theirs)
+    os.close(theirs)
+    with open(ours) as said:
+        kinds = [json.loads(said.readline())["kind"]]  # of what was before: it is there now
         server.rest("PATCH", f"/v1/models/{model}/param-groups/0", json={"lr": 0.125})
         server.rest("DELETE", f"/v1/models/{model}")  # which ends the stream
-        kinds += [json.loads(line).get("kind") for line in follower.stdout]
-    assert follower.returncode == 0
+        kinds += [json.loads(line).get("kind") for line in said]
+    assert follower.wait(60) == 0
     assert kinds[0] == "created" and "param_group_changed" in kinds
 
 
@@ -296,26 +297,23 @@ def test_top_goes_on_when_the_server_comes_again(tmp_path: Path) -> None:
     server.connect("kept").create({"w": np.zeros(4, np.float32)})
     ours, theirs = pty.openpty()
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "160", "LINES": "30"}
-    with subprocess.Popen(
-        [PUSHSTEP, "top", "--server", server.grpc, "--every-s", "0.1"],
-        stdout=theirs,
-        stderr=subprocess.DEVNULL,
-        env=environment,
-    ) as process:
-        os.close(theirs)
-        try:
-            read_until(ours, "kept")
-            server.stop()
-            read_until(ours, "no pushstep server answers")
-            again = start_server(tmp_path, "--grpc", server.grpc)
-            again.connect("another").create({"w": np.zeros(4, np.float32)})
-            read_until(ours, "another")
-            process.send_signal(signal.SIGINT)
-            while read_some(ours):
-                pass
-        except BaseException:
-            process.kill()  # it waits for somebody to read
-            raise
+    command = ["top", "--server", server.grpc, "--every-s", "0.1"]
+    with open(os.devnull, "w") as nothing:
+        process = workers().start(COMMAND, command, theirs, nothing.fileno(), environment=environment)
+    os.close(theirs)
+    try:
+        read_until(ours, "kept")
+        server.stop()
+        read_until(ours, "no pushstep server answers")
+        again = start_server(tmp_path, "--grpc", server.grpc)
+        again.connect("another").create({"w": np.zeros(4, np.float32)})
+        read_until(ours, "another")
+        process.send_signal(signal.SIGINT)
+        while read_some(ours):
+            pass
+    except BaseException:
+        process.kill()  # it waits for somebody to read
+        raise
     os.close(ours)
-    assert process.returncode == 0
+    assert process.wait(60) == 0
     assert again.stop() == 0

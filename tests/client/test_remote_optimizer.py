@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-import subprocess
-import sys
 import textwrap
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +16,7 @@ from torch import nn
 from pushstep.client import Outcome, RemoteOptimizer
 from pushstep.optim import Adadelta, Adagrad
 from pushstep.proto.errors import LocalParameterEdit, NonfiniteGradient, NotAttached
+from tests.support.processes.forked import workers
 from tests.support.servers.harness import RunningServer
 from tests.support.trainings.network import Network, finite, loss_of
 from tests.support.trainings.optimizers import Make, adadelta, adagrad, backward, both
@@ -290,13 +289,7 @@ FORK = """
 def test_a_forked_child_is_refused_and_leaves_the_parent_alone(
     server: RunningServer, model_name: str
 ) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(FORK), server.grpc, model_name],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = workers().call(textwrap.dedent(FORK), server.grpc, model_name)
     assert done.returncode == 0, done.stderr
     # the same epoch, and the second step is version 2: nobody had left in between
     assert "epoch 1" in done.stdout and done.stdout.split()[-1] == "2"

@@ -12,10 +12,11 @@ import pytest
 import yaml
 
 from tests.support.documents.blocks import Block, pages, read_blocks
-from tests.support.documents.command_shim import CommandShim
 from tests.support.documents.page_run import STARTS_A_SERVER, free_address, page_run
+from tests.support.processes.forked import workers
 from tests.support.servers.harness import RunningServer, running_server
 from tests.support.source_tree import ROOT
+from tests.support.terminals.command_shim import CommandShim
 
 # What a block may need that a test does not have. A block that says so is not run.
 NEEDS = {
@@ -54,7 +55,7 @@ def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningS
 @pytest.fixture(scope="module")
 def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[CommandShim, Path]]:
     folder = tmp_path_factory.mktemp("programs")
-    shim = CommandShim(folder)
+    shim = CommandShim(folder, workers())
     yield shim, folder
     shim.close()
 

@@ -6,20 +6,27 @@ import functools
 import os
 import shutil
 import subprocess
-import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.support.processes.forked import Origin, origin_of
 from tests.support.servers.harness import RunningServer, running_server
+from tests.support.terminals.command_shim import CommandShim
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
-BIN = Path(sys.executable).parent
 ONE_PERCENT = 0.01
-LAUNCHERS: dict[str, list[str | Path]] = {
-    "python": [sys.executable],
-    "torchrun": [BIN / "torchrun", "--standalone", "--nproc-per-node", "2"],
-}
+# what starts a script, and its options
+LAUNCHERS: dict[str, list[str]] = {"python": [], "torchrun": ["--standalone", "--nproc-per-node", "2"]}
+# Trainers that take seconds to import. Not MLX, whose threads a forked process would lack.
+TRAINERS = (
+    "lightning",
+    "accelerate",
+    "transformers.trainer",
+    "transformers.models.bert.modeling_bert",
+    "keras",
+)
 # by script: what starts it, by how much its loss may differ, and how many versions it makes: half as many with two ranks
 SCRIPTS: dict[str, tuple[str, float, int]] = {
     "torch_loop.py": ("python", 0.0, 160),
@@ -40,9 +47,24 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> object:
 
 
 @pytest.fixture(scope="module")
-def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where local runs write, whichever test asks for their loss first."""
-    return tmp_path_factory.mktemp("local")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CommandShim]:
+    folder = tmp_path_factory.mktemp("programs")
+    settings = {"KERAS_BACKEND": "torch", "KERAS_HOME": str(folder), "HF_HUB_OFFLINE": "1"}
+    shim = CommandShim(folder, origin_of(*Origin.OF_WORKERS, *TRAINERS, **settings))
+    yield shim
+    shim.close()
+
+
+@pytest.fixture(scope="module")
+def local_loss_of(programs: CommandShim, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], float]:
+    """The loss of a script's local run, which is made for the first test that asks for it."""
+    folder = tmp_path_factory.mktemp("local")
+
+    @functools.cache
+    def found(script: str) -> float:
+        return loss_of([*command_of(programs, script, SCRIPTS[script][0]), "local"], folder)
+
+    return found
 
 
 def loss_of(command: list[str | Path], folder: Path, environment: dict[str, str] | None = None) -> float:
@@ -56,13 +78,9 @@ def loss_of(command: list[str | Path], folder: Path, environment: dict[str, str]
     return float(line.split()[1])
 
 
-def command_of(script: str, launcher: str) -> list[str | Path]:
-    return [*LAUNCHERS[launcher], EXAMPLES / script]
-
-
-@functools.cache
-def local_loss_of(script: str, folder: Path) -> float:
-    return loss_of([*command_of(script, SCRIPTS[script][0]), "local"], folder)
+def command_of(programs: CommandShim, script: str, launcher: str) -> list[str | Path]:
+    program = {"python": programs.python, "torchrun": programs.torchrun}[launcher]
+    return [program, *LAUNCHERS[launcher], EXAMPLES / script]
 
 
 def version_of(served: RunningServer, model: str) -> int:
@@ -73,28 +91,31 @@ def test_each_script_is_in_the_table_and_on_the_page() -> None:
     assert {path.name for path in EXAMPLES.glob("*.py")} == set(SCRIPTS)
     said = (EXAMPLES / "README.md").read_text().splitlines()
     for script, (launcher, *_) in SCRIPTS.items():
-        words = [launcher, *LAUNCHERS[launcher][1:], f"docs/examples/{script}"]
-        assert " ".join(map(str, words)) in said
+        assert " ".join([launcher, *LAUNCHERS[launcher], f"docs/examples/{script}"]) in said
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_it_ends_at_the_loss_of_its_local_run(
-    script: str, served: RunningServer, tmp_path: Path, kept: Path
+    script: str,
+    served: RunningServer,
+    programs: CommandShim,
+    local_loss_of: Callable[[str], float],
+    tmp_path: Path,
 ) -> None:
     launcher, differs, versions = SCRIPTS[script]
-    remote = loss_of([*command_of(script, launcher), served.grpc], tmp_path)
-    assert remote == pytest.approx(local_loss_of(script, kept), rel=differs, abs=0.0)
+    remote = loss_of([*command_of(programs, script, launcher), served.grpc], tmp_path)
+    assert remote == pytest.approx(local_loss_of(script), rel=differs, abs=0.0)
     assert version_of(served, script.removesuffix(".py").replace("_", "-")) == versions
 
 
 @pytest.mark.timeout(600)
 def test_two_ranks_of_the_trainer_train_as_one_process(
-    served: RunningServer, tmp_path: Path, kept: Path
+    served: RunningServer, programs: CommandShim, local_loss_of: Callable[[str], float], tmp_path: Path
 ) -> None:
     """With half the batch each. The order of the samples is another, so the losses on the way differ a little."""
-    remote = loss_of([*command_of("hf_trainer.py", "torchrun"), served.grpc], tmp_path)
-    assert remote == pytest.approx(local_loss_of("hf_trainer.py", kept), rel=ONE_PERCENT, abs=0.0)
+    remote = loss_of([*command_of(programs, "hf_trainer.py", "torchrun"), served.grpc], tmp_path)
+    assert remote == pytest.approx(local_loss_of("hf_trainer.py"), rel=ONE_PERCENT, abs=0.0)
     assert version_of(served, "hf-trainer-2") == 16
 
 

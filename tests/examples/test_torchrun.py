@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
+from tests.support.processes.forked import workers
 from tests.support.servers.harness import RunningServer
+from tests.support.terminals.command_shim import CommandShim
 
 # On gloo, whose sum of two is exact in either order.
 SCRIPT = """
@@ -53,9 +54,17 @@ dist.destroy_process_group()
 def test_its_losses_are_those_of_ddp(server: RunningServer, model_name: str, tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*torchrun, script, server.grpc, model_name], capture_output=True, text=True, timeout=100, check=False
-    )
+    programs = CommandShim(tmp_path, workers())
+    torchrun = [programs.torchrun, "--standalone", "--nproc-per-node", "2"]
+    try:
+        done = subprocess.run(
+            [*torchrun, script, server.grpc, model_name],
+            capture_output=True,
+            text=True,
+            timeout=100,
+            check=False,
+        )
+    finally:
+        programs.close()
     assert done.returncode == 0, done.stderr
     assert sorted(done.stdout.splitlines()) == [f"rank {rank} of 2: True True 20" for rank in range(2)]

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import os
 from pathlib import Path
 
 import pytest
 
 from pushstep.proto.environment import SETTINGS, unknown_variables
 from pushstep.server.config import Config
-from tests.support.servers.harness import SERVER, RunningServer
+from tests.support.processes.forked import workers
+from tests.support.servers.harness import RunningServer, refused_start
 
 
 def test_the_settings_are_the_server_s() -> None:
@@ -60,18 +60,8 @@ def test_both_sides_say_it(server: RunningServer, model_name: str, tmp_path: Pat
         "import sys; from pushstep.client import connect\n"
         "for _ in range(2): connect(sys.argv[1], model=sys.argv[2]).close()"
     )
-    worker = subprocess.run(
-        [sys.executable, "-c", code, server.grpc, model_name],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=True,
-    )
+    worker = workers().call(code, server.grpc, model_name, environment=environment)
+    assert worker.returncode == 0, worker.stderr
     assert worker.stderr.count("PUSHSTEP_GPRC in the environment is no setting") == 1, "once"
-    refused = subprocess.run(
-        [SERVER, "--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0", "--data", "/dev/null"],
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
+    refused = refused_start(Path(os.devnull), environment=environment)
     assert "PUSHSTEP_GPRC in the environment is no setting" in refused.stderr

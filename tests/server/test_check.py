@@ -7,8 +7,6 @@ import os
 import pty
 import shutil
 import signal
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,7 +25,9 @@ from pushstep.proto.types_pb2 import DType, Segment
 from pushstep.server.journal.chain import JournalChain
 from pushstep.server.journal.journal import Journal, Level
 from pushstep.server.models.replay import Replay
+from tests.support.processes.forked import workers
 from tests.support.servers.harness import running_server, start_server
+from tests.support.terminals.command import COMMAND
 from tests.support.workers.wire import created, state_of
 
 ONES = {"bias": np.ones(4, np.float32)}
@@ -321,8 +321,7 @@ def test_a_repair_is_asked_for(killed: Path) -> None:
         ours, theirs = pty.openpty()
         with os.fdopen(ours, "wb", buffering=0) as terminal:
             terminal.write(f"{answer}\n".encode())
-            command = [Path(sys.executable).with_name("pushstep"), "check", killed, "--repair"]
-            ended = subprocess.run(command, stdin=theirs, capture_output=True, text=True, timeout=60)
+            ended = workers().call(COMMAND, "check", str(killed), "--repair", stdin=theirs)
             os.close(theirs)
         assert ended.returncode == (0 if repaired else 1), ended.stderr
         assert "keep the first" in ended.stderr and "identity.json: the next timeline" in ended.stderr

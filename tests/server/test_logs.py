@@ -22,7 +22,7 @@ from pushstep.server.process import logs
 from pushstep.server.process.log_format import FORMATS, INDENT, TEXT
 from pushstep.server.process.logs import LogWriter
 from pushstep.server.process.request_log import RequestLog, about
-from tests.support.servers.harness import COMMANDS, DEVICE, RunningServer, running_server
+from tests.support.servers.harness import COMMANDS, DEVICE, RunningServer, refused_start, running_server
 from tests.support.source_tree import name_of, python_files
 from tests.support.workers.wire import Wire
 
@@ -238,8 +238,7 @@ def logged(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     form, data = request.param, tmp_path_factory.mktemp("logs") / "data"
     with running_server(data, "--log-format", form, "--log-level", "debug") as server:
         _tell(server)
-        second = [*COMMANDS[DEVICE], "--data", str(data), "--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0"]
-        refused = subprocess.run([*second, "--log-format", form], capture_output=True, text=True, check=False)
+        refused = refused_start(data, "--log-format", form)
     assert refused.returncode == 1
     return form, [*server.log.read_text().splitlines(), *refused.stderr.splitlines()]
 

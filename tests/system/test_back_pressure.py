@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.support.processes import crowd
+from tests.support.processes.nursery import nursery
 from tests.support.servers.harness import forget_peak, memory_bytes, running_server
 
 MIB = 1 << 20
@@ -34,30 +33,21 @@ def test_memory_is_bounded_and_everyone_gets_a_turn(tmp_path: Path) -> None:
         owner.push({"w": np.ones(PUSH_BYTES // 4, np.float32)})
         version = owner.last_receipt.version if owner.last_receipt is not None else 0
         each = WORKERS // PROCESSES
-        script = Path(crowd.__file__)
-        crowds = [
-            subprocess.Popen(
-                [sys.executable, script, server.grpc, "crowded", str(number * each), str(each), str(SECONDS)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            for number in range(PROCESSES)
-        ]
-        for process in crowds:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "joined\n"
-        before = memory_bytes(pid, "VmRSS")
-        forget_peak(pid)
-        applied: dict[str, int] = {}
-        for process in crowds:
-            assert process.stdin is not None
-            process.stdin.write("go\n")
-            process.stdin.flush()
-        for process in crowds:
-            out, _ = process.communicate(timeout=250)
-            assert process.returncode == 0
-            applied.update(json.loads(out))
+        code, go = Path(crowd.__file__).read_text(), str(tmp_path / "go")
+        with nursery(tmp_path) as scripts:
+            crowds = [
+                scripts.start(code, server.grpc, "crowded", str(number * each), str(each), str(SECONDS), go)
+                for number in range(PROCESSES)
+            ]
+            for process in crowds:
+                process.wait_for("joined\n", 120.0)
+            before = memory_bytes(pid, "VmRSS")
+            forget_peak(pid)
+            applied: dict[str, int] = {}
+            Path(go).touch()
+            for process in crowds:
+                assert process.wait() == 0, process.said()
+                applied.update(json.loads(process.said().splitlines()[-1]))
         grown = memory_bytes(pid, "VmHWM") - before
         shown = server.rest("GET", "/v1/models/crowded").json()
     print(

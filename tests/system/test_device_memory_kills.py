@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,11 +19,11 @@ from pushstep.proto.errors import PushstepError
 from pushstep.proto.shared_memory import cuda_ipc as device_memory
 from tests.support.cuda.device_host import DeviceHost, shares_device
 from tests.support.processes import device_memory_victim
+from tests.support.processes.forked import Forked, workers
 from tests.support.processes.shared_memory_victim import ELEMENTS, SOON_S
 from tests.support.servers.harness import RunningServer, start_server, wait_until
 from tests.system.test_device_memory import Worker, host  # noqa: F401 - its fixture
 
-ROOT = Path(__file__).parents[2]
 DEATHS = ["asked", "handed over", "open", "written", "sent", "answered", "copying out", "closed"]
 # a server's end is seen in the same way wherever it comes
 SERVER_DEATHS = ["handed over", "sent", "copying out"]
@@ -40,21 +38,11 @@ def tight(host: DeviceHost, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 @pytest.fixture(scope="module")
-def victims(host: DeviceHost, tight: RunningServer) -> Iterator[subprocess.Popen[str]]:  # noqa: F811
-    command = [
-        sys.executable,
-        "-m",
-        device_memory_victim.__name__,
-        tight.grpc,
-        str(host.device),
-        str(host.folder),
-    ]
-    with subprocess.Popen(
-        command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        yield process
-        assert process.stdin is not None
-        process.stdin.close()
+def victims(host: DeviceHost, tight: RunningServer) -> Iterator[Forked]:  # noqa: F811
+    where = (tight.grpc, str(host.device), str(host.folder))
+    process = workers().piped(device_memory_victim.__name__, *where)
+    yield process
+    process.end()
 
 
 def after_steps(steps: int, device: torch.device) -> torch.Tensor:
@@ -71,7 +59,7 @@ def after_steps(steps: int, device: torch.device) -> torch.Tensor:
 def test_a_killed_worker(
     host: DeviceHost,  # noqa: F811
     tight: RunningServer,
-    victims: subprocess.Popen[str],
+    victims: Forked,
     model_name: str,
     point: str,
 ) -> None:

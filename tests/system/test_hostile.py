@@ -9,10 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +17,7 @@ import pytest
 
 from pushstep.client import Outcome, Session
 from pushstep.proto import training_pb2 as pb
+from tests.support.processes.forked import Forked, workers
 from tests.support.servers.harness import RunningServer, wait_until
 from tests.support.servers.operators import release, set_gate, show_worker
 from tests.support.workers import hostile
@@ -48,23 +46,20 @@ REFUSED = {
     "a stale epoch": ("fenced", False),  # nor against who has the name now
 }
 CONNECTIONS = 20
-ROOT = Path(__file__).parents[2]
 IDLE_CONNECTIONS = 300
 PUSHES = 20  # between one look and the next
 
 
 @contextlib.contextmanager
-def hostile_process(server: RunningServer, model: str) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-m", hostile.__name__, server.grpc, model, str(CONNECTIONS)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+def hostile_process(server: RunningServer, model: str) -> Iterator[Forked]:
+    process = workers().piped(hostile.__name__, server.grpc, model, str(CONNECTIONS))
     try:
         yield process
     finally:
-        process.kill()
-        process.communicate()
+        process.end()
 
 
-def line_of(process: subprocess.Popen[str]) -> str:
+def line_of(process: Forked) -> str:
     assert process.stdout is not None
     return process.stdout.readline().strip()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import threading
 import warnings
@@ -16,12 +15,12 @@ import pytest
 from tests.support.disks import faulty_store
 from tests.support.disks.faulty_store import SECRET
 from tests.support.servers.harness import RunningServer, running_server, start_server, wait_until
+from tests.support.terminals.command import pushstep
 from tests.support.workers.wire import GROUPS, PARAMETERS, created, state_of
 
 FAULTY = (sys.executable, Path(faulty_store.__file__))
 STEP = {name: np.full(value.shape, 0.25, np.float32) for name, value in PARAMETERS.items()}
 SAME = ("uid", "version", "edit", "export", "body", "steps", "hooks")
-CHECK = Path(sys.executable).with_name("pushstep")
 
 
 def same(state: dict[str, Any]) -> list[Any]:
@@ -75,13 +74,12 @@ def test_everything_works_from_there(data: Path, tmp_path: Path) -> None:
         assert server.rest("DELETE", f"/v1/models/m/snapshots/{first}").status_code == 204
         assert first not in ids(server)
         server.kill()
-    checked = subprocess.run(
-        [CHECK, "check", data, "--snapshots", url, "--json"], capture_output=True, text=True, check=True
-    )
+    checked = pushstep("check", data, "--snapshots", url, "--json")
+    assert checked.returncode == 0, checked.stderr
     (model,) = json.loads(checked.stdout)["models"]
     assert model["ok"]
     assert model["snapshots"]
-    refused = subprocess.run([CHECK, "check", data], capture_output=True, text=True, check=False)
+    refused = pushstep("check", data)
     assert refused.returncode == 2
     assert url in refused.stderr
     with running_server(data, "--snapshots", url) as server:

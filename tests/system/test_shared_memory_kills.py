@@ -5,8 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,11 +21,11 @@ from pushstep.client.worker.cache import ParameterCache
 from pushstep.optim import Adadelta
 from pushstep.proto.errors import PushstepError
 from tests.support.processes import shared_memory_victim
+from tests.support.processes.forked import Forked, workers
 from tests.support.processes.shared_memory_victim import ELEMENTS, GRADIENT, SOON_S
 from tests.support.servers.harness import RunningServer, running_server, start_server, wait_until
 from tests.system.test_shared_memory import regions_of, shares
 
-VICTIM = shared_memory_victim.__file__
 POINTS = ["opened", "handed over", "written", "sent", "answered", "copying out"]
 KILLS = 2
 # one region of the model is 3 * 4 MB and half of the budget is for regions: there is room for one
@@ -41,12 +39,10 @@ def tight(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
 
 
 @pytest.fixture(scope="module")
-def victims(tight: RunningServer) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, VICTIM, tight.grpc]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        yield process
-        assert process.stdin is not None
-        process.stdin.close()
+def victims(tight: RunningServer) -> Iterator[Forked]:
+    process = workers().piped(shared_memory_victim.__name__, tight.grpc)
+    yield process
+    process.end()
 
 
 def after_steps(steps: int) -> bytes:
@@ -60,9 +56,7 @@ def after_steps(steps: int) -> bytes:
 
 
 @pytest.mark.parametrize("point", POINTS)
-def test_a_killed_worker(
-    tight: RunningServer, victims: subprocess.Popen[str], model_name: str, point: str
-) -> None:
+def test_a_killed_worker(tight: RunningServer, victims: Forked, model_name: str, point: str) -> None:
     for kill in range(KILLS):
         model = f"{model_name}-{kill}"
         assert victims.stdin is not None

@@ -5,8 +5,6 @@ from __future__ import annotations
 import ast
 import json
 import os
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,7 +17,8 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 
 from pushstep.proto import training_pb2 as pb
 from pushstep.server.traces.request_spans import trace_of
-from tests.support.servers.harness import COMMANDS, DEVICE, SUPPORT, RunningServer, running_server
+from tests.support.processes.forked import workers
+from tests.support.servers.harness import SUPPORT, RunningServer, refused_start, running_server
 from tests.support.source_tree import PACKAGES, name_of, python_files
 from tests.support.workers.wire import SERVICE
 
@@ -87,10 +86,7 @@ def traced(
 
 
 def worker(server: RunningServer, how: str) -> list[Span]:
-    program = SUPPORT / "workers" / "traced.py"
-    done = subprocess.run(
-        [sys.executable, program, server.grpc, how], capture_output=True, text=True, check=False, timeout=100
-    )
+    done = workers().call((SUPPORT / "workers" / "traced.py").read_text(), server.grpc, how)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -162,21 +158,11 @@ def test_what_is_no_traceparent_names_no_trace(text: str) -> None:
 
 
 def test_without_the_extra_the_server_says_what_to_install(tmp_path: Path) -> None:
-    blocked = tmp_path / "sitecustomize.py"
-    blocked.write_text("import sys\nsys.modules['opentelemetry.sdk'] = None\n")
-    command = [
-        *COMMANDS[DEVICE],
-        "--otel",
-        "--data",
-        tmp_path / "data",
-        "--grpc",
-        "127.0.0.1:0",
-        "--http",
-        "127.0.0.1:0",
-    ]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(tmp_path)}
+    blocked = tmp_path / "blocked.py"
+    blocked.write_text(
+        "import sys\nsys.modules['opentelemetry.sdk'] = None\nfrom pushstep.server.__main__ import main\nmain()\n"
     )
+    done = refused_start(tmp_path / "data", "--otel", file=str(blocked))
     assert done.returncode == 1
     assert "pip install 'pushstep[otel]'" in done.stderr.splitlines()[-1]
 
@@ -191,7 +177,8 @@ with connect({server.grpc!r}, model="untraced", worker="w0") as session:
     session.exchange({{"p": np.ones(4, dtype=np.float32)}})
 assert not [name for name in sys.modules if name.startswith("opentelemetry")]
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=100)
+    done = workers().call(code)
+    assert done.returncode == 0, done.stderr
     wrong = [
         f"{name_of(path)}:{node.lineno}"
         for path in python_files(*PACKAGES)

@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.support.documents.blocks import Block
-from tests.support.documents.command_shim import CommandShim
 from tests.support.processes.forked import Forked
+from tests.support.terminals.command_shim import CommandShim
 
 BLOCK_S = 300.0
 # The ports of the defaults, for workers and for operators.

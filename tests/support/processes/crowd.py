@@ -1,11 +1,12 @@
-"""A process of many workers of one model, each pushing as fast as it may: `crowd.py ADDRESS MODEL FIRST COUNT SECONDS`.
+"""A process of many workers of one model, each pushing as fast as it may: `crowd.py ADDRESS MODEL FIRST COUNT SECONDS GO`.
 
-Prints, as JSON, how many pushes of each worker were applied.
+Begins once there is a file GO. Prints, as JSON, how many pushes of each worker were applied.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import threading
 import time
@@ -15,8 +16,8 @@ import torch
 from pushstep.client import Outcome, connect
 
 
-def main(address: str, model: str, first: int, count: int, seconds: float) -> None:
-    """Join, wait for a line on stdin, push until the time is up."""
+def main(address: str, model: str, first: int, count: int, seconds: float, go: str) -> None:
+    """Join, wait for the file, push until the time is up."""
     torch.set_num_threads(1)
     names = [f"w{first + number}" for number in range(count)]
     sessions = {
@@ -27,7 +28,8 @@ def main(address: str, model: str, first: int, count: int, seconds: float) -> No
         session.member()
     applied = dict.fromkeys(names, 0)
     print("joined", flush=True)
-    sys.stdin.readline()
+    while not os.path.exists(go):
+        time.sleep(0.01)
     until_s = time.monotonic() + seconds
 
     def work(name: str) -> None:
@@ -45,4 +47,4 @@ def main(address: str, model: str, first: int, count: int, seconds: float) -> No
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), float(sys.argv[5]))
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), float(sys.argv[5]), sys.argv[6])

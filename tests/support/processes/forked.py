@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -35,6 +36,7 @@ class Forked:
         self._origin = origin
         self.pid = pid
         self.stdout = stdout
+        self.stdin: IO[str] | None = None
         self.returncode: int | None = None
 
     def poll(self) -> int | None:
@@ -67,16 +69,39 @@ class Forked:
         """End it at once."""
         self.send_signal(signal.SIGKILL)
 
+    def end(self) -> None:
+        """The same, and let go of its pipes."""
+        self.kill()
+        self.wait()
+        for pipe in (self.stdin, self.stdout):
+            if pipe is not None:
+                pipe.close()
+
 
 class Origin:
     """Owns the process that others are forked from, which finds `imports` imported."""
 
-    def __init__(self, *imports: str) -> None:
+    # what `pushstep`, and most scripts of workers, import: `torch._dynamo` is what the first optimizer does
+    OF_WORKERS = (
+        "torch._dynamo",
+        "pushstep.client.session",
+        "pushstep.client.optimizer.remote_optimizer",
+        "pushstep.client.commands",
+        "pushstep.client.commands.rest",
+        "pydantic.main",
+        "rich.live",
+        "rich.progress",
+        "rich.table",
+    )
+
+    def __init__(self, *imports: str, **environment: str) -> None:
         self._alone = threading.Lock()
         self._orders, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             command = [sys.executable, "-m", __name__, str(theirs.fileno()), *imports]
-            self._process = subprocess.Popen(command, cwd=ROOT, pass_fds=[theirs.fileno()])
+            self._process = subprocess.Popen(
+                command, cwd=ROOT, env={**os.environ, **environment}, pass_fds=[theirs.fileno()]
+            )
         atexit.register(self.close)
 
     def order(self, order: dict[str, Any], *fds: int) -> Any:
@@ -100,12 +125,51 @@ class Origin:
     def run(self, code: str, arguments: tuple[str, ...], log: Path) -> Forked:
         """A script with these arguments in its sys.argv, which writes to `log`."""
         with log.open("a") as output:
-            order = {"code": code, "arguments": arguments}
-            return Forked(self, self._fork(order, output.fileno(), output.fileno()))
+            return self.start(code, arguments, output.fileno(), output.fileno())
 
-    def _fork(self, order: dict[str, Any], stdout: int, stderr: int) -> int:
+    def start(
+        self,
+        code: str,
+        arguments: Sequence[str],
+        stdout: int,
+        stderr: int = 2,
+        stdin: int | None = None,
+        **how: Any,
+    ) -> Forked:
+        """The same with files of its own, which stay the caller's. `environment`, `folder`: in place of this process's."""
+        order = {"code": code, "arguments": list(arguments), **how}
+        return Forked(self, self._fork(order, stdout, stderr, *([] if stdin is None else [stdin])))
+
+    def piped(self, module: str, *arguments: str) -> Forked:
+        """A module, as `python -m` runs it, with pipes to its stdin and from its stdout."""
+        code = f"import runpy; runpy.run_module({module!r}, run_name='__main__')"
+        (theirs, stdin), (ours, stdout) = os.pipe(), os.pipe()
+        try:
+            process = self.start(code, arguments, stdout, stdin=theirs)
+        finally:
+            os.close(theirs)
+            os.close(stdout)
+        process.stdin, process.stdout = open(stdin, "w"), open(ours)  # noqa: SIM115 - until it is ended
+        return process
+
+    def call(
+        self, code: str, *arguments: str, timeout_s: float = 60.0, **how: Any
+    ) -> subprocess.CompletedProcess[str]:
+        """A script, run to its end: how it ended, and what it wrote."""
+        with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
+            process = self.start(code, arguments, stdout.fileno(), stderr.fileno(), **how)
+            try:
+                status = process.wait(timeout_s)
+            finally:
+                process.kill()  # nothing, if it has ended
+            written = [stdout, stderr]
+            for file in written:
+                file.seek(0)
+            return subprocess.CompletedProcess(arguments, status, *(file.read() for file in written))
+
+    def _fork(self, order: dict[str, Any], *fds: int) -> int:
         order = {"environment": dict(os.environ), "folder": os.getcwd()} | order
-        pid: int = self.order(order, stdout, stderr)
+        pid: int = self.order(order, *fds)
         return pid
 
     def close(self) -> None:
@@ -115,15 +179,29 @@ class Origin:
         self._process.wait(30)
 
 
-_servers: dict[int, Origin] = {}
+_origins: dict[tuple[Any, ...], Origin] = {}
+
+
+def origin_of(*imports: str, **environment: str) -> Origin:
+    """This process's own origin with these imports, which is made when it is first asked for, and ends with the process.
+
+    `environment`: what the imports find there beside this process's.
+    """
+    key = os.getpid(), imports, *environment.items()
+    if key not in _origins:
+        _origins[key] = Origin(*imports, **environment)
+    return _origins[key]
+
+
+def workers() -> Origin:
+    """The origin of workers and of commands."""
+    return origin_of(*Origin.OF_WORKERS)
 
 
 def serve(arguments: list[str], stderr: IO[str], **how: Any) -> Forked:
-    """A server forked from this process's own origin of servers, which is made for the first one."""
-    pid = os.getpid()
-    if pid not in _servers:
-        _servers[pid] = Origin("pushstep.server.__main__", "pushstep.server.operator_door.app")
-    return _servers[pid].serve(arguments, stderr, **how)
+    """A server forked from this process's own origin of servers."""
+    origin = origin_of("pushstep.server.__main__", "pushstep.server.operator_door.app")
+    return origin.serve(arguments, stderr, **how)
 
 
 def _take_orders(orders: socket.socket) -> dict[str, Any] | None:
@@ -131,7 +209,7 @@ def _take_orders(orders: socket.socket) -> dict[str, Any] | None:
     gc.collect()
     gc.freeze()  # a collection in a child, as there is one at a script's end, would copy every page
     while True:
-        message, fds, _, _ = socket.recv_fds(orders, LONGEST_ORDER, 2, socket.MSG_CMSG_CLOEXEC)
+        message, fds, _, _ = socket.recv_fds(orders, LONGEST_ORDER, 3, socket.MSG_CMSG_CLOEXEC)
         if not message:
             return None
         order = json.loads(message)
@@ -152,8 +230,9 @@ def _take_orders(orders: socket.socket) -> dict[str, Any] | None:
 def _become(order: dict[str, Any], fds: Any) -> None:
     """Take on another program's place: its folder, its files and its arguments, and the usual ways with signals."""
     os.chdir(order["folder"])
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    for source, target in zip((nothing, *fds), (0, 1, 2), strict=True):
+    stdout, stderr, *given = fds
+    (stdin,) = given or [os.open(os.devnull, os.O_RDONLY)]
+    for source, target in zip((stdin, stdout, stderr), (0, 1, 2), strict=True):
         os.dup2(source, target)
         os.close(source)
     sys.stdin = open(0, closefd=False)  # noqa: SIM115 - for as long as it lives, as the next two

@@ -10,10 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.support.processes.forked import Forked, Origin
-
-# `torch._dynamo` is what the first optimizer imports.
-IMPORTS = ("torch._dynamo", "pushstep.client.session", "pushstep.client.optimizer.remote_optimizer")
+from tests.support.processes.forked import Forked, Origin, origin_of
 
 
 @dataclass
@@ -50,11 +47,11 @@ class Script:
 
 
 class Nursery:
-    """Starts scripts, and owns the process that they are forked from."""
+    """Starts scripts, and ends them."""
 
     def __init__(self, folder: Path, *imports: str) -> None:
         self._folder = folder
-        self._origin = Origin(*IMPORTS, *imports)
+        self._origin = origin_of(*Origin.OF_WORKERS, *imports)
         self._scripts: list[Script] = []
 
     def start(self, code: str, *arguments: str) -> Script:
@@ -65,10 +62,10 @@ class Nursery:
         return script
 
     def close(self) -> None:
-        """End the process, and whatever a failed test has left of its scripts."""
+        """End whatever a failed test has left of its scripts."""
         for script in self._scripts:
             script.process.kill()
-        self._origin.close()
+            script.wait()
 
 
 @contextmanager

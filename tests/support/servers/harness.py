@@ -174,11 +174,11 @@ def _started(
     return process, process.stdout.readline()
 
 
-def refused_start(data: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    """A server that does not come up: how it ends, and what it says."""
+def refused_start(data: Path, *options: str, **how: Any) -> subprocess.CompletedProcess[str]:
+    """A server that does not come up: how it ends, and what it says. `environment`, `file`: as `Origin.serve` has them."""
     arguments = ["--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0", "--data", str(data), *options]
     with tempfile.TemporaryFile("w+") as stderr:
-        process = serve(arguments, stderr)
+        process = serve(arguments, stderr, **how)
         with process.stdout:
             stdout = process.stdout.read()
         status = process.wait(START_S)
