@@ -3,7 +3,8 @@
 Each kernel has a folder of its own below `folder()`. numba's index maps keys to numbered files. Two processes that add
 different kernels to one index at the same time can leave a key that names the other's code. The folder's name holds
 everything that tells two kernels apart (sources, specialisation, processor), so all processes write the same thing
-there.
+there. Of processes that need a kernel at the same time, as ranks that are started together do, one compiles it; the others
+wait for it, and load what it has written.
 
 The folder is the first writable one of: NUMBA_CACHE_DIR, the package's own `__pycache__`, the folder given to
 `keep_in` (the server's data folder), the user's cache folder. If none is writable, each process compiles its kernels
@@ -12,6 +13,9 @@ and logs that once; numba itself would raise.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import gc
 import hashlib
 import logging
 import os
@@ -19,7 +23,8 @@ import shutil
 import stat
 import tempfile
 import threading
-from collections.abc import Callable, Hashable
+import time
+from collections.abc import Callable, Hashable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
@@ -29,6 +34,9 @@ log: Final = logging.getLogger(__name__)
 # Holds only kernels and this file: a change of any source makes every kernel compile again.
 _SOURCES: Final = Path(__file__).parent
 _PACKAGE: Final = _SOURCES.parent
+# A kernel takes a second at most, on a busy machine some. Whoever has waited longer compiles it, too.
+WAIT_S: Final = 20.0
+_LOOK_EVERY_S: Final = 0.01
 _kept_in: list[Path] = []
 _compiled: dict[Hashable, Any] = {}
 _lock = threading.RLock()
@@ -150,11 +158,38 @@ def _compile(make: Callable[..., Callable[..., Any]], signature: str, spec: Any)
         own = root / _surroundings() / f"{make.__name__}-{name}"
         _require_plain(own)
         try:
-            return _built(make(spec), signature, own)
+            with _alone_in(own):
+                return _built(make(spec), signature, own)
         except Exception as error:  # noqa: BLE001 - damaged files may raise anything; a bad kernel raises again below
             log.warning("the compiled kernel in %s cannot be used, it is compiled again: %s", own, error)
             shutil.rmtree(own, ignore_errors=True)  # the next process writes it afresh
     return _built(make(spec), signature, None)
+
+
+@contextlib.contextmanager
+def _alone_in(own: Path) -> Iterator[None]:
+    """Nobody else compiles this kernel meanwhile, unless it is there: then there is nothing to wait for.
+
+    The lock is the folder's, and goes with the process that holds it.
+    """
+    own.mkdir(parents=True, exist_ok=True)
+    if any(own.iterdir()):
+        yield
+        return
+    folder = os.open(own, os.O_RDONLY)
+    try:
+        until_s = time.monotonic() + WAIT_S
+        while time.monotonic() < until_s:
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(_LOOK_EVERY_S)
+            except OSError:  # a file system without locks
+                break
+        yield
+    finally:
+        os.close(folder)
 
 
 def _built(function: Callable[..., Any], signature: str, own: Path | None) -> Any:
@@ -168,9 +203,25 @@ def _built(function: Callable[..., Any], signature: str, own: Path | None) -> An
     kernel = njit(nogil=True, error_model="numpy")(function)
     if own is not None:
         kernel._cache = _cache_in(own, function)
-    kernel.compile(signature)
+    with _UNCOLLECTED:
+        kernel.compile(signature)
     kernel.disable_compile()
     return kernel
+
+
+class _Uncollected:
+    """A block in which no garbage is collected: of the many objects of a compilation few are, and looking takes a sixth of it."""
+
+    def __enter__(self) -> None:
+        self._collects = gc.isenabled()
+        gc.disable()
+
+    def __exit__(self, *_: object) -> None:
+        if self._collects:
+            gc.enable()
+
+
+_UNCOLLECTED: Final = _Uncollected()
 
 
 def _cache_in(own: Path, function: Callable[..., Any]) -> Any:
