@@ -20,6 +20,12 @@ pytestmark = pytest.mark.chromium
 MODEL = "flights"
 Watching = Callable[[RunningServer], AbstractContextManager[Watched]]
 TABS = ("training", "workers", "groups", "hooks", "policy", "snapshots", "events")
+# Buttons that reach into the padding of their panel, or beyond it.
+BEYOND = """() => [...document.querySelectorAll(".panel .button")].filter((each) => {
+  const panel = each.closest(".panel");
+  const edge = panel.getBoundingClientRect().right - parseFloat(getComputedStyle(panel).paddingRight);
+  return each.getBoundingClientRect().right > edge + 1;
+}).map((each) => each.textContent)"""
 # for whatever takes the server, a worker or the browser its time
 LONG_S = PATIENCE_MS / 1000
 
@@ -154,6 +160,7 @@ def test_a_learning_rate_is_tried_changed_and_stepped_with(
     group.get_by_label("lr", exact=True).fill("0.03125")
     group.get_by_role("button", name="Try (dry run)").click()
     expect(group.locator("[data-preview]")).to_contain_text("0.1 → 0.0313")
+    expect(group.locator("[data-preview]")).to_contain_text("none → lr")
     assert served.rest("GET", f"/v1/models/{MODEL}/param-groups/0").json()["lr"] == 0.1
     group.get_by_role("button", name="Apply").click()
     expect(group.locator("[data-done]")).to_contain_text("It holds from version")
@@ -325,11 +332,15 @@ def test_nothing_is_wider_than_a_phone(browser: Browser, served: RunningServer, 
             shown.show(name)
             page.locator(".card, .panel, .chart").first.wait_for()
             wider[name] = page.evaluate("document.documentElement.scrollWidth - innerWidth")
+            wider[name] += len(page.evaluate(BEYOND))
         assert {name: px for name, px in wider.items() if px > 0} == {}
 
 
-def test_the_theme_that_was_chosen_stays(watched: Watched) -> None:
+def test_the_theme_is_the_system_s_until_one_is_chosen_and_stays(watched: Watched) -> None:
     page = watched.show()
+    for system, other in (("dark", "Light"), ("light", "Dark")):
+        page.emulate_media(color_scheme=system)  # type: ignore[arg-type]
+        expect(page.get_by_role("button", name=f"{other} theme")).to_be_visible()
     page.get_by_role("button", name="Dark theme").click()
     page.reload()
     expect(page.locator("html")).to_have_attribute("data-theme", "dark")

@@ -47,8 +47,14 @@ function useServer(held, turn) {
 }
 
 function ThemeSwitch() {
-  const system = matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
-  const [theme, setTheme] = useState(document.documentElement.dataset.theme ?? system);
+  const system = matchMedia("(prefers-color-scheme: dark)");
+  const now = () => document.documentElement.dataset.theme ?? (system.matches ? "dark" : "light");
+  const [theme, setTheme] = useState(now);
+  useEffect(() => {
+    const follow = () => setTheme(now());
+    system.addEventListener("change", follow);
+    return () => system.removeEventListener("change", follow);
+  }, []);
   const other = theme === "dark" ? "light" : "dark";
   function change() {
     document.documentElement.dataset.theme = other;

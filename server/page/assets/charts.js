@@ -23,7 +23,7 @@ function optionsOf(lines, format, widthPx, isLog) {
     height: HEIGHT_PX,
     legend: { show: false },
     cursor: { y: false, drag: { x: false, y: false } },
-    padding: [8, 8, 0, 0],
+    padding: [8, 30, 0, 0], // half of a time, at the last line
     scales: {
       x: { time: true },
       y: isLog ? { distr: 3 } : { range: (_, least, most) => (most > least || most !== 0 ? [Math.min(0, least), most > 0 ? most * 1.1 : 1] : [0, 1]) },

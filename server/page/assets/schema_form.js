@@ -70,7 +70,7 @@ export function Field({ id, name, of, text, isChanged, onText, help }) {
   return html`<div class=${`field${of.kind === "json" ? " wide" : ""}`}>
     <label for=${id}>${spaced(name)}</label>
     <${Control} id=${id} of=${of} text=${text} isChanged=${isChanged} onText=${onText} helpId=${help ? `${id}-help` : undefined} />
-    ${help && html`<span class="help" id=${`${id}-help`}>${help}</span>`}
+    ${help && html`<span class="help" id=${`${id}-help`}>${help.replaceAll("`", "")}</span>`}
   </div>`;
 }
 

@@ -51,6 +51,7 @@ export const plural = (count, one, many = `${one}s`) => `${whole(count)} ${count
 export function shown(value) {
   if (value === null || value === undefined) return "none";
   if (typeof value === "boolean") return value ? "yes" : "no";
+  if (Array.isArray(value) && value.every((each) => typeof each !== "object")) return value.map(shown).join(", ") || "none";
   if (typeof value === "number") return Number.isInteger(value) ? String(value) : number(value);
   return typeof value === "string" ? value : JSON.stringify(value);
 }
