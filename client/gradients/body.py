@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,8 @@ from pushstep.proto.wire.layout import Layout, Slot
 
 from ..transport.streams import Body
 from .compression import Compression
+from .sparse import merged_rows
+from .stretch import LEAST_TENSORS, StretchTable
 
 Rows = tuple[Tensor, Tensor]
 
@@ -54,9 +56,10 @@ def _checked_rows(ids: Tensor, rows: Tensor, slot: Slot) -> Rows:
     expected = (ids.numel(), *slot.shape[1:])
     if not slot.shape or tuple(rows.shape) != expected:
         raise WrongShape(what=f"gradient rows of {slot.name!r}", got=tuple(rows.shape), expected=expected)
-    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < slot.rows:
-        wrong = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
-        raise RowOutOfRange(parameter=slot.name, row=wrong, rows=slot.rows)
+    if ids.numel():
+        lowest, highest = map(int, torch.aminmax(ids))
+        if lowest < 0 or highest >= slot.rows:
+            raise RowOutOfRange(parameter=slot.name, row=lowest if lowest < 0 else highest, rows=slot.rows)
     return ids.to(torch.int64), rows
 
 
@@ -75,7 +78,7 @@ def push_body(layout: Layout, gradients: Mapping[Slot, Tensor | Rows], compressi
     if not gradients:
         raise NotAttached(problem="a push needs at least one gradient")
     segments: list[Segment] = []
-    pieces: list[list[Source]] = []
+    pieces: list[Sequence[Source]] = []
     dense = {slot: g for slot, g in gradients.items() if isinstance(g, Tensor)}
     whole = [slot for slot, g in gradients.items() if isinstance(g, Tensor) or slot.start == slot.stop]
     for segment, slots in layout.dense_segments(whole, compression.wire, of_push=True):
@@ -89,20 +92,29 @@ def push_body(layout: Layout, gradients: Mapping[Slot, Tensor | Rows], compressi
             pieces.append([Piece(indices, torch.int32), Piece(values, values.dtype)])
         else:
             pieces.append([compression.dense(slot, dense[slot]) for slot in slots])
-    for slot, gradient in gradients.items():
-        if isinstance(gradient, tuple) and slot.start < slot.stop:
-            # duplicate rows are summed here, in order of appearance, so that they cost no bytes
-            ids, rows = coalesce(gradient[0].cpu(), gradient[1].cpu())
-            segments.append(
-                Segment(
-                    arena=slot.arena,
-                    start=slot.start,
-                    stop=slot.stop,
-                    dtype=dtypes.to_push(compression.dtype_of(slot), "segment"),
-                    rows=ids.numel(),
-                )
+    # duplicate rows are summed here, in order of appearance, so that they cost no bytes
+    named = [
+        (slot, *gradient)
+        for slot, gradient in gradients.items()
+        if isinstance(gradient, tuple) and slot.start < slot.stop
+    ]
+    merged = {} if compression.owes else merged_rows(named, compression.wire)
+    for slot, given_ids, given_rows in named:
+        if slot in merged:
+            ids, sources = merged[slot]
+        else:
+            ids, rows = coalesce(given_ids.cpu(), given_rows.cpu())
+            sources = [Piece(ids, torch.int64), compression.rows(slot, ids, rows)]
+        segments.append(
+            Segment(
+                arena=slot.arena,
+                start=slot.start,
+                stop=slot.stop,
+                dtype=dtypes.to_push(compression.dtype_of(slot), "segment"),
+                rows=ids.numel(),
             )
-            pieces.append([Piece(ids, torch.int64), compression.rows(slot, ids, rows)])
+        )
+        pieces.append(sources)
     return Body(segments, pieces)
 
 
@@ -114,8 +126,8 @@ class PushBodies:
         self._layout: Layout | None = None
         self._slots: list[Slot] = []
         self._segments: list[Segment] = []
-        # by segment: each parameter's place among the gradients, and its dtype on the wire
-        self._runs: list[list[tuple[int, torch.dtype]]] = []
+        # by segment: its parameters' places among the gradients, their dtype on the wire, and a table if they are many
+        self._runs: list[tuple[list[int], torch.dtype, StretchTable | None]] = []
 
     def of(self, layout: Layout, gradients: Mapping[Slot, Tensor | Rows]) -> Body:
         """The body of a push; see `push_body`."""
@@ -126,17 +138,25 @@ class PushBodies:
         if layout is not self._layout or slots != self._slots:
             self._arrange(layout, slots)
         # a list of whole values: `values` holds no rows
-        return Body(self._segments, [[Piece(values[k], dtype) for k, dtype in run] for run in self._runs])  # type: ignore[arg-type]
+        return Body(self._segments, [self._sources(values, *run) for run in self._runs])  # type: ignore[arg-type]
+
+    def _sources(
+        self, values: list[Tensor], places: list[int], dtype: torch.dtype, table: StretchTable | None
+    ) -> Sequence[Source]:
+        tensors = [values[place] for place in places]
+        stretch = None if table is None else table.of(tensors)
+        return [Piece(tensor, dtype) for tensor in tensors] if stretch is None else [stretch]
 
     def _arrange(self, layout: Layout, slots: list[Slot]) -> None:
         places = {slot: place for place, slot in enumerate(slots)}
         runs = layout.dense_segments(slots, self._compression.wire, of_push=True)
         self._layout, self._slots = layout, slots
         self._segments = [segment for segment, _ in runs]
-        self._runs = [
-            [(places[slot], self._compression.dtype_of(slot)) for slot in run if slot.start < slot.stop]
-            for _, run in runs
-        ]
+        self._runs = []
+        for _, run in runs:
+            held, dtype = [slot for slot in run if slot.start < slot.stop], self._compression.dtype_of(run[0])
+            table = StretchTable(held, dtype) if len(held) >= LEAST_TENSORS else None
+            self._runs.append(([places[slot] for slot in held], dtype, table))
 
 
 def values_body(layout: Layout, values: Mapping[tuple[Slot, str], Tensor]) -> Body:

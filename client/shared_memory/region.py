@@ -13,17 +13,20 @@ import weakref
 from collections.abc import Mapping
 from typing import Any, Final, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pushstep.optim.ops.copies import copy, copy_all
+from pushstep.optim.ops.rows import Merging
 from pushstep.proto import training_pb2 as pb
 from pushstep.proto.errors import NoSharedMemory
 from pushstep.proto.shared_memory.slots import VIEWS_KEPT, Places, SharedBody, SharedSlot, mapped, write
-from pushstep.proto.wire.frames import Piece
-from pushstep.proto.wire.layout import Layout, Slot
+from pushstep.proto.wire.layout import ID_BYTES, Layout, Slot
 
 from ..gradients.body import Rows
+from ..gradients.sparse import MergedRows
+from ..gradients.stretch import Stretch
 from ..transport.streams import Body, Pulled
 from .imported_memory import ImportedMemory
 from .local_socket import LocalSocket
@@ -114,32 +117,85 @@ class Region:
 
     def put(self, body: Body, gradients: Mapping[Slot, Tensor | Rows]) -> int | None:
         """Write a push's gradients into a slot; its index. None if they do not fit or each slot is held."""
-        slots, sources = list(gradients), list(gradients.values())
+        if not all(map(self.gradients.fits, body.segments)):
+            return None
         with_rows: list[Slot] = []
-        if tuple in map(type, sources):
-            if not all(map(self.gradients.fits, body.segments)):
-                return None
+        dense = cast(Mapping[Slot, Tensor], gradients)
+        if tuple in map(type, gradients.values()):
             with_rows = [slot for slot, source in gradients.items() if isinstance(source, tuple)]
-            slots = [slot for slot, source in gradients.items() if not isinstance(source, tuple)]
-            sources = [source for source in sources if not isinstance(source, tuple)]
+            dense = {slot: source for slot, source in gradients.items() if isinstance(source, Tensor)}
+        stretches, plain = self._sorted_out(body, dense)
         order: list[int] = [self._current, *range(self._current), *range(self._current + 1, len(self.slots))]
         for index in order:
-            if all(self._is_free(index, slot) for slot in with_rows) and self._put_dense(
-                index, slots, cast(list[Tensor], sources)
+            if (
+                all(self._is_free(index, slot) for slot in with_rows)
+                and self._put_stretches(index, stretches)
+                and self._put_dense(index, list(plain), list(plain.values()))
             ):
-                for segment, pieces in zip(body.segments, body.pieces, strict=True) if with_rows else ():
-                    if segment.HasField("rows"):
-                        # every source is a Piece: a session that compresses its pushes opens no region
-                        exact = [piece for piece in pieces if isinstance(piece, Piece)]
-                        write(self.gradients, self.slots[index], segment, exact, copy)
+                if with_rows:
+                    self._put_rows(index, body)
                 if self._imported is not None:
                     self._imported.finish()
                 self._fresh = True
                 return index
         return None
 
+    def _put_rows(self, index: int, body: Body) -> None:
+        """Write the row-sparse gradients; those that are merged on the way by one kernel for all tables."""
+        base = self.slots[index].memory.data_ptr()
+        together: dict[Merging, dict[int, int]] = {}
+        for segment, pieces in zip(body.segments, body.pieces, strict=True):
+            if not segment.HasField("rows"):
+                continue
+            last = pieces[-1]
+            if isinstance(last, MergedRows) and self._imported is None:
+                place, _ = self.gradients.span(segment)
+                together.setdefault(last.merging, {})[last.table] = base + place
+            else:
+                write(self.gradients, self.slots[index], segment, pieces, copy)
+        for merging, places in together.items():
+            ids_to = [places[table] for table in range(len(merging.counts))]
+            rows_to = [at + ID_BYTES * n for at, n in zip(ids_to, merging.counts, strict=True)]
+            merging.write_all(rows_to, ids_to)
+
+    def _sorted_out(
+        self, body: Body, dense: Mapping[Slot, Tensor]
+    ) -> tuple[list[tuple[int, Stretch]], Mapping[Slot, Tensor]]:
+        """The stretches of a push, each with its first byte in a slot, and the gradients that are in none."""
+        stretches = [
+            (self.gradients.start(segment.arena, segment.start), pieces[0])
+            for segment, pieces in zip(body.segments, body.pieces, strict=True)
+            if pieces and isinstance(pieces[0], Stretch)
+        ]
+        if not stretches or self._imported is not None:
+            return [], dense
+        if sum(len(stretch.indices) for _, stretch in stretches) == len(dense):
+            return stretches, {}
+        covered = {int(index) for _, stretch in stretches for index in stretch.indices}
+        return stretches, {slot: source for slot, source in dense.items() if slot.index not in covered}
+
+    def _put_stretches(self, index: int, stretches: list[tuple[int, Stretch]]) -> bool:
+        """Gather stretches into their places, except what lies there; False if a place is held."""
+        base = self.slots[index].memory.data_ptr()
+        held = [number for (at, number), loan in self._lent.items() if at == index and loan() is not None]
+        for start, stretch in stretches if held else ():
+            places = np.searchsorted(stretch.indices, held)
+            places = places[places < len(stretch.indices)]
+            places = places[np.isin(stretch.indices[places], held)]
+            if (stretch.addresses[places] != base + start + stretch.runs.starts[places]).any():
+                return False
+        for start, stretch in stretches:
+            if not held:
+                stretch.runs.gather(base + start, stretch.addresses)
+                continue
+            targets = base + start + stretch.runs.starts[:-1]
+            stretch.runs.gather_those(targets, stretch.addresses, stretch.addresses != targets)
+        return True
+
     def _put_dense(self, index: int, slots: list[Slot], sources: list[Tensor]) -> bool:
         """Copy dense gradients into their places, except those that lie there; False if one is held."""
+        if not slots:
+            return True
         _, targets, addresses = self._places(index, slots)
         if not self._lent:
             copy_all(targets, sources)

@@ -58,18 +58,30 @@ class Pulled:
 
     def dense(self) -> list[tuple[Slot, str, Tensor]]:
         """(slot, state name or "", values in the slot's shape) of every slot in a dense segment."""
-        found: list[tuple[Slot, str, Tensor]] = []
+        return [
+            (slot, state, part)
+            for slots, state, values in self._dense()
+            for slot, part in zip(slots, self.parts(slots, values), strict=True)
+        ]
+
+    def stretches(self) -> Iterator[tuple[list[Slot], Tensor]]:
+        """(slots, their values one behind the other) of every dense segment of parameters."""
+        return ((slots, values) for slots, _, values in self._dense())
+
+    @staticmethod
+    def parts(slots: Sequence[Slot], values: Tensor) -> list[Tensor]:
+        """Each slot's values, in its shape."""
+        parts = values.split_with_sizes([slot.stop - slot.start for slot in slots])
+        return [
+            part if len(slot.shape) == 1 else part.view(slot.shape)
+            for slot, part in zip(slots, parts, strict=True)
+        ]
+
+    def _dense(self) -> Iterator[tuple[list[Slot], str, Tensor]]:
         for index, segment in enumerate(self.header.segments):
             if not segment.HasField("rows"):
                 dtype = dtypes.to_torch(segment.dtype, "segment")
-                slots, state = self.layout.slots_of(segment), segment.state
-                values = self.body.part(index, dtype)
-                parts = values.split_with_sizes([slot.stop - slot.start for slot in slots])
-                found += [
-                    (slot, state, part if len(slot.shape) == 1 else part.view(slot.shape))
-                    for slot, part in zip(slots, parts, strict=True)
-                ]
-        return found
+                yield self.layout.slots_of(segment), segment.state, self.body.part(index, dtype)
 
     def rows(self) -> Iterator[tuple[Slot, Tensor, Tensor]]:
         """(slot, ids, rows) of every row-sparse segment."""

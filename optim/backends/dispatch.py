@@ -9,6 +9,7 @@ functions:
     step(step: Step) -> None                  does everything that `Step` describes, in the order of `kernels/dense.py`
     step_rows(step: RowStep) -> None          the same on rows
     plan(step), plan_rows(step) -> ()->None   prepare a step, which a call takes; what can fail fails before the call
+    plan_tables(steps) -> ()->None            the same for rows of several tables; `step.one_by_one` does for most backends
 
 To add one: write the module, add its import to `BACKENDS`. A backend advances `step.steps` (it skips that and
 everything else when `found_inf` is 1), computes lr / (1 + (t-1)*lr_decay), and handles any layout, 0 elements, and
@@ -27,7 +28,7 @@ operations (`reference.py`).
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any, Final, NamedTuple, Protocol, cast
 
@@ -71,6 +72,9 @@ class Backend(Protocol):
 
     def plan_rows(self, step: RowStep) -> Callable[[], None]:
         """Prepare a step on rows. A call of the result takes it."""
+
+    def plan_tables(self, steps: Sequence[RowStep]) -> Callable[[], None]:
+        """Prepare steps on rows of several tables, no two of one table. A call of the result takes them."""
 
 
 class Path(NamedTuple):

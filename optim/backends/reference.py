@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..step.operands import check_bounds, check_dense, check_rows
-from ..step.step import RowStep, Step, number
+from ..step.step import RowStep, Step, number, one_by_one
 from ..step.unscaling import unscale
 
 
@@ -37,6 +37,11 @@ def plan(described: Step) -> Callable[[], None]:
 def step_rows(described: RowStep) -> None:
     """Take a step on rows of one table; see `step.step.RowStep`."""
     plan_rows(described)()
+
+
+def plan_tables(described: Sequence[RowStep]) -> Callable[[], None]:
+    """Prepare steps on rows of several tables. A call of the result takes them."""
+    return one_by_one(plan_rows, described)
 
 
 def plan_rows(described: RowStep) -> Callable[[], None]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import ctypes
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from ..kernels.cache import compiled
-from ..kernels.copies import LINE_BYTES, SIGNATURE, lines, widen
+from ..kernels.copies import LINE_BYTES, RUNS_SIGNATURE, SIGNATURE, lines, runs, widen
 from ..step.operands import check_run
 from .pointer_table import KIND
 from .pool import over_slices
@@ -51,3 +51,14 @@ def copy_wider(target: Tensor, source: Tensor) -> None:
     check_run("the source", source, source.numel(), torch.bfloat16, torch.float16)
     work = partial(compiled(widen, SIGNATURE, KIND[source.dtype]), target.data_ptr(), source.data_ptr())
     over_slices(work, target.numel(), slice_size=SLICE_ELEMENTS, inline=INLINE_ELEMENTS)
+
+
+def copy_runs(targets: Any, sources: Any, starts: Any, begin: int, end: int) -> None:
+    """Copy runs of memory by their addresses; `kernels/copies.py` says how they are given.
+
+    Only the bytes [begin, end) of them, laid end to end, are copied. The caller has checked that they are there.
+    """
+    if end > begin:
+        kernel = compiled(runs, RUNS_SIGNATURE, end - begin >= PAST_CACHE_BYTES)
+        work = partial(kernel, targets, sources, starts, begin)
+        over_slices(work, end - begin, slice_size=SLICE_LINES * LINE_BYTES, inline=INLINE_LINES * LINE_BYTES)

@@ -26,6 +26,7 @@ from .pointer_table import KIND, Table, is_one_layout, operands, table_of
 from .pool import over_slices
 from .rows import every_row, scalars_of, wide
 from .rows import plan_rows as plan_rows
+from .rows import plan_tables as plan_tables
 from .rows import step_rows as step_rows
 
 # Half a megabyte of float32: it bounds the copies of unusual layouts, and a copy stays in the cache.

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from itertools import pairwise
 from typing import Any, Final
 
 import numpy as np
@@ -60,8 +59,21 @@ def _is_flat(tensor: Tensor) -> bool:
     return tensor.is_contiguous() and not tensor.is_neg() and not tensor._is_zerotensor()
 
 
-def added_in_order(sums: np.ndarray[Any, Any], starts: Iterable[int]) -> list[float]:
+def added_in_order(sums: np.ndarray[Any, Any], starts: Sequence[int] | np.ndarray[Any, Any]) -> list[float]:
     """Each tensor's block sums, added in block order. starts: (tensors + 1,) first block of each tensor."""
-    parts = (sums[start:stop] for start, stop in pairwise(starts))
+    if len(starts) == 2:
+        return [_in_order(sums[starts[0] : starts[1]])]
+    starts = np.asarray(starts)
+    blocks = np.diff(starts)
+    totals = np.zeros(len(blocks))
+    single = blocks == 1
+    totals[single] = sums[starts[:-1][single]]
+    for k in np.flatnonzero(blocks > 1).tolist():
+        totals[k] = _in_order(sums[starts[k] : starts[k + 1]])
+    found: list[float] = totals.tolist()
+    return found
+
+
+def _in_order(part: np.ndarray[Any, Any]) -> float:
     # cumsum adds in order; sum does not
-    return [float(part[0] if len(part) == 1 else part.cumsum()[-1]) if len(part) else 0.0 for part in parts]
+    return float(part[0] if len(part) == 1 else part.cumsum()[-1]) if len(part) else 0.0

@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..kernels import intrinsics
-from ..kernels import rows as row_kernels
 from ..kernels.cache import compiled
+from ..kernels.rows import step as row_kernels
 from ..step.operands import check_bounds, check_memory, check_rows, run_of
-from ..step.step import RowStep, Step, number
+from ..step.step import RowStep, Step, number, one_by_one
 from ..step.unscaling import unscale
+from .merging import Arranged
 from .pointer_table import KIND, STATE_COLUMNS
 from .pool import over_slices
 
@@ -56,17 +57,9 @@ def every_row(step: Step, tensors: dict[int, Tensor], lr: float, factor: float) 
     own = [tensors[column] for column in STATE_COLUMNS if column in tensors]
     states = [run_of(state) for state in own]
     rows = param.shape[0] if param.dim() else 1
-    _launch(
-        step,
-        flat_param,
-        None,
-        flat_grad,
-        states,
-        count=rows,
-        arranged=None,
-        lr=lr,
-        factor=factor,
-    )()
+    operands = _Operands(flat_param.view(rows, -1), None, flat_grad, states)
+    if operands.width:
+        _launch(_spec(step, operands, factor), [operands], [(lr, factor)], scalars_of(step))()
     for tensor, flat in zip((param, *own), (flat_param, *states), strict=True):
         if flat.data_ptr() != tensor.data_ptr():
             tensor.copy_(flat)
@@ -90,23 +83,28 @@ def plan_rows(step: RowStep) -> Callable[[], None]:
     if step.found_inf is not None and number(step.found_inf) == 1.0:
         return _nothing
     check_rows(step)
-    operands = [step.param, *step.states]
+    whole_operands = [step.param, *step.states]
     ids, rows = run_of(step.ids), run_of(step.rows)
     arranged = None
     if step.unique:
         check_bounds(ids, step.param.shape[0])
     else:
-        unique, order, segments = arrange(ids, step.param.shape[0])
-        if order is not None:
-            ids, arranged = unique, (order, segments)
+        found = Arranged([ids], [step.param.shape[0]])
+        if not found.is_as_given(0):
+            ids, arranged = found.ids(0), found
     t: float = step.step if step.steps is None else (step.steps + 1).item()
     lr = number(step.lr) / (1 + (t - 1) * step.lr_decay)
-    whole = all(operand.is_contiguous() and not operand.is_neg() for operand in operands)
+    whole = all(operand.is_contiguous() and not operand.is_neg() for operand in whole_operands)
     # A table with gaps: the named rows are copied out, stepped as a small table, and copied back.
-    taken = operands if whole else [operand.index_select(0, ids) for operand in operands]
+    taken = whole_operands if whole else [operand.index_select(0, ids) for operand in whole_operands]
     named = ids if whole else torch.arange(ids.numel(), dtype=torch.int64, device="cpu")
     unscaled = step if step.grad_scale is None else replace(step, grad_scale=None)
-    launch = _launch(unscaled, taken[0], named, rows, taken[1:], ids.numel(), arranged, lr, step.factor)
+    operands = _Operands(taken[0], named, rows, taken[1:], arranged)
+    launch = _nothing
+    if operands.width and ids.numel():
+        launch = _launch(
+            _spec(unscaled, operands, step.factor), [operands], [(lr, step.factor)], scalars_of(unscaled)
+        )
 
     def run() -> None:
         if step.steps is not None:
@@ -118,101 +116,135 @@ def plan_rows(step: RowStep) -> Callable[[], None]:
         launch()
         if not whole:
             with torch.no_grad():
-                for table, touched in zip(operands, taken, strict=True):
+                for table, touched in zip(whole_operands, taken, strict=True):
                     table.index_copy_(0, ids, touched)
 
     return run
-
-
-_NO_IDS: Final = np.zeros(0, np.int64)
 
 
 def _nothing() -> None:
     """Do nothing: the plan of a step that has nothing to step."""
 
 
-def _launch(
-    step: Step | RowStep,
-    param: Tensor,
-    ids: Tensor | None,
-    rows: Tensor,
-    states: Sequence[Tensor],
-    count: int,
-    arranged: tuple[Tensor, Tensor] | None,
-    lr: float,
-    factor: float,
-) -> Callable[[], None]:
-    """Return a call of the kernel for `step` and its operands' dtypes, with its arguments bound."""
-    table_rows = param.shape[0] if param.dim() else 1
-    width = param.numel() // table_rows if table_rows else 0
-    if count == 0 or width == 0:
-        return _nothing
-    row_wise = states[0].numel() != param.numel()
-    spec = row_kernels.RowSpec(
+def plan_tables(steps: Sequence[RowStep]) -> Callable[[], None]:
+    """Return a callable that takes the steps of several tables, as `plan_rows` would one after the other.
+
+    Tables of the same dtypes and hyperparameters are stepped together. No two steps are of the same table.
+    """
+    kinds: dict[Any, list[tuple[RowStep, Any]]] = {}
+    others: list[RowStep] = []
+    for step in steps:
+        if not _is_plain(step):
+            others.append(step)
+            continue
+        check_rows(step)
+        ids, rows = run_of(step.ids), run_of(step.rows)
+        check_bounds(ids, step.param.shape[0])
+        operands = _Operands(step.param, ids, rows, step.states, None, step.marks)
+        if not operands.width or not ids.numel():
+            continue
+        kind = _spec(step, operands, step.factor), tuple(scalars_of(step).tolist()), step.mark
+        kinds.setdefault(kind, []).append((step, operands))
+    plans = [one_by_one(plan_rows, others)] if others else []
+    for (spec, scalars, mark), members in kinds.items():
+        rates = [(_rate(step), step.factor) for step, _ in members]
+        plans.append(_launch(spec, [operands for _, operands in members], rates, np.array(scalars), mark))
+
+    def run() -> None:
+        for take in plans:
+            take()
+
+    return run
+
+
+def _is_plain(step: RowStep) -> bool:
+    """True if the kernel can step the table where it lies, together with others."""
+    counts = step.steps is not None or step.grad_scale is not None or step.found_inf is not None
+    tables = (step.param, *step.states)
+    lie = all(table.is_contiguous() and not table.is_neg() for table in tables)
+    return step.unique and not counts and lie
+
+
+def _rate(step: RowStep) -> float:
+    return number(step.lr) / (1 + (step.step - 1) * step.lr_decay)
+
+
+class _Operands(NamedTuple):
+    """What the kernel reads and writes of one table. Without ids, every row is stepped."""
+
+    param: Tensor
+    ids: Tensor | None
+    rows: Tensor
+    states: Sequence[Tensor]
+    arranged: Arranged | None = None
+    marks: Tensor | None = None
+
+    @property
+    def width(self) -> int:
+        """Elements of a row."""
+        table_rows = self.param.shape[0] if self.param.dim() else 1
+        return self.param.numel() // table_rows if table_rows else 0
+
+    @property
+    def stepped(self) -> int:
+        """How many rows are stepped."""
+        if self.ids is not None:
+            return self.ids.numel()
+        return self.param.shape[0] if self.param.dim() else 1
+
+    def entries(self) -> list[int]:
+        """The table's columns for the kernel. OperandError for a tensor without memory."""
+        pointers = [self.param.data_ptr(), self.rows.data_ptr(), *map(Tensor.data_ptr, self.states)]
+        if not all(pointers):
+            named = ("parameter", "rows", "state", "state")
+            for what, tensor in zip(named, (self.param, self.rows, *self.states), strict=False):
+                check_memory(what, tensor)
+        arranged = self.arranged
+        return [
+            *[*pointers, 0][:4],
+            0 if self.ids is None else self.ids.data_ptr(),
+            0 if arranged is None else arranged.arranged.ctypes.data,
+            0 if arranged is None else arranged.segments.ctypes.data,
+            0 if self.marks is None else self.marks.data_ptr(),
+            self.width,
+        ]
+
+
+def _spec(step: Step | RowStep, operands: _Operands, factor: float) -> row_kernels.RowSpec:
+    param, first = operands.param, operands.states[0]
+    return row_kernels.RowSpec(
         adadelta=step.rule == "adadelta",
-        wide=wide(param.dtype, states[0].dtype),
+        wide=wide(param.dtype, first.dtype),
         param=KIND[param.dtype],
-        grad=KIND[rows.dtype],
-        state=KIND[states[0].dtype],
-        row_wise=row_wise,
-        every_row=ids is None,
-        merged=arranged is None,
+        grad=KIND[operands.rows.dtype],
+        state=KIND[first.dtype],
+        row_wise=first.numel() != param.numel(),
+        every_row=operands.ids is None,
+        merged=operands.arranged is None,
         unscale=step.grad_scale is not None,
         scaled=factor != 1.0,
         maximize=step.maximize,
         coupled=step.weight_decay != 0,
     )
+
+
+def _launch(
+    spec: row_kernels.RowSpec,
+    members: Sequence[_Operands],
+    rates: Sequence[tuple[float, float]],
+    scalars: Any,
+    mark: int = 0,
+) -> Callable[[], None]:
+    """Return a call of the kernel for tables of one kind, with its arguments bound. rates: learning rates and factors."""
     kernel = compiled(row_kernels.rows_step, row_kernels.ROWS_SIGNATURE, spec)
-    pointers = [param.data_ptr(), rows.data_ptr(), *map(Tensor.data_ptr, states)]
-    if not all(pointers):
-        for what, tensor in zip(
-            ("parameter", "rows", "state", "state"), (param, rows, *states), strict=False
-        ):
-            check_memory(what, tensor)
-    addresses = np.array([*pointers, 0][:4], np.int64)
-    named = _NO_IDS if ids is None else ids.numpy()
-    order, segments = (_NO_IDS, _NO_IDS) if arranged is None else (arranged[0].numpy(), arranged[1].numpy())
-    scalars = scalars_of(step)
-
-    work = partial(kernel, addresses, named, order, segments, width, lr, factor, scalars)
-
+    tables = np.array([operands.entries() for operands in members], np.int64)
+    starts = np.zeros(len(members) + 1, np.int64)
+    np.cumsum([operands.stepped for operands in members], out=starts[1:])
+    work = partial(kernel, tables, starts, np.array(rates, np.float64), scalars, mark)
+    width = int(tables[:, row_kernels.TABLE_WIDTH].max())
     slice_rows, inline = max(1, SLICE_ELEMENTS // width), max(1, INLINE_ELEMENTS // width)
-    operands = param, rows, *states
 
-    def launch(_: Any = operands) -> None:  # keeps the tensors alive, whose addresses it uses
-        over_slices(work, count, slice_size=slice_rows, inline=inline)
+    def launch(_: Any = members) -> None:  # keeps the tensors alive, whose addresses it uses
+        over_slices(work, int(starts[-1]), slice_size=slice_rows, inline=inline)
 
     return launch
-
-
-def arrange(ids: Tensor, rows: int) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Unique ascending ids, positions grouped by id in order of appearance, and where each group starts.
-
-    Ids that already ascend strictly are returned unchanged, and the positions are None. IndexError for an id outside
-    [0, rows).
-    """
-    n = ids.numel()
-    unique, order, segments = (torch.empty(size, dtype=torch.int64, device="cpu") for size in (n, n, n + 1))
-    kernel = compiled(row_kernels.arrange, row_kernels.ARRANGE_SIGNATURE, row_kernels.DIGIT_BITS)
-    count = kernel(ids.numpy(), rows, unique.numpy(), order.numpy(), segments.numpy())
-    if count < 0:
-        raise IndexError(f"index {int(ids[-1 - count])} is out of bounds for dimension 0 with size {rows}")
-    if int(segments[0]) == -1:
-        return ids, None, segments
-    return unique[:count], order, segments[: count + 1]
-
-
-def coalesce(ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """`coalesce` of `ops/rows.py` for CPU tensors of a dtype that has kernels. IndexError for a negative id."""
-    unique, order, segments = arrange(ids.contiguous(), 2**63 - 1)
-    if order is None:
-        return ids, rows
-    rows = run_of(rows)
-    merged = torch.empty((unique.numel(), *rows.shape[1:]), dtype=rows.dtype, device="cpu")
-    width = rows[0].numel()
-    if width:
-        kernel = compiled(row_kernels.merge, row_kernels.MERGE_SIGNATURE, KIND[rows.dtype])
-        pointers = (rows.data_ptr(), merged.data_ptr(), order.numpy(), segments.numpy(), width)
-        size = max(1, SLICE_ELEMENTS // width)
-        over_slices(partial(kernel, *pointers), unique.numel(), slice_size=size, inline=size)
-    return unique.clone(), merged

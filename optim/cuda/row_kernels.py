@@ -1,4 +1,4 @@
-"""The kernels for CUDA over rows of a table, by the formulas of `kernels/rows.py`, and the sums behind norms.
+"""The kernels for CUDA over rows of a table, by the formulas of `kernels/rows/step.py`, and the sums behind norms.
 
 A program takes a tile of rows. Only named rows are read or written. If ids may repeat, they arrive sorted, with their
 positions. At the first position of an id the kernel adds up the id's rows in order of appearance; at the other

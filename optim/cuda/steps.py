@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..step.operands import check_bounds, check_dense, check_lists, check_rows, run_of
 from ..step.overlaps import Waves, waves_of, waves_of_runs
-from ..step.step import FUSED_DTYPES, RowStep, Step
+from ..step.step import FUSED_DTYPES, RowStep, Step, one_by_one
 from ..step.unscaling import unscale
 from . import arithmetic, kernels, row_kernels
 from . import launch as cuda_launch
@@ -77,6 +77,11 @@ def plan(described: Step) -> Callable[[], None]:
     """Check the lists (OperandError) and return a callable that takes the dense step."""
     check_lists(described)
     return partial(step, described)
+
+
+def plan_tables(described: Sequence[RowStep]) -> Callable[[], None]:
+    """Prepare steps on rows of several tables. A call of the result takes them."""
+    return one_by_one(plan_rows, described)
 
 
 def plan_rows(described: RowStep) -> Callable[[], None]:

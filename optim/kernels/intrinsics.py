@@ -218,6 +218,33 @@ def _copy_lines(_: Any, target: Any, source: Any, count: Any, past_cache: Any) -
     return types.void(target, source, count, past_cache), generate
 
 
+def _copy_bytes(_: Any, target: Any, source: Any, count: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        byte = ir.IntType(8).as_pointer()
+        to, of = (builder.inttoptr(address, byte) for address in args[:2])
+        cgutils.raw_memcpy(builder, to, of, args[2], 1)  # type: ignore[no-untyped-call]
+        return context.get_dummy_value()
+
+    return types.void(target, source, count), generate
+
+
+def _load_integer(_: Any, address: Any, index: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        base = builder.inttoptr(args[0], _I64.as_pointer())
+        return builder.load(builder.gep(base, [args[1]]), align=1)
+
+    return types.int64(address, index), generate
+
+
+def _store_integer(_: Any, address: Any, index: Any, value: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        base = builder.inttoptr(args[0], _I64.as_pointer())
+        builder.store(args[2], builder.gep(base, [args[1]]), align=1)
+        return context.get_dummy_value()
+
+    return types.void(address, index, value), generate
+
+
 def _load_plain(bits: int) -> Any:
     def typed(_: Any, address: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -245,6 +272,15 @@ def _fold_line(_: Any, address: Any) -> Any:
 
     return types.uint64(address), generate
 
+
+copy_bytes: Any = intrinsic(_copy_bytes)
+"""copy_bytes(target, source, count): copies bytes between any addresses."""
+
+load_integer: Any = intrinsic(_load_integer)
+"""load_integer(address, index): the int64 there; the address may be any."""
+
+store_integer: Any = intrinsic(_store_integer)
+"""store_integer(address, index, value): writes an int64; the address may be any."""
 
 fold_line: Any = intrinsic(_fold_line)
 """fold_line(address): the digest of the 64 bytes at any address.

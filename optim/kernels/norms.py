@@ -38,13 +38,16 @@ def block_sums(kind: int) -> Callable[..., None]:
                 address = addresses[tensor]
                 first = (block - starts[tensor]) * BLOCK_ELEMENTS
                 count = min(BLOCK_ELEMENTS, sizes[tensor] - first)
-                for j in range(LANES):
+                width = LANES  # lanes behind the elements would only add zeros
+                while width > 1 and width >> 1 >= count:
+                    width >>= 1
+                for j in range(width):
                     lanes[j] = 0.0
                 for chunk in range(first, first + count, LANES):
                     for j in range(min(LANES, first + count - chunk)):
                         x = load(address, chunk + j, kind, True, GRAD)
                         lanes[j] += x * x
-                sums[block] = folded(lanes)
+                sums[block] = folded(lanes[:width])
             piece = claim(plan, worker)
 
     return kernel

@@ -60,12 +60,28 @@ class StreamingNorms:
         return added_in_order(self._sums, self._starts)
 
 
-def floats(values: Tensor, lengths: Sequence[int]) -> StreamingNorms:
-    """Norms of parameters of these lengths that lie one after the other in `values`.
+class Blocks:
+    """Where neighbouring parameters and their blocks begin. Made once for parameters of these lengths."""
 
-    values: contiguous floats on the CPU, of a dtype that has kernels. OperandError if it does not fit.
+    def __init__(self, lengths: Sequence[int]) -> None:
+        """OperandError for a negative length."""
+        self.sizes = np.asarray(lengths, np.int64)
+        if (self.sizes < 0).any():
+            raise OperandError(f"a parameter has {self.sizes.min()} elements")
+        # first element, and first block; both end with the total
+        self.tos, self.starts = (np.zeros(len(self.sizes) + 1, np.int64) for _ in range(2))
+        np.cumsum(self.sizes, out=self.tos[1:])
+        np.cumsum(-(-self.sizes // BLOCK_ELEMENTS), out=self.starts[1:])
+
+
+def floats(values: Tensor, blocks: Blocks | Sequence[int]) -> StreamingNorms:
+    """Norms of parameters that lie one after the other in `values`.
+
+    values: contiguous floats on the CPU, of a dtype that has kernels. blocks: or the parameters' lengths. OperandError if
+    they do not fit.
     """
-    sizes, tos, starts = _places(lengths)
+    blocks = blocks if isinstance(blocks, Blocks) else Blocks(blocks)
+    sizes, tos, starts = blocks.sizes, blocks.tos, blocks.starts
     check_run("the values", values, int(tos[-1]), *KIND)
     sums = np.zeros(int(starts[-1]))
     kernel = compiled(block_sums, SIGNATURE, KIND[values.dtype])
@@ -73,12 +89,13 @@ def floats(values: Tensor, lengths: Sequence[int]) -> StreamingNorms:
     return StreamingNorms(work, _ends(sizes, starts, lambda count: count * values.itemsize), sums, starts)
 
 
-def codes(source: Tensor, values: Tensor, lengths: Sequence[int], *, block: int) -> StreamingNorms:
+def codes(source: Tensor, values: Tensor, blocks: Blocks | Sequence[int], *, block: int) -> StreamingNorms:
     """Norms of parameters that arrive as int8 codes. Their values are written in the same pass.
 
     source: uint8; values: float32. OperandError if they do not fit.
     """
-    sizes, tos, starts = _places(lengths)
+    blocks = blocks if isinstance(blocks, Blocks) else Blocks(blocks)
+    sizes, tos, starts = blocks.sizes, blocks.tos, blocks.starts
     sums = np.zeros(int(starts[-1]))
     froms = np.zeros(len(sizes) + 1, np.int64)
     check_block(block)
@@ -90,24 +107,13 @@ def codes(source: Tensor, values: Tensor, lengths: Sequence[int], *, block: int)
     return StreamingNorms(work, _ends(sizes, starts, lambda count: code_bytes(count, block)), sums, starts)
 
 
-def _places(lengths: Sequence[int]) -> tuple[Array, Array, Array]:
-    """Each parameter's number of elements, first element, first block; the last two end with the totals."""
-    sizes = np.asarray(lengths, np.int64)
-    if (sizes < 0).any():
-        raise OperandError(f"a parameter has {sizes.min()} elements")
-    tos, starts = (np.zeros(len(sizes) + 1, np.int64) for _ in range(2))
-    np.cumsum(sizes, out=tos[1:])
-    np.cumsum(-(-sizes // BLOCK_ELEMENTS), out=starts[1:])
-    return sizes, tos, starts
-
-
 def _ends(sizes: Array, starts: Array, nbytes: Callable[[Any], Any]) -> Array:
     """The number of bytes at which each block is complete.
 
     `nbytes(n)` is the number of bytes of a parameter's first n elements.
     """
     blocks = np.diff(starts)
-    whole = np.array([nbytes(int(size)) for size in sizes], np.int64)
+    whole = nbytes(sizes)
     before = np.repeat(np.cumsum(whole) - whole, blocks)
     place = np.arange(int(starts[-1])) - np.repeat(starts[:-1], blocks) + 1
     elements = np.minimum(place * BLOCK_ELEMENTS, np.repeat(sizes, blocks))

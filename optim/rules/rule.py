@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,17 @@ from ..step.step import RowStep, Step
 
 Hyperparameters = Mapping[str, float | bool]
 Beginning = Literal["at once", "with any", "with its own"]
+
+
+class TableRows(NamedTuple):
+    """Rows of one table that are to be stepped: the arguments of `Rule.plan_rows`, and the marks of the table's rows."""
+
+    param: Tensor
+    ids: Tensor
+    rows: Tensor
+    state: Sequence[Tensor]
+    step: int
+    marks: Tensor | None = None
 
 
 class Rule(ABC):
@@ -126,6 +137,44 @@ class Rule(ABC):
             **self.arguments(hyperparameters),
         )
         return self._counted(backend_of(param).plan_rows(described), described)
+
+    def plan_tables(
+        self,
+        tables: Sequence[TableRows],
+        hyperparameters: Hyperparameters,
+        *,
+        factor: float = 1.0,
+        mark: int = 0,
+    ) -> Callable[[], None]:
+        """Prepare what `plan_rows` prepares for each of several tables on one device. A call takes all of it.
+
+        The mark of each row that is stepped becomes `mark`.
+        """
+        self.check_rows(hyperparameters)
+        arguments = self.arguments(hyperparameters)
+        described = [
+            RowStep(
+                rule=self.kernel or self.name,
+                param=table.param,
+                ids=table.ids,
+                rows=table.rows,
+                unique=True,
+                states=table.state,
+                step=table.step,
+                factor=factor,
+                marks=table.marks,
+                mark=mark,
+                **arguments,
+            )
+            for table in tables
+        ]
+        take = backend_of(tables[0].param).plan_tables(described)
+
+        def run() -> None:
+            take()
+            torch.autograd.graph.increment_version([t for step in described for t in step.written()])
+
+        return run
 
     @staticmethod
     def _counted(take: Callable[[], None], described: Step | RowStep) -> Callable[[], None]:

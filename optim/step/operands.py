@@ -28,6 +28,15 @@ class OperandError(ValueError, RuntimeError):
     """
 
 
+class OutOfBounds(IndexError):
+    """A row's id is outside its table, for which a kernel would write past it. `table`: its place in a list of tables."""
+
+    def __init__(self, row: int, rows: int, table: int = 0) -> None:
+        super().__init__(f"index {row} is out of bounds for dimension 0 with size {rows}")
+        self.row = row
+        self.table = table
+
+
 def run_of(tensor: Tensor) -> Tensor:
     """The tensor if it is contiguous and its memory holds its values, else a contiguous copy.
 
@@ -62,13 +71,12 @@ def check_ids(ids: Tensor, rows: Tensor) -> None:
 
 
 def check_bounds(ids: Tensor, rows: int) -> None:
-    """Raise torch's IndexError for an id outside [0, rows), for which a kernel would write past the table."""
+    """OutOfBounds, torch's IndexError, for an id outside [0, rows)."""
     if ids.numel():
         ends = torch.aminmax(ids)
         low, high = map(int, ends if ids.is_cpu else torch.stack(ends).tolist())
         if low < 0 or high >= rows:
-            bad = low if low < 0 else high
-            raise IndexError(f"index {bad} is out of bounds for dimension 0 with size {rows}")
+            raise OutOfBounds(low if low < 0 else high, rows)
 
 
 def check_rows(step: RowStep, *, kernels: bool = True) -> None:

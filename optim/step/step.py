@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -129,6 +129,9 @@ class RowStep:
     grad_scale: Tensor | float | None = None
     """Divides the rows in place, before rows of equal id are summed, as `GradScaler.unscale_` does."""
     found_inf: Tensor | float | None = None
+    marks: Tensor | None = None
+    """One int64 for each row of the table: that of each row that is stepped becomes `mark`."""
+    mark: int = 0
 
     def written(self) -> Iterator[Tensor]:
         """Every tensor that the step writes to."""
@@ -138,6 +141,19 @@ class RowStep:
             yield self.steps
         if self.grad_scale is not None:
             yield self.rows
+
+
+def one_by_one(plan: Callable[[RowStep], Callable[[], None]], steps: Sequence[RowStep]) -> Callable[[], None]:
+    """Plan the steps of several tables, each by itself. A call of the result takes them, and writes their marks."""
+    plans = [plan(step) for step in steps]
+
+    def run() -> None:
+        for step, take in zip(steps, plans, strict=True):
+            take()
+            if step.marks is not None:
+                step.marks.index_fill_(0, step.ids, step.mark)
+
+    return run
 
 
 def number(value: Any) -> float:

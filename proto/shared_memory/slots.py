@@ -23,7 +23,7 @@ from torch import Tensor
 from ..errors import MalformedFrame
 from ..types_pb2 import Segment
 from ..wire import dtypes
-from ..wire.frames import BodyDigest, Piece, segment_table
+from ..wire.frames import BodyDigest, Piece, Source, segment_table
 from ..wire.layout import Layout
 
 PAGE_BYTES: Final = 4096
@@ -156,16 +156,21 @@ def write(
     places: Places,
     slot: SharedSlot,
     segment: Segment,
-    pieces: Sequence[Piece],
+    pieces: Sequence[Source],
     copy: Callable[[Tensor, Tensor], None],
 ) -> None:
-    """Put a segment's pieces in their place by `copy(target, source)`.
+    """Put a segment's pieces in their place, tensors by `copy(target, source)`.
 
-    A piece that lies in its place already is left alone.
+    A tensor that lies in its place already is left alone.
     """
     at, _ = places.span(segment)
     for piece in pieces:
-        source, nbytes = piece.source, piece.nbytes
+        nbytes = piece.nbytes
+        if not isinstance(piece, Piece):
+            _made(slot.memory[at : at + nbytes], piece)
+            at += nbytes
+            continue
+        source = piece.source
         if piece.dtype == torch.int64:  # ids may lie unaligned, so they are copied as bytes
             slot.memory[at : at + nbytes].copy_(source.detach().contiguous().view(torch.uint8))
         else:
@@ -174,6 +179,16 @@ def write(
             if not (lies_there and source.is_contiguous()):
                 copy(target if source.dim() == 1 else target.view(source.shape), source)
         at += nbytes
+
+
+def _made(target: Tensor, piece: Source) -> None:
+    """Have a source write its bytes, which it does in host memory."""
+    if target.is_cpu:
+        piece.writer()(target, 0)
+        return
+    host = torch.empty(target.numel(), dtype=torch.uint8, device="cpu")
+    piece.writer()(host, 0)
+    target.copy_(host)
 
 
 @torch.inference_mode(False)  # a tensor made in inference mode may only be written to in that mode

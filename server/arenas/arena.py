@@ -9,11 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import pairwise
 from typing import Final
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from pushstep.optim.rules.rule import TableRows
 from pushstep.proto.types_pb2 import Ticket
 from pushstep.proto.wire import dtypes
 from pushstep.proto.wire.hyperparameters import values_of
@@ -28,7 +32,12 @@ from .averages import Averages, overwritten
 from .extras import Extras
 from .finite_watch import FiniteWatch
 from .gradients import Part, Take, changed
+from .row_changes import RowChanges
 from .rules import fill_initial, rule_of, stays_finite
+
+Counts = NDArray[np.int64]
+Flags = NDArray[np.bool_]
+Indices = slice | NDArray[np.int64]
 
 # Charged for a parameter beside its elements: its name, place and step count. A million of them take 800 MB.
 PARAMETER_BYTES: Final = 1 << 10
@@ -43,12 +52,14 @@ class Arenas:
         self.device_stream = device.device_stream()
         self.device = device.where
         self.parameters, self.states = self._made(layout, 0)
-        # integers: a count in float32 stops at 2**24
-        self.steps = [0] * len(layout.slots)
+        # integers, by parameter: a count in float32 stops at 2**24
+        self.steps = np.zeros(len(layout.slots), np.int64)
         self.version = 0
         self.timeline = 1
-        self.changed = [0] * len(layout.slots)
-        self.row_changed: dict[int, Tensor] = {}
+        self.changed = np.zeros(len(layout.slots), np.int64)
+        self.row_changes = RowChanges()
+        # of each table, by its slot: the version of each row's last change
+        self.row_changed = self.row_changes.versions
         self.averages = Averages()
         self.watch = FiniteWatch()
         # between two versions: a write has begun and was not finished
@@ -143,13 +154,13 @@ class Arenas:
         parts: Sequence[Part],
         copy_out: Sequence[Tensor] | None = None,
         take: Take = FRESH,
-    ) -> tuple[set[int], float]:
+    ) -> tuple[Flags, float]:
         """Execute a ticket. Nothing is decided here: equal buffers and an equal ticket give equal bits.
 
         Everything is prepared before the first write. An error until then changes no value; the arenas are at the
         ticket's version, which then moved nothing. `copy_out`, one tensor for each arena, receives the new parameters
-        of the dense parts in the same pass. take: allocates memory for gradients that hooks change. Returns the indices
-        of the slots that were written to `copy_out`, and the factor that clipping multiplied all gradients by.
+        of the dense parts in the same pass. take: allocates memory for gradients that hooks change. Returns, for each
+        slot, whether it was written to `copy_out`, and the factor that clipping multiplied all gradients by.
         """
         factor = clipped = float(ticket.factor)
         values = [values_of(group) for group in ticket.groups]
@@ -165,22 +176,22 @@ class Arenas:
                 moves = self.averages.plan(ticket, self.layout, self.parameters)
             if moves and any(overwritten(ticket, self.layout)):
                 copy_out = None  # it would not receive what the parameters become
-            steps = list(self._planned(parts, values, factor, copy_out))
+            steps = list(self._planned(parts, values, factor, copy_out, ticket.version))
         finally:
             self.version = ticket.version
         with self.writing([*parts, *self.averages.moved(ticket, self.layout)] if moves else parts):
             for step in steps:
                 step()
-            written: set[int] = set()
+            written = np.zeros(len(self.steps), np.bool_)
             for part in parts:
                 if isinstance(part, RowsPart):
-                    self._count_rows(part, ticket.version)
+                    self.steps[part.slot.index] += 1
+                    self.row_changes.add(part.slot, part.ids, ticket.version)
                 else:
-                    for slot in part.slots:
-                        self.steps[slot.index] += 1
-                        self.mark_changed(slot, ticket.version)
-                    if copy_out is not None:
-                        written.update(slot.index for slot in part.slots)
+                    where = indices_of(part.slots)
+                    self.steps[where] += 1
+                    self._mark(part.slots, where, ticket.version)
+                    written[where] = copy_out is not None
             for move in moves:
                 move()
             for slot in overwritten(ticket, self.layout) if moves else ():
@@ -194,19 +205,23 @@ class Arenas:
         values: Sequence[Mapping[str, float | bool]],
         factor: float,
         copy_out: Sequence[Tensor] | None,
+        version: int,
     ) -> Iterator[Callable[[], None]]:
+        tables: dict[int, list[RowsPart]] = {}
         for part in parts:
             if isinstance(part, RowsPart):
-                yield self._planned_rows(part, values, factor)
+                tables.setdefault(part.slot.arena, []).append(part)
             else:
-                for run in _equal_runs(part.slots, lambda slot: self.steps[slot.index]):
+                for run in _equal_runs(part.slots, self.steps[indices_of(part.slots)]):
                     if run[0].start < run[-1].stop:  # without elements only the step is counted, as in torch
                         yield self._planned_dense(part, run, values, factor, copy_out)
+        for some in tables.values():
+            yield self._planned_tables(some, values, factor, version)
 
     def _planned_dense(
         self,
         part: DensePart,
-        run: list[Slot],
+        run: Sequence[Slot],
         values: Sequence[Mapping[str, float | bool]],
         factor: float,
         copy_out: Sequence[Tensor] | None,
@@ -218,33 +233,28 @@ class Arenas:
             _between(part.gradient, start - part.start, stop - part.start),
             [_between(self.states[arena][name], start, stop) for name in rule.state_names],
             values[run[0].group],
-            step=self.steps[run[0].index] + 1,
+            step=int(self.steps[run[0].index]) + 1,
             factor=factor,
             copy_out=None if copy_out is None else _between(copy_out[arena], start, stop),
         )
 
-    def _planned_rows(
-        self, part: RowsPart, values: Sequence[Mapping[str, float | bool]], factor: float
+    def _planned_tables(
+        self,
+        parts: Sequence[RowsPart],
+        values: Sequence[Mapping[str, float | bool]],
+        factor: float,
+        version: int,
     ) -> Callable[[], None]:
-        slot = part.slot
-        rule = rule_of(self.layout, slot.group)
-        if slot.index not in self.row_changed:
-            self.row_changed[slot.index] = torch.full(
-                (slot.rows,), self.changed[slot.index], dtype=torch.int64, device=self.device
-            )
-        return rule.plan_rows(
-            self.view(slot),
-            part.ids,
-            part.rows,
-            [self.view(slot, name) for name in rule.state_names],
-            values[slot.group],
-            step=self.steps[slot.index] + 1,
-            factor=factor,
-        )
-
-    def _count_rows(self, part: RowsPart, version: int) -> None:
-        self.steps[part.slot.index] += 1
-        self.row_changed[part.slot.index][part.ids] = version
+        """The step over rows of tables of one arena, which also writes the version of each row's change."""
+        rule, group = rule_of(self.layout, parts[0].slot.group), values[parts[0].slot.group]
+        tables = []
+        for part in parts:
+            slot = part.slot
+            marks = self.row_changes.of(slot, int(self.changed[slot.index]), self.version, self.device)
+            states = [self.view(slot, name) for name in rule.state_names]
+            count = int(self.steps[slot.index]) + 1
+            tables.append(TableRows(self.view(slot), part.ids, part.rows, states, count, marks))
+        return rule.plan_tables(tables, group, factor=factor, mark=version)
 
     def applied_lrs(self, ticket: Ticket) -> dict[int, float]:
         """Each group's learning rate in the step just taken, by the step count of its first parameter."""
@@ -253,7 +263,7 @@ class Arenas:
             if group < len(ticket.groups):
                 values = values_of(ticket.groups[group])
                 rule = rule_of(self.layout, group)
-                lrs[group] = rule.effective_lr(values, max(1, self.steps[slot.index])) * ticket.lr_scale
+                lrs[group] = rule.effective_lr(values, max(1, int(self.steps[slot.index]))) * ticket.lr_scale
         return {group: 0.0 if group in ticket.frozen else lr for group, lr in lrs.items()}
 
     def _group_of(self, part: DensePart | RowsPart) -> int:
@@ -261,9 +271,13 @@ class Arenas:
 
     def mark_changed(self, slot: Slot, version: int) -> None:
         """Note that every element of a parameter may have changed in `version`."""
-        self.changed[slot.index] = version
-        if slot.index in self.row_changed:
-            self.row_changed[slot.index].fill_(version)
+        self._mark((slot,), slice(slot.index, slot.index + 1), version)
+
+    def _mark(self, slots: Sequence[Slot], where: Indices, version: int) -> None:
+        self.changed[where] = version
+        for index in self.row_changed:
+            if slots[0].index <= index <= slots[-1].index and self.changed[index] == version:
+                self.row_changes.all_of(index, version)
 
     def extended(self, layout: Layout, values: Sequence[Mapping[str, float | bool]]) -> ArenasCopy:
         """These arenas with fresh ones for the further groups of `layout`. OutOfMemory.
@@ -285,12 +299,12 @@ class Arenas:
         self.layout = extension.layout
         self.parameters, self.states = extension.parameters, extension.states
         added = len(self.layout.slots) - len(self.steps)
-        self.steps += [0] * added
-        self.changed += [self.version] * added
+        self.steps = np.concatenate([self.steps, np.zeros(added, np.int64)])
+        self.changed = np.concatenate([self.changed, np.full(added, self.version, np.int64)])
 
     def stays_finite(self, group: int, values: Mapping[str, float | bool]) -> bool:
         """True if trial steps with these hyperparameters keep a sample of finite elements finite."""
-        return stays_finite(self.layout, self.parameters, self.states, self.steps, group, values)
+        return stays_finite(self.layout, self.parameters, self.states, self.steps.tolist(), group, values)
 
     def begin_averages(self, hook: str, groups: Sequence[int]) -> None:
         """Have averages for a hook, equal to the parameters. OutOfMemory."""
@@ -312,7 +326,7 @@ class Arenas:
             self.timeline,
             self.version,
             [{PARAMETER: a, **b} for a, b in zip(self.parameters, self.states, strict=True)],
-            list(self.steps),
+            self.steps.tolist(),
             extras,
             lineage,
             self.averages.copied(lambda average: average),
@@ -340,7 +354,7 @@ class Arenas:
             self.version,
             [make(flat) for flat in self.parameters],
             [{name: make(flat) for name, flat in states.items()} for states in self.states],
-            list(self.steps),
+            self.steps.tolist(),
             averages=self.averages.copied(make),
         )
 
@@ -357,7 +371,7 @@ class Arenas:
             for states, sources in zip(self.states, copy.states, strict=True):
                 for name, flat in states.items():
                     flat.copy_(sources[name])
-            self.steps = list(copy.steps)
+            self.steps = np.array(copy.steps, np.int64)
             self.version, self.timeline = copy.version, timeline
             for slot in self.layout.slots:
                 self.mark_changed(slot, copy.version)
@@ -372,13 +386,15 @@ def _between(flat: Tensor, start: int, stop: int) -> Tensor:
     return flat if stop - start == flat.numel() else flat[start:stop]
 
 
-def _equal_runs(slots: Sequence[Slot], key: Callable[[Slot], int]) -> Iterator[list[Slot]]:
-    """Neighbouring slots with an equal key, grouped: each group is one kernel call."""
-    run: list[Slot] = []
-    for slot in slots:
-        if run and key(slot) != key(run[-1]):
-            yield run
-            run = []
-        run.append(slot)
-    if run:
-        yield run
+def indices_of(slots: Sequence[Slot]) -> Indices:
+    """The indices of parameters in ascending order, to pick theirs of what there is for each parameter."""
+    first, last = slots[0].index, slots[-1].index
+    if last - first + 1 == len(slots):
+        return slice(first, last + 1)
+    return np.fromiter((slot.index for slot in slots), np.int64, len(slots))
+
+
+def _equal_runs(slots: Sequence[Slot], steps: Counts) -> Iterator[Sequence[Slot]]:
+    """Neighbouring slots with an equal number of steps, grouped: each group is one kernel call."""
+    borders = [0, *(np.flatnonzero(np.diff(steps)) + 1).tolist(), len(slots)]
+    return (slots[start:stop] for start, stop in pairwise(borders))

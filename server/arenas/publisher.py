@@ -25,11 +25,12 @@ from typing import Final
 
 import torch
 
+from pushstep.optim.ops.rows import moved
 from pushstep.proto.errors.status import untrace
 from pushstep.proto.types_pb2 import Segment
 from pushstep.proto.wire import dtypes
 from pushstep.proto.wire.buffers import MessagePool
-from pushstep.proto.wire.frames import Piece, Source, pack
+from pushstep.proto.wire.frames import Piece, Source, Writer, pack
 from pushstep.proto.wire.layout import ID_BYTES, Layout, Slot
 
 from ..process.inline import INLINE_BYTES
@@ -293,10 +294,7 @@ class Publisher:
         known = self._rows.get((wire, have))
         if known is not None:
             return known
-        ids = {
-            index: None if have is None else torch.nonzero(changed > have).flatten()
-            for index, changed in sorted(arenas.row_changed.items())
-        }
+        ids = {index: arenas.row_changes.after(index, have) for index in sorted(arenas.row_changed)}
         nbytes = sum(rows_bytes(arenas.layout.slots[index], found, wire) for index, found in ids.items())
         if not self._budget.take(nbytes):
             if nbytes > self._budget.total_bytes:
@@ -319,9 +317,11 @@ class Publisher:
         Adds each segment to `segments`.
         """
         for index, found in ids.items():
-            segment, body = rows_body(self._arenas, self._arenas.layout.slots[index], found, wire)
+            segment, table, gathered = changed_rows(
+                self._arenas, self._arenas.layout.slots[index], found, wire
+            )
             segments.append(segment)
-            yield fetched(self._arenas, body)
+            yield rows_sources(self._arenas, table, gathered, segment)
 
     def forget(self) -> None:
         """Drop the encoded frames: the arenas were replaced."""
@@ -375,10 +375,13 @@ def rows_bytes(slot: Slot, ids: torch.Tensor | None, wire: torch.dtype | None) -
     )
 
 
-def rows_body(
+def changed_rows(
     arenas: Arenas, slot: Slot, ids: torch.Tensor | None, wire: torch.dtype | None
-) -> tuple[Segment, list[Piece]]:
-    """A segment that carries some rows of a parameter, or all of it when that is smaller or `ids` is None."""
+) -> tuple[Segment, torch.Tensor, torch.Tensor | None]:
+    """A segment that carries some rows of a parameter, or all of it when that is smaller or `ids` is None.
+
+    Also the parameter, and the ids of the rows: None for all.
+    """
     dtype = wire or slot.dtype
     segment = Segment(
         arena=slot.arena, start=slot.start, stop=slot.stop, dtype=dtypes.to_wire(dtype, "segment")
@@ -386,6 +389,38 @@ def rows_body(
     table = arenas.view(slot)
     whole_bytes = table.numel() * dtype.itemsize
     if ids is None or ids.numel() * (ID_BYTES + slot.row_elements * dtype.itemsize) >= whole_bytes:
-        return segment, [Piece(table, dtype)]
+        return segment, table, None
     segment.rows = ids.numel()
-    return segment, [Piece(ids, torch.int64), Piece(table.index_select(0, ids), dtype)]
+    return segment, table, ids
+
+
+def rows_sources(
+    arenas: Arenas, table: torch.Tensor, ids: torch.Tensor | None, segment: Segment
+) -> list[Source]:
+    """The sources of frames for a whole parameter, or for some of its rows: their ids, then the rows."""
+    dtype = dtypes.to_torch(segment.dtype, "segment")
+    if ids is None:
+        return fetched(arenas, [Piece(table, dtype)])
+    if table.is_cpu and dtype == table.dtype and table.numel():
+        return [Piece(ids, torch.int64), GatheredRows(table, ids)]
+    return fetched(arenas, [Piece(ids, torch.int64), Piece(table.index_select(0, ids), dtype)])
+
+
+class GatheredRows:
+    """The source of some rows of a table in host memory, read when their frame is made: before the next step is taken."""
+
+    def __init__(self, table: torch.Tensor, ids: torch.Tensor) -> None:
+        """ids: ascending or not, on the CPU. IndexError for one outside the table."""
+        self._rows = moved([table], [ids])
+        # a chunk never splits a row
+        self.unit_bytes = table.nbytes // table.shape[0]
+        self.nbytes = ids.numel() * self.unit_bytes
+
+    def writer(self) -> Writer:
+        """A writer that gathers straight into its target."""
+
+        def write(target: torch.Tensor, start: int) -> None:
+            first, count = start // self.unit_bytes, target.numel() // self.unit_bytes
+            self._rows.gather([target.data_ptr() - start], [0], first, first + count)
+
+        return write

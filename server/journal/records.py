@@ -83,7 +83,7 @@ class PayloadReader:
     def push(self, message: JournalGradient, layout: Layout) -> StagedPush:
         """The gradient of one push."""
         parts = [self._part(segment, layout) for segment in message.segments]
-        return StagedPush({}, parts, None, 0.0)
+        return StagedPush(0, parts, None, 0.0)
 
     def _part(self, segment: Segment, layout: Layout) -> DensePart | RowsPart:
         slots = layout.slots_of(segment)
@@ -112,7 +112,7 @@ def on_device(push: StagedPush, device: torch.device) -> StagedPush:
             parts.append(RowsPart(part.slot, part.ids.to(device), part.rows.to(device)))
         else:
             parts.append(DensePart(part.arena, part.start, part.slots, part.gradient.to(device)))
-    return StagedPush({}, parts, None, 0.0)
+    return StagedPush(0, parts, None, 0.0)
 
 
 def outcome_message(decided: Decided, worker_state: bytes | None, refused_in_row: int) -> JournalOutcome:

@@ -228,7 +228,7 @@ class Executor:
                 )
             times.step_s = self._clock() - begun_s
             for answer in shared:
-                answer.after_step(arenas, written if answer is shared[0] else frozenset())
+                answer.after_step(arenas, written if answer is shared[0] else None)
             return arenas.applied_lrs(step.ticket), clip_factor
 
         if step.hooks:

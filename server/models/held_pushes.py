@@ -11,7 +11,7 @@ import asyncio
 import copy
 import time
 from asyncio import FIRST_COMPLETED
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from pushstep.proto.errors import NotHeld, PushPending
 from pushstep.proto.types_pb2 import Identity
 
-from ..arenas.arena import Arenas
+from ..arenas.arena import Arenas, Flags
 from ..coordinator.coordinator import Coordinator
 from ..coordinator.decision import Resolve
 from ..coordinator.push import Key, PendingPush, key_of
@@ -41,8 +41,8 @@ class Answer(Protocol):
     def copy_out(self, arenas: Arenas) -> list[Tensor] | None:
         """For each arena, where the step's kernel may also write the new parameters; None for nowhere."""
 
-    def after_step(self, arenas: Arenas, written: Set[int]) -> None:
-        """Complete the answer. The values of the slots in `written` are there already."""
+    def after_step(self, arenas: Arenas, written: Flags | None) -> None:
+        """Complete the answer. The values of the slots that `written` marks are there already."""
 
 
 @dataclass(slots=True, eq=False)

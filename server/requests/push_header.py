@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 from weakref import WeakKeyDictionary
 
+from pushstep.optim.ops.streaming import Blocks
 from pushstep.proto.errors import MalformedFrame, ManifestChanged
 from pushstep.proto.training_pb2 import GroupEdit, PushCommit, PushHeader
 from pushstep.proto.types_pb2 import GroupValues, Segment
@@ -41,6 +42,15 @@ class Declared:
     segments_bytes: int
     # the step reads the body as it was received, with nothing to unpack
     is_plain: bool
+    # of each segment, once they are asked for
+    _blocks: list[Blocks] = field(default_factory=list)
+
+    def blocks(self) -> Sequence[Blocks]:
+        """Of each segment: where its parameters' elements and blocks begin. In any thread."""
+        if len(self._blocks) < len(self.slots):
+            found = [Blocks([slot.stop - slot.start for slot in slots]) for slots in self.slots]
+            self._blocks[:] = found
+        return self._blocks
 
     @property
     def record_bytes(self) -> int:

@@ -178,7 +178,7 @@ class Receiving:
         self._take = call.model.staging.buffer
         self._incoming: IncomingBody | None = None
         if not self._is_small and not isinstance(body, ExportedBody):
-            self._incoming = IncomingBody(found.segments, found.slots, body, self._take)
+            self._incoming = IncomingBody(found.segments, found.blocks(), body, self._take)
         self._handed_over = False
         self._waited_s = call.model.clock() - call.started_s
 

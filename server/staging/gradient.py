@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -39,8 +39,8 @@ class RowsPart:
 class StagedPush:
     """A complete push: its gradient, and what the gate's one pass has measured."""
 
-    # of its gradient in float64, by each parameter's index in the manifest
-    square_sums: Mapping[int, float]
+    # how many parameters it has gradients of
+    parameters: int
     parts: Sequence[DensePart | RowsPart]
     nonfinite_parameter: str | None
     # L2 over all parameters, their sums of squares added in manifest order
@@ -71,7 +71,7 @@ class StagedPush:
     @property
     def is_of_few(self) -> bool:
         """True if it has so few parameters that the event loop may look at each."""
-        return len(self.square_sums) <= INLINE_PARTS
+        return self.parameters <= INLINE_PARTS
 
     def bytes(self) -> int:
         """Bytes of its gradients, without row ids."""

@@ -17,7 +17,7 @@ from pushstep.proto.shared_memory.slots import SharedBody
 from pushstep.proto.types_pb2 import Segment
 from pushstep.proto.wire import dtypes
 from pushstep.proto.wire.frames import Assembly
-from pushstep.proto.wire.layout import INT8_UNPACKED, Slot
+from pushstep.proto.wire.layout import INT8_UNPACKED
 
 from .unpack import Take
 
@@ -28,24 +28,26 @@ class IncomingBody:
     def __init__(
         self,
         segments: Sequence[Segment],
-        slots: Sequence[Sequence[Slot]],
+        blocks: Sequence[streaming.Blocks],
         body: Assembly | SharedBody,
         take: Take,
     ) -> None:
-        """`slots`: each segment's parameters. `take` allocates memory for what is unpacked."""
+        """`blocks`: of each segment's parameters. `take` allocates memory for what is unpacked."""
         self._dense: dict[int, tuple[Tensor, streaming.StreamingNorms]] = {}
         for index, segment in enumerate(segments):
             if segment.HasField("rows") or segment.HasField("elements"):
                 continue
-            lengths = [slot.stop - slot.start for slot in slots[index]]
             dtype = dtypes.of_push(segment.dtype, "segment")
             if dtype == torch.int8:
-                values = take(sum(lengths) * INT8_UNPACKED.itemsize).view(INT8_UNPACKED)
+                values = take(int(blocks[index].tos[-1]) * INT8_UNPACKED.itemsize).view(INT8_UNPACKED)
                 codes = body.part(index, torch.uint8)
-                self._dense[index] = values, streaming.codes(codes, values, lengths, block=dtypes.INT8_BLOCK)
+                self._dense[index] = (
+                    values,
+                    streaming.codes(codes, values, blocks[index], block=dtypes.INT8_BLOCK),
+                )
             else:
                 values = body.part(index, dtype)
-                self._dense[index] = values, streaming.floats(values, lengths)
+                self._dense[index] = values, streaming.floats(values, blocks[index])
 
     def advance(self, segment: int, arrived_bytes: int) -> None:
         """Process what is complete of a segment, now that `arrived_bytes` of it are there."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import chain, islice
 from typing import Final
 
 import torch
@@ -21,7 +22,7 @@ from pushstep.proto.wire.layout import Slot
 
 from .gradient import DensePart, RowsPart, StagedPush
 from .incoming import IncomingBody
-from .unpack import Take, dense_part, rows_part
+from .unpack import Take, dense_part, rows_parts
 
 # Elements that are checked for finiteness at once: 256 Ki lie in the cache, and take little memory.
 BLOCK_ELEMENTS: Final = 1 << 18
@@ -42,15 +43,19 @@ def inspect(
     parts: list[DensePart | RowsPart] = []
     sums: Sequence[float] | None
     known: list[Sequence[float] | None] = []
+    by_rows = rows_parts(header.segments, slots, body, take)
     for index, segment in enumerate(header.segments):
+        if index in by_rows:
+            parts.append(by_rows[index])
+            known.append(None)
+            continue
         covered = slots[index]
         found = incoming.dense(index) if incoming is not None else None
         if found is not None:
             gradient, sums = found
             parts.append(DensePart(segment.arena, segment.start, tuple(covered), gradient))
         else:
-            unpack = rows_part if segment.HasField("rows") else dense_part
-            part, sums = unpack(segment, covered, body, index, take)
+            part, sums = dense_part(segment, covered, body, index, take)
             parts.append(part)
         known.append(sums)
     return measured(parts, known)
@@ -64,27 +69,55 @@ def measured(
 
     known: for each part, its parameters' sums of squares if they were taken before.
     """
+    slots_of = [[part.slot] if isinstance(part, RowsPart) else part.slots for part in parts]
+    sums = list(known or [None] * len(parts))
+    fresh = [k for k, found in enumerate(sums) if found is None]
+    pieces = [_pieces(parts[k]) for k in fresh]
+    taken = iter(square_sums(list(chain.from_iterable(pieces))) if fresh else ())
+    for k, some in zip(fresh, pieces, strict=True):
+        sums[k] = list(islice(taken, len(some)))
+    total = _added(slots_of, [found or () for found in sums])
     nonfinite = None
-    sums_of: dict[int, float] = {}
-    for part, sums in zip(parts, known or [None] * len(parts), strict=True):
-        slots: Sequence[Slot]
-        if isinstance(part, RowsPart):
-            slots, pieces = [part.slot], [part.rows]
-        else:
-            slots = part.slots
-            pieces = [part.gradient]  # a single parameter is all of the part, and needs no view
-            if len(slots) > 1:
-                pieces = [part.gradient[slot.start - part.start : slot.stop - part.start] for slot in slots]
+    for part, slots, found in zip(parts, slots_of, sums, strict=True):
         stepped = dtypes.state_dtype(slots[0].dtype)  # the parameters of an arena have one dtype
-        narrowed = pieces[0].dtype.itemsize > stepped.itemsize  # a finite float64 may be an infinite float32
-        for slot, piece, square_sum in zip(
-            slots, pieces, square_sums(pieces) if sums is None else sums, strict=True
-        ):
-            sums_of[slot.index] = square_sum
-            if (narrowed or not math.isfinite(square_sum)) and not _all_finite(piece, stepped):
-                nonfinite = nonfinite or slot.name
-    norm = math.sqrt(sum([sums_of[index] for index in sorted(sums_of)]))
-    return StagedPush(sums_of, parts, nonfinite, norm)
+        narrowed = (
+            _values(part).dtype.itemsize > stepped.itemsize
+        )  # a finite float64 may be an infinite float32
+        if narrowed or not math.isfinite(total):
+            named = zip(slots, _pieces(part), found or (), strict=True)
+            nonfinite = nonfinite or next(
+                (
+                    slot.name
+                    for slot, piece, square_sum in named
+                    if (narrowed or not math.isfinite(square_sum)) and not _all_finite(piece, stepped)
+                ),
+                None,
+            )
+    return StagedPush(sum(map(len, slots_of)), parts, nonfinite, math.sqrt(total))
+
+
+def _values(part: DensePart | RowsPart) -> Tensor:
+    return part.rows if isinstance(part, RowsPart) else part.gradient
+
+
+def _pieces(part: DensePart | RowsPart) -> list[Tensor]:
+    """Each parameter's gradient."""
+    if isinstance(part, RowsPart) or len(part.slots) == 1:
+        return [_values(part)]  # a single parameter is all of the part, and needs no view
+    return [part.gradient[slot.start - part.start : slot.stop - part.start] for slot in part.slots]
+
+
+def _added(slots_of: Sequence[Sequence[Slot]], sums: Sequence[Sequence[float]]) -> float:
+    """All sums of squares, added in manifest order."""
+    if all(slots[-1].index - slots[0].index == len(slots) - 1 for slots in slots_of):
+        order = sorted(range(len(sums)), key=lambda k: slots_of[k][0].index)
+        return sum(list(chain.from_iterable(sums[k] for k in order)), 0.0)
+    of_slot = {
+        slot.index: found
+        for slots, some in zip(slots_of, sums, strict=True)
+        for slot, found in zip(slots, some, strict=True)
+    }
+    return sum([of_slot[index] for index in sorted(of_slot)], 0.0)
 
 
 def _all_finite(values: Tensor, stepped: torch.dtype) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pushstep.optim.ops.quantise import dequantise, dequantise_rows
-from pushstep.optim.ops.rows import coalesce
+from pushstep.optim.ops.rows import Merging, OutOfBounds, check_bounds, coalesce, has_kernels
 from pushstep.proto.errors import MalformedFrame, RowOutOfRange
 from pushstep.proto.shared_memory.slots import SharedBody
 from pushstep.proto.types_pb2 import Segment
@@ -50,20 +50,42 @@ def dense_part(
     return DensePart(segment.arena, segment.start, tuple(slots), gradient), sums
 
 
-def rows_part(
-    segment: Segment, slots: Sequence[Slot], body: Assembly | SharedBody, index: int, take: Take
-) -> tuple[RowsPart, list[float] | None]:
-    """The gradient of some rows of the one parameter in `slots`, duplicates summed.
+def rows_parts(
+    segments: Sequence[Segment], slots: Sequence[Sequence[Slot]], body: Assembly | SharedBody, take: Take
+) -> dict[int, RowsPart]:
+    """By segment, the gradients of some rows of one parameter each, duplicates summed.
 
-    RowOutOfRange if a row does not exist.
+    slots: each segment's parameters. RowOutOfRange if a row does not exist.
     """
-    slot, count = slots[0], int(segment.rows)
+    kinds: dict[torch.dtype, list[int]] = {}
+    pairs: dict[int, tuple[Tensor, Tensor]] = {}
+    for index, segment in enumerate(segments):
+        if segment.HasField("rows"):
+            pairs[index] = _pair(segment, slots[index][0], body, index, take)
+            kinds.setdefault(pairs[index][1].dtype, []).append(index)
+    found: dict[int, RowsPart] = {}
+    for members in kinds.values():
+        of = [slots[index][0] for index in members]
+        some = [pairs[index] for index in members]
+        if not has_kernels(some[0][1]):
+            found |= {index: _alone(slot, *pair) for index, slot, pair in zip(members, of, some, strict=True)}
+            continue
+        try:
+            merging = Merging(some, [slot.rows for slot in of])
+        except OutOfBounds as error:
+            wrong = of[error.table]
+            raise RowOutOfRange(parameter=wrong.name, row=error.row, rows=wrong.rows) from error
+        for table, (index, slot) in enumerate(zip(members, of, strict=True)):
+            found[index] = RowsPart(slot, merging.ids(table), merging.rows(table))
+    return found
+
+
+def _pair(
+    segment: Segment, slot: Slot, body: Assembly | SharedBody, index: int, take: Take
+) -> tuple[Tensor, Tensor]:
+    """Ids and rows as they came."""
+    count = int(segment.rows)
     ids = body.part(index, torch.int64, 0, count)
-    if count:
-        lowest, highest = int(ids.min()), int(ids.max())
-        if lowest < 0 or highest >= slot.rows:
-            wrong = lowest if lowest < 0 else highest
-            raise RowOutOfRange(parameter=slot.name, row=wrong, rows=slot.rows)
     dtype = dtypes.of_push(segment.dtype, "segment")
     if dtype == torch.int8:
         rows = take(count * slot.row_elements * INT8_UNPACKED.itemsize).view(INT8_UNPACKED)
@@ -71,8 +93,16 @@ def rows_part(
         dequantise_rows(body.part(index, torch.uint8, count * ID_BYTES), rows, block=dtypes.INT8_BLOCK)
     else:
         rows = body.part(index, dtype, count * ID_BYTES)
-    ids, rows = coalesce(ids, rows.view(count, *slot.shape[1:]))
-    return RowsPart(slot, ids, rows), None
+    return ids, rows.view(count, *slot.shape[1:])
+
+
+def _alone(slot: Slot, ids: Tensor, rows: Tensor) -> RowsPart:
+    """The same on a device, where no kernel checks the ids."""
+    try:
+        check_bounds(ids, slot.rows)
+    except OutOfBounds as error:
+        raise RowOutOfRange(parameter=slot.name, row=error.row, rows=slot.rows) from error
+    return RowsPart(slot, *coalesce(ids, rows))
 
 
 def _scattered(

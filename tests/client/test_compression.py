@@ -23,7 +23,7 @@ from pushstep.proto.wire import dtypes
 from pushstep.proto.wire.buffers import BufferPool
 from pushstep.proto.wire.frames import Assembly, pack, unpack
 from pushstep.proto.wire.layout import Layout, check_body
-from pushstep.server.staging.unpack import dense_part, rows_part
+from pushstep.server.staging.unpack import dense_part, rows_parts
 from tests.simulation.seeded_bugs import Bug, found_by
 from tests.support.servers.harness import RunningServer
 from tests.support.servers.operators import add_hook, restore, take_snapshot
@@ -56,10 +56,13 @@ def received(compression: Compression, gradients: dict[str, Any]) -> dict[str, A
         assembly.place(chunk)
     assembly.finish()
     found: dict[str, Any] = {}
+    by_rows = rows_parts(
+        body.segments, list(map(LAYOUT.slots_of, body.segments)), assembly, BufferPool(0).take
+    )
     for index, segment in enumerate(body.segments):
         slots = LAYOUT.slots_of(segment)
         if segment.HasField("rows"):
-            rows, _ = rows_part(segment, slots, assembly, index, BufferPool(0).take)
+            rows = by_rows[index]
             found[slots[0].name] = rows.ids, rows.rows
             continue
         part, _ = dense_part(segment, slots, assembly, index, BufferPool(0).take)

@@ -19,7 +19,7 @@ from pushstep.proto.types_pb2 import DType, Manifest, Parameter, ParamGroup, Seg
 from pushstep.proto.wire.buffers import BufferPool
 from pushstep.proto.wire.frames import Assembly, BodyDigest, Piece, pack, unpack
 from pushstep.proto.wire.layout import Layout, check_body
-from pushstep.server.staging.unpack import dense_part, rows_part
+from pushstep.server.staging.unpack import dense_part, rows_parts
 
 INT8, F32, F64 = DType.DTYPE_INT8, DType.DTYPE_FLOAT32, DType.DTYPE_FLOAT64
 LAYOUT = Layout(
@@ -88,8 +88,10 @@ def unpacked(segment: Segment, payload: bytes) -> Any:
         assert chunk is not None
         body.place(chunk)
     body.finish()
-    part = rows_part if segment.HasField("rows") else dense_part
-    return part(segment, LAYOUT.slots_of(segment), body, 0, BufferPool(0).take)
+    slots, take = LAYOUT.slots_of(segment), BufferPool(0).take
+    if segment.HasField("rows"):
+        return rows_parts([segment], [slots], body, take)[0], None
+    return dense_part(segment, slots, body, 0, take)
 
 
 @pytest.mark.parametrize("indices", [(3, 3), (4, 3), (0, 1508), (0, 2**32 - 1), (2**31, 5), (2**32 - 1, 0)])

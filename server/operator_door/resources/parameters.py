@@ -37,7 +37,7 @@ def _show(slot: Slot, model: Model) -> dict[str, Any]:
         "group": slot.group,
         "aliases": list(slot.aliases),
         "row_sparse": slot.index in model.arenas.row_changed,
-        "steps": model.arenas.steps[slot.index],
+        "steps": int(model.arenas.steps[slot.index]),
     }
 
 

@@ -1,0 +1,153 @@
+"""Rows of many tables on the CPU, merged, copied out of tables and into them; `ops/rows.py` calls it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..kernels.cache import compiled
+from ..kernels.rows import merging as kernels
+from ..step.operands import OutOfBounds, run_of
+from .pointer_table import KIND
+from .pool import over_slices
+
+Array = np.ndarray[Any, Any]
+# Rows of one slice, and how many the calling thread takes alone: some 16 K and 256 K elements of 32 in a row.
+SLICE_ROWS: Final = 512
+INLINE_ROWS: Final = 8192
+# The same for tables, whose ids are arranged: 2,048 ids take 20 us.
+INLINE_TABLES: Final = 4
+NO_LIMIT: Final = 2**63 - 1
+
+
+class Arranged:
+    """Ids of several tables, each table's in ascending order and without repetition."""
+
+    def __init__(self, ids: Sequence[Tensor], limits: Sequence[int]) -> None:
+        """ids: 1-d int64 on the CPU; they are copied. limits: the number of rows of each table."""
+        arrays = [each.numpy() for each in ids]
+        self.offsets = np.zeros(len(arrays) + 1, np.int64)
+        np.cumsum([len(each) for each in arrays], out=self.offsets[1:])
+        n = int(self.offsets[-1])
+        named = np.concatenate(arrays, dtype=np.int64) if arrays else np.zeros(0, np.int64)
+        # the order and, behind it, the unique ids
+        self.arranged = np.empty(2 * n, np.int64)
+        self.segments = np.empty(n + len(arrays), np.int64)
+        counts = np.zeros(len(arrays), np.int64)
+        kernel = compiled(kernels.arrange, kernels.ARRANGE_SIGNATURE, kernels.DIGIT_BITS)
+        rows = np.array(limits, np.int64)
+        order, unique = self.arranged[:n], self.arranged[n:]
+        work = partial(kernel, named, self.offsets, rows, unique, order, self.segments, counts)
+        over_slices(work, len(arrays), slice_size=1, inline=INLINE_TABLES)
+        for table in np.flatnonzero(counts < 0).tolist():
+            wrong = int(named[self.offsets[table] - 1 - counts[table]])
+            raise OutOfBounds(wrong, int(rows[table]), table)
+        # how many different ids each table has
+        self.counts: list[int] = counts.tolist()
+        self.starts = np.zeros(len(arrays) + 1, np.int64)
+        np.cumsum(counts, out=self.starts[1:])
+        self._unique = torch.from_numpy(unique)
+
+    def ids(self, table: int) -> Tensor:
+        """A table's different ids, ascending. It shares memory with those of the other tables."""
+        start = int(self.offsets[table])
+        return self._unique[start : start + self.counts[table]]
+
+    def is_as_given(self, table: int) -> bool:
+        """True if a table's ids came in ascending order, without repetition."""
+        return bool(self.segments[self.offsets[table] + table] == -1)
+
+
+def merge(
+    arranged: Arranged,
+    rows: Sequence[Tensor],
+    first: int,
+    targets: Array,
+    ids_to: Array,
+    begin: int = 0,
+    end: int | None = None,
+) -> None:
+    """Merge rows of the tables from `first` on to the addresses `targets`, and copy their ids to `ids_to`.
+
+    rows: contiguous, of one dtype. [begin, end): of all merged rows of these tables, those that are wanted. An address is
+    that of the table's first merged row; an address of 0 in `ids_to` leaves its ids out.
+    """
+    last = first + len(rows)
+    starts = arranged.starts[first : last + 1] - arranged.starts[first]
+    end = int(starts[-1]) if end is None else end
+    if end <= begin:
+        return
+    sources = np.array([each.data_ptr() for each in rows], np.int64)
+    widths = np.array([each.numel() // max(1, each.shape[0]) for each in rows], np.int64)
+    kernel = compiled(kernels.merge, kernels.MERGE_SIGNATURE, KIND[rows[0].dtype])
+    # the kernel counts its tables from 0, and the segments of table t begin at offsets[t] + t
+    segments = arranged.segments[first:]
+    work = partial(
+        kernel,
+        sources,
+        targets,
+        ids_to,
+        widths,
+        starts,
+        arranged.offsets[first:last],
+        arranged.arranged,
+        segments,
+        begin,
+    )
+    over_slices(work, end - begin, slice_size=SLICE_ROWS, inline=INLINE_ROWS)
+
+
+class Moved:
+    """Rows of several tables that are copied out of them, or into them.
+
+    The tables and ids have to live as long as this does. Their ids are inside of the tables.
+    """
+
+    def __init__(self, tables: Sequence[Tensor], ids: Sequence[Tensor]) -> None:
+        """tables: contiguous, on the CPU. ids: 1-d contiguous int64."""
+        self._kept = tables, ids
+        self.starts = np.zeros(len(tables) + 1, np.int64)
+        np.cumsum([each.numel() for each in ids], out=self.starts[1:])
+        self._tables = np.zeros((len(tables), kernels.MOVED_COLUMNS), np.int64)
+        self._tables[:, kernels.MOVED_TABLE] = [table.data_ptr() for table in tables]
+        self._tables[:, kernels.MOVED_IDS] = [each.data_ptr() for each in ids]
+        self._tables[:, kernels.MOVED_BYTES] = [table.nbytes // max(1, table.shape[0]) for table in tables]
+
+    def gather(
+        self, targets: Sequence[int], ids_to: Sequence[int], begin: int = 0, end: int | None = None
+    ) -> None:
+        """Copy rows [begin, end) of all of these to addresses, and their ids beside them (0: not)."""
+        self._move(kernels.gather, targets, ids_to, begin, end)
+
+    def scatter(self, sources: Sequence[int]) -> None:
+        """Copy rows from addresses into the tables."""
+        self._move(kernels.scatter, sources, [0] * len(sources), 0, None)
+
+    def _move(
+        self, make: Any, rows: Sequence[int], ids_to: Sequence[int], begin: int, end: int | None
+    ) -> None:
+        last = int(self.starts[-1]) if end is None else end
+        if last > begin:
+            tables = self._tables.copy()
+            tables[:, kernels.MOVED_ROWS] = rows
+            tables[:, kernels.MOVED_IDS_TO] = ids_to
+            kernel = compiled(make, kernels.MOVE_SIGNATURE, None)
+            work = partial(kernel, tables, self.starts, begin)
+            over_slices(work, last - begin, slice_size=SLICE_ROWS, inline=INLINE_ROWS)
+
+
+def coalesce(ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """`coalesce` of `ops/rows.py` for CPU tensors of a dtype that has kernels. IndexError for a negative id."""
+    arranged = Arranged([ids.contiguous()], [NO_LIMIT])
+    if arranged.is_as_given(0):
+        return ids, rows
+    rows = run_of(rows)
+    count = arranged.counts[0]
+    merged = torch.empty((count, *rows.shape[1:]), dtype=rows.dtype, device="cpu")
+    merge(arranged, [rows], 0, np.array([merged.data_ptr()], np.int64), np.zeros(1, np.int64))
+    return arranged.ids(0).clone(), merged
