@@ -135,7 +135,7 @@ class Table:
 
 def changes_of(answer: Mapping[str, Any]) -> list[Table]:
     """What the answer to a dry run says would change, field by field; no table if nothing would."""
-    before, after = (dict(_leaves(answer[when])) for when in ("before", "after"))
+    before, after = (dict(leaves(answer[when])) for when in ("before", "after"))
     rows = [
         (name, before.get(name), after.get(name))
         for name in {**before, **after}
@@ -144,7 +144,7 @@ def changes_of(answer: Mapping[str, Any]) -> list[Table]:
     return [Table(("", "now", "then"), rows)] if rows else []
 
 
-def _leaves(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
     """What JSON holds, by its place in it, such as settings.max_norm or param_groups.0.lr."""
     if value is None and not place:
         return  # there is nothing before what is made, nor after what is deleted
@@ -153,7 +153,7 @@ def _leaves(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
         yield place, value
         return
     for name, each in enumerate(value) if is_list else value.items():
-        yield from _leaves(each, f"{place}.{name}" if place else str(name))
+        yield from leaves(each, f"{place}.{name}" if place else str(name))
 
 
 def _facts_of(answer: Mapping[str, Any]) -> list[str]:
@@ -184,8 +184,15 @@ def plain(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:.6g}"
+    if isinstance(value, list) and not any(isinstance(each, (dict, list)) for each in value):
+        return ", ".join(map(plain, value)) or "-"
     text = value if isinstance(value, str) else json.dumps(value)
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def listed(values: Mapping[str, Any]) -> str:
+    """Values by name, as they are set: lr=0.1, momentum=0.9."""
+    return ", ".join(f"{name}={plain(value)}" for name, value in values.items())
 
 
 def pairs(given: Iterable[str]) -> dict[str, Any]:

@@ -78,6 +78,7 @@ def test_what_is_shown(run: Callable[..., Result], model: str, case: str) -> Non
     text = done(run(*line))
     for word in words:
         assert (model if word == "MODEL" else word) in text, text
+    assert "{" not in text and "[" not in text, text
     as_json = done(run(*line, "--json"))
     assert as_json.count("\n") == 1 and key in json.loads(as_json)
 
@@ -247,6 +248,7 @@ def test_what_a_name_holds_does_not_act_on_a_terminal() -> None:
     assert plain("a\x1b[31mb\nc") == "a\\x1b[31mb\\nc"
     assert plain({"a": "\x07"}) == '{"a": "\\u0007"}'
     assert (plain(None), plain(True), plain(0.1234567891)) == ("-", "yes", "0.123457")
+    assert (plain([]), plain(["lr", "eps\x07"]), plain([{"a": 1}])) == ("-", "lr, eps\\x07", '[{"a": 1}]')
 
 
 def test_pairs_are_json_or_text() -> None:

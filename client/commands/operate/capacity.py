@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ..completion import model_names
-from ..door import Door, Table, operates
+from ..door import Door, Table, leaves, operates
 
 
 @operates
@@ -27,4 +27,4 @@ def capacity(
 ) -> None:
     """Show what a server holds of what it may, its measured rates, and the workers that these are enough for."""
     shown = door.ask("GET", "/v1/capacity", model=model, push_every_s=push_every_s)
-    door.show(shown, Table(("", "capacity"), shown.items()))
+    door.show(shown, Table(("", "capacity"), leaves(shown)))

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..door import Door, DryRunOption, ModelArgument, SetOption, Table, operates, pairs
+from ..door import Door, DryRunOption, ModelArgument, SetOption, Table, leaves, operates, pairs
 
 NOT_SETTINGS = {
     "index",
@@ -66,7 +66,7 @@ def groups(
         door.show_edit(answer, f"group {index} of {model}: {said}", dry_run=dry_run)
     elif index is not None:
         shown = door.ask("GET", model_path(model, "param-groups", str(index)))
-        door.show(shown, Table(("", f"group {index}"), shown.items()))
+        door.show(shown, Table(("", f"group {index}"), leaves(shown)))
     else:
         found = door.all_of(model_path(model, "param-groups"), "param_groups")
         columns = ("group", "rule", "hyperparameters", "parameters", "scheduled by", "")

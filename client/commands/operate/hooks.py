@@ -6,13 +6,20 @@ from typing import Annotated, Any
 
 import typer
 
-from ..door import Door, DryRunOption, ModelArgument, SetOption, Table, one_of, operates, pairs
+from ..door import Door, DryRunOption, ModelArgument, SetOption, Table, listed, one_of, operates, pairs
 
 COLUMNS = ("hook", "kind", "point", "settings", "failures", "dropped")
 
 
 def _row(hook: dict[str, Any]) -> tuple[Any, ...]:
-    return hook["id"], hook["kind"], hook["point"], hook["settings"], hook["failures"], hook["dropped"]
+    return (
+        hook["id"],
+        hook["kind"],
+        hook["point"],
+        listed(hook["settings"]),
+        hook["failures"],
+        hook["dropped"],
+    )
 
 
 @operates

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from ..completion import model_names
-from ..door import Door, DryRunOption, Table, YesOption, agreed, operates
+from ..door import Door, DryRunOption, Table, YesOption, agreed, leaves, operates
 
 COLUMNS = ("model", "version", "policy", "workers", "parameters", "bytes", "groups", "hooks", "problem")
 
@@ -54,7 +54,7 @@ def models(
         return
     if not delete:
         shown = door.ask("GET", model_path(model))
-        door.show(shown, Table(("", model), shown.items()))
+        door.show(shown, Table(("", model), leaves(shown)))
         return
     if not dry_run:
         agreed(f"Delete {model!r} and its snapshots for good?", yes=yes)

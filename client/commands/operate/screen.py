@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from ..door import plain
+from ..door import listed, plain
 
 # Of a model's workers, those that are shown.
 MOST_WORKERS: Final = 20
@@ -51,10 +51,6 @@ def _refused(worker: Mapping[str, Any]) -> int:
     return sum(count for outcome, count in worker["outcomes"].items() if outcome != "applied")
 
 
-def _metrics(worker: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name}={plain(value)}" for name, value in worker["metrics"].items())
-
-
 MODELS: Final = (
     Column("model", lambda model: model["name"], number=False),
     Column("version", lambda model: model["version"]),
@@ -78,7 +74,7 @@ WORKERS: Final = (
     Column("other", _refused),
     Column("flight", lambda worker: worker["in_flight"], goes=3),
     Column("again", lambda worker: worker["duplicates"], goes=4),
-    Column("metrics", _metrics, goes=1, number=False),
+    Column("metrics", lambda worker: listed(worker["metrics"]), goes=1, number=False),
 )
 
 

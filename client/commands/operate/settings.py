@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..door import Door, DryRunOption, ModelArgument, SetOption, Table, operates, pairs
+from ..door import Door, DryRunOption, ModelArgument, SetOption, Table, leaves, operates, pairs
 
 
 def _settings(resource: str, what: str, example: str) -> Callable[..., None]:
@@ -19,7 +19,7 @@ def _settings(resource: str, what: str, example: str) -> Callable[..., None]:
             door.show_edit(answer, f"{resource} of {model}: {', '.join(values)}", dry_run=dry_run)
         else:
             shown = door.ask("GET", path)
-            door.show(shown, Table(("", resource), shown.items()))
+            door.show(shown, Table(("", resource), leaves(shown)))
 
     command.__name__ = resource
     command.__doc__ = f"Show or change {what}: `pushstep {resource} flights --set {example}`."

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..door import Door, DryRunOption, ModelArgument, Table, YesOption, agreed, one_of, operates
+from ..door import Door, DryRunOption, ModelArgument, Table, YesOption, agreed, listed, one_of, operates
 
 COLUMNS = ("worker", "state", "lag", "stale", "seen s", "applied", "other", "flight", "metrics")
 
@@ -25,7 +25,7 @@ def row(worker: dict[str, Any]) -> tuple[Any, ...]:
         outcomes.get("applied", 0),
         others,
         worker["in_flight"],
-        worker["metrics"],
+        listed(worker["metrics"]),
     )
 
 
