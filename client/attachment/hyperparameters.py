@@ -171,7 +171,11 @@ class Hyperparameters:
 
     def warn_ignored(self, receipt: Receipt) -> None:
         """Warn, once, of edits that a push carried and the server ignored."""
-        why = "an operator or a hook holds them" if receipt.lead else "only the lead worker's count"
+        why = (
+            "an operator or a hook holds them: `pushstep groups` shows which"
+            if receipt.lead
+            else "only the lead worker's count, so that the schedulers of n workers step once; nothing has to be done"
+        )
         self._warn(receipt.ignored_edits, why)
 
     def warn_ignored_at_leave(self, ignored: Sequence[str]) -> None:

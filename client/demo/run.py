@@ -89,7 +89,7 @@ def _train_served(
         stack.enter_context(terminable())
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pushstep-demo-")))
         processes = stack.enter_context(Processes(folder))
-        display.say("starting the server")
+        display.say("starting the server; the first time it compiles its kernels, which takes up to a minute")
         service = start_service(processes, folder / "data")
         display.say(f"server ready: gRPC {service.grpc}, HTTP {service.http}")
         served = []

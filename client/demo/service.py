@@ -17,7 +17,8 @@ from typing import Any, Final
 from .errors import DemoFailed
 from .processes import Child, Processes
 
-READY_WITHIN_S: Final = 60.0
+# The first start on a machine compiles the kernels.
+READY_WITHIN_S: Final = 300.0
 ANSWER_WITHIN_S: Final = 30.0
 _READY: Final = re.compile(r"ready grpc=(?P<grpc>\S+) http=(?P<http>\S+)(?: unix=.*)?")
 

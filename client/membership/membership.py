@@ -151,7 +151,7 @@ class Membership:
             )
         other = difference(wanted, member.policy)
         if other:
-            warn(f"model {self.model!r} has a policy of its own ({other}); the server's holds")
+            warn(f"the model's own policy ({other}) holds; `pushstep policy {self.model} --set` changes it")
         if depends_on_who_is_first(wanted, member.policy):
             warn(
                 "policy='sync' waits for whoever is there when a round begins, so who starts first steps alone: say how many "

@@ -152,7 +152,8 @@ class Attached:
         if mine != theirs:
             differing = sorted({k for a, b in zip(mine, theirs, strict=True) for k in a if a[k] != b.get(k)})
             warn(
-                f"model {model!r} has other values of {', '.join(differing)} than this worker's optimizer; the server's hold"
+                f"model {model!r} has other values of {', '.join(differing)} than this worker's optimizer; the "
+                f"server's hold, and `pushstep groups {model} INDEX --set NAME=VALUE` changes them for all"
             )
         if self.state_discarded:
             warn(
