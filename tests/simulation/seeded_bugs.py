@@ -343,6 +343,8 @@ class Bug:
     put_in: Callable[[Patch], None]
     says: str
     by: tuple[str, ...]
+    # the run of the chaos that has found it, and is tried before the others
+    seed: int = 0
 
     def __str__(self) -> str:
         return self.put_in.__name__
@@ -350,16 +352,17 @@ class Bug:
 
 BUGS: Final = (
     Bug(dedupe_is_dropped, "is applied again|another receipt", ("chaos", "stories")),
-    Bug(eviction_is_ignored, "is let in after its eviction", ("chaos",)),
+    Bug(eviction_is_ignored, "is let in after its eviction", ("chaos",), seed=3),
     # which of them comes first differs with what else is loaded: hypothesis draws numbers from all code that it sees
     Bug(fencing_is_skipped, "is let in, its epoch is over|is told", ("chaos", "stories")),
     Bug(
         time_out_counts_twice,
         "was applied, and denied|another receipt|is applied again|is told",
         ("chaos", "stories"),
+        seed=7,
     ),
-    Bug(mean_is_over_members, "divided by", ("chaos", "stories")),
-    Bug(old_timeline_is_applied, "is let in on timeline", ("chaos", "stories")),
+    Bug(mean_is_over_members, "divided by", ("chaos", "stories"), seed=19),
+    Bug(old_timeline_is_applied, "is let in on timeline", ("chaos", "stories"), seed=3),
     Bug(every_scheduler_counts, "the lead's edits make", ("chaos", "stories")),
     Bug(last_edits_are_lost, "the lead's edits make", ("chaos", "stories")),
     Bug(residual_always_advances, "the residual has moved", ("compression",)),
@@ -367,40 +370,42 @@ BUGS: Final = (
         waiting_push_survives_a_restore,
         "is let in on timeline|without a verdict",
         ("chaos",),  # a story comes to it too seldom
+        seed=7,
     ),
-    Bug(left_behind_stays, "is let in, its epoch is over|is let in after its eviction", ("chaos",)),
+    Bug(left_behind_stays, "is let in, its epoch is over|is let in after its eviction", ("chaos",), seed=37),
     Bug(receipts_are_forgotten, "its worker is not told", ("chaos",)),
-    Bug(epochs_begin_again, "epoch .* came again|two pushes have one identity", ("chaos",)),
+    Bug(epochs_begin_again, "epoch .* came again|two pushes have one identity", ("chaos",), seed=10),
     Bug(restores_lift_fences, "DID NOT RAISE", ("sessions",)),
     Bug(later_parameters_are_never_pushed, "are not applied", ("restores",)),
     Bug(restores_are_taken_for_known, "is told 0 times", ("restores",)),
-    Bug(joins_are_not_recognised, "join came again and got another epoch", ("chaos",)),
+    Bug(joins_are_not_recognised, "join came again and got another epoch", ("chaos",), seed=9),
     Bug(restores_undo_everything, "is told", ("chaos",)),
-    Bug(restores_undo_nothing, "is told", ("chaos",)),
+    Bug(restores_undo_nothing, "is told", ("chaos",), seed=3),
     Bug(
         held_push_is_taken_twice,
         "without a verdict|was applied, and denied|another receipt|are still set aside",
         ("chaos",),
+        seed=7,
     ),
-    Bug(late_is_counted, "are in a round after version", ("chaos", "stories")),
-    Bug(busy_is_ignored, "are in a round after version|a round", ("chaos", "stories")),
-    Bug(the_dead_are_waited_for, "is waited for, silent", ("chaos",)),
-    Bug(time_outs_are_ignored, "a push of .* waits", ("chaos",)),
-    Bug(retries_tick, "clocks ahead", ("chaos",)),
+    Bug(late_is_counted, "are in a round after version", ("chaos", "stories"), seed=15),
+    Bug(busy_is_ignored, "are in a round after version|a round", ("chaos", "stories"), seed=15),
+    Bug(the_dead_are_waited_for, "is waited for, silent", ("chaos",), seed=37),
+    Bug(time_outs_are_ignored, "a push of .* waits", ("chaos",), seed=7),
+    Bug(retries_tick, "clocks ahead", ("chaos",), seed=20),
     Bug(bound_is_off_by_one, "clocks ahead", ("chaos", "schedules")),
     Bug(bound_blocks_too_early, "clocks ahead", ("chaos", "schedules")),
-    Bug(newcomers_start_at_nothing, "clocks ahead", ("chaos", "schedules")),
+    Bug(newcomers_start_at_nothing, "clocks ahead", ("chaos", "schedules"), seed=14),
     Bug(the_gone_hold_others_back, "clocks ahead", ("chaos", "schedules")),
     Bug(executor_bugs.receipts_come_before_the_step, "is told before its step", ("chaos", "stories")),
     Bug(executor_bugs.waiters_sleep_on, "was not woken", ("chaos",)),
-    Bug(executor_bugs.the_timer_is_not_set, "a push of .* waits|is waited for, silent", ("chaos",)),
+    Bug(executor_bugs.the_timer_is_not_set, "a push of .* waits|is waited for, silent", ("chaos",), seed=34),
     Bug(executor_bugs.jobs_are_done_twice, "is stepped behind version", ("chaos", "stories")),
-    Bug(executor_bugs.small_steps_overtake, "is stepped behind version", ("chaos",)),
+    Bug(executor_bugs.small_steps_overtake, "is stepped behind version", ("chaos",), seed=6),
     Bug(executor_bugs.answers_are_out_of_date, "is answered with version", ("chaos", "stories")),
     Bug(executor_bugs.failed_steps_leave_their_version, "leaves version", ("chaos", "stories")),
     Bug(executor_bugs.failed_steps_are_told_as_applied, "is told version", ("chaos", "stories")),
     Bug(executor_bugs.bytes_are_kept, "are still set aside", ("chaos", "stories")),
-    Bug(executor_bugs.sums_are_kept, "are still set aside", ("chaos", "stories")),
+    Bug(executor_bugs.sums_are_kept, "are still set aside", ("chaos", "stories"), seed=3),
     Bug(executor_bugs.queued_steps_are_refused_at_the_end, "leaves version", ("chaos",)),
 )
 
