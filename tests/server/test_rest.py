@@ -245,6 +245,14 @@ def test_an_etag_is_stale_after_a_restore(rest: Rest) -> None:
     rest("PATCH", "/param-groups/0", 412, json={"lr": 0.3}, headers={"If-Match": etag})
 
 
+def test_no_worker_is_ahead_of_a_model_that_went_back(rest: Rest, session: Session) -> None:
+    snapshot = rest("POST", "/snapshots", 201)["id"]
+    for _ in range(3):
+        session.exchange(ONES)
+    rest("POST", f"/snapshots/{snapshot}/restore")
+    assert [worker["lag"] for worker in rest("GET", "/workers")["workers"]] == [0]
+
+
 def test_workers_and_eviction(rest: Rest, session: Session, server: RunningServer) -> None:
     other = server.connect(session.model, "other")
     other.push(ONES, metrics={"loss": float("nan"), "accuracy": 0.5})

@@ -57,7 +57,8 @@ def workers(
     elif (name := quarantine or release) is not None:
         deed = "quarantine" if quarantine is not None else "release"
         answer = door.ask("POST", model_path(model, "workers", name, deed), dry_run=dry_run)
-        door.show_edit(answer, f"{name} of {model}: {deed}", dry_run=dry_run)
+        done = "is in quarantine" if quarantine is not None else "was released"
+        door.show_edit(answer, f"{name} of {model} {done}", dry_run=dry_run)
     else:
         found = door.all_of(model_path(model, "workers"), "workers")
         door.show(found, Table(COLUMNS, map(row, found["workers"])))

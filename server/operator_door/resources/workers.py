@@ -39,7 +39,8 @@ class _Shown:
             "lead": self._model.sessions.leads(worker),
             "epoch": worker.epoch,
             "sequence": worker.sequence,
-            "lag": self._model.version - worker.base_version,
+            # a restore may have gone back behind what the worker has
+            "lag": max(0, self._model.version - worker.base_version),
             "staleness": worker.staleness,
             "last_seen_s": round(self._now_s - worker.last_seen_s, 3),
             "lease_left_s": round(max(0.0, worker.lease_until_s - self._now_s), 3),
