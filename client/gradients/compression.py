@@ -15,8 +15,6 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from pushstep.optim.ops.quantise import code_bytes, quantise
-from pushstep.optim.ops.select import select
 from pushstep.proto.errors import InvalidSettings, WrongDtype
 from pushstep.proto.wire import dtypes
 from pushstep.proto.wire.buffers import BufferPool
@@ -66,6 +64,10 @@ class Quantised:
         self._residual = residual
         self.rest = take(residual.nbytes).view(residual.dtype)
         self._length = length
+        from pushstep.optim.ops.quantise import (
+            code_bytes,
+        )  # with numba, which most workers need later or never
+
         units = gradient.numel() // length if length else 0
         self.nbytes = units * code_bytes(length, INT8_BLOCK)
         self._blocks = units * -(-length // INT8_BLOCK)
@@ -85,11 +87,15 @@ class Quantised:
         target.copy_(self._codes[start:stop])
 
     def _block_after(self, byte: int) -> int:
+        from pushstep.optim.ops.quantise import code_bytes
+
         unit, within = divmod(byte, code_bytes(self._length, INT8_BLOCK))
         block_bytes = code_bytes(INT8_BLOCK, INT8_BLOCK)
         return unit * -(-self._length // INT8_BLOCK) + -(-within // block_bytes)
 
     def _make(self, end: int) -> None:
+        from pushstep.optim.ops.quantise import quantise
+
         if end > self._made:
             quantise(
                 self._gradient,
@@ -189,6 +195,8 @@ class Compression:
         return torch.cat(indices), torch.cat(values)
 
     def _largest(self, slot: Slot, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        from pushstep.optim.ops.select import select
+
         flat = gradient.detach().cpu().contiguous().view(-1)
         residual = self.residuals.get(slot.name)
         held = dtypes.state_dtype(slot.dtype)

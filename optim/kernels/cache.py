@@ -226,6 +226,7 @@ _UNCOLLECTED: Final = _Uncollected()
 
 def _cache_in(own: Path, function: Callable[..., Any]) -> Any:
     from numba.core import caching
+    from numba.core.runtime.nrt import rtsys
 
     class Locator:
         """The cache folder of one kernel. Its name depends on the sources, so the stamp can stay empty."""
@@ -253,5 +254,16 @@ def _cache_in(own: Path, function: Callable[..., Any]) -> Any:
         """
         return (signature, codegen.magic_tuple())
 
+    def load_overload(self: Any, signature: Any, target: Any) -> Any:
+        """The compiled kernel, or None.
+
+        numba's own first loads all that it knows to compile, scipy included: 0.35 s of CPU time at the first kernel of a
+        process. One that is compiled needs numba's runtime alone; a compilation loads the rest by itself.
+        """
+        rtsys.initialize(target)
+        with self._guard_against_spurious_io_errors():
+            return self._load_overload(signature, target)
+
     impl = type("Impl", (caching.CompileResultCacheImpl,), {"_locator_classes": [Locator]})
-    return type("Cache", (caching.FunctionCache,), {"_impl_class": impl, "_index_key": key})(function)
+    own_way = {"_impl_class": impl, "_index_key": key, "load_overload": load_overload}
+    return type("Cache", (caching.FunctionCache,), own_way)(function)
