@@ -29,6 +29,7 @@ from pushstep.proto.wire.frames import MAX_MESSAGE_BYTES, TRANSPORT_LIMIT_BYTES
 
 from .access.certificates import LOOK_S, Certificates
 from .access.guard import Guard
+from .capacity.idle_memory import give_back_idle
 from .config import Config, is_loopback, split_address
 from .devices.warmup import warm_kernels
 from .metrics.loop_lag import LoopLag
@@ -228,7 +229,10 @@ class Service:
 
     async def _serve(self) -> None:
         """Serve until told to stop. Raises what ends the HTTP door; RuntimeError if it just closes."""
-        beside = [asyncio.create_task(self.catalog.take_due_snapshots())]
+        beside = [
+            asyncio.create_task(self.catalog.take_due_snapshots()),
+            asyncio.create_task(give_back_idle(self.catalog)),
+        ]
         if self._certificates is not None:
             beside.append(asyncio.create_task(self._look_at_certificates(self._certificates)))
         try:

@@ -54,8 +54,8 @@ ARROWS = {
         "__init__": set[str](),
         "__main__": {"service", "access", "config", "process"},
         "service": {
-            "worker_door", "operator_door", "shared_memory", "metrics", "models", "devices", "staging", "traces", "access",
-            "process", "config", "service_manager",
+            "worker_door", "operator_door", "capacity", "shared_memory", "metrics", "models", "devices", "staging", "traces",
+            "access", "process", "config", "service_manager",
         },
         "service_manager": set[str](),
         "commands": {"models", "journal", "storage", "arenas", "process", "config"},
@@ -66,7 +66,7 @@ ARROWS = {
             "capacity", "imports", "metrics", "models", "observers", "page", "remote", "journal", "storage", "coordinator", "arenas",
             "streams", "staging", "counters", "access", "process", "config",
         },
-        "capacity": {"coordinator", "models", "process", "staging"},
+        "capacity": {"coordinator", "models", "captures", "process", "staging"},
         "imports": {"models", "storage", "coordinator", "arenas", "staging", "process"},
         "requests": {
             "shared_memory", "models", "journal", "storage", "coordinator", "captures", "arenas", "devices", "streams", "staging",

@@ -15,7 +15,7 @@ from torch import Tensor
 from pushstep.proto import training_pb2 as pb
 from pushstep.proto.errors import MessageTooLarge
 from pushstep.proto.errors.status import from_rpc_error
-from pushstep.proto.types_pb2 import Segment
+from pushstep.proto.types_pb2 import Receipt, Segment
 from pushstep.proto.wire.buffers import BufferPool, keep_freed_blocks
 from pushstep.proto.wire.frames import (
     TRANSPORT_LIMIT_BYTES,
@@ -154,15 +154,15 @@ class Transport:
         )
         return answer
 
-    def push(
-        self, header: pb.PushHeader, body: Body, commit: pb.PushCommit
-    ) -> pb.PushResponse | pb.PullHeader:
-        """Push. The answer has the receipt."""
+    def push(self, header: pb.PushHeader, body: Body, commit: pb.PushCommit) -> Receipt:
+        """Push."""
         if self._steps.takes(body):
-            return self._step(header, body, commit, lambda answer, progress: first(answer, progress.moved)[0])
+            return self._step(
+                header, body, commit, lambda answer, progress: first(answer, progress.moved)[0]
+            ).receipt
         messages = Messages(pb.PushRequest(header=header), body.segments, body.pieces, lambda _: commit)
         sent: pb.PushResponse = self._stream_in("Push", messages, pb.PushResponse)
-        return sent
+        return sent.receipt
 
     def _step(
         self,

@@ -288,9 +288,8 @@ class Worker:
 
     def _push(self, header: pb.PushHeader, body: Body, commit: pb.PushCommit, _: Layout) -> Step:
         answer = self.memory.attempt(LocalSocket.push, header, commit)
-        if answer is None:
-            answer = self._transport.push(header, body, commit)
-        return Receipt.of(answer.receipt), None
+        receipt = self._transport.push(header, body, commit) if answer is None else answer.receipt
+        return Receipt.of(receipt), None
 
     def _exchange(self, header: pb.PushHeader, body: Body, commit: pb.PushCommit, layout: Layout) -> Step:
         region = self.memory.region

@@ -49,11 +49,14 @@ class BufferPool:
         # a finalizer may run at any allocation, also in a thread that holds the lock: a plain Lock would deadlock
         self._lock = threading.RLock()
         self._idle: list[NDArray[np.uint8]] = []
+        # something was taken since the last `rest`
+        self._is_used = False
 
     def take(self, size_bytes: int) -> Tensor:
         """An uninitialised uint8 buffer of `size_bytes` bytes. MemoryError if there is no memory."""
         if size_bytes < SMALLEST_POOLED_BYTES:
             return torch.empty(size_bytes, dtype=torch.uint8, device="cpu")
+        self._is_used = True
         memory = self._take_idle(size_bytes)
         if memory is None:
             memory = self._make(size_bytes)
@@ -67,6 +70,14 @@ class BufferPool:
         with self._lock:
             while self._idle and sum(kept.size for kept in self._idle) > keep_bytes:
                 self._idle.pop(0)
+
+    def rest(self) -> bool:
+        """Free the idle memory if nothing was taken since the last call. True if some was freed."""
+        with self._lock:
+            rests, self._is_used = not self._is_used and bool(self._idle), False
+            if rests:
+                self._idle.clear()
+            return rests
 
     def _take_idle(self, size_bytes: int) -> NDArray[np.uint8] | None:
         with self._lock:

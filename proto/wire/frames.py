@@ -379,8 +379,7 @@ class Assembly:
             self._filled = 0
 
     @property
-    def is_complete(self) -> bool:
-        """Every segment is filled."""
+    def is_complete(self) -> bool:  # noqa: D102
         return self._segment >= len(self._lengths)
 
     def finish(self) -> None:

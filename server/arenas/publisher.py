@@ -25,23 +25,25 @@ from typing import Final
 
 import torch
 
-from pushstep.optim.ops.rows import moved
 from pushstep.proto.errors.status import untrace
 from pushstep.proto.types_pb2 import Segment
 from pushstep.proto.wire import dtypes
 from pushstep.proto.wire.buffers import MessagePool
-from pushstep.proto.wire.frames import Piece, Source, Writer, pack
+from pushstep.proto.wire.frames import Source, pack
 from pushstep.proto.wire.layout import ID_BYTES, Layout, Slot
 
 from ..process.inline import INLINE_BYTES
 from ..staging.read_budget import ReadBudget
 from .arena import Arenas
-from .version_frames import DenseFrames, RowFrames
+from .version_frames import DenseFrames, RowFrames, rows_sources
 from .writer import ModelWriter
 
 # Versions whose frames exist at once, per wire dtype. Beyond that the next version waits.
 LIVE_VERSIONS: Final = 3
 CROWDED_RETRY_S: Final = 0.01
+Loop = asyncio.AbstractEventLoop
+# frames that are to be made before the next step, and what they are made of
+Unmade = list[tuple[DenseFrames, list[Sequence[Source]]]]
 # A reader on this host takes a message in milliseconds, one on a link of 4 MB/s in half a second.
 SLOW_S: Final = 0.5
 
@@ -110,6 +112,8 @@ class Publisher:
         )
         self._rows_of = (0, 0)
         self._memory = MessagePool()
+        # somebody has asked since the last `rest`
+        self._is_asked = False
 
     async def newest(
         self, timeline: int | None, have_version: int | None, wire: torch.dtype | None
@@ -119,6 +123,7 @@ class Publisher:
         OverBudget if other readers hold so many versions, or so many bytes, that there is no room for it soon.
         """
         loop = asyncio.get_running_loop()
+        self._is_asked = True
         if self._is_small() and self._writer.is_idle:
             published = self._at_once(timeline, have_version, wire, loop)
             if published is not None:
@@ -134,20 +139,16 @@ class Publisher:
         return sum([flat.nbytes for flat in self._arenas.parameters]) <= INLINE_BYTES
 
     def _at_once(
-        self,
-        timeline: int | None,
-        have_version: int | None,
-        wire: torch.dtype | None,
-        loop: asyncio.AbstractEventLoop,
+        self, timeline: int | None, have_version: int | None, wire: torch.dtype | None, loop: Loop
     ) -> Published | None:
         """What the writer would do, where it has nothing else to do. None if there is no room now."""
-        unmade: list[tuple[DenseFrames, list[Sequence[Source]]]] = []
+        unmade: Unmade = []
         published = self._answer_to(timeline, have_version, wire, unmade)
         for frames, bodies in unmade:
             self._make(frames, bodies, loop)
         return published
 
-    def _schedule(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _schedule(self, loop: Loop) -> None:
         with self._lock:
             if self._scheduled or not self._waiting:
                 return
@@ -169,12 +170,12 @@ class Publisher:
             for request in requests:
                 _resolve(request, copy.copy(error))
 
-    def _publish(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _publish(self, loop: Loop) -> None:
         with self._lock:
             requests, self._waiting = self._waiting, []
             self._scheduled = False
         on_loop = _caller_on(loop)
-        unmade: list[tuple[DenseFrames, list[Sequence[Source]]]] = []
+        unmade: Unmade = []
         crowded = []
         for request in requests:
             if request.answer.done():  # its reader has gone
@@ -198,9 +199,7 @@ class Publisher:
                 self._waiting += crowded
             loop.call_soon_threadsafe(loop.call_later, CROWDED_RETRY_S, self._schedule, loop)
 
-    def _make(
-        self, frames: DenseFrames, bodies: Sequence[Sequence[Source]], loop: asyncio.AbstractEventLoop
-    ) -> None:
+    def _make(self, frames: DenseFrames, bodies: Sequence[Sequence[Source]], loop: Loop) -> None:
         try:
             frames.make(bodies, _caller_on(loop))
         except Exception as error:  # noqa: BLE001 - its readers are told
@@ -208,11 +207,7 @@ class Publisher:
             self.forget()
 
     def _answer_to(
-        self,
-        timeline: int | None,
-        have_version: int | None,
-        wire: torch.dtype | None,
-        unmade: list[tuple[DenseFrames, list[Sequence[Source]]]],
+        self, timeline: int | None, have_version: int | None, wire: torch.dtype | None, unmade: Unmade
     ) -> Published | None:
         """The answer to a request, in the writer thread.
 
@@ -236,9 +231,7 @@ class Publisher:
         """Timeline, version and layout as the writer has them; the model's may be ahead."""
         return self._arenas.timeline, self._arenas.version, self._arenas.layout
 
-    def _dense(
-        self, wire: torch.dtype | None, unmade: list[tuple[DenseFrames, list[Sequence[Source]]]]
-    ) -> DenseFrames | None:
+    def _dense(self, wire: torch.dtype | None, unmade: Unmade) -> DenseFrames | None:
         """The frames of this version; new ones are added to `unmade` with their sources.
 
         None if there is no room.
@@ -323,13 +316,24 @@ class Publisher:
             segments.append(segment)
             yield rows_sources(self._arenas, table, gathered, segment)
 
+    def rest(self) -> asyncio.Future[None] | None:
+        """Drop the encoded frames of a large version, if nobody has asked for one since the last call. Done with the result."""
+        rests, self._is_asked = not self._is_asked, False
+        if not rests or not self._current or self._is_small():
+            return None
+        return self._writer.submit(self._let_go, reads=False)
+
+    def _let_go(self) -> None:
+        self.forget()
+        self._memory.give_back([])  # where the frames' end has put their memory
+
     def forget(self) -> None:
         """Drop the encoded frames: the arenas were replaced."""
         self._current.clear()
         self._rows.clear()
 
 
-def _caller_on(loop: asyncio.AbstractEventLoop) -> Callable[..., object]:
+def _caller_on(loop: Loop) -> Callable[..., object]:
     """What makes a call on the event loop: at once if the loop runs in this thread, as for small versions."""
     try:
         asyncio.get_running_loop()
@@ -349,11 +353,6 @@ def _resolve(request: _Request, result: Published | BaseException) -> None:
         request.answer.set_result(result)
     else:
         request.answer.set_exception(result)
-
-
-def fetched(arenas: Arenas, body: Sequence[Piece]) -> list[Source]:
-    """The sources of frames for pieces that may lie on the device."""
-    return [source for piece in body for source in arenas.device_stream.outgoing(piece.source, piece.dtype)]
 
 
 def dense_runs(arenas: Arenas, wire: torch.dtype | None) -> list[tuple[Segment, list[Slot]]]:
@@ -392,35 +391,3 @@ def changed_rows(
         return segment, table, None
     segment.rows = ids.numel()
     return segment, table, ids
-
-
-def rows_sources(
-    arenas: Arenas, table: torch.Tensor, ids: torch.Tensor | None, segment: Segment
-) -> list[Source]:
-    """The sources of frames for a whole parameter, or for some of its rows: their ids, then the rows."""
-    dtype = dtypes.to_torch(segment.dtype, "segment")
-    if ids is None:
-        return fetched(arenas, [Piece(table, dtype)])
-    if table.is_cpu and dtype == table.dtype and table.numel():
-        return [Piece(ids, torch.int64), GatheredRows(table, ids)]
-    return fetched(arenas, [Piece(ids, torch.int64), Piece(table.index_select(0, ids), dtype)])
-
-
-class GatheredRows:
-    """The source of some rows of a table in host memory, read when their frame is made: before the next step is taken."""
-
-    def __init__(self, table: torch.Tensor, ids: torch.Tensor) -> None:
-        """ids: ascending or not, on the CPU. IndexError for one outside the table."""
-        self._rows = moved([table], [ids])
-        # a chunk never splits a row
-        self.unit_bytes = table.nbytes // table.shape[0]
-        self.nbytes = ids.numel() * self.unit_bytes
-
-    def writer(self) -> Writer:
-        """A writer that gathers straight into its target."""
-
-        def write(target: torch.Tensor, start: int) -> None:
-            first, count = start // self.unit_bytes, target.numel() // self.unit_bytes
-            self._rows.gather([target.data_ptr() - start], [0], first, first + count)
-
-        return write

@@ -8,12 +8,16 @@ import io
 import weakref
 from collections.abc import AsyncIterator, Callable, Sequence
 
+import torch
+
+from pushstep.optim.ops.rows import moved
 from pushstep.proto.types_pb2 import Segment
 from pushstep.proto.wire import dtypes
 from pushstep.proto.wire.buffers import MessagePool
-from pushstep.proto.wire.frames import Source, pack
+from pushstep.proto.wire.frames import Piece, Source, Writer, pack
 
 from ..staging.read_budget import ReadBudget
+from .arena import Arenas
 
 
 class DenseFrames:
@@ -98,3 +102,40 @@ class RowFrames:
         self.segments = segments
         self.frames = frames
         weakref.finalize(self, budget.give_back, nbytes).atexit = False
+
+
+def fetched(arenas: Arenas, body: Sequence[Piece]) -> list[Source]:
+    """The sources of frames for pieces that may lie on the device."""
+    return [source for piece in body for source in arenas.device_stream.outgoing(piece.source, piece.dtype)]
+
+
+def rows_sources(
+    arenas: Arenas, table: torch.Tensor, ids: torch.Tensor | None, segment: Segment
+) -> list[Source]:
+    """The sources of frames for a whole parameter, or for some of its rows: their ids, then the rows."""
+    dtype = dtypes.to_torch(segment.dtype, "segment")
+    if ids is None:
+        return fetched(arenas, [Piece(table, dtype)])
+    if table.is_cpu and dtype == table.dtype and table.numel():
+        return [Piece(ids, torch.int64), GatheredRows(table, ids)]
+    return fetched(arenas, [Piece(ids, torch.int64), Piece(table.index_select(0, ids), dtype)])
+
+
+class GatheredRows:
+    """The source of some rows of a table in host memory, read when their frame is made: before the next step is taken."""
+
+    def __init__(self, table: torch.Tensor, ids: torch.Tensor) -> None:
+        """ids: ascending or not, on the CPU. IndexError for one outside the table."""
+        self._rows = moved([table], [ids])
+        # a chunk never splits a row
+        self.unit_bytes = table.nbytes // table.shape[0]
+        self.nbytes = ids.numel() * self.unit_bytes
+
+    def writer(self) -> Writer:
+        """A writer that gathers straight into its target."""
+
+        def write(target: torch.Tensor, start: int) -> None:
+            first, count = start // self.unit_bytes, target.numel() // self.unit_bytes
+            self._rows.gather([target.data_ptr() - start], [0], first, first + count)
+
+        return write

@@ -319,3 +319,8 @@ def block_memory(elements: int, dtype: torch.dtype) -> Tensor:
 
 def _start(slot: Slot) -> int:
     return slot.start
+
+
+def rest() -> bool:
+    """Free the memory that is kept for the next snapshot, if none was made since the last call. True if some was freed."""
+    return _POOL.rest()

@@ -6,6 +6,8 @@ is recognised by its place and not by its text.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import math
 from collections.abc import Callable, Sequence
 
@@ -56,3 +58,9 @@ def _had(make: Callable[[], Tensor]) -> Tensor | None:
 def copy_of(source: Tensor, what: str) -> Tensor:
     """The same elements in memory of their own on the CPU. OutOfMemory, which names `what`."""
     return take(source.shape, source.dtype, what).copy_(source)
+
+
+def give_back_freed() -> None:
+    """Have malloc return to the system what it keeps of freed blocks. With another malloc than glibc's this does nothing."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)

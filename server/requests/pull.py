@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 
 import torch
 
@@ -70,7 +70,7 @@ async def published_header(model: Model, published: Published, known_manifest: i
     return header
 
 
-async def published_messages(published: Published, header: pb.PullHeader) -> AsyncIterator[bytes]:
+async def published_messages(published: Published, header: pb.PullHeader) -> AsyncGenerator[bytes, None]:
     """An answer's messages: the header, then the frames as they are encoded."""
     ready = await ready_messages(published, header)
     for message in ready:

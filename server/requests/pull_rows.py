@@ -26,7 +26,7 @@ from pushstep.proto.wire.layout import ID_BYTES
 from pushstep.proto.wire.limits import limit_of
 
 from ..access.caller import require_named
-from ..arenas.publisher import fetched
+from ..arenas.version_frames import fetched
 from ..models.catalog import Catalog
 from ..models.model import Model
 from ..process.inline import INLINE_BYTES

@@ -141,6 +141,10 @@ class Budget:
         self.used_bytes -= bytes_taken
         self._grant()
 
+    def rest(self) -> bool:
+        """Free what is kept for the next pushes if none has come since the last call. True if some was freed."""
+        return self._pool.rest()
+
     def buffer(self, size_bytes: int) -> Tensor:
         """Memory for bytes that were taken. MemoryShort if the machine has none."""
         try:
