@@ -36,7 +36,9 @@ WITHOUT_OPENSSL := $(if $(shell sh -c 'command -v openssl'),, and not openssl)
 HELM := $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),$(BIN)/helm)
 # Nor the worker in JavaScript, without Node.js.
 WITHOUT_NODE := $(if $(shell sh -c 'command -v node && command -v npm'),, and not node)
-WITHOUT := $(WITHOUT_NODE)$(WITHOUT_PROMETHEUS)$(WITHOUT_CHROMIUM)$(WITHOUT_CURL)$(WITHOUT_OPENSSL)$(if $(HELM),, and not helm)
+# Nor snapshots in S3, without s3fs and moto beside the tests' packages.
+WITHOUT_S3 := $(if $(wildcard $(VENV)/lib/*/site-packages/moto),, and not s3)
+WITHOUT := $(WITHOUT_S3)$(WITHOUT_NODE)$(WITHOUT_PROMETHEUS)$(WITHOUT_CHROMIUM)$(WITHOUT_CURL)$(WITHOUT_OPENSSL)$(if $(HELM),, and not helm)
 # A file's tests stay together: they share what its fixtures start. One process more than cores, since many tests wait.
 # tests/conftest.py has the long files begin first.
 test: setup $(HELM)
