@@ -110,6 +110,8 @@ class Capture:
         self._stream = stream or DeviceStream(CPU)
         self._lock = threading.Lock()
         self._closed = False
+        # of blocks and rows that were saved; a block's go when it was read, those of rows when all is read
+        self.saved_bytes = 0
         self._problem: OutOfMemory | None = None
         self.tables: dict[int, CapturedTable] = {}
         self._pieces: list[list[_Run | CapturedTable]] = []
@@ -188,7 +190,7 @@ class Capture:
         if isinstance(part, RowsPart):
             table = self.tables.get(part.slot.index)
             if table is not None:
-                table.save_rows(part.ids)
+                self.saved_bytes += table.save_rows(part.ids)
                 return
             part = Span(part.slot.arena, part.slot.start, part.slot.stop)
         start, stop = part.start, part.slots[-1].stop if isinstance(part, DensePart) else part.stop
@@ -197,7 +199,7 @@ class Capture:
         for piece in self._pieces[part.arena]:
             if isinstance(piece, CapturedTable):
                 if start < piece.slot.stop and piece.slot.start < stop:
-                    piece.save_whole()
+                    self.saved_bytes += piece.save_whole()
             elif start < piece.stop and piece.start < stop:
                 self._save_blocks(self._held[part.arena], piece, start, stop)
 
@@ -221,6 +223,7 @@ class Capture:
                     source = flat[begin : min(begin + BLOCK_ELEMENTS, run.stop)]
                     saved[number] = block_memory(source.numel(), source.dtype)
                     self._stream.fetch(saved[number], source)
+                    self.saved_bytes += saved[number].nbytes
 
     # For the one reader.
 
@@ -288,8 +291,9 @@ class Capture:
                     self._stream.fetch(part, flat[begin:end])
                 else:
                     part = block[offset : offset + end - begin]
-                    if offset + step >= BLOCK_ELEMENTS:
+                    if offset + step >= BLOCK_ELEMENTS or end == run.stop:
                         del run.saved[name][number]
+                        self.saved_bytes -= block.nbytes
                 run.read_to[name] = end
             yield part
 
@@ -307,6 +311,7 @@ class Capture:
     def _drop(self) -> None:
         self._pieces, self.tables, self._staging = [[] for _ in self._pieces], {}, NOTHING
         self._averaged = [_Run(0, 0) for _ in self._averaged]
+        self.saved_bytes = 0
 
 
 def block_memory(elements: int, dtype: torch.dtype) -> Tensor:

@@ -61,20 +61,22 @@ class CapturedTable:
 
     # For the writer thread.
 
-    def save_rows(self, ids: Tensor) -> None:
-        """Put those of these rows aside that a step overwrites for the first time since the mark."""
+    def save_rows(self, ids: Tensor) -> int:
+        """Put those of these rows aside that a step overwrites for the first time since the mark; how many bytes."""
         names = self._unread()
         if self._whole is not None or not names:
-            return
+            return 0
         new = ids[self._changed[ids] <= self._version]
-        if new.numel():
-            rows = {name: self._stream.gathered(self._tensors[name], new) for name in names}
-            self._fresh.append(_Aside(new.cpu(), rows))
+        if not new.numel():
+            return 0
+        rows = {name: self._stream.gathered(self._tensors[name], new) for name in names}
+        self._fresh.append(_Aside(new.cpu(), rows))
+        return new.nbytes + sum(tensor.nbytes for tensor in rows.values())
 
-    def save_whole(self) -> None:
-        """Keep all rows: they are about to be overwritten. Their versions are, too."""
+    def save_whole(self) -> int:
+        """Keep all rows: they are about to be overwritten. Their versions are, too. How many bytes that takes."""
         if self._whole is not None:
-            return
+            return 0
         self._changed = self._changed.clone()
         whole = {}
         for name in self._unread():
@@ -82,6 +84,7 @@ class CapturedTable:
             whole[name] = take(tensor.shape, tensor.dtype, WHAT)
             self._stream.fetch(whole[name], tensor)
         self._whole = whole
+        return sum(tensor.nbytes for tensor in whole.values())
 
     # For the reader.
 

@@ -110,6 +110,12 @@ SERVER_METRICS: Final[tuple[Family[ServerView], ...]] = (
         ("budget",),
     ),
     Family(
+        "pushstep_snapshot_saved_bytes",
+        GAUGE,
+        "Kept of what training has overwritten under the snapshots being written, two models at most. Does a slow disk cost memory?",
+        lambda view: [((), view.catalog.snapshotter.saved_bytes)],
+    ),
+    Family(
         "pushstep_event_loop_lag_seconds",
         HISTOGRAM,
         "How late the event loop runs what is due. Does something hold up everybody?",

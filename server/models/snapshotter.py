@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from pushstep.proto.errors import Draining, ModelFailed, ModelLost, PushstepError
 
+from ..captures.capture import Capture
 from ..coordinator.hooks.hook import Point
 from ..journal.durability import DurabilitySettings
 from ..journal.journal import Journal, Level
@@ -55,6 +56,7 @@ class Snapshotter:
         self._paces: set[Pace] = set()
         # how many wait for their turn
         self._waiting = 0
+        self._reading: set[Capture] = set()
 
     async def take(
         self, model: Model, folder: ModelFolder, by: str, *, automatic: bool, pace: Pace = AT_ONCE
@@ -95,11 +97,13 @@ class Snapshotter:
             base = None  # a chain that ends lets go of the journal behind the one before
         facts, content = await model.captured()
         version, begun_s = content.version, model.clock()
+        self._reading.add(content)
         try:
             manifest = await SNAPSHOTS.run(
                 folder.snapshots.write, facts, content, automatic=automatic, base=base, pace=pace
             )
         finally:
+            self._reading.discard(content)
             content.close()
         written_bytes = sum(file["bytes"] for file in manifest["files"])
         self.bytes_per_s = round(written_bytes / max(1e-9, model.clock() - begun_s))
@@ -113,6 +117,11 @@ class Snapshotter:
             journal.based(manifest["journal"], version)
             model.recorder.note_durable(journal)
         return manifest
+
+    @property
+    def saved_bytes(self) -> int:
+        """Bytes that the snapshots being written keep of what training has overwritten since they began."""
+        return sum(content.saved_bytes for content in self._reading)
 
     def hurry(self) -> None:
         """Have the snapshots that are being written written as fast as can be."""

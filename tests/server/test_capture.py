@@ -298,6 +298,29 @@ def test_nothing_is_saved_that_was_read_or_that_nobody_overwrites(monkeypatch: p
     assert house.arenas.capture is None
 
 
+@pytest.mark.parametrize("reads", [True, False])
+def test_what_is_saved_is_counted_and_is_no_more_than_the_model(reads: bool) -> None:
+    house = House(8)
+    house.rows()  # which makes tables
+    capture = house.arenas.captured(Extras(), ())
+    house.rows()
+    by_rows = capture.saved_bytes
+    assert by_rows > 0
+    house.all_dense()
+    house.upload()
+    held = sum(flat.nbytes for flats in capture._held for flat in flats.values())
+    assert held <= capture.saved_bytes <= held + by_rows
+    if reads:
+        for arena in LAYOUT.arenas:
+            for name in capture.names(arena.index):
+                for _ in capture.whole(arena.index, name):
+                    pass
+        tables_bytes = sum(t.nbytes for table in capture.tables.values() for t in table._tensors.values())
+        assert tables_bytes <= capture.saved_bytes <= tables_bytes + by_rows
+    capture.close()
+    assert capture.saved_bytes == 0
+
+
 def test_one_that_has_no_memory_fails_and_the_step_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     house = House(5)
     capture = house.arenas.captured(Extras(), ())
