@@ -13,6 +13,7 @@ from pushstep.proto.types_pb2 import Identity, Manifest, Parameter
 from pushstep.proto.wire import layout, parts
 from pushstep.proto.wire.frames import MAX_CHUNK_BYTES, MAX_MESSAGE_BYTES
 from pushstep.proto.wire.limits import limit_of
+from pushstep.proto.wire.steps import IDLE_S
 from pushstep.server.access import attempts, request_rate, tokens
 from pushstep.server.arenas import publisher as publish
 from pushstep.server.config import Config
@@ -93,6 +94,7 @@ EXPECTED = {
         DEFAULTS.stall_s
     ),
     "the one message of a call": duration(REQUEST_S),
+    "a call of TakeSteps, between two pushes": duration(IDLE_S),
     "a push that waits for other workers": duration(held_pushes.HOLD_S),
     "a worker that is not heard of": duration(DEFAULTS.lease_s),
     "calls at once on one connection": f"{GRPC['grpc.max_concurrent_streams']}",

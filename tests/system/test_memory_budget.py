@@ -48,6 +48,7 @@ def most_bytes(server: RunningServer, work: Callable[[], object]) -> int:
     return memory_bytes(server.process.pid, "VmHWM") - before
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("rule", BUFFERS)
 def test_a_model(rule: str, server: RunningServer, tmp_path: Path) -> None:
     """At rest, what is kept for the next push and answer is given back. A copy is the most that saving it takes."""
