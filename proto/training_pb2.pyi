@@ -93,7 +93,7 @@ class JoinResponse(_message.Message):
     def __init__(self, member: _Optional[_Union[Membership, _Mapping]] = ..., create: _Optional[_Union[CreationTicket, _Mapping]] = ...) -> None: ...
 
 class Membership(_message.Message):
-    __slots__ = ("identity", "version", "manifest_hash", "manifest", "groups", "receipts", "lease_s", "lead", "worker_state", "policy", "forgotten_epoch", "forgotten_sequence", "extras_version", "rolled_back")
+    __slots__ = ("identity", "version", "manifest_hash", "manifest", "groups", "receipts", "lease_s", "lead", "worker_state", "policy", "forgotten_epoch", "forgotten_sequence", "extras_version", "rolled_back", "shards")
     IDENTITY_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_HASH_FIELD_NUMBER: _ClassVar[int]
@@ -108,6 +108,7 @@ class Membership(_message.Message):
     FORGOTTEN_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     EXTRAS_VERSION_FIELD_NUMBER: _ClassVar[int]
     ROLLED_BACK_FIELD_NUMBER: _ClassVar[int]
+    SHARDS_FIELD_NUMBER: _ClassVar[int]
     identity: _types_pb2.Identity
     version: int
     manifest_hash: int
@@ -122,21 +123,46 @@ class Membership(_message.Message):
     forgotten_sequence: int
     extras_version: int
     rolled_back: int
-    def __init__(self, identity: _Optional[_Union[_types_pb2.Identity, _Mapping]] = ..., version: _Optional[int] = ..., manifest_hash: _Optional[int] = ..., manifest: _Optional[_Union[_types_pb2.Manifest, _Mapping]] = ..., groups: _Optional[_Iterable[_Union[_types_pb2.GroupValues, _Mapping]]] = ..., receipts: _Optional[_Iterable[_Union[_types_pb2.Receipt, _Mapping]]] = ..., lease_s: _Optional[float] = ..., lead: bool = ..., worker_state: _Optional[bytes] = ..., policy: _Optional[str] = ..., forgotten_epoch: _Optional[int] = ..., forgotten_sequence: _Optional[int] = ..., extras_version: _Optional[int] = ..., rolled_back: _Optional[int] = ...) -> None: ...
+    shards: ShardMap
+    def __init__(self, identity: _Optional[_Union[_types_pb2.Identity, _Mapping]] = ..., version: _Optional[int] = ..., manifest_hash: _Optional[int] = ..., manifest: _Optional[_Union[_types_pb2.Manifest, _Mapping]] = ..., groups: _Optional[_Iterable[_Union[_types_pb2.GroupValues, _Mapping]]] = ..., receipts: _Optional[_Iterable[_Union[_types_pb2.Receipt, _Mapping]]] = ..., lease_s: _Optional[float] = ..., lead: bool = ..., worker_state: _Optional[bytes] = ..., policy: _Optional[str] = ..., forgotten_epoch: _Optional[int] = ..., forgotten_sequence: _Optional[int] = ..., extras_version: _Optional[int] = ..., rolled_back: _Optional[int] = ..., shards: _Optional[_Union[ShardMap, _Mapping]] = ...) -> None: ...
+
+class ShardMap(_message.Message):
+    __slots__ = ("version", "world", "shards")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    WORLD_FIELD_NUMBER: _ClassVar[int]
+    SHARDS_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    world: int
+    shards: _containers.RepeatedCompositeFieldContainer[Shard]
+    def __init__(self, version: _Optional[int] = ..., world: _Optional[int] = ..., shards: _Optional[_Iterable[_Union[Shard, _Mapping]]] = ...) -> None: ...
+
+class Shard(_message.Message):
+    __slots__ = ("rank", "address", "manifest_hash", "unix_path")
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    MANIFEST_HASH_FIELD_NUMBER: _ClassVar[int]
+    UNIX_PATH_FIELD_NUMBER: _ClassVar[int]
+    rank: int
+    address: str
+    manifest_hash: int
+    unix_path: str
+    def __init__(self, rank: _Optional[int] = ..., address: _Optional[str] = ..., manifest_hash: _Optional[int] = ..., unix_path: _Optional[str] = ...) -> None: ...
 
 class CreationTicket(_message.Message):
-    __slots__ = ("model", "worker", "ticket", "expires_s", "manifest")
+    __slots__ = ("model", "worker", "ticket", "expires_s", "manifest", "shards")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     WORKER_FIELD_NUMBER: _ClassVar[int]
     TICKET_FIELD_NUMBER: _ClassVar[int]
     EXPIRES_S_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    SHARDS_FIELD_NUMBER: _ClassVar[int]
     model: str
     worker: str
     ticket: int
     expires_s: float
     manifest: _types_pb2.Manifest
-    def __init__(self, model: _Optional[str] = ..., worker: _Optional[str] = ..., ticket: _Optional[int] = ..., expires_s: _Optional[float] = ..., manifest: _Optional[_Union[_types_pb2.Manifest, _Mapping]] = ...) -> None: ...
+    shards: ShardMap
+    def __init__(self, model: _Optional[str] = ..., worker: _Optional[str] = ..., ticket: _Optional[int] = ..., expires_s: _Optional[float] = ..., manifest: _Optional[_Union[_types_pb2.Manifest, _Mapping]] = ..., shards: _Optional[_Union[ShardMap, _Mapping]] = ...) -> None: ...
 
 class HeartbeatRequest(_message.Message):
     __slots__ = ("model", "identity")
@@ -183,14 +209,16 @@ class LeaveResponse(_message.Message):
     def __init__(self, ignored_edits: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class PullOptions(_message.Message):
-    __slots__ = ("have_version", "dtype", "region")
+    __slots__ = ("have_version", "dtype", "region", "version")
     HAVE_VERSION_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     REGION_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
     have_version: int
     dtype: _types_pb2.DType
     region: int
-    def __init__(self, have_version: _Optional[int] = ..., dtype: _Optional[_Union[_types_pb2.DType, str]] = ..., region: _Optional[int] = ...) -> None: ...
+    version: int
+    def __init__(self, have_version: _Optional[int] = ..., dtype: _Optional[_Union[_types_pb2.DType, str]] = ..., region: _Optional[int] = ..., version: _Optional[int] = ...) -> None: ...
 
 class GroupEdit(_message.Message):
     __slots__ = ("group", "values")
@@ -208,7 +236,7 @@ class GroupEdit(_message.Message):
     def __init__(self, group: _Optional[int] = ..., values: _Optional[_Mapping[str, _types_pb2.Hyperparameter]] = ...) -> None: ...
 
 class PushHeader(_message.Message):
-    __slots__ = ("model", "identity", "base_version", "manifest_hash", "segments", "edits", "metrics", "worker_state", "samples", "pull", "region", "slot", "skip", "held_digest", "hold_s", "traceparent")
+    __slots__ = ("model", "identity", "base_version", "manifest_hash", "segments", "edits", "metrics", "worker_state", "samples", "pull", "region", "slot", "skip", "held_digest", "hold_s", "traceparent", "map_version")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -232,6 +260,7 @@ class PushHeader(_message.Message):
     HELD_DIGEST_FIELD_NUMBER: _ClassVar[int]
     HOLD_S_FIELD_NUMBER: _ClassVar[int]
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
+    MAP_VERSION_FIELD_NUMBER: _ClassVar[int]
     model: str
     identity: _types_pb2.Identity
     base_version: int
@@ -248,10 +277,19 @@ class PushHeader(_message.Message):
     held_digest: int
     hold_s: float
     traceparent: str
-    def __init__(self, model: _Optional[str] = ..., identity: _Optional[_Union[_types_pb2.Identity, _Mapping]] = ..., base_version: _Optional[int] = ..., manifest_hash: _Optional[int] = ..., segments: _Optional[_Iterable[_Union[_types_pb2.Segment, _Mapping]]] = ..., edits: _Optional[_Iterable[_Union[GroupEdit, _Mapping]]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., worker_state: _Optional[bytes] = ..., samples: _Optional[float] = ..., pull: _Optional[_Union[PullOptions, _Mapping]] = ..., region: _Optional[int] = ..., slot: _Optional[int] = ..., skip: bool = ..., held_digest: _Optional[int] = ..., hold_s: _Optional[float] = ..., traceparent: _Optional[str] = ...) -> None: ...
+    map_version: int
+    def __init__(self, model: _Optional[str] = ..., identity: _Optional[_Union[_types_pb2.Identity, _Mapping]] = ..., base_version: _Optional[int] = ..., manifest_hash: _Optional[int] = ..., segments: _Optional[_Iterable[_Union[_types_pb2.Segment, _Mapping]]] = ..., edits: _Optional[_Iterable[_Union[GroupEdit, _Mapping]]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., worker_state: _Optional[bytes] = ..., samples: _Optional[float] = ..., pull: _Optional[_Union[PullOptions, _Mapping]] = ..., region: _Optional[int] = ..., slot: _Optional[int] = ..., skip: bool = ..., held_digest: _Optional[int] = ..., hold_s: _Optional[float] = ..., traceparent: _Optional[str] = ..., map_version: _Optional[int] = ...) -> None: ...
+
+class PartDigest(_message.Message):
+    __slots__ = ("rank", "digest")
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    rank: int
+    digest: int
+    def __init__(self, rank: _Optional[int] = ..., digest: _Optional[int] = ...) -> None: ...
 
 class PushCommit(_message.Message):
-    __slots__ = ("digest", "edits", "metrics", "worker_state", "samples")
+    __slots__ = ("digest", "edits", "metrics", "worker_state", "samples", "parts")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -264,12 +302,14 @@ class PushCommit(_message.Message):
     METRICS_FIELD_NUMBER: _ClassVar[int]
     WORKER_STATE_FIELD_NUMBER: _ClassVar[int]
     SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    PARTS_FIELD_NUMBER: _ClassVar[int]
     digest: int
     edits: _containers.RepeatedCompositeFieldContainer[GroupEdit]
     metrics: _containers.ScalarMap[str, float]
     worker_state: bytes
     samples: float
-    def __init__(self, digest: _Optional[int] = ..., edits: _Optional[_Iterable[_Union[GroupEdit, _Mapping]]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., worker_state: _Optional[bytes] = ..., samples: _Optional[float] = ...) -> None: ...
+    parts: _containers.RepeatedCompositeFieldContainer[PartDigest]
+    def __init__(self, digest: _Optional[int] = ..., edits: _Optional[_Iterable[_Union[GroupEdit, _Mapping]]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., worker_state: _Optional[bytes] = ..., samples: _Optional[float] = ..., parts: _Optional[_Iterable[_Union[PartDigest, _Mapping]]] = ...) -> None: ...
 
 class PushRequest(_message.Message):
     __slots__ = ("header", "segment", "offset", "commit", "header_part", "payload")
@@ -328,18 +368,20 @@ class OpenRegionResponse(_message.Message):
     def __init__(self, region: _Optional[int] = ..., token: _Optional[bytes] = ..., path: _Optional[str] = ..., slots: _Optional[int] = ..., slot_bytes: _Optional[int] = ..., answer_bytes: _Optional[int] = ..., device_uuid: _Optional[bytes] = ...) -> None: ...
 
 class PullRequest(_message.Message):
-    __slots__ = ("model", "identity", "options", "timeline", "manifest_hash")
+    __slots__ = ("model", "identity", "options", "timeline", "manifest_hash", "map_version")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     IDENTITY_FIELD_NUMBER: _ClassVar[int]
     OPTIONS_FIELD_NUMBER: _ClassVar[int]
     TIMELINE_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_HASH_FIELD_NUMBER: _ClassVar[int]
+    MAP_VERSION_FIELD_NUMBER: _ClassVar[int]
     model: str
     identity: _types_pb2.Identity
     options: PullOptions
     timeline: int
     manifest_hash: int
-    def __init__(self, model: _Optional[str] = ..., identity: _Optional[_Union[_types_pb2.Identity, _Mapping]] = ..., options: _Optional[_Union[PullOptions, _Mapping]] = ..., timeline: _Optional[int] = ..., manifest_hash: _Optional[int] = ...) -> None: ...
+    map_version: int
+    def __init__(self, model: _Optional[str] = ..., identity: _Optional[_Union[_types_pb2.Identity, _Mapping]] = ..., options: _Optional[_Union[PullOptions, _Mapping]] = ..., timeline: _Optional[int] = ..., manifest_hash: _Optional[int] = ..., map_version: _Optional[int] = ...) -> None: ...
 
 class PullRowsRequest(_message.Message):
     __slots__ = ("model", "parameter", "ids", "dtype")
@@ -360,7 +402,7 @@ class PullStateRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ...) -> None: ...
 
 class PullHeader(_message.Message):
-    __slots__ = ("model_uid", "timeline", "version", "unchanged", "segments", "manifest_hash", "receipt", "groups", "steps", "manifest", "shared", "extras_version", "extras_bytes")
+    __slots__ = ("model_uid", "timeline", "version", "unchanged", "segments", "manifest_hash", "receipt", "groups", "steps", "manifest", "shared", "extras_version", "extras_bytes", "apart", "shards")
     MODEL_UID_FIELD_NUMBER: _ClassVar[int]
     TIMELINE_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -374,6 +416,8 @@ class PullHeader(_message.Message):
     SHARED_FIELD_NUMBER: _ClassVar[int]
     EXTRAS_VERSION_FIELD_NUMBER: _ClassVar[int]
     EXTRAS_BYTES_FIELD_NUMBER: _ClassVar[int]
+    APART_FIELD_NUMBER: _ClassVar[int]
+    SHARDS_FIELD_NUMBER: _ClassVar[int]
     model_uid: bytes
     timeline: int
     version: int
@@ -387,7 +431,9 @@ class PullHeader(_message.Message):
     shared: bool
     extras_version: int
     extras_bytes: int
-    def __init__(self, model_uid: _Optional[bytes] = ..., timeline: _Optional[int] = ..., version: _Optional[int] = ..., unchanged: bool = ..., segments: _Optional[_Iterable[_Union[_types_pb2.Segment, _Mapping]]] = ..., manifest_hash: _Optional[int] = ..., receipt: _Optional[_Union[_types_pb2.Receipt, _Mapping]] = ..., groups: _Optional[_Iterable[_Union[_types_pb2.GroupValues, _Mapping]]] = ..., steps: _Optional[_Iterable[int]] = ..., manifest: _Optional[_Union[_types_pb2.Manifest, _Mapping]] = ..., shared: bool = ..., extras_version: _Optional[int] = ..., extras_bytes: _Optional[int] = ...) -> None: ...
+    apart: bool
+    shards: ShardMap
+    def __init__(self, model_uid: _Optional[bytes] = ..., timeline: _Optional[int] = ..., version: _Optional[int] = ..., unchanged: bool = ..., segments: _Optional[_Iterable[_Union[_types_pb2.Segment, _Mapping]]] = ..., manifest_hash: _Optional[int] = ..., receipt: _Optional[_Union[_types_pb2.Receipt, _Mapping]] = ..., groups: _Optional[_Iterable[_Union[_types_pb2.GroupValues, _Mapping]]] = ..., steps: _Optional[_Iterable[int]] = ..., manifest: _Optional[_Union[_types_pb2.Manifest, _Mapping]] = ..., shared: bool = ..., extras_version: _Optional[int] = ..., extras_bytes: _Optional[int] = ..., apart: bool = ..., shards: _Optional[_Union[ShardMap, _Mapping]] = ...) -> None: ...
 
 class PullResponse(_message.Message):
     __slots__ = ("header", "segment", "offset", "header_part", "payload")
@@ -404,7 +450,7 @@ class PullResponse(_message.Message):
     def __init__(self, header: _Optional[_Union[PullHeader, _Mapping]] = ..., segment: _Optional[int] = ..., offset: _Optional[int] = ..., header_part: _Optional[bytes] = ..., payload: _Optional[bytes] = ...) -> None: ...
 
 class UploadHeader(_message.Message):
-    __slots__ = ("model", "kind", "ticket", "identity", "manifest", "segments", "steps", "groups", "force", "manifest_hash", "extras_bytes", "policy", "fresh", "extras_all")
+    __slots__ = ("model", "kind", "ticket", "identity", "manifest", "segments", "steps", "groups", "force", "manifest_hash", "extras_bytes", "policy", "fresh", "extras_all", "map_version")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     TICKET_FIELD_NUMBER: _ClassVar[int]
@@ -419,6 +465,7 @@ class UploadHeader(_message.Message):
     POLICY_FIELD_NUMBER: _ClassVar[int]
     FRESH_FIELD_NUMBER: _ClassVar[int]
     EXTRAS_ALL_FIELD_NUMBER: _ClassVar[int]
+    MAP_VERSION_FIELD_NUMBER: _ClassVar[int]
     model: str
     kind: UploadKind
     ticket: int
@@ -433,7 +480,8 @@ class UploadHeader(_message.Message):
     policy: str
     fresh: _containers.RepeatedScalarFieldContainer[int]
     extras_all: bool
-    def __init__(self, model: _Optional[str] = ..., kind: _Optional[_Union[UploadKind, str]] = ..., ticket: _Optional[int] = ..., identity: _Optional[_Union[_types_pb2.Identity, _Mapping]] = ..., manifest: _Optional[_Union[_types_pb2.Manifest, _Mapping]] = ..., segments: _Optional[_Iterable[_Union[_types_pb2.Segment, _Mapping]]] = ..., steps: _Optional[_Iterable[int]] = ..., groups: _Optional[_Iterable[_Union[_types_pb2.GroupValues, _Mapping]]] = ..., force: bool = ..., manifest_hash: _Optional[int] = ..., extras_bytes: _Optional[int] = ..., policy: _Optional[str] = ..., fresh: _Optional[_Iterable[int]] = ..., extras_all: bool = ...) -> None: ...
+    map_version: int
+    def __init__(self, model: _Optional[str] = ..., kind: _Optional[_Union[UploadKind, str]] = ..., ticket: _Optional[int] = ..., identity: _Optional[_Union[_types_pb2.Identity, _Mapping]] = ..., manifest: _Optional[_Union[_types_pb2.Manifest, _Mapping]] = ..., segments: _Optional[_Iterable[_Union[_types_pb2.Segment, _Mapping]]] = ..., steps: _Optional[_Iterable[int]] = ..., groups: _Optional[_Iterable[_Union[_types_pb2.GroupValues, _Mapping]]] = ..., force: bool = ..., manifest_hash: _Optional[int] = ..., extras_bytes: _Optional[int] = ..., policy: _Optional[str] = ..., fresh: _Optional[_Iterable[int]] = ..., extras_all: bool = ..., map_version: _Optional[int] = ...) -> None: ...
 
 class UploadRequest(_message.Message):
     __slots__ = ("header", "segment", "offset", "header_part", "payload")

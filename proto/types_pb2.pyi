@@ -60,7 +60,7 @@ class Hyperparameter(_message.Message):
     def __init__(self, number: _Optional[float] = ..., flag: bool = ...) -> None: ...
 
 class Parameter(_message.Message):
-    __slots__ = ("name", "shape", "dtype", "group", "arena", "offset", "aliases")
+    __slots__ = ("name", "shape", "dtype", "group", "arena", "offset", "aliases", "whole_rows", "first_row")
     NAME_FIELD_NUMBER: _ClassVar[int]
     SHAPE_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
@@ -68,6 +68,8 @@ class Parameter(_message.Message):
     ARENA_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     ALIASES_FIELD_NUMBER: _ClassVar[int]
+    WHOLE_ROWS_FIELD_NUMBER: _ClassVar[int]
+    FIRST_ROW_FIELD_NUMBER: _ClassVar[int]
     name: str
     shape: _containers.RepeatedScalarFieldContainer[int]
     dtype: DType
@@ -75,7 +77,9 @@ class Parameter(_message.Message):
     arena: int
     offset: int
     aliases: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, name: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., dtype: _Optional[_Union[DType, str]] = ..., group: _Optional[int] = ..., arena: _Optional[int] = ..., offset: _Optional[int] = ..., aliases: _Optional[_Iterable[str]] = ...) -> None: ...
+    whole_rows: int
+    first_row: int
+    def __init__(self, name: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., dtype: _Optional[_Union[DType, str]] = ..., group: _Optional[int] = ..., arena: _Optional[int] = ..., offset: _Optional[int] = ..., aliases: _Optional[_Iterable[str]] = ..., whole_rows: _Optional[int] = ..., first_row: _Optional[int] = ...) -> None: ...
 
 class ParamGroup(_message.Message):
     __slots__ = ("rule", "optimizer", "values")

@@ -15,6 +15,7 @@ from pushstep.proto.errors import MalformedFrame
 from pushstep.proto.shared_memory.slots import SharedBody
 from pushstep.proto.types_pb2 import Segment
 from pushstep.proto.wire import dtypes
+from pushstep.proto.wire.bodies import check_body
 from pushstep.proto.wire.buffers import BufferPool, MessageRing
 from pushstep.proto.wire.frames import (
     CHUNK_BYTES,
@@ -25,7 +26,7 @@ from pushstep.proto.wire.frames import (
     pack,
     unpack,
 )
-from pushstep.proto.wire.layout import ID_BYTES, Layout, Slot, check_body
+from pushstep.proto.wire.layout import ID_BYTES, Layout, Slot
 from pushstep.proto.wire.parts import Parts, header_messages
 
 from .progress import Progress, Watchdog

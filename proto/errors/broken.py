@@ -118,6 +118,20 @@ class ExportsBusy(Unavailable):
     template = "{count} copies of other models or versions are being written or sent; try again"
 
 
+class VersionGone(Unavailable):
+    """The exact version of a part that was asked for is not kept there."""
+
+    code = "version_gone"
+    template = "version {version} of model {model!r} is not kept in rank {rank}; pull from rank 0 again"
+
+
+class RankLost(Unavailable):
+    """A rank of the job is gone, so nothing can be decided. All ranks stop, and are started again."""
+
+    code = "rank_lost"
+    template = "rank {rank} is gone ({problem}): all ranks stop; try again once they are back"
+
+
 class InternalError(Broken):
     """A defect. The server's log has it under this id."""
 

@@ -153,6 +153,35 @@ class ManifestChanged(Refused):
     template = "the manifest of model {model!r} changed; join again"
 
 
+class MapChanged(Refused):
+    """The model lies in other ranks, or is cut in another way, than the caller knows."""
+
+    code = "map_changed"
+    grpc_status = Status.ABORTED
+    template = "the parts of model {model!r} lie elsewhere than the caller knows; join again"
+
+
+class NotInRanks(Refused):
+    """Not possible, or not yet, for a model that lies in several ranks."""
+
+    code = "not_in_ranks"
+    template = "model {model!r} lies in {ranks} ranks, where this is not possible: {what}"
+
+
+class NotTheCoordinator(Refused):
+    """Only rank 0 decides. The other ranks take pushes' parts, and answer pulls of theirs."""
+
+    code = "not_the_coordinator"
+    template = "this is rank {rank}, which holds a part of each model: {what} goes to rank 0"
+
+
+class RanksDiffer(Refused):
+    """A rank that does not fit the others: of another job, build or number, or a number that another has."""
+
+    code = "ranks_differ"
+    template = "rank {rank} does not fit in: {problem}"
+
+
 class ManifestMismatch(Refused):
     """A worker's model is not the server's."""
 

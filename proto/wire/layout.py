@@ -13,17 +13,16 @@ from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from typing import Final, cast
 
 import torch
 import xxhash
 
-from ..errors import InvalidManifest, MalformedFrame, UnknownParameter, WrongDtype, WrongLength
+from ..errors import InvalidManifest, MalformedFrame, UnknownParameter
 from ..types_pb2 import Arena, DType, Manifest, Parameter, ParamGroup, Segment
 from . import dtypes
 from .limits import limit_of
-from .names import MAX_NAME_BYTES, check_parameter_name
+from .names import MAX_NAME_BYTES, check_names
 
 ID_BYTES: Final = 8
 INDEX_BYTES: Final = 4
@@ -53,6 +52,9 @@ class Slot:
     start: int
     stop: int
     aliases: tuple[str, ...]
+    # of a piece of a parameter (shards.py): the rows of the whole one, and the first of them that is here; 0: it is whole
+    whole_rows: int = 0
+    first_row: int = 0
 
     def __hash__(self) -> int:
         """The index alone: each push hashes its slots."""
@@ -98,9 +100,9 @@ class Layout:
             (slot.stop - slot.start) * slot.dtype.itemsize for slot in self._by_alias.values()
         )
         self.first_of_group = {slot.group: slot for slot in reversed(self.slots)}
-        self.arenas_of_group: dict[int, list[ArenaSpec]] = {}
+        self.arenas_of_group = {group: list[ArenaSpec]() for group in range(len(self.manifest.groups))}
         for arena in self.arenas:
-            self.arenas_of_group.setdefault(arena.group, []).append(arena)
+            self.arenas_of_group[arena.group].append(arena)
         self._whole: dict[torch.dtype | None, list[tuple[Segment, list[Slot]]]] = {}
         # by arena, start and stop; cached since every push of a worker has the same segments
         self._covered: dict[tuple[int, int, int], list[Slot]] = {}
@@ -255,51 +257,6 @@ class Layout:
         ]
 
 
-def check_body(
-    layout: Layout, segments: Sequence[Segment], limit_bytes: int, *, of_push: bool = False
-) -> list[int]:
-    """The byte length of each segment. MalformedFrame for overlaps, WrongLength beyond `limit_bytes`.
-
-    This is checked before a body is read. The limit includes what a push is unpacked to. Only a push may have int8
-    (else WrongDtype), element-sparse or empty segments (else MalformedFrame).
-    """
-    spans = []
-    lengths = []
-    for segment in segments:
-        if not of_push:
-            _check_plain(segment)
-        covered = layout.slots_of(segment)
-        # parameters without elements never overlap: the index tells whether two segments are of the same one
-        which = covered[0].index if segment.start == segment.stop else -1
-        spans.append((segment.state, segment.arena, which, segment.start, segment.stop, covered[0].name))
-        lengths.append(layout.segment_bytes(segment))
-    _check_apart(spans)
-    total = sum(lengths) + (sum(map(layout.unpacked_bytes, segments)) if of_push else 0)
-    if total > limit_bytes:
-        raise WrongLength(what="the declared body", got=total, expected=f"at most {limit_bytes}")
-    return lengths
-
-
-def _check_apart(spans: list[tuple[str, int, int, int, int, str]]) -> None:
-    """MalformedFrame if two segments hold the same parameter.
-
-    Segments end at parameter borders, so it is the first parameter of the later segment.
-    """
-    spans.sort()
-    for before, span in pairwise(spans):
-        if before[:3] == span[:3] and (span[2] >= 0 or span[3] < before[4]):
-            raise MalformedFrame(problem=f"parameter {span[5]!r} appears in two segments")
-
-
-def _check_plain(segment: Segment) -> None:
-    if segment.HasField("elements") or segment.HasField("parameter"):
-        raise MalformedFrame(problem="only a push may carry element-sparse or empty segments")
-    if segment.dtype == dtypes.INT8:
-        raise WrongDtype(
-            what="segment", got="int8, which is for pushes", expected=", ".join(dtypes.NAMES.values())
-        )
-
-
 def with_group(layout: Layout, added: Manifest) -> Layout:
     """The layout with one more group, or unchanged if its last group is that one already. InvalidManifest."""
     if len(added.groups) != 1 or not added.parameters:
@@ -316,13 +273,6 @@ def with_group(layout: Layout, added: Manifest) -> Layout:
         manifest.parameters.append(parameter)
         manifest.parameters[-1].group = last + 1
     return Layout(manifest)
-
-
-def check_names(manifest: Manifest) -> None:
-    """InvalidManifest unless a new model may have these names. A model that exists keeps its own."""
-    for parameter in manifest.parameters:
-        for name in (parameter.name, *parameter.aliases):
-            check_parameter_name(name)
 
 
 def _arranged(manifest: Manifest) -> tuple[tuple[Slot, ...], tuple[ArenaSpec, ...]]:
@@ -356,7 +306,12 @@ def _arranged(manifest: Manifest) -> tuple[tuple[Slot, ...], tuple[ArenaSpec, ..
         start = ends[arena]
         ends[arena] = start + math.prod(shape)
         parameter.arena, parameter.offset = arena, start
-        slot = Slot(index, name, shape, dtypes.TORCH[dtype], group, arena, start, ends[arena], aliases)
+        rows, first = parameter.whole_rows, parameter.first_row
+        if (rows or first) and (not shape or first + shape[0] > rows):
+            raise InvalidManifest(problem=f"{name!r} is no piece of {rows} rows")
+        slot = Slot(
+            index, name, shape, dtypes.TORCH[dtype], group, arena, start, ends[arena], aliases, rows, first
+        )
         inside.append(slot)
         slots.append(slot)
     arenas = []
@@ -390,7 +345,17 @@ def _room(shape: tuple[int, ...], name: str) -> int:
 def _hash(slots: Sequence[Slot], groups: Iterable[ParamGroup]) -> int:
     wire = {dtype: int(number) for dtype, number in dtypes.WIRE.items()}
     agreed = [
-        [[s.name, s.shape, wire[s.dtype], s.group, s.aliases] for s in slots],
+        [
+            [
+                s.name,
+                s.shape,
+                wire[s.dtype],
+                s.group,
+                s.aliases,
+                *([s.whole_rows, s.first_row] if s.whole_rows else ()),
+            ]
+            for s in slots
+        ],
         [[group.rule, group.optimizer] for group in groups],
     ]
     return xxhash.xxh3_64_intdigest(json.dumps(agreed, separators=(",", ":")).encode())

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Final
 
 from ..errors import InvalidManifest
-from ..types_pb2 import Parameter
+from ..types_pb2 import Manifest, Parameter
 from .limits import limit_of
 
 MAX_NAME_BYTES: Final = limit_of(Parameter, "name").bytes
@@ -18,6 +18,17 @@ _SHOWN: Final = 100
 _OF_SAFETENSORS: Final = "__metadata__"
 # web clients resolve these parts of a path before they send it
 _PLACES: Final = frozenset((".", ".."))
+
+
+def check_names(manifest: Manifest) -> None:
+    """InvalidManifest unless a new model may have these names. A model that exists keeps its own."""
+    for parameter in manifest.parameters:
+        if parameter.whole_rows or parameter.first_row:
+            raise InvalidManifest(
+                problem=f"{parameter.name!r} is a piece: send the manifest of the whole model"
+            )
+        for name in (parameter.name, *parameter.aliases):
+            check_parameter_name(name)
 
 
 def check_parameter_name(name: str) -> str:

@@ -73,6 +73,7 @@ MODEL_IN: Final[Mapping[str, str]] = {"POST /v1/models": "name", "GET /v1/capaci
 OF_ALL_MODELS: Final = frozenset({"GET /metrics"})
 
 _TRAINING: Final = "/pushstep.v1.TrainingService"
+_SHARDS: Final = "/pushstep.v1.ShardService"
 _HEALTH: Final = "/grpc.health.v1.Health"
 
 # Full names of the methods. A method's model is the `model` of its request or of its header.
@@ -92,6 +93,8 @@ RPCS: Final[Mapping[str, Need]] = {
     f"{_TRAINING}/PullRows": Need.WORKER,
     f"{_TRAINING}/PullState": Need.WORKER,
     f"{_TRAINING}/PullExtras": Need.WORKER,
+    # the other ranks of this server's job; what they say changes models
+    f"{_SHARDS}/Link": Need.OPERATOR,
     f"{_HEALTH}/Check": Need.OPEN,
     f"{_HEALTH}/List": Need.MEMBER,
     # a stream that stays open

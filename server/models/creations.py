@@ -17,7 +17,8 @@ from pushstep.proto.errors import BeingCreated, InvalidManifest, NoCreationTicke
 from pushstep.proto.process import is_gone
 from pushstep.proto.training_pb2 import Process
 from pushstep.proto.types_pb2 import Manifest
-from pushstep.proto.wire.layout import Layout, check_names
+from pushstep.proto.wire.layout import Layout
+from pushstep.proto.wire.names import check_names
 
 from ..arenas.arena import Arenas
 from ..coordinator.groups import Group

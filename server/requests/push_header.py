@@ -12,8 +12,9 @@ from pushstep.proto.errors import MalformedFrame, ManifestChanged
 from pushstep.proto.training_pb2 import GroupEdit, PushCommit, PushHeader
 from pushstep.proto.types_pb2 import GroupValues, Segment
 from pushstep.proto.wire import limits
+from pushstep.proto.wire.bodies import check_body
 from pushstep.proto.wire.frames import segment_table
-from pushstep.proto.wire.layout import Layout, Slot, check_body
+from pushstep.proto.wire.layout import Layout, Slot
 
 from ..process.inline import INLINE_PARTS
 

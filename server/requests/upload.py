@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Final
@@ -16,13 +15,10 @@ import torch
 
 from pushstep.optim import RULES
 from pushstep.proto.errors import (
-    InvalidManifest,
-    InvalidState,
     MalformedFrame,
     ManifestChanged,
     OtherWorkersLive,
     Unavailable,
-    WrongLength,
 )
 from pushstep.proto.training_pb2 import (
     UPLOAD_KIND_CREATE,
@@ -37,9 +33,10 @@ from pushstep.proto.training_pb2 import (
 )
 from pushstep.proto.types_pb2 import Manifest, Segment
 from pushstep.proto.wire import dtypes
+from pushstep.proto.wire.bodies import check_body
 from pushstep.proto.wire.frames import Assembly, BodyDigest, Chunk
 from pushstep.proto.wire.hyperparameters import plain_values
-from pushstep.proto.wire.layout import Layout, check_body, with_group
+from pushstep.proto.wire.layout import Layout, with_group
 from pushstep.proto.wire.parts import WHOLE_BYTES
 
 from ..arenas.arena import Arenas
@@ -57,12 +54,11 @@ from ..process import garbage
 from ..process.inline import INLINE_PARTS
 from ..process.request_log import about
 from ..process.threads import PUSHES, REQUESTS
-from ..staging.inspect import is_accumulated
 from ..streams.received import INLINE_MESSAGE_BYTES
 from . import push_header
 from .join import fill_in, keep_epoch, membership
 from .receiving import place_chunk
-from .upload_content import check_exact, extras_in
+from .upload_content import check_complete, check_exact, check_state, extras_in
 
 _MOST_STATES: Final = max(len(rule.state_names) for rule in RULES.values())
 _OF_A_MODEL = (UPLOAD_KIND_PARAMETERS, UPLOAD_KIND_STATE, UPLOAD_KIND_GROUP, UPLOAD_KIND_EXTRAS)
@@ -137,33 +133,9 @@ class Upload:
         lengths = check_body(self._layout, header.segments, self._catalog.config.max_bytes)
         if header.kind in (UPLOAD_KIND_EXTRAS, UPLOAD_KIND_CREATE) and header.extras_bytes:
             lengths.append(header.extras_bytes)
-        self._check_complete()
+        check_complete(self._layout, header)
         self._digest = BodyDigest(header.segments)
         return lengths
-
-    def _check_complete(self) -> None:
-        kind, header = self._header.kind, self._header
-        if header.steps and len(header.steps) != len(self._layout.slots):
-            raise WrongLength(what="steps", got=len(header.steps), expected=len(self._layout.slots))
-        covered = {slot.index for s in header.segments if not s.state for slot in self._layout.slots_of(s)}
-        if kind == UPLOAD_KIND_CREATE:
-            wanted = {slot.index for slot in self._layout.slots if slot.stop > slot.start}
-            if covered != wanted:
-                missing = [self._layout.slots[i].name for i in sorted(wanted - covered)][:5]
-                raise InvalidManifest(problem=f"the upload lacks the values of {', '.join(missing)}")
-        if kind == UPLOAD_KIND_GROUP:
-            added = {s.index for s in self._layout.slots if s.group == len(self._layout.manifest.groups) - 1}
-            held = {s.index for s in self._layout.slots if s.index in added and s.stop > s.start}
-            if covered != held or any(segment.state for segment in header.segments):
-                raise InvalidManifest(
-                    problem="the upload must carry the values of the added group, all and no others"
-                )
-        if kind == UPLOAD_KIND_EXTRAS and (header.segments or not header.extras_bytes):
-            raise MalformedFrame(problem="an extras upload carries one safetensors file and no segments")
-        if any(index >= len(self._layout.slots) for index in header.fresh):
-            raise MalformedFrame(
-                problem=f"there is no parameter {max(header.fresh)} whose state could begin anew"
-            )
 
     def place(self, chunk: Chunk) -> asyncio.Future[None] | None:
         """Copy a chunk into staging, and renew the worker's lease.
@@ -200,7 +172,7 @@ class Upload:
     async def _commit(self) -> UploadResponse:
         kind = self._header.kind
         if any(segment.state for segment in self._header.segments):
-            await PUSHES.run(self._check_state)
+            await PUSHES.run(check_state, self._layout, self._header, self._body)
         if kind == UPLOAD_KIND_CREATE:
             return await self._create()
         if self._model is None:
@@ -221,24 +193,6 @@ class Upload:
                     return await self._replace_extras(model)
             case _:
                 return await self._add_group(model)
-
-    def _check_state(self) -> None:
-        """Raise InvalidState unless steps can have left this state: all values finite, none negative.
-
-        One NaN or -1 would spoil every later step.
-        """
-        for index, segment in enumerate(self._header.segments):
-            if not segment.state:
-                continue
-            values = self._body.part(index, dtypes.to_torch(segment.dtype, "segment"))
-            if is_accumulated(values):
-                continue
-            for slot in self._layout.slots_of(segment):
-                own = values[slot.start - segment.start : slot.stop - segment.start]
-                if not is_accumulated(own):
-                    lowest, highest = (float(bound) for bound in torch.aminmax(own))
-                    got = lowest if not 0 <= lowest < math.inf else highest
-                    raise InvalidState(state=segment.state, parameter=slot.name, got=got)
 
     async def _create(self) -> UploadResponse:
         if self._creation is None:

@@ -1,15 +1,25 @@
-"""Checks on the tensors of an upload: buffers, optimizer state, dtypes."""
+"""Checks on an upload: that it declares what its kind needs; its buffers, optimizer state, dtypes."""
 
 from __future__ import annotations
 
+import math
+
 import torch
 
-from pushstep.proto.errors import MalformedFrame, WrongDtype
+from pushstep.proto.errors import InvalidManifest, InvalidState, MalformedFrame, WrongDtype, WrongLength
+from pushstep.proto.training_pb2 import (
+    UPLOAD_KIND_CREATE,
+    UPLOAD_KIND_EXTRAS,
+    UPLOAD_KIND_GROUP,
+    UploadHeader,
+)
 from pushstep.proto.types_pb2 import Segment
 from pushstep.proto.wire import dtypes
+from pushstep.proto.wire.frames import Assembly
 from pushstep.proto.wire.layout import Layout
 
 from ..coordinator.groups import Group
+from ..staging.inspect import is_accumulated
 from ..storage.tensor_file import tensors_in
 
 
@@ -42,3 +52,48 @@ def check_exact(layout: Layout, segment: Segment) -> None:
             raise MalformedFrame(
                 problem=f"rule {rule.name!r} has no state {segment.state[:50]!r}; it has {', '.join(rule.state_names)}"
             )
+
+
+def check_complete(layout: Layout, header: UploadHeader) -> None:
+    """Raise a named error unless a header declares all that its kind needs, and nothing else."""
+    kind = header.kind
+    if header.steps and len(header.steps) != len(layout.slots):
+        raise WrongLength(what="steps", got=len(header.steps), expected=len(layout.slots))
+    covered = {slot.index for s in header.segments if not s.state for slot in layout.slots_of(s)}
+    if kind == UPLOAD_KIND_CREATE:
+        wanted = {slot.index for slot in layout.slots if slot.stop > slot.start}
+        if covered != wanted:
+            missing = [layout.slots[i].name for i in sorted(wanted - covered)][:5]
+            raise InvalidManifest(problem=f"the upload lacks the values of {', '.join(missing)}")
+    if kind == UPLOAD_KIND_GROUP:
+        added = {s.index for s in layout.slots if s.group == len(layout.manifest.groups) - 1}
+        held = {s.index for s in layout.slots if s.index in added and s.stop > s.start}
+        if covered != held or any(segment.state for segment in header.segments):
+            raise InvalidManifest(
+                problem="the upload must carry the values of the added group, all and no others"
+            )
+    if kind == UPLOAD_KIND_EXTRAS and (header.segments or not header.extras_bytes):
+        raise MalformedFrame(problem="an extras upload carries one safetensors file and no segments")
+    if any(index >= len(layout.slots) for index in header.fresh):
+        raise MalformedFrame(
+            problem=f"there is no parameter {max(header.fresh)} whose state could begin anew"
+        )
+
+
+def check_state(layout: Layout, header: UploadHeader, body: Assembly) -> None:
+    """Raise InvalidState unless steps can have left this state: all values finite, none negative.
+
+    One NaN or -1 would spoil every later step.
+    """
+    for index, segment in enumerate(header.segments):
+        if not segment.state:
+            continue
+        values = body.part(index, dtypes.to_torch(segment.dtype, "segment"))
+        if is_accumulated(values):
+            continue
+        for slot in layout.slots_of(segment):
+            own = values[slot.start - segment.start : slot.stop - segment.start]
+            if not is_accumulated(own):
+                lowest, highest = (float(bound) for bound in torch.aminmax(own))
+                got = lowest if not 0 <= lowest < math.inf else highest
+                raise InvalidState(state=segment.state, parameter=slot.name, got=got)

@@ -49,6 +49,9 @@ class SavedParameter(Saved):
     dtype: Dtype
     group: Count
     aliases: list[str]
+    # of a piece of a parameter that lies in several ranks
+    whole_rows: Count = 0
+    first_row: Count = 0
 
 
 class SavedGroup(Saved):
@@ -246,6 +249,8 @@ def layout_of(snapshot: str, manifest: Mapping[str, Any]) -> Layout:
             dtype=dtypes.WIRE[dtypes.BY_NAME[entry["dtype"]]],
             group=min(entry["group"], len(manifest["groups"])),
             aliases=entry["aliases"],
+            whole_rows=entry.get("whole_rows", 0),
+            first_row=entry.get("first_row", 0),
         )
     try:
         layout = Layout(message)
@@ -272,6 +277,7 @@ def parameters_of(layout: Layout) -> list[dict[str, Any]]:
             "dtype": dtypes.NAMES[slot.dtype],
             "group": slot.group,
             "aliases": list(slot.aliases),
+            **({"whole_rows": slot.whole_rows, "first_row": slot.first_row} if slot.whole_rows else {}),
         }
         for slot in layout.slots
     ]

@@ -20,9 +20,10 @@ from pushstep.proto.errors import InvalidSettings, NonfiniteGradient, WrongDtype
 from pushstep.proto.training_pb2 import PushRequest
 from pushstep.proto.types_pb2 import DType, Manifest, Parameter, ParamGroup
 from pushstep.proto.wire import dtypes
+from pushstep.proto.wire.bodies import check_body
 from pushstep.proto.wire.buffers import BufferPool
 from pushstep.proto.wire.frames import Assembly, pack, unpack
-from pushstep.proto.wire.layout import Layout, check_body
+from pushstep.proto.wire.layout import Layout
 from pushstep.server.staging.unpack import dense_part, rows_parts
 from tests.simulation.seeded_bugs import Bug, found_by
 from tests.support.servers.harness import RunningServer

@@ -20,7 +20,8 @@ from pushstep.proto.errors import (
     WrongLength,
 )
 from pushstep.proto.types_pb2 import DType, Manifest, Parameter, ParamGroup, Segment
-from pushstep.proto.wire.layout import MAX_DIMENSIONS, Layout, check_body, with_group
+from pushstep.proto.wire.bodies import check_body
+from pushstep.proto.wire.layout import MAX_DIMENSIONS, Layout, with_group
 
 F32, F64, BF16, F16 = (
     DType.DTYPE_FLOAT32,

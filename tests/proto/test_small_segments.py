@@ -16,9 +16,10 @@ from pushstep.client.gradients.compression import Compression
 from pushstep.proto.errors import InvalidRequest, MalformedFrame, PushstepError, WrongDtype, WrongLength
 from pushstep.proto.training_pb2 import PushRequest
 from pushstep.proto.types_pb2 import DType, Manifest, Parameter, ParamGroup, Segment
+from pushstep.proto.wire.bodies import check_body
 from pushstep.proto.wire.buffers import BufferPool
 from pushstep.proto.wire.frames import Assembly, BodyDigest, Piece, pack, unpack
-from pushstep.proto.wire.layout import Layout, check_body
+from pushstep.proto.wire.layout import Layout
 from pushstep.server.staging.unpack import dense_part, rows_parts
 
 INT8, F32, F64 = DType.DTYPE_INT8, DType.DTYPE_FLOAT32, DType.DTYPE_FLOAT64

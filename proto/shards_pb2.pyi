@@ -1,0 +1,326 @@
+from pushstep.proto import limits_pb2 as _limits_pb2
+from pushstep.proto import types_pb2 as _types_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class RankError(_message.Message):
+    __slots__ = ("code", "message", "fields")
+    class FieldsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    FIELDS_FIELD_NUMBER: _ClassVar[int]
+    code: str
+    message: str
+    fields: _containers.ScalarMap[str, str]
+    def __init__(self, code: _Optional[str] = ..., message: _Optional[str] = ..., fields: _Optional[_Mapping[str, str]] = ...) -> None: ...
+
+class RankMessage(_message.Message):
+    __slots__ = ("hello", "models", "staged", "stepped", "done", "failed", "sums", "alive")
+    HELLO_FIELD_NUMBER: _ClassVar[int]
+    MODELS_FIELD_NUMBER: _ClassVar[int]
+    STAGED_FIELD_NUMBER: _ClassVar[int]
+    STEPPED_FIELD_NUMBER: _ClassVar[int]
+    DONE_FIELD_NUMBER: _ClassVar[int]
+    FAILED_FIELD_NUMBER: _ClassVar[int]
+    SUMS_FIELD_NUMBER: _ClassVar[int]
+    ALIVE_FIELD_NUMBER: _ClassVar[int]
+    hello: RankHello
+    models: RankModels
+    staged: RankStaged
+    stepped: RankStepped
+    done: RankDone
+    failed: RankError
+    sums: RankSums
+    alive: bool
+    def __init__(self, hello: _Optional[_Union[RankHello, _Mapping]] = ..., models: _Optional[_Union[RankModels, _Mapping]] = ..., staged: _Optional[_Union[RankStaged, _Mapping]] = ..., stepped: _Optional[_Union[RankStepped, _Mapping]] = ..., done: _Optional[_Union[RankDone, _Mapping]] = ..., failed: _Optional[_Union[RankError, _Mapping]] = ..., sums: _Optional[_Union[RankSums, _Mapping]] = ..., alive: bool = ...) -> None: ...
+
+class RankHello(_message.Message):
+    __slots__ = ("rank", "world", "build", "address", "unix_path")
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    WORLD_FIELD_NUMBER: _ClassVar[int]
+    BUILD_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    UNIX_PATH_FIELD_NUMBER: _ClassVar[int]
+    rank: int
+    world: int
+    build: str
+    address: str
+    unix_path: str
+    def __init__(self, rank: _Optional[int] = ..., world: _Optional[int] = ..., build: _Optional[str] = ..., address: _Optional[str] = ..., unix_path: _Optional[str] = ...) -> None: ...
+
+class RankModels(_message.Message):
+    __slots__ = ("models",)
+    MODELS_FIELD_NUMBER: _ClassVar[int]
+    models: _containers.RepeatedCompositeFieldContainer[RankModel]
+    def __init__(self, models: _Optional[_Iterable[_Union[RankModel, _Mapping]]] = ...) -> None: ...
+
+class RankModel(_message.Message):
+    __slots__ = ("model", "uid", "timeline", "version", "oldest", "manifest_hash", "problem")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    UID_FIELD_NUMBER: _ClassVar[int]
+    TIMELINE_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    OLDEST_FIELD_NUMBER: _ClassVar[int]
+    MANIFEST_HASH_FIELD_NUMBER: _ClassVar[int]
+    PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    uid: bytes
+    timeline: int
+    version: int
+    oldest: int
+    manifest_hash: int
+    problem: RankError
+    def __init__(self, model: _Optional[str] = ..., uid: _Optional[bytes] = ..., timeline: _Optional[int] = ..., version: _Optional[int] = ..., oldest: _Optional[int] = ..., manifest_hash: _Optional[int] = ..., problem: _Optional[_Union[RankError, _Mapping]] = ...) -> None: ...
+
+class RankStaged(_message.Message):
+    __slots__ = ("model", "identity", "digest", "segments", "sums", "fault")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    IDENTITY_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    SEGMENTS_FIELD_NUMBER: _ClassVar[int]
+    SUMS_FIELD_NUMBER: _ClassVar[int]
+    FAULT_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    identity: _types_pb2.Identity
+    digest: int
+    segments: _containers.RepeatedCompositeFieldContainer[_types_pb2.Segment]
+    sums: RankSums
+    fault: RankError
+    def __init__(self, model: _Optional[str] = ..., identity: _Optional[_Union[_types_pb2.Identity, _Mapping]] = ..., digest: _Optional[int] = ..., segments: _Optional[_Iterable[_Union[_types_pb2.Segment, _Mapping]]] = ..., sums: _Optional[_Union[RankSums, _Mapping]] = ..., fault: _Optional[_Union[RankError, _Mapping]] = ...) -> None: ...
+
+class RankSums(_message.Message):
+    __slots__ = ("sums", "counts", "nonfinite", "reduce", "problem")
+    SUMS_FIELD_NUMBER: _ClassVar[int]
+    COUNTS_FIELD_NUMBER: _ClassVar[int]
+    NONFINITE_FIELD_NUMBER: _ClassVar[int]
+    REDUCE_FIELD_NUMBER: _ClassVar[int]
+    PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    sums: _containers.RepeatedScalarFieldContainer[float]
+    counts: _containers.RepeatedScalarFieldContainer[int]
+    nonfinite: int
+    reduce: int
+    problem: RankError
+    def __init__(self, sums: _Optional[_Iterable[float]] = ..., counts: _Optional[_Iterable[int]] = ..., nonfinite: _Optional[int] = ..., reduce: _Optional[int] = ..., problem: _Optional[_Union[RankError, _Mapping]] = ...) -> None: ...
+
+class RankStepped(_message.Message):
+    __slots__ = ("model", "timeline", "version", "safe_version")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    TIMELINE_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    SAFE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    timeline: int
+    version: int
+    safe_version: int
+    def __init__(self, model: _Optional[str] = ..., timeline: _Optional[int] = ..., version: _Optional[int] = ..., safe_version: _Optional[int] = ...) -> None: ...
+
+class RankDone(_message.Message):
+    __slots__ = ("order", "problem", "snapshot", "digest", "bytes")
+    ORDER_FIELD_NUMBER: _ClassVar[int]
+    PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    order: int
+    problem: RankError
+    snapshot: str
+    digest: int
+    bytes: int
+    def __init__(self, order: _Optional[int] = ..., problem: _Optional[_Union[RankError, _Mapping]] = ..., snapshot: _Optional[str] = ..., digest: _Optional[int] = ..., bytes: _Optional[int] = ...) -> None: ...
+
+class RankOrder(_message.Message):
+    __slots__ = ("order", "welcome", "create", "commit_creation", "withdraw", "ticket", "drop", "publish", "reduce", "delete", "snapshot", "restore", "close", "serve", "alive", "durability", "averages")
+    ORDER_FIELD_NUMBER: _ClassVar[int]
+    WELCOME_FIELD_NUMBER: _ClassVar[int]
+    CREATE_FIELD_NUMBER: _ClassVar[int]
+    COMMIT_CREATION_FIELD_NUMBER: _ClassVar[int]
+    WITHDRAW_FIELD_NUMBER: _ClassVar[int]
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    DROP_FIELD_NUMBER: _ClassVar[int]
+    PUBLISH_FIELD_NUMBER: _ClassVar[int]
+    REDUCE_FIELD_NUMBER: _ClassVar[int]
+    DELETE_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
+    RESTORE_FIELD_NUMBER: _ClassVar[int]
+    CLOSE_FIELD_NUMBER: _ClassVar[int]
+    SERVE_FIELD_NUMBER: _ClassVar[int]
+    ALIVE_FIELD_NUMBER: _ClassVar[int]
+    DURABILITY_FIELD_NUMBER: _ClassVar[int]
+    AVERAGES_FIELD_NUMBER: _ClassVar[int]
+    order: int
+    welcome: RankWelcome
+    create: RankCreate
+    commit_creation: RankCommitCreation
+    withdraw: RankWithdraw
+    ticket: RankTicket
+    drop: RankDrop
+    publish: RankPublish
+    reduce: RankReduce
+    delete: RankDelete
+    snapshot: RankSnapshot
+    restore: RankRestore
+    close: bool
+    serve: RankServe
+    alive: bool
+    durability: RankDurability
+    averages: RankAverages
+    def __init__(self, order: _Optional[int] = ..., welcome: _Optional[_Union[RankWelcome, _Mapping]] = ..., create: _Optional[_Union[RankCreate, _Mapping]] = ..., commit_creation: _Optional[_Union[RankCommitCreation, _Mapping]] = ..., withdraw: _Optional[_Union[RankWithdraw, _Mapping]] = ..., ticket: _Optional[_Union[RankTicket, _Mapping]] = ..., drop: _Optional[_Union[RankDrop, _Mapping]] = ..., publish: _Optional[_Union[RankPublish, _Mapping]] = ..., reduce: _Optional[_Union[RankReduce, _Mapping]] = ..., delete: _Optional[_Union[RankDelete, _Mapping]] = ..., snapshot: _Optional[_Union[RankSnapshot, _Mapping]] = ..., restore: _Optional[_Union[RankRestore, _Mapping]] = ..., close: bool = ..., serve: _Optional[_Union[RankServe, _Mapping]] = ..., alive: bool = ..., durability: _Optional[_Union[RankDurability, _Mapping]] = ..., averages: _Optional[_Union[RankAverages, _Mapping]] = ...) -> None: ...
+
+class RankWelcome(_message.Message):
+    __slots__ = ("world", "build")
+    WORLD_FIELD_NUMBER: _ClassVar[int]
+    BUILD_FIELD_NUMBER: _ClassVar[int]
+    world: int
+    build: str
+    def __init__(self, world: _Optional[int] = ..., build: _Optional[str] = ...) -> None: ...
+
+class RankServe(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class RankCreate(_message.Message):
+    __slots__ = ("model", "ticket", "manifest", "map_version")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    MAP_VERSION_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    ticket: int
+    manifest: _types_pb2.Manifest
+    map_version: int
+    def __init__(self, model: _Optional[str] = ..., ticket: _Optional[int] = ..., manifest: _Optional[_Union[_types_pb2.Manifest, _Mapping]] = ..., map_version: _Optional[int] = ...) -> None: ...
+
+class RankCommitCreation(_message.Message):
+    __slots__ = ("model", "ticket", "uid", "durability")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    UID_FIELD_NUMBER: _ClassVar[int]
+    DURABILITY_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    ticket: int
+    uid: bytes
+    durability: str
+    def __init__(self, model: _Optional[str] = ..., ticket: _Optional[int] = ..., uid: _Optional[bytes] = ..., durability: _Optional[str] = ...) -> None: ...
+
+class RankWithdraw(_message.Message):
+    __slots__ = ("model", "ticket")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    ticket: int
+    def __init__(self, model: _Optional[str] = ..., ticket: _Optional[int] = ...) -> None: ...
+
+class RankTicket(_message.Message):
+    __slots__ = ("model", "uid", "timeline", "ticket", "by_rows", "reduce")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    UID_FIELD_NUMBER: _ClassVar[int]
+    TIMELINE_FIELD_NUMBER: _ClassVar[int]
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    BY_ROWS_FIELD_NUMBER: _ClassVar[int]
+    REDUCE_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    uid: bytes
+    timeline: int
+    ticket: _types_pb2.Ticket
+    by_rows: _containers.RepeatedScalarFieldContainer[int]
+    reduce: int
+    def __init__(self, model: _Optional[str] = ..., uid: _Optional[bytes] = ..., timeline: _Optional[int] = ..., ticket: _Optional[_Union[_types_pb2.Ticket, _Mapping]] = ..., by_rows: _Optional[_Iterable[int]] = ..., reduce: _Optional[int] = ...) -> None: ...
+
+class RankDrop(_message.Message):
+    __slots__ = ("model", "identity", "receipt", "error")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    IDENTITY_FIELD_NUMBER: _ClassVar[int]
+    RECEIPT_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    identity: _types_pb2.Identity
+    receipt: _types_pb2.Receipt
+    error: RankError
+    def __init__(self, model: _Optional[str] = ..., identity: _Optional[_Union[_types_pb2.Identity, _Mapping]] = ..., receipt: _Optional[_Union[_types_pb2.Receipt, _Mapping]] = ..., error: _Optional[_Union[RankError, _Mapping]] = ...) -> None: ...
+
+class RankPublish(_message.Message):
+    __slots__ = ("model", "timeline", "version", "dtype", "have_version")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    TIMELINE_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    HAVE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    timeline: int
+    version: int
+    dtype: _types_pb2.DType
+    have_version: int
+    def __init__(self, model: _Optional[str] = ..., timeline: _Optional[int] = ..., version: _Optional[int] = ..., dtype: _Optional[_Union[_types_pb2.DType, str]] = ..., have_version: _Optional[int] = ...) -> None: ...
+
+class RankReduce(_message.Message):
+    __slots__ = ("model", "reduce", "contributions", "divisor")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    REDUCE_FIELD_NUMBER: _ClassVar[int]
+    CONTRIBUTIONS_FIELD_NUMBER: _ClassVar[int]
+    DIVISOR_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    reduce: int
+    contributions: _containers.RepeatedCompositeFieldContainer[_types_pb2.Contribution]
+    divisor: float
+    def __init__(self, model: _Optional[str] = ..., reduce: _Optional[int] = ..., contributions: _Optional[_Iterable[_Union[_types_pb2.Contribution, _Mapping]]] = ..., divisor: _Optional[float] = ...) -> None: ...
+
+class RankDelete(_message.Message):
+    __slots__ = ("model", "uid")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    UID_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    uid: bytes
+    def __init__(self, model: _Optional[str] = ..., uid: _Optional[bytes] = ...) -> None: ...
+
+class RankSnapshot(_message.Message):
+    __slots__ = ("model", "version", "automatic", "committed")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    AUTOMATIC_FIELD_NUMBER: _ClassVar[int]
+    COMMITTED_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    version: int
+    automatic: bool
+    committed: bool
+    def __init__(self, model: _Optional[str] = ..., version: _Optional[int] = ..., automatic: bool = ..., committed: bool = ...) -> None: ...
+
+class RankRestore(_message.Message):
+    __slots__ = ("model", "uid", "timeline", "version", "snapshot")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    UID_FIELD_NUMBER: _ClassVar[int]
+    TIMELINE_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    uid: bytes
+    timeline: int
+    version: int
+    snapshot: str
+    def __init__(self, model: _Optional[str] = ..., uid: _Optional[bytes] = ..., timeline: _Optional[int] = ..., version: _Optional[int] = ..., snapshot: _Optional[str] = ...) -> None: ...
+
+class RankDurability(_message.Message):
+    __slots__ = ("model", "settings")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    SETTINGS_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    settings: str
+    def __init__(self, model: _Optional[str] = ..., settings: _Optional[str] = ...) -> None: ...
+
+class RankAverages(_message.Message):
+    __slots__ = ("model", "hooks")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    HOOKS_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    hooks: str
+    def __init__(self, model: _Optional[str] = ..., hooks: _Optional[str] = ...) -> None: ...
