@@ -79,7 +79,7 @@ def cut(whole: Layout, ranks: int) -> list[Part | None]:
 def _cut_arena(arena: ArenaSpec, ranges: list[list[tuple[int, int, int]]], held: list[int]) -> None:
     """Share one arena out, so that all ranks come to hold the same number of bytes. Adds to `ranges` and `held`."""
     itemsize, ranks = arena.dtype.itemsize, len(held)
-    aim = (sum(held) + arena.elements * itemsize) // ranks
+    aim = -(-(sum(held) + arena.elements * itemsize) // ranks)
     lacks = [max(0, aim - bytes_held) for bytes_held in held]
     total = sum(lacks) or 1
     # of each rank but the last: where its range ends at the latest, before it is rounded up to the next border
@@ -87,7 +87,7 @@ def _cut_arena(arena: ArenaSpec, ranges: list[list[tuple[int, int, int]]], held:
     before = 0
     for lack in lacks[:-1]:
         before += lack
-        ends.append(arena.elements * before // total)
+        ends.append(-(-arena.elements * before // total))
     rank = 0
     for slot in arena.slots:
         elements, start = slot.stop - slot.start, 0

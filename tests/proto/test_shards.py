@@ -137,6 +137,27 @@ def test_groups_take_turns_so_that_small_ones_do_not_all_lie_in_rank_0() -> None
     assert [0 if part is None else len(part.pieces) for part in parts] == [2, 2, 2, 2]
 
 
+def test_the_cut_stays_what_it_is() -> None:
+    """Ranks, workers and snapshots of different releases cut alike."""
+    parameters = [
+        Parameter(name="emb", shape=[100_000, 16], dtype=DType.DTYPE_FLOAT32),
+        Parameter(name="w", shape=[300_000], dtype=DType.DTYPE_FLOAT32, group=1),
+        Parameter(name="b", shape=[10], dtype=DType.DTYPE_FLOAT32, group=1),
+    ]
+    whole = Layout(
+        Manifest(parameters=parameters, groups=[ParamGroup(rule="adagrad"), ParamGroup(rule="adadelta")])
+    )
+    found = [
+        [] if part is None else [(piece.whole, piece.start, piece.stop) for piece in part.pieces]
+        for part in cut(whole, 3)
+    ]
+    assert found == [
+        [(0, 0, 540_672), (1, 0, 94_208)],
+        [(0, 540_672, 1_073_152), (1, 94_208, 196_608)],
+        [(0, 1_073_152, 1_600_000), (1, 196_608, 300_000), (2, 0, 10)],
+    ]
+
+
 def test_the_manifest_of_a_piece_is_no_new_model() -> None:
     parameters = [Parameter(name="w", shape=[1_000_000], dtype=DType.DTYPE_FLOAT32)]
     whole = Layout(Manifest(parameters=parameters, groups=[ParamGroup(rule="adagrad")]))
