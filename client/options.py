@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from pushstep.proto.environment import unknown_variables
 from pushstep.proto.errors import InvalidSettings
-from pushstep.proto.wire.identifiers import check_name
+from pushstep.proto.wire.names import check_name
 
 from .gradients.compression import Compression, Wire, push_and_pull
 

@@ -26,7 +26,7 @@ from pushstep.proto import limits_pb2 as pushstep_dot_proto_dot_limits__pb2
 from pushstep.proto import types_pb2 as pushstep_dot_proto_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bpushstep/proto/shards.proto\x12\x0bpushstep.v1\x1a\x1bpushstep/proto/limits.proto\x1a\x1apushstep/proto/types.proto\"\xaf\x01\n\tRankError\x12\x14\n\x04\x63ode\x18\x01 \x01(\tB\x06\xc2\xe1\x18\x02\x18\x64\x12\x1b\n\x07message\x18\x02 \x01(\tB\n\xc2\xe1\x18\x06\x18\x80\x80\x04(\x01\x12@\n\x06\x66ields\x18\x03 \x03(\x0b\x32\".pushstep.v1.RankError.FieldsEntryB\x0c\xc2\xe1\x18\x08\x18\x80\x80\x04 d(\x01\x1a-\n\x0b\x46ieldsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xca\x02\n\x0bRankMessage\x12\'\n\x05hello\x18\x01 \x01(\x0b\x32\x16.pushstep.v1.RankHelloH\x00\x12)\n\x06models\x18\x02 \x01(\x0b\x32\x17.pushstep.v1.RankModelsH\x00\x12)\n\x06staged\x18\x03 \x01(\x0b\x32\x17.pushstep.v1.RankStagedH\x00\x12+\n\x07stepped\x18\x04 \x01(\x0b\x32\x18.pushstep.v1.RankSteppedH\x00\x12%\n\x04\x64one\x18\x05 \x01(\x0b\x32\x15.pushstep.v1.RankDoneH\x00\x12(\n\x06\x66\x61iled\x18\x06 \x01(\x0b\x32\x16.pushstep.v1.RankErrorH\x00\x12%\n\x04sums\x18\x07 \x01(\x0b\x32\x15.pushstep.v1.RankSumsH\x00\x12\x0f\n\x05\x61live\x18\x08 \x01(\x08H\x00\x42\x06\n\x04said\"\x85\x01\n\tRankHello\x12\x14\n\x04rank\x18\x01 \x01(\rB\x06\xc2\xe1\x18\x02(\x01\x12\x15\n\x05world\x18\x02 \x01(\rB\x06\xc2\xe1\x18\x02(\x01\x12\x15\n\x05\x62uild\x18\x03 \x01(\tB\x06\xc2\xe1\x18\x02\x18\x64\x12\x18\n\x07\x61\x64\x64ress\x18\x04 \x01(\tB\x07\xc2\xe1\x18\x03\x18\xe8\x07\x12\x1a\n\tunix_path\x18\x05 \x01(\tB\x07\xc2\xe1\x18\x03\x18\xe8\x07\">\n\nRankModels\x12\x30\n\x06models\x18\x01 \x03(\x0b\x32\x16.pushstep.v1.RankModelB\x08\xc2\xe1\x18\x04 \xa0\x8d\x06\"\xca\x01\n\tRankModel\x12\x15\n\x05model\x18\x01 \x01(\tB\x06\xc2\xe1\x18\x02\x18\x64\x12\x13\n\x03uid\x18\x02 \x01(\x0c\x42\x06\xc2\xe1\x18\x02\x18\x10\x12\x18\n\x08timeline\x18\x03 \x01(\x04\x42\x06\xc2\xe1\x18\x02(\x01\x12\x17\n\x07version\x18\x04 \x01(\x04\x42\x06\xc2\xe1\x18\x02(\x01\x12\x16\n\x06oldest\x18\x05 \x01(\x04\x42\x06\xc2\xe1\x18\x02(\x01\x12\x1d\n\rmanifest_hash\x18\x06 \x01(\x06\x42\x06\xc2\xe1\x18\x02(\x01\x12\'\n\x07problem\x18\x07 \x01(\x0b\x32\x16.pushstep.v1.RankError\"\xe2\x01\n\nRankStaged\x12\x15\n\x05model\x18\x01 \x01(\tB\x06\xc2\xe1\x18\x02\x18\x64\x12\'\n\x08identity\x18\x02 \x01(\x0b\x32\x15.pushstep.v1.Identity\x12\x16\n\x06\x64igest\x18\x03 \x01(\x06\x42\x06\xc2\xe1\x18\x02(\x01\x12\x30\n\x08segments\x18\x04 \x03(\x0b\x32\x14.pushstep.v1.SegmentB\x08\xc2\xe1\x18\x04 \xc0\x84=\x12#\n\x04sums\x18\x05 \x01(\x0b\x32\x15.pushstep.v1.RankSums\x12%\n\x05\x66\x61ult\x18\x06 \x01(\x0b\x32\x16.pushstep.v1.RankError\"\x9c\x01\n\x08RankSums\x12\x18\n\x04sums\x18\x01 \x03(\x01\x42\n\xc2\xe1\x18\x06 \xff\xff\xff\xff\x0f\x12\x1a\n\x06\x63ounts\x18\x02 \x03(\rB\n\xc2\xe1\x18\x06 \xc0\x84=(\x01\x12\x19\n\tnonfinite\x18\x03 \x01(\rB\x06\xc2\xe1\x18\x02(\x01\x12\x16\n\x06reduce\x18\x04 \x01(\x04\x42\x06\xc2\xe1\x18\x02(\x01\x12\'\n\x07problem\x18\x05 \x01(\x0b\x32\x16.pushstep.v1.RankError\"u\n\x0bRankStepped\x12\x15\n\x05model\x18\x01 \x01(\tB\x06\xc2\xe1\x18\x02\x18\x64\x12\x18\n\x08timeline\x18\x02 \x01(\x04\x42\x06\xc2\xe1\x18\x02(\x01\x12\x17\n\x07version\x18\x03 \x01(\x04\x42\x06\xc2\xe1\x18\x02(\x01\x12\x1c\n\x0csafe_version\x18\x04 \x01(\x04\x42\x06\xc2\xe1\x18\x02(\x01\"\x94\x01\n\x08RankDone\x12\x15\n\x05order\x18\x01 \x01(\x04\x42\x06\xc2\xe1\x18\x02(\x01\x12\'\n\x07problem\x18\x02 \x01(\x0b\x32\x16.pushstep.v1.RankError\x12\x19\n\x08snapshot\x18\x03 \x01(\tB\x07\xc2\xe1\x18\x03\x18\xc8\x01\x12\x16\n\x06\x64igest\x18\x04 \x01(\x06\x42\x06\xc2\xe1\x18\x02(\x01\x12\x15\n\x05\x62ytes\x18\x05 \x01(\x04\x42\x06\xc2\xe1\x18\x02(\x01\"\xc6\x05\n\tRankOrder\x12\r\n\x05order\x18\x01 \x01(\x04\x12+\n\x07welcome\x18\x02 \x01(\x0b\x32\x18.pushstep.v1.RankWelcomeH\x00\x12)\n\x06\x63reate\x18\x03 \x01(\x0b\x32\x17.pushstep.v1.RankCreateH\x00\x12:\n\x0f\x63ommit_creation\x18\x04 \x01(\x0b\x32\x1f.pushstep.v1.RankCommitCreationH\x00\x12-\n\x08withdraw\x18\x05 \x01(\x0b\x32\x19.pushstep.v1.RankWithdrawH\x00\x12)\n\x06ticket\x18\x06 \x01(\x0b\x32\x17.pushstep.v1.RankTicketH\x00\x12%\n\x04\x64rop\x18\x07 \x01(\x0b\x32\x15.pushstep.v1.RankDropH\x00\x12+\n\x07publish\x18\x08 \x01(\x0b\x32\x18.pushstep.v1.RankPublishH\x00\x12)\n\x06reduce\x18\t \x01(\x0b\x32\x17.pushstep.v1.RankReduceH\x00\x12)\n\x06\x64\x65lete\x18\n \x01(\x0b\x32\x17.pushstep.v1.RankDeleteH\x00\x12-\n\x08snapshot\x18\x0b \x01(\x0b\x32\x19.pushstep.v1.RankSnapshotH\x00\x12+\n\x07restore\x18\x0c \x01(\x0b\x32\x18.pushstep.v1.RankRestoreH\x00\x12\x0f\n\x05\x63lose\x18\r \x01(\x08H\x00\x12\'\n\x05serve\x18\x0e \x01(\x0b\x32\x16.pushstep.v1.RankServeH\x00\x12\x0f\n\x05\x61live\x18\x0f \x01(\x08H\x00\x12\x31\n\ndurability\x18\x10 \x01(\x0b\x32\x1b.pushstep.v1.RankDurabilityH\x00\x12-\n\x08\x61verages\x18\x11 \x01(\x0b\x32\x19.pushstep.v1.RankAveragesH\x00\x42\t\n\x07ordered\"+\n\x0bRankWelcome\x12\r\n\x05world\x18\x01 \x01(\r\x12\r\n\x05\x62uild\x18\x02 \x01(\t\"\x0b\n\tRankServe\"i\n\nRankCreate\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06ticket\x18\x02 \x01(\x06\x12\'\n\x08manifest\x18\x03 \x01(\x0b\x32\x15.pushstep.v1.Manifest\x12\x13\n\x0bmap_version\x18\x04 \x01(\x06\"T\n\x12RankCommitCreation\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06ticket\x18\x02 \x01(\x06\x12\x0b\n\x03uid\x18\x03 \x01(\x0c\x12\x12\n\ndurability\x18\x04 \x01(\t\"-\n\x0cRankWithdraw\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06ticket\x18\x02 \x01(\x06\"\x80\x01\n\nRankTicket\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0b\n\x03uid\x18\x02 \x01(\x0c\x12\x10\n\x08timeline\x18\x03 \x01(\x04\x12#\n\x06ticket\x18\x04 \x01(\x0b\x32\x13.pushstep.v1.Ticket\x12\x0f\n\x07\x62y_rows\x18\x05 \x03(\r\x12\x0e\n\x06reduce\x18\x06 \x01(\x04\"\x90\x01\n\x08RankDrop\x12\r\n\x05model\x18\x01 \x01(\t\x12\'\n\x08identity\x18\x02 \x01(\x0b\x32\x15.pushstep.v1.Identity\x12%\n\x07receipt\x18\x03 \x01(\x0b\x32\x14.pushstep.v1.Receipt\x12%\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x16.pushstep.v1.RankError\"\x8e\x01\n\x0bRankPublish\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08timeline\x18\x02 \x01(\x04\x12\x0f\n\x07version\x18\x03 \x01(\x04\x12!\n\x05\x64type\x18\x04 \x01(\x0e\x32\x12.pushstep.v1.DType\x12\x19\n\x0chave_version\x18\x05 \x01(\x04H\x00\x88\x01\x01\x42\x0f\n\r_have_version\"n\n\nRankReduce\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06reduce\x18\x02 \x01(\x04\x12\x30\n\rcontributions\x18\x03 \x03(\x0b\x32\x19.pushstep.v1.Contribution\x12\x0f\n\x07\x64ivisor\x18\x04 \x01(\x01\"(\n\nRankDelete\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0b\n\x03uid\x18\x02 \x01(\x0c\"T\n\x0cRankSnapshot\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x11\n\tautomatic\x18\x03 \x01(\x08\x12\x11\n\tcommitted\x18\x04 \x01(\x08\"^\n\x0bRankRestore\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0b\n\x03uid\x18\x02 \x01(\x0c\x12\x10\n\x08timeline\x18\x03 \x01(\x04\x12\x0f\n\x07version\x18\x04 \x01(\x04\x12\x10\n\x08snapshot\x18\x05 \x01(\t\"1\n\x0eRankDurability\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08settings\x18\x02 \x01(\t\",\n\x0cRankAverages\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05hooks\x18\x02 \x01(\t2L\n\x0cShardService\x12<\n\x04Link\x12\x18.pushstep.v1.RankMessage\x1a\x16.pushstep.v1.RankOrder(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bpushstep/proto/shards.proto\x12\x0bpushstep.v1\x1a\x1bpushstep/proto/limits.proto\x1a\x1apushstep/proto/types.proto\"\xaf\x01\n\tRankError\x12\x14\n\x04\x63ode\x18\x01 \x01(\tB\x06\xc2\xe1\x18\x02\x18\x64\x12\x1b\n\x07message\x18\x02 \x01(\tB\n\xc2\xe1\x18\x06\x18\x80\x80\x04(\x01\x12@\n\x06\x66ields\x18\x03 \x03(\x0b\x32\".pushstep.v1.RankError.FieldsEntryB\x0c\xc2\xe1\x18\x08\x18\x80\x80\x04 d(\x01\x1a-\n\x0b\x46ieldsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xca\x02\n\x0bRankMessage\x12\'\n\x05hello\x18\x01 \x01(\x0b\x32\x16.pushstep.v1.RankHelloH\x00\x12)\n\x06models\x18\x02 \x01(\x0b\x32\x17.pushstep.v1.RankModelsH\x00\x12)\n\x06staged\x18\x03 \x01(\x0b\x32\x17.pushstep.v1.RankStagedH\x00\x12+\n\x07stepped\x18\x04 \x01(\x0b\x32\x18.pushstep.v1.RankSteppedH\x00\x12%\n\x04\x64one\x18\x05 \x01(\x0b\x32\x15.pushstep.v1.RankDoneH\x00\x12(\n\x06\x66\x61iled\x18\x06 \x01(\x0b\x32\x16.pushstep.v1.RankErrorH\x00\x12%\n\x04sums\x18\x07 \x01(\x0b\x32\x15.pushstep.v1.RankSumsH\x00\x12\x0f\n\x05\x61live\x18\x08 \x01(\x08H\x00\x42\x06\n\x04said\"\x85\x01\n\tRankHello\x12\x14\n\x04rank\x18\x01 \x01(\rB\x06\xc2\xe1\x18\x02(\x01\x12\x15\n\x05world\x18\x02 \x01(\rB\x06\xc2\xe1\x18\x02(\x01\x12\x15\n\x05\x62uild\x18\x03 \x01(\tB\x06\xc2\xe1\x18\x02\x18\x64\x12\x18\n\x07\x61\x64\x64ress\x18\x04 \x01(\tB\x07\xc2\xe1\x18\x03\x18\xe8\x07\x12\x1a\n\tunix_path\x18\x05 \x01(\tB\x07\xc2\xe1\x18\x03\x18\xe8\x07\">\n\nRankModels\x12\x30\n\x06models\x18\x01 \x03(\x0b\x32\x16.pushstep.v1.RankModelB\x08\xc2\xe1\x18\x04 \xa0\x8d\x06\"\xe5\x01\n\tRankModel\x12\x15\n\x05model\x18\x01 \x01(\tB\x06\xc2\xe1\x18\x02\x18\x64\x12\x13\n\x03uid\x18\x02 \x01(\x0c\x42\x06\xc2\xe1\x18\x02\x18\x10\x12\x18\n\x08timeline\x18\x03 \x01(\x04\x42\x06\xc2\xe1\x18\x02(\x01\x12\x17\n\x07version\x18\x04 \x01(\x04\x42\x06\xc2\xe1\x18\x02(\x01\x12\x1d\n\rmanifest_hash\x18\x06 \x01(\x06\x42\x06\xc2\xe1\x18\x02(\x01\x12\'\n\x07problem\x18\x07 \x01(\x0b\x32\x16.pushstep.v1.RankError\x12!\n\x11identity_timeline\x18\x08 \x01(\x04\x42\x06\xc2\xe1\x18\x02(\x01\x12\x0e\n\x06proven\x18\t \x01(\x08\"\xb0\x01\n\nRankStaged\x12\x15\n\x05model\x18\x01 \x01(\tB\x06\xc2\xe1\x18\x02\x18\x64\x12\'\n\x08identity\x18\x02 \x01(\x0b\x32\x15.pushstep.v1.Identity\x12\x16\n\x06\x64igest\x18\x03 \x01(\x06\x42\x06\xc2\xe1\x18\x02(\x01\x12#\n\x04sums\x18\x05 \x01(\x0b\x32\x15.pushstep.v1.RankSums\x12%\n\x05\x66\x61ult\x18\x06 \x01(\x0b\x32\x16.pushstep.v1.RankError\"\xe7\x01\n\x08RankSums\x12\x1a\n\x04sums\x18\x01 \x03(\x01\x42\x0c\xc2\xe1\x18\x08 \xff\xff\xff\xff\x0f(\x01\x12\x1a\n\x06\x63ounts\x18\x02 \x03(\rB\n\xc2\xe1\x18\x06 \xc0\x84=(\x01\x12\x19\n\tnonfinite\x18\x03 \x01(\rB\x06\xc2\xe1\x18\x02(\x01\x12\x16\n\x06reduce\x18\x04 \x01(\x04\x42\x06\xc2\xe1\x18\x02(\x01\x12\x30\n\x08segments\x18\x06 \x03(\x0b\x32\x14.pushstep.v1.SegmentB\x08\xc2\xe1\x18\x04 \xc0\x84=\x12\x15\n\x05model\x18\x07 \x01(\tB\x06\xc2\xe1\x18\x02\x18\x64\x12\'\n\x07problem\x18\x05 \x01(\x0b\x32\x16.pushstep.v1.RankError\"u\n\x0bRankStepped\x12\x15\n\x05model\x18\x01 \x01(\tB\x06\xc2\xe1\x18\x02\x18\x64\x12\x18\n\x08timeline\x18\x02 \x01(\x04\x42\x06\xc2\xe1\x18\x02(\x01\x12\x17\n\x07version\x18\x03 \x01(\x04\x42\x06\xc2\xe1\x18\x02(\x01\x12\x1c\n\x0csafe_version\x18\x04 \x01(\x04\x42\x06\xc2\xe1\x18\x02(\x01\"\xae\x01\n\x08RankDone\x12\x15\n\x05order\x18\x01 \x01(\x04\x42\x06\xc2\xe1\x18\x02(\x01\x12\'\n\x07problem\x18\x02 \x01(\x0b\x32\x16.pushstep.v1.RankError\x12\x19\n\x08snapshot\x18\x03 \x01(\tB\x07\xc2\xe1\x18\x03\x18\xc8\x01\x12\x16\n\x06\x64igest\x18\x04 \x01(\x06\x42\x06\xc2\xe1\x18\x02(\x01\x12/\n\x05steps\x18\x05 \x03(\x0b\x32\x16.pushstep.v1.RankStepsB\x08\xc2\xe1\x18\x04 \xc0\x84=\"P\n\tRankSteps\x12\x15\n\x05model\x18\x01 \x01(\tB\x06\xc2\xe1\x18\x02\x18\x64\x12\x15\n\x05group\x18\x02 \x01(\rB\x06\xc2\xe1\x18\x02(\x01\x12\x15\n\x05steps\x18\x03 \x01(\x04\x42\x06\xc2\xe1\x18\x02(\x01\"\xe7\x05\n\tRankOrder\x12\r\n\x05order\x18\x01 \x01(\x04\x12+\n\x07welcome\x18\x02 \x01(\x0b\x32\x18.pushstep.v1.RankWelcomeH\x00\x12)\n\x06\x63reate\x18\x03 \x01(\x0b\x32\x17.pushstep.v1.RankCreateH\x00\x12:\n\x0f\x63ommit_creation\x18\x04 \x01(\x0b\x32\x1f.pushstep.v1.RankCommitCreationH\x00\x12-\n\x08withdraw\x18\x05 \x01(\x0b\x32\x19.pushstep.v1.RankWithdrawH\x00\x12)\n\x06ticket\x18\x06 \x01(\x0b\x32\x17.pushstep.v1.RankTicketH\x00\x12%\n\x04\x64rop\x18\x07 \x01(\x0b\x32\x15.pushstep.v1.RankDropH\x00\x12+\n\x07publish\x18\x08 \x01(\x0b\x32\x18.pushstep.v1.RankPublishH\x00\x12)\n\x06reduce\x18\t \x01(\x0b\x32\x17.pushstep.v1.RankReduceH\x00\x12)\n\x06\x64\x65lete\x18\n \x01(\x0b\x32\x17.pushstep.v1.RankDeleteH\x00\x12-\n\x08snapshot\x18\x0b \x01(\x0b\x32\x19.pushstep.v1.RankSnapshotH\x00\x12+\n\x07restore\x18\x0c \x01(\x0b\x32\x18.pushstep.v1.RankRestoreH\x00\x12\x0f\n\x05\x63lose\x18\r \x01(\x08H\x00\x12\'\n\x05serve\x18\x0e \x01(\x0b\x32\x16.pushstep.v1.RankServeH\x00\x12\x0f\n\x05\x61live\x18\x0f \x01(\x08H\x00\x12\x31\n\ndurability\x18\x10 \x01(\x0b\x32\x1b.pushstep.v1.RankDurabilityH\x00\x12\'\n\x05hooks\x18\x11 \x01(\x0b\x32\x16.pushstep.v1.RankHooksH\x00\x12%\n\x04meet\x18\x12 \x01(\x0b\x32\x15.pushstep.v1.RankMeetH\x00\x42\t\n\x07ordered\"+\n\x0bRankWelcome\x12\r\n\x05world\x18\x01 \x01(\r\x12\r\n\x05\x62uild\x18\x02 \x01(\t\"\x0b\n\tRankServe\"a\n\nRankCreate\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06ticket\x18\x02 \x01(\x06\x12\'\n\x08manifest\x18\x03 \x01(\x0b\x32\x15.pushstep.v1.Manifest\x12\x0b\n\x03uid\x18\x04 \x01(\x0c\"G\n\x12RankCommitCreation\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06ticket\x18\x02 \x01(\x06\x12\x12\n\ndurability\x18\x03 \x01(\t\"-\n\x0cRankWithdraw\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06ticket\x18\x02 \x01(\x06\"\x80\x01\n\nRankTicket\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0b\n\x03uid\x18\x02 \x01(\x0c\x12\x10\n\x08timeline\x18\x03 \x01(\x04\x12#\n\x06ticket\x18\x04 \x01(\x0b\x32\x13.pushstep.v1.Ticket\x12\x0f\n\x07\x62y_rows\x18\x05 \x03(\r\x12\x0e\n\x06reduce\x18\x06 \x01(\x04\"\x90\x01\n\x08RankDrop\x12\r\n\x05model\x18\x01 \x01(\t\x12\'\n\x08identity\x18\x02 \x01(\x0b\x32\x15.pushstep.v1.Identity\x12%\n\x07receipt\x18\x03 \x01(\x0b\x32\x14.pushstep.v1.Receipt\x12%\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x16.pushstep.v1.RankError\"\x8e\x01\n\x0bRankPublish\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08timeline\x18\x02 \x01(\x04\x12\x0f\n\x07version\x18\x03 \x01(\x04\x12!\n\x05\x64type\x18\x04 \x01(\x0e\x32\x12.pushstep.v1.DType\x12\x19\n\x0chave_version\x18\x05 \x01(\x04H\x00\x88\x01\x01\x42\x0f\n\r_have_version\"n\n\nRankReduce\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06reduce\x18\x02 \x01(\x04\x12\x30\n\rcontributions\x18\x03 \x03(\x0b\x32\x19.pushstep.v1.Contribution\x12\x0f\n\x07\x64ivisor\x18\x04 \x01(\x01\"(\n\nRankDelete\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0b\n\x03uid\x18\x02 \x01(\x0c\"T\n\x0cRankSnapshot\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x11\n\tautomatic\x18\x03 \x01(\x08\x12\x11\n\tcommitted\x18\x04 \x01(\x08\"^\n\x0bRankRestore\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0b\n\x03uid\x18\x02 \x01(\x0c\x12\x10\n\x08timeline\x18\x03 \x01(\x04\x12\x0f\n\x07version\x18\x04 \x01(\x04\x12\x10\n\x08snapshot\x18\x05 \x01(\t\"1\n\x0eRankDurability\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08settings\x18\x02 \x01(\t\")\n\tRankHooks\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05hooks\x18\x02 \x01(\t\"0\n\x08RankMeet\x12$\n\x05goals\x18\x01 \x03(\x0b\x32\x15.pushstep.v1.RankGoal\"t\n\x08RankGoal\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x10\n\x08timeline\x18\x03 \x01(\x04\x12\'\n\x07refused\x18\x04 \x01(\x0b\x32\x16.pushstep.v1.RankError\x12\r\n\x05\x61side\x18\x05 \x01(\x08\"S\n\x0bRankedModel\x12\r\n\x05world\x18\x01 \x01(\r\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12\'\n\x08manifest\x18\x03 \x01(\x0b\x32\x15.pushstep.v1.Manifest2L\n\x0cShardService\x12<\n\x04Link\x12\x18.pushstep.v1.RankMessage\x1a\x16.pushstep.v1.RankOrder(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -61,24 +61,26 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RANKMODEL'].fields_by_name['timeline']._serialized_options = b'\302\341\030\002(\001'
   _globals['_RANKMODEL'].fields_by_name['version']._loaded_options = None
   _globals['_RANKMODEL'].fields_by_name['version']._serialized_options = b'\302\341\030\002(\001'
-  _globals['_RANKMODEL'].fields_by_name['oldest']._loaded_options = None
-  _globals['_RANKMODEL'].fields_by_name['oldest']._serialized_options = b'\302\341\030\002(\001'
   _globals['_RANKMODEL'].fields_by_name['manifest_hash']._loaded_options = None
   _globals['_RANKMODEL'].fields_by_name['manifest_hash']._serialized_options = b'\302\341\030\002(\001'
+  _globals['_RANKMODEL'].fields_by_name['identity_timeline']._loaded_options = None
+  _globals['_RANKMODEL'].fields_by_name['identity_timeline']._serialized_options = b'\302\341\030\002(\001'
   _globals['_RANKSTAGED'].fields_by_name['model']._loaded_options = None
   _globals['_RANKSTAGED'].fields_by_name['model']._serialized_options = b'\302\341\030\002\030d'
   _globals['_RANKSTAGED'].fields_by_name['digest']._loaded_options = None
   _globals['_RANKSTAGED'].fields_by_name['digest']._serialized_options = b'\302\341\030\002(\001'
-  _globals['_RANKSTAGED'].fields_by_name['segments']._loaded_options = None
-  _globals['_RANKSTAGED'].fields_by_name['segments']._serialized_options = b'\302\341\030\004 \300\204='
   _globals['_RANKSUMS'].fields_by_name['sums']._loaded_options = None
-  _globals['_RANKSUMS'].fields_by_name['sums']._serialized_options = b'\302\341\030\006 \377\377\377\377\017'
+  _globals['_RANKSUMS'].fields_by_name['sums']._serialized_options = b'\302\341\030\010 \377\377\377\377\017(\001'
   _globals['_RANKSUMS'].fields_by_name['counts']._loaded_options = None
   _globals['_RANKSUMS'].fields_by_name['counts']._serialized_options = b'\302\341\030\006 \300\204=(\001'
   _globals['_RANKSUMS'].fields_by_name['nonfinite']._loaded_options = None
   _globals['_RANKSUMS'].fields_by_name['nonfinite']._serialized_options = b'\302\341\030\002(\001'
   _globals['_RANKSUMS'].fields_by_name['reduce']._loaded_options = None
   _globals['_RANKSUMS'].fields_by_name['reduce']._serialized_options = b'\302\341\030\002(\001'
+  _globals['_RANKSUMS'].fields_by_name['segments']._loaded_options = None
+  _globals['_RANKSUMS'].fields_by_name['segments']._serialized_options = b'\302\341\030\004 \300\204='
+  _globals['_RANKSUMS'].fields_by_name['model']._loaded_options = None
+  _globals['_RANKSUMS'].fields_by_name['model']._serialized_options = b'\302\341\030\002\030d'
   _globals['_RANKSTEPPED'].fields_by_name['model']._loaded_options = None
   _globals['_RANKSTEPPED'].fields_by_name['model']._serialized_options = b'\302\341\030\002\030d'
   _globals['_RANKSTEPPED'].fields_by_name['timeline']._loaded_options = None
@@ -93,8 +95,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RANKDONE'].fields_by_name['snapshot']._serialized_options = b'\302\341\030\003\030\310\001'
   _globals['_RANKDONE'].fields_by_name['digest']._loaded_options = None
   _globals['_RANKDONE'].fields_by_name['digest']._serialized_options = b'\302\341\030\002(\001'
-  _globals['_RANKDONE'].fields_by_name['bytes']._loaded_options = None
-  _globals['_RANKDONE'].fields_by_name['bytes']._serialized_options = b'\302\341\030\002(\001'
+  _globals['_RANKDONE'].fields_by_name['steps']._loaded_options = None
+  _globals['_RANKDONE'].fields_by_name['steps']._serialized_options = b'\302\341\030\004 \300\204='
+  _globals['_RANKSTEPS'].fields_by_name['model']._loaded_options = None
+  _globals['_RANKSTEPS'].fields_by_name['model']._serialized_options = b'\302\341\030\002\030d'
+  _globals['_RANKSTEPS'].fields_by_name['group']._loaded_options = None
+  _globals['_RANKSTEPS'].fields_by_name['group']._serialized_options = b'\302\341\030\002(\001'
+  _globals['_RANKSTEPS'].fields_by_name['steps']._loaded_options = None
+  _globals['_RANKSTEPS'].fields_by_name['steps']._serialized_options = b'\302\341\030\002(\001'
   _globals['_RANKERROR']._serialized_start=102
   _globals['_RANKERROR']._serialized_end=277
   _globals['_RANKERROR_FIELDSENTRY']._serialized_start=232
@@ -106,45 +114,53 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RANKMODELS']._serialized_start=748
   _globals['_RANKMODELS']._serialized_end=810
   _globals['_RANKMODEL']._serialized_start=813
-  _globals['_RANKMODEL']._serialized_end=1015
-  _globals['_RANKSTAGED']._serialized_start=1018
-  _globals['_RANKSTAGED']._serialized_end=1244
-  _globals['_RANKSUMS']._serialized_start=1247
-  _globals['_RANKSUMS']._serialized_end=1403
-  _globals['_RANKSTEPPED']._serialized_start=1405
-  _globals['_RANKSTEPPED']._serialized_end=1522
-  _globals['_RANKDONE']._serialized_start=1525
-  _globals['_RANKDONE']._serialized_end=1673
-  _globals['_RANKORDER']._serialized_start=1676
-  _globals['_RANKORDER']._serialized_end=2386
-  _globals['_RANKWELCOME']._serialized_start=2388
-  _globals['_RANKWELCOME']._serialized_end=2431
-  _globals['_RANKSERVE']._serialized_start=2433
-  _globals['_RANKSERVE']._serialized_end=2444
-  _globals['_RANKCREATE']._serialized_start=2446
-  _globals['_RANKCREATE']._serialized_end=2551
-  _globals['_RANKCOMMITCREATION']._serialized_start=2553
-  _globals['_RANKCOMMITCREATION']._serialized_end=2637
-  _globals['_RANKWITHDRAW']._serialized_start=2639
-  _globals['_RANKWITHDRAW']._serialized_end=2684
-  _globals['_RANKTICKET']._serialized_start=2687
-  _globals['_RANKTICKET']._serialized_end=2815
-  _globals['_RANKDROP']._serialized_start=2818
-  _globals['_RANKDROP']._serialized_end=2962
-  _globals['_RANKPUBLISH']._serialized_start=2965
-  _globals['_RANKPUBLISH']._serialized_end=3107
-  _globals['_RANKREDUCE']._serialized_start=3109
-  _globals['_RANKREDUCE']._serialized_end=3219
-  _globals['_RANKDELETE']._serialized_start=3221
-  _globals['_RANKDELETE']._serialized_end=3261
-  _globals['_RANKSNAPSHOT']._serialized_start=3263
-  _globals['_RANKSNAPSHOT']._serialized_end=3347
-  _globals['_RANKRESTORE']._serialized_start=3349
-  _globals['_RANKRESTORE']._serialized_end=3443
-  _globals['_RANKDURABILITY']._serialized_start=3445
-  _globals['_RANKDURABILITY']._serialized_end=3494
-  _globals['_RANKAVERAGES']._serialized_start=3496
-  _globals['_RANKAVERAGES']._serialized_end=3540
-  _globals['_SHARDSERVICE']._serialized_start=3542
-  _globals['_SHARDSERVICE']._serialized_end=3618
+  _globals['_RANKMODEL']._serialized_end=1042
+  _globals['_RANKSTAGED']._serialized_start=1045
+  _globals['_RANKSTAGED']._serialized_end=1221
+  _globals['_RANKSUMS']._serialized_start=1224
+  _globals['_RANKSUMS']._serialized_end=1455
+  _globals['_RANKSTEPPED']._serialized_start=1457
+  _globals['_RANKSTEPPED']._serialized_end=1574
+  _globals['_RANKDONE']._serialized_start=1577
+  _globals['_RANKDONE']._serialized_end=1751
+  _globals['_RANKSTEPS']._serialized_start=1753
+  _globals['_RANKSTEPS']._serialized_end=1833
+  _globals['_RANKORDER']._serialized_start=1836
+  _globals['_RANKORDER']._serialized_end=2579
+  _globals['_RANKWELCOME']._serialized_start=2581
+  _globals['_RANKWELCOME']._serialized_end=2624
+  _globals['_RANKSERVE']._serialized_start=2626
+  _globals['_RANKSERVE']._serialized_end=2637
+  _globals['_RANKCREATE']._serialized_start=2639
+  _globals['_RANKCREATE']._serialized_end=2736
+  _globals['_RANKCOMMITCREATION']._serialized_start=2738
+  _globals['_RANKCOMMITCREATION']._serialized_end=2809
+  _globals['_RANKWITHDRAW']._serialized_start=2811
+  _globals['_RANKWITHDRAW']._serialized_end=2856
+  _globals['_RANKTICKET']._serialized_start=2859
+  _globals['_RANKTICKET']._serialized_end=2987
+  _globals['_RANKDROP']._serialized_start=2990
+  _globals['_RANKDROP']._serialized_end=3134
+  _globals['_RANKPUBLISH']._serialized_start=3137
+  _globals['_RANKPUBLISH']._serialized_end=3279
+  _globals['_RANKREDUCE']._serialized_start=3281
+  _globals['_RANKREDUCE']._serialized_end=3391
+  _globals['_RANKDELETE']._serialized_start=3393
+  _globals['_RANKDELETE']._serialized_end=3433
+  _globals['_RANKSNAPSHOT']._serialized_start=3435
+  _globals['_RANKSNAPSHOT']._serialized_end=3519
+  _globals['_RANKRESTORE']._serialized_start=3521
+  _globals['_RANKRESTORE']._serialized_end=3615
+  _globals['_RANKDURABILITY']._serialized_start=3617
+  _globals['_RANKDURABILITY']._serialized_end=3666
+  _globals['_RANKHOOKS']._serialized_start=3668
+  _globals['_RANKHOOKS']._serialized_end=3709
+  _globals['_RANKMEET']._serialized_start=3711
+  _globals['_RANKMEET']._serialized_end=3759
+  _globals['_RANKGOAL']._serialized_start=3761
+  _globals['_RANKGOAL']._serialized_end=3877
+  _globals['_RANKEDMODEL']._serialized_start=3879
+  _globals['_RANKEDMODEL']._serialized_end=3962
+  _globals['_SHARDSERVICE']._serialized_start=3964
+  _globals['_SHARDSERVICE']._serialized_end=4040
 # @@protoc_insertion_point(module_scope)

@@ -66,52 +66,56 @@ class RankModels(_message.Message):
     def __init__(self, models: _Optional[_Iterable[_Union[RankModel, _Mapping]]] = ...) -> None: ...
 
 class RankModel(_message.Message):
-    __slots__ = ("model", "uid", "timeline", "version", "oldest", "manifest_hash", "problem")
+    __slots__ = ("model", "uid", "timeline", "version", "manifest_hash", "problem", "identity_timeline", "proven")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     UID_FIELD_NUMBER: _ClassVar[int]
     TIMELINE_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
-    OLDEST_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_HASH_FIELD_NUMBER: _ClassVar[int]
     PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    IDENTITY_TIMELINE_FIELD_NUMBER: _ClassVar[int]
+    PROVEN_FIELD_NUMBER: _ClassVar[int]
     model: str
     uid: bytes
     timeline: int
     version: int
-    oldest: int
     manifest_hash: int
     problem: RankError
-    def __init__(self, model: _Optional[str] = ..., uid: _Optional[bytes] = ..., timeline: _Optional[int] = ..., version: _Optional[int] = ..., oldest: _Optional[int] = ..., manifest_hash: _Optional[int] = ..., problem: _Optional[_Union[RankError, _Mapping]] = ...) -> None: ...
+    identity_timeline: int
+    proven: bool
+    def __init__(self, model: _Optional[str] = ..., uid: _Optional[bytes] = ..., timeline: _Optional[int] = ..., version: _Optional[int] = ..., manifest_hash: _Optional[int] = ..., problem: _Optional[_Union[RankError, _Mapping]] = ..., identity_timeline: _Optional[int] = ..., proven: bool = ...) -> None: ...
 
 class RankStaged(_message.Message):
-    __slots__ = ("model", "identity", "digest", "segments", "sums", "fault")
+    __slots__ = ("model", "identity", "digest", "sums", "fault")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     IDENTITY_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
-    SEGMENTS_FIELD_NUMBER: _ClassVar[int]
     SUMS_FIELD_NUMBER: _ClassVar[int]
     FAULT_FIELD_NUMBER: _ClassVar[int]
     model: str
     identity: _types_pb2.Identity
     digest: int
-    segments: _containers.RepeatedCompositeFieldContainer[_types_pb2.Segment]
     sums: RankSums
     fault: RankError
-    def __init__(self, model: _Optional[str] = ..., identity: _Optional[_Union[_types_pb2.Identity, _Mapping]] = ..., digest: _Optional[int] = ..., segments: _Optional[_Iterable[_Union[_types_pb2.Segment, _Mapping]]] = ..., sums: _Optional[_Union[RankSums, _Mapping]] = ..., fault: _Optional[_Union[RankError, _Mapping]] = ...) -> None: ...
+    def __init__(self, model: _Optional[str] = ..., identity: _Optional[_Union[_types_pb2.Identity, _Mapping]] = ..., digest: _Optional[int] = ..., sums: _Optional[_Union[RankSums, _Mapping]] = ..., fault: _Optional[_Union[RankError, _Mapping]] = ...) -> None: ...
 
 class RankSums(_message.Message):
-    __slots__ = ("sums", "counts", "nonfinite", "reduce", "problem")
+    __slots__ = ("sums", "counts", "nonfinite", "reduce", "segments", "model", "problem")
     SUMS_FIELD_NUMBER: _ClassVar[int]
     COUNTS_FIELD_NUMBER: _ClassVar[int]
     NONFINITE_FIELD_NUMBER: _ClassVar[int]
     REDUCE_FIELD_NUMBER: _ClassVar[int]
+    SEGMENTS_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
     PROBLEM_FIELD_NUMBER: _ClassVar[int]
     sums: _containers.RepeatedScalarFieldContainer[float]
     counts: _containers.RepeatedScalarFieldContainer[int]
     nonfinite: int
     reduce: int
+    segments: _containers.RepeatedCompositeFieldContainer[_types_pb2.Segment]
+    model: str
     problem: RankError
-    def __init__(self, sums: _Optional[_Iterable[float]] = ..., counts: _Optional[_Iterable[int]] = ..., nonfinite: _Optional[int] = ..., reduce: _Optional[int] = ..., problem: _Optional[_Union[RankError, _Mapping]] = ...) -> None: ...
+    def __init__(self, sums: _Optional[_Iterable[float]] = ..., counts: _Optional[_Iterable[int]] = ..., nonfinite: _Optional[int] = ..., reduce: _Optional[int] = ..., segments: _Optional[_Iterable[_Union[_types_pb2.Segment, _Mapping]]] = ..., model: _Optional[str] = ..., problem: _Optional[_Union[RankError, _Mapping]] = ...) -> None: ...
 
 class RankStepped(_message.Message):
     __slots__ = ("model", "timeline", "version", "safe_version")
@@ -126,21 +130,31 @@ class RankStepped(_message.Message):
     def __init__(self, model: _Optional[str] = ..., timeline: _Optional[int] = ..., version: _Optional[int] = ..., safe_version: _Optional[int] = ...) -> None: ...
 
 class RankDone(_message.Message):
-    __slots__ = ("order", "problem", "snapshot", "digest", "bytes")
+    __slots__ = ("order", "problem", "snapshot", "digest", "steps")
     ORDER_FIELD_NUMBER: _ClassVar[int]
     PROBLEM_FIELD_NUMBER: _ClassVar[int]
     SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
-    BYTES_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
     order: int
     problem: RankError
     snapshot: str
     digest: int
-    bytes: int
-    def __init__(self, order: _Optional[int] = ..., problem: _Optional[_Union[RankError, _Mapping]] = ..., snapshot: _Optional[str] = ..., digest: _Optional[int] = ..., bytes: _Optional[int] = ...) -> None: ...
+    steps: _containers.RepeatedCompositeFieldContainer[RankSteps]
+    def __init__(self, order: _Optional[int] = ..., problem: _Optional[_Union[RankError, _Mapping]] = ..., snapshot: _Optional[str] = ..., digest: _Optional[int] = ..., steps: _Optional[_Iterable[_Union[RankSteps, _Mapping]]] = ...) -> None: ...
+
+class RankSteps(_message.Message):
+    __slots__ = ("model", "group", "steps")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    GROUP_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    group: int
+    steps: int
+    def __init__(self, model: _Optional[str] = ..., group: _Optional[int] = ..., steps: _Optional[int] = ...) -> None: ...
 
 class RankOrder(_message.Message):
-    __slots__ = ("order", "welcome", "create", "commit_creation", "withdraw", "ticket", "drop", "publish", "reduce", "delete", "snapshot", "restore", "close", "serve", "alive", "durability", "averages")
+    __slots__ = ("order", "welcome", "create", "commit_creation", "withdraw", "ticket", "drop", "publish", "reduce", "delete", "snapshot", "restore", "close", "serve", "alive", "durability", "hooks", "meet")
     ORDER_FIELD_NUMBER: _ClassVar[int]
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     CREATE_FIELD_NUMBER: _ClassVar[int]
@@ -157,7 +171,8 @@ class RankOrder(_message.Message):
     SERVE_FIELD_NUMBER: _ClassVar[int]
     ALIVE_FIELD_NUMBER: _ClassVar[int]
     DURABILITY_FIELD_NUMBER: _ClassVar[int]
-    AVERAGES_FIELD_NUMBER: _ClassVar[int]
+    HOOKS_FIELD_NUMBER: _ClassVar[int]
+    MEET_FIELD_NUMBER: _ClassVar[int]
     order: int
     welcome: RankWelcome
     create: RankCreate
@@ -174,8 +189,9 @@ class RankOrder(_message.Message):
     serve: RankServe
     alive: bool
     durability: RankDurability
-    averages: RankAverages
-    def __init__(self, order: _Optional[int] = ..., welcome: _Optional[_Union[RankWelcome, _Mapping]] = ..., create: _Optional[_Union[RankCreate, _Mapping]] = ..., commit_creation: _Optional[_Union[RankCommitCreation, _Mapping]] = ..., withdraw: _Optional[_Union[RankWithdraw, _Mapping]] = ..., ticket: _Optional[_Union[RankTicket, _Mapping]] = ..., drop: _Optional[_Union[RankDrop, _Mapping]] = ..., publish: _Optional[_Union[RankPublish, _Mapping]] = ..., reduce: _Optional[_Union[RankReduce, _Mapping]] = ..., delete: _Optional[_Union[RankDelete, _Mapping]] = ..., snapshot: _Optional[_Union[RankSnapshot, _Mapping]] = ..., restore: _Optional[_Union[RankRestore, _Mapping]] = ..., close: bool = ..., serve: _Optional[_Union[RankServe, _Mapping]] = ..., alive: bool = ..., durability: _Optional[_Union[RankDurability, _Mapping]] = ..., averages: _Optional[_Union[RankAverages, _Mapping]] = ...) -> None: ...
+    hooks: RankHooks
+    meet: RankMeet
+    def __init__(self, order: _Optional[int] = ..., welcome: _Optional[_Union[RankWelcome, _Mapping]] = ..., create: _Optional[_Union[RankCreate, _Mapping]] = ..., commit_creation: _Optional[_Union[RankCommitCreation, _Mapping]] = ..., withdraw: _Optional[_Union[RankWithdraw, _Mapping]] = ..., ticket: _Optional[_Union[RankTicket, _Mapping]] = ..., drop: _Optional[_Union[RankDrop, _Mapping]] = ..., publish: _Optional[_Union[RankPublish, _Mapping]] = ..., reduce: _Optional[_Union[RankReduce, _Mapping]] = ..., delete: _Optional[_Union[RankDelete, _Mapping]] = ..., snapshot: _Optional[_Union[RankSnapshot, _Mapping]] = ..., restore: _Optional[_Union[RankRestore, _Mapping]] = ..., close: bool = ..., serve: _Optional[_Union[RankServe, _Mapping]] = ..., alive: bool = ..., durability: _Optional[_Union[RankDurability, _Mapping]] = ..., hooks: _Optional[_Union[RankHooks, _Mapping]] = ..., meet: _Optional[_Union[RankMeet, _Mapping]] = ...) -> None: ...
 
 class RankWelcome(_message.Message):
     __slots__ = ("world", "build")
@@ -190,28 +206,26 @@ class RankServe(_message.Message):
     def __init__(self) -> None: ...
 
 class RankCreate(_message.Message):
-    __slots__ = ("model", "ticket", "manifest", "map_version")
+    __slots__ = ("model", "ticket", "manifest", "uid")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     TICKET_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
-    MAP_VERSION_FIELD_NUMBER: _ClassVar[int]
+    UID_FIELD_NUMBER: _ClassVar[int]
     model: str
     ticket: int
     manifest: _types_pb2.Manifest
-    map_version: int
-    def __init__(self, model: _Optional[str] = ..., ticket: _Optional[int] = ..., manifest: _Optional[_Union[_types_pb2.Manifest, _Mapping]] = ..., map_version: _Optional[int] = ...) -> None: ...
+    uid: bytes
+    def __init__(self, model: _Optional[str] = ..., ticket: _Optional[int] = ..., manifest: _Optional[_Union[_types_pb2.Manifest, _Mapping]] = ..., uid: _Optional[bytes] = ...) -> None: ...
 
 class RankCommitCreation(_message.Message):
-    __slots__ = ("model", "ticket", "uid", "durability")
+    __slots__ = ("model", "ticket", "durability")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     TICKET_FIELD_NUMBER: _ClassVar[int]
-    UID_FIELD_NUMBER: _ClassVar[int]
     DURABILITY_FIELD_NUMBER: _ClassVar[int]
     model: str
     ticket: int
-    uid: bytes
     durability: str
-    def __init__(self, model: _Optional[str] = ..., ticket: _Optional[int] = ..., uid: _Optional[bytes] = ..., durability: _Optional[str] = ...) -> None: ...
+    def __init__(self, model: _Optional[str] = ..., ticket: _Optional[int] = ..., durability: _Optional[str] = ...) -> None: ...
 
 class RankWithdraw(_message.Message):
     __slots__ = ("model", "ticket")
@@ -317,10 +331,40 @@ class RankDurability(_message.Message):
     settings: str
     def __init__(self, model: _Optional[str] = ..., settings: _Optional[str] = ...) -> None: ...
 
-class RankAverages(_message.Message):
+class RankHooks(_message.Message):
     __slots__ = ("model", "hooks")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     HOOKS_FIELD_NUMBER: _ClassVar[int]
     model: str
     hooks: str
     def __init__(self, model: _Optional[str] = ..., hooks: _Optional[str] = ...) -> None: ...
+
+class RankMeet(_message.Message):
+    __slots__ = ("goals",)
+    GOALS_FIELD_NUMBER: _ClassVar[int]
+    goals: _containers.RepeatedCompositeFieldContainer[RankGoal]
+    def __init__(self, goals: _Optional[_Iterable[_Union[RankGoal, _Mapping]]] = ...) -> None: ...
+
+class RankGoal(_message.Message):
+    __slots__ = ("model", "version", "timeline", "refused", "aside")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    TIMELINE_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
+    ASIDE_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    version: int
+    timeline: int
+    refused: RankError
+    aside: bool
+    def __init__(self, model: _Optional[str] = ..., version: _Optional[int] = ..., timeline: _Optional[int] = ..., refused: _Optional[_Union[RankError, _Mapping]] = ..., aside: bool = ...) -> None: ...
+
+class RankedModel(_message.Message):
+    __slots__ = ("world", "rank", "manifest")
+    WORLD_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    world: int
+    rank: int
+    manifest: _types_pb2.Manifest
+    def __init__(self, world: _Optional[int] = ..., rank: _Optional[int] = ..., manifest: _Optional[_Union[_types_pb2.Manifest, _Mapping]] = ...) -> None: ...

@@ -173,12 +173,14 @@ class HeartbeatRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ..., identity: _Optional[_Union[_types_pb2.Identity, _Mapping]] = ...) -> None: ...
 
 class HeartbeatResponse(_message.Message):
-    __slots__ = ("version", "lease_s")
+    __slots__ = ("version", "lease_s", "map_version")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     LEASE_S_FIELD_NUMBER: _ClassVar[int]
+    MAP_VERSION_FIELD_NUMBER: _ClassVar[int]
     version: int
     lease_s: float
-    def __init__(self, version: _Optional[int] = ..., lease_s: _Optional[float] = ...) -> None: ...
+    map_version: int
+    def __init__(self, version: _Optional[int] = ..., lease_s: _Optional[float] = ..., map_version: _Optional[int] = ...) -> None: ...
 
 class LeaveRequest(_message.Message):
     __slots__ = ("model", "identity", "edits", "worker_state", "undo", "attempt")
@@ -384,22 +386,34 @@ class PullRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ..., identity: _Optional[_Union[_types_pb2.Identity, _Mapping]] = ..., options: _Optional[_Union[PullOptions, _Mapping]] = ..., timeline: _Optional[int] = ..., manifest_hash: _Optional[int] = ..., map_version: _Optional[int] = ...) -> None: ...
 
 class PullRowsRequest(_message.Message):
-    __slots__ = ("model", "parameter", "ids", "dtype")
+    __slots__ = ("model", "parameter", "ids", "dtype", "manifest_hash", "map_version", "version")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     PARAMETER_FIELD_NUMBER: _ClassVar[int]
     IDS_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
+    MANIFEST_HASH_FIELD_NUMBER: _ClassVar[int]
+    MAP_VERSION_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
     model: str
     parameter: str
     ids: _containers.RepeatedScalarFieldContainer[int]
     dtype: _types_pb2.DType
-    def __init__(self, model: _Optional[str] = ..., parameter: _Optional[str] = ..., ids: _Optional[_Iterable[int]] = ..., dtype: _Optional[_Union[_types_pb2.DType, str]] = ...) -> None: ...
+    manifest_hash: int
+    map_version: int
+    version: int
+    def __init__(self, model: _Optional[str] = ..., parameter: _Optional[str] = ..., ids: _Optional[_Iterable[int]] = ..., dtype: _Optional[_Union[_types_pb2.DType, str]] = ..., manifest_hash: _Optional[int] = ..., map_version: _Optional[int] = ..., version: _Optional[int] = ...) -> None: ...
 
 class PullStateRequest(_message.Message):
-    __slots__ = ("model",)
+    __slots__ = ("model", "manifest_hash", "map_version", "version")
     MODEL_FIELD_NUMBER: _ClassVar[int]
+    MANIFEST_HASH_FIELD_NUMBER: _ClassVar[int]
+    MAP_VERSION_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
     model: str
-    def __init__(self, model: _Optional[str] = ...) -> None: ...
+    manifest_hash: int
+    map_version: int
+    version: int
+    def __init__(self, model: _Optional[str] = ..., manifest_hash: _Optional[int] = ..., map_version: _Optional[int] = ..., version: _Optional[int] = ...) -> None: ...
 
 class PullHeader(_message.Message):
     __slots__ = ("model_uid", "timeline", "version", "unchanged", "segments", "manifest_hash", "receipt", "groups", "steps", "manifest", "shared", "extras_version", "extras_bytes", "apart", "shards")

@@ -27,6 +27,7 @@ from .config import Config
 from .process import logs
 from .process.exit_status import ExitStatus
 from .process.folder_lock import DataFolderLocked
+from .ranks.job import Job, job_of
 from .service import Service
 
 gc.freeze()
@@ -97,8 +98,8 @@ def _make_token(role: str, name: str = "", models: str = "", worker: str = "") -
     return 0
 
 
-async def _run(config: Config) -> ExitStatus:
-    return await Service(config).run()
+async def _run(config: Config, job: Job | None) -> ExitStatus:
+    return await Service(config if job is None else config.of_rank(job.rank, job.local_rank), job).run()
 
 
 def serve(arguments: Sequence[str] | None = None) -> int:
@@ -115,6 +116,7 @@ def serve(arguments: Sequence[str] | None = None) -> int:
         return ExitStatus.BAD_SETTINGS
     try:
         config = Config.read(settings, file)
+        job = job_of(os.environ)
     except ValueError as error:
         print(f"pushstep-server: {error}", file=sys.stderr)
         return ExitStatus.BAD_SETTINGS
@@ -122,7 +124,7 @@ def serve(arguments: Sequence[str] | None = None) -> int:
     for problem in unknown_variables(os.environ):
         log.warning("%s", problem)
     try:
-        status = asyncio.run(_run(config))
+        status = asyncio.run(_run(config, job))
     except KeyboardInterrupt:
         return 130  # the service had not installed its signal handlers yet
     except (OSError, DataFolderLocked, MemoryError, PushstepError) as error:

@@ -136,6 +136,16 @@ class Config(BaseSettings):
     webhook_secrets: Path | None = Field(
         None, description="folder with the secrets of webhook hooks: a file each, which the hook names"
     )
+    advertise: str | None = Field(
+        None,
+        description="HOST or HOST:PORT at which workers and other ranks reach this one of several [default: as --grpc]",
+    )
+    link_token_file: Path | None = Field(
+        None, description="file with an operator's token, by which a rank of several comes to rank 0"
+    )
+    link_ca: Path | None = Field(
+        None, description="PEM file with the CAs by which a rank of several knows rank 0's certificate"
+    )
     otel: bool = Field(
         False, description="send spans of pushes and pulls by OpenTelemetry; OTEL_* variables say where to"
     )
@@ -214,6 +224,21 @@ class Config(BaseSettings):
         if self.unix and len(self.unix.encode()) > MAX_UNIX_PATH_BYTES:
             raise ValueError(f"--unix: a socket path has at most {MAX_UNIX_PATH_BYTES} bytes")
         return self
+
+    def of_rank(self, rank: int, local_rank: int) -> Config:
+        """The settings of one rank of several: a folder of its own in --data, and, on one host, a port of its own."""
+        host, port = split_address(self.grpc)
+        shown = f"[{host}]" if ":" in host else host
+        unix = f"{self.unix}.{rank}" if self.unix and rank else self.unix
+        made = self.model_copy(
+            update={
+                "data": self.data / f"rank-{rank}",
+                "grpc": f"{shown}:{port + local_rank if port else 0}",
+                "unix": unix,
+            }
+        )
+        made._origin = self._origin
+        return made
 
     def again(self) -> Config:
         """The settings as they are now, from the same arguments, environment and files. ValueError."""

@@ -42,13 +42,15 @@ from .process.exit_status import ExitStatus
 from .process.folder_lock import lock_folder
 from .process.threads import DISK, METRICS, PUSHES, REQUESTS
 from .process.unix_socket import UnixSocket
+from .ranks.job import Job
+from .ranks.role import Role
 from .service_manager import tell_manager
 from .shared_memory.regions import SharedMemory
 from .staging.budget import WINDOW_BYTES
 from .traces.request_spans import Traces
 from .worker_door.entrance import Entrance, require_entries
 from .worker_door.local import LocalDoor
-from .worker_door.servicer import SERVICE, GrpcDoor
+from .worker_door.servicer import SERVICE, VERSION, GrpcDoor
 
 log = logging.getLogger("pushstep.service")
 
@@ -95,7 +97,8 @@ BACKLOG: Final = 2048
 class Service:
     """One server process: its catalog, both doors, its sockets, and the lock on its data folder."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, job: Job | None = None) -> None:
+        """`job`: the rank of several that this process is."""
         keep_freed_blocks()
         self.config = config
         self.catalog = Catalog(config)
@@ -107,7 +110,9 @@ class Service:
         self._loop_lag = LoopLag(self.catalog.counts.loop_lag)
         self.memory = SharedMemory(self.catalog.staging, config.memory_path(), self._shares.local)
         self._traces = Traces() if config.otel else None
-        self.door = GrpcDoor(self.catalog, self.memory, config.stall_s, self._traces)
+        self._role = None if job is None else Role(job, config, self.catalog, VERSION)
+        made = GrpcDoor if self._role is None else self._role.door
+        self.door = made(self.catalog, self.memory, config.stall_s, self._traces)
         self._stop = asyncio.Event()
         self._look_now = asyncio.Event()
         connections = ("grpc.max_allowed_incoming_connections", self._shares.grpc)
@@ -152,6 +157,8 @@ class Service:
             METRICS.let_go()
             self._loop_lag.stop()
             saved = await self._saved_models.save()
+            if self._role is not None:
+                await self._part("ranks", self._role.end())
             await self._let_go()
         return status if saved else ExitStatus.NOT_ALL_SAVED
 
@@ -160,17 +167,27 @@ class Service:
         self._lock = lock_folder(self.config.data)
         if self.catalog.remote is not None:
             await DISK.run(self.catalog.remote.open, takeover=self.config.snapshots_takeover)
-        self._http_socket, self.http_address = bind_http(self.config.http)
+        leads = self._role is None or self._role.job.leads
+        if leads:
+            self._http_socket, self.http_address = bind_http(self.config.http)
         await self._start_grpc()
-        self._http = self._http_server(self._http_socket)
+        if self._http_socket is not None:
+            await self._start_http(self._http_socket)
+        if self._role is not None:
+            await self._role.begin(self.grpc_address, self.unix_path, self._stop.set)
+        await PUSHES.run(warm_kernels, self.catalog.device.where, self.config.data / "kernels")
+        await self._saved_models.load(self._stop.is_set)
+        if self._role is not None:
+            await self._role.serve()
+
+    async def _start_http(self, listener: socket.socket) -> None:
+        self._http = self._http_server(listener)
         self._serving = asyncio.create_task(self._http.serve())
         while not self._http.started and not self._serving.done():
             await asyncio.sleep(0.005)
         if self._serving.done():
             self._serving.result()
             raise OSError(f"cannot listen on {self.config.http} for HTTP")
-        await PUSHES.run(warm_kernels, self.catalog.device.where, self.config.data / "kernels")
-        await self._saved_models.load(self._stop.is_set)
 
     async def _start_grpc(self) -> None:
         self._bind_grpc()
@@ -178,10 +195,12 @@ class Service:
         self.door.http_url = f"{scheme}://{self.http_address}"
         self.door.unix_path = self.unix_path
         self.memory.start(LocalDoor(self.door).serve)
-        self._grpc.add_generic_rpc_handlers((self.door.handler(),))
+        ranks = self._role
+        handlers = () if ranks is None else ranks.handlers()
+        self._grpc.add_generic_rpc_handlers((self.door.handler(), *handlers))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        require_entries(names)
+        require_entries(names if ranks is None else (*names, *ranks.services))
         reflection.enable_server_reflection(names, self._grpc)
         await self._say(health_pb2.HealthCheckResponse.NOT_SERVING)
         await self._grpc.start()
@@ -264,7 +283,9 @@ class Service:
         # a shell's words: a path may have spaces
         unix = f" unix={shlex.quote(self.unix_path)}" if self.unix_path else ""
         try:
-            print(f"ready grpc={self.grpc_address} http={self.http_address}{unix}", flush=True)
+            rank = "" if self._role is None else f" rank={self._role.job.rank}"
+            http = f" http={self.http_address}" if self.http_address else ""
+            print(f"ready{rank} grpc={self.grpc_address}{http}{unix}", flush=True)
         except OSError as error:  # the starter has closed our output; workers may still connect
             log.warning("nobody hears that the server is ready: %s", error)
         tell_manager("READY=1")
@@ -287,6 +308,8 @@ class Service:
             model.events.end("draining")
         self.door.steps.end()
         whole = await self._part("health", self._health.enter_graceful_shutdown())
+        if self._role is not None:
+            whole &= await self._part("ranks", self._role.drain(self.config.drain_s))
         whole &= await self._part("gRPC", self._grpc.stop(self.config.drain_s))
         whole &= await self._part("shared memory", self.memory.stop())
         if self._http is not None and self._serving is not None:

@@ -44,7 +44,12 @@ def square_sums(tensors: Sequence[Tensor]) -> list[float]:
 
 
 def _square_sum(tensor: Tensor) -> float:
-    """The sum of squares of one flat tensor: 12 us for 10,000 elements, where the code for lists takes 17."""
+    sums = flat_block_sums(tensor)
+    return added_in_order(sums, (0, len(sums)))[0]
+
+
+def flat_block_sums(tensor: Tensor) -> np.ndarray[Any, Any]:
+    """The sums of squares of one flat tensor's blocks: 12 us for 10,000 elements, where the code for lists takes 17."""
     size = tensor.numel()
     blocks = -(-size // BLOCK_ELEMENTS)
     table = np.array(((tensor.data_ptr(), 0), (size, 0), (0, blocks)), np.int64)
@@ -52,7 +57,7 @@ def _square_sum(tensor: Tensor) -> float:
     kernel = compiled(block_sums, SIGNATURE, KIND[tensor.dtype])
     work = partial(kernel, table[0, :1], table[1, :1], table[2], sums)
     over_slices(work, blocks, slice_size=SLICE_BLOCKS, inline=INLINE_BLOCKS)
-    return added_in_order(sums, (0, blocks))[0]
+    return sums
 
 
 def _is_flat(tensor: Tensor) -> bool:

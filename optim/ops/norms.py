@@ -42,6 +42,13 @@ def square_sums(tensors: Sequence[Tensor]) -> list[float]:
     return [_in_torch(t) for t in tensors]
 
 
+def block_sums(values: Tensor) -> list[float]:
+    """The sums of squares of one flat CPU tensor's blocks, which `square_sum` adds in order."""
+    from ..cpu.norms import flat_block_sums
+
+    return [float(one) for one in flat_block_sums(values)]
+
+
 def global_norm(tensors: Sequence[Tensor]) -> float:
     """The 2-norm of all tensors together."""
     total = 0.0

@@ -55,6 +55,10 @@ class StreamingNorms:
                 self._work(plan, 0)
             self._done = stop
 
+    def first_block_sums(self) -> list[float]:
+        """The first parameter's sums by blocks, valid once all bytes are there."""
+        return [float(one) for one in self._sums[: self._starts[1]]]
+
     def square_sums(self) -> list[float]:
         """Each parameter's sum of squares, valid once all bytes are there."""
         return added_in_order(self._sums, self._starts)

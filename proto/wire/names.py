@@ -1,23 +1,37 @@
-"""What a parameter may be called: a name has to work wherever it is used.
+"""What models, workers and parameters may be called: a name has to work wherever it is used.
 
-A name is a key of exports, a path of REST, a word in errors and logs, and text on the wire. A name that one of these
+Names of models and workers stand in URLs, file names and logs. A parameter's name is a key of exports, a path of REST, a word in errors and logs, and text on the wire. A name that one of these
 cannot carry is refused when the model is made, or else its first export would fail.
 """
 
 from __future__ import annotations
 
+import re
 from typing import Final
 
-from ..errors import InvalidManifest
+from ..errors import InvalidManifest, InvalidName
 from ..types_pb2 import Manifest, Parameter
 from .limits import limit_of
 
 MAX_NAME_BYTES: Final = limit_of(Parameter, "name").bytes
 _SHOWN: Final = 100
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 # safetensors keeps this key for itself: a file with a tensor of that name cannot be read
 _OF_SAFETENSORS: Final = "__metadata__"
 # web clients resolve these parts of a path before they send it
 _PLACES: Final = frozenset((".", ".."))
+
+
+def is_name(name: object) -> bool:
+    """Whether `name` is valid for a model or a worker."""
+    return isinstance(name, str) and _NAME.fullmatch(name) is not None
+
+
+def check_name(name: str, what: str) -> str:
+    """`name` if it is valid, else InvalidName. `what` says in the message what it names."""
+    if not is_name(name):
+        raise InvalidName(name=str(name)[:200], what=what)
+    return name
 
 
 def check_names(manifest: Manifest) -> None:

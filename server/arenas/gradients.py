@@ -28,6 +28,7 @@ from pushstep.proto.wire import dtypes
 from pushstep.proto.wire.layout import Slot
 
 from ..staging.gradient import DensePart, RowsPart
+from ..staging.row_sums import row_square_sum
 
 Part = DensePart | RowsPart
 Take = Callable[[int], Tensor]
@@ -191,9 +192,11 @@ class Gradients:
         if self._sums is None:
             self._sums = {}
             for k, part in enumerate(self.parts):
+                if isinstance(part, RowsPart):
+                    self._sums[part.slot.index] = row_square_sum(part.slot, part.ids, part.rows)
+                    continue
                 slots = self._slots[k]
-                pieces = [part.rows] if isinstance(part, RowsPart) else _pieces(part, slots)
-                found = zip(slots, square_sums(pieces), strict=True)
+                found = zip(slots, square_sums(_pieces(part, slots)), strict=True)
                 self._sums |= {slot.index: square_sum for slot, square_sum in found}
         return self._sums
 

@@ -25,6 +25,7 @@ from typing import Final
 
 import torch
 
+from pushstep.proto.errors import OverBudget
 from pushstep.proto.errors.status import untrace
 from pushstep.proto.types_pb2 import Segment
 from pushstep.proto.wire import dtypes
@@ -148,6 +149,23 @@ class Publisher:
             self._make(frames, bodies, loop)
         return published
 
+    def this_version(
+        self, timeline: int, have_version: int | None, wire: torch.dtype | None, loop: Loop
+    ) -> Published | None:
+        """In the writer thread: the version that is here now, for a reader that has `have_version`. None without room.
+
+        Other readers do not keep it waiting: a version too many counts in their budget.
+        """
+        unmade: Unmade = []
+        published = self._answer_to(timeline, have_version, wire, unmade, crowds=True)
+        for frames, bodies in unmade:
+            self._arenas.device_stream.publish(partial(self._make, frames, bodies, loop))
+        return published
+
+    def over(self) -> OverBudget:
+        """The error for a reader for whose version there is no room."""
+        return self._budget.over(sum(flat.nbytes for flat in self._arenas.parameters))
+
     def _schedule(self, loop: Loop) -> None:
         with self._lock:
             if self._scheduled or not self._waiting:
@@ -183,7 +201,7 @@ class Publisher:
             try:
                 published = self._answer_to(request.timeline, request.have_version, request.wire, unmade)
                 if published is None and self._clock() > request.until_s:
-                    raise self._budget.over(sum(flat.nbytes for flat in self._arenas.parameters))
+                    raise self.over()
             except Exception as error:  # noqa: BLE001 - whatever it is belongs to the reader, not to the writer
                 untrace(error)
                 on_loop(_resolve, request, error)
@@ -207,7 +225,13 @@ class Publisher:
             self.forget()
 
     def _answer_to(
-        self, timeline: int | None, have_version: int | None, wire: torch.dtype | None, unmade: Unmade
+        self,
+        timeline: int | None,
+        have_version: int | None,
+        wire: torch.dtype | None,
+        unmade: Unmade,
+        *,
+        crowds: bool = False,
     ) -> Published | None:
         """The answer to a request, in the writer thread.
 
@@ -217,7 +241,7 @@ class Publisher:
         have = have_version if timeline == arenas.timeline else None
         if have == arenas.version:
             return Published(*self._now(), True, [], None, None)
-        dense = self._dense(wire, unmade)
+        dense = self._dense(wire, unmade, crowds)
         if dense is None:
             return None
         if not arenas.row_changed:
@@ -231,7 +255,7 @@ class Publisher:
         """Timeline, version and layout as the writer has them; the model's may be ahead."""
         return self._arenas.timeline, self._arenas.version, self._arenas.layout
 
-    def _dense(self, wire: torch.dtype | None, unmade: Unmade) -> DenseFrames | None:
+    def _dense(self, wire: torch.dtype | None, unmade: Unmade, crowds: bool) -> DenseFrames | None:
         """The frames of this version; new ones are added to `unmade` with their sources.
 
         None if there is no room.
@@ -242,7 +266,8 @@ class Publisher:
             return self._current[wire][1]
         self._current.pop(wire, None)
         live = self._live.setdefault(wire, weakref.WeakSet())
-        if len(live) >= LIVE_VERSIONS and not self._retire(live):
+        is_one_more = len(live) >= LIVE_VERSIONS and not self._retire(live)
+        if is_one_more and not crowds:
             return None
         runs = dense_runs(arenas, wire)
         bodies = [
@@ -252,7 +277,12 @@ class Publisher:
             for s, _ in runs
         ]
         frames = DenseFrames([segment for segment, _ in runs], self._memory, self._clock)
-        live.add(frames)
+        if not is_one_more:
+            live.add(frames)
+        elif self._budget.take(frames.nbytes):
+            weakref.finalize(frames, self._budget.give_back, frames.nbytes).atexit = False
+        else:
+            return None
         self._current[wire] = (now, frames)
         unmade.append((frames, bodies))
         return frames

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pushstep.proto.wire.identifiers import is_name
+from pushstep.proto.wire.names import is_name
 
 from ..config import Config
 from ..models.catalog import Catalog

@@ -66,6 +66,8 @@ class Step:
     facts: Mapping[str, Any]
     # the hooks as they are after it, as JSON
     hooks: Sequence[Mapping[str, Any]] = ()
+    # in a rank that only executes tickets: what its pushes brought, in the ticket's order; nobody is resolved there
+    parts: Sequence[StagedPush] = ()
 
 
 @dataclass(frozen=True, slots=True)

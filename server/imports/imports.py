@@ -14,8 +14,8 @@ from torch import Tensor
 
 from pushstep.proto.errors import InvalidFile, InvalidSettings, ManifestChanged, ModelExists
 from pushstep.proto.training_pb2 import Process
-from pushstep.proto.wire.identifiers import check_name
 from pushstep.proto.wire.layout import Layout
+from pushstep.proto.wire.names import check_name
 from pushstep.proto.wire.tensor_names import GROUPS
 
 from ..arenas.extras import Extras

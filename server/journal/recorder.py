@@ -171,7 +171,8 @@ class Recorder:
         """The record of a step and of its pushes' outcomes."""
         if self.journal is None:
             return None
-        pushes = [resolve.pending.push or step.push for resolve in step.resolves]
+        brought = step.parts or [resolve.pending.push or step.push for resolve in step.resolves]
+        pushes = [push.own for push in brought]
         record = self._record(
             int(step.ticket.version),
             [_given(resolve) for resolve in step.resolves],

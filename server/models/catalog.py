@@ -43,6 +43,8 @@ from ..journal.durability import DurabilitySettings
 from ..journal.sync import JournalSync
 from ..observers.catalogue import register
 from ..pacing.paced_lock import PacedLock
+from ..parts.shard import Ranks
+from ..parts.whole_file import write_whole
 from ..process import garbage
 from ..process.threads import DISK, STORE
 from ..remote.remote import remote_of
@@ -89,7 +91,8 @@ class Catalog:
         self.loaded = False
         # no new work is taken: the server stops
         self.draining = False
-        self._creations = Creations()
+        self.ranks: Ranks | None = None  # of a process that is one of several
+        self.creations = Creations()
         self._journal_sync = JournalSync()
         # each with a number at once of its own, because a restore waits for the snapshot of its model that is being written
         self.snapshotter = Snapshotter(COPIES_AT_ONCE)
@@ -164,7 +167,7 @@ class Catalog:
         """
         self.require_creatable(name, proposal)
         needed = proposal.bytes_needed
-        return self._creations.begin(name, worker, proposal.manifest, needed, now_s, attempt, peer, process)
+        return self.creations.begin(name, worker, proposal.manifest, needed, now_s, attempt, peer, process)
 
     def require_creatable(self, name: str, proposal: Proposal) -> None:
         """ModelNotLoaded or OverCapacity unless a model like this may be created now."""
@@ -179,7 +182,7 @@ class Catalog:
 
     def _require_place(self, need_bytes: int) -> None:
         """OverCapacity unless one more model, of `need_bytes`, may be held."""
-        coming = self._creations.with_places()
+        coming = self.creations.with_places()
         if len(self.models) + len(coming) >= self.config.max_models:
             raise OverCapacity(
                 problem=f"this server holds at most {self.config.max_models} models", setting="max-models"
@@ -190,40 +193,44 @@ class Catalog:
         """The creation whose upload begins now; call `end_creation` later. NoCreationTicket, ModelExists."""
         if name in self.models:
             raise ModelExists(model=name)
-        return self._creations.begin_upload(name, ticket, now_s)
+        return self.creations.begin_upload(name, ticket, now_s)
 
     def take_place(self, name: str, creation: Creation) -> None:
         """Count a creation as a model: its values are there. NoCreationTicket, ModelExists, OverCapacity."""
         if name in self.models:
             raise ModelExists(model=name)
-        if self._creations.get(name) is not creation or creation.has_place:
+        if self.creations.get(name) is not creation or creation.has_place:
             raise NoCreationTicket(model=name)
         self._require_place(creation.bytes_needed)
-        self._creations.take_place(name, creation)
+        self.creations.take_place(name, creation)
 
     def end_creation(
         self, name: str, creation: Creation, now_s: float, *, had_place: bool, comes_again: bool
     ) -> None:
         """Note the end of an upload. Unless it made the model or is retried, others may create the model."""
-        self._creations.end_upload(name, creation, now_s, had_place=had_place, comes_again=comes_again)
+        self.creations.end_upload(name, creation, now_s, had_place=had_place, comes_again=comes_again)
+        if self.ranks is not None and self.creations.get(name) is not creation:
+            self.ranks.withdraw(name, creation.ticket)
 
     async def withdraw_creation(self, name: str, worker: str, attempt: int) -> None:
         """Withdraw the ticket that a join was given. A creation that is being finished is waited for."""
-        current = self._creations.get(name)
+        current = self.creations.get(name)
         if current is None or not attempt or (current.worker, current.attempt) != (worker, attempt):
             return
         async with self.alone(name):
-            if self._creations.get(name) is current:
-                self._creations.end(name)
+            if self.creations.get(name) is current:
+                self.creations.end(name)
 
     async def finish_creation(self, name: str, creation: Creation, model: Model) -> None:
         """Write the identity of a filled model with a place, and make it visible to all. NoCreationTicket."""
         async with self.alone(name):  # the folder of an earlier model of this name may still be being removed
-            if self._creations.get(name) is not creation:  # withdrawn
+            if self.creations.get(name) is not creation:  # withdrawn
                 raise NoCreationTicket(model=name)
             await DISK.run(self.folder(name).set_aside)
             folder = self.folder(name)
             model.kept = replace(model.kept, epochs=EPOCHS_AHEAD)
+            if model.shard is not None:
+                await DISK.run(write_whole, folder.path, model.shard)
             model.record("created", creation.worker)
             await DISK.run(folder.write_identity, model.identity(None))
             try:
@@ -233,22 +240,19 @@ class Catalog:
             except BaseException:
                 await model.close()
                 raise
-        self._creations.end(name)
+        self.creations.end(name)
         self.models[name] = model
+        if self.ranks is not None:
+            self.ranks.loaded(model)
         garbage.set_aside(len(model.layout.slots))
-        log.info(
-            "model %s created by %s: %d parameters",
-            name,
-            creation.worker,
-            len(model.layout.slots),
-            extra={"model": name},
-        )
+        by, many = creation.worker, len(model.layout.slots)
+        log.info("model %s created by %s: %d parameters", name, by, many, extra={"model": name})
 
-    def new_model(self, name: str, layout: Layout) -> Model:
-        """A model with a new uid and initial optimizer state, not yet visible. OutOfMemory."""
+    def new_model(self, name: str, layout: Layout, uid: bytes = b"") -> Model:
+        """A model with a new uid, if none is given, and initial optimizer state, not yet visible. OutOfMemory."""
         groups = ParamGroups(Group.make(group) for group in layout.manifest.groups)
         try:
-            model = self.made(name, secrets.token_bytes(16), 1, layout, groups)
+            model = self.made(name, uid or secrets.token_bytes(16), 1, layout, groups)
             model.arenas.fill_initial_state([group.values for group in groups.list])
             return model
         except (OutOfMemory, torch.OutOfMemoryError):
@@ -259,20 +263,14 @@ class Catalog:
     def made(self, name: str, uid: bytes, timeline: int, layout: Layout, groups: ParamGroups) -> Model:
         """A model with this server's limits, not yet visible."""
         sessions = Sessions(self.config.lease_s, self.config.max_workers, name, self.config.worker_bytes)
-        model = Model(
-            name,
-            uid,
-            timeline,
-            layout,
-            groups,
-            sessions,
+        shared = (
             self.device,
             self.staging,
             self.reading,
             self._journal_sync,
             self.config.durability_settings(),
-            self.clock,
         )
+        model = Model(name, uid, timeline, layout, groups, sessions, *shared, self.clock)
         model.on_failed = self._failed
         model.observers.place = self.config.place(name)
         return model
@@ -299,6 +297,8 @@ class Catalog:
         model.deleted = True
         model.events.end("deleted")
         del self.models[name]
+        if self.ranks is not None:
+            await self.ranks.delete(name, model.uid)
         async with self.alone(name):  # or a snapshot that is being written would create the folder again
             await model.close()
             garbage.look_again()

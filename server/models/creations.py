@@ -22,6 +22,7 @@ from pushstep.proto.wire.names import check_names
 
 from ..arenas.arena import Arenas
 from ..coordinator.groups import Group
+from ..parts.shard import ModelShard, Ranks
 
 CREATION_S: Final = 120.0
 CREATION_RETRY_S: Final = 0.2
@@ -42,9 +43,11 @@ class Proposal:
     bytes_needed: int
     # of a push of all parameters
     push_bytes: int
+    # how it would lie in several ranks: the bytes are then of the part that would lie here
+    shard: ModelShard | None = None
 
 
-def propose(manifest: Manifest) -> Proposal:
+def propose(manifest: Manifest, ranks: Ranks | None = None) -> Proposal:
     """The model that a manifest describes. InvalidManifest or InvalidHyperparameter if it is not valid.
 
     It reads nothing but the manifest, so a large one can be checked in a thread.
@@ -55,9 +58,11 @@ def propose(manifest: Manifest) -> Proposal:
         Group.make(group)
     if len(layout.first_of_group) != len(manifest.groups):
         raise InvalidManifest(problem="every param group must have parameters")
-    push_bytes = sum(arena.elements * arena.dtype.itemsize for arena in layout.arenas)
+    shard = None if ranks is None else ranks.shard(layout)
+    held = layout if shard is None or shard.part is None else shard.part.layout
+    push_bytes = sum(arena.elements * arena.dtype.itemsize for arena in held.arenas)
     manifest_bytes = layout.manifest.SerializeToString()
-    return Proposal(layout, manifest_bytes, Arenas.bytes_charged(layout), push_bytes)
+    return Proposal(layout, manifest_bytes, Arenas.bytes_charged(held), push_bytes, shard)
 
 
 @dataclass(slots=True, eq=False)
@@ -136,6 +141,12 @@ class Creations:
         while self._unused_bytes > TICKETS_BYTES and len(self._unused) > 1:
             self.end(next(iter(self._unused)))
         return made
+
+    def promised(self, name: str, ticket: int, manifest: bytes, bytes_needed: int, until_s: float) -> None:
+        """Have a ticket that rank 0 has given."""
+        if self._by_name.get(name) is None or self._by_name[name].ticket != ticket:
+            self._by_name[name] = Creation(ticket, "", manifest, bytes_needed, until_s, Process())
+            self._keep_unused(name, self._by_name[name])
 
     def begin_upload(self, name: str, ticket: int, now_s: float) -> Creation:
         """The creation of a ticket, which does not run out while it is uploaded. NoCreationTicket."""

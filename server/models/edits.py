@@ -20,6 +20,7 @@ from ..coordinator.hooks.chain import HookChain
 from ..coordinator.hooks.hook import Hook
 from ..coordinator.policies.policy import PolicySettings
 from ..journal.durability import DurabilitySettings
+from ..parts.refusals import refuse_hooks
 from .model import Model
 
 # How often an edit is tried anew because the group has changed in between.
@@ -139,6 +140,7 @@ class HookEdits:
         """A hook as it would be installed. InvalidHook, OverCapacity for averages, and what its `install` raises."""
         chain, groups = self._trial()
         hook = chain.add(name, point, settings, groups, self._model.name, prepend)
+        refuse_hooks(self._model.shard, self._model.name, chain.list)
         self._prepare(hook)
         with self._promised(self._bytes_of(hook)):
             return Edited(hook, chain, self._model.version + 1)
@@ -172,6 +174,7 @@ class HookEdits:
         """A hook as it would be after a change of some settings, or of its place in the order."""
         chain, groups = self._trial()
         hook = chain.change(hook_id, changes, position, groups, self._model.name)
+        refuse_hooks(self._model.shard, self._model.name, chain.list)
         self._prepare(hook)
         return Edited(hook, chain, self._model.version + 1)
 

@@ -29,7 +29,9 @@ from ..coordinator.worker import Decided, count_failed
 from ..counters.model_counts import ModelCounts
 from ..devices.device import DeviceStream
 from ..journal.entry import Entry
+from ..journal.journal import Level
 from ..journal.recorder import Recorder
+from ..parts.shard import Leader, ModelShard
 from ..process.inline import INLINE_STEP_BYTES
 from ..process.logs import in_short
 from ..process.threads import PUSHES
@@ -52,6 +54,8 @@ class Owner(Protocol):
 
     last_receipt: Receipt | None
     counts: ModelCounts
+    # of a model that lies in several ranks
+    shard: ModelShard | None
 
     def record(self, kind: str, by: str, **facts: Any) -> None:
         """Note an event."""
@@ -116,6 +120,8 @@ class Executor:
                 case Event(kind, by, facts):
                     self._model.record(kind, by, **facts)
                 case Resolve():
+                    if self._leader is not None:
+                        self._leader.resolved(decision)
                     self.record(self._recorder.outcome(decision), decision)
                 case Reduce():
                     self._start(self._reduce(decision))
@@ -124,6 +130,12 @@ class Executor:
         self.record_changes()
         self._held.wake()
         self._set_clock()
+
+    @property
+    def _leader(self) -> Leader | None:
+        """Who tells the other ranks, if this is rank 0 of several."""
+        shard = self._model.shard
+        return None if shard is None else shard.leader
 
     # Recording.
 
@@ -150,11 +162,18 @@ class Executor:
             return
         self._resolve_when_safe(entry, resolves)
 
-    def _resolve_when_safe(self, entry: Entry | None, resolves: Sequence[Resolve]) -> None:
+    def _resolve_when_safe(self, entry: Entry | None, resolves: Sequence[Resolve], version: int = 0) -> None:
+        """`version`: that of the step, which the other ranks have taken, too, when its pushes are resolved."""
+
         def resolve_all() -> None:
             for resolve in resolves:
                 self._resolve(resolve)
 
+        if version and self._leader is not None:
+            safe = entry is not None and entry.level is Level.DURABLE
+            resolve = partial(self._resolve_when_safe, entry, resolves)
+            self._leader.when_all(version, safe=safe, then=resolve)
+            return
         if entry is None:
             resolve_all()
         else:
@@ -174,7 +193,7 @@ class Executor:
         task.add_done_callback(self._tasks.discard)
 
     async def _reduce(self, reduce: Reduce) -> None:
-        pushes = [pending.push for pending in reduce.pushes if pending.push is not None]
+        pushes = [pending.push.own for pending in reduce.pushes if pending.push is not None]
         result: StagedPush | PushstepError
         sum_bytes = 0
         small = all(push.is_of_few for push in pushes)
@@ -182,6 +201,8 @@ class Executor:
             sum_bytes = await PUSHES.run_unless(small, reduction.largest_sum, pushes)
             self._staging.count(sum_bytes)
             result = await PUSHES.run(self._add_up, pushes, reduce)
+            if self._leader is not None:
+                result = await self._leader.reduce(reduce, result)
         except Exception as error:  # noqa: BLE001 - whatever it was, its pushes must not wait for ever
             result = named(error, log)
         del pushes
@@ -208,9 +229,11 @@ class Executor:
             if answer is not None:
                 shared.append(answer)
 
-        entry = self._recorder.step(step)
+        entry, push = self._recorder.step(step), step.push.own
+        if self._leader is not None:
+            self._leader.ticket(step)
         # of gradients that hooks change: beside those that came, until the step is taken
-        changed_bytes = bytes_of_change(step.ticket, step.push.parts)
+        changed_bytes = bytes_of_change(step.ticket, push.parts)
         if changed_bytes:
             self._staging.count(changed_bytes)
 
@@ -222,10 +245,8 @@ class Executor:
                 entry.append()
                 begun_s = self._clock()
             copy_out = shared[0].copy_out(arenas) if shared else None
-            with arenas.device_stream.over([step.push]):
-                written, clip_factor = arenas.step(
-                    step.ticket, step.push.parts, copy_out, self._staging.buffer
-                )
+            with arenas.device_stream.over([push]):
+                written, clip_factor = arenas.step(step.ticket, push.parts, copy_out, self._staging.buffer)
             times.step_s = self._clock() - begun_s
             for answer in shared:
                 answer.after_step(arenas, written if answer is shared[0] else None)
@@ -234,9 +255,9 @@ class Executor:
         if step.hooks:
             model.tell(Point.STEP_PRE, **step.facts)
         # the step is taken even if its callers go away: their retries will ask for the receipts
-        nbytes = step.push.bytes() + sum([answer.nbytes for answer in shared])
+        nbytes = push.bytes() + sum([answer.nbytes for answer in shared])
         kernels = self._kernels_of(step, shared)
-        small = nbytes <= INLINE_STEP_BYTES and kernels in self._stepped and step.push.is_of_few
+        small = nbytes <= INLINE_STEP_BYTES and kernels in self._stepped and push.is_of_few
         small = small and entry is None  # the event loop does not wait for the disk
         # nor for passes over whole models
         small = small and not step.ticket.operations and not step.ticket.averages
@@ -251,7 +272,7 @@ class Executor:
 
     def _kernels_of(self, step: Step, shared: Sequence[Answer]) -> int:
         """A hash of what selects the kernels of a step: dtypes, and which hyperparameters are off."""
-        groups, kind = self._coordinator.commits.groups.list, step.push.kind
+        groups, kind = self._coordinator.commits.groups.list, step.push.own.kind
         switches = [(group, *map(bool, groups[group].values.values())) for group, *_ in kind]
         copied = shared[0].wire if shared else False
         return hash((kind, frozenset(switches), copied, step.ticket.factor == 1))
@@ -274,6 +295,7 @@ class Executor:
         # not raised: the traceback would be kept, and with it this frame, which holds the push
         broken = job.exception()
         lrs, clip_factor = job.result() if broken is None else ({}, None)
+        lrs = lrs if self._leader is None else self._leader.lrs(int(step.ticket.version), lrs)
         if step.hooks and broken is None:
             seen = {"clip_factor": clip_factor, "lrs": lrs, "step_s": times.step_s, "queue_s": times.queue_s}
             model.tell(Point.STEP_POST, **step.facts, **seen)
@@ -285,8 +307,10 @@ class Executor:
                 if failure is not None:
                     count_failed(self._coordinator.sessions.workers, resolve.decided)
                 model.last_receipt = resolve.decided.receipt if failure is None else model.last_receipt
-        if failure is None or entry is None:
-            self._resolve_when_safe(entry, step.resolves)
+        if failure is not None and self._leader is not None:
+            self._leader.failed(failure)
+        elif failure is None or entry is None:
+            self._resolve_when_safe(entry, step.resolves, int(step.ticket.version))
         elif entry.number:
             self.record(self._recorder.failure(int(step.ticket.version), failure), *step.resolves)
         else:

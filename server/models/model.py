@@ -44,6 +44,7 @@ from ..journal.durability import DurabilitySettings, read_durability
 from ..journal.recorder import Recorder
 from ..journal.sync import JournalSync
 from ..observers.observers import Observers
+from ..parts.shard import ModelShard
 from ..process.logs import in_short
 from ..process.threads import DISK
 from ..staging.budget import Budget
@@ -91,12 +92,14 @@ class Model:
         self.coordinator = Coordinator(uid, self.commits, sessions)
         # the (timeline, version) at which this process loaded it; None if it was created here
         self.begun_at: tuple[int, int] | None = None
+        # of a model that lies in several ranks; `layout` is then of this rank's part
+        self.shard: ModelShard | None = None
         # edits (hyperparameters, hooks, policy) add no version: (version, this number) identifies each
         self.edit = 0
         self.revisions = Revisions()
         self.failed: ModelFailed | None = None
         # called when a write has left the arenas torn
-        self.on_failed: Callable[[Model], None] = lambda model: None
+        self.on_failed: Callable[[Model], None] = lambda _: None
         self.deleted = False
         # nothing is decided or stepped any more: the next start continues from the present state
         self.ended = False
@@ -125,10 +128,8 @@ class Model:
         self.publisher = Publisher(self.arenas, self.writer, reading, clock)
         self.recorder = Recorder(self, journal_sync)
         self.held = HeldPushes(self.coordinator, self.require_whole, clock)
-        adding, recorder, held = device.device_stream(), self.recorder, self.held
-        self.executor = Executor(
-            self.coordinator, self.arenas, self.writer, staging, adding, recorder, held, self, clock
-        )
+        args = self.coordinator, self.arenas, self.writer, staging, device.device_stream()
+        self.executor = Executor(*args, self.recorder, self.held, self, clock)
 
     @property
     def version(self) -> int:

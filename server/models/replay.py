@@ -149,7 +149,9 @@ class Replay:
             weights = [contribution.weight for contribution in ticket.contributions]
             push = reduction.add_up(pushes, weights, ticket.divisor)
         model.groups.note_rows(push.parts)
-        for group, now in zip(model.groups.list, outcomes[0].receipt.groups, strict=True):
+        # a rank that only executes tickets gives no outcomes
+        values = outcomes[0].receipt.groups if outcomes else ticket.groups
+        for group, now in zip(model.groups.list, values, strict=True):
             group.values = values_of(now)
         if failed:
             model.arenas.version = int(ticket.version)

@@ -9,18 +9,20 @@ import asyncio
 import copy
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Final, TypeVar
 
 from pushstep.proto.errors import ModelNotLoaded, PushstepError, SnapshotsAway
 from pushstep.proto.errors.status import named
-from pushstep.proto.wire.identifiers import is_name
+from pushstep.proto.wire.names import is_name
 
 from ..coordinator.hooks.hook import Point
 from ..journal.chain import JournalChain
 from ..journal.journal import Level, boot
+from ..parts.shard import Goal, Ranks, Survey
+from ..parts.whole_file import shard_in
 from ..process import garbage
 from ..process.threads import DISK, STORE
 from ..remote.adoption import adopt
@@ -66,7 +68,11 @@ class SavedModels:
         await DISK.run(sweep_models, self._catalog.config.data / "models")
         if remote is not None and remote.adopts:
             await self._patiently(partial(STORE.run, adopt, remote, self._catalog.config.data), stopping)
-        for name in await DISK.run(model_folders, self._catalog.config.data / "models"):
+        names = await DISK.run(model_folders, self._catalog.config.data / "models")
+        if self._catalog.ranks is not None:
+            await self._load_parts(self._catalog.ranks, list(filter(is_name, names)))
+            names = []
+        for name in names:
             if stopping():
                 return
             if is_name(name):
@@ -75,6 +81,38 @@ class SavedModels:
                 except Exception as error:  # noqa: BLE001 - whatever a folder holds, the other models are served
                     self._note_not_loaded(name, error)
         self._catalog.loaded = self._catalog.ready = True
+
+    async def _load_parts(self, ranks: Ranks, names: Sequence[str]) -> None:
+        """Load the parts that lie in this rank, each at the newest version that all ranks have."""
+        brought: dict[str, tuple[Model, Recovered]] = {}
+        surveys: dict[str, Survey] = {}
+        for name in names:
+            try:
+                await DISK.run(self._catalog.folder(name).sweep)
+                found = await self.bring_back(name, Goal())
+            except Exception as error:  # noqa: BLE001 - the other ranks are told
+                surveys[name] = Survey(problem=not_loaded(name, error))
+                continue
+            if found is not None:
+                brought[name] = model, of = found
+                layout, identity = model.layout, of.identity
+                at = model.timeline, model.version, layout.manifest_hash
+                others = () if model.shard is None else model.shard.others
+                surveys[name] = Survey(identity.uid, *at, identity.timeline, of.proven, others)
+        goals = await ranks.meet(surveys)
+        for name, survey in surveys.items():
+            goal = goals.get(name, Goal(refused=survey.problem))
+            if name in brought and (goal.refused or goal.aside or goal.version is not None):
+                await brought.pop(name)[0].close()
+            if goal.aside:
+                await DISK.run(self._catalog.folder(name).set_aside)
+            elif goal.refused is not None:
+                self._note_not_loaded(name, goal.refused)
+            else:
+                again = brought.get(name) or await self.bring_back(name, goal)
+                if again is not None:
+                    await self._adopt(name, again[0], again[1])
+        await ranks.met()
 
     async def _patiently(self, work: Callable[[], Awaitable[T]], stopping: Callable[[], bool]) -> T:
         """What `work` returns, once the store of snapshots answers. SnapshotsAway if the server is told to stop."""
@@ -103,10 +141,12 @@ class SavedModels:
         if self._catalog.remote is not None:
             await STORE.run(self._catalog.remote.store(folder.path).open)
         brought = await self.bring_back(name)
-        if brought is None:
-            return
-        model, found = brought
-        state, identity = found.state, found.identity
+        if brought is not None:
+            await self._adopt(name, *brought)
+
+    async def _adopt(self, name: str, model: Model, found: Recovered) -> None:
+        """Serve a model that was brought back."""
+        folder, state, identity = self._catalog.folder(name), found.state, found.identity
         try:
             proven = model.timeline == identity.timeline
             model.begun_at = model.timeline, model.version
@@ -123,6 +163,8 @@ class SavedModels:
             raise
         model.record("loaded", "server", snapshot=state.snapshot)
         self._catalog.models[name] = model
+        if self._catalog.ranks is not None:
+            self._catalog.ranks.loaded(model)
         if self._catalog.sender is not None:
             self._catalog.sender.note(model)
         garbage.set_aside(len(model.layout.slots))
@@ -135,48 +177,55 @@ class SavedModels:
             extra={"model": name},
         )
 
-    async def bring_back(self, name: str) -> tuple[Model, Recovered] | None:
+    async def bring_back(self, name: str, goal: Goal | None = None) -> tuple[Model, Recovered] | None:
         """A model as a start makes it of what is on the disk, before it is served; nothing is written.
 
-        None if there is none. A named error if it cannot be loaded.
+        None if there is none. A named error if it cannot be loaded. `goal`: of a part, where it is to go on.
         """
         folder = self._catalog.folder(name)
-        found = await DISK.run(folder.recover)
+        found = await DISK.run(folder.recover, None if goal is None else goal.version)
         if found is None:
             return None
         saved, uid = found.state.copy, found.identity.uid
         model = self._catalog.made(name, uid, saved.timeline, saved.layout, found.state.groups)
         try:
-            await DISK.run(self._bring_forward, model, found, folder)
+            model.shard = await DISK.run(shard_in, folder.path, saved.layout, self._catalog.ranks)
+            proven = await DISK.run(self._bring_forward, model, found, folder, goal)
         except BaseException:
             await model.close()
             raise
-        return model, found
+        return model, replace(found, proven=proven)
 
-    def _bring_forward(self, model: Model, found: Recovered, folder: ModelFolder) -> None:
-        """Load a model from its snapshot and its journal. It blocks.
+    def _bring_forward(self, model: Model, found: Recovered, folder: ModelFolder, goal: Goal | None) -> bool:
+        """Load a model from its snapshot and its journal. It blocks. True if that is proven to be all that was acknowledged.
 
-        On a new timeline, unless that is proven to be all that was acknowledged.
+        Unless it is, the model goes on on a new timeline. Of a part rank 0 says whether, and which.
         """
         identity, state = found.identity, found.state
+        until = None if goal is None else goal.version
         model.load(state, state.copy.timeline)
         model.recorder.saved_version = state.copy.version
         chain = JournalChain(folder.journal, identity.uid)
         last, whole = state.journal, False
         if chain.continues(last):
-            replay = Replay(model, chain, last, identity.made_of)
+            replay = Replay(model, chain, last, identity.made_of, until)
             replay.run()
             last = replay.last
             whole = replay.is_complete and chain.is_at_end and self._keeps_all(model, chain)
+        if until is not None and model.version != until:
+            raise ModelNotLoaded(model=model.name, problem=f"it reaches version {model.version}, not {until}")
         clean = (identity.timeline, identity.clean_version) == (model.timeline, model.version)
-        if not clean and not (whole and model.timeline == identity.timeline):
+        proven = clean or (whole and model.timeline == identity.timeline)
+        later = identity.timeline + 1 if goal is None else goal.timeline
+        if later is not None and (not proven or goal is not None):
             copy = model.as_it_is()[1]
-            model.commits.go_back(copy.lineage_here, identity.timeline + 1)
+            model.commits.go_back(copy.lineage_here, later)
             model.arenas.timeline = model.timeline
             model.sessions.close_epochs(identity.epochs)
             if not chain.is_at_end:  # its last file has not been read
                 last = max(last, chain.last_number())
         model.recorder.last, model.recorder.link = last, chain.link
+        return proven
 
     def _keeps_all(self, model: Model, chain: JournalChain) -> bool:
         """True if nothing that was acknowledged can be missing at the end of a journal."""

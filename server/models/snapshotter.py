@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections.abc import Hashable
 from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
 from typing import Any, Final
 
 from pushstep.proto.errors import Draining, ModelFailed, ModelLost, PushstepError
@@ -23,7 +25,7 @@ from ..pacing.paced_lock import PacedLock
 from ..process.exit_status import disk_failed
 from ..process.threads import DISK, SNAPSHOTS, Threads
 from ..remote.sender import Sender
-from ..storage.chains import base_of
+from ..storage.chains import Base, base_of
 from ..storage.model_folder import ModelFolder
 from .edits import Edits
 from .model import Model
@@ -38,6 +40,18 @@ LONG_JOURNAL_BYTES: Final = 1 << 30
 LONG_JOURNAL_MODELS: Final = 4
 # An automatic snapshot takes at most so long, and at most half of its interval.
 LONGEST_S: Final = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """A snapshot that was begun: one version of a model, which training overwrites meanwhile."""
+
+    facts: dict[str, Any]
+    content: Capture
+    # what the model held then, the snapshot on which this one may be based, and the journal
+    held: Hashable
+    base: Base | None
+    journal: Journal | None
 
 
 class Snapshotter:
@@ -90,12 +104,36 @@ class Snapshotter:
     async def _write(
         self, model: Model, folder: ModelFolder, by: str, automatic: bool, pace: Pace
     ) -> dict[str, Any]:
+        leader = None if model.shard is None else model.shard.leader
+        # the others capture theirs behind the same ticket: `capture` queues this one in the same turn of the event loop
+        others = None if leader is None else leader.snapshot(automatic=automatic)
+        taken = await self.capture(model)
+        if others is not None:
+            try:
+                taken.facts["ranks"] = await others
+            except BaseException:
+                taken.content.close()
+                raise
+        manifest = await self.write(model, folder, taken, by, automatic=automatic, pace=pace)
+        if leader is not None:
+            leader.snapshot_committed(int(manifest["version"]))
+        return manifest
+
+    async def capture(self, model: Model) -> Taken:
+        """Begin a snapshot of the current version. StorageFailed."""
         model.tell(Point.STATE_DICT_PRE)
-        held, layout, base = model.content, model.layout, model.base
+        held, base = model.content, model.base
         journal = model.recorder.journal
         if journal is not None and journal.file_bytes > _longest(model) / 2:
             base = None  # a chain that ends lets go of the journal behind the one before
         facts, content = await model.captured()
+        return Taken(facts, content, held, base, journal)
+
+    async def write(
+        self, model: Model, folder: ModelFolder, taken: Taken, by: str, *, automatic: bool, pace: Pace
+    ) -> dict[str, Any]:
+        """Write what was captured; its manifest. StorageFailed, OutOfMemory."""
+        facts, content, base, journal = taken.facts, taken.content, taken.base, taken.journal
         version, begun_s = content.version, model.clock()
         self._reading.add(content)
         try:
@@ -109,7 +147,7 @@ class Snapshotter:
         self.bytes_per_s = round(written_bytes / max(1e-9, model.clock() - begun_s))
         model.tell(Point.STATE_DICT_POST, snapshot=manifest["id"])
         model.record("snapshot_taken", by, snapshot=manifest["id"])
-        model.saved, model.base = held, base_of(manifest, layout)
+        model.saved, model.base = taken.held, base_of(manifest, content.layout)
         model.saved_s = model.clock()
         model.counts.snapshots.note(manifest["created"], written_bytes, version)
         model.recorder.saved_version = version
@@ -221,6 +259,8 @@ class Snapshotter:
         """True if it is time for a snapshot of a model that has changed since the last one."""
         journal = model.recorder.journal
         if model.ended or model.deleted or model.failed is not None:
+            return False
+        if model.shard is not None and model.shard.leader is None:  # rank 0 says when
             return False
         if journal is not None and not journal.is_based:  # durable pushes wait for it
             return model.clock() - model.tried_s >= RETRY_S

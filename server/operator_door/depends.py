@@ -14,6 +14,7 @@ from ..models.catalog import Catalog
 from ..models.copies import Copies, ModelCopies
 from ..models.events import OPERATOR
 from ..models.model import Model
+from ..parts.refusals import refuse_route
 from .answers.downloads import Downloads
 from .header_fields import claimed_digest
 
@@ -26,7 +27,11 @@ def _catalog(request: Request) -> Catalog:
 
 
 def _model(request: Request, m: str) -> Model:
-    return _catalog(request).get(m)
+    model = _catalog(request).get(m)
+    # a route knows its path below the prefix of its router
+    path = f"/v1{request.scope['route'].path.removeprefix('/v1')}"
+    refuse_route(model.shard, m, f"{request.method.replace('HEAD', 'GET')} {path}")
+    return model
 
 
 def _copies(request: Request) -> ModelCopies:
@@ -41,7 +46,7 @@ def _downloads(request: Request) -> Downloads:
 
 async def _edited(request: Request, m: str) -> Model:
     """A model that is about to be changed. JournalFull if its journal could not take the change."""
-    model = _catalog(request).get(m)
+    model = _model(request, m)
     await model.recorder.require_room()
     return model
 

@@ -19,6 +19,7 @@ class ExitStatus(IntEnum):
     NOT_ALL_SAVED = 3
     BROKEN_OFF = 4
     DISK_FAILED = 5
+    RANK_LOST = 6
 
 
 def disk_failed(model: str, error: Exception) -> NoReturn:
@@ -35,3 +36,11 @@ def disk_failed(model: str, error: Exception) -> NoReturn:
     for handler in logging.getLogger().handlers:
         handler.flush()
     os._exit(ExitStatus.DISK_FAILED)
+
+
+def rank_lost(error: Exception) -> NoReturn:
+    """End the process, without another write: a rank of its job is gone, and what the others have can only be settled anew."""
+    log.critical("%s", error)
+    for handler in logging.getLogger().handlers:
+        handler.flush()
+    os._exit(ExitStatus.RANK_LOST)

@@ -11,7 +11,7 @@ import logging
 from pathlib import Path
 from typing import Any, Final
 
-from pushstep.proto.wire.identifiers import is_name
+from pushstep.proto.wire.names import is_name
 
 from ..storage.model_folder import IdentityFile, ModelFolder
 from ..storage.snapshot_manifest import ID

@@ -24,14 +24,15 @@ from pushstep.proto.training_pb2 import (
 )
 from pushstep.proto.types_pb2 import Identity, Manifest
 from pushstep.proto.wire.hyperparameters import plain_values
-from pushstep.proto.wire.identifiers import check_name
 from pushstep.proto.wire.layout import Layout, Slot
+from pushstep.proto.wire.names import check_name
 from pushstep.proto.wire.parts import MAX_WHOLE_BYTES
 
 from ..coordinator.worker import Worker
 from ..models.catalog import Catalog
 from ..models.creations import propose
 from ..models.model import Model
+from ..parts.shard import whole_of
 from ..process.inline import INLINE_PARTS
 from ..process.request_log import about
 from ..process.threads import REQUESTS
@@ -70,7 +71,7 @@ async def _join(catalog: Catalog, request: JoinRequest, peer: str) -> tuple[Join
     while (model := catalog.models.get(request.model)) is not None:
         if request.model_uid and request.model_uid != model.uid:
             raise ModelLost(model=model.name)
-        if not request.HasField("manifest") or model.layout is same_as:
+        if not request.HasField("manifest") or whole_of(model) is same_as:
             await model.recorder.require_room()
             if catalog.models.get(request.model) is not model:
                 continue
@@ -78,8 +79,8 @@ async def _join(catalog: Catalog, request: JoinRequest, peer: str) -> tuple[Join
             await keep_epoch(catalog, model, worker)
             member = membership(model, worker)
             member.rolled_back = model.identity(None).rolled_back(request.timeline, request.version)
-            return JoinResponse(member=member), model.layout
-        same_as = model.layout
+            return JoinResponse(member=member), whole_of(model)
+        same_as = whole_of(model)
         await _looked_at(request.manifest, partial(_check_same, model.name, same_as))
     catalog.require_free(request.model)
     if request.model_uid:
@@ -87,7 +88,7 @@ async def _join(catalog: Catalog, request: JoinRequest, peer: str) -> tuple[Join
     if not request.HasField("manifest"):
         raise UnknownModel(model=request.model[:200])
     check_name(request.model, "model name")
-    proposal = await _looked_at(request.manifest, propose)
+    proposal = await _looked_at(request.manifest, partial(propose, ranks=catalog.ranks))
     if request.model in catalog.models:
         return await _join(catalog, request, peer)
     now_s = catalog.clock()
@@ -100,6 +101,9 @@ async def _join(catalog: Catalog, request: JoinRequest, peer: str) -> tuple[Join
         ticket=creation.ticket,
         expires_s=max(0.0, creation.expires_at_s - now_s),
     )
+    if catalog.ranks is not None and proposal.shard is not None:
+        catalog.ranks.announce(request.model, creation.ticket, proposal.shard)
+        ticket.shards.CopyFrom(proposal.shard.map)
     return JoinResponse(create=ticket), proposal.layout
 
 
@@ -201,7 +205,8 @@ def membership(model: Model, worker: Worker) -> Membership:
     return Membership(
         identity=_identity(model, worker),
         version=model.version,
-        manifest_hash=model.layout.manifest_hash,
+        manifest_hash=whole_of(model).manifest_hash,
+        shards=None if model.shard is None else model.shard.map,
         groups=model.groups.messages(),
         receipts=model.coordinator.receipts_of(worker),
         lease_s=model.sessions.lease_s,

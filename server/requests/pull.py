@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Sequence
 
 import torch
 
 from pushstep.proto import training_pb2 as pb
+from pushstep.proto.errors import MapChanged
 from pushstep.proto.types_pb2 import DType, Identity, Segment
 from pushstep.proto.wire import dtypes
 from pushstep.proto.wire.frames import Piece
@@ -16,7 +18,9 @@ from ..arenas.arena import Arenas
 from ..arenas.arenas_copy import ArenasCopy
 from ..arenas.extras import Extras
 from ..arenas.publisher import Published
+from ..journal.journal import Level
 from ..models.model import Model
+from ..parts.exact import ExactAnswer
 from ..process.inline import INLINE_BYTES, INLINE_PARTS
 from ..process.threads import PULLS
 from ..shared_memory.answer import SharedAnswer
@@ -37,6 +41,51 @@ async def newest(
         published = await model.publisher.newest(timeline, have_version(options), wire_of(options.dtype))
     await model.recorder.until_shown(published.version)
     return published
+
+
+def exact_answer(model: Model, options: pb.PullOptions, timeline: int) -> ExactAnswer:
+    """The answer to an Exchange of a model in several ranks: the version that its own step makes."""
+    wire = wire_of(options.dtype)
+    return ExactAnswer(model.publisher, model.arenas, timeline, have_version(options), wire)
+
+
+async def exactly_stepped(
+    model: Model, answer: ExactAnswer, known_manifest: int
+) -> tuple[Published, pb.PullHeader]:
+    """What an Exchange is answered with once its push is resolved: its own step's version, or nothing, if it made none."""
+    published = answer.published
+    if published is None:
+        nothing = Published(model.timeline, model.version, model.layout, False, [], None, None)
+        header = header_of(model, nothing, [])
+        header.apart = True
+        return nothing, header
+    return published, await published_header(model, published, known_manifest)
+
+
+async def led(model: Model, options: pb.PullOptions, timeline: int) -> Published:
+    """The newest version in rank 0, which the other ranks keep, too, for the same caller. OverBudget."""
+    shard, wire, have = model.shard, wire_of(options.dtype), have_version(options)
+    leader = None if shard is None else shard.leader
+    if leader is None:
+        return await newest(model, options, timeline)
+    loop, publisher, version = asyncio.get_running_loop(), model.publisher, model.version
+    # both are queued in this turn of the event loop: behind the same ticket, here and there
+    job = model.writer.submit(lambda: publisher.this_version(timeline, have, wire, loop))
+    if not (have == version and timeline == model.timeline):
+        leader.publish(timeline, version, options)
+    published = await job
+    if published is None:
+        raise publisher.over()
+    await model.recorder.until_shown(published.version)
+    await leader.until(published.version, safe=model.recorder.level is Level.DURABLE)
+    return published
+
+
+def require_map(model: Model, version: int) -> None:
+    """MapChanged if a caller knows other ranks than a model lies in; 0: it knows of none."""
+    known = 0 if model.shard is None else model.shard.map.version
+    if version != known:
+        raise MapChanged(model=model.name)
 
 
 def shared_answer(
@@ -64,7 +113,10 @@ async def published_header(model: Model, published: Published, known_manifest: i
     """The header of an answer. It has the manifest unless its hash is `known_manifest`, the caller's."""
     header = header_of(model, published, published.segments)
     if header.manifest_hash != known_manifest:
-        await fill_in(header, published.layout)
+        shard = model.shard
+        await fill_in(header, published.layout if shard is None or shard.leader is None else shard.whole)
+        if shard is not None:
+            header.shards.CopyFrom(shard.map)
     header.unchanged = published.unchanged
     header.shared = published.shared
     return header

@@ -29,6 +29,7 @@ from ..access.caller import require_named
 from ..arenas.version_frames import fetched
 from ..models.catalog import Catalog
 from ..models.model import Model
+from ..parts.refusals import refuse
 from ..process.inline import INLINE_BYTES
 from ..process.request_log import about
 from ..process.threads import PULLS
@@ -81,6 +82,7 @@ class RowsAsked:
         about(request.model)
         model = catalog.get(request.model)
         model.require_whole()
+        refuse(model.shard, model.name, "rows of a parameter for a worker")
         slot = model.layout.slot(request.parameter, model.name)
         if not slot.shape:
             raise WrongShape(what=f"parameter {slot.name!r}", got="()", expected="one with rows")

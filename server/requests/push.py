@@ -14,12 +14,25 @@ from pushstep.proto.training_pb2 import PushCommit
 from pushstep.proto.types_pb2 import Receipt
 
 from ..arenas.publisher import Published
+from ..coordinator.decision import Decision
+from ..coordinator.push import PendingPush
 from ..coordinator.receipts import fill_published
 from ..models.catalog import Catalog
+from ..models.model import Model
+from ..parts.exact import ExactAnswer
 from ..process.request_log import about
+from ..shared_memory.answer import SharedAnswer
 from ..shared_memory.regions import SharedMemory
 from ..streams.bulk import BulkStream
-from .pull import newest, published_header, shared_answer, wire_of
+from .pull import (
+    exact_answer,
+    exactly_stepped,
+    newest,
+    published_header,
+    require_map,
+    shared_answer,
+    wire_of,
+)
 from .push_call import PushCall
 from .receiving import Receiving, admit
 
@@ -43,13 +56,16 @@ class PushHandler:
             call, receipt = await self._taken(stream, pulls=True)
         model, header = call.model, call.header
         begun_s = model.clock()
-        published = await newest(model, header.pull, call.identity.timeline, call.answer)
-        answer = await published_header(model, published, header.manifest_hash)
+        if isinstance(call.answer, ExactAnswer):
+            published, answer = await exactly_stepped(model, call.answer, header.manifest_hash)
+        else:
+            published = await newest(model, header.pull, call.identity.timeline, call.answer)
+            answer = await published_header(model, published, header.manifest_hash)
         answer.groups.extend(receipt.groups)
         publish_s = model.clock() - begun_s
         model.counts.publish.observe(publish_s)
         fill_published(answer.receipt, receipt, publish_s)
-        if published.shared and call.answer is not None:
+        if published.shared and isinstance(call.answer, SharedAnswer):
             self._catalog.counts.shared_memory.sent_bytes += call.answer.nbytes
         return published, answer
 
@@ -62,9 +78,12 @@ class PushHandler:
         if pulls:
             wire_of(header.pull.dtype)  # an answer that cannot be given is refused before the push is stepped
         model = self._catalog.get(header.model, header.identity.model_uid)
+        require_map(model, header.map_version)
         call = PushCall(model, header, self._memory.of(header.identity, header.region))
         try:
-            if pulls:
+            if pulls and model.shard is not None:
+                call.answer = exact_answer(model, header.pull, header.identity.timeline)
+            elif pulls:
                 call.answer = shared_answer(model, self._memory, header.pull, header.identity)
             return call, await take(call, stream)
         except Exception as error:
@@ -98,8 +117,7 @@ async def hand_in(receiving: Receiving, commit: PushCommit | None) -> None:
     call, model = receiving.call, receiving.call.model
     try:
         pending = await receiving.finish(commit)
-        model.require_whole()
-        decisions = model.coordinator.on_body(pending, model.clock())
+        decisions = await _judged(model, pending, commit)
     except InvalidRequest as error:
         # a cancelled stream also ends without a commit, and is no fault
         if commit is not None:
@@ -108,6 +126,20 @@ async def hand_in(receiving: Receiving, commit: PushCommit | None) -> None:
     if pending.accepted:
         model.held.keep(pending, receiving.hand_over(), call.answer)
     model.executor.apply(decisions)
+
+
+async def _judged(model: Model, pending: PendingPush, commit: PushCommit | None) -> list[Decision]:
+    """What the coordinator decides about a complete push. Of a model in several ranks, once all have their parts."""
+    leader = None if model.shard is None else model.shard.leader
+    if leader is not None and commit is not None:
+        await leader.gather(pending, commit)
+    try:
+        model.require_whole()
+        return model.coordinator.on_body(pending, model.clock())
+    except PushstepError as error:
+        if leader is not None:
+            leader.refused(pending, error)
+        raise
 
 
 async def answer(call: PushCall) -> Receipt:

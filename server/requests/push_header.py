@@ -115,7 +115,8 @@ def check_header(layout: Layout, header: PushHeader, model: str, limit_bytes: in
     """The byte length of each declared segment. A named error if the push is not one for this model."""
     if header.manifest_hash != layout.manifest_hash:
         raise ManifestChanged(model=model)
-    if header.skip == bool(header.segments):
+    # of a push to several ranks each may lack a part, which rank 0 sees once all have come
+    if header.skip == bool(header.segments) and not (header.map_version and not header.skip):
         raise MalformedFrame(problem="a push must hold at least one gradient, a skip push none")
     if any(segment.state for segment in header.segments):
         raise MalformedFrame(problem="a push carries gradients, not optimizer state")

@@ -19,13 +19,16 @@ from pushstep.proto.training_pb2 import PushCommit
 from pushstep.proto.wire.dtypes import INT8
 from pushstep.proto.wire.frames import Assembly, BodyDigest, Chunk
 from pushstep.proto.wire.layout import Layout
+from pushstep.proto.wire.shards import Part
 
 from ..coordinator.decision import Offer
 from ..coordinator.push import PendingPush
 from ..devices.exported_memory import ExportedBody
 from ..journal.journal import Journal
+from ..parts.sums import known_blocks
 from ..process.inline import INLINE_BYTES, INLINE_PARTS
 from ..process.threads import DISK, PUSHES
+from ..shared_memory.answer import SharedAnswer
 from ..shared_memory.region import Region
 from ..staging.budget import Budget
 from ..staging.gradient import StagedPush, own_copy
@@ -91,7 +94,7 @@ async def admit(call: PushCall) -> Receiving:
     """
     model, header, layout = call.model, call.header, call.model.layout
     require_plausible(layout, header.segments, header.edits)
-    while model.coordinator.on_header(header, model.clock()) is Offer.WAIT:
+    while call.judge.on_header(header, model.clock()) is Offer.WAIT:
         await model.held.change(call.until_s, call.worker)
     held = Held(model.staging)
     try:
@@ -102,12 +105,12 @@ async def admit(call: PushCall) -> Receiving:
         except InvalidRequest as error:
             call.fault(error)
             raise
-        held.hold(call.region, None if call.answer is None else call.answer.region)
+        held.hold(call.region, call.answer.region if isinstance(call.answer, SharedAnswer) else None)
         await held.promise_record(model.recorder.journal, found.record_bytes)
         return await _received(call, layout, found, held)
     except BaseException:
         held.give_back()
-        model.coordinator.on_stream_end(call.identity)
+        call.judge.on_stream_end(call.identity)
         raise
 
 
@@ -187,7 +190,7 @@ class Receiving:
 
         Quarantined if the worker was quarantined meanwhile. MalformedFrame if the body lies in shared memory.
         """
-        self.call.model.coordinator.on_chunk(self.call.identity, self.call.model.clock())
+        self.call.judge.on_chunk(self.call.identity, self.call.model.clock())
         if isinstance(self._body, SharedBody):
             raise MalformedFrame(problem="a push whose gradients lie in shared memory carries no chunks")
         body, incoming = self._body, self._incoming
@@ -215,6 +218,10 @@ class Receiving:
         pending.push, pending.fault = push, fault
         return pending
 
+    def known_blocks(self, part: Part) -> dict[int, list[float]]:
+        """The block sums of pieces that begin in an earlier rank, as far as they were taken while the body came in."""
+        return known_blocks(self._incoming, self._declared.slots, part)
+
     def hand_over(self) -> Callable[[], None]:
         """Leave what the push holds to the caller; what gives it back."""
         self._handed_over = True
@@ -222,7 +229,7 @@ class Receiving:
 
     def release(self) -> None:
         """End the stream. Gives back what was not handed over. Called once, however the push ended."""
-        self.call.model.coordinator.on_stream_end(self.call.identity)
+        self.call.judge.on_stream_end(self.call.identity)
         if not self._handed_over:
             self._held.give_back()
 

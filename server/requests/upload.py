@@ -17,6 +17,7 @@ from pushstep.optim import RULES
 from pushstep.proto.errors import (
     MalformedFrame,
     ManifestChanged,
+    MapChanged,
     OtherWorkersLive,
     Unavailable,
 )
@@ -50,6 +51,8 @@ from ..models.catalog import Catalog
 from ..models.creations import Creation
 from ..models.edits import Edits
 from ..models.model import Model
+from ..parts.refusals import refuse
+from ..parts.shard import ModelShard, whole_of
 from ..process import garbage
 from ..process.inline import INLINE_PARTS
 from ..process.request_log import about
@@ -80,6 +83,7 @@ class Upload:
         self._committing = False
         self._promise = contextlib.ExitStack()
         self._has_place = False
+        self._shard: ModelShard | None = None
 
     async def admit(self) -> None:
         """Check the header and claim the body's bytes. Raises before any of the body is read."""
@@ -97,7 +101,7 @@ class Upload:
             self._creation = catalog.creation(header.model, header.ticket, now_s)
             manifest = self._creation.manifest
             few = len(manifest) <= INLINE_MESSAGE_BYTES
-            self._layout = await REQUESTS.run_unless(few, _laid_out, manifest)
+            self._layout = await REQUESTS.run_unless(few, self._laid_out, manifest)
             self._policy = policies.from_wire(header.policy)
         elif header.kind in _OF_A_MODEL:
             self._model = catalog.get(header.model, header.identity.model_uid)
@@ -106,6 +110,8 @@ class Upload:
                 self._model.require_current(header.identity)
                 self._model.sessions.require(header.identity, now_s)
             self._layout = self._base = self._model.layout
+            if header.kind != UPLOAD_KIND_EXTRAS:
+                refuse(self._model.shard, header.model, "replacing values, states or groups")
             if header.kind == UPLOAD_KIND_GROUP:
                 few = len(self._layout.slots) + len(header.manifest.parameters) <= INLINE_PARTS
                 self._layout = await REQUESTS.run_unless(few, with_group, self._layout, header.manifest)
@@ -123,6 +129,16 @@ class Upload:
         self._reserved = await self._budget.claim(f"{header.model}/{worker}", sum(lengths))
         made = partial(Assembly, lengths, self._digest, self._budget.buffer)
         self._body = await self._catalog.device.prepared(made, small=few)
+
+    def _laid_out(self, manifest: bytes) -> Layout:
+        """The layout of what this upload brings: of a model in several ranks the part that lies here. MapChanged."""
+        whole, ranks = Layout(Manifest.FromString(manifest)), self._catalog.ranks
+        if ranks is None:
+            return whole
+        self._shard = ranks.shard(whole)
+        if self._header.map_version != self._shard.map.version:
+            raise MapChanged(model=self._header.model)
+        return whole if self._shard.part is None else self._shard.part.layout
 
     def _check_header(self) -> list[int]:
         """The byte length of each segment. Raises a named error if the layout does not allow the header."""
@@ -198,13 +214,17 @@ class Upload:
         if self._creation is None:
             raise MalformedFrame(problem="no creation ticket")
         header, worker, attempt = self._header, self._creation.worker, self._creation.attempt
-        extras = await self._extras(Extras())
+        extras, ranks, uid = await self._extras(Extras()), self._catalog.ranks, b""
+        if ranks is not None:
+            uid = await ranks.uploaded(header.model, int(header.ticket))
         self._catalog.take_place(header.model, self._creation)
         self._has_place = True
-        model = await PUSHES.run(self._catalog.new_model, header.model, self._layout)
-        model.extras = extras
+        model = await PUSHES.run(self._catalog.new_model, header.model, self._layout, uid)
+        model.extras, model.shard = extras, self._shard
         await model.writer.submit(lambda: self._fill(model.arenas, header.steps))
         model.begin_under(self._policy)
+        if ranks is not None:
+            await ranks.commit(model, int(header.ticket))
         await self._catalog.finish_creation(header.model, self._creation, model)
         self._promise.close()  # from here on the model counts its buffers itself
         joined = self._join(model, worker, attempt, process=self._creation.process)
@@ -293,7 +313,7 @@ class Upload:
 
         A manifest that is too long for one message is left out: the caller has uploaded it, or knew it before.
         """
-        layout = model.layout
+        layout = whole_of(model)
         member = membership(model, worker)
         response = UploadResponse(member=member, version=version, timeline=model.timeline)
         if layout.manifest_bytes <= WHOLE_BYTES:
@@ -348,7 +368,3 @@ class Upload:
         extension = model.arenas.extended(self._layout, values)
         self._fill(extension, [])
         return extension
-
-
-def _laid_out(manifest: bytes) -> Layout:
-    return Layout(Manifest.FromString(manifest))

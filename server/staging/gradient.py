@@ -45,8 +45,17 @@ class StagedPush:
     nonfinite_parameter: str | None
     # L2 over all parameters, their sums of squares added in manifest order
     norm: float
+    # of its gradient in float64, by part and parameter
+    sums: Sequence[Sequence[float]] = ()
     # what the device waits for before it reads the parts, in a type of the device's own
     arrival: object = None
+    # of a push to a model that lies in several ranks, which this describes as a whole: what is stepped here
+    here: StagedPush | None = None
+
+    @property
+    def own(self) -> StagedPush:
+        """What of it is stepped here."""
+        return self if self.here is None else self.here
 
     @property
     def kind(self) -> frozenset[tuple[int, int, bool, torch.dtype]]:

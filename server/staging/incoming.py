@@ -54,6 +54,10 @@ class IncomingBody:
         if segment in self._dense:
             self._dense[segment][1].advance(arrived_bytes)
 
+    def first_block_sums(self, segment: int) -> list[float] | None:
+        """The sums of squares of the blocks of a dense segment's first parameter. None for any other segment."""
+        return self._dense[segment][1].first_block_sums() if segment in self._dense else None
+
     def dense(self, segment: int) -> tuple[Tensor, list[float]] | None:
         """A dense segment's gradient and its parameters' sums of squares, once the body is complete.
 

@@ -22,6 +22,7 @@ from pushstep.proto.wire.layout import Slot
 
 from .gradient import DensePart, RowsPart, StagedPush
 from .incoming import IncomingBody
+from .row_sums import in_order, stretches
 from .unpack import Take, dense_part, rows_parts
 
 # Elements that are checked for finiteness at once: 256 Ki lie in the cache, and take little memory.
@@ -72,10 +73,11 @@ def measured(
     slots_of = [[part.slot] if isinstance(part, RowsPart) else part.slots for part in parts]
     sums = list(known or [None] * len(parts))
     fresh = [k for k, found in enumerate(sums) if found is None]
-    pieces = [_pieces(parts[k]) for k in fresh]
+    pieces = [_measured_apart(parts[k]) for k in fresh]
     taken = iter(square_sums(list(chain.from_iterable(pieces))) if fresh else ())
     for k, some in zip(fresh, pieces, strict=True):
-        sums[k] = list(islice(taken, len(some)))
+        own = list(islice(taken, len(some)))
+        sums[k] = [in_order(own)] if isinstance(parts[k], RowsPart) and len(own) != 1 else own
     total = _added(slots_of, [found or () for found in sums])
     nonfinite = None
     for part, slots, found in zip(parts, slots_of, sums, strict=True):
@@ -93,7 +95,9 @@ def measured(
                 ),
                 None,
             )
-    return StagedPush(sum(map(len, slots_of)), parts, nonfinite, math.sqrt(total))
+    return StagedPush(
+        sum(map(len, slots_of)), parts, nonfinite, math.sqrt(total), [found or () for found in sums]
+    )
 
 
 def _values(part: DensePart | RowsPart) -> Tensor:
@@ -105,6 +109,11 @@ def _pieces(part: DensePart | RowsPart) -> list[Tensor]:
     if isinstance(part, RowsPart) or len(part.slots) == 1:
         return [_values(part)]  # a single parameter is all of the part, and needs no view
     return [part.gradient[slot.start - part.start : slot.stop - part.start] for slot in part.slots]
+
+
+def _measured_apart(part: DensePart | RowsPart) -> list[Tensor]:
+    """What sums of squares are taken of: each parameter's gradient, or each stretch's rows."""
+    return stretches(part.slot, part.ids, part.rows) if isinstance(part, RowsPart) else _pieces(part)
 
 
 def _added(slots_of: Sequence[Sequence[Slot]], sums: Sequence[Sequence[float]]) -> float:

@@ -125,6 +125,8 @@ class Recovered:
 
     identity: IdentityFile
     state: SavedState
+    # once it was brought forward by its journal: nothing that was acknowledged can be missing
+    proven: bool = False
 
 
 class ModelFolder:
@@ -147,8 +149,8 @@ class ModelFolder:
             files.sweep(self.path, f".{self._identity.name}-*")
             self.snapshots.sweep()
 
-    def recover(self) -> Recovered | None:
-        """The verified snapshot to continue from. None if there is no model, or one without a snapshot. Writes nothing.
+    def recover(self, at_most: int | None = None) -> Recovered | None:
+        """The verified snapshot to continue from, if need be of a version `at_most`. None if there is none. Writes nothing.
 
         ModelNotLoaded, or another named error, if there is something that cannot be loaded.
         """
@@ -167,7 +169,13 @@ class ModelFolder:
             problem = f"its snapshots go to timeline {last}, identity.json says {identity.timeline}"
             raise ModelNotLoaded(model=self.name, problem=problem)
         damaged: list[str] = []
-        found = self.snapshots.newest(identity.made_of)
+
+        def is_wanted(timeline: int, version: int) -> bool:
+            return identity.made_of(timeline, version) and (at_most is None or version <= at_most)
+
+        found = self.snapshots.newest(is_wanted)
+        if found is None and at_most is not None:
+            raise ModelNotLoaded(model=self.name, problem=f"no snapshot goes back to version {at_most}")
         if found is None:
             found = self.snapshots.newest(damaged=damaged)
             if found is not None:

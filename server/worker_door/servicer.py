@@ -17,10 +17,7 @@ import grpc
 import torch
 
 from pushstep.proto import training_pb2 as pb
-from pushstep.proto.errors import (
-    PushstepError,
-    Quarantined,
-)
+from pushstep.proto.errors import NoSharedMemory, PushstepError, Quarantined
 from pushstep.proto.errors.status import TRAILER, brief, to_trailer
 from pushstep.proto.types_pb2 import GroupValues
 from pushstep.proto.wire.frames import MAX_CHUNK_BYTES, Piece, pack
@@ -32,6 +29,7 @@ from ..counters.server_counts import WORKERS_DOOR
 from ..models.catalog import Catalog
 from ..models.copies import COPIES_AT_ONCE, ModelCopies, copy_of
 from ..models.model import Model
+from ..parts.refusals import refuse
 from ..process.inline import INLINE_PARTS
 from ..process.request_log import TRACE_ID, RequestLog, about
 from ..process.threads import PULLS, REQUESTS
@@ -39,9 +37,11 @@ from ..requests.join import join, leave
 from ..requests.pull import (
     extras_header,
     header_frames,
+    led,
     newest,
     published_header,
     published_messages,
+    require_map,
     shared_answer,
     state_bodies,
     state_header,
@@ -115,7 +115,7 @@ class GrpcDoor:
             "Upload": call(one(self.upload)),
             "Push": call(traced("push", one(self.push), self.traces)),
             "Exchange": stream(traced("exchange", many(self.exchange), self.traces)),
-            "TakeSteps": stream(many(self.steps.take)),
+            "TakeSteps": stream(many(self.take_steps)),
             "Pull": stream(traced("pull", many(streamed(self.pull, pb.PullRequest)), self.traces)),
             "PullRows": stream(many(self.pull_rows)),
             "PullState": stream(many(streamed(self.pull_state, pb.PullStateRequest))),
@@ -133,6 +133,10 @@ class GrpcDoor:
             http_url=self.http_url,
             memory_path=self.memory.path,
         )
+
+    def take_steps(self, messages: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
+        """TakeSteps: pushes over one call."""
+        return self.steps.take(messages)
 
     async def join(self, request: pb.JoinRequest, peer: str = "") -> pb.JoinResponse:
         """Join. `peer`: gRPC's text for the connection's peer."""
@@ -168,7 +172,8 @@ class GrpcDoor:
         model = self.catalog.get(request.model, request.identity.model_uid)
         model.require_current(request.identity)
         model.executor.apply(model.coordinator.on_heartbeat(request.identity, model.clock()))
-        return pb.HeartbeatResponse(version=model.version, lease_s=model.sessions.lease_s)
+        known = 0 if model.shard is None else model.shard.map.version
+        return pb.HeartbeatResponse(version=model.version, lease_s=model.sessions.lease_s, map_version=known)
 
     async def leave(self, request: pb.LeaveRequest) -> pb.LeaveResponse:
         """Leave: end the worker's epoch, and close its region."""
@@ -183,6 +188,8 @@ class GrpcDoor:
         model = self.catalog.get(request.model, request.identity.model_uid)
         model.require_current(request.identity)
         model.sessions.require(request.identity, model.clock())
+        if model.shard is not None:
+            raise NoSharedMemory(problem="the model lies in several ranks: frames carry its parts")
         return await self.memory.open(model, request)
 
     async def upload(self, messages: AsyncIterator[bytes]) -> pb.UploadResponse:
@@ -220,8 +227,14 @@ class GrpcDoor:
             model.executor.apply(model.coordinator.on_heartbeat(request.identity, model.clock()))
         else:
             model.require_whole()
-        shared = shared_answer(model, self.memory, request.options, request.identity)
-        published = await newest(model, request.options, request.timeline, shared)
+        if request.map_version:
+            require_map(model, request.map_version)
+        shared = None
+        if model.shard is not None:
+            published = await led(model, request.options, request.timeline)
+        else:
+            shared = shared_answer(model, self.memory, request.options, request.identity)
+            published = await newest(model, request.options, request.timeline, shared)
         model.counts.pulls += 1
         if shared is not None:
             self.counts.shared_memory.sent_bytes += shared.nbytes
@@ -240,6 +253,7 @@ class GrpcDoor:
         """PullState: parameters and optimizer state, from a copy of the model."""
         about(request.model)
         model = self.catalog.get(request.model)
+        refuse(model.shard, model.name, "optimizer state for a worker")
         values = model.groups.messages()
         async with copy_of(self._copies, model) as (_, copy):
             async for message in self._state_messages(model, copy, values):

@@ -69,7 +69,16 @@ def test_argument_over_environment_over_file_over_default(
 
 def test_every_setting_is_in_the_table() -> None:
     elsewhere = {"insecure", "no_shared_memory", "snapshots", "snapshots_takeover"}
-    elsewhere |= {"tokens", "tls_cert", "tls_key", "tls_client_ca", "otel"}
+    elsewhere |= {
+        "tokens",
+        "tls_cert",
+        "tls_key",
+        "tls_client_ca",
+        "otel",
+        "advertise",
+        "link_token_file",
+        "link_ca",
+    }
     assert set(Config.model_fields) == {*VALUES, *elsewhere}
 
 

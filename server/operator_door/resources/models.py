@@ -6,10 +6,13 @@ from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Query, Request, Response
 
+from pushstep.proto.errors import NotInRanks
+
 from ...access.caller import may_use
 from ...imports.imports import Imports
 from ...models.events import OPERATOR
 from ...models.model import NAMES_SHOWN, Model
+from ...parts.shard import whole_of
 from ..answers.dry_run import DRY_RUN_ANSWER, DryRun, would
 from ..answers.figures import figures
 from ..answers.pages import Cursor, key_in, page_of
@@ -32,8 +35,8 @@ def describe(model: Model) -> dict[str, Any]:
         "timeline": model.timeline,
         "version": model.version,
         "edit": model.edit,
-        "parameters": len(model.layout.slots),
-        "elements": sum(arena.elements for arena in model.layout.arenas),
+        "parameters": len(whole_of(model).slots),
+        "elements": sum(arena.elements for arena in whole_of(model).arenas),
         "bytes": model.held_bytes,
         "groups": len(model.groups.list),
         "hooks": len(model.hooks.list),
@@ -103,6 +106,8 @@ async def create_model(
     has them (manifests must agree in it), each a text, or a list for a tied weight; or patterns such as `encoder.*`. A
     group without `params` has all of a floating type that no other names. Optimizer state as for PUT .../state-dict.
     """
+    if catalog.ranks is not None:
+        raise NotInRanks(model=name, ranks=catalog.ranks.world, what="a model made of a file")
     imports = Imports(catalog)
     imports.require_new(name, declared_bytes(request))
     file = await received(request, catalog, name)

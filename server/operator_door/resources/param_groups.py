@@ -22,6 +22,7 @@ from ...imports.new_groups import Addition, NewGroups, addition_of
 from ...models.edits import Edits
 from ...models.events import OPERATOR
 from ...models.model import Model
+from ...parts.shard import whole_of
 from ...process.threads import READS
 from ..answers.dry_run import DRY_RUN_ANSWER, DryRun, would
 from ..answers.etags import IfMatch, etag_of, require_known, tag
@@ -49,8 +50,8 @@ def _show(model: Model, index: int, group: Group) -> dict[str, Any]:
         "rule": group.rule.name,
         "optimizer": group.optimizer,
         **group.values,
-        "params": [slot.name for slot in islice(_slots(model.layout, index), PARAMS_SHOWN)],
-        "params_total": sum(len(arena.slots) for arena in model.layout.arenas_of_group[index]),
+        "params": [slot.name for slot in islice(_slots(whole_of(model), index), PARAMS_SHOWN)],
+        "params_total": sum(len(arena.slots) for arena in whole_of(model).arenas_of_group[index]),
         "held": sorted(group.pinned),
         "scheduled_by": group.scheduled_by,
         "frozen": group.frozen,

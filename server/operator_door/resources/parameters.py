@@ -16,6 +16,7 @@ from pushstep.proto.wire.layout import Slot
 
 from ...arenas.statistics import statistics
 from ...models.model import Model
+from ...parts.shard import whole_of
 from ...process.memory import copy_of
 from ...process.threads import READS
 from ..answers.pages import Cursor, key_in, page_of
@@ -36,8 +37,18 @@ def _show(slot: Slot, model: Model) -> dict[str, Any]:
         "dtype": dtypes.NAMES[slot.dtype],
         "group": slot.group,
         "aliases": list(slot.aliases),
-        "row_sparse": slot.index in model.arenas.row_changed,
-        "steps": int(model.arenas.steps[slot.index]),
+        **_taken(slot, model),
+    }
+
+
+def _taken(slot: Slot, model: Model) -> dict[str, Any]:
+    """What steps have done to it. Of a parameter of which nothing lies in this rank that is not known here."""
+    here = slot if model.shard is None else model.layout.by_name.get(slot.name)
+    if here is None:
+        return {"row_sparse": None, "steps": None}
+    return {
+        "row_sparse": here.index in model.arenas.row_changed,
+        "steps": int(model.arenas.steps[here.index]),
     }
 
 
@@ -48,7 +59,7 @@ async def list_parameters(
     cursor: Cursor = None,
 ) -> dict[str, Any]:
     """The parameters in manifest order, a page at a time."""
-    slots, behind = model.layout.slots, key_in(cursor, "parameters", int)
+    slots, behind = whole_of(model).slots, key_in(cursor, "parameters", int)
     rest = islice(slots, 0 if behind is None else min(max(0, behind + 1), len(slots)), None)
     shown, more = page_of(rest, limit, "parameters", attrgetter("index"))
     return {

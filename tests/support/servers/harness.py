@@ -138,7 +138,8 @@ def start_server(
         process, line = _started(data, options, log, environment, command)
         if line.startswith("ready "):
             where = dict(entry.split("=", 1) for entry in shlex.split(line)[1:])
-            return RunningServer(process, where["grpc"], where["http"], where.get("unix", ""), data, log)
+            http, unix = where.get("http", ""), where.get("unix", "")
+            return RunningServer(process, where["grpc"], http, unix, data, log)
         process.wait(STOP_S)
         if process.stdout is not None:
             process.stdout.close()

@@ -1,0 +1,197 @@
+"""Rank 0's side of the links: every other rank has one, and nothing is served before all are there.
+
+Orders are queued for each rank and leave in the order in which they were given, so each rank executes the same history.
+A link that ends, or is silent for too long, ends the job: pushes that some ranks have stepped and others have not can
+only be settled from what all have on their disks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Iterable
+from typing import Any, Final
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from pushstep.proto.errors import MalformedFrame, PushstepError, RankLost, RanksDiffer
+from pushstep.proto.errors.status import TRAILER, brief, named, to_trailer
+from pushstep.proto.shards_pb2 import RankDone, RankHello, RankMessage, RankOrder, RankWelcome
+from pushstep.proto.training_pb2 import Shard
+from pushstep.proto.wire import limits
+
+from ..streams.readers import Context
+from .words import heard
+
+log = logging.getLogger("pushstep.ranks")
+SERVICE: Final = "pushstep.v1.ShardService"
+# How often each side says that it lives, and for how long it may be silent.
+ALIVE_S: Final = 2.0
+SILENCE_S: Final = 30.0
+
+
+class Link:
+    """One rank's link, as rank 0 has it."""
+
+    def __init__(self, hello: RankHello) -> None:
+        self.hello = hello
+        self.orders: asyncio.Queue[bytes] = asyncio.Queue()
+        self.heard_s = asyncio.get_running_loop().time()
+
+
+class Hub:
+    """The links of all other ranks."""
+
+    def __init__(
+        self,
+        world: int,
+        build: str,
+        on_message: Callable[[int, RankMessage], None],
+        on_lost: Callable[[PushstepError], None],
+    ) -> None:
+        """`on_message` gets what ranks say, but for answers to numbered orders. `on_lost`: the job is over."""
+        self._world = world
+        self._build = build
+        self._on_message = on_message
+        self._on_lost = on_lost
+        self.links: dict[int, Link] = {}
+        self.all_here = asyncio.Event()
+        # the job ends: links may
+        self.closing = False
+        self._number = 0
+        self._asked: dict[tuple[int, int], asyncio.Future[RankDone]] = {}
+
+    def handler(self) -> grpc.GenericRpcHandler:
+        """The handler to add to a grpc.aio server."""
+        method: grpc.RpcMethodHandler[Any, Any] = grpc.stream_stream_rpc_method_handler(self._link)
+        return grpc.method_handlers_generic_handler(SERVICE, {"Link": method})
+
+    def shards(self, own: Shard) -> list[Shard]:
+        """Where all ranks are. `own`: rank 0."""
+        hellos = [self.links[rank].hello for rank in range(1, self._world)]
+        return [own, *(Shard(rank=h.rank, address=h.address, unix_path=h.unix_path) for h in hellos)]
+
+    def send(self, ranks: Iterable[int], order: RankOrder) -> None:
+        """Give an order that nobody answers."""
+        message = order.SerializeToString()
+        for rank in ranks:
+            if rank in self.links:
+                self.links[rank].orders.put_nowait(message)
+
+    def asked(self, ranks: Iterable[int], order: RankOrder) -> dict[int, asyncio.Future[RankDone]]:
+        """Give an order that each rank answers, once it is done. The answers, by rank; an error is raised by its future."""
+        self._number += 1
+        order.order = self._number
+        found = {}
+        for rank in ranks:
+            answer: asyncio.Future[RankDone] = asyncio.get_running_loop().create_future()
+            found[rank] = self._asked[rank, self._number] = answer
+        self.send(found, order)
+        return found
+
+    async def ask(self, ranks: Iterable[int], order: RankOrder) -> dict[int, RankDone]:
+        """The same, and wait. Raises the first error."""
+        answers = self.asked(ranks, order)
+        await asyncio.gather(*answers.values())
+        return {rank: answer.result() for rank, answer in answers.items()}
+
+    async def watch(self) -> None:
+        """Say that rank 0 lives, and notice a rank that does not, until this is cancelled."""
+        while True:
+            await asyncio.sleep(ALIVE_S)
+            self.send(self.links, RankOrder(alive=True))
+            now_s = asyncio.get_running_loop().time()
+            for rank, link in self.links.items():
+                if now_s - link.heard_s > SILENCE_S:
+                    self._lost(rank, f"it has said nothing for {SILENCE_S:.0f} s")
+
+    async def _link(self, messages: AsyncIterator[bytes], context: Context) -> None:
+        rank: int | None = None
+        try:
+            hello = await self._hello(messages)
+            rank = int(hello.rank)
+            link = self.links[rank] = Link(hello)
+            await context.write(
+                RankOrder(welcome=RankWelcome(world=self._world, build=self._build)).SerializeToString()
+            )
+            log.info("rank %d of %d is here: %s", rank, self._world, hello.address)
+            if len(self.links) == self._world - 1:
+                self.all_here.set()
+            writing = asyncio.create_task(self._write(link, context))
+            try:
+                async for message in messages:
+                    link.heard_s = asyncio.get_running_loop().time()
+                    self._take(rank, _parsed(message))
+            finally:
+                writing.cancel()
+            self._lost(rank, "its link has ended")
+        except asyncio.CancelledError:
+            if rank is not None:
+                self._lost(rank, "its link has broken")
+            raise
+        except Exception as error:  # noqa: BLE001 - the rank is told by name, whatever it was
+            refusal = named(error, log)
+            if rank is not None:
+                self._lost(rank, refusal.message)
+            log.warning("a link was refused: %s", refusal.message)
+            await context.abort(
+                refusal.grpc_status, brief(refusal.message), ((TRAILER, to_trailer(refusal)),)
+            )
+
+    async def _write(self, link: Link, context: Context) -> None:
+        while True:
+            await context.write(await link.orders.get())
+
+    async def _hello(self, messages: AsyncIterator[bytes]) -> RankHello:
+        """The first message of a link. RanksDiffer unless it is one of the ranks that are awaited."""
+        async with asyncio.timeout(SILENCE_S):
+            first = _parsed(await anext(messages, b""))
+        hello = first.hello
+        rank = int(hello.rank)
+        problem = ""
+        if first.WhichOneof("said") != "hello":
+            problem = "it does not say who it is"
+        elif hello.world != self._world:
+            problem = f"its job has {hello.world} ranks, this one {self._world}"
+        elif hello.build != self._build:
+            problem = f"it runs pushstep {hello.build}, rank 0 runs {self._build}"
+        elif rank == 0:
+            problem = "there is a rank 0 already, which is this one"
+        elif rank >= self._world:
+            problem = f"there are {self._world} ranks"
+        elif rank in self.links:
+            problem = "another process is that rank already"
+        if problem:
+            raise RanksDiffer(rank=rank, problem=problem)
+        return hello
+
+    def _take(self, rank: int, message: RankMessage) -> None:
+        match message.WhichOneof("said"):
+            case "done":
+                answer = self._asked.pop((rank, int(message.done.order)), None)
+                if answer is None or answer.done():
+                    return
+                if message.done.HasField("problem"):
+                    answer.set_exception(heard(message.done.problem))
+                else:
+                    answer.set_result(message.done)
+            case "failed":
+                self._lost(rank, heard(message.failed).message)
+            case "alive" | "hello" | None:
+                pass
+            case _:
+                self._on_message(rank, message)
+
+    def _lost(self, rank: int, problem: str) -> None:
+        if not self.closing:
+            self._on_lost(RankLost(rank=rank, problem=problem))
+
+
+def _parsed(message: Any) -> RankMessage:
+    try:
+        parsed = RankMessage.FromString(message)
+    except DecodeError as error:
+        raise MalformedFrame(problem="not a RankMessage") from error
+    limits.check(parsed)
+    return parsed

@@ -1,0 +1,312 @@
+"""A rank above 0: it takes its parts of pushes, and does what rank 0 orders."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import xxhash
+
+from pushstep.proto.errors import NoCreationTicket, NotTheCoordinator, PushstepError
+from pushstep.proto.shards_pb2 import (
+    RankCommitCreation,
+    RankCreate,
+    RankDelete,
+    RankDone,
+    RankMessage,
+    RankModels,
+    RankOrder,
+    RankSnapshot,
+    RankSteps,
+)
+from pushstep.proto.training_pb2 import Shard
+from pushstep.proto.wire.layout import Layout
+
+from ..arenas.arena import Arenas
+from ..journal.durability import read_durability
+from ..models.catalog import Catalog
+from ..models.creations import CREATION_S, Proposal
+from ..models.model import Model
+from ..pacing.pace import AT_ONCE
+from ..parts.shard import Goal, LedModel, ModelShard, Survey
+from ..process.threads import DISK
+from .follower import Follower
+from .job import Job
+from .link import RankLink
+from .recovery import goal_heard, survey_message
+from .words import heard, said
+
+log = logging.getLogger("pushstep.ranks")
+# How long the part of a new model waits for rank 0's word of it.
+PROMISE_S: Final = 10.0
+
+
+@dataclass(slots=True, eq=False)
+class Promised:
+    """A model whose part is to be uploaded here."""
+
+    order: int
+    ticket: int
+    uid: bytes
+    shard: ModelShard
+    # its part, once it was uploaded
+    model: Model | None = None
+    # done when rank 0 has had it made
+    made: asyncio.Future[None] | None = None
+
+
+class OtherRank:
+    """A rank above 0. It is the catalog's `ranks`."""
+
+    def __init__(self, job: Job, catalog: Catalog, on_lost: Callable[[PushstepError], None]) -> None:
+        self.rank = job.rank
+        self.world = job.world
+        self._catalog = catalog
+        self._on_lost = on_lost
+        self.link: RankLink | None = None
+        self.followers: dict[str, Follower] = {}
+        self._promised: dict[str, Promised] = {}
+        self._promises = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._meet: asyncio.Future[RankOrder] = asyncio.get_running_loop().create_future()
+        # workers may come
+        self.serves = asyncio.Event()
+        # rank 0 has ordered the end; its number
+        self.closed = asyncio.Event()
+        self._close_order = 0
+
+    def shard(self, whole: Layout) -> ModelShard:
+        """How a model lies in the ranks. Where they are only rank 0 knows."""
+        return ModelShard(whole, self.rank, [Shard(rank=rank) for rank in range(self.world)])
+
+    async def take(self, order: RankOrder) -> None:
+        """An order from rank 0. The next one is taken when this returns."""
+        if order.WhichOneof("ordered") == "snapshot" and not order.snapshot.committed:
+            await self._snapshot(order)
+        else:
+            self._take(order)
+
+    async def _snapshot(self, order: RankOrder) -> None:
+        """Capture what is here now, behind the last ticket; write it while further ones are executed."""
+        model, snapshotter = self._catalog.get(order.snapshot.model), self._catalog.snapshotter
+        done = RankDone(order=order.order)
+        try:
+            taken = await snapshotter.capture(model)
+        except Exception as error:  # noqa: BLE001 - rank 0 decides what it means
+            done.problem.CopyFrom(said(error))
+            self.say(RankMessage(done=done))
+            return
+
+        async def written() -> None:
+            async with self._catalog.alone(model.name):
+                manifest = await snapshotter.write(
+                    model,
+                    self._catalog.folder(model.name),
+                    taken,
+                    "rank 0",
+                    automatic=order.snapshot.automatic,
+                    pace=AT_ONCE,
+                )
+            done.snapshot = manifest["id"]
+            done.digest = xxhash.xxh3_64_intdigest(json.dumps(manifest, sort_keys=True).encode())
+            self.say(RankMessage(done=done))
+
+        self._start(order, written(), is_done=False)
+
+    async def _prune(self, order: RankSnapshot) -> None:
+        """Rank 0 has its snapshot of a version, too: older ones that are not kept may go."""
+        model = self._catalog.get(order.model)
+        folder, alone = self._catalog.folder(model.name), self._catalog.alone(model.name)
+        await self._catalog.snapshotter.prune(model, folder, f"of version {order.version}", DISK, alone)
+
+    def _take(self, order: RankOrder) -> None:
+        kind = order.WhichOneof("ordered")
+        match kind:
+            case "ticket":
+                self.followers[order.ticket.model].ticket(order.ticket)
+            case "drop":
+                if order.drop.model in self.followers:
+                    self.followers[order.drop.model].drop(order.drop)
+            case "publish":
+                self.followers[order.publish.model].publish(order.publish)
+            case "reduce":
+                self.followers[order.reduce.model].reduce(order.reduce)
+            case "meet":
+                self._meet.set_result(order)
+            case "hooks":
+                self.followers[order.hooks.model].hooks(order.hooks)
+            case "snapshot":
+                self._start(order, self._prune(order.snapshot), is_done=False)
+            case "serve":
+                self.serves.set()
+            case "close":
+                self._close_order = int(order.order)
+                self.closed.set()
+            case "create":
+                self._start(order, self._create(int(order.order), order.create), is_done=False)
+            case "commit_creation":
+                self._start(order, self._commit_creation(order.commit_creation))
+            case "withdraw":
+                self._withdraw(
+                    order.withdraw.model,
+                    int(order.withdraw.ticket),
+                    NoCreationTicket(model=order.withdraw.model),
+                )
+            case "delete":
+                self._start(order, self._delete(order.delete))
+            case _:
+                self.say(
+                    RankMessage(failed=said(NotTheCoordinator(rank=self.rank, what=f"the order {kind!r}")))
+                )
+
+    def say(self, message: RankMessage) -> None:
+        """Say something to rank 0."""
+        if self.link is not None:
+            self.link.say(message)
+
+    def _start(self, order: RankOrder, work: Coroutine[Any, Any, None], *, is_done: bool = True) -> None:
+        """Do what takes time, then answer the order, unless the work does that itself."""
+
+        async def run() -> None:
+            done = RankDone(order=order.order)
+            try:
+                await work
+            except Exception as error:  # noqa: BLE001 - rank 0 decides what it means
+                done.problem.CopyFrom(said(error))
+                self.say(RankMessage(done=done))
+                return
+            if is_done:
+                self.say(RankMessage(done=done))
+
+        task = asyncio.create_task(run())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # The start.
+
+    async def meet(self, found: Mapping[str, Survey]) -> Mapping[str, Goal]:
+        """Tell rank 0 what is here; where it has it go on."""
+        models = [survey_message(name, survey) for name, survey in found.items()]
+        self.say(RankMessage(models=RankModels(models=models)))
+        order = await self._meet
+        return {goal.model: goal_heard(goal) for goal in order.meet.goals}
+
+    async def met(self) -> None:
+        """Tell rank 0 that every model here is there."""
+        done = RankDone(order=(await self._meet).order)
+        for name, follower in self.followers.items():
+            done.steps.extend(
+                RankSteps(model=name, group=group, steps=steps) for group, steps in follower.first_steps()
+            )
+        self.say(RankMessage(done=done))
+
+    # Models.
+
+    async def _create(self, number: int, order: RankCreate) -> None:
+        shard = await asyncio.to_thread(lambda: self.shard(Layout(order.manifest)))
+        if shard.part is None:
+            raise NoCreationTicket(model=order.model)
+        layout = shard.part.layout
+        needed = Arenas.bytes_charged(layout)
+        push_bytes = sum(arena.elements * arena.dtype.itemsize for arena in layout.arenas)
+        manifest = layout.manifest.SerializeToString()
+        self._catalog.require_creatable(order.model, Proposal(layout, manifest, needed, push_bytes))
+        until_s = self._catalog.clock() + CREATION_S
+        self._catalog.creations.promised(order.model, int(order.ticket), manifest, needed, until_s)
+        self._withdraw(order.model, 0, NoCreationTicket(model=order.model))
+        made: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        made.add_done_callback(lambda done: done.cancelled() or done.exception())
+        self._promises.set()
+        self._promised[order.model] = Promised(number, int(order.ticket), order.uid, shard, None, made)
+
+    async def until_promised(self, model: str, ticket: int) -> None:
+        """Wait for rank 0's word of a ticket, which a worker may be faster than. NoCreationTicket if it does not come."""
+        try:
+            async with asyncio.timeout(PROMISE_S):
+                while model not in self._promised or self._promised[model].ticket != ticket:
+                    self._promises.clear()
+                    await self._promises.wait()
+        except TimeoutError as error:
+            raise NoCreationTicket(model=model) from error
+
+    def promised(self, model: str, ticket: int) -> Promised:
+        """What rank 0 has said of a model that is uploaded. NoCreationTicket."""
+        found = self._promised.get(model)
+        if found is None or found.ticket != ticket:
+            raise NoCreationTicket(model=model)
+        return found
+
+    def part_is_here(self, promised: Promised, model: Model) -> None:
+        """A part was uploaded, whole: rank 0 may have the model made."""
+        is_first = promised.model is None
+        promised.model = model
+        if is_first:
+            self.say(RankMessage(done=RankDone(order=promised.order)))
+
+    def _withdraw(self, model: str, ticket: int, error: PushstepError) -> None:
+        found = self._promised.get(model)
+        if found is not None and ticket in (0, found.ticket):
+            del self._promised[model]
+            if found.made is not None and not found.made.done():
+                found.made.set_exception(error)
+
+    async def _commit_creation(self, order: RankCommitCreation) -> None:
+        promised = self.promised(order.model, int(order.ticket))
+        model = promised.model
+        creation = self._catalog.creations.get(order.model)
+        if model is None or creation is None:
+            raise NoCreationTicket(model=order.model)
+        try:
+            model.durability = read_durability(json.loads(order.durability), model.durability)
+            self._catalog.creations.take_place(order.model, creation)
+            await self._catalog.finish_creation(order.model, creation, model)
+        except Exception as error:
+            self.followers.pop(order.model, None)
+            self._withdraw(order.model, 0, heard(said(error)))
+            raise
+        del self._promised[order.model]
+        if promised.made is not None and not promised.made.done():
+            promised.made.set_result(None)
+
+    def loaded(self, model: LedModel) -> None:
+        """Take orders for a model from here on."""
+        if isinstance(model, Model) and model.shard is not None and model.shard.part is not None:
+            self.followers[model.name] = Follower(model, model.shard.part, self.say, self._failed)
+
+    def _failed(self, error: Exception) -> None:
+        self.say(RankMessage(failed=said(error)))
+        self._on_lost(heard(said(error)))
+
+    async def _delete(self, order: RankDelete) -> None:
+        self.followers.pop(order.model, None)
+        model = self._catalog.models.get(order.model)
+        if model is not None and model.uid == order.uid:
+            await self._catalog.delete(order.model, "rank 0")
+
+    def end(self) -> None:
+        """Rank 0's order to end is done, or about to be."""
+        self.say(RankMessage(done=RankDone(order=self._close_order)))
+
+    # What only rank 0 does.
+
+    def announce(self, model: str, ticket: int, shard: ModelShard) -> None:
+        """Rank 0's."""
+        raise NotTheCoordinator(rank=self.rank, what="a model that is made")
+
+    async def uploaded(self, model: str, ticket: int) -> bytes:
+        """Rank 0's."""
+        raise NotTheCoordinator(rank=self.rank, what="a model that is made")
+
+    async def commit(self, model: LedModel, ticket: int) -> None:
+        """Rank 0's."""
+        raise NotTheCoordinator(rank=self.rank, what="a model that is made")
+
+    def withdraw(self, model: str, ticket: int) -> None:
+        """Rank 0's."""
+
+    async def delete(self, model: str, uid: bytes) -> None:
+        """Rank 0 has ordered it."""

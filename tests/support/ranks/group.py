@@ -1,0 +1,159 @@
+"""Servers that are the ranks of one job, started as srun or an operator does it, or by torchrun."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from tests.support.deployments.deployed import free_port
+from tests.support.servers.harness import RunningServer, start_server
+
+START_S = 120.0
+
+
+class RankGroup:
+    """The ranks that run now, and their addresses, which they keep."""
+
+    def __init__(self, data: Path, world: int, *options: str) -> None:
+        self.data = data
+        self.world = world
+        self._options = options
+        self._where: Sequence[str] = ["127.0.0.1:0"] * world
+        self.ranks: list[RunningServer] = []
+        self.start()
+
+    @property
+    def leader(self) -> RunningServer:
+        return self.ranks[0]
+
+    def start(self) -> None:
+        port = str(free_port())
+        with ThreadPoolExecutor(self.world) as starting:
+            self.ranks = list(starting.map(lambda rank: self._start(rank, port), range(self.world)))
+        self._where = [rank.grpc for rank in self.ranks]
+
+    def _start(self, rank: int, port: str) -> RunningServer:
+        environment = {
+            **os.environ,
+            "RANK": str(rank),
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": str(self.world),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
+        options = (*self._options, "--grpc", self._where[rank])
+        return start_server(self.data, *options, environment=environment)
+
+    def stop(self) -> list[int]:
+        """SIGTERM to all, as torchrun sends it; their exit statuses."""
+        for session in self.leader.sessions:
+            session.close()
+        for rank in self.ranks:
+            rank.process.send_signal(signal.SIGTERM)
+        statuses = [rank.process.wait(START_S) for rank in self.ranks]
+        for rank in self.ranks:
+            rank.close_pipe()
+        return statuses
+
+    def kill(self, rank: int) -> list[int]:
+        """SIGKILL to one. The others end by themselves; their exit statuses."""
+        self.ranks[rank].kill()
+        statuses = [other.process.wait(START_S) for other in self.ranks if other is not self.ranks[rank]]
+        for other in self.ranks:
+            other.close_pipe()
+        return statuses
+
+    def logs(self) -> str:
+        return "\n".join(rank.log.read_text() for rank in self.ranks)
+
+
+@contextmanager
+def running_ranks(data: Path, world: int, *options: str) -> Iterator[RankGroup]:
+    """A group for the length of a block. Its end must be orderly unless the test ended it itself."""
+    group = RankGroup(data, world, *options)
+    try:
+        yield group
+    finally:
+        if all(rank.process.poll() is None for rank in group.ranks):
+            statuses = group.stop()
+            assert statuses == [0] * world, group.logs()
+        for rank in group.ranks:
+            rank.kill()
+
+
+class Torchrun:
+    """A group that torchrun starts, and starts again."""
+
+    def __init__(self, data: Path, world: int, *options: str, restarts: int) -> None:
+        data.mkdir(parents=True, exist_ok=True)
+        self.grpc, self.world = f"127.0.0.1:{_ports(world)}", world
+        self.log = data / "torchrun.log"
+        self._stderr: IO[str] = self.log.open("w")
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world)]
+        command += [
+            "--master-port",
+            str(free_port()),
+            "--max-restarts",
+            str(restarts),
+            "--monitor-interval",
+            "0.1",
+        ]
+        command += [
+            "-m",
+            "pushstep.server",
+            "--grpc",
+            self.grpc,
+            "--http",
+            "127.0.0.1:0",
+            "--data",
+            str(data),
+            *options,
+        ]
+        self.process = subprocess.Popen(command, stdout=self._stderr, stderr=self._stderr)
+        self.wait_for_start(1)
+
+    def wait_for_start(self, number: int) -> None:
+        """Wait until all ranks are ready for the `number`th time."""
+        until_s = time.monotonic() + START_S
+        while (
+            self.log.read_text().count("\nready rank=") + self.log.read_text().startswith("ready")
+            < number * self.world
+        ):
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < until_s, self.log.read_text()
+            time.sleep(0.05)
+
+    def pids(self) -> list[int]:
+        """Its ranks' processes, in order of their start."""
+        found = subprocess.run(
+            ["pgrep", "-P", str(self.process.pid)], capture_output=True, text=True, check=False
+        )
+        return [int(pid) for pid in found.stdout.split()]
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait(START_S)
+        self._stderr.close()
+
+
+def _ports(count: int) -> int:
+    """The first of so many ports one after the other that were free just now."""
+    import socket
+
+    while True:
+        first = free_port()
+        try:
+            taken = [socket.create_server(("127.0.0.1", first + more)) for more in range(count)]
+        except OSError:
+            continue
+        for listener in taken:
+            listener.close()
+        return first
