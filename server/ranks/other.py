@@ -33,7 +33,7 @@ from ..models.creations import CREATION_S, Proposal
 from ..models.model import Model
 from ..pacing.pace import AT_ONCE
 from ..parts.shard import Goal, LedModel, ModelShard, Survey
-from ..process.threads import DISK
+from ..process.threads import DISK, REQUESTS
 from .follower import Follower
 from .job import Job
 from .link import RankLink
@@ -207,7 +207,7 @@ class OtherRank:
     # Models.
 
     async def _create(self, number: int, order: RankCreate) -> None:
-        shard = await asyncio.to_thread(lambda: self.shard(Layout(order.manifest)))
+        shard = await REQUESTS.run(lambda: self.shard(Layout(order.manifest)))
         if shard.part is None:
             raise NoCreationTicket(model=order.model)
         layout = shard.part.layout
