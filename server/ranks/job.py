@@ -7,7 +7,6 @@ the link (server/ranks/link.py).
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,9 +14,13 @@ from typing import Any, Final
 
 from pushstep.proto.wire.shards import MAX_RANKS
 
+from ..process.threads import Threads
+
 # How long a start waits for the other ranks.
 MEET_S: Final = 300.0
 LEADER: Final = "pushstep/leader"
+# waits for the other ranks, once
+MEETING: Final = Threads("meeting", 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +71,7 @@ class Meeting:
 
     async def leader(self, address: str) -> str:
         """Rank 0's address: `address`, which it tells the others, or what it has told. OSError if nobody comes."""
-        return await asyncio.to_thread(self._meet, address)
+        return await MEETING.run(self._meet, address)
 
     def _meet(self, address: str) -> str:
         # here, since a process alone never needs it
