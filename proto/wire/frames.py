@@ -394,7 +394,6 @@ class Assembly:
         It lies over the buffer, or is a copy where the elements are not aligned for their dtype.
         """
         base = self._starts[segment] + start
-        room = self._lengths[segment] - start
-        size = room if count is None else count * dtype.itemsize
+        size = self._lengths[segment] - start if count is None else count * dtype.itemsize
         found = self.buffer[base : base + size]
         return (found if base % dtype.itemsize == 0 else found.clone()).view(dtype)

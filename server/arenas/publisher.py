@@ -31,12 +31,12 @@ from pushstep.proto.types_pb2 import Segment
 from pushstep.proto.wire import dtypes
 from pushstep.proto.wire.buffers import MessagePool
 from pushstep.proto.wire.frames import Source, pack
-from pushstep.proto.wire.layout import ID_BYTES, Layout, Slot
+from pushstep.proto.wire.layout import Layout
 
 from ..process.inline import INLINE_BYTES
 from ..staging.read_budget import ReadBudget
 from .arena import Arenas
-from .version_frames import DenseFrames, RowFrames, rows_sources
+from .version_frames import DenseFrames, RowFrames, changed_rows, dense_runs, rows_bytes, rows_sources
 from .writer import ModelWriter
 
 # Versions whose frames exist at once, per wire dtype. Beyond that the next version waits.
@@ -383,41 +383,3 @@ def _resolve(request: _Request, result: Published | BaseException) -> None:
         request.answer.set_result(result)
     else:
         request.answer.set_exception(result)
-
-
-def dense_runs(arenas: Arenas, wire: torch.dtype | None) -> list[tuple[Segment, list[Slot]]]:
-    """The segments of the parameters that are not sent by rows, each with its slots. Do not write to them."""
-    if not arenas.row_changed:
-        return arenas.layout.whole(wire)
-    plain = [slot for slot in arenas.layout.slots if slot.index not in arenas.row_changed]
-    return arenas.layout.dense_segments(plain, wire)
-
-
-def rows_bytes(slot: Slot, ids: torch.Tensor | None, wire: torch.dtype | None) -> int:
-    """Bytes of a segment with some rows of a parameter, or with all if that is smaller or `ids` is None."""
-    itemsize = (wire or slot.dtype).itemsize
-    whole_bytes = slot.rows * slot.row_elements * itemsize
-    return (
-        whole_bytes
-        if ids is None
-        else min(whole_bytes, ids.numel() * (ID_BYTES + slot.row_elements * itemsize))
-    )
-
-
-def changed_rows(
-    arenas: Arenas, slot: Slot, ids: torch.Tensor | None, wire: torch.dtype | None
-) -> tuple[Segment, torch.Tensor, torch.Tensor | None]:
-    """A segment that carries some rows of a parameter, or all of it when that is smaller or `ids` is None.
-
-    Also the parameter, and the ids of the rows: None for all.
-    """
-    dtype = wire or slot.dtype
-    segment = Segment(
-        arena=slot.arena, start=slot.start, stop=slot.stop, dtype=dtypes.to_wire(dtype, "segment")
-    )
-    table = arenas.view(slot)
-    whole_bytes = table.numel() * dtype.itemsize
-    if ids is None or ids.numel() * (ID_BYTES + slot.row_elements * dtype.itemsize) >= whole_bytes:
-        return segment, table, None
-    segment.rows = ids.numel()
-    return segment, table, ids

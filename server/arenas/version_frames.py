@@ -15,6 +15,7 @@ from pushstep.proto.types_pb2 import Segment
 from pushstep.proto.wire import dtypes
 from pushstep.proto.wire.buffers import MessagePool
 from pushstep.proto.wire.frames import Piece, Source, Writer, pack
+from pushstep.proto.wire.layout import ID_BYTES, Slot
 
 from ..staging.read_budget import ReadBudget
 from .arena import Arenas
@@ -107,6 +108,44 @@ class RowFrames:
 def fetched(arenas: Arenas, body: Sequence[Piece]) -> list[Source]:
     """The sources of frames for pieces that may lie on the device."""
     return [source for piece in body for source in arenas.device_stream.outgoing(piece.source, piece.dtype)]
+
+
+def dense_runs(arenas: Arenas, wire: torch.dtype | None) -> list[tuple[Segment, list[Slot]]]:
+    """The segments of the parameters that are not sent by rows, each with its slots. Do not write to them."""
+    if not arenas.row_changed:
+        return arenas.layout.whole(wire)
+    plain = [slot for slot in arenas.layout.slots if slot.index not in arenas.row_changed]
+    return arenas.layout.dense_segments(plain, wire)
+
+
+def rows_bytes(slot: Slot, ids: torch.Tensor | None, wire: torch.dtype | None) -> int:
+    """Bytes of a segment with some rows of a parameter, or with all if that is smaller or `ids` is None."""
+    itemsize = (wire or slot.dtype).itemsize
+    whole_bytes = slot.rows * slot.row_elements * itemsize
+    return (
+        whole_bytes
+        if ids is None
+        else min(whole_bytes, ids.numel() * (ID_BYTES + slot.row_elements * itemsize))
+    )
+
+
+def changed_rows(
+    arenas: Arenas, slot: Slot, ids: torch.Tensor | None, wire: torch.dtype | None
+) -> tuple[Segment, torch.Tensor, torch.Tensor | None]:
+    """A segment that carries some rows of a parameter, or all of it when that is smaller or `ids` is None.
+
+    Also the parameter, and the ids of the rows: None for all.
+    """
+    dtype = wire or slot.dtype
+    segment = Segment(
+        arena=slot.arena, start=slot.start, stop=slot.stop, dtype=dtypes.to_wire(dtype, "segment")
+    )
+    table = arenas.view(slot)
+    whole_bytes = table.numel() * dtype.itemsize
+    if ids is None or ids.numel() * (ID_BYTES + slot.row_elements * dtype.itemsize) >= whole_bytes:
+        return segment, table, None
+    segment.rows = ids.numel()
+    return segment, table, ids
 
 
 def rows_sources(

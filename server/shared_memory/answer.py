@@ -21,7 +21,8 @@ from pushstep.proto.wire.frames import Piece
 from pushstep.proto.wire.layout import ID_BYTES, Slot
 
 from ..arenas.arena import Arenas, Flags, indices_of
-from ..arenas.publisher import Published, changed_rows, dense_runs
+from ..arenas.publisher import Published
+from ..arenas.version_frames import changed_rows, dense_runs
 from ..arenas.writer import ModelWriter
 from ..process.inline import INLINE_BYTES
 from .region import Region
