@@ -183,7 +183,7 @@ def _pack_segment(
     chunk_bytes: Callable[[], int],
 ) -> Iterator[bytes]:
     size = sum([piece.nbytes for piece in pieces])
-    wholes = [piece.whole() if isinstance(piece, Piece) else None for piece in pieces if size <= JOINED_BYTES]
+    wholes = [p.whole() if isinstance(p, Piece) else None for p in pieces if 0 < size <= JOINED_BYTES]
     if wholes and None not in wholes:  # the way of most small bodies, in a third of the time
         joined = b"".join([_prefix(segment, 0, size), *filter(None, wholes)])
         if digest is not None:

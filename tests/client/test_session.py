@@ -247,6 +247,16 @@ def test_scalars_and_empty_arrays(server: RunningServer, model_name: str) -> Non
     assert got["scalar"].shape == () and 1.9 < got["scalar"] < 2.0
 
 
+@pytest.mark.parametrize("wire", [None, torch.bfloat16])
+def test_a_gradient_of_no_rows(server: RunningServer, model_name: str, wire: Any) -> None:
+    made = server.connect(model_name, wire=wire)
+    made.create({"table": np.ones((9, 3), np.float32)})
+    nothing = np.empty(0, np.int64), np.empty((0, 3), np.float32)
+    receipt, got = made.exchange({"table": nothing})
+    assert receipt.version == 1
+    assert (got["table"] == 1).all()
+
+
 # --- wire dtypes
 
 
