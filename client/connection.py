@@ -8,6 +8,7 @@ from typing import Literal
 from .gradients.compression import Wire
 from .options import MIN_TIMEOUT_S, check_options, default_worker, warn_of_environment
 from .session import Session
+from .shards.transport import ShardedTransport
 from .transport.address import is_same_host
 from .transport.dial import dial
 from .transport.security import TLS, Security
@@ -71,7 +72,7 @@ def session_at(
     address: str, security: Security, options: WorkerOptions, timeout_s: float = 30.0, wait_s: float = 0.0
 ) -> Session:
     """A session with the server at an address, with options that were checked. Raises what `dial` raises."""
-    transport, found = dial(address, timeout_s, wait_s, security)
+    transport, found = dial(ShardedTransport, address, timeout_s, wait_s, security)
     try:
         shares = options.shared_memory and bool(found.memory_path) and is_same_host(address)
         return Session(transport, replace(options, shared_memory=shares))

@@ -30,8 +30,8 @@ from .membership.receipt import Receipt
 from .notebook import facts
 from .optimizer.options import Edits, Progress
 from .optimizer.remote_optimizer import RemoteOptimizer, named_after
+from .shards.transport import ShardedTransport
 from .shared_memory.sharing import SharedMemory
-from .transport.channel import Transport
 from .transport.shield import shield
 from .transport.streams import Pulled
 from .warn import warn
@@ -46,7 +46,7 @@ log = logging.getLogger("pushstep.client")
 class Session:
     """One worker's session; see `connect`. Not for use by several threads at once."""
 
-    def __init__(self, transport: Transport, options: WorkerOptions) -> None:
+    def __init__(self, transport: ShardedTransport, options: WorkerOptions) -> None:
         self._worker = Worker(transport, options)
         self._membership = self._worker.membership
         self._cache = self._worker.cache

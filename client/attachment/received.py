@@ -34,6 +34,10 @@ class Into:
                 if slot.name in by_name:
                     targets.append(by_name[slot.name])
                     sources.append(part)
+        for slot, row, rows in pulled.pieces():
+            if slot.name in by_name:
+                targets.append(by_name[slot.name].detach().narrow(0, row, len(rows)))
+                sources.append(rows)
         copy_all(targets, sources)
 
     def take_rows(self, pulled: Pulled, by_name: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -44,8 +44,9 @@ def description_of(server: str, security: Security, wait_s: float = 0.0) -> Desc
     found = described(server, security, DIAL_S)
     if found is None:
         # it finds out why, which takes longer
+        from ..transport.channel import Transport
         from ..transport.dial import dial
 
-        transport, found = dial(server, timeout_s=DIAL_S, wait_s=wait_s, security=security)
+        transport, found = dial(Transport, server, timeout_s=DIAL_S, wait_s=wait_s, security=security)
         transport.close()
     return found

@@ -47,6 +47,8 @@ class Member:
         self.policy = message.policy
         self.extras_version = message.extras_version
         self.rolled_back = message.rolled_back
+        # the model lies in several ranks
+        self.is_sharded = message.HasField("shards")
         self._forgotten = message.forgotten_epoch, message.forgotten_sequence
         self._receipts = list(message.receipts)
 

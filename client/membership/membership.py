@@ -137,9 +137,9 @@ class Membership:
 
         def create(ticket: pb.CreationTicket) -> Member:
             layout = Layout(ticket.manifest)
-            header, body = uploads.creation(self.model, ticket, layout, values(layout), steps, extras or {})
-            header.policy = wanted
-            return Member(self.transport.upload(header, body).member, layout)
+            upload = uploads.creation(self.model, ticket, layout, values(layout), steps, extras or {})
+            upload[0].policy = wanted
+            return Member(self.transport.upload(*upload).member, layout)
 
         created = self._join(manifest, create, takeover=self._takeover)
         member = self.joined()
@@ -338,8 +338,8 @@ class Membership:
             placed = {
                 (member.layout.slot(slot.name, self.model), state): v for (slot, state), v in values.items()
             }
-            header, body = uploads.parameters(self.model, member, placed, fresh)
-            attempts = Uploading(partial(self.transport.upload, header, body))
+            header, body, layout = uploads.parameters(self.model, member, placed, fresh)
+            attempts = Uploading(partial(self.transport.upload, header, body, layout))
             try:
                 answer = self.retry.run(attempts)
             except (Superseded, LeaseExpired, ManifestChanged, UnknownWorker):

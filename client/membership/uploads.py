@@ -21,7 +21,8 @@ from ..transport.streams import Body
 from .member import Member
 
 Values = Mapping[tuple[Slot, str], Tensor]
-Upload = tuple[pb.UploadHeader, Body]
+# The layout is that of the segments.
+Upload = tuple[pb.UploadHeader, Body, Layout | None]
 
 
 def creation(
@@ -46,7 +47,7 @@ def creation(
         steps=steps,
         extras_bytes=0 if file is None else file.nbytes,
     )
-    return header, body
+    return header, body, layout
 
 
 def parameters(model: str, member: Member, values: Values, fresh: Sequence[str]) -> Upload:
@@ -60,7 +61,7 @@ def parameters(model: str, member: Member, values: Values, fresh: Sequence[str])
         manifest_hash=member.layout.manifest_hash,
         fresh=[member.layout.slot(name, model).index for name in fresh],
     )
-    return header, body
+    return header, body, member.layout
 
 
 def group(
@@ -75,7 +76,7 @@ def group(
         manifest=added,
         segments=body.segments,
     )
-    return header, body
+    return header, body, layout
 
 
 def state(model: str, member: Member, header: pb.UploadHeader, values: Values) -> Upload:
@@ -86,7 +87,7 @@ def state(model: str, member: Member, header: pb.UploadHeader, values: Values) -
     header.manifest_hash = member.layout.manifest_hash
     del header.segments[:]  # after a rejoin the same header is filled in again
     header.segments.extend(body.segments)
-    return header, body
+    return header, body, member.layout
 
 
 def extras(model: str, member: Member, tensors: Mapping[str, Tensor], *, are_all: bool) -> Upload:
@@ -99,7 +100,7 @@ def extras(model: str, member: Member, tensors: Mapping[str, Tensor], *, are_all
         extras_bytes=file.nbytes,
         extras_all=are_all,
     )
-    return header, Body((), [[file]])
+    return header, Body((), [[file]]), None
 
 
 def _file(tensors: Mapping[str, Tensor]) -> Piece:

@@ -67,7 +67,7 @@ class SharedMemory:
             if self.region.key == key and self.region.local_socket.is_open():
                 return self.region
             self.drop()
-        if not self._wanted or self._declined or self._refused == key:
+        if not self._wanted or self._declined or self._refused == key or member.is_sharded:
             return None
         where = self._device if self._host_for != key else None
         try:

@@ -30,7 +30,18 @@ from .progress import Progress, Watchdog
 from .security import Security
 from .spans import Spans
 from .step_call import StepCalls
-from .streams import Body, Exchange, Messages, Pulled, assembled, breakable, fill, first, only
+from .streams import (
+    Body,
+    Exchange,
+    Messages,
+    Pulled,
+    assembled,
+    breakable,
+    fill,
+    first,
+    layout_of,
+    only,
+)
 from .waiting import Wait
 
 T = TypeVar("T")
@@ -64,22 +75,27 @@ class Transport:
     nothing of it moves. Calls raise grpc.RpcError; a bulk call that stalls raises TransportFailure.
     """
 
-    def __init__(self, address: str, timeout_s: float, security: Security | None = None) -> None:
-        """Make the channel. No request is sent yet. `security` None: as the environment says."""
+    def __init__(
+        self, address: str, timeout_s: float, security: Security | None = None, wait: Wait | None = None
+    ) -> None:
+        """Make the channel. No request is sent yet. `security` None: as the environment says.
+
+        `wait`: of a session that has several channels.
+        """
         self.address = address
         self.timeout_s = timeout_s
         self.spans = Spans()
-        self.wait = Wait(address)
+        self.wait = wait or Wait(address)
         self.watchdog = Watchdog(timeout_s, self.wait.moved)
         # the memory of the last answer's body, for the next answer
         self._buffers = BufferPool(KEPT_BYTES)
         keep_freed_blocks()
-        self._security = security or Security(address)
+        self.security = security or Security(address)
         self._channel = self._opened()
         self._steps = StepCalls(partial(self._call, "TakeSteps"), self.watchdog)
 
     def _opened(self) -> grpc.Channel:
-        credentials = self._security.credentials()
+        credentials = self.security.credentials()
         target = target_of(self.address)
         if credentials is None:
             return grpc.insecure_channel(target, options=OPTIONS)
@@ -88,7 +104,7 @@ class Transport:
     def _look_at_certificates(self) -> None:
         """Open the channel anew if the files of certificates have changed: gRPC keeps those that it was given."""
         self.wait.in_trouble = False
-        if self._security.renew():
+        if self.security.renew():
             self._steps.close()
             old, self._channel = self._channel, self._opened()
             old.close()
@@ -104,12 +120,12 @@ class Transport:
         self, method: str, request: bytes | Iterator[bytes], timeout_s: float | None = None, **options: Any
     ) -> Any:
         """Start a call, to be iterated for its answers. A request of bytes needs no thread of gRPC's."""
-        if self.wait.in_trouble and self._security.is_tls:
+        if self.wait.in_trouble and self.security.is_tls:
             self._look_at_certificates()
         make: Any = self._channel.unary_stream if isinstance(request, bytes) else self._channel.stream_stream
         call = make(SERVICE + method, request_serializer=None, response_deserializer=None)
         return call(
-            request, timeout=timeout_s, metadata=self.spans.metadata(self._security.metadata), **options
+            request, timeout=timeout_s, metadata=self.spans.metadata(self.security.metadata), **options
         )
 
     def _ask(self, method: str, request: Any, answer: Any, timeout_s: float, **options: Any) -> Any:
@@ -161,7 +177,7 @@ class Transport:
                 header, body, commit, lambda answer, progress: first(answer, progress.moved)[0]
             ).receipt
         messages = Messages(pb.PushRequest(header=header), body.segments, body.pieces, lambda _: commit)
-        sent: pb.PushResponse = self._stream_in("Push", messages, pb.PushResponse)
+        sent: pb.PushResponse = self._begun("Push", messages, None, _only(pb.PushResponse)).result()
         return sent.receipt
 
     def _step(
@@ -176,17 +192,29 @@ class Transport:
         messages = Messages(pb.PushRequest(header=header), body.segments, body.pieces, lambda _: commit)
         return self._steps.ask(messages.joined(), read)
 
-    def _stream_in(self, method: str, messages: Messages, answer: Any) -> Any:
-        with self.watchdog.over(self.watchdog.begin()) as progress:
-            call = progress.of(self._call(method, messages.watched(progress)))
-            return messages.sent(lambda: only(breakable(call), answer))
-
     def exchange(self, header: pb.PushHeader, body: Body, commit: pb.PushCommit, layout: Layout) -> Pulled:
         """Exchange."""
         if self._steps.takes(body):
             return self._step(header, body, commit, partial(self._received, layout=layout, to_end=False))
         messages = Messages(pb.PushRequest(header=header), body.segments, body.pieces, lambda _: commit)
-        return self._exchange(messages, layout).result()
+        pulled: Pulled = self._exchange(messages, None, layout).result()
+        return pulled
+
+    def begin_part(
+        self,
+        header: pb.PushHeader,
+        body: Body,
+        commit: Callable[[int], pb.PushCommit],
+        layout: Layout | None,
+    ) -> Exchange:
+        """Start an Exchange, or a Push if `layout` is None. `commit` may be called, and block, in another thread."""
+        messages = Messages(pb.PushRequest(header=header), body.segments, body.pieces, commit)
+        # gRPC sends a stream's messages from a thread of its own, which takes a third of a small push's time
+        joined = messages.joined() if body.is_small else ()
+        single = joined[0] if len(joined) == 1 else None
+        if layout is not None:
+            return self._exchange(messages, single, layout)
+        return self._begun("Push", messages, single, _only(pb.PushResponse))
 
     def begin_exchange(
         self,
@@ -198,18 +226,36 @@ class Transport:
     ) -> Exchange:
         """Start an Exchange. Another thread iterates `pieces` and calls `commit`; both may block there."""
         messages = Messages(pb.PushRequest(header=header), segments, pieces, commit)
-        return self._exchange(messages, layout)
+        return self._exchange(messages, None, layout)
 
-    def _exchange(self, messages: Messages, layout: Layout) -> Exchange:
+    def _exchange(self, messages: Messages, single: bytes | None, layout: Layout) -> Exchange:
+        return self._begun("Exchange", messages, single, partial(self._received, layout=layout))
+
+    def _begun(
+        self,
+        method: str,
+        messages: Messages | None,
+        single: bytes | None,
+        received: Callable[[Iterator[bytes], Progress], Any],
+    ) -> Exchange:
         progress = self.watchdog.begin()
-        call = progress.of(self._call("Exchange", messages.watched(progress)))
-        return Exchange(call, messages, partial(self._received, layout=layout), self.watchdog, progress)
+        request = single if messages is None or single is not None else messages.watched(progress)
+        try:
+            call = progress.of(self._call(method, request or b""))
+        except BaseException:
+            self.watchdog.end(progress)
+            raise
+        return Exchange(call, messages, received, self.watchdog, progress)
 
-    def upload(self, header: pb.UploadHeader, body: Body) -> pb.UploadResponse:
-        """Upload."""
-        messages = Messages(pb.UploadRequest(header=header), body.segments, body.pieces, None)
-        answer: pb.UploadResponse = self._stream_in("Upload", messages, pb.UploadResponse)
+    def upload(self, header: pb.UploadHeader, body: Body, layout: Layout | None) -> pb.UploadResponse:
+        """Upload. `layout`: that of the segments, if there are any."""
+        answer: pb.UploadResponse = self.begin_upload(header, body).result()
         return answer
+
+    def begin_upload(self, header: pb.UploadHeader, body: Body) -> Exchange:
+        """Start an Upload."""
+        messages = Messages(pb.UploadRequest(header=header), body.segments, body.pieces, None)
+        return self._begun("Upload", messages, None, _only(pb.UploadResponse))
 
     def pull(self, request: pb.PullRequest, layout: Layout | None) -> Pulled:
         """Pull; if `layout` is None the answer brings its manifest."""
@@ -219,9 +265,9 @@ class Transport:
         """PullRows."""
         return self._pulled("PullRows", request, layout)
 
-    def pull_state(self, request: pb.PullStateRequest) -> Pulled:
+    def pull_state(self, request: pb.PullStateRequest, layout: Layout | None = None) -> Pulled:
         """PullState."""
-        return self._pulled("PullState", request, None)
+        return self._pulled("PullState", request, layout)
 
     def pull_extras(self, request: pb.PullExtrasRequest) -> tuple[int, dict[str, Tensor]]:
         """PullExtras: the version, and the tensors by name."""
@@ -234,17 +280,35 @@ class Transport:
         return int(header.extras_version), load(content) if content else {}
 
     def _pulled(self, method: str, request: Any, layout: Layout | None) -> Pulled:
-        with self.watchdog.over(self.watchdog.begin()) as progress:
-            call = progress.of(self._call(method, request.SerializeToString()))
-            return self._received(breakable(call), progress, layout)
+        pulled: Pulled = self.begin_pull(method, request, layout).result()
+        return pulled
+
+    def begin_pull(self, method: str, request: Any, layout: Layout | None) -> Exchange:
+        """Start a Pull, PullRows or PullState."""
+        received = partial(self._received, layout=layout)
+        return self._begun(method, None, request.SerializeToString(), received)
 
     def _received(
         self, messages: Iterator[bytes], progress: Progress, layout: Layout | None, *, to_end: bool = True
     ) -> Pulled:
-        return assembled(messages, layout, self._buffers, progress.moved, to_end=to_end)
+        found = partial(self._layout_of, known=layout)
+        return assembled(messages, found, self._buffers, progress.moved, to_end=to_end)
+
+    def _layout_of(self, header: pb.PullHeader, known: Layout | None) -> Layout:
+        """The layout of an answer's segments."""
+        return layout_of(header, known)
+
+    def hurry(self, timeout_s: float) -> None:
+        """Let each attempt from now on take that long at most."""
+        self.timeout_s = min(self.timeout_s, timeout_s)
 
     def close(self) -> None:
         """Close the channel."""
         self.watchdog.close()
         self._steps.close()
         self._channel.close()
+
+
+def _only(kind: Any) -> Callable[[Iterator[bytes], Progress], Any]:
+    """Reads an answer that is a single message."""
+    return lambda messages, _: only(messages, kind)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from typing import Final, cast
+from collections.abc import Callable
+from typing import Final, TypeVar, cast
 
 import grpc
 
@@ -16,6 +17,7 @@ from .retry import Retry, TransportFailure, answered
 from .security import Security
 from .shield import shield
 
+T = TypeVar("T", bound=Transport)
 # Interval of attempts to reach a server that is starting.
 _LOOK_S: Final = 0.2
 # To gRPC a server that refuses a certificate is one that is about to answer: so long, then it is looked at.
@@ -23,8 +25,12 @@ _FIRST_S: Final = 2.0
 
 
 def dial(
-    address: str, timeout_s: float, wait_s: float = 0.0, security: Security | None = None
-) -> tuple[Transport, DescribeResponse]:
+    make: Callable[[str, float, Security], T],
+    address: str,
+    timeout_s: float,
+    wait_s: float = 0.0,
+    security: Security | None = None,
+) -> tuple[T, DescribeResponse]:
     """A channel to the server at an address, and the server's description.
 
     `wait_s`: how long to wait until something listens there. A listener then has `timeout_s` to answer, however often
@@ -33,7 +39,7 @@ def dial(
     """
     checked = Address(address)
     security = security or Security(address)
-    transport = Transport(address, timeout_s, security)
+    transport = make(address, timeout_s, security)
     try:
         with transport.wait:
             _wait_for_listener(checked, transport, wait_s)

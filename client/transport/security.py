@@ -60,10 +60,20 @@ class Security:
             raise InvalidSettings(problem=f"tls={tls!r}: use True, False or TLS(ca=..., cert=..., key=...)")
         self._token = found
         self._insecure = insecure
-        self._tls = None if is_unix(address) else _tls(tls)
+        self._wanted = tls
+        self._use_for(address)
+
+    def _use_for(self, address: str) -> None:
+        self._tls = None if is_unix(address) else _tls(self._wanted)
         self._content = self._read()
         if self._tls is None:
             self.require_private(address)
+
+    def at(self, address: str) -> Security:
+        """The same for another address of the same service. InvalidSettings, TokenNotSent."""
+        made = copy(self)
+        made._use_for(address)
+        return made
 
     def with_token(self, token: str) -> Security:
         """The same with another token. InvalidSettings."""

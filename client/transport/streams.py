@@ -69,6 +69,10 @@ class Pulled:
         """(slots, their values one behind the other) of every dense segment of parameters."""
         return ((slots, values) for slots, _, values in self._dense())
 
+    def pieces(self) -> Iterator[tuple[Slot, int, Tensor]]:
+        """(slot, first row, rows) of what came of parameters that lie in several ranks."""
+        return iter(())
+
     @staticmethod
     def parts(slots: Sequence[Slot], values: Tensor) -> list[Tensor]:
         """Each slot's values, in its shape."""
@@ -112,13 +116,13 @@ def only(messages: Iterator[bytes], kind: Any) -> Any:
 
 
 class Exchange:
-    """An exchange under way, whose messages leave as they become ready."""
+    """A bulk call under way. What it sends leaves as it becomes ready."""
 
     def __init__(
         self,
         call: Any,
-        messages: Messages,
-        received: Callable[[Any, Progress], Pulled],
+        messages: Messages | None,
+        received: Callable[[Iterator[bytes], Progress], Any],
         watchdog: Watchdog,
         progress: Progress,
     ) -> None:
@@ -128,11 +132,12 @@ class Exchange:
         self._watchdog = watchdog
         self._progress = progress
 
-    def result(self) -> Pulled:
-        """Wait for the answer and return it."""
+    def result(self) -> Any:
+        """Wait for the answer and return it: what was pulled, or the message that answers."""
         with self._watchdog.over(self._progress) as progress:
-            answer: Pulled = self._messages.sent(lambda: self._received(breakable(self._call), progress))
-            return answer
+            if self._messages is None:
+                return self._received(breakable(self._call), progress)
+            return self._messages.sent(lambda: self._received(breakable(self._call), progress))
 
     def when_over(self, then: Callable[[], None]) -> None:
         """Call `then` when the call has ended, for whatever reason; at once if it has ended."""
@@ -214,7 +219,7 @@ class Messages:
 
 def assembled(
     messages: Iterator[bytes],
-    layout: Layout | None,
+    layout_of: Callable[[pb.PullHeader], Layout],
     buffers: BufferPool,
     moved: Callable[[], None],
     *,
@@ -225,14 +230,20 @@ def assembled(
     `to_end`: nothing comes behind it.
     """
     header, chunk = first(messages, moved)
-    if layout is None or (header.manifest.parameters and layout.manifest_hash != header.manifest_hash):
-        layout = Layout(header.manifest)
-    elif layout.manifest_hash != header.manifest_hash:
-        raise MalformedFrame(problem="the server's answer is of another manifest")
+    layout = layout_of(header)
     # the server sets the body's size, without a limit here; the segments have to fit this model
     body = Assembly(check_body(layout, header.segments, 1 << 62), take=buffers.take)
     fill(body, chunk, messages, moved, to_end=to_end)
     return Pulled(header, layout, body)
+
+
+def layout_of(header: pb.PullHeader, known: Layout | None) -> Layout:
+    """The layout of an answer's segments: `known`, or that of its manifest. MalformedFrame if it is neither."""
+    if known is None or (header.manifest.parameters and known.manifest_hash != header.manifest_hash):
+        return Layout(header.manifest)
+    if known.manifest_hash != header.manifest_hash:
+        raise MalformedFrame(problem="the server's answer is of another manifest")
+    return known
 
 
 def first(messages: Iterator[bytes], moved: Callable[[], None]) -> tuple[pb.PullHeader, Chunk | None]:

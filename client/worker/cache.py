@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pushstep.optim.ops.copies import copy
-from pushstep.proto.wire.layout import Layout
+from pushstep.proto.wire.layout import Layout, Slot
 
 from ..gradients.body import as_array
 from ..transport.streams import Pulled
@@ -33,18 +33,24 @@ class ParameterCache:
         """Write an answer's dense values and rows into the cache; an empty parameter becomes empty."""
         self.layout = pulled.layout
         self.at = None  # an interrupted copy leaves values of two versions, which must not count as held
-        for slot, _, values in pulled.dense():
-            held = self._values.get(slot.name)
-            if held is None or (held.shape, held.dtype) != (values.shape, slot.dtype):
-                with torch.inference_mode(False):  # or else only inference mode may write to it
-                    held = self._values[slot.name] = torch.empty(slot.shape, dtype=slot.dtype, device="cpu")
-            copy(held, values)
+        for slots, values in pulled.stretches():
+            for slot, part in zip(slots, pulled.parts(slots, values), strict=True):
+                copy(self._place(slot), part)
+        for slot, row, rows in pulled.pieces():
+            copy(self._place(slot).narrow(0, row, len(rows)), rows)
         for slot, ids, rows in pulled.rows():
             self._values[slot.name][ids] = rows.to(slot.dtype)
         for slot in pulled.layout.slots:
             if slot.start == slot.stop:
                 self._values.setdefault(slot.name, torch.zeros(slot.shape, dtype=slot.dtype, device="cpu"))
         self.at = (pulled.header.timeline, pulled.header.version)
+
+    def _place(self, slot: Slot) -> Tensor:
+        held = self._values.get(slot.name)
+        if held is None or (held.shape, held.dtype) != (slot.shape, slot.dtype):
+            with torch.inference_mode(False):  # or else only inference mode may write to it
+                held = self._values[slot.name] = torch.empty(slot.shape, dtype=slot.dtype, device="cpu")
+        return held
 
     def forget(self) -> None:
         """Make the next pull bring everything."""

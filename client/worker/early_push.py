@@ -63,7 +63,8 @@ class EarlyPush:
     def finish(self, commit: pb.PushCommit) -> Pulled:
         """Send the commit and wait for the answer."""
         self._commit.put(commit)
-        return self._exchange.result()
+        pulled: Pulled = self._exchange.result()
+        return pulled
 
     def withdraw(self) -> None:
         """End the stream without a commit; does nothing if it has ended."""

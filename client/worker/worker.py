@@ -20,6 +20,7 @@ from pushstep.proto.errors import (
     Fenced,
     LeaseExpired,
     ManifestChanged,
+    MapChanged,
     ModelLost,
     PushstepError,
     Superseded,
@@ -36,10 +37,11 @@ from ..gradients.compression import Compression, push_and_pull
 from ..membership.member import Member
 from ..membership.membership import Membership
 from ..membership.receipt import Outcome, Receipt, own_receipt
+from ..shards.sending import ShardedSending
+from ..shards.transport import ShardedTransport
 from ..shared_memory.local_socket import LocalSocket
 from ..shared_memory.sharing import SharedMemory
-from ..transport.attempts import Sending
-from ..transport.channel import Transport
+from ..transport.attempts import Attempts, Sending
 from ..transport.shield import shield
 from ..transport.streams import Body, Pulled
 from .cache import ParameterCache
@@ -58,7 +60,7 @@ Step = tuple[Receipt, Pulled | None]
 class Worker:
     """Makes the pushes of a membership, one after the other. Several threads must not use it at once."""
 
-    def __init__(self, transport: Transport, options: WorkerOptions) -> None:
+    def __init__(self, transport: ShardedTransport, options: WorkerOptions) -> None:
         push_wire, self._pull_wire = push_and_pull(options.wire)
         self.compression = Compression(push_wire, options.top_k)
         self._flights = Flights()
@@ -127,7 +129,7 @@ class Worker:
     def hurry(self, seconds: float) -> bool:
         """Let calls take `seconds` at most, the push in flight too; whether none is in flight then."""
         self.membership.retry.give_up()
-        self._transport.timeout_s = min(self._transport.timeout_s, seconds)
+        self._transport.hurry(seconds)
         return self._flights.land_within(seconds)
 
     def end(self) -> None:
@@ -215,16 +217,19 @@ class Worker:
                 body = Body((), ())
             else:
                 body = self._bodies.of(member.layout, gradients) if early is None else early.body
-            header.segments.extend(body.segments)
-            if early is None:
-                self.memory.place(member, header, body, gradients)
-            begun = None if early is None else partial(_finished, early)
-            sending = Sending(
-                self._exchange if pull else self._push, header, body, commit, member.layout, begun
-            )
+            sending: Attempts[Step]
+            if self._transport.shards is None:
+                header.segments.extend(body.segments)
+                if early is None:
+                    self.memory.place(member, header, body, gradients)
+                begun = None if early is None else partial(_finished, early)
+                send = self._exchange if pull else self._push
+                sending = Sending(send, header, body, commit, member.layout, begun)
+            else:
+                sending = ShardedSending(self._transport, header, body, commit, member.layout)
             try:
                 receipt, pulled = membership.retry.run(sending)
-            except (Superseded, LeaseExpired, ManifestChanged, UnknownWorker) as error:
+            except (Superseded, LeaseExpired, ManifestChanged, MapChanged, UnknownWorker) as error:
                 try:
                     settled = membership.find_out(header.identity, in_doubt=sending.in_doubt)
                 except Fenced as fenced:
@@ -261,6 +266,8 @@ class Worker:
             return None
         if self.memory.region is not None:  # nothing has to be sent: the gradients lie in shared memory
             return None
+        if self._transport.shards is not None:
+            return None
         if member.layout is not layout or held is None or held[0] != member.timeline:
             return None
         header = self._push_header(member, held, self._pull_options(held))
@@ -287,6 +294,7 @@ class Worker:
         )
 
     def _push(self, header: pb.PushHeader, body: Body, commit: pb.PushCommit, _: Layout) -> Step:
+        answer: pb.PushResponse | pb.PullHeader | None
         answer = self.memory.attempt(LocalSocket.push, header, commit)
         receipt = self._transport.push(header, body, commit) if answer is None else answer.receipt
         return Receipt.of(receipt), None

@@ -1,0 +1,1 @@
+"""A model whose parts lie on several servers, the ranks of one group."""
