@@ -101,6 +101,7 @@ class ShardedSending(Attempts[Step]):
                 raise MapChanged(model=self._header.model)
             self._is_map_in_doubt = False
         outcomes = self._sent()
+        self._note_held(outcomes)
         first, others = outcomes[0], outcomes[1:]
         failed = failure_of(others)
         if isinstance(first, Exception):
@@ -179,14 +180,19 @@ class ShardedSending(Attempts[Step]):
             pulled.header.groups.extend(first.header.groups)
         return pulled
 
+    def _note_held(self, outcomes: Sequence[Any]) -> None:
+        """The parts that ranks hold go without a body in the next attempt; after NotHeld all go with theirs again."""
+        for (part, header, _), outcome in zip(self._parts, outcomes, strict=True):
+            if isinstance(outcome, PushPending):
+                header.held_digest = int(outcome.fields["digest"])
+            elif isinstance(outcomes[0], PushPending) and not header.held_digest:
+                # rank 0 waits with the push: every rank has staged its part
+                header.held_digest = self._digests.of(part.rank)
+        if any(isinstance(outcome, NotHeld) for outcome in outcomes):
+            for _, header, _ in self._parts:
+                header.held_digest = 0
+
     def _note(self, failure: Exception) -> None:
-        """After PushPending the next attempt has no bodies; after NotHeld it has them again."""
         super()._note(failure)
         if isinstance(failure, PushPending):
             self.in_doubt = True
-            for part, header, _ in self._parts:
-                known = int(failure.fields["digest"]) if not part.rank else self._digests.of(part.rank)
-                header.held_digest = header.held_digest or known
-        elif isinstance(failure, NotHeld):
-            for _, header, _ in self._parts:
-                header.held_digest = 0
