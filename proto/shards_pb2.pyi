@@ -130,18 +130,20 @@ class RankStepped(_message.Message):
     def __init__(self, model: _Optional[str] = ..., timeline: _Optional[int] = ..., version: _Optional[int] = ..., safe_version: _Optional[int] = ...) -> None: ...
 
 class RankDone(_message.Message):
-    __slots__ = ("order", "problem", "snapshot", "digest", "steps")
+    __slots__ = ("order", "problem", "snapshot", "digest", "steps", "figures")
     ORDER_FIELD_NUMBER: _ClassVar[int]
     PROBLEM_FIELD_NUMBER: _ClassVar[int]
     SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
+    FIGURES_FIELD_NUMBER: _ClassVar[int]
     order: int
     problem: RankError
     snapshot: str
     digest: int
     steps: _containers.RepeatedCompositeFieldContainer[RankSteps]
-    def __init__(self, order: _Optional[int] = ..., problem: _Optional[_Union[RankError, _Mapping]] = ..., snapshot: _Optional[str] = ..., digest: _Optional[int] = ..., steps: _Optional[_Iterable[_Union[RankSteps, _Mapping]]] = ...) -> None: ...
+    figures: RankFigures
+    def __init__(self, order: _Optional[int] = ..., problem: _Optional[_Union[RankError, _Mapping]] = ..., snapshot: _Optional[str] = ..., digest: _Optional[int] = ..., steps: _Optional[_Iterable[_Union[RankSteps, _Mapping]]] = ..., figures: _Optional[_Union[RankFigures, _Mapping]] = ...) -> None: ...
 
 class RankSteps(_message.Message):
     __slots__ = ("model", "group", "steps")
@@ -153,8 +155,65 @@ class RankSteps(_message.Message):
     steps: int
     def __init__(self, model: _Optional[str] = ..., group: _Optional[int] = ..., steps: _Optional[int] = ...) -> None: ...
 
+class RankFigures(_message.Message):
+    __slots__ = ("held_bytes", "held_limit_bytes", "staging_bytes", "staging_limit_bytes", "reading_bytes", "reading_limit_bytes", "memory_available_bytes", "memory_total_bytes", "pushes_staged", "steps", "step_s", "journal_records", "journal_s", "snapshot_created_s", "received_bytes", "sent_bytes", "device", "rates")
+    HELD_BYTES_FIELD_NUMBER: _ClassVar[int]
+    HELD_LIMIT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    STAGING_BYTES_FIELD_NUMBER: _ClassVar[int]
+    STAGING_LIMIT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    READING_BYTES_FIELD_NUMBER: _ClassVar[int]
+    READING_LIMIT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_AVAILABLE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PUSHES_STAGED_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    STEP_S_FIELD_NUMBER: _ClassVar[int]
+    JOURNAL_RECORDS_FIELD_NUMBER: _ClassVar[int]
+    JOURNAL_S_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOT_CREATED_S_FIELD_NUMBER: _ClassVar[int]
+    RECEIVED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SENT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    RATES_FIELD_NUMBER: _ClassVar[int]
+    held_bytes: int
+    held_limit_bytes: int
+    staging_bytes: int
+    staging_limit_bytes: int
+    reading_bytes: int
+    reading_limit_bytes: int
+    memory_available_bytes: int
+    memory_total_bytes: int
+    pushes_staged: int
+    steps: int
+    step_s: float
+    journal_records: int
+    journal_s: float
+    snapshot_created_s: float
+    received_bytes: int
+    sent_bytes: int
+    device: str
+    rates: RankRates
+    def __init__(self, held_bytes: _Optional[int] = ..., held_limit_bytes: _Optional[int] = ..., staging_bytes: _Optional[int] = ..., staging_limit_bytes: _Optional[int] = ..., reading_bytes: _Optional[int] = ..., reading_limit_bytes: _Optional[int] = ..., memory_available_bytes: _Optional[int] = ..., memory_total_bytes: _Optional[int] = ..., pushes_staged: _Optional[int] = ..., steps: _Optional[int] = ..., step_s: _Optional[float] = ..., journal_records: _Optional[int] = ..., journal_s: _Optional[float] = ..., snapshot_created_s: _Optional[float] = ..., received_bytes: _Optional[int] = ..., sent_bytes: _Optional[int] = ..., device: _Optional[str] = ..., rates: _Optional[_Union[RankRates, _Mapping]] = ...) -> None: ...
+
+class RankRates(_message.Message):
+    __slots__ = ("ingest_bytes_per_s", "step_elements_per_s", "age_s")
+    class StepElementsPerSEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    INGEST_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    STEP_ELEMENTS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    AGE_S_FIELD_NUMBER: _ClassVar[int]
+    ingest_bytes_per_s: float
+    step_elements_per_s: _containers.ScalarMap[str, float]
+    age_s: float
+    def __init__(self, ingest_bytes_per_s: _Optional[float] = ..., step_elements_per_s: _Optional[_Mapping[str, float]] = ..., age_s: _Optional[float] = ...) -> None: ...
+
 class RankOrder(_message.Message):
-    __slots__ = ("order", "welcome", "create", "commit_creation", "withdraw", "ticket", "drop", "publish", "reduce", "delete", "snapshot", "restore", "close", "serve", "alive", "durability", "hooks", "meet")
+    __slots__ = ("order", "welcome", "create", "commit_creation", "withdraw", "ticket", "drop", "publish", "reduce", "delete", "snapshot", "restore", "close", "serve", "alive", "durability", "hooks", "meet", "report")
     ORDER_FIELD_NUMBER: _ClassVar[int]
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     CREATE_FIELD_NUMBER: _ClassVar[int]
@@ -173,6 +232,7 @@ class RankOrder(_message.Message):
     DURABILITY_FIELD_NUMBER: _ClassVar[int]
     HOOKS_FIELD_NUMBER: _ClassVar[int]
     MEET_FIELD_NUMBER: _ClassVar[int]
+    REPORT_FIELD_NUMBER: _ClassVar[int]
     order: int
     welcome: RankWelcome
     create: RankCreate
@@ -191,7 +251,14 @@ class RankOrder(_message.Message):
     durability: RankDurability
     hooks: RankHooks
     meet: RankMeet
-    def __init__(self, order: _Optional[int] = ..., welcome: _Optional[_Union[RankWelcome, _Mapping]] = ..., create: _Optional[_Union[RankCreate, _Mapping]] = ..., commit_creation: _Optional[_Union[RankCommitCreation, _Mapping]] = ..., withdraw: _Optional[_Union[RankWithdraw, _Mapping]] = ..., ticket: _Optional[_Union[RankTicket, _Mapping]] = ..., drop: _Optional[_Union[RankDrop, _Mapping]] = ..., publish: _Optional[_Union[RankPublish, _Mapping]] = ..., reduce: _Optional[_Union[RankReduce, _Mapping]] = ..., delete: _Optional[_Union[RankDelete, _Mapping]] = ..., snapshot: _Optional[_Union[RankSnapshot, _Mapping]] = ..., restore: _Optional[_Union[RankRestore, _Mapping]] = ..., close: bool = ..., serve: _Optional[_Union[RankServe, _Mapping]] = ..., alive: bool = ..., durability: _Optional[_Union[RankDurability, _Mapping]] = ..., hooks: _Optional[_Union[RankHooks, _Mapping]] = ..., meet: _Optional[_Union[RankMeet, _Mapping]] = ...) -> None: ...
+    report: RankReport
+    def __init__(self, order: _Optional[int] = ..., welcome: _Optional[_Union[RankWelcome, _Mapping]] = ..., create: _Optional[_Union[RankCreate, _Mapping]] = ..., commit_creation: _Optional[_Union[RankCommitCreation, _Mapping]] = ..., withdraw: _Optional[_Union[RankWithdraw, _Mapping]] = ..., ticket: _Optional[_Union[RankTicket, _Mapping]] = ..., drop: _Optional[_Union[RankDrop, _Mapping]] = ..., publish: _Optional[_Union[RankPublish, _Mapping]] = ..., reduce: _Optional[_Union[RankReduce, _Mapping]] = ..., delete: _Optional[_Union[RankDelete, _Mapping]] = ..., snapshot: _Optional[_Union[RankSnapshot, _Mapping]] = ..., restore: _Optional[_Union[RankRestore, _Mapping]] = ..., close: bool = ..., serve: _Optional[_Union[RankServe, _Mapping]] = ..., alive: bool = ..., durability: _Optional[_Union[RankDurability, _Mapping]] = ..., hooks: _Optional[_Union[RankHooks, _Mapping]] = ..., meet: _Optional[_Union[RankMeet, _Mapping]] = ..., report: _Optional[_Union[RankReport, _Mapping]] = ...) -> None: ...
+
+class RankReport(_message.Message):
+    __slots__ = ("rates",)
+    RATES_FIELD_NUMBER: _ClassVar[int]
+    rates: bool
+    def __init__(self, rates: bool = ...) -> None: ...
 
 class RankWelcome(_message.Message):
     __slots__ = ("world", "build")

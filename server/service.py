@@ -43,7 +43,7 @@ from .process.folder_lock import lock_folder
 from .process.threads import DISK, METRICS, PUSHES, REQUESTS
 from .process.unix_socket import UnixSocket
 from .ranks.job import Job
-from .ranks.role import Role
+from .ranks.role import Role, seen_by_operators
 from .service_manager import tell_manager
 from .shared_memory.regions import SharedMemory
 from .staging.budget import WINDOW_BYTES
@@ -192,7 +192,7 @@ class Service:
     async def _start_grpc(self) -> None:
         self._bind_grpc()
         scheme = "http" if self._certificates is None else "https"
-        self.door.http_url = f"{scheme}://{self.http_address}"
+        self.door.http_url = f"{scheme}://{self.http_address}" if self.http_address else ""
         self.door.unix_path = self.unix_path
         self.memory.start(LocalDoor(self.door).serve)
         ranks = self._role
@@ -208,8 +208,9 @@ class Service:
     def _http_server(self, listener: socket.socket) -> uvicorn.Server:
         host, _ = split_address(self.config.http)
         allowed = {"localhost", "127.0.0.1", "::1", host} if is_loopback(host) else None
+        view = seen_by_operators(self._role, self.catalog, self.grpc_address, self.unix_path)
         config = uvicorn.Config(
-            create_app(self.catalog, allowed, self.grpc_address, self.guard),
+            create_app(self.catalog, allowed, self.grpc_address, self.guard, view),
             log_config=None,
             lifespan="off",
             access_log=False,

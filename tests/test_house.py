@@ -64,13 +64,14 @@ ARROWS = {
         },
         "ranks": {
             "worker_door", "requests", "shared_memory", "models", "journal", "pacing", "coordinator", "parts", "arenas", "streams",
-            "staging", "traces", "process", "config",
+            "staging", "traces", "process", "config", "reports",
         },
+        "reports": {"capacity", "models", "arenas"},
         "operator_door": {
             "capacity", "imports", "metrics", "models", "observers", "page", "remote", "journal", "storage", "coordinator", "arenas",
-            "streams", "staging", "counters", "access", "process", "config", "parts",
+            "streams", "staging", "counters", "access", "process", "config", "parts", "reports",
         },
-        "capacity": {"coordinator", "models", "captures", "process", "staging"},
+        "capacity": {"coordinator", "models", "captures", "process", "staging", "arenas"},
         "imports": {"models", "storage", "coordinator", "arenas", "staging", "process"},
         "requests": {
             "shared_memory", "models", "journal", "storage", "coordinator", "captures", "arenas", "devices", "streams", "staging",
@@ -78,7 +79,7 @@ ARROWS = {
         },
         "shared_memory": {"models", "arenas", "devices", "staging", "access", "process"},
         "page": set[str](),
-        "metrics": {"models", "coordinator", "counters", "process"},
+        "metrics": {"models", "coordinator", "counters", "process", "reports"},
         "models": {
             "observers", "journal", "remote", "storage", "pacing", "coordinator", "captures", "arenas", "devices", "staging", "counters",
             "process", "config", "parts",

@@ -21,6 +21,7 @@ from .operate.groups import groups
 from .operate.hooks import hooks
 from .operate.models import models
 from .operate.settings import durability, gate, policy
+from .operate.shards import shards
 from .operate.snapshots import snapshots
 from .operate.status import status
 from .operate.top import top
@@ -47,7 +48,7 @@ def options(
 
 app.command("import")(import_file)
 for _command in (
-    bench, capacity, demo, durability, events, explain, export, gate, groups, hooks, models, policy, snapshots, status, top, workers
+    bench, capacity, demo, durability, events, explain, export, gate, groups, hooks, models, policy, shards, snapshots, status, top, workers
 ):  # fmt: skip
     app.command()(_command)
 for _entry in sorted(entry_points(group="pushstep.commands"), key=lambda entry: entry.name):

@@ -22,7 +22,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from pushstep.proto.errors import PushstepError, ServerUnavailable
+from pushstep.proto.errors import NotTheCoordinator, PushstepError, ServerUnavailable
 
 from ..transport.security import Security, is_unix
 from .access import is_url
@@ -108,9 +108,10 @@ def answer_to(
 ) -> Iterator[Answer]:
     """The answer to a request, to be read in a block. A body needs its Content-Length in `headers`.
 
-    The error of the catalogue that the server answers with; ServerUnavailable if it cannot be reached.
+    The error of the catalogue that the server answers with; ServerUnavailable if it cannot be reached; NotTheCoordinator if
+    it is a rank above 0.
     """
-    http_url = server if is_url(server) else description_of(server, security).http_url
+    http_url = server if is_url(server) else _http_url(server, security)
     connection = _connection(server, http_url, security)
     try:
         with _network(http_url):
@@ -132,6 +133,13 @@ def answer_to(
         yield Answer(response, http_url)
     finally:
         connection.close()
+
+
+def _http_url(server: str, security: Security) -> str:
+    found = description_of(server, security)
+    if not found.http_url:
+        raise NotTheCoordinator(rank=found.rank, what="REST")
+    return found.http_url
 
 
 def _connection(server: str, http_url: str, security: Security) -> http.client.HTTPConnection:

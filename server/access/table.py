@@ -27,6 +27,7 @@ ROUTES: Final[Mapping[str, Need]] = {
     "HEAD /openapi.json": Need.MEMBER,
     "GET /v1": Need.MEMBER,
     "GET /v1/capacity": Need.VIEWER,
+    "GET /v1/shards": Need.VIEWER,
     "GET /v1/hooks": Need.VIEWER,
     "GET /v1/models": Need.VIEWER,
     "POST /v1/models": Need.OPERATOR,

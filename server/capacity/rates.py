@@ -36,6 +36,11 @@ class Rates:
     step_elements_per_s: Mapping[str, float]
     measured_s: float
 
+    @property
+    def age_s(self) -> float:
+        """How long ago they were measured."""
+        return time.monotonic() - self.measured_s
+
 
 class Measured:
     """The last measurement. A new one is made when somebody asks and the last is older than KEPT_S."""

@@ -6,7 +6,7 @@ it (`process/threads.py` says for how long at most).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, ProcessCollector, generate_latest
@@ -15,8 +15,10 @@ from prometheus_client.openmetrics.exposition import generate_latest as generate
 
 from ..models.catalog import Catalog
 from ..process.threads import METRICS
+from ..reports.job_view import JobView, RankRow, RankState
 from .disk import DiskWatch
 from .models import MODEL_METRICS, views
+from .ranks import RANK_METRICS
 from .server import SERVER_METRICS, ServerView
 
 OPEN_METRICS_ACCEPTED: Final = "application/openmetrics-text"
@@ -31,30 +33,39 @@ class Collector:
 
     def __init__(self, catalog: Catalog) -> None:
         self.catalog = catalog
+        # of a job of several, as they were seen last
+        self.ranks: Sequence[RankRow] = ()
         self._disk = DiskWatch(catalog.config.data)
         self._process = ProcessCollector(registry=None)
 
     def collect(self) -> Iterator[Metric]:
         """Every metric, one after the other."""
         self._disk.ask(DISK_S)
-        whole = [((), ServerView(self.catalog, self._disk))]
+        ready = self.catalog.ready and all(row.state is RankState.SERVING for row in self.ranks)
+        whole = [((), ServerView(self.catalog, self._disk, ready=ready))]
         for of_server in SERVER_METRICS:
             yield of_server.of(whole, ())
         models = views(self.catalog.models.copy())
         for of_model in MODEL_METRICS:
             yield of_model.of(models, ("model",))
+        ranks = [((str(row.rank),), row) for row in self.ranks]
+        for of_rank in RANK_METRICS if ranks else ():
+            yield of_rank.of(ranks, ("rank",))
         yield from self._process.collect()
 
 
 class Exposition:
     """Answers scrapes."""
 
-    def __init__(self, catalog: Catalog) -> None:
+    def __init__(self, catalog: Catalog, view: JobView) -> None:
         self._collector = Collector(catalog)
+        self._view = view
 
     async def text(self, accept: str) -> tuple[bytes, str]:
         """The metrics, and the type of that text. Busy while too many scrapes wait. `accept`: the header of the request."""
         open_metrics = accepts_open_metrics(accept)
+        if self._view.world > 1:
+            self._collector.ranks = await self._view.look()
         text = await METRICS.run(self._text, open_metrics=open_metrics)
         return text, OPEN_METRICS if open_metrics else PLAIN
 

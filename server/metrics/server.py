@@ -18,8 +18,9 @@ VERSION: Final = installed_version("pushstep")
 class ServerView:
     """The server during one scrape."""
 
-    def __init__(self, catalog: Catalog, disk: DiskWatch) -> None:
+    def __init__(self, catalog: Catalog, disk: DiskWatch, *, ready: bool) -> None:
         self.catalog = catalog
+        self.ready = ready
         self.counts: ServerCounts = catalog.counts
         self.disk = disk
 
@@ -61,7 +62,7 @@ SERVER_METRICS: Final[tuple[Family[ServerView], ...]] = (
         "pushstep_ready",
         GAUGE,
         "1 while the server takes work, as /readyz says. Is it still loading models, or stopping?",
-        lambda view: [((), view.catalog.ready)],
+        lambda view: [((), view.ready)],
     ),
     Family(
         "pushstep_models",

@@ -34,7 +34,6 @@ from ..access.caller import CALLER, was_cut
 from ..access.guard import Guard
 from ..access.request_rate import MOST_WAITING, RequestRate
 from ..access.routes import RouteAccess, challenge
-from ..capacity.rates import Measured
 from ..coordinator.settings import problems, read_json
 from ..counters.server_counts import OPERATORS_DOOR, ServerCounts
 from ..metrics import route as metrics
@@ -46,6 +45,7 @@ from ..page import route as page
 from ..page.served_files import assets
 from ..process.request_log import RequestLog, about
 from ..process.threads import REQUESTS, RETRY_AFTER_S
+from ..reports.job_view import Alone, JobView
 from ..streams.received import INLINE_MESSAGE_BYTES
 from . import openapi
 from .answers.downloads import Downloads
@@ -104,10 +104,11 @@ def create_app(
     allowed_hosts: Collection[str] | None,
     grpc_address: str = "",
     guard: Guard | None = None,
+    view: JobView | None = None,
 ) -> FastAPI:
     """The REST interface over `catalog`. With `allowed_hosts` None, requests for any Host are answered.
 
-    `guard` None: everyone may do everything. RuntimeError for a route without an entry in the table of access.
+    `guard` None: everyone may do everything. `view`: of the ranks of a job; None: this server is alone. RuntimeError for a route without an entry in the table of access.
     """
     app = FastAPI(
         title="pushstep",
@@ -126,8 +127,9 @@ def create_app(
     app.state.looks = Copies(COPIES_AT_ONCE)
     app.state.downloads = Downloads()
     app.state.listeners = Listeners()
-    app.state.rates = Measured()
-    app.state.exposition = Exposition(catalog)
+    view = view or JobView(catalog, Alone(catalog), grpc_address)
+    app.state.view = view
+    app.state.exposition = Exposition(catalog, view)
     assets()  # read now, while nobody waits
     for at_root in AT_ROOT:
         app.include_router(at_root.router)

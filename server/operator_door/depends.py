@@ -15,6 +15,7 @@ from ..models.copies import Copies, ModelCopies
 from ..models.events import OPERATOR
 from ..models.model import Model
 from ..parts.refusals import refuse_route
+from ..reports.job_view import JobView
 from .answers.downloads import Downloads
 from .header_fields import claimed_digest
 
@@ -34,6 +35,11 @@ def _model(request: Request, m: str) -> Model:
     return model
 
 
+def _view(request: Request) -> JobView:
+    view: JobView = request.app.state.view
+    return view
+
+
 def _copies(request: Request) -> ModelCopies:
     copies: ModelCopies = request.app.state.copies
     return copies
@@ -51,6 +57,7 @@ async def _edited(request: Request, m: str) -> Model:
     return model
 
 
+ViewHere = Annotated[JobView, Depends(_view)]
 CatalogHere = Annotated[Catalog, Depends(_catalog)]
 ModelHere = Annotated[Model, Depends(_model)]
 EditedModel = Annotated[Model, Depends(_edited)]

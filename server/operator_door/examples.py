@@ -154,6 +154,35 @@ _DURABILITY: Final = {
     "journal_bytes": 1048576,
     "snapshots_store": None,
 }
+_RANK: Final = {
+    "rank": 0,
+    "state": "serving",
+    "address": "127.0.0.1:7070",
+    "unix_path": "/run/pushstep/pushstep-7070.sock",
+    "silent_s": 0.0,
+    "figures_age_s": 0.0,
+    "versions_behind": 0,
+    "pushes_staged": 2,
+    "seconds": {"step": _ROOM, "journal": _ROOM},
+    "traffic_bytes": {"in": 9437184, "out": 9437184},
+    "snapshot_created": 1790000000.0,
+    "bytes": {"held": 24576, "limit": 1099511627776},
+    "staging_bytes": {"held": 0, "limit": 8589934592},
+    "read_bytes": {"held": 0, "limit": 8589934592},
+    "memory_bytes": {"available": 16000000000, "total": 23000000000},
+    "device": "cpu",
+}
+_SHARDED: Final = {
+    "name": "flights",
+    "timeline": 1,
+    "version": 1200,
+    "map_version": None,
+    "bytes": 24576,
+    "skew": 1.0,
+    "shards": [
+        {"rank": 0, "version": 1200, "parameters": 4, "elements": 1290, "bytes": 24576, "share": 1.0},
+    ],
+}
 _NEXT: Final = {"effective_version": 1201}
 _OF_WORKER: Final = {"name": "w0", **_NEXT}
 _RESTORED: Final = {"timeline": 2, "effective_version": 1200}
@@ -165,6 +194,7 @@ ANSWERS: Final[Mapping[tuple[str, str], Mapping[str, Any]]] = {
     ("get", "/v1"): {
         "version": "0.1.0",
         "grpc": "127.0.0.1:7070",
+        "ranks": 1,
         "caller": {"name": "ann", "role": "operator", "models": []},
     },
     ("get", "/v1/capacity"): {
@@ -180,6 +210,14 @@ ANSWERS: Final[Mapping[tuple[str, str], Mapping[str, Any]]] = {
             "snapshot_bytes_per_s": 480000000,
             "age_s": 12.0,
         },
+    },
+    ("get", "/v1/shards"): {
+        "world": 1,
+        "ready": True,
+        "skew": 1.0,
+        "ranks": [_RANK],
+        "models": [_SHARDED],
+        "next": None,
     },
     ("get", "/v1/models"): {"models": [_MODEL], "next": None, "not_loaded": []},
     ("post", "/v1/models"): _MODEL,

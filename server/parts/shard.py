@@ -46,6 +46,9 @@ class Leader(Protocol):
     async def until(self, version: int, *, safe: bool) -> None:
         """Wait for that."""
 
+    def reached(self) -> dict[int, int]:
+        """The version that each other rank has come to."""
+
     def publish(self, timeline: int, version: int, options: PullOptions) -> None:
         """Have the others keep the version that they are at here in the order of tickets, for one reader."""
 

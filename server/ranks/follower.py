@@ -98,6 +98,11 @@ class Follower:
         """The part that is held of a push."""
         return self._held.get(key_of(identity))
 
+    @property
+    def parts_held(self) -> int:
+        """Parts that are complete, and whose push rank 0 has not decided."""
+        return len(self._held)
+
     def hold(self, part: HeldPart, fault: PushstepError | None, blocks: dict[int, list[float]]) -> HeldPart:
         """Hold a complete part, and tell rank 0. A copy of one that is held joins it. Conflict."""
         key = key_of(part.identity)
@@ -174,14 +179,17 @@ class Follower:
         if changed_bytes:
             model.staging.count(changed_bytes)
 
-        def execute() -> None:
+        def execute() -> float:
             model.require_steppable()
             if entry is not None:
                 entry.append()
+            begun_s = model.clock()
             with arenas.device_stream.over([push]):
                 arenas.step(step.ticket, push.parts, None, model.staging.buffer)
+            took_s = model.clock() - begun_s
             for answer in answers:
                 answer.after_step(arenas, None)
+            return took_s
 
         values = [tuple(map(bool, group.values.values())) for group in model.groups.list]
         kind = hash((push.kind, tuple(values), step.ticket.factor == 1))
@@ -191,7 +199,7 @@ class Follower:
         self._kinds.add(kind)
         job = model.writer.submit(execute, small=small)
 
-        def finish(done: asyncio.Future[None]) -> None:
+        def finish(done: asyncio.Future[float]) -> None:
             if changed_bytes:
                 model.staging.release(changed_bytes)
             error = done.exception()
@@ -199,6 +207,9 @@ class Follower:
                 self._on_failure(model.broke_off(error, int(step.ticket.version)))
                 return
             model.note_nonfinite()
+            # once for each push, as rank 0 does
+            for _ in step.parts:
+                model.counts.step.observe(done.result())
             self._stepped(int(step.ticket.version), entry)
             for part in held:
                 part.is_stepped = True

@@ -156,10 +156,9 @@ class RankLeader:
 
     def _is_known(self, identity: Identity) -> bool:
         worker = self._model.sessions.workers.get(identity.worker)
-        undecided = (
-            worker is not None and worker.epoch == identity.epoch and identity.sequence in worker.undecided
-        )
-        return undecided or self._model.coordinator.decided_of(identity) is not None
+        if worker is not None and worker.epoch == identity.epoch and identity.sequence in worker.undecided:
+            return True
+        return self._model.coordinator.decided_of(identity) is not None
 
     async def _arrived(self, key: Key, promised: dict[int, int]) -> _Arrival:
         arrival = self._arrival(key)
@@ -299,6 +298,10 @@ class RankLeader:
         reached: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.when_all(version, safe=safe, then=lambda: None if reached.done() else reached.set_result(None))
         await reached
+
+    def reached(self) -> dict[int, int]:
+        """The version that each other rank has come to."""
+        return self._stepped.copy()
 
     def publish(self, timeline: int, version: int, options: PullOptions) -> None:
         """Have the others keep the version that they are at here in the order of tickets, for one reader."""

@@ -34,6 +34,7 @@ from ..models.model import Model
 from ..pacing.pace import AT_ONCE
 from ..parts.shard import Goal, LedModel, ModelShard, Survey
 from ..process.threads import DISK, REQUESTS
+from ..reports.reporter import Reporter
 from .follower import Follower
 from .job import Job
 from .link import RankLink
@@ -69,6 +70,7 @@ class OtherRank:
         self._on_lost = on_lost
         self.link: RankLink | None = None
         self.followers: dict[str, Follower] = {}
+        self._reporter = Reporter(catalog, lambda: sum(each.parts_held for each in self.followers.values()))
         self._promised: dict[str, Promised] = {}
         self._promises = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -141,6 +143,8 @@ class OtherRank:
                 self.followers[order.hooks.model].hooks(order.hooks)
             case "snapshot":
                 self._start(order, self._prune(order.snapshot), is_done=False)
+            case "report":
+                self._start(order, self._report(order), is_done=False)
             case "serve":
                 self.serves.set()
             case "close":
@@ -185,6 +189,11 @@ class OtherRank:
         task = asyncio.create_task(run())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    async def _report(self, order: RankOrder) -> None:
+        reporter = self._reporter
+        figures = await reporter.with_rates() if order.report.rates else reporter.figures()
+        self.say(RankMessage(done=RankDone(order=order.order, figures=figures)))
 
     # The start.
 

@@ -22,6 +22,7 @@ from pushstep.proto.training_pb2 import Shard
 from ..config import Config, split_address
 from ..models.catalog import Catalog
 from ..process.exit_status import rank_lost
+from ..reports.job_view import Alone, JobView
 from ..shared_memory.regions import SharedMemory
 from ..traces.request_spans import Traces
 from ..worker_door.servicer import GrpcDoor
@@ -56,6 +57,11 @@ class Role:
         door = PartDoor(catalog, memory, stall_s, traces)
         door.ranks = self._other
         return door
+
+    def view(self, address: str, unix_path: str) -> JobView:
+        """The job, as operators see it."""
+        job = self._zero or Alone(self._catalog)
+        return JobView(self._catalog, job, self._reached_at(address), unix_path)
 
     def handlers(self) -> list[grpc.GenericRpcHandler]:
         """What else its gRPC server serves."""
@@ -133,3 +139,10 @@ class Role:
 
     def _lost(self, error: PushstepError) -> None:
         rank_lost(error)
+
+
+def seen_by_operators(role: Role | None, catalog: Catalog, address: str, unix_path: str) -> JobView:
+    """What operators see of this server, or of all ranks of its job. `address`: of its open door."""
+    if role is not None:
+        return role.view(address, unix_path)
+    return JobView(catalog, Alone(catalog), address, unix_path)

@@ -19,6 +19,7 @@ from pushstep.proto.shards_pb2 import (
     RankMessage,
     RankModels,
     RankOrder,
+    RankReport,
     RankServe,
     RankWithdraw,
 )
@@ -28,6 +29,7 @@ from pushstep.proto.wire.layout import Layout
 from ..models.catalog import Catalog
 from ..models.model import Model
 from ..parts.shard import Goal, LedModel, ModelShard, Survey
+from ..reports.job_view import SeenRank, pushes_held
 from .hub import Hub
 from .job import Job
 from .leader import RankLeader
@@ -142,6 +144,24 @@ class RankZero:
             for of in done.steps:
                 if of.model in self._leaders:
                     self._leaders[of.model].begun(int(of.group), int(of.steps))
+
+    # What operators see.
+
+    def seen(self) -> list[SeenRank]:
+        """The other ranks that are there."""
+        now_s = asyncio.get_running_loop().time()
+        return [
+            SeenRank(rank, link.hello.address, link.hello.unix_path, now_s - link.heard_s)
+            for rank, link in self.hub.links.items()
+        ]
+
+    def ask_figures(self, *, rates: bool) -> dict[int, asyncio.Future[RankDone]]:
+        """Ask the other ranks for their figures."""
+        return self.hub.asked(self.hub.links, RankOrder(report=RankReport(rates=rates)))
+
+    def staged(self) -> int:
+        """Pushes that wait here for the parts of others, for their turn, or for their step."""
+        return pushes_held(self._catalog)
 
     # Models.
 

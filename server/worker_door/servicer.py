@@ -125,7 +125,10 @@ class GrpcDoor:
 
     async def describe(self, request: pb.DescribeRequest) -> pb.DescribeResponse:
         """Describe: the server's version, limits, models and addresses."""
+        ranks = self.catalog.ranks
         return pb.DescribeResponse(
+            rank=0 if ranks is None else ranks.rank,
+            ranks=0 if ranks is None else ranks.world,
             server_version=VERSION,
             max_chunk_bytes=MAX_CHUNK_BYTES,
             models=sorted(filter(may_use, self.catalog.models)),

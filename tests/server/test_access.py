@@ -33,6 +33,7 @@ from pushstep.server.access.table import LOCAL_SOCKET, ROUTES, RPCS
 from pushstep.server.access.tokens import Token, Tokens, digest_of, made_token, read_tokens
 from pushstep.server.config import Config
 from pushstep.server.operator_door.app import all_routes
+from pushstep.server.ranks.hub import SERVICE as SHARDS
 from pushstep.server.worker_door.entrance import require_entries
 from pushstep.server.worker_door.servicer import SERVICE
 
@@ -352,7 +353,7 @@ def test_only_refusals_change_beyond_the_attempts() -> None:
 
 # --- the table is whole
 
-SERVICES = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+SERVICES = (SERVICE, SHARDS, health.SERVICE_NAME, reflection.SERVICE_NAME)
 
 
 def test_every_route_has_an_entry_and_every_entry_a_route() -> None:

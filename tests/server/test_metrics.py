@@ -21,6 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse_pla
 
 from pushstep.proto import training_pb2 as pb
 from pushstep.proto.errors import NonfiniteGradient, PushstepError
+from pushstep.proto.shards_pb2 import RankFigures
 from pushstep.proto.types_pb2 import Identity
 from pushstep.server.config import Config
 from pushstep.server.counters.histogram import Histogram
@@ -29,6 +30,7 @@ from pushstep.server.metrics.disk import DiskWatch
 from pushstep.server.metrics.exposition import OPEN_METRICS, PLAIN, Collector, accepts_open_metrics
 from pushstep.server.models.catalog import Catalog
 from pushstep.server.models.model import Model
+from pushstep.server.reports.job_view import RankRow, RankState
 from tests.support.servers.driven import Pusher, made
 from tests.support.servers.harness import RunningServer, running_server
 from tests.support.source_tree import ROOT
@@ -81,7 +83,9 @@ def test_the_page_lists_what_is_exposed(trained: RunningServer) -> None:
         name: (kind, unit, labels, question) for name, kind, unit, labels, question in row.findall(page)
     }
     exposed = {}
-    for metric in Collector(Catalog(Config(data=trained.data))).collect():
+    collector = Collector(Catalog(Config(data=trained.data)))
+    collector.ranks = [RankRow(0, RankState.SERVING, figures=RankFigures(snapshot_created_s=1.0))]
+    for metric in collector.collect():
         name = f"{metric.name}_total" if metric.type == "counter" else metric.name
         exposed[name] = metric
     for metric in parse_plain(trained.rest("GET", "/metrics").text):

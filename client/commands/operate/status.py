@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -26,10 +26,14 @@ def status(
             raise typer.BadParameter("a URL is not waited for: pass HOST:PORT", param_hint="--wait")
         root, held = door.ask("GET", "/v1"), door.all_of("/v1/models", "models")
         version, http, models = root["version"], door.server, [model["name"] for model in held["models"]]
+        rank, ranks = 0, root.get("ranks", 1)
     else:
         found = description_of(door.server, door.security, wait_s)
         version, http, models = found.server_version, found.http_url, list(found.models)
-    facts = {"server": door.server, "version": version, "http": http, "models": models}
+        rank, ranks = int(found.rank), int(found.ranks)
+    facts: dict[str, Any] = {"server": door.server, "version": version, "http": http, "models": models}
+    if ranks > 1:
+        facts |= {"rank": rank, "ranks": ranks}
     lines = [
         f"{name:8} {', '.join(value) or 'none' if isinstance(value, list) else plain(value)}"
         for name, value in facts.items()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse
 
-from ..depends import CatalogHere
+from ..depends import ViewHere
 
 router = APIRouter(tags=["health"])
 
@@ -17,6 +19,13 @@ async def healthz() -> dict[str, str]:
 
 
 @router.get("/readyz", summary="The server takes work")
-async def readyz(catalog: CatalogHere) -> JSONResponse:
-    """200 from when the models are loaded until the server drains, else 503."""
-    return JSONResponse({"ready": catalog.ready}, 200 if catalog.ready else 503)
+async def readyz(view: ViewHere) -> JSONResponse:
+    """200 from when the models are loaded until the server drains, else 503.
+
+    Of a job of several ranks: while all of them are ready. `ranks_not_ready` says what the others do.
+    """
+    unready = view.unready
+    answer: dict[str, Any] = {"ready": not unready}
+    if view.world > 1:
+        answer["ranks_not_ready"] = {str(rank): state for rank, state in unready.items()}
+    return JSONResponse(answer, 503 if unready else 200)

@@ -13,6 +13,7 @@ from ...imports.imports import Imports
 from ...models.events import OPERATOR
 from ...models.model import NAMES_SHOWN, Model
 from ...parts.shard import whole_of
+from ...reports.shown import bytes_in_all
 from ..answers.dry_run import DRY_RUN_ANSWER, DryRun, would
 from ..answers.figures import figures
 from ..answers.pages import Cursor, key_in, page_of
@@ -37,7 +38,7 @@ def describe(model: Model) -> dict[str, Any]:
         "edit": model.edit,
         "parameters": len(whole_of(model).slots),
         "elements": sum(arena.elements for arena in whole_of(model).arenas),
-        "bytes": model.held_bytes,
+        "bytes": bytes_in_all(model),
         "groups": len(model.groups.list),
         "hooks": len(model.hooks.list),
         "policy": model.coordinator.policy.settings.model_dump(mode="json"),
