@@ -7,11 +7,11 @@ work=$(mktemp -d)
 trap 'rm -r "$work"' EXIT
 
 "$bin/hadolint" Dockerfile
-for script in *.sh; do sh -n "$script"; done
+for script in *.sh slurm/*.sh; do sh -n "$script"; done
 
 # Compose's own tag, which takes the place of a list, is no YAML that a schema knows.
-sed 's/ !override$//' compose.tls.yaml > "$work/compose.tls.yaml"
-"$bin/check-jsonschema" --quiet --builtin-schema vendor.compose-spec compose.yaml "$work/compose.tls.yaml"
+for overlay in tls shards; do sed "s/ !override//" compose.$overlay.yaml > "$work/compose.$overlay.yaml"; done
+"$bin/check-jsonschema" --quiet --builtin-schema vendor.compose-spec compose.yaml "$work/compose.tls.yaml" "$work/compose.shards.yaml"
 
 # The oldest Kubernetes that they are for, and the newest that there is a schema of.
 manifests=$(ls kubernetes/*.yaml | grep -v kustomization)

@@ -91,21 +91,27 @@ def test_every_value_of_the_chart_does_something(tmp_path: Path) -> None:
         yaml.safe_load(EVERY_VALUE.read_text()),
     )
     assert leaves(by_default).keys() == leaves(other).keys()
-    before = rendered()
+    alone_or_not = {False: rendered(), True: rendered("--set", "shards=2")}
     for path, value in leaves(other).items():
+        of_ranks = path in {"linkTokenSecret", "rendezvousPort"}
         *above, name = path.split(".")
         alone: dict[str, Any] = {name: not value if path == "networkPolicy.enabled" else value}
         for outer in reversed(above):
             alone = {outer: alone}
         (tmp_path / "alone.yaml").write_text(yaml.safe_dump(alone))
-        assert rendered("--values", tmp_path / "alone.yaml") != before, path
+        options = ["--set", "shards=2"] if of_ranks else []
+        assert rendered("--values", tmp_path / "alone.yaml", *options) != alone_or_not[of_ranks], path
     found = rendered("--values", EVERY_VALUE, release="other", namespace="training")
     assert not any(kind == "PodDisruptionBudget" for kind, _ in found)
     off = rendered("--set", "networkPolicy.enabled=false")
     assert set(PLAIN) - set(off) == {("NetworkPolicy", "pushstep"), ("Namespace", "pushstep")}
     (container,) = found["StatefulSet", "other"]["spec"]["template"]["spec"]["containers"]
-    assert container["args"] == ["--device", "cuda"]
+    assert container["command"][-1].endswith("-m pushstep.server --device cuda")
     assert container["resources"]["limits"] == {"memory": "96Gi", "nvidia.com/gpu": 1}
+    (container,) = rendered("--set", "gpus=1")["StatefulSet", "pushstep"]["spec"]["template"]["spec"][
+        "containers"
+    ]
+    assert container["args"] == ["--device", "cuda"]
     assert {each["metadata"]["namespace"] for each in found.values()} == {"training"}
 
 
@@ -250,7 +256,8 @@ def test_the_readme_s_commands_make_the_secrets_that_are_mounted(tmp_path: Path)
     secrets = tmp_path / "deploy" / "secrets"
     secrets.parent.mkdir()
     make_certificate(secrets, "pushstep")
-    make_token(secrets, "worker")
+    for role in ("worker", "operator"):
+        make_token(secrets, role)
     commands = re.findall(r"^kubectl (.* create secret .*) \| kubectl apply -f -$", README, re.MULTILINE)
     made = objects("---\n".join(run("kubectl", *shlex.split(command), cwd=tmp_path) for command in commands))
     keys = {name: set(secret["data"]) for (_, name), secret in made.items()}
@@ -258,6 +265,7 @@ def test_the_readme_s_commands_make_the_secrets_that_are_mounted(tmp_path: Path)
         "pushstep-tls": {Path(ENV["PUSHSTEP_TLS_CERT"]).name, Path(ENV["PUSHSTEP_TLS_KEY"]).name},
         "pushstep-tokens": {Path(ENV["PUSHSTEP_TOKENS_FILE"]).name},
         "pushstep-worker": {"token", "ca.pem"},
+        "pushstep-link": {"token", "ca.pem"},
     }
     mounted = {
         volume["secret"]["secretName"]
@@ -265,7 +273,7 @@ def test_the_readme_s_commands_make_the_secrets_that_are_mounted(tmp_path: Path)
         for volume in pod["volumes"]
         if "secret" in volume
     }
-    assert mounted == set(keys)
+    assert mounted == set(keys) - {"pushstep-link"}  # of several shards alone
     assert {each["metadata"]["namespace"] for each in made.values()} == {"pushstep"}
 
 
