@@ -16,7 +16,7 @@ from pushstep.proto import training_pb2 as pb
 from pushstep.proto.errors import MessageTooLarge
 from pushstep.proto.errors.status import from_rpc_error
 from pushstep.proto.types_pb2 import Receipt, Segment
-from pushstep.proto.wire.buffers import BufferPool, keep_freed_blocks
+from pushstep.proto.wire.buffers import keep_freed_blocks
 from pushstep.proto.wire.frames import (
     TRANSPORT_LIMIT_BYTES,
     Assembly,
@@ -31,6 +31,7 @@ from .security import Security
 from .spans import Spans
 from .step_call import StepCalls
 from .streams import (
+    AnswerBodies,
     Body,
     Exchange,
     Messages,
@@ -87,8 +88,7 @@ class Transport:
         self.spans = Spans()
         self.wait = wait or Wait(address)
         self.watchdog = Watchdog(timeout_s, self.wait.moved)
-        # the memory of the last answer's body, for the next answer
-        self._buffers = BufferPool(KEPT_BYTES)
+        self._bodies = AnswerBodies(KEPT_BYTES)
         keep_freed_blocks()
         self.security = security or Security(address)
         self._channel = self._opened()
@@ -292,7 +292,7 @@ class Transport:
         self, messages: Iterator[bytes], progress: Progress, layout: Layout | None, *, to_end: bool = True
     ) -> Pulled:
         found = partial(self._layout_of, known=layout)
-        return assembled(messages, found, self._buffers, progress.moved, to_end=to_end)
+        return assembled(messages, found, self._bodies, progress.moved, to_end=to_end)
 
     def _layout_of(self, header: pb.PullHeader, known: Layout | None) -> Layout:
         """The layout of an answer's segments."""

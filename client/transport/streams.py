@@ -217,10 +217,28 @@ class Messages:
             raise
 
 
+class AnswerBodies:
+    """Makes what answers are received into. What follows from their segments is kept while these stay the same."""
+
+    def __init__(self, keep_bytes: int) -> None:
+        """`keep_bytes`: how much memory of an answer's body is kept for the next answer's."""
+        self._buffers = BufferPool(keep_bytes)
+        self._last: tuple[Layout | None, Sequence[Segment], Sequence[int]] = None, (), ()
+
+    def body(self, layout: Layout, segments: Sequence[Segment]) -> Assembly:
+        """Memory for a body. MalformedFrame if the segments do not fit the model."""
+        known, same, lengths = self._last
+        if known is not layout or same != segments:
+            # the server sets the body's size, without a limit here; the segments have to fit this model
+            lengths = check_body(layout, segments, 1 << 62)
+            self._last = layout, segments, lengths
+        return Assembly(lengths, take=self._buffers.take)
+
+
 def assembled(
     messages: Iterator[bytes],
     layout_of: Callable[[pb.PullHeader], Layout],
-    buffers: BufferPool,
+    bodies: AnswerBodies,
     moved: Callable[[], None],
     *,
     to_end: bool = True,
@@ -231,8 +249,7 @@ def assembled(
     """
     header, chunk = first(messages, moved)
     layout = layout_of(header)
-    # the server sets the body's size, without a limit here; the segments have to fit this model
-    body = Assembly(check_body(layout, header.segments, 1 << 62), take=buffers.take)
+    body = bodies.body(layout, header.segments)
     fill(body, chunk, messages, moved, to_end=to_end)
     return Pulled(header, layout, body)
 

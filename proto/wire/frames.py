@@ -126,8 +126,7 @@ class Piece:
         source = self.source
         if source.dtype is not self.dtype or not source.is_cpu or not source.is_contiguous():
             return None
-        flat: memoryview = source.detach().reshape(-1).view(torch.uint8).numpy().data
-        return flat
+        return source.detach().reshape(-1).view(torch.uint8).numpy().data
 
 
 class BodyDigest:

@@ -399,3 +399,10 @@ def test_only_what_is_before_a_payload_is_to_be_parsed() -> None:
         assert fields_of(odd) == len(odd)
     (frame,) = pack([[Piece(torch.ones(4), torch.float32)]])
     assert fields_of(frame) < len(frame) - 16
+
+
+def test_what_has_no_bytes_has_no_frame() -> None:
+    nothing = torch.empty(0, 3)
+    for pieces in ([], [Piece(nothing, torch.float32)], [Piece(nothing, torch.bfloat16)]):
+        assert not list(pack([pieces]))
+    assert len(list(pack([[Piece(nothing, torch.float32), Piece(torch.ones(3), torch.float32)]]))) == 1
