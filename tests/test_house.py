@@ -54,13 +54,13 @@ ARROWS = {
         "__init__": set[str](),
         "__main__": {"service", "access", "config", "process", "ranks"},
         "service": {
-            "worker_door", "operator_door", "capacity", "shared_memory", "metrics", "models", "devices", "staging", "traces",
+            "worker_door", "operator_door", "capacity", "shared_memory", "metrics", "models", "devices", "traces",
             "access", "process", "config", "service_manager", "ranks",
         },
         "service_manager": set[str](),
         "commands": {"models", "journal", "storage", "arenas", "process", "config"},
         "worker_door": {
-            "requests", "shared_memory", "models", "streams", "arenas", "counters", "traces", "access", "process", "parts",
+            "requests", "shared_memory", "models", "streams", "arenas", "counters", "traces", "access", "process", "parts", "staging",
         },
         "ranks": {
             "worker_door", "requests", "shared_memory", "models", "journal", "pacing", "coordinator", "parts", "arenas", "streams",
