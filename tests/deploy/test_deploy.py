@@ -343,6 +343,7 @@ def test_a_worker_knows_the_options_it_is_given(worker_options: set[str], name: 
     assert set(WORKERS[name]["command"][::2]) <= worker_options
 
 
+@pytest.mark.timeout(600)
 def test_what_the_image_and_compose_say_starts_a_server_and_stops_it(tmp_path: Path) -> None:
     """The image's variables, compose's variables and command: both health checks pass, SIGTERM ends with 0."""
     set_up = environment("server") | SERVICES["server"]["environment"]
@@ -354,7 +355,7 @@ def test_what_the_image_and_compose_say_starts_a_server_and_stops_it(tmp_path: P
     program = Path(sys.executable).parent / json.loads(of("server", "ENTRYPOINT")[0])[0]
     server = subprocess.Popen([program, *SERVICES["server"]["command"]], env=os.environ | here)
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300  # the kernels are compiled anew, beside whatever the machine does
         for path in ("/healthz", "/readyz"):
             check = [
                 argument.replace(":7071/", f":{ports['7071']}/") for argument in healthchecks()[path][1:]
