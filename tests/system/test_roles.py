@@ -263,7 +263,8 @@ def test_a_token_for_one_model_reaches_no_other_by_any_rpc(
 
 def of_worker(method: str, worker: str) -> bytes | None:
     """A message of an RPC that names a worker of the model; None if none of its messages does."""
-    kind = pb.PushRequest if method == "Exchange" else getattr(pb, f"{method}Request", pb.JoinRequest)
+    of_steps = method in ("Exchange", "TakeSteps")
+    kind = pb.PushRequest if of_steps else getattr(pb, f"{method}Request", pb.JoinRequest)
     made: Any = kind()
     named = made.header if "header" in kind.DESCRIPTOR.fields_by_name else made
     named.model = MODEL
