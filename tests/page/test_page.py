@@ -103,6 +103,13 @@ def test_one_look_tells_how_it_goes(watched: Watched) -> None:
     expect(card).to_contain_text("2 workers at work.")
 
 
+def test_a_server_alone_shows_no_ranks_and_is_not_asked_for_them(watched: Watched) -> None:
+    page = watched.show()
+    expect(page.locator(".card")).to_have_count(1)
+    expect(page.get_by_text("Rank")).to_have_count(0)
+    assert not [url for url in watched.requested if "/shards" in url]
+
+
 def test_figures_and_charts_move_while_it_trains(watched: Watched) -> None:
     page = watched.show(f"models/{MODEL}")
     seen = set[str]()

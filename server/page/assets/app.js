@@ -114,7 +114,7 @@ function Page() {
     const mayEdit = !server.caller || server.caller.role === "operator";
     view = place.name
       ? html`<${ModelView} key=${place.name} name=${place.name} tab=${place.tab} mayEdit=${mayEdit} />`
-      : html`<${Overview} mayEdit=${mayEdit} grpc=${server.grpc} />`;
+      : html`<${Overview} mayEdit=${mayEdit} grpc=${server.grpc} ranks=${server.ranks} />`;
   }
   return html`<a class="skip" href="#main" onClick=${(event) => {
       event.preventDefault();

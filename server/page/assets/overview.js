@@ -6,9 +6,11 @@ import { historyOf } from "./history.js";
 import { html } from "./html.js";
 import { useLook } from "./look.js";
 import { Badge, Loading, ProblemNote } from "./parts.js";
+import { Ranks, levelsOf } from "./ranks.js";
 import { bytes, number, plural, rate, spaced, whole } from "./words.js";
 
 const EVERY_MS = 1000;
+const RANKS_EVERY_MS = 2000;
 const VERDICT = {
   bad: "Something has failed.",
   warn: "Something needs a look.",
@@ -51,19 +53,22 @@ function NotLoaded({ model }) {
   </li>`;
 }
 
-export function Overview({ grpc }) {
+export function Overview({ grpc, ranks }) {
+  const job = useLook(ranks > 1 ? "/shards" : null, RANKS_EVERY_MS, { query: { limit: 1 } }).found;
   const { found, problem } = useLook("/models", EVERY_MS, {
     note: (answer) => answer.models.forEach((model) => historyOf(model).note(model)),
   });
   if (!found) return html`<${Loading} problem=${problem?.isLost ? null : problem} />`;
   const levels = found.models.map((model) => health(model, historyOf(model).movedMs).level);
   if (found.not_loaded.length) levels.push("bad");
+  const isEmpty = levels.length === 0;
+  levels.push(...levelsOf(job));
   return html`<div class="title">
       <h1>Models</h1>
       <p class="verdict ${worst(levels)}" role="status">${VERDICT[worst(levels)]}</p>
     </div>
     ${!problem?.isLost && html`<${ProblemNote} problem=${problem} />`}
-    ${levels.length === 0
+    ${isEmpty
       ? html`<div class="panel empty"><h2>No model yet</h2>
           <p>The first worker that attaches makes one. Workers connect to <code>${grpc}</code>:</p>
           <pre tabindex="0">session = connect("${grpc}", model="flights", worker="w0")${"\n"}optimizer = session.attach(optimizer, module=model)</pre></div>`
@@ -71,5 +76,6 @@ export function Overview({ grpc }) {
           ${found.not_loaded.map((model) => html`<${NotLoaded} key=${model.name} model=${model} />`)}
           ${found.models.map((model) => html`<${Card} key=${model.uid} model=${model} />`)}
         </ul>`}
-    ${found.next && html`<p class="quiet">Only the first ${found.models.length} models are shown.</p>`}`;
+    ${found.next && html`<p class="quiet">Only the first ${found.models.length} models are shown.</p>`}
+    <${Ranks} job=${job} />`;
 }
