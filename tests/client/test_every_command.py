@@ -79,6 +79,7 @@ COMMANDS = {
     "models": Row([], "MODEL", "models", ["GONE"], 1, "no model is named"),
     "policy": Row(["MODEL"], "async", "policy", ["MODEL", "--set", "policy=x"], 1, "policy"),
     "replay": Row(["DATA"], "records_per_s", "digest", ["DATA", "--to", "99"], 1, "99"),
+    "shards": Row([], "1 rank, ready", "ranks", ["--server", NOBODY], 3, "start one with: pushstep-server"),
     "snapshots": Row(
         ["MODEL"], "the server", "snapshots", ["MODEL", "--delete", "x", "--yes"], 1, "`pushstep snapshots"
     ),
