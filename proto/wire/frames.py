@@ -124,7 +124,8 @@ class Piece:
     def whole(self) -> memoryview | None:
         """The bytes where they lie, if nothing has to be cast or gathered."""
         source = self.source
-        if source.dtype is not self.dtype or not source.is_cpu or not source.is_contiguous():
+        is_there = source.dtype is self.dtype and source.is_cpu and source.is_contiguous()
+        if not is_there or not source.numel():  # without elements its stride may be 0
             return None
         return source.detach().reshape(-1).view(torch.uint8).numpy().data
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 
 import torch
 from torch import Tensor
 
 from ..arenas.arena import Arenas, Flags
 from ..arenas.publisher import Published, Publisher
+
+log = logging.getLogger("pushstep.parts")
 
 
 class ExactAnswer:
@@ -39,5 +42,6 @@ class ExactAnswer:
         """Encode the version that a step has just made. A failure must not fail the step, which is taken."""
         try:
             self.published = self._publisher.this_version(self._timeline, self._have, self.wire, self._loop)
-        except Exception:  # noqa: BLE001 - the worker pulls, and meets the same fault there
+        except Exception:
+            log.exception("a version was not encoded")  # the worker pulls, and meets the same fault there
             self.published = None

@@ -171,6 +171,9 @@ class Follower:
         entry = model.recorder.step(step)
         held = [part for part in parts if part is not None]
         self._take(step, entry, held)
+        for mark, kept in list(self._kept.items()):
+            if mark[1] == ticket.version and not kept.done():
+                self._publish(mark)
 
     def _take(self, step: Step, entry: Entry | None, held: Sequence[HeldPart]) -> None:
         model, arenas, push = self.model, self.model.arenas, step.push
@@ -286,12 +289,14 @@ class Follower:
 
     def publish(self, order: RankPublish) -> None:
         """Keep the version at this place in the orders, for one reader."""
-        loop, publisher = asyncio.get_running_loop(), self.model.publisher
         have = int(order.have_version) if order.HasField("have_version") else None
-        wire = dtypes.TORCH.get(order.dtype)
-        mark = int(order.timeline), int(order.version), int(order.dtype), have
-        kept = self._mark(mark)
-        timeline = int(order.timeline)
+        self._publish((int(order.timeline), int(order.version), int(order.dtype), have))
+
+    def _publish(self, mark: Mark) -> None:
+        """Encode the version that is the newest in the writer's queue now."""
+        loop, publisher = asyncio.get_running_loop(), self.model.publisher
+        timeline, _, dtype, have = mark
+        wire, kept = dtypes.TORCH.get(dtype), self._mark(mark)
         job = self.model.writer.submit(lambda: publisher.this_version(timeline, have, wire, loop))
         job.add_done_callback(lambda done: self._keep(mark, kept, done))
 
@@ -299,6 +304,8 @@ class Follower:
         self, mark: Mark, kept: asyncio.Future[Published], done: asyncio.Future[Published | None]
     ) -> None:
         error = done.exception()
+        if error is not None:
+            log.error("version %d of model %s was not encoded", mark[1], self.model.name, exc_info=error)
         published = None if error is not None else done.result()
         if kept.done():
             return
@@ -329,9 +336,14 @@ class Follower:
     async def exactly(self, timeline: int, options: PullOptions) -> Published:
         """The version that rank 0 has answered a pull with. VersionGone if it is not kept, or does not come."""
         have = int(options.have_version) if options.HasField("have_version") else None
-        mark = timeline, int(options.version), int(options.dtype), have
-        if options.version < self.model.version and mark not in self._kept:
-            raise self._gone(int(options.version))
+        version = int(options.version)
+        mark = timeline, version, int(options.dtype), have
+        if mark not in self._kept:
+            if version < self.model.version:
+                raise self._gone(version)
+            if version == self.model.version:
+                self._publish(mark)
+        # one that is still to come is encoded when its ticket comes
         return await asyncio.shield(self._mark(mark))
 
     def not_held(self, identity: Identity) -> NotHeld:

@@ -130,6 +130,12 @@ def test_pieces_of_several_dtypes_in_one_segment() -> None:
     assert torch.equal(body.part(0, torch.bfloat16, 24), rows.bfloat16().view(-1))
 
 
+def test_a_piece_without_elements_sends_nothing_whatever_its_stride() -> None:
+    """What `nonzero` finds nowhere has a stride of 0."""
+    nothing = torch.nonzero(torch.zeros(5)).flatten()
+    assert list(pack([[Piece(nothing, torch.int64), Piece(torch.empty(0, 16), torch.float32)]])) == []
+
+
 def test_segments_are_numbered_and_empty_ones_send_nothing() -> None:
     pieces = [[Piece(torch.ones(n), torch.float32)] for n in (2, 0, 3)]
     frames = list(pack(pieces, first=4))
