@@ -20,6 +20,9 @@ def demo(
     policy: Annotated[
         str, typer.Option(help="When pushes are applied: async, bounded or sync; all: one after the other.")
     ] = "async",
+    shards: Annotated[
+        int, typer.Option(min=1, max=16, help="Ranks of the server, each of which holds a part of the model.")
+    ] = 1,
     as_json: Annotated[
         bool, typer.Option("--json", help="End with one line of JSON; progress goes to stderr.")
     ] = False,
@@ -46,6 +49,7 @@ def demo(
             wire=wire,
             policies=POLICIES if policy == "all" else (policy,),
             display=Display(stderr=as_json),
+            shards=shards,
         )
     except DemoFailed as failed:
         typer.echo(f"pushstep demo failed: {failed}", err=True)

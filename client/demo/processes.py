@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -35,7 +35,14 @@ def _own_environment() -> dict[str, str]:
 class Child:
     """One started process: its name, its log, and the lines it prints."""
 
-    def __init__(self, name: str, command: Sequence[str], log: Path, lines: queue.Queue[Line]) -> None:
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        log: Path,
+        lines: queue.Queue[Line],
+        environment: Mapping[str, str],
+    ) -> None:
         self.name = name
         self.log = log
         with log.open("wb") as stderr:
@@ -49,7 +56,7 @@ class Child:
                 start_new_session=True,
                 # one thread each: several processes share the cores, and waiting OpenMP threads spin, which made an
                 # epoch four times as long on a busy machine
-                env={"OMP_NUM_THREADS": "1", **_own_environment(), "PYTHONUNBUFFERED": "1"},
+                env={"OMP_NUM_THREADS": "1", **_own_environment(), "PYTHONUNBUFFERED": "1", **environment},
             )
         self._reader = threading.Thread(target=self._read, args=(lines,), name=f"{name}-lines", daemon=True)
         self._reader.start()
@@ -94,9 +101,9 @@ class Processes:
         self.children: list[Child] = []
         self._lines: queue.Queue[Line] = queue.Queue()
 
-    def start(self, name: str, command: Sequence[str]) -> Child:
-        """Start a child. Its log is `{name}.log` in the folder."""
-        child = Child(name, command, self.folder / f"{name}.log", self._lines)
+    def start(self, name: str, command: Sequence[str], environment: Mapping[str, str] | None = None) -> Child:
+        """Start a child. Its log is `{name}.log` in the folder. `environment`: beside this process's."""
+        child = Child(name, command, self.folder / f"{name}.log", self._lines, environment or {})
         self.children.append(child)
         return child
 

@@ -39,7 +39,14 @@ class LocalTraining:
 
 
 def run_demo(
-    *, out: Path, epochs: int, workers: int, wire: str, policies: Sequence[str], display: Display
+    *,
+    out: Path,
+    epochs: int,
+    workers: int,
+    wire: str,
+    policies: Sequence[str],
+    display: Display,
+    shards: int = 1,
 ) -> DemoResult:
     """Run the whole demo. Only the output folder stays. DemoFailed if any part fails."""
     began = time.monotonic()
@@ -65,7 +72,7 @@ def run_demo(
         )
         for policy in policies
     ]
-    served = _train_served(flights, courses, out, display)
+    served = _train_served(flights, courses, out, display, shards)
     local = {
         batch: _train_here(flights, epochs=epochs, batch=batch, display=display)
         for batch in sorted({course.local_batch for course in courses})
@@ -82,22 +89,25 @@ def run_demo(
 
 
 def _train_served(
-    flights: Flights, courses: Sequence[Course], out: Path, display: Display
+    flights: Flights, courses: Sequence[Course], out: Path, display: Display, shards: int
 ) -> list[ServedTraining]:
     """Run the courses one after the other on one server; each checkpoint is fetched while the server runs."""
     with ExitStack() as stack:
         stack.enter_context(terminable())
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pushstep-demo-")))
         processes = stack.enter_context(Processes(folder))
-        display.say("starting the server; the first time it compiles its kernels, which takes up to a minute")
-        service = start_service(processes, folder / "data")
+        how = "" if shards == 1 else f" in {shards} ranks"
+        display.say(
+            f"starting the server{how}; the first time it compiles its kernels, which takes up to a minute"
+        )
+        service = start_service(processes, folder / "data", shards)
         display.say(f"server ready: gRPC {service.grpc}, HTTP {service.http}")
         served = []
         for course in courses:
             display.say(f"{course.policy}: starting {course.workers} workers")
             served.append(train_served(processes, service, flights, course, display))
             service.fetch_checkpoint(course.model, _checkpoint(course, out))
-        service.child.stop()
+        service.stop()
     return served
 
 

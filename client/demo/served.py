@@ -127,8 +127,9 @@ def _steps(processes: Processes, service: Service, working: set[Child]) -> Itera
     heard_at = time.monotonic()
     while working:
         line = processes.next_line(timeout_s=0.5)
-        if service.child.process.poll() is not None:
-            raise service.child.failure("ended while the workers were training")
+        for server in (service.child, *service.others):
+            if server.process.poll() is not None:
+                raise server.failure("ended while the workers were training")
         if line is None:
             if time.monotonic() - heard_at > SILENT_FOR_S:
                 raise next(iter(working)).failure(f"was silent for {SILENT_FOR_S:.0f} s")

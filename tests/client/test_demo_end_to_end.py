@@ -48,6 +48,14 @@ def counts(told: dict[str, int]) -> dict[int, int]:
     return {int(value): count for value, count in told.items()}
 
 
+@pytest.mark.soak
+@pytest.mark.timeout(800)
+def test_the_demo_in_two_ranks_ends_with_the_score_of_one_server(tmp_path: Path) -> None:
+    told = {shards: run_demo(tmp_path, "--shards", str(shards)) for shards in (1, 2)}
+    assert min(run["auc_remote"] for run in told.values()) >= AUC_FLOOR
+    assert abs(told[1]["auc_remote"] - told[2]["auc_remote"]) <= AUC_APART
+
+
 # some 15 s when nothing else runs, twice that for all policies; the bound is for machines where a lot does
 @pytest.mark.timeout(400)
 def test_the_demo_trains_to_the_same_score_as_torch_on_a_coarse_wire(tmp_path: Path) -> None:
