@@ -14,6 +14,7 @@ NAMES = (
     "metrics",
     "optim",
     "page",
+    "shards",
     "start",
     "transport",
 )

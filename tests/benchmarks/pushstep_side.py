@@ -20,6 +20,7 @@ import httpx
 import torch
 
 from pushstep.client import connect
+from tests.support.ranks.group import RankGroup
 from tests.support.servers.harness import start_server
 
 from . import training_side
@@ -102,13 +103,18 @@ def _workers(
 
 
 class Pushstep:
-    """Owns a server and one or two processes of workers."""
+    """Owns a server, alone or in several ranks, and one or two processes of workers."""
 
-    def __init__(self, drivers: int = 1, device: str = "cpu") -> None:
+    def __init__(self, drivers: int = 1, device: str = "cpu", ranks: int = 1) -> None:
         self._folder = tempfile.TemporaryDirectory()
         self._drivers = [Driver() for _ in range(drivers)]
         data = Path(self._folder.name) / "data"
-        self._server = start_server(data, "--log-level", "warning", "--device", device)
+        options = ("--log-level", "warning", "--device", device)
+        self._group = RankGroup(data, ranks, *options) if ranks > 1 else None
+        servers = [start_server(data, *options)] if self._group is None else self._group.ranks
+        self._server = servers[0]
+        self._pids = [server.process.pid for server in servers]
+        self._in_ranks = "" if ranks == 1 else f", {ranks} ranks"
         self._models = itertools.count()
         for driver in self._drivers:
             driver.answer()
@@ -125,9 +131,9 @@ class Pushstep:
         drivers = self._drivers[:workers]
         share = -(-workers // len(drivers))
         side = Side(
-            case.name,
+            case.name + self._in_ranks,
             [],
-            [self._server.process.pid],
+            self._pids,
             address,
             model,
             lambda what, settings: self._patch(model, what, settings),
@@ -167,5 +173,8 @@ class Pushstep:
     def close(self) -> None:
         """End the workers' processes, then the server."""
         end_all(self._drivers)
-        self._server.stop()
+        if self._group is None:
+            self._server.stop()
+        else:
+            self._group.stop()
         self._folder.cleanup()

@@ -22,9 +22,13 @@ START_S = 120.0
 class RankGroup:
     """The ranks that run now, and their addresses, which they keep."""
 
-    def __init__(self, data: Path, world: int, *options: str) -> None:
+    def __init__(
+        self, data: Path, world: int, *options: str, advertised: Sequence[str | None] | None = None
+    ) -> None:
+        """`advertised`: where workers reach each rank, if not where it listens."""
         self.data = data
         self.world = world
+        self._advertised = advertised or [None] * world
         self._options = options
         self._where: Sequence[str] = ["127.0.0.1:0"] * world
         self.ranks: list[RunningServer] = []
@@ -49,7 +53,9 @@ class RankGroup:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": port,
         }
-        options = (*self._options, "--grpc", self._where[rank])
+        options = [*self._options, "--grpc", self._where[rank]]
+        shown = self._advertised[rank]
+        options += [] if shown is None else ["--advertise", shown]
         return start_server(self.data, *options, environment=environment)
 
     def stop(self) -> list[int]:
