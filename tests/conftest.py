@@ -6,6 +6,7 @@ import gc
 import itertools
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
+from _pytest.assertion import rewrite
 from hypothesis.internal.conjecture import providers
 
 from pushstep.client import Session
@@ -52,10 +54,29 @@ LONG_FIRST = (
 )
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """Before any test."""
     _heed_ctrl_c()
     _draw_no_constants()
+    if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
+        _compile_once(config)
+
+
+def _compile_once(config: pytest.Config) -> None:
+    """Write what pytest makes of the tests' files, with their assertions taken apart, before the processes that collect them begin.
+
+    Each of these would make it for itself, which is 5 s of CPU.
+    """
+    if sys.dont_write_bytecode:
+        return
+    state = config.stash[rewrite.assertstate_key]
+    here = Path(__file__).parent
+    for path in (*here.rglob("test_*.py"), *here.rglob("conftest.py")):
+        folder = rewrite.get_cache_dir(path)
+        written = folder / (path.stem + rewrite.PYC_TAIL)
+        if rewrite.try_makedirs(folder) and rewrite._read_pyc(path, written, state.trace) is None:
+            told, code = rewrite._rewrite_test(path, config)
+            rewrite._write_pyc(state, code, told, written)
 
 
 def _heed_ctrl_c() -> None:
