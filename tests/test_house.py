@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import subprocess
@@ -145,7 +146,10 @@ def imported_modules(path: Path) -> set[str]:
     return {name for name in found if name in MODULES}
 
 
-GRAPH = {name: imported_modules(path) - {name} for name, path in MODULES.items()}
+@functools.cache
+def graph() -> dict[str, set[str]]:
+    """What each module imports of the others. Not made when this file is: each process that collects the tests would."""
+    return {name: imported_modules(path) - {name} for name, path in MODULES.items()}
 
 
 def room(module: str) -> str:
@@ -195,14 +199,14 @@ def test_folders_import_along_the_arrows(package: str) -> None:
     found: dict[str, set[str]] = {}
     for module in MODULES:
         if module.split(".")[0] == package:
-            others = {room(other) for other in GRAPH[module] if other.split(".")[0] == package}
+            others = {room(other) for other in graph()[module] if other.split(".")[0] == package}
             found.setdefault(room(module), set()).update(others - {room(module)})
     assert found == ARROWS[package]
 
 
 def test_no_circle_of_imports() -> None:
     """Between files, those for types only included."""
-    left = {name: set(others) for name, others in GRAPH.items()}
+    left = {name: set(others) for name, others in graph().items()}
     while True:
         free = {name for name, others in left.items() if not others & left.keys()}
         if not free:

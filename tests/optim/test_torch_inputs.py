@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import pickle
 import sys
@@ -14,20 +15,10 @@ import torch
 
 from pushstep.optim import Adadelta, Adagrad
 
-if "expecttest" not in sys.modules:  # torch's test package imports it for a base class that is not used here
-    try:
-        import expecttest  # noqa: F401
-    except ImportError:
-        import unittest
-
-        sys.modules["expecttest"] = types.SimpleNamespace(TestCase=unittest.TestCase)
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    from torch.testing._internal.common_optimizers import OptimizerErrorEnum, optim_db
-
 OURS = {"Adadelta": Adadelta, "Adagrad": Adagrad}
-INFOS = {info.name: info for info in optim_db if info.name in OURS}
+TORCHS = {"Adadelta": torch.optim.Adadelta, "Adagrad": torch.optim.Adagrad}
+# how many inputs torch has for each
+INPUTS = {"Adadelta": 6, "Adagrad": 7}
 PATHS = [
     {},
     {"fused": True},
@@ -37,11 +28,38 @@ PATHS = [
 ]
 
 
-def inputs():
-    for name, info in INFOS.items():
-        for given in info.optim_inputs_func(device="cpu"):
-            for path in PATHS:
-                yield pytest.param(name, given, path, id=f"{name} {given.desc} {path}")
+@functools.cache
+def torchs_tests():
+    """What torch tests its own with. Importing it takes 2 s, which each process that collects these tests would pay, too."""
+    if (
+        "expecttest" not in sys.modules
+    ):  # torch's test package imports it for a base class that is not used here
+        try:
+            import expecttest  # noqa: F401
+        except ImportError:
+            import unittest
+
+            sys.modules["expecttest"] = types.SimpleNamespace(TestCase=unittest.TestCase)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from torch.testing._internal import common_optimizers
+    return common_optimizers
+
+
+def info_of(name):
+    (found,) = (info for info in torchs_tests().optim_db if info.name == name)
+    return found
+
+
+@functools.cache
+def inputs_of(name):
+    return info_of(name).optim_inputs_func(device="cpu")
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_each_of_torchs_inputs_is_tried(name):
+    assert len(inputs_of(name)) == INPUTS[name]
+    assert info_of(name).optim_cls is TORCHS[name]
 
 
 def _model():
@@ -58,12 +76,16 @@ def _train(model, optimizer, steps=5, dtype=torch.float32):
         optimizer.step()
 
 
-@pytest.mark.parametrize(("name", "given", "path"), list(inputs()))
+@pytest.mark.parametrize(
+    ("name", "number"), [(name, number) for name in OURS for number in range(INPUTS[name])]
+)
+@pytest.mark.parametrize("path", PATHS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_same_parameters_and_state_as_torch(name, given, path, dtype):
+def test_same_parameters_and_state_as_torch(name, number, path, dtype):
+    given = inputs_of(name)[number]
     mine, torchs = _model().to(dtype), _model().to(dtype)
     ours = OURS[name](mine.parameters(), **copy.deepcopy(given.kwargs), **path)
-    theirs = INFOS[name].optim_cls(torchs.parameters(), **copy.deepcopy(given.kwargs))
+    theirs = TORCHS[name](torchs.parameters(), **copy.deepcopy(given.kwargs))
     _train(mine, ours, dtype=dtype)
     _train(torchs, theirs, dtype=dtype)
     for p, q in zip(mine.parameters(), torchs.parameters(), strict=True):
@@ -80,11 +102,11 @@ def test_same_parameters_and_state_as_torch(name, given, path, dtype):
 @pytest.mark.parametrize("name", OURS)
 @pytest.mark.parametrize("path", PATHS, ids=str)
 def test_torchs_error_inputs(name, path):
-    for error in INFOS[name].optim_error_inputs_func(device="cpu", dtype=torch.float32):
+    for error in info_of(name).optim_error_inputs_func(device="cpu", dtype=torch.float32):
         given = error.optimizer_error_input
         params = given.params if given.params is not None else [torch.nn.Parameter(torch.randn(2))]
         kwargs = {**given.kwargs, **path}
-        if error.error_on is not OptimizerErrorEnum.CONSTRUCTION_ERROR:
+        if error.error_on is not torchs_tests().OptimizerErrorEnum.CONSTRUCTION_ERROR:
             continue
         if issubclass(error.error_type, Warning):
             with pytest.warns(error.error_type, match=error.error_regex):
@@ -108,7 +130,7 @@ def test_the_error_texts_of_hyperparameters_are_torchs(name):
         {"lr": torch.tensor(-3.0)},
         {"lr": torch.ones(2)},
     ]
-    ours, theirs = OURS[name], INFOS[name].optim_cls
+    ours, theirs = OURS[name], TORCHS[name]
     for kwargs in bad:
         with pytest.raises((ValueError, TypeError)) as expected:
             theirs([torch.zeros(1, requires_grad=True)], **kwargs)
@@ -152,7 +174,7 @@ def test_complex_parameters_take_torchs_path(name):
     p = torch.nn.Parameter(torch.randn(5, dtype=torch.complex64))
     r = torch.nn.Parameter(torch.randn(5))
     q, s = (torch.nn.Parameter(x.detach().clone()) for x in (p, r))
-    ours, theirs = OURS[name]([p, r]), INFOS[name].optim_cls([q, s])
+    ours, theirs = OURS[name]([p, r]), TORCHS[name]([q, s])
     for _ in range(3):
         p.grad, r.grad = torch.randn(5, dtype=torch.complex64), torch.randn(5)
         q.grad, s.grad = p.grad.clone(), r.grad.clone()
@@ -177,7 +199,7 @@ def test_a_missing_gradient_is_skipped_and_a_zero_gradient_steps(name):
 @pytest.mark.parametrize("name", OURS)
 @pytest.mark.parametrize("direction", ["torch to ours", "ours to torch", "ours to ours"])
 def test_state_dicts_cross_over(name, direction):
-    makes = {"torch": INFOS[name].optim_cls, "ours": OURS[name]}
+    makes = {"torch": TORCHS[name], "ours": OURS[name]}
     first, second = (makes[word] for word in direction.split(" to "))
     a, b = _model(), _model()
     one = first(a.parameters(), lr=0.5)
@@ -282,7 +304,7 @@ def test_parameters_given_other_data_between_steps(name):
     p = torch.nn.Parameter(torch.ones(1000))
     optimizer = OURS[name]([p])
     reference = torch.nn.Parameter(torch.ones(1000))
-    other = INFOS[name].optim_cls([reference])
+    other = TORCHS[name]([reference])
     for k in range(4):
         p.grad, reference.grad = torch.full((1000,), k + 1.0), torch.full((1000,), k + 1.0)
         optimizer.step()
@@ -296,7 +318,7 @@ def test_parameters_given_other_data_between_steps(name):
 def test_torch_compile_traces_torchs_path(name):
     p = torch.nn.Parameter(torch.ones(16))
     q = torch.nn.Parameter(torch.ones(16))
-    optimizer, other = OURS[name]([p]), INFOS[name].optim_cls([q])
+    optimizer, other = OURS[name]([p]), TORCHS[name]([q])
     p.grad, q.grad = torch.randn(16, generator=torch.manual_seed(1)), None
     q.grad = p.grad.clone()
     with warnings.catch_warnings():

@@ -19,10 +19,13 @@ from tests.support.workers.wire import created, state_of
 
 FORGED = "FORGED 2026-11-30 12:00:00 WARNING pushstep: all is lost"
 LONG = "x" * 10_000
+CATEGORIES = 30
 # One character of each of Unicode's categories, the first and the last of them, and the ends of the planes.
 KINDS: dict[str, str] = {}
-for number in range(sys.maxunicode + 1):
-    KINDS.setdefault(unicodedata.category(chr(number)), chr(number))
+for character in map(chr, range(sys.maxunicode + 1)):
+    KINDS.setdefault(unicodedata.category(character), character)
+    if len(KINDS) == CATEGORIES:
+        break
 UNICODE = (
     "".join(character for kind, character in KINDS.items() if kind != "Cs")
     + "\uffff\U0001f600\U0010ffff\u202e"

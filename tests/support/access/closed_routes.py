@@ -1,7 +1,7 @@
 """A check of schemathesis': no answer to a role that the table of access does not let in tells anything.
 
 It is loaded by the schemathesis command (`SCHEMATHESIS_HOOKS`), which cannot be told a role in another way than by
-ROLE_VARIABLE: empty for requests without a token.
+ROLE_VARIABLE.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import schemathesis
 
 from pushstep.server.access.roles import LET_IN, Need, Role
 from pushstep.server.access.table import ROUTES
+from tests.support.access.schema_runs import ROLE_VARIABLE
 
-ROLE_VARIABLE: Final = "PUSHSTEP_TEST_ROLE"
 # malformed_request, unauthenticated, permission_denied, busy, too_many_attempts: none depends on what is behind the route
 REFUSALS: Final = frozenset({400, 401, 429})
 OF_A_ROLE: Final = 403

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from pushstep.server.operator_door.openapi import FILE
-from tests.support.access import closed_routes
 from tests.support.servers.harness import RunningServer
 from tests.support.source_tree import ROOT
 
@@ -19,8 +18,10 @@ SCHEMATHESIS = Path(sys.executable).with_name("schemathesis")
 DELETE_MODEL = "delete_model_v1_models__m__delete"
 # Whether a rule has a hyperparameter, or torch a scheduler of such arguments, is more than a schema says.
 NOT_CHECKED = "positive_data_acceptance"
-# By it the command loads its own checks.
-HOOKS_VARIABLE = "SCHEMATHESIS_HOOKS"
+# By the first the command loads its own checks; the second says to these whose requests they look at, empty for nobody's.
+HOOKS_VARIABLE, ROLE_VARIABLE = "SCHEMATHESIS_HOOKS", "PUSHSTEP_TEST_ROLE"
+# It imports schemathesis, which only the command's process needs.
+HOOKS = "tests.support.access.closed_routes"
 # Of requests that have no token, and are refused for that: also where the path or the method is nowhere, and with 429.
 OF_A_TOKEN = ("negative_data_rejection", "missing_required_header", "unsupported_method")
 # What is too long for its field may be too long for a request, and what comes without its token is not looked at.
@@ -72,8 +73,7 @@ def run_schemathesis(
     command += ["--exclude-checks", ",".join(left_out), "--warnings", "off", "--suppress-health-check", "all"]
     environment = dict(os.environ)
     if role is not None:
-        environment |= {"PYTHONPATH": str(ROOT), HOOKS_VARIABLE: closed_routes.__name__}
-        environment[closed_routes.ROLE_VARIABLE] = role
+        environment |= {"PYTHONPATH": str(ROOT), HOOKS_VARIABLE: HOOKS, ROLE_VARIABLE: role}
     done = subprocess.run(
         [*command, *options], cwd=folder, capture_output=True, text=True, check=False, env=environment
     )

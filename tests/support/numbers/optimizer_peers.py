@@ -7,17 +7,23 @@ a file into KERAS_HOME when it finds none there.
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 
 import numpy as np
 import torch
 
 _kept = {name: os.environ.get(name) for name in ("KERAS_BACKEND", "KERAS_HOME", "KERAS_TORCH_DEVICE")}
+# What Keras imports only because it is there, and takes longer than Keras itself.
+_unneeded = [name for name in ("IPython", "matplotlib", "pandas", "sklearn") if name not in sys.modules]
+sys.modules.update(dict.fromkeys(_unneeded))  # type: ignore[arg-type]
 with tempfile.TemporaryDirectory() as _home:
     os.environ.update(KERAS_BACKEND="torch", KERAS_HOME=_home, KERAS_TORCH_DEVICE="cpu")
     import keras
     import mlx.core as mx
     import mlx.optimizers as mlx_optimizers
+for _name in _unneeded:
+    del sys.modules[_name]
 
 for _name, _value in _kept.items():
     if _value is None:
