@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import json
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 
 from tests.support.numbers.torch_settings import BY_TORCH, SETTINGS
 from tests.support.processes import surface
+from tests.support.processes.forked import workers
 from tests.support.processes.surface import PARTS
 from tests.support.servers import harness
 from tests.support.servers.harness import RunningServer, running_server
@@ -20,27 +20,18 @@ from tests.support.servers.harness import RunningServer, running_server
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("optim", "client", "server", "proto")
 Results = dict[tuple[str, str], str]
+# with as many threads as a program has that sets nothing
+RUN = f"""
+import os, runpy, torch, warnings
+torch.set_num_threads(len(os.sched_getaffinity(0)))
+warnings.simplefilter("ignore")
+runpy.run_module({surface.__name__!r}, run_name="__main__")
+"""
 
 
 def results(server: RunningServer, prefix: str, *arguments: str) -> Results:
     """What came of each part of the surface under each setting, in a process of its own: it may be left in any state."""
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-W",
-            "ignore",
-            "-m",
-            surface.__name__,
-            server.grpc,
-            server.http,
-            prefix,
-            *arguments,
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = workers().call(RUN, server.grpc, server.http, prefix, *arguments, timeout_s=600.0)
     found = {(setting, part): came for setting, part, came in map(json.loads, done.stdout.splitlines())}
     assert done.returncode == 0, f"after {list(found)[-1:]}: {done.stderr[-2000:]}"
     return found
