@@ -73,6 +73,7 @@ def session_at(
 ) -> Session:
     """A session with the server at an address, with options that were checked. Raises what `dial` raises."""
     transport, found = dial(ShardedTransport, address, timeout_s, wait_s, security)
+    transport.joined_chunks = found.joined_chunks
     try:
         shares = options.shared_memory and bool(found.memory_path) and is_same_host(address)
         return Session(transport, replace(options, shared_memory=shares))

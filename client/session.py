@@ -11,7 +11,7 @@ import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn, Self, overload
 
 import torch
 from torch import Tensor, nn
@@ -230,13 +230,26 @@ class Session:
         self._worker.pull_into_cache()
         return self._arrays()
 
+    @overload
+    def pull_rows(self, name: str, ids: Any) -> Array: ...
+
+    @overload
+    def pull_rows(self, name: Mapping[str, Any]) -> dict[str, Array]: ...
+
     @shield
-    def pull_rows(self, name: str, ids: Any) -> Array:
-        """Return rows of one parameter, in the order of `ids`, all at one version."""
+    def pull_rows(self, name: str | Mapping[str, Any], ids: Any = None) -> Array | dict[str, Array]:
+        """Return rows of one parameter in the order of `ids`, or of several: {name: ids} gives {name: rows}.
+
+        All are of one version. An id may be repeated, and travels once.
+        """
         self._membership.check_usable()
+        wanted = {name: ids} if isinstance(name, str) else name
         layout = self._layout_for_reading()
-        slot = layout.slot(name, self.model)
-        return as_array(self._worker.pull_rows(slot, row_ids(ids, slot), layout))
+        slots = {each: layout.slot(each, self.model) for each in wanted}
+        named = {each: row_ids(wanted[each], slot) for each, slot in slots.items()}
+        pulled = self._worker.pull_rows({slot: named[each] for each, slot in slots.items()}, layout)
+        rows = {each: as_array(pulled[slot]) for each, slot in slots.items()}
+        return rows[name] if isinstance(name, str) else rows
 
     def pull_state(self) -> Pulled:
         """Parameters, optimizer state and step counts at one version."""

@@ -29,7 +29,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DescribeResponse(_message.Message):
-    __slots__ = ("server_version", "max_chunk_bytes", "models", "unix_path", "http_url", "memory_path", "rank", "ranks")
+    __slots__ = ("server_version", "max_chunk_bytes", "models", "unix_path", "http_url", "memory_path", "rank", "ranks", "joined_chunks")
     SERVER_VERSION_FIELD_NUMBER: _ClassVar[int]
     MAX_CHUNK_BYTES_FIELD_NUMBER: _ClassVar[int]
     MODELS_FIELD_NUMBER: _ClassVar[int]
@@ -38,6 +38,7 @@ class DescribeResponse(_message.Message):
     MEMORY_PATH_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
     RANKS_FIELD_NUMBER: _ClassVar[int]
+    JOINED_CHUNKS_FIELD_NUMBER: _ClassVar[int]
     server_version: str
     max_chunk_bytes: int
     models: _containers.RepeatedScalarFieldContainer[str]
@@ -46,7 +47,8 @@ class DescribeResponse(_message.Message):
     memory_path: str
     rank: int
     ranks: int
-    def __init__(self, server_version: _Optional[str] = ..., max_chunk_bytes: _Optional[int] = ..., models: _Optional[_Iterable[str]] = ..., unix_path: _Optional[str] = ..., http_url: _Optional[str] = ..., memory_path: _Optional[str] = ..., rank: _Optional[int] = ..., ranks: _Optional[int] = ...) -> None: ...
+    joined_chunks: bool
+    def __init__(self, server_version: _Optional[str] = ..., max_chunk_bytes: _Optional[int] = ..., models: _Optional[_Iterable[str]] = ..., unix_path: _Optional[str] = ..., http_url: _Optional[str] = ..., memory_path: _Optional[str] = ..., rank: _Optional[int] = ..., ranks: _Optional[int] = ..., joined_chunks: bool = ...) -> None: ...
 
 class JoinRequest(_message.Message):
     __slots__ = ("model", "worker", "takeover", "manifest", "model_uid", "epoch", "attempt", "process", "timeline", "version")
@@ -215,16 +217,18 @@ class LeaveResponse(_message.Message):
     def __init__(self, ignored_edits: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class PullOptions(_message.Message):
-    __slots__ = ("have_version", "dtype", "region", "version")
+    __slots__ = ("have_version", "dtype", "region", "version", "joined_chunks")
     HAVE_VERSION_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     REGION_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
+    JOINED_CHUNKS_FIELD_NUMBER: _ClassVar[int]
     have_version: int
     dtype: _types_pb2.DType
     region: int
     version: int
-    def __init__(self, have_version: _Optional[int] = ..., dtype: _Optional[_Union[_types_pb2.DType, str]] = ..., region: _Optional[int] = ..., version: _Optional[int] = ...) -> None: ...
+    joined_chunks: bool
+    def __init__(self, have_version: _Optional[int] = ..., dtype: _Optional[_Union[_types_pb2.DType, str]] = ..., region: _Optional[int] = ..., version: _Optional[int] = ..., joined_chunks: bool = ...) -> None: ...
 
 class GroupEdit(_message.Message):
     __slots__ = ("group", "values")
@@ -390,7 +394,7 @@ class PullRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ..., identity: _Optional[_Union[_types_pb2.Identity, _Mapping]] = ..., options: _Optional[_Union[PullOptions, _Mapping]] = ..., timeline: _Optional[int] = ..., manifest_hash: _Optional[int] = ..., map_version: _Optional[int] = ...) -> None: ...
 
 class PullRowsRequest(_message.Message):
-    __slots__ = ("model", "parameter", "ids", "dtype", "manifest_hash", "map_version", "version")
+    __slots__ = ("model", "parameter", "ids", "dtype", "manifest_hash", "map_version", "version", "selections", "joined_chunks")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     PARAMETER_FIELD_NUMBER: _ClassVar[int]
     IDS_FIELD_NUMBER: _ClassVar[int]
@@ -398,6 +402,8 @@ class PullRowsRequest(_message.Message):
     MANIFEST_HASH_FIELD_NUMBER: _ClassVar[int]
     MAP_VERSION_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
+    SELECTIONS_FIELD_NUMBER: _ClassVar[int]
+    JOINED_CHUNKS_FIELD_NUMBER: _ClassVar[int]
     model: str
     parameter: str
     ids: _containers.RepeatedScalarFieldContainer[int]
@@ -405,7 +411,17 @@ class PullRowsRequest(_message.Message):
     manifest_hash: int
     map_version: int
     version: int
-    def __init__(self, model: _Optional[str] = ..., parameter: _Optional[str] = ..., ids: _Optional[_Iterable[int]] = ..., dtype: _Optional[_Union[_types_pb2.DType, str]] = ..., manifest_hash: _Optional[int] = ..., map_version: _Optional[int] = ..., version: _Optional[int] = ...) -> None: ...
+    selections: _containers.RepeatedCompositeFieldContainer[RowSelection]
+    joined_chunks: bool
+    def __init__(self, model: _Optional[str] = ..., parameter: _Optional[str] = ..., ids: _Optional[_Iterable[int]] = ..., dtype: _Optional[_Union[_types_pb2.DType, str]] = ..., manifest_hash: _Optional[int] = ..., map_version: _Optional[int] = ..., version: _Optional[int] = ..., selections: _Optional[_Iterable[_Union[RowSelection, _Mapping]]] = ..., joined_chunks: bool = ...) -> None: ...
+
+class RowSelection(_message.Message):
+    __slots__ = ("parameter", "ids")
+    PARAMETER_FIELD_NUMBER: _ClassVar[int]
+    IDS_FIELD_NUMBER: _ClassVar[int]
+    parameter: str
+    ids: bytes
+    def __init__(self, parameter: _Optional[str] = ..., ids: _Optional[bytes] = ...) -> None: ...
 
 class PullStateRequest(_message.Message):
     __slots__ = ("model", "manifest_hash", "map_version", "version")

@@ -30,7 +30,7 @@ class TrainingServiceStub(object):
 
     Bulk messages (PushRequest, PullResponse, UploadRequest) share one form: the first message of a stream carries
     the header, which declares every segment; each later one carries a chunk of a segment. Chunks come in order and
-    without gaps. A push's stream ends with a PushCommit, an upload's with its end: one that breaks before changes
+    without gaps. A chunk may go on into the segments behind its own, to a receiver who says that it takes joined chunks. A push's stream ends with a PushCommit, an upload's with its end: one that breaks before changes
     nothing. Parts of a stream may share a message. A header that is too long for one message comes in several before it,
     each with a stretch of the serialized header as `header_part` and nothing else; what `header` then holds, which may be
     nothing, is read behind them.
@@ -127,7 +127,7 @@ class TrainingServiceServicer(object):
 
     Bulk messages (PushRequest, PullResponse, UploadRequest) share one form: the first message of a stream carries
     the header, which declares every segment; each later one carries a chunk of a segment. Chunks come in order and
-    without gaps. A push's stream ends with a PushCommit, an upload's with its end: one that breaks before changes
+    without gaps. A chunk may go on into the segments behind its own, to a receiver who says that it takes joined chunks. A push's stream ends with a PushCommit, an upload's with its end: one that breaks before changes
     nothing. Parts of a stream may share a message. A header that is too long for one message comes in several before it,
     each with a stretch of the serialized header as `header_part` and nothing else; what `header` then holds, which may be
     nothing, is read behind them.
@@ -336,7 +336,7 @@ class TrainingService(object):
 
     Bulk messages (PushRequest, PullResponse, UploadRequest) share one form: the first message of a stream carries
     the header, which declares every segment; each later one carries a chunk of a segment. Chunks come in order and
-    without gaps. A push's stream ends with a PushCommit, an upload's with its end: one that breaks before changes
+    without gaps. A chunk may go on into the segments behind its own, to a receiver who says that it takes joined chunks. A push's stream ends with a PushCommit, an upload's with its end: one that breaks before changes
     nothing. Parts of a stream may share a message. A header that is too long for one message comes in several before it,
     each with a stretch of the serialized header as `header_part` and nothing else; what `header` then holds, which may be
     nothing, is read behind them.

@@ -191,12 +191,12 @@ def by_slot(grads: Mapping[str, Any], layout: Layout, model: str) -> dict[Slot, 
     return found
 
 
-def row_ids(ids: Any, slot: Slot) -> list[int]:
-    """A user's row numbers of one parameter, as ints. WrongDtype or RowOutOfRange for others."""
-    rows = np.asarray(ids)
+def row_ids(ids: Any, slot: Slot) -> Tensor:
+    """A user's row numbers of one parameter, flat, as int64. WrongDtype or RowOutOfRange for others."""
+    rows = ids.numpy() if isinstance(ids, Tensor) else np.asarray(ids)
     if rows.size and rows.dtype.kind not in "iu":
         raise WrongDtype(what=f"row ids of {slot.name!r}", got=rows.dtype, expected="integers")
-    outside = [row for row in rows.ravel().tolist() if not 0 <= row < slot.rows]
-    if outside:
-        raise RowOutOfRange(parameter=slot.name, row=outside[0], rows=slot.rows)
-    return [int(row) for row in rows.ravel()]
+    if rows.size and not 0 <= rows.min() <= rows.max() < slot.rows:
+        wrong = rows.ravel()[((rows < 0) | (rows >= slot.rows)).argmax()]
+        raise RowOutOfRange(parameter=slot.name, row=int(wrong), rows=slot.rows)
+    return torch.from_numpy(np.ascontiguousarray(rows.ravel(), np.int64))

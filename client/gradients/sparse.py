@@ -12,6 +12,8 @@ from pushstep.optim.ops.rows import Merging, has_kernels
 from pushstep.proto.wire.frames import Piece, Source, Writer
 from pushstep.proto.wire.layout import Slot
 
+# Wider rows are merged before they are sent: a chunk ends between rows where it can.
+WIDEST_BYTES: Final = 64 << 10
 # Ids were checked when the gradients were taken.
 NO_LIMIT: Final = 2**63 - 1
 Named = tuple[Slot, Tensor, Tensor]
@@ -46,7 +48,8 @@ def merged_rows(
     """
     kinds: dict[torch.dtype, list[Named]] = {}
     for slot, ids, rows in named:
-        if has_kernels(rows) and ids.is_cpu and rows.dtype == (wire or slot.dtype):
+        narrow = slot.row_elements * rows.dtype.itemsize <= WIDEST_BYTES
+        if has_kernels(rows) and ids.is_cpu and rows.dtype == (wire or slot.dtype) and narrow:
             kinds.setdefault(rows.dtype, []).append((slot, ids, rows))
     found: dict[Slot, tuple[Tensor, Sequence[Source]]] = {}
     for members in kinds.values():

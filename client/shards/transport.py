@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pushstep.proto import training_pb2 as pb
-from pushstep.proto.errors import MapChanged, RanksDiffer, VersionGone
+from pushstep.proto.errors import MapChanged, NotInRanks, RanksDiffer, VersionGone
 from pushstep.proto.types_pb2 import Identity
 from pushstep.proto.wire.layout import Layout
 from pushstep.proto.wire.shards import cut
@@ -173,6 +173,18 @@ class ShardedTransport(Transport):
         """See `Transport.pull_rows`. Each rank is asked for its rows, and rank 0 for the version."""
         if self.shards is None:
             return super().pull_rows(request, layout)
+        if len(request.selections) > 1:
+            what = "rows of several parameters at once"
+            raise NotInRanks(model=request.model, ranks=len(self.shards.shards), what=what)
+        for selection in request.selections:
+            ids = (
+                torch.frombuffer(bytearray(selection.ids), dtype=torch.int64).tolist()
+                if selection.ids
+                else ()
+            )
+            request = pb.PullRowsRequest(
+                model=request.model, parameter=selection.parameter, ids=ids, dtype=request.dtype
+            )
         return _at_one_version(partial(self._pull_rows, request, layout), _nothing)
 
     def _pull_rows(self, request: pb.PullRowsRequest, layout: Layout) -> Pulled:

@@ -85,6 +85,8 @@ class Transport:
         """
         self.address = address
         self.timeout_s = timeout_s
+        # the server takes chunks that go on into the segments behind their own
+        self.joined_chunks = False
         self.spans = Spans()
         self.wait = wait or Wait(address)
         self.watchdog = Watchdog(timeout_s, self.wait.moved)
@@ -176,7 +178,7 @@ class Transport:
             return self._step(
                 header, body, commit, lambda answer, progress: first(answer, progress.moved)[0]
             ).receipt
-        messages = Messages(pb.PushRequest(header=header), body.segments, body.pieces, lambda _: commit)
+        messages = self._messages(header, body, commit)
         sent: pb.PushResponse = self._begun("Push", messages, None, _only(pb.PushResponse)).result()
         return sent.receipt
 
@@ -189,16 +191,20 @@ class Transport:
     ) -> T:
         """One push of TakeSteps."""
         header.traceparent = self.spans.traceparent()
-        messages = Messages(pb.PushRequest(header=header), body.segments, body.pieces, lambda _: commit)
+        messages = self._messages(header, body, commit)
         return self._steps.ask(messages.joined(), read)
 
     def exchange(self, header: pb.PushHeader, body: Body, commit: pb.PushCommit, layout: Layout) -> Pulled:
         """Exchange."""
         if self._steps.takes(body):
             return self._step(header, body, commit, partial(self._received, layout=layout, to_end=False))
-        messages = Messages(pb.PushRequest(header=header), body.segments, body.pieces, lambda _: commit)
-        pulled: Pulled = self._exchange(messages, None, layout).result()
+        pulled: Pulled = self._exchange(self._messages(header, body, commit), None, layout).result()
         return pulled
+
+    def _messages(self, header: pb.PushHeader, body: Body, commit: pb.PushCommit) -> Messages:
+        messages = Messages(pb.PushRequest(header=header), body.segments, body.pieces, lambda _: commit)
+        messages.joined_chunks = self.joined_chunks
+        return messages
 
     def begin_part(
         self,

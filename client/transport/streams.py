@@ -168,6 +168,8 @@ class Messages:
         self._segments = segments
         self._pieces = pieces
         self._commit = commit
+        # the server takes chunks that go on into the segments behind their own
+        self.joined_chunks = False
         self._fault: Exception | None = None
 
     def __iter__(self) -> Iterator[bytes]:
@@ -188,7 +190,13 @@ class Messages:
         try:
             yield from header_messages(self._first)
             digest = BodyDigest(self._segments)
-            yield from pack(self._pieces, digest, take=MessageRing().take, chunk_bytes=chunk_bytes)
+            yield from pack(
+                self._pieces,
+                digest,
+                take=MessageRing().take,
+                chunk_bytes=chunk_bytes,
+                joined=self.joined_chunks,
+            )
             commit = self._commit(digest.value) if self._commit is not None else None
             if commit is not None:
                 commit.digest = digest.value
@@ -287,10 +295,15 @@ def fill(
 ) -> None:
     """Place `chunk` and the chunks that follow into `body`, all or until it is complete, and finish it."""
     if chunk is not None:
-        body.place(chunk)
+        _place(body, chunk)
     while (to_end or not body.is_complete) and (message := next(messages, None)) is not None:
         moved()
         _, chunk = unpack(message, pb.PullResponse)
         if chunk is not None:
-            body.place(chunk)
+            _place(body, chunk)
     body.finish()
+
+
+def _place(body: Assembly, chunk: Chunk) -> None:
+    for part in body.parts_of(chunk):
+        body.place(part)

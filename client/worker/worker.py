@@ -50,6 +50,7 @@ from .flight import Flight, Flights
 from .options import WorkerOptions
 from .outcomes import Outcomes
 from .ranks import Ranks
+from .rows_asked import RowsAsked
 
 # How long the server may hold a waiting push before it answers `push_pending`. The log reports a wait after 2 s
 # (waiting.SAY_AFTER_S), and needs the reason by then.
@@ -342,13 +343,11 @@ class Worker:
         )
         self.cache.take(self._read(lambda: self._transport.pull(request, layout)))
 
-    def pull_rows(self, slot: Slot, ids: Sequence[int], layout: Layout) -> Tensor:
-        """Rows of one parameter, in the order of `ids`, all at one version."""
-        request = pb.PullRowsRequest(
-            model=self.model, parameter=slot.name, ids=ids, dtype=_wire_enum(self._pull_wire)
-        )
-        pulled = self._read(lambda: self._transport.pull_rows(request, layout))
-        return next(pulled.rows())[2]
+    def pull_rows(self, wanted: Mapping[Slot, Tensor], layout: Layout) -> dict[Slot, Tensor]:
+        """Rows of parameters, each in the order of its ids, all at one version."""
+        asked = RowsAsked(wanted)
+        request = asked.request(self.model, _wire_enum(self._pull_wire))
+        return asked.rows(self._read(lambda: self._transport.pull_rows(request, layout)))
 
     @shield
     def pull_state(self) -> Pulled:
@@ -370,7 +369,7 @@ class Worker:
 
     def _pull_options(self, have: tuple[int, int] | None) -> pb.PullOptions:
         """The options of a pull for a worker that holds `have` (timeline, version)."""
-        options = pb.PullOptions(dtype=_wire_enum(self._pull_wire))
+        options = pb.PullOptions(dtype=_wire_enum(self._pull_wire), joined_chunks=True)
         if have is not None:
             options.have_version = have[1]
         return options

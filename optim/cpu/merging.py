@@ -58,6 +58,16 @@ class Arranged:
         start = int(self.offsets[table])
         return self._unique[start : start + self.counts[table]]
 
+    def places(self, table: int) -> Tensor | None:
+        """For each id as it was given, its place among the different ones; None if they are as given."""
+        if self.is_as_given(table):
+            return None
+        start, stop, count = self.offsets[table], self.offsets[table + 1], self.counts[table]
+        borders = self.segments[start + table : start + table + count + 1]
+        found = np.empty(stop - start, np.int64)
+        found[self.arranged[start:stop]] = np.repeat(np.arange(count), np.diff(borders))
+        return torch.from_numpy(found)
+
     def is_as_given(self, table: int) -> bool:
         """True if a table's ids came in ascending order, without repetition."""
         return bool(self.segments[self.offsets[table] + table] == -1)

@@ -59,6 +59,10 @@ class Merging:
         """A table's ids: ascending, without repetition."""
         return self._arranged.ids(table)
 
+    def places(self, table: int) -> Tensor | None:
+        """For each id as it came, its place among the different ones; None if they came as they are now."""
+        return self._arranged.places(table)
+
     def rows(self, table: int) -> Tensor:
         """A table's rows, one for each of its ids: as they came if there is nothing to merge."""
         came = self._rows[table]

@@ -6,12 +6,7 @@ the payload is a view of the message that gRPC handed over. Lengths are five-byt
 shortest), which keep the prefix constant and the payload at a multiple of 8 bytes. protobuf's own form of a chunk is
 read without a copy, too. protobuf parses a message in any other legal form.
 
-A body is the segments' payloads one after the other, as types.proto lays them out. Its digest is xxh3-64 over the
-segment table and then the body, as it is sent. The table says what the bytes mean; without it other gradients of the
-same bytes would have the same digest. Per segment, little-endian: arena u32, form u8, dtype u8 (the enum's number),
-length of the state's name u16, start u64, stop u64, count u64, and the state's name in UTF-8. The form is 0 for a
-dense segment, 1 for a row-sparse one (count: its rows), 2 for an element-sparse one (count: its elements) and 3 for
-an empty one (count: its parameter's index).
+A body is the segments' payloads one after the other, as types.proto lays them out. `digest.py` has its digest.
 
 Precision of a float32 by wire dtype, rounded to nearest, halves to even: float32 and float64 keep everything; bfloat16
 keeps 8 bits and the whole range; float16 keeps 11 bits between 6e-8 and 65504 and is infinite above. int8 keeps each
@@ -28,13 +23,13 @@ from typing import Final, Protocol, Self, TypeVar
 
 import numpy as np
 import torch
-import xxhash
 from google.protobuf.message import DecodeError
 from torch import Tensor
 
 from ..errors import MalformedFrame, MessageTooLarge, WrongLength
-from ..types_pb2 import Segment
 from .buffers import TakeMessage, copy_elements, fresh_message
+from .digest import BodyDigest as BodyDigest
+from .digest import segment_table as segment_table
 
 # 64 MiB each way take 37 and 33 ms; with 256 KiB or 4 MiB per chunk they take longer.
 CHUNK_BYTES: Final = 2 << 20
@@ -52,7 +47,6 @@ _SEGMENT_TAG: Final = 2 << 3 | 1
 _OFFSET_TAG: Final = 3 << 3 | 1
 _PAYLOAD_TAG: Final = 15 << 3 | 2
 _CHUNK_BEGINS: Final = frozenset(bytes([tag]) for tag in (_SEGMENT_TAG, _OFFSET_TAG, _PAYLOAD_TAG))
-_TABLE_ROW: Final = struct.Struct("<IBBHQQQ")
 
 
 class BulkMessage(Protocol):
@@ -130,47 +124,24 @@ class Piece:
         return source.detach().reshape(-1).view(torch.uint8).numpy().data
 
 
-class BodyDigest:
-    """xxh3-64 over a segment table and then the body, which is given piece by piece."""
-
-    def __init__(self, segments: Sequence[Segment] | bytes) -> None:
-        """`segments`: or their table, if it is known."""
-        self._hash = xxhash.xxh3_64(segments if isinstance(segments, bytes) else segment_table(segments))
-
-    def update(self, payload: memoryview | bytes) -> None:
-        """Add the next bytes of the body."""
-        self._hash.update(payload)
-
-    @property
-    def value(self) -> int:
-        """The digest so far; never 0, which stands for "not given"."""
-        return self._hash.intdigest() or 1
-
-
-def segment_table(segments: Sequence[Segment]) -> bytes:
-    """What goes into a body's digest before its bytes; the module's docstring has the format."""
-    table = []
-    for s in segments:
-        counts = (s.HasField("rows"), s.HasField("elements"), s.HasField("parameter"))
-        form = counts.index(True) + 1 if True in counts else 0
-        state = s.state.encode()
-        row = (s.arena, form, s.dtype, len(state), s.start, s.stop, s.rows or s.elements or s.parameter)
-        table.append(_TABLE_ROW.pack(*row) + state)
-    return b"".join(table)
-
-
 def pack(
     bodies: Iterable[Sequence[Source]],
     digest: BodyDigest | None = None,
     first: int = 0,
     take: TakeMessage = fresh_message,
     chunk_bytes: Callable[[], int] = lambda: CHUNK_BYTES,
+    *,
+    joined: bool = False,
 ) -> Iterator[bytes]:
     """The frames of a body: one list of pieces per segment, with the segments numbered from `first`.
 
     Each piece is read once and cast straight into the frame. `take` gives the memory of a frame. `chunk_bytes` is
-    called before each chunk, and gives its largest size.
+    called before each chunk, and gives its largest size. `joined`: a chunk goes on into the segments behind its own.
     """
+    if joined:
+        for segment, offset, parts in _chunks(enumerate(bodies, first), chunk_bytes):
+            yield _frame(segment, offset, parts, digest, take)
+        return
     for segment, pieces in enumerate(bodies, first):
         yield from _pack_segment(segment, pieces, digest, take, chunk_bytes)
 
@@ -190,44 +161,58 @@ def _pack_segment(
             digest.update(memoryview(joined)[_PREFIX.size :])
         yield joined
         return
-    offset = 0
-    for parts in _chunks(pieces, chunk_bytes):
-        size = sum(count for _, _, count in parts)
-        frame = take(_PREFIX.size + size)
-        with frame.getbuffer() as view:
-            view[: _PREFIX.size] = _prefix(segment, offset, size)
-            at = _PREFIX.size
-            for write, start, count in parts:
-                target = torch.frombuffer(view, dtype=torch.uint8, count=count, offset=at)
-                write(target, start)
-                del target
-                at += count
-            if digest is not None:
-                with view[_PREFIX.size :] as payload:
-                    digest.update(payload)
-        yield frame.getvalue()
-        offset += size
+    for _, offset, parts in _chunks([(segment, pieces)], chunk_bytes):
+        yield _frame(segment, offset, parts, digest, take)
+
+
+def _frame(
+    segment: int,
+    offset: int,
+    parts: Sequence[tuple[Writer, int, int]],
+    digest: BodyDigest | None,
+    take: TakeMessage,
+) -> bytes:
+    size = sum([count for _, _, count in parts])
+    frame = take(_PREFIX.size + size)
+    with frame.getbuffer() as view:
+        view[: _PREFIX.size] = _prefix(segment, offset, size)
+        at = _PREFIX.size
+        for write, start, count in parts:
+            target = torch.frombuffer(view, dtype=torch.uint8, count=count, offset=at)
+            write(target, start)
+            del target
+            at += count
+        if digest is not None:
+            with view[_PREFIX.size :] as payload:
+                digest.update(payload)
+    return frame.getvalue()
 
 
 def _chunks(
-    pieces: Sequence[Source], chunk_bytes: Callable[[], int]
-) -> Iterator[list[tuple[Writer, int, int]]]:
-    """The parts of each chunk of a segment: (writer, first byte, number of bytes)."""
+    bodies: Iterable[tuple[int, Sequence[Source]]], chunk_bytes: Callable[[], int]
+) -> Iterator[tuple[int, int, list[tuple[Writer, int, int]]]]:
+    """Where each chunk begins, as (segment, offset), and its parts: (writer, first byte, number of bytes)."""
     parts: list[tuple[Writer, int, int]] = []
     room = chunk_bytes()
-    for piece in pieces:
-        write, done = piece.writer(), 0
-        while done < piece.nbytes:
-            count = min(piece.nbytes - done, room // piece.unit_bytes * piece.unit_bytes)
-            if count:
-                parts.append((write, done, count))
-                done += count
-                room -= count
-            if done < piece.nbytes:
-                yield parts
-                parts, room = [], chunk_bytes()
+    begins = 0, 0
+    for segment, pieces in bodies:
+        offset = 0
+        for piece in pieces:
+            write, done = piece.writer(), 0
+            while done < piece.nbytes:
+                units = max(room // piece.unit_bytes, 0 if parts else 1)
+                count = min(piece.nbytes - done, units * piece.unit_bytes)
+                if count:
+                    begins = begins if parts else (segment, offset)
+                    parts.append((write, done, count))
+                    done += count
+                    offset += count
+                    room -= count
+                if done < piece.nbytes:
+                    yield *begins, parts
+                    parts, room = [], chunk_bytes()
     if parts:
-        yield parts
+        yield *begins, parts
 
 
 def _prefix(segment: int, offset: int, size: int) -> bytes:
@@ -351,8 +336,20 @@ class Assembly:
         self._filled = 0
         self._skip_complete()
 
+    def parts_of(self, chunk: Chunk) -> Sequence[Chunk]:
+        """A chunk, cut where it goes on into the segments behind its own."""
+        segment, offset, payload = chunk.segment, chunk.offset, chunk.payload
+        parts = []
+        while segment < len(self._lengths) - 1 and 0 < self._lengths[segment] - offset < len(payload):
+            room = self._lengths[segment] - offset
+            parts.append(Chunk(segment, offset, payload[:room]))
+            segment, offset, payload = segment + 1, 0, payload[room:]
+            while segment < len(self._lengths) - 1 and not self._lengths[segment]:
+                segment += 1
+        return [*parts, Chunk(segment, offset, payload)]
+
     def place(self, chunk: Chunk) -> None:
-        """Copy a chunk to its place. WrongLength or MalformedFrame, before any write, if it is not next."""
+        """Copy a part of a chunk to its place. WrongLength or MalformedFrame, before any write, if it is not next."""
         if self.is_complete:
             raise WrongLength(what="the body", got="longer", expected=sum(self._lengths))
         if chunk.segment != self._segment or chunk.offset != self._filled:

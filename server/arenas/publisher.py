@@ -83,6 +83,7 @@ class _Request:
     timeline: int | None
     have_version: int | None
     wire: torch.dtype | None
+    joined: bool  # whether it takes chunks that go on into the segments behind their own
     answer: asyncio.Future[Published]
     # how long it may wait for room
     until_s: float
@@ -107,8 +108,8 @@ class Publisher:
         self._scheduled = False
         self._current: dict[torch.dtype | None, tuple[tuple[int, int], DenseFrames]] = {}
         self._live: dict[torch.dtype | None, weakref.WeakSet[DenseFrames]] = {}
-        # by wire dtype and the version that its readers have
-        self._rows: weakref.WeakValueDictionary[tuple[torch.dtype | None, int | None], RowFrames] = (
+        # by wire dtype, the version that its readers have, and whether chunks are joined
+        self._rows: weakref.WeakValueDictionary[tuple[torch.dtype | None, int | None, bool], RowFrames] = (
             weakref.WeakValueDictionary()
         )
         self._rows_of = (0, 0)
@@ -117,20 +118,25 @@ class Publisher:
         self._is_asked = False
 
     async def newest(
-        self, timeline: int | None, have_version: int | None, wire: torch.dtype | None
+        self,
+        timeline: int | None,
+        have_version: int | None,
+        wire: torch.dtype | None,
+        *,
+        joined: bool = False,
     ) -> Published:
-        """The newest version when the writer gets to the request, for a reader that has `have_version`.
+        """The newest version when the writer gets to the request, for a reader that has `have_version`; see `_Request`.
 
         OverBudget if other readers hold so many versions, or so many bytes, that there is no room for it soon.
         """
         loop = asyncio.get_running_loop()
         self._is_asked = True
         if self._is_small() and self._writer.is_idle:
-            published = self._at_once(timeline, have_version, wire, loop)
+            published = self._at_once(timeline, have_version, wire, joined, loop)
             if published is not None:
                 return published
         until_s = self._clock() + self._budget.wait_s
-        request = _Request(timeline, have_version, wire, loop.create_future(), until_s)
+        request = _Request(timeline, have_version, wire, joined, loop.create_future(), until_s)
         with self._lock:
             self._waiting.append(request)
         self._schedule(loop)
@@ -140,11 +146,16 @@ class Publisher:
         return sum([flat.nbytes for flat in self._arenas.parameters]) <= INLINE_BYTES
 
     def _at_once(
-        self, timeline: int | None, have_version: int | None, wire: torch.dtype | None, loop: Loop
+        self,
+        timeline: int | None,
+        have_version: int | None,
+        wire: torch.dtype | None,
+        joined: bool,
+        loop: Loop,
     ) -> Published | None:
         """What the writer would do, where it has nothing else to do. None if there is no room now."""
         unmade: Unmade = []
-        published = self._answer_to(timeline, have_version, wire, unmade)
+        published = self._answer_to(timeline, have_version, wire, joined, unmade)
         for frames, bodies in unmade:
             self._make(frames, bodies, loop)
         return published
@@ -157,7 +168,7 @@ class Publisher:
         Other readers do not keep it waiting: a version too many counts in their budget.
         """
         unmade: Unmade = []
-        published = self._answer_to(timeline, have_version, wire, unmade, crowds=True)
+        published = self._answer_to(timeline, have_version, wire, False, unmade, crowds=True)
         for frames, bodies in unmade:
             self._arenas.device_stream.publish(partial(self._make, frames, bodies, loop))
         return published
@@ -199,7 +210,9 @@ class Publisher:
             if request.answer.done():  # its reader has gone
                 continue
             try:
-                published = self._answer_to(request.timeline, request.have_version, request.wire, unmade)
+                published = self._answer_to(
+                    request.timeline, request.have_version, request.wire, request.joined, unmade
+                )
                 if published is None and self._clock() > request.until_s:
                     raise self.over()
             except Exception as error:  # noqa: BLE001 - whatever it is belongs to the reader, not to the writer
@@ -229,6 +242,7 @@ class Publisher:
         timeline: int | None,
         have_version: int | None,
         wire: torch.dtype | None,
+        joined: bool,
         unmade: Unmade,
         *,
         crowds: bool = False,
@@ -246,7 +260,7 @@ class Publisher:
             return None
         if not arenas.row_changed:
             return Published(*self._now(), False, dense.segments, dense, None)
-        rows = self._row_tracked(have, wire, len(dense.segments))
+        rows = self._row_tracked(have, wire, joined, len(dense.segments))
         if rows is None:
             return None
         return Published(*self._now(), False, dense.segments + rows.segments, dense, rows)
@@ -304,17 +318,16 @@ class Publisher:
         weakref.finalize(slowest, self._budget.give_back, nbytes).atexit = False
         return True
 
-    def _row_tracked(self, have: int | None, wire: torch.dtype | None, first: int) -> RowFrames | None:
-        """What is sent by rows to readers that have version `have`.
-
-        None if there is no room now; OverCapacity if never.
-        """
+    def _row_tracked(
+        self, have: int | None, wire: torch.dtype | None, joined: bool, first: int
+    ) -> RowFrames | None:
+        """What is sent by rows to readers that have version `have`. None if there is no room now; OverCapacity if never."""
         arenas = self._arenas
         now = (arenas.timeline, arenas.version)
         if now != self._rows_of:
             self._rows_of = now
             self._rows.clear()
-        known = self._rows.get((wire, have))
+        known = self._rows.get((wire, have, joined))
         if known is not None:
             return known
         ids = {index: arenas.row_changes.after(index, have) for index in sorted(arenas.row_changed)}
@@ -325,8 +338,8 @@ class Publisher:
             return None
         try:
             segments: list[Segment] = []
-            made = list(pack(self._rows_bodies(ids, wire, segments), first=first))
-            self._rows[wire, have] = rows = RowFrames(segments, made, self._budget, nbytes)
+            made = list(pack(self._rows_bodies(ids, wire, segments), first=first, joined=joined))
+            self._rows[wire, have, joined] = rows = RowFrames(segments, made, self._budget, nbytes)
         except BaseException:
             self._budget.give_back(nbytes)
             raise

@@ -7,6 +7,7 @@ import copy
 import io
 import weakref
 from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Final
 
 import torch
 
@@ -19,6 +20,9 @@ from pushstep.proto.wire.layout import ID_BYTES, Slot
 
 from ..staging.read_budget import ReadBudget
 from .arena import Arenas
+
+# Wider rows are copied before they are sent: a chunk ends between rows where it can.
+WIDEST_BYTES: Final = 64 << 10
 
 
 class DenseFrames:
@@ -155,7 +159,8 @@ def rows_sources(
     dtype = dtypes.to_torch(segment.dtype, "segment")
     if ids is None:
         return fetched(arenas, [Piece(table, dtype)])
-    if table.is_cpu and dtype == table.dtype and table.numel():
+    narrow = 0 < table.nbytes <= WIDEST_BYTES * table.shape[0]
+    if table.is_cpu and dtype == table.dtype and narrow:
         return [Piece(ids, torch.int64), GatheredRows(table, ids)]
     return fetched(arenas, [Piece(ids, torch.int64), Piece(table.index_select(0, ids), dtype)])
 

@@ -38,7 +38,9 @@ async def newest(
     if shared is not None:
         published = shared.published or await shared.newest()
     else:
-        published = await model.publisher.newest(timeline, have_version(options), wire_of(options.dtype))
+        published = await model.publisher.newest(
+            timeline, have_version(options), wire_of(options.dtype), joined=options.joined_chunks
+        )
     await model.recorder.until_shown(published.version)
     return published
 

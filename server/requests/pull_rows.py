@@ -1,18 +1,19 @@
-"""PullRows: rows of one parameter at one version, in the order in which the request names them.
+"""PullRows: rows of parameters at one version, in the order in which the request names them.
 
 Ids may repeat, and a request may name millions of them. So a small request can ask for far more than the parameter
 holds. The ids are counted first, before any of them is decoded. Then the bytes of ids and rows are claimed from the
-read budget. Then a kernel decodes the ids. Only the gathering of the rows takes the model's writer thread, for one
-request at a time; frames are encoded in other threads.
+read budget. Then the ids are decoded. The rows are gathered
+straight into frames in the model's writer thread, for one request at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,16 +22,15 @@ from pushstep.proto import training_pb2 as pb
 from pushstep.proto.errors import MalformedFrame, MessageTooLarge, RowOutOfRange, TooLong, WrongShape
 from pushstep.proto.types_pb2 import Segment
 from pushstep.proto.wire import dtypes
-from pushstep.proto.wire.frames import MAX_MESSAGE_BYTES, Piece, pack
-from pushstep.proto.wire.layout import ID_BYTES
+from pushstep.proto.wire.frames import MAX_MESSAGE_BYTES, pack
+from pushstep.proto.wire.layout import ID_BYTES, Slot
 from pushstep.proto.wire.limits import limit_of
 
 from ..access.caller import require_named
-from ..arenas.version_frames import fetched
+from ..arenas.version_frames import rows_sources
 from ..models.catalog import Catalog
 from ..models.model import Model
 from ..parts.refusals import refuse
-from ..process.inline import INLINE_BYTES
 from ..process.request_log import about
 from ..process.threads import PULLS
 from ..staging.read_budget import ReadBudget
@@ -58,7 +58,7 @@ async def pulled_rows(catalog: Catalog, budget: ReadBudget, message: bytes) -> A
 
 @dataclass(frozen=True, slots=True)
 class RowsAsked:
-    """A request whose ids are not decoded yet."""
+    """A request whose ids are not decoded yet: of one parameter as varints, or of several as they lie in memory."""
 
     model: Model
     request: pb.PullRowsRequest
@@ -83,47 +83,72 @@ class RowsAsked:
         model = catalog.get(request.model)
         model.require_whole()
         refuse(model.shard, model.name, "rows of a parameter for a worker")
-        slot = model.layout.slot(request.parameter, model.name)
-        if not slot.shape:
-            raise WrongShape(what=f"parameter {slot.name!r}", got="()", expected="one with rows")
+        asked = cls(model, request, ids, is_small)
+        slots = [slot for slot, _ in asked.counts()]
+        for slot in slots:
+            if not slot.shape:
+                raise WrongShape(what=f"parameter {slot.name!r}", got="()", expected="one with rows")
+        if len({slot.index for slot in slots}) < len(slots):
+            raise MalformedFrame(problem="a parameter comes twice in the selections")
         wire_of(request.dtype)
-        return cls(model, request, ids, is_small)
+        return asked
+
+    def counts(self) -> list[tuple[Slot, int]]:
+        """Each parameter and how many of its rows are asked for. UnknownParameter, MalformedFrame."""
+        layout, name = self.model.layout, self.model.name
+        if not self.request.selections:
+            return [(layout.slot(self.request.parameter, name), self.ids.count)]
+        found = []
+        for selection in self.request.selections:
+            count, rest = divmod(len(selection.ids), ID_BYTES)
+            if rest:
+                raise MalformedFrame(problem=f"the ids of a selection are of {ID_BYTES} bytes each")
+            found.append((layout.slot(selection.parameter, name), count))
+        return found
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the ids and the rows. Frames do not count: they are encoded one at a time."""
-        slot = self.model.layout.slot(self.request.parameter, self.model.name)
-        return self.ids.count * (ID_BYTES + slot.row_elements * slot.dtype.itemsize)
+        """Bytes of the ids and the rows, which are copied or encoded at once."""
+        return sum(
+            count * (ID_BYTES + slot.row_elements * slot.dtype.itemsize) for slot, count in self.counts()
+        )
 
     async def answers(self) -> AsyncGenerator[bytes, None]:
         """The answer's messages, all of one version."""
-        ids = await PULLS.run_unless(self.is_small, self._checked)
+        wanted = await PULLS.run_unless(self.is_small, self._checked)
         self.model.require_whole()
         async with self.model.gathering:
-            first, frames, version = await self.model.writer.submit(lambda: self._gathered(ids))
+            first, frames, version = await self.model.writer.submit(lambda: self._gathered(wanted))
         await self.model.recorder.until_shown(version)
         yield first
-        is_small = self.nbytes <= INLINE_BYTES and self.model.arenas.device_stream.takes_small
-        while (frame := await PULLS.run_unless(is_small, next, frames, None)) is not None:
+        for frame in frames:
             yield frame
 
-    def _checked(self) -> Tensor:
-        numbers = self.ids.numbers()
-        slot = self.model.layout.slot(self.request.parameter, self.model.name)
-        beyond = numbers >= slot.rows
-        if beyond.any():
-            raise RowOutOfRange(parameter=slot.name, row=int(numbers[beyond.argmax()]), rows=slot.rows)
-        return torch.from_numpy(numbers.view("int64"))
+    def _checked(self) -> list[tuple[Slot, Tensor]]:
+        found = []
+        for place, (slot, _) in enumerate(self.counts()):
+            if self.request.selections:
+                numbers = np.frombuffer(self.request.selections[place].ids, np.int64)
+            else:
+                numbers = self.ids.numbers().view(np.int64)  # one above 2**63 becomes negative
+            if numbers.size and not 0 <= numbers.min() <= numbers.max() < slot.rows:
+                wrong = int(numbers[((numbers < 0) | (numbers >= slot.rows)).argmax()])
+                wrong += 0 if self.request.selections or wrong >= 0 else 1 << 64
+                raise RowOutOfRange(parameter=slot.name, row=wrong, rows=slot.rows)
+            found.append((slot, torch.from_numpy(numbers.copy())))
+        return found
 
-    def _gathered(self, ids: Tensor) -> tuple[bytes, Iterator[bytes], int]:
-        """In the writer thread: the first message, an iterator that makes the others of copied rows, the version."""
-        arenas = self.model.arenas
-        slot = arenas.layout.slot(self.request.parameter, self.model.name)
-        dtype = wire_of(self.request.dtype) or slot.dtype
-        wanted = ids.to(arenas.device)
-        rows = arenas.view(slot).index_select(0, wanted)
-        body = fetched(arenas, [Piece(wanted, torch.int64), Piece(rows, dtype)])
-        wire = dtypes.to_wire(dtype, "segment")
-        segment = Segment(arena=slot.arena, start=slot.start, stop=slot.stop, dtype=wire, rows=ids.numel())
-        header = header_of(self.model, arenas, [segment])
-        return pb.PullResponse(header=header).SerializeToString(), iter(pack([body])), arenas.version
+    def _gathered(self, wanted: Sequence[tuple[Slot, Tensor]]) -> tuple[bytes, Sequence[bytes], int]:
+        """In the writer thread: the first message, the others, and the version."""
+        arenas, segments, bodies = self.model.arenas, [], []
+        for slot, ids in wanted:
+            dtype = wire_of(self.request.dtype) or slot.dtype
+            wire = dtypes.to_wire(dtype, "segment")
+            segments.append(
+                Segment(arena=slot.arena, start=slot.start, stop=slot.stop, dtype=wire, rows=ids.numel())
+            )
+            table = arenas.view(slot)
+            bodies.append(rows_sources(arenas, table, ids.to(arenas.device), segments[-1]))
+        header = header_of(self.model, arenas, segments)
+        frames = list(pack(bodies, joined=self.request.joined_chunks))
+        return pb.PullResponse(header=header).SerializeToString(), frames, arenas.version

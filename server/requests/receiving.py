@@ -196,9 +196,10 @@ class Receiving:
         body, incoming = self._body, self._incoming
 
         def take_in(chunk: Chunk) -> None:
-            body.place(chunk)
-            if incoming is not None:
-                incoming.advance(chunk.segment, chunk.offset + len(chunk.payload))
+            for part in body.parts_of(chunk):
+                body.place(part)
+                if incoming is not None:
+                    incoming.advance(part.segment, part.offset + len(part.payload))
 
         return place_chunk(take_in, chunk)
 

@@ -131,6 +131,7 @@ class GrpcDoor:
             ranks=0 if ranks is None else ranks.world,
             server_version=VERSION,
             max_chunk_bytes=MAX_CHUNK_BYTES,
+            joined_chunks=True,
             models=sorted(filter(may_use, self.catalog.models)),
             unix_path=self.unix_path,
             http_url=self.http_url,
