@@ -38,6 +38,9 @@ from .warn import warn
 from .worker.cache import Array
 from .worker.options import WorkerOptions
 from .worker.ranks import Ranks
+from .worker.row_cache import RowCache
+from .worker.row_cache import Source as RowSource
+from .worker.rows_asked import RowsAsked
 from .worker.worker import Worker
 
 log = logging.getLogger("pushstep.client")
@@ -247,9 +250,32 @@ class Session:
         layout = self._layout_for_reading()
         slots = {each: layout.slot(each, self.model) for each in wanted}
         named = {each: row_ids(wanted[each], slot) for each, slot in slots.items()}
-        pulled = self._worker.pull_rows({slot: named[each] for each, slot in slots.items()}, layout)
+        _, pulled = self._worker.pull_rows(
+            RowsAsked({slot: named[each] for each, slot in slots.items()}), layout
+        )
         rows = {each: as_array(pulled[slot]) for each, slot in slots.items()}
         return rows[name] if isinstance(name, str) else rows
+
+    def row_cache(self, max_staleness: int = 1, most_rows: int = 1 << 20) -> RowCache:
+        """Return a cache of rows for a worker that does not hold the tables; see `RowCache`.
+
+        `get({name: ids})` is `pull_rows` with rows that may be up to `max_staleness` versions old; `prefetch({name: ids})`
+        begins to pull those of the next batch beside the push of this one.
+        """
+        source = RowSource(
+            self._layout_for_reading,
+            self._known,
+            self._worker.begin_rows,
+            shield(self._worker.pull_rows),
+            self.model,
+        )
+        return RowCache(source, max_staleness, most_rows)
+
+    def _known(self) -> tuple[int, int]:
+        """The newest (timeline, version) that this session was told of."""
+        self._membership.check_usable()
+        told = (self._membership.last_receipt, self._membership.current)
+        return max(((each.timeline, each.version) for each in told if each is not None), default=(0, 0))
 
     def pull_state(self) -> Pulled:
         """Parameters, optimizer state and step counts at one version."""

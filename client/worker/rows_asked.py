@@ -22,14 +22,14 @@ class RowsAsked:
 
     def __init__(self, wanted: Mapping[Slot, Tensor]) -> None:
         """wanted: int64 ids inside of each parameter."""
-        self._wanted = wanted
+        self.wanted = wanted
         self._merging = Merging(
             [(ids, ids) for ids in wanted.values()], [max(1, slot.rows) for slot in wanted]
         )
 
     def request(self, model: str, dtype: Any) -> pb.PullRowsRequest:
         """The message. TooLong if the ids of several parameters do not fit into one."""
-        places = {slot: place for place, slot in enumerate(self._wanted)}
+        places = {slot: place for place, slot in enumerate(self.wanted)}
         nbytes = ID_BYTES * sum(self._merging.counts)
         if nbytes > WHOLE_BYTES and len(places) > 1:
             raise TooLong(
@@ -46,14 +46,17 @@ class RowsAsked:
         ]
         return pb.PullRowsRequest(model=model, selections=selections, dtype=dtype, joined_chunks=True)
 
-    def rows(self, pulled: Pulled) -> dict[Slot, Tensor]:
-        """The rows of an answer, by parameter, in the order of the ids that were asked for."""
+    def answer(self, pulled: Pulled) -> tuple[tuple[int, int], dict[Slot, Tensor]]:
+        """The (timeline, version) of an answer, and its rows by parameter, in the order of the ids that were asked for."""
+        return (pulled.header.timeline, pulled.header.version), self._rows(pulled)
+
+    def _rows(self, pulled: Pulled) -> dict[Slot, Tensor]:
         came = {slot.index: rows for slot, _, rows in pulled.rows()}
         found: dict[Slot, Tensor] = {}
         tables: list[Tensor] = []
         places: list[Tensor] = []
         targets: list[int] = []
-        for table, (slot, ids) in enumerate(self._wanted.items()):
+        for table, (slot, ids) in enumerate(self.wanted.items()):
             rows, where = came[slot.index], self._merging.places(table)
             if where is None:
                 found[slot] = rows.clone()

@@ -50,6 +50,7 @@ from .flight import Flight, Flights
 from .options import WorkerOptions
 from .outcomes import Outcomes
 from .ranks import Ranks
+from .row_cache import Finish
 from .rows_asked import RowsAsked
 
 # How long the server may hold a waiting push before it answers `push_pending`. The log reports a wait after 2 s
@@ -343,11 +344,18 @@ class Worker:
         )
         self.cache.take(self._read(lambda: self._transport.pull(request, layout)))
 
-    def pull_rows(self, wanted: Mapping[Slot, Tensor], layout: Layout) -> dict[Slot, Tensor]:
-        """Rows of parameters, each in the order of its ids, all at one version."""
-        asked = RowsAsked(wanted)
+    def pull_rows(self, asked: RowsAsked, layout: Layout) -> tuple[tuple[int, int], dict[Slot, Tensor]]:
+        """The (timeline, version) of rows, and the rows of each parameter in the order of its ids."""
         request = asked.request(self.model, _wire_enum(self._pull_wire))
-        return asked.rows(self._read(lambda: self._transport.pull_rows(request, layout)))
+        return asked.answer(self._read(lambda: self._transport.pull_rows(request, layout)))
+
+    def begin_rows(self, asked: RowsAsked, layout: Layout) -> Finish:
+        """Ask for rows, and return at once; a call of the result waits for them. grpc.RpcError, TransportFailure."""
+        if self._transport.shards is not None:  # each rank answers about a version that rank 0 names first
+            return partial(self.pull_rows, asked, layout)
+        request = asked.request(self.model, _wire_enum(self._pull_wire))
+        call = self._transport.begin_pull("PullRows", request, layout)
+        return lambda: asked.answer(call.result())
 
     @shield
     def pull_state(self) -> Pulled:

@@ -71,9 +71,9 @@ def answers_are_out_of_date(patch: Patch) -> None:
     """A reader gets what the last one got, whatever has been stepped since."""
     newest, last = Publisher.newest, dict[Publisher, Published]()
 
-    async def stale(self: Publisher, *asked: Any) -> Published:
+    async def stale(self: Publisher, *asked: Any, **how: Any) -> Published:
         if self not in last:
-            last[self] = await newest(self, *asked)
+            last[self] = await newest(self, *asked, **how)
         return last[self]
 
     patch.setattr(Publisher, "newest", stale)
