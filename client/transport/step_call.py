@@ -13,7 +13,7 @@ from typing import Any, TypeVar, cast
 
 import grpc
 
-from pushstep.proto.wire.steps import IDLE_S
+from pushstep.proto.wire.frames import IDLE_S
 
 from .progress import Progress, Watchdog
 from .retry import TransportFailure

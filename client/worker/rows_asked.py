@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -12,9 +12,11 @@ from pushstep.optim.ops.rows import Merging, has_kernels, moved
 from pushstep.proto import training_pb2 as pb
 from pushstep.proto.errors import TooLong
 from pushstep.proto.wire.layout import ID_BYTES, Slot
-from pushstep.proto.wire.parts import WHOLE_BYTES
 
 from ..transport.streams import Pulled
+
+# Of the ids in one message of at most 4 MiB, beside the names of their parameters.
+MOST_BYTES: Final = 3 << 20
 
 
 class RowsAsked:
@@ -31,11 +33,11 @@ class RowsAsked:
         """The message. TooLong if the ids of several parameters do not fit into one."""
         places = {slot: place for place, slot in enumerate(self.wanted)}
         nbytes = ID_BYTES * sum(self._merging.counts)
-        if nbytes > WHOLE_BYTES and len(places) > 1:
+        if nbytes > MOST_BYTES and len(places) > 1:
             raise TooLong(
-                what="pull_rows", got=nbytes // ID_BYTES, unit="different ids", most=WHOLE_BYTES // ID_BYTES
+                what="pull_rows", got=nbytes // ID_BYTES, unit="different ids", most=MOST_BYTES // ID_BYTES
             )
-        if nbytes > WHOLE_BYTES:
+        if nbytes > MOST_BYTES:
             ((slot, place),) = places.items()
             return pb.PullRowsRequest(
                 model=model, parameter=slot.name, ids=self._merging.ids(place).tolist(), dtype=dtype

@@ -39,6 +39,8 @@ MAX_CHUNK_BYTES: Final = 4 << 20
 MAX_MESSAGE_BYTES: Final = MAX_CHUNK_BYTES + (64 << 10)
 # A segment of up to this size is joined from where its pieces lie, where they need no cast.
 JOINED_BYTES: Final = 64 << 10
+# A call of TakeSteps that waits for its next push for so long is ended by the server. The client opens another one well before.
+IDLE_S: Final = 60.0
 # gRPC's own limit is higher, so that a message somewhat above ours still gets a named error.
 TRANSPORT_LIMIT_BYTES: Final = 2 * MAX_MESSAGE_BYTES
 

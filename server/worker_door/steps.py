@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, aclosing, nullcontext
 from typing import Any, Final
 
 from pushstep.proto import training_pb2 as pb
-from pushstep.proto.wire.steps import IDLE_S
+from pushstep.proto.wire.frames import IDLE_S
 
 from ..arenas.publisher import Published
 from ..models.catalog import Catalog

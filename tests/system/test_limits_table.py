@@ -11,9 +11,8 @@ import uvicorn
 from pushstep.proto import training_pb2 as pb
 from pushstep.proto.types_pb2 import Identity, Manifest, Parameter
 from pushstep.proto.wire import layout, parts
-from pushstep.proto.wire.frames import MAX_CHUNK_BYTES, MAX_MESSAGE_BYTES
+from pushstep.proto.wire.frames import IDLE_S, MAX_CHUNK_BYTES, MAX_MESSAGE_BYTES
 from pushstep.proto.wire.limits import limit_of
-from pushstep.proto.wire.steps import IDLE_S
 from pushstep.server.access import attempts, request_rate, tokens
 from pushstep.server.arenas import publisher as publish
 from pushstep.server.config import Config
