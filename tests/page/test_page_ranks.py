@@ -38,7 +38,7 @@ def test_the_ranks_of_a_job(
         for number, rank in enumerate(group.ranks):
             expect(rows.nth(number)).to_contain_text("serving")
             expect(rows.nth(number)).to_contain_text(rank.grpc)
-            expect(rows.nth(number)).to_contain_text("KiB of 1 TiB")
+            expect(rows.nth(number)).to_contain_text("iB of 1 TiB")
         expect(page.get_by_text("All ranks are ready.")).to_be_visible()
         assert shown.violations() == []
         # one that does not answer is marked, with the age of what is shown of it
