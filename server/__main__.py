@@ -99,7 +99,7 @@ def _make_token(role: str, name: str = "", models: str = "", worker: str = "") -
 
 
 async def _run(config: Config, job: Job | None) -> ExitStatus:
-    return await Service(config if job is None else config.of_rank(job.rank, job.local_rank), job).run()
+    return await Service(config, job).run()
 
 
 def serve(arguments: Sequence[str] | None = None) -> int:
@@ -117,6 +117,7 @@ def serve(arguments: Sequence[str] | None = None) -> int:
     try:
         config = Config.read(settings, file)
         job = job_of(os.environ)
+        config = config if job is None else config.of_rank(job.rank, job.local_rank)
     except ValueError as error:
         print(f"pushstep-server: {error}", file=sys.stderr)
         return ExitStatus.BAD_SETTINGS

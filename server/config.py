@@ -226,7 +226,12 @@ class Config(BaseSettings):
         return self
 
     def of_rank(self, rank: int, local_rank: int) -> Config:
-        """The settings of one rank of several: a folder of its own in --data, and, on one host, a port of its own."""
+        """The settings of one rank of several: a folder of its own in --data, and, on one host, a port of its own.
+
+        ValueError for settings that are not for ranks.
+        """
+        if self.snapshots is not None or self.device != "cpu":
+            raise ValueError("a rank of several keeps its snapshots in --data, and its part on --device cpu")
         host, port = split_address(self.grpc)
         shown = f"[{host}]" if ":" in host else host
         unix = f"{self.unix}.{rank}" if self.unix and rank else self.unix

@@ -42,7 +42,7 @@ from .process.folder_lock import lock_folder
 from .process.threads import DISK, METRICS, PUSHES, REQUESTS
 from .process.unix_socket import UnixSocket
 from .ranks.job import Job
-from .ranks.role import Role, seen_by_operators
+from .ranks.role import Role, begin, seen_by_operators
 from .service_manager import tell_manager
 from .shared_memory.regions import SharedMemory
 from .traces.request_spans import Traces
@@ -140,8 +140,7 @@ class Service:
         await self._start_grpc()
         if self._http_socket is not None:
             await self._start_http(self._http_socket)
-        if self._role is not None:
-            await self._role.begin(self.grpc_address, self.unix_path, self._stop.set)
+        await begin(self._role, self.config, self.grpc_address, self.unix_path, self._stop.set)
         await PUSHES.run(warm_kernels, self.catalog.device.where, self.config.data / "kernels")
         await self._saved_models.load(self._stop.is_set)
         if self._role is not None:
@@ -162,12 +161,11 @@ class Service:
         self.door.http_url = f"{scheme}://{self.http_address}" if self.http_address else ""
         self.door.unix_path = self.unix_path
         self.memory.start(LocalDoor(self.door).serve)
-        ranks = self._role
-        handlers = () if ranks is None else ranks.handlers()
+        handlers, more = ((), ()) if self._role is None else (self._role.handlers(), self._role.services)
         self._grpc.add_generic_rpc_handlers((self.door.handler(), *handlers))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        require_entries(names if ranks is None else (*names, *ranks.services))
+        require_entries((*names, *more))
         reflection.enable_server_reflection(names, self._grpc)
         await self._say(health_pb2.HealthCheckResponse.NOT_SERVING)
         await self._grpc.start()
@@ -252,7 +250,7 @@ class Service:
         unix = f" unix={shlex.quote(self.unix_path)}" if self.unix_path else ""
         try:
             rank = "" if self._role is None else f" rank={self._role.job.rank}"
-            http = f" http={self.http_address}" if self.http_address else ""
+            http = self.http_address and f" http={self.http_address}"
             print(f"ready{rank} grpc={self.grpc_address}{http}{unix}", flush=True)
         except OSError as error:  # the starter has closed our output; workers may still connect
             log.warning("nobody hears that the server is ready: %s", error)

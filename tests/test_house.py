@@ -64,7 +64,7 @@ ARROWS = {
             "requests", "shared_memory", "models", "streams", "arenas", "counters", "traces", "access", "process", "parts", "staging",
         },
         "ranks": {
-            "worker_door", "requests", "shared_memory", "models", "journal", "pacing", "coordinator", "parts", "arenas", "streams",
+            "worker_door", "requests", "shared_memory", "models", "journal", "storage", "pacing", "coordinator", "parts", "arenas", "streams",
             "staging", "traces", "process", "config", "reports",
         },
         "reports": {"capacity", "models", "arenas"},

@@ -22,6 +22,7 @@ from pushstep.proto.training_pb2 import Shard
 from ..config import Config, split_address
 from ..models.catalog import Catalog
 from ..process.exit_status import rank_lost
+from ..process.threads import DISK
 from ..reports.job_view import Alone, JobView
 from ..shared_memory.regions import SharedMemory
 from ..traces.request_spans import Traces
@@ -31,10 +32,21 @@ from .hub import SERVICE
 from .job import MEET_S, Job, Meeting
 from .link import RankLink
 from .other import OtherRank
+from .resharding import reshard
 from .zero import RankZero
 
 log = logging.getLogger("pushstep.ranks")
 LOOK_S: Final = 0.02
+
+
+async def begin(
+    role: Role | None, config: Config, address: str, unix_path: str, stop: Callable[[], None]
+) -> None:
+    """Meet the other ranks, if there are any, and have every model lie in as many as there are. What `Role.begin` raises."""
+    if role is None:
+        await DISK.run(reshard, config.data, 1)
+    else:
+        await role.begin(address, unix_path, stop)
 
 
 class Role:
@@ -75,6 +87,8 @@ class Role:
     async def begin(self, address: str, unix_path: str, stop: Callable[[], None]) -> None:
         """Meet the others. `address`: of this rank's open door. `stop` stops this server. OSError, or a named error."""
         reached = self._reached_at(address)
+        if self._zero is not None:
+            await DISK.run(reshard, self._config.data.parent, self.job.world)
         leader = await self._meeting.leader(reached)
         if self._zero is not None:
             await self._zero.begin(Shard(rank=0, address=reached, unix_path=unix_path), MEET_S)

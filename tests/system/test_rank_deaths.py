@@ -11,7 +11,7 @@ import torch
 from pushstep.client import connect
 from pushstep.server.process.exit_status import ExitStatus
 from tests.support.ranks.group import RankGroup, Torchrun, running_ranks
-from tests.support.servers.harness import running_server
+from tests.support.servers.harness import RunningServer, running_server
 
 STEPS = 12
 
@@ -94,6 +94,30 @@ def test_ranks_that_have_lost_different_versions_meet_at_one(tmp_path: Path) -> 
         session = group.leader.connect("m", "reader")
         session.attach(optimizer(other), module=other)
         assert bits(other) == at_4
+
+
+def test_another_number_of_ranks_goes_on_with_the_same_bits(tmp_path: Path) -> None:
+    net, data = Net(), tmp_path / "ranks"
+    done = 0
+    for world in (4, 3, 1, 2):
+        if world == 1:
+            with running_server(data) as server:
+                one_step(server, net, done)
+        else:
+            with running_ranks(data, world) as group:
+                one_step(group.leader, net, done)
+        done += 1
+    assert bits(net) == expected(tmp_path / "one", done)
+
+
+def one_step(server: RunningServer, net: Net, step: int) -> None:
+    """One step of a worker that has nothing but the server's values."""
+    session = server.connect("m", retry_for_s=60.0)
+    attached = session.attach(optimizer(net), module=net)
+    set_gradients(net, step)
+    attached.step()
+    assert (attached.last_receipt.version, attached.last_receipt.timeline) == (step + 1, 1)
+    session.close()
 
 
 def test_torchrun_brings_killed_ranks_back_under_a_worker(tmp_path: Path) -> None:
