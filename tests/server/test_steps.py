@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import queue
+import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import closing
 from typing import Any, cast
@@ -13,12 +15,19 @@ import numpy as np
 import pytest
 import torch
 
+from pushstep.client import connect
 from pushstep.client.membership.receipt import Outcome
 from pushstep.proto import training_pb2 as pb
 from pushstep.proto.wire.frames import unpack
 from pushstep.server.worker_door import steps
 from pushstep.server.worker_door.steps import StepCalls
-from tests.support.servers.harness import RunningServer, kill_and_restart, running_server, start_server
+from tests.support.servers.harness import (
+    RunningServer,
+    kill_and_restart,
+    running_server,
+    start_server,
+    wait_until,
+)
 from tests.support.workers.wire import RawWorker, Wire, created, named, untouched
 
 MODEL = "m"
@@ -112,6 +121,22 @@ def test_a_session_keeps_its_call(server: RunningServer) -> None:
     assert transport._steps._call is first
     session.close()
     assert transport._steps._call is None
+
+
+def test_a_session_that_is_dropped_ends_its_call(server: RunningServer) -> None:
+    """Or else a thread of gRPC's would wait for its next push for ever."""
+
+    def waiting() -> set[threading.Thread]:
+        return {thread for thread in threading.enumerate() if not thread.name.startswith("pushstep-")}
+
+    before = waiting()
+    session = connect(server.grpc, model=MODEL, worker="dropped", shared_memory=False)
+    session.push(GRADIENT)
+    own = waiting() - before
+    assert own
+    del session
+    gc.collect()
+    wait_until(lambda: not waiting() & own)
 
 
 def test_a_call_that_its_server_has_forgotten_is_opened_again(server: RunningServer) -> None:
