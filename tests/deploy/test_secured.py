@@ -158,7 +158,7 @@ def test_a_certificate_is_renewed_and_a_token_replaced_while_it_runs(secured: De
 
 @pytest.mark.prometheus
 def test_prometheus_reads_it_with_a_viewer_s_token(secured: Deployed) -> None:
-    watching = Prometheus(secured.secrets, secured.http, "prometheus.tls")
+    watching = Prometheus(secured.secrets, secured.http, name="prometheus.tls")
     try:
         wait_until(lambda: watching.ask('up{job="pushstep"} == 1 and on () pushstep_ready == 1'), 60)
     finally:
