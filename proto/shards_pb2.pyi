@@ -331,18 +331,20 @@ class RankDrop(_message.Message):
     def __init__(self, model: _Optional[str] = ..., identity: _Optional[_Union[_types_pb2.Identity, _Mapping]] = ..., receipt: _Optional[_Union[_types_pb2.Receipt, _Mapping]] = ..., error: _Optional[_Union[RankError, _Mapping]] = ...) -> None: ...
 
 class RankPublish(_message.Message):
-    __slots__ = ("model", "timeline", "version", "dtype", "have_version")
+    __slots__ = ("model", "timeline", "version", "dtype", "have_version", "state")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     TIMELINE_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     HAVE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
     model: str
     timeline: int
     version: int
     dtype: _types_pb2.DType
     have_version: int
-    def __init__(self, model: _Optional[str] = ..., timeline: _Optional[int] = ..., version: _Optional[int] = ..., dtype: _Optional[_Union[_types_pb2.DType, str]] = ..., have_version: _Optional[int] = ...) -> None: ...
+    state: bool
+    def __init__(self, model: _Optional[str] = ..., timeline: _Optional[int] = ..., version: _Optional[int] = ..., dtype: _Optional[_Union[_types_pb2.DType, str]] = ..., have_version: _Optional[int] = ..., state: bool = ...) -> None: ...
 
 class RankReduce(_message.Message):
     __slots__ = ("model", "reduce", "contributions", "divisor")

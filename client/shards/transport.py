@@ -165,8 +165,9 @@ class ShardedTransport(Transport):
             return to.begin_pull("PullState", about, part.layout)
 
         parts = self._with_others(first, whole, {}, ask)
+        steps = steps_of(whole, parts)  # of which rank 0's are in `first`
         del first.header.steps[:]
-        first.header.steps.extend(steps_of(whole, parts))
+        first.header.steps.extend(steps)
         return Joined(first.header, whole, first.body, parts)
 
     def pull_rows(self, request: pb.PullRowsRequest, layout: Layout) -> Pulled:

@@ -58,6 +58,9 @@ class Leader(Protocol):
     def snapshot_committed(self, version: int) -> None:
         """Rank 0's snapshot of a version is on its disk: the others may remove older ones."""
 
+    def publish_state(self, version: int) -> None:
+        """Have the others copy everything of the version that they are at here, for one reader."""
+
     def failed(self, error: Exception) -> None:
         """A step has failed here: the ranks are not at one version any more."""
 

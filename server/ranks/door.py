@@ -175,6 +175,16 @@ class PartDoor(GrpcDoor):
         async for message in published_messages(published, answer):
             yield message
 
+    async def pull_state(self, request: pb.PullStateRequest) -> AsyncGenerator[bytes, None]:
+        """PullState: this part of the version that rank 0 has answered with, and no other."""
+        about(request.model)
+        follower = self._follower(request.model, b"")
+        if not request.HasField("version"):
+            raise self._refused("a pull of the newest state")
+        copy = await follower.state(int(request.version))
+        async for message in self._state_messages(follower.model, copy, []):
+            yield message
+
     async def upload(self, messages: AsyncIterator[bytes]) -> pb.UploadResponse:
         """Upload: the part of a new model."""
         self.catalog.require_open()

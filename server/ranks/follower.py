@@ -31,6 +31,7 @@ from pushstep.proto.wire import dtypes
 from pushstep.proto.wire.hyperparameters import values_of
 from pushstep.proto.wire.shards import Part
 
+from ..arenas.arenas_copy import ArenasCopy
 from ..arenas.gradients import bytes_of_change
 from ..arenas.publisher import Published
 from ..coordinator.decision import Step
@@ -86,6 +87,8 @@ class Follower:
         self._on_failure = on_failure
         self._held: dict[Key, HeldPart] = {}
         self._kept: dict[Mark, asyncio.Future[Published]] = {}
+        # copies of everything, by version
+        self._states: dict[int, asyncio.Future[ArenasCopy]] = {}
         self._sums: dict[int, asyncio.Task[StagedPush]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         # kinds of steps that were taken: their kernels are compiled
@@ -289,6 +292,9 @@ class Follower:
 
     def publish(self, order: RankPublish) -> None:
         """Keep the version at this place in the orders, for one reader."""
+        if order.state:
+            self._copy(int(order.version))
+            return
         have = int(order.have_version) if order.HasField("have_version") else None
         self._publish((int(order.timeline), int(order.version), int(order.dtype), have))
 
@@ -345,6 +351,21 @@ class Follower:
                 self._publish(mark)
         # one that is still to come is encoded when its ticket comes
         return await asyncio.shield(self._mark(mark))
+
+    def _copy(self, version: int) -> asyncio.Future[ArenasCopy]:
+        """A copy of everything at the version that is the newest in the writer's queue now. It is kept for one reader."""
+        made = self._states[version] = asyncio.ensure_future(self.model.writer.submit(self.model.arenas.copy))
+        made.add_done_callback(lambda done: done.cancelled() or done.exception())
+        asyncio.get_running_loop().call_later(KEEP_S, self._states.pop, version, None)
+        return made
+
+    async def state(self, version: int) -> ArenasCopy:
+        """Everything at the version that rank 0 has answered with. VersionGone if it is not kept, or has not come."""
+        if version not in self._states and version != self.model.version:
+            raise self._gone(version)
+        made = self._states.pop(version, None) or self._copy(version)
+        self._states.pop(version, None)
+        return await asyncio.shield(made)
 
     def not_held(self, identity: Identity) -> NotHeld:
         """The error for a retry without its body of a part that is not here."""

@@ -342,6 +342,11 @@ class RankLeader:
             order = RankHooks(model=self._model.name, hooks=json.dumps(dumped))
             self._hub.send(self._stepped, RankOrder(hooks=order))
 
+    def publish_state(self, version: int) -> None:
+        """Have the others copy everything of the version that they are at here, for one reader."""
+        order = RankPublish(model=self._model.name, version=version, state=True)
+        self._hub.send(self._stepped, RankOrder(publish=order))
+
     def failed(self, error: Exception) -> None:
         """A step has failed here: the ranks are not at one version any more."""
         self._on_failure(error)

@@ -171,7 +171,12 @@ def state_header(model: Model, copy: ArenasCopy, segments: list[Segment]) -> pb.
     """The header of a PullState answer, without the groups."""
     header = header_of(model, copy, segments)
     header.steps.extend(copy.steps)
-    header.manifest.CopyFrom(copy.layout.manifest)
+    shard = model.shard
+    if shard is None:
+        header.manifest.CopyFrom(copy.layout.manifest)
+    elif shard.leader is not None:  # the others' parts are asked for by this map
+        header.manifest.CopyFrom(shard.whole.manifest)
+        header.shards.CopyFrom(shard.map)
     return header
 
 

@@ -6,6 +6,7 @@ through a protobuf object, and any protobuf client can still call these methods.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
@@ -29,7 +30,6 @@ from ..counters.server_counts import WORKERS_DOOR
 from ..models.catalog import Catalog
 from ..models.copies import COPIES_AT_ONCE, ModelCopies, copy_of
 from ..models.model import Model
-from ..parts.refusals import refuse
 from ..process.inline import INLINE_PARTS
 from ..process.request_log import TRACE_ID, RequestLog, about
 from ..process.threads import PULLS, REQUESTS
@@ -82,6 +82,7 @@ class GrpcDoor:
         self.pushes = PushHandler(catalog, memory)
         self.steps = StepCalls(catalog, self.pushes, stall_s, traces)
         self._copies = ModelCopies(COPIES_AT_ONCE)
+        self._part_copies = asyncio.Semaphore(COPIES_AT_ONCE)
         self.http_url = ""
         self.unix_path = ""
 
@@ -257,8 +258,15 @@ class GrpcDoor:
         """PullState: parameters and optimizer state, from a copy of the model."""
         about(request.model)
         model = self.catalog.get(request.model)
-        refuse(model.shard, model.name, "optimizer state for a worker")
         values = model.groups.messages()
+        leader = None if model.shard is None else model.shard.leader
+        if leader is not None:
+            async with self._part_copies:
+                leader.publish_state(model.version)  # both are queued in this turn of the event loop
+                _, part = await model.copy()
+                async for message in self._state_messages(model, part, values):
+                    yield message
+            return
         async with copy_of(self._copies, model) as (_, copy):
             async for message in self._state_messages(model, copy, values):
                 yield message

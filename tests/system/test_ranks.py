@@ -286,3 +286,21 @@ def test_operators_see_the_whole_and_steer_it(group: RankGroup, shown: str) -> N
     assert rest("DELETE", f"/v1/models/{shown}").status_code == 204
     folders = [group.data / f"rank-{rank}" / "models" / shown for rank in range(WORLD)]
     assert not any(folder.exists() for folder in folders)
+
+
+@pytest.mark.parametrize("name", ["adadelta", "rows"])
+def test_a_state_dict_is_that_of_one_server(alone: RunningServer, group: RankGroup, name: str) -> None:
+    training = TRAININGS[name]
+    found = [state_of(server, f"state-{name}", training) for server in (group.leader, alone)]
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+
+
+def state_of(server: RunningServer, model: str, training: Training) -> Any:
+    session, net = server.connect(model, **dict(training.options)), Net(training.sparse)
+    optimizer = attached(session, net, training)
+    for step in range(3):
+        gradients(net, step, training)
+        optimizer.step()
+    state = optimizer.state_dict()
+    session.close()
+    return state
