@@ -142,7 +142,11 @@ class ShardedTransport(Transport):
 
         def pull() -> Pulled:
             pulled, whole = self._pull_first(request, known[0])
-            return pulled if self.shards is None else self.join_parts(request, pulled, whole, {})
+            if self.shards is None:
+                return pulled
+            if pulled.header.unchanged:  # in every rank: a version is one of all
+                return Joined(pulled.header, whole, pulled.body, [(self.parts(whole)[0], pulled)])
+            return self.join_parts(request, pulled, whole, {})
 
         def map_changed() -> None:
             known[0] = None  # so that rank 0 brings the map
