@@ -71,9 +71,9 @@ bench: setup
 	$(BIN)/python -m tests.benchmarks
 
 # Ends by itself: each part has at most an hour, and says in its docstring how long it takes on quiet cores, or its bound.
-# The seconds of each are printed at the end.
+# The seconds of each are printed at the end. `make soak ONLY=killed_a_thousand` runs those whose names have these words.
 soak: setup
-	$(BIN)/pytest -m soak -s --timeout 3600 --durations 0 --durations-min 1 tests
+	$(BIN)/pytest -m 'soak and not gpu' -s --timeout 3600 --durations 0 --durations-min 1 $(if $(ONLY),-k '$(ONLY)') tests
 
 format: setup
 	$(BIN)/ruff check --fix .
