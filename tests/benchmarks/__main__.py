@@ -9,6 +9,7 @@ NAMES = (
     "cuda",
     "durability",
     "edits",
+    "embeddings",
     "health",
     "memory",
     "metrics",
@@ -16,6 +17,7 @@ NAMES = (
     "page",
     "shards",
     "start",
+    "tensors",
     "transport",
 )
 

@@ -99,6 +99,11 @@ class GrpcWorker:
         """Send all, get a little."""
         self._move(self._out, ANSWER_BYTES)
 
+    def push_and_pull(self) -> None:
+        """One after the other."""
+        self.push()
+        self.pull()
+
     def pull(self) -> None:
         """Ask, and get all."""
         self._move(self._nothing, self._bytes)

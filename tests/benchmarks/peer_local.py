@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from . import training_side
-from .driver import Driver, end_all
+from .driver import Driver, Make, end_all
 from .side import Side, side_of
 
 Rule = Literal["adadelta", "adagrad"]
@@ -57,6 +57,10 @@ class Local:
     def side(self, rule: Rule, elements: int) -> Side:
         """One worker that steps by itself."""
         return side_of("local torch.optim", _workers, [self._driver], [(rule, elements)])
+
+    def of(self, name: str, make: Make, *arguments: object) -> Side:
+        """One worker of another load."""
+        return side_of(name, make, [self._driver], [arguments])
 
     def training(self, elements: int) -> Side:
         """One worker that trains a model, compute included."""

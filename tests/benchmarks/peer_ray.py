@@ -16,7 +16,7 @@ from typing import Any, Final, Literal, get_args
 
 import torch
 
-from .driver import Driver, End, end_all
+from .driver import Driver, End, Make, end_all
 from .peer_local import Rule, optimizer_of, parameter_of
 from .side import Side, side_of
 
@@ -100,6 +100,10 @@ class Ray:
     def side(self, form: Form, rule: Rule, elements: int) -> Side:
         """One worker and the actor."""
         return side_of(f"ray actor, {form}", _workers, [self._driver], [(form, rule, elements)])
+
+    def of(self, name: str, make: Make, *arguments: object) -> Side:
+        """One worker of another load, and its actor."""
+        return side_of(name, make, [self._driver], [arguments])
 
     def close(self) -> None:
         """End the process and the cluster with it."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributed import rpc
 
-from .driver import Driver, End, end_all
+from .driver import Driver, End, Make, end_all
 from .peer_local import Rule, optimizer_of, parameter_of
 from .side import Side, side_of
 
@@ -130,6 +130,14 @@ class Rpc:
             [(f"{self._made}", rule, elements, share)] * len(drivers),
             servers=[server.pid],
         )
+
+    def of(self, make: Make, workers: int, *arguments: object) -> Side:
+        """Workers of another load: `make(key, first, count, *arguments)` makes those of a process."""
+        self._made += 1
+        server, *drivers = self._drivers[: 1 + workers]
+        share = -(-workers // len(drivers))
+        own = [(f"of{self._made}", number * share, share, *arguments) for number in range(len(drivers))]
+        return side_of(f"rpc {self._variant}", make, drivers, own, servers=[server.pid])
 
     def close(self) -> None:
         """End the processes together, as rpc.shutdown wants it."""

@@ -98,6 +98,11 @@ class SocketWorker:
         """Send all, get one byte."""
         self._move(len(self._out), 1)
 
+    def push_and_pull(self) -> None:
+        """One after the other."""
+        self.push()
+        self.pull()
+
     def pull(self) -> None:
         """Ask, and get all."""
         self._move(0, len(self._back))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from typing import Any
 
+from .driver import Make
 from .peer_gloo import Gloo
 from .peer_grpc import Grpc, Way
 from .peer_local import Local, Rule
@@ -71,6 +72,22 @@ class Peers:
     def ray(self, form: Form, rule: Rule, elements: int) -> Side:
         """A Ray actor."""
         return self._peer(Ray).side(form, rule, elements)
+
+    def of_pushstep(self, name: str, make: Make, transport: str, workers: int, *arguments: object) -> Side:
+        """This service, with workers of another load."""
+        return self._peer(Pushstep, 2, self._device).of(name, make, transport, workers, *arguments)
+
+    def of_rpc(self, variant: str, make: Make, workers: int, *arguments: object) -> Side:
+        """torch.distributed.rpc, with workers of another load."""
+        return self._peer(Rpc, variant, min(workers, 2)).of(make, workers, *arguments)
+
+    def of_ray(self, name: str, make: Make, *arguments: object) -> Side:
+        """A Ray actor, with a worker of another load."""
+        return self._peer(Ray).of(name, make, *arguments)
+
+    def of_local(self, name: str, make: Make, *arguments: object) -> Side:
+        """A worker alone, of another load."""
+        return self._peer(Local).of(name, make, *arguments)
 
     def socket(self, family: str, elements: int) -> Side:
         """Bare sockets moving as many float32."""

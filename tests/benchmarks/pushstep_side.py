@@ -24,7 +24,7 @@ from tests.support.ranks.group import RankGroup
 from tests.support.servers.harness import start_server
 
 from . import training_side
-from .driver import Driver, end_all
+from .driver import Driver, Make, end_all
 from .peer_local import Rule, parameter_of
 from .side import Side, side_of
 
@@ -147,6 +147,20 @@ class Pushstep:
         if in_rounds:
             side.name += ", sync"
             self._patch(model, "policy", {"policy": "sync", "min_workers": workers})
+        return side
+
+    def of(self, name: str, make: Make, transport: str, workers: int, *arguments: object) -> Side:
+        """Workers of another load: `make(address, model, first, count, *arguments)` makes those of a process."""
+        model = f"m{next(self._models)}"
+        address = self._server.grpc if transport == "tcp" else f"unix:{self._server.unix}"
+        drivers = self._drivers[:workers]
+        share = -(-workers // len(drivers))
+        side = Side(
+            name, [], [self._server.process.pid], address, model, on_close=lambda: self._delete(model)
+        )
+        for number, driver in enumerate(drivers):  # one after the other: the first creates the model
+            made = side_of("", make, [driver], [(address, model, number * share, share, *arguments)])
+            side.crews = [*side.crews, *made.crews]
         return side
 
     def training(self, how: training_side.How, elements: int) -> Side:

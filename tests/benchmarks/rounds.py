@@ -19,12 +19,14 @@ class Measured:
 
     times_s: list[float] = field(default_factory=list)
     cpu_s: list[float] = field(default_factory=list)
+    servers_cpu_s: list[float] = field(default_factory=list)
     rates: list[float] = field(default_factory=list)
 
     def add(self, turn: Turn) -> None:
         """Count a turn in."""
         self.times_s += turn.times_s
         self.cpu_s.append(turn.cpu_s)
+        self.servers_cpu_s.append(turn.servers_cpu_s)
         self.rates.append(turn.count / turn.wall_s)
 
     @property

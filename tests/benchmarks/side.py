@@ -21,10 +21,11 @@ _crew_numbers = itertools.count()
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What one turn took: each worker's spans, and CPU seconds for each repeat."""
+    """What one turn took: each worker's spans, and CPU seconds for each repeat; of those, the servers'."""
 
     spans: list[list[Span]]
     cpu_s: float
+    servers_cpu_s: float = 0.0
 
     @property
     def times_s(self) -> list[float]:
@@ -60,15 +61,18 @@ class Side:
 
     def turn(self, task: str, warm: int, repeats: int, seconds: float = 0.0) -> Turn:
         """Have every worker do the task `warm` times uncounted, then `repeats` times or for `seconds`."""
-        pids = descendants([*(driver.pid for driver, _ in self.crews), *self.servers])
-        before_s = sum(map(cpu_s, pids))
+        servers = descendants(self.servers)
+        pids = descendants([driver.pid for driver, _ in self.crews]) - servers
+        before_s, servers_before_s = sum(map(cpu_s, pids)), sum(map(cpu_s, servers))
         # drivers that work together begin to count together
         start_s = time.perf_counter() + (TOGETHER_S if seconds else 0.0)
         for driver, crew in self.crews:
             driver.begin("turn", crew, task, warm, repeats, seconds, start_s)
         spans = [span for driver, _ in self.crews for span in driver.answer()]
-        used_s = sum(map(cpu_s, pids)) - before_s
-        return Turn(spans, used_s / sum(warm + len(one) for one in spans))
+        servers_used_s = sum(map(cpu_s, servers)) - servers_before_s
+        used_s = sum(map(cpu_s, pids)) - before_s + servers_used_s
+        repeats_done = sum(warm + len(one) for one in spans)
+        return Turn(spans, used_s / repeats_done, servers_used_s / repeats_done)
 
     def close(self) -> None:
         """Close the workers."""

@@ -40,7 +40,7 @@ def main(
     device: str = "cpu",
 ) -> None:
     """Print every table, or those named in `only`, of every side or of those whose names contain one of `sides`."""
-    signal.signal(signal.SIGTERM, _end)
+    signal.signal(signal.SIGTERM, end_orderly)
     print(f"\n## transport: torch {torch.__version__}, {torch.get_num_threads()} threads")
     if not ray_installed():
         print("\nNo Ray here, and so not in these tables: pip install -e '.[bench]' -c constraints.txt")
@@ -70,6 +70,6 @@ def _print(name: str, peers: Peers, size: int, rules: Sequence[Rule], quick: boo
         tables[name](peers, size, quick)
 
 
-def _end(number: int, frame: object) -> NoReturn:
+def end_orderly(number: int, frame: object) -> NoReturn:
     """End as if interrupted, so that every process is ended on the way."""
     sys.exit(128 + number)
