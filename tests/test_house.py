@@ -61,7 +61,7 @@ ARROWS = {
         "service_manager": set[str](),
         "commands": {"models", "journal", "storage", "arenas", "process", "config"},
         "worker_door": {
-            "requests", "shared_memory", "models", "streams", "arenas", "counters", "traces", "access", "process", "parts", "staging",
+            "requests", "shared_memory", "models", "streams", "arenas", "counters", "traces", "access", "process", "staging",
         },
         "ranks": {
             "worker_door", "requests", "shared_memory", "models", "journal", "storage", "pacing", "coordinator", "parts", "arenas", "streams",

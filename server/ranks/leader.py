@@ -11,10 +11,8 @@ import asyncio
 import json
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, Final
-
-import xxhash
 
 from pushstep.proto.errors import (
     DigestMismatch,
@@ -42,6 +40,7 @@ from ..arenas.rules import rule_of
 from ..coordinator.decision import Reduce, Resolve, Step
 from ..coordinator.push import Key, PendingPush, key_of
 from ..models.model import Model
+from ..parts.arrival import Arrival, together
 from ..parts.shard import ModelShard
 from ..parts.sums import Whole, measures, rows_of, with_steps_elsewhere
 from ..process.inline import INLINE_PARTS
@@ -54,17 +53,6 @@ from .words import heard, said
 GATHER_S: Final = 60.0
 
 
-@dataclass(slots=True, eq=False)
-class _Arrival:
-    """What the other ranks have of one push."""
-
-    since_s: float
-    staged: dict[int, RankStaged] = field(default_factory=dict)
-    # the push itself is here, and waits
-    waiting: int = 0
-    changed: asyncio.Event = field(default_factory=asyncio.Event)
-
-
 class RankLeader:
     """One model's leader. It lives in rank 0, on the event loop."""
 
@@ -75,7 +63,7 @@ class RankLeader:
         self._model = model
         self._shard = shard
         self._on_failure = on_failure
-        self._arrivals: dict[Key, _Arrival] = {}
+        self._arrivals: dict[Key, Arrival] = {}
         self._stepped = dict.fromkeys(shard.others, model.version)
         self._safe = dict.fromkeys(shard.others, model.version)
         self._waiting: deque[tuple[int, bool, Callable[[], None]]] = deque()
@@ -104,10 +92,10 @@ class RankLeader:
         arrival.staged[rank] = message
         arrival.changed.set()
 
-    def _arrival(self, key: Key) -> _Arrival:
+    def _arrival(self, key: Key) -> Arrival:
         known = self._arrivals.get(key)
         if known is None:
-            known = self._arrivals[key] = _Arrival(self._model.clock())
+            known = self._arrivals[key] = Arrival(self._model.clock())
         return known
 
     async def gather(self, pending: PendingPush, commit: PushCommit) -> None:
@@ -116,7 +104,7 @@ class RankLeader:
         MalformedFrame, DigestMismatch; StreamStalled if a part that was promised does not come.
         """
         promised = self._promised(commit.parts)
-        pending.digest = _together(pending.digest, promised)
+        pending.digest = together(pending.digest, promised)
         if pending.header.skip:
             if promised:
                 raise MalformedFrame(problem="a skip push has no parts")
@@ -160,7 +148,7 @@ class RankLeader:
             return True
         return self._model.coordinator.decided_of(identity) is not None
 
-    async def _arrived(self, key: Key, promised: dict[int, int]) -> _Arrival:
+    async def _arrived(self, key: Key, promised: dict[int, int]) -> Arrival:
         arrival = self._arrival(key)
         arrival.waiting += 1
         try:
@@ -395,11 +383,3 @@ class RankLeader:
                 whole.add(of, message)
         made = whole.push(own)
         return replace(made, here=with_steps_elsewhere(own, part, rows_of(made)))
-
-
-def _together(digest: int, promised: dict[int, int]) -> int:
-    """One digest of all parts."""
-    if not promised:
-        return digest
-    text = b"".join(value.to_bytes(8, "little") for pair in sorted(promised.items()) for value in pair)
-    return xxhash.xxh3_64_intdigest(digest.to_bytes(8, "little") + text) or 1
