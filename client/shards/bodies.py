@@ -188,7 +188,8 @@ def _rows(held: Held, sources: Sequence[Source]) -> tuple[int, list[Source]]:
 
 def _between(ascending: Tensor, start: int, stop: int) -> tuple[int, int]:
     """The places of the values in [start, stop)."""
-    low, high = torch.searchsorted(ascending, torch.tensor([start, stop])).tolist()
+    ends = torch.tensor([start, stop], dtype=torch.int64, device=ascending.device)
+    low, high = torch.searchsorted(ascending, ends).tolist()
     return low, high
 
 

@@ -77,7 +77,9 @@ class Joined(Pulled):
         if found:
             for held, _, values in self._values():
                 if held.whole.index in found:
-                    ids = torch.arange(held.first_row, held.first_row + held.slot.rows)
+                    ids = torch.arange(
+                        held.first_row, held.first_row + held.slot.rows, dtype=torch.int64, device="cpu"
+                    )
                     found[held.whole.index].append((held, (ids, values)))
         return found
 

@@ -193,7 +193,10 @@ class ShardedTransport(Transport):
         return _at_one_version(partial(self._pull_rows, request, layout), _nothing)
 
     def _pull_rows(self, request: pb.PullRowsRequest, layout: Layout) -> Pulled:
-        slot, ids = layout.by_name[request.parameter], torch.tensor(list(request.ids), dtype=torch.int64)
+        slot, ids = (
+            layout.by_name[request.parameter],
+            torch.tensor(list(request.ids), dtype=torch.int64, device="cpu"),
+        )
         parts = self.parts(layout)
         places = [_places(part.of.get(slot.index), ids) for part in parts]
 
@@ -351,7 +354,7 @@ def _all(outcomes: Sequence[Any]) -> list[Any]:
 def _places(held: Held | None, ids: Tensor) -> Tensor:
     """Where the ids of a piece's rows stand."""
     if held is None:
-        return torch.empty(0, dtype=torch.int64)
+        return torch.empty(0, dtype=torch.int64, device="cpu")
     return torch.nonzero((ids >= held.first_row) & (ids < held.first_row + held.slot.rows)).view(-1)
 
 

@@ -20,7 +20,7 @@ def stretches(slot: Slot, ids: Tensor, rows: Tensor) -> list[Tensor]:
     length = stretch_rows(slot)
     if slot.rows <= length:
         return [rows]
-    borders = torch.arange(length, slot.rows, length, device=ids.device)
+    borders = torch.arange(length, slot.rows, length, dtype=torch.int64, device=ids.device)
     ends = [*torch.searchsorted(ids, borders).tolist(), ids.numel()]
     found, start = [], 0
     for stop in ends:
