@@ -35,6 +35,8 @@ log = logging.getLogger("pushstep.grpc")
 Context = grpc.aio.ServicerContext[Any, Any]
 # The longest interval between two checks of the readers.
 LONGEST_LOOK_S: Final = 1.0
+# An answer of so few bytes is a receipt, which must not wait for room that stopped readers hold.
+UNCOUNTED_BYTES: Final = 4 << 10
 # tcpi_bytes_acked of Linux's struct tcp_info.
 _BYTES_ACKED: Final = struct.Struct("=120xQ")
 
@@ -78,7 +80,8 @@ class Reader:
     async def take(self, message: bytes) -> None:
         """Hand over a message and return when gRPC has room for the next. OverBudget, ReaderStalled."""
         size = len(message)
-        await self._count(size)
+        if size > UNCOUNTED_BYTES:
+            await self._count(size)
         self.begin(size)
         try:
             await self._context.write(message)
