@@ -277,7 +277,8 @@ class SavedModels:
         log.info("model %s saved at version %d: %s", name, version, manifest["id"], extra={"model": name})
         try:
             await DISK.run(folder.write_identity, model.identity(version))
-            if self._catalog.sender is None:
+            # of a part the older ones stay: the other ranks may not have come so far, and all meet where each has a snapshot
+            if self._catalog.sender is None and model.shard is None:
                 await self._catalog.snapshotter.prune(model, folder, manifest["id"])
         except PushstepError as error:
             log.warning("model %s: after its last snapshot: %s", name, error.message, extra={"model": name})

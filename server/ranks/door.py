@@ -208,6 +208,11 @@ class PartUpload(Upload):
 
     ranks: OtherRank
 
+    async def admit(self) -> None:
+        """See `Upload.admit`. Only rank 0 takes a ticket back: after an upload that broke off another one may come."""
+        self._comes_again = True
+        await super().admit()
+
     async def _create(self) -> pb.UploadResponse:
         header = self._header
         promised = self.ranks.promised(header.model, int(header.ticket))

@@ -61,6 +61,8 @@ class Hub:
         self.closing = False
         self._number = 0
         self._asked: dict[tuple[int, int], asyncio.Future[RankDone]] = {}
+        # whose links have ended, at the end of the job
+        self._gone: dict[int, RankLost] = {}
 
     def handler(self) -> grpc.GenericRpcHandler:
         """The handler to add to a grpc.aio server."""
@@ -86,7 +88,10 @@ class Hub:
         found = {}
         for rank in ranks:
             answer: asyncio.Future[RankDone] = asyncio.get_running_loop().create_future()
+            answer.add_done_callback(lambda done: done.cancelled() or done.exception())
             found[rank] = self._asked[rank, self._number] = answer
+            if rank in self._gone:
+                answer.set_exception(self._gone[rank])
         self.send(found, order)
         return found
 
@@ -184,8 +189,18 @@ class Hub:
                 self._on_message(rank, message)
 
     def _lost(self, rank: int, problem: str) -> None:
+        lost = RankLost(rank=rank, problem=problem)
         if not self.closing:
-            self._on_lost(RankLost(rank=rank, problem=problem))
+            self._on_lost(lost)
+            return
+        self.give_up(rank, lost)
+
+    def give_up(self, rank: int, lost: RankLost) -> None:
+        """Wait for no answer of a rank any more: the job ends, and somebody may hold a lock while he waits."""
+        self._gone[rank] = lost
+        for (of, _), answer in list(self._asked.items()):
+            if of == rank and not answer.done():
+                answer.set_exception(lost)
 
 
 def _parsed(message: Any) -> RankMessage:

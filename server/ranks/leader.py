@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from pushstep.proto.errors import (
     DigestMismatch,
+    Draining,
     MalformedFrame,
     NotHeld,
     StreamStalled,
@@ -99,10 +100,15 @@ class RankLeader:
         return known
 
     async def gather(self, pending: PendingPush, commit: PushCommit) -> None:
-        """Wait until every rank has its part of a push; make of the parts what the coordinator judges.
+        """See `Leader.gather`. MalformedFrame, DigestMismatch; StreamStalled if a part does not come; Draining at the end."""
+        await self._gathered(pending, commit)
+        self._require_open()
 
-        MalformedFrame, DigestMismatch; StreamStalled if a part that was promised does not come.
-        """
+    def _require_open(self) -> None:
+        if self._hub.closing:
+            raise Draining()
+
+    async def _gathered(self, pending: PendingPush, commit: PushCommit) -> None:
         promised = self._promised(commit.parts)
         pending.digest = together(pending.digest, promised)
         if pending.header.skip:
@@ -343,6 +349,7 @@ class RankLeader:
 
     async def reduce(self, reduce: Reduce, own: StagedPush) -> StagedPush:
         """Have the others add up their parts of a round; the sum as a whole. `own`: this rank's."""
+        self._require_open()
         self._reduces += 1
         number = self._reduces
         answers = {rank: asyncio.get_running_loop().create_future() for rank in self._stepped}
@@ -358,6 +365,7 @@ class RankLeader:
             del self._sums[number]
         said_by = {rank: answer.result() for rank, answer in answers.items()}
         made = await PUSHES.run(self._whole_sum, own, said_by)
+        self._require_open()
         self._reduced[id(made)] = number
         return made
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from pushstep.proto.errors import NoCreationTicket, PushstepError, StreamStalled
+from pushstep.proto.errors import NoCreationTicket, PushstepError, RankLost, StreamStalled
 from pushstep.proto.shards_pb2 import (
     RankCommitCreation,
     RankCreate,
@@ -215,6 +215,9 @@ class RankZero:
         if announced is not None:
             order = RankWithdraw(model=model, ticket=ticket)
             self.hub.send(announced.shard.others, RankOrder(withdraw=order))
+            for answer in announced.there.values():
+                if not answer.done():  # an upload that waits for them holds its bytes
+                    answer.set_exception(NoCreationTicket(model=model))
 
     async def delete(self, model: str, uid: bytes) -> None:
         """Have the others delete a model, and wait."""
@@ -229,3 +232,5 @@ class RankZero:
         answers = self.hub.asked(self.hub.links, RankOrder(close=True))
         if answers:
             await asyncio.wait(answers.values(), timeout=self._catalog.config.drain_s)
+        for rank in answers:
+            self.hub.give_up(rank, RankLost(rank=rank, problem="the job has ended"))
