@@ -1,0 +1,45 @@
+"""What a machine that dies would lose: the bytes of journals that were not forced to the disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from pushstep.server.journal.chain import journal_files
+from pushstep.server.journal.file import JournalFile
+from pushstep.server.journal.journal import Journal
+from pushstep.server.journal.reserve import Reserve
+
+
+@contextmanager
+def watched(safe_bytes: dict[Path, int]) -> Iterator[None]:
+    """Keep in `safe_bytes`, by file, how much of each journal is on the disk; on one that sets no room aside."""
+    make, sync, force_all = JournalFile.__init__, JournalFile.sync, Journal.force_all
+
+    def made(self: JournalFile, *given: Any) -> None:
+        make(self, *given)
+        safe_bytes[self.path] = self.end
+
+    def synced(self: JournalFile) -> None:
+        sync(self)
+        safe_bytes[self.path] = self.end
+
+    def forced(self: Journal) -> None:
+        force_all(self)
+        for path in journal_files(self.folder, self.model):
+            safe_bytes[path] = path.stat().st_size
+
+    def none_aside(self: Reserve, end: int, stop: int) -> None:
+        self.is_possible = False
+
+    with (
+        patch.object(JournalFile, "__init__", made),
+        patch.object(JournalFile, "sync", synced),
+        patch.object(Journal, "force_all", forced),
+        # it would take most of the time of a run
+        patch.object(Reserve, "_extend", none_aside),
+    ):
+        yield
