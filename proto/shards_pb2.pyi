@@ -66,7 +66,7 @@ class RankModels(_message.Message):
     def __init__(self, models: _Optional[_Iterable[_Union[RankModel, _Mapping]]] = ...) -> None: ...
 
 class RankModel(_message.Message):
-    __slots__ = ("model", "uid", "timeline", "version", "manifest_hash", "problem", "identity_timeline", "proven")
+    __slots__ = ("model", "uid", "timeline", "version", "manifest_hash", "problem", "identity_timeline", "proven", "reaches")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     UID_FIELD_NUMBER: _ClassVar[int]
     TIMELINE_FIELD_NUMBER: _ClassVar[int]
@@ -75,6 +75,7 @@ class RankModel(_message.Message):
     PROBLEM_FIELD_NUMBER: _ClassVar[int]
     IDENTITY_TIMELINE_FIELD_NUMBER: _ClassVar[int]
     PROVEN_FIELD_NUMBER: _ClassVar[int]
+    REACHES_FIELD_NUMBER: _ClassVar[int]
     model: str
     uid: bytes
     timeline: int
@@ -83,7 +84,16 @@ class RankModel(_message.Message):
     problem: RankError
     identity_timeline: int
     proven: bool
-    def __init__(self, model: _Optional[str] = ..., uid: _Optional[bytes] = ..., timeline: _Optional[int] = ..., version: _Optional[int] = ..., manifest_hash: _Optional[int] = ..., problem: _Optional[_Union[RankError, _Mapping]] = ..., identity_timeline: _Optional[int] = ..., proven: bool = ...) -> None: ...
+    reaches: _containers.RepeatedCompositeFieldContainer[RankReach]
+    def __init__(self, model: _Optional[str] = ..., uid: _Optional[bytes] = ..., timeline: _Optional[int] = ..., version: _Optional[int] = ..., manifest_hash: _Optional[int] = ..., problem: _Optional[_Union[RankError, _Mapping]] = ..., identity_timeline: _Optional[int] = ..., proven: bool = ..., reaches: _Optional[_Iterable[_Union[RankReach, _Mapping]]] = ...) -> None: ...
+
+class RankReach(_message.Message):
+    __slots__ = ("first", "last")
+    FIRST_FIELD_NUMBER: _ClassVar[int]
+    LAST_FIELD_NUMBER: _ClassVar[int]
+    first: int
+    last: int
+    def __init__(self, first: _Optional[int] = ..., last: _Optional[int] = ...) -> None: ...
 
 class RankStaged(_message.Message):
     __slots__ = ("model", "identity", "digest", "sums", "fault")

@@ -190,9 +190,11 @@ class Transport:
         read: Callable[[Iterator[bytes], Progress], T],
     ) -> T:
         """One push of TakeSteps."""
-        header.traceparent = self.spans.traceparent()
-        messages = self._messages(header, body, commit)
-        return self._steps.ask(messages.joined(), read)
+        try:
+            header.traceparent = self.spans.traceparent()
+            return self._steps.ask(self._messages(header, body, commit).joined(), read)
+        finally:
+            self._steps.let_go()
 
     def exchange(self, header: pb.PushHeader, body: Body, commit: pb.PushCommit, layout: Layout) -> Pulled:
         """Exchange."""

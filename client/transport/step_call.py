@@ -1,15 +1,19 @@
 """TakeSteps: the small pushes of one session go over one call, which stays open between them.
 
 To begin and to end a call of gRPC takes longer than to move 40 KB each way. Whatever goes wrong ends the call; the push is
-then sent again over another one, as after any broken call.
+then sent again over another one, as after any broken call. A process that is about to fork ends the calls that nobody uses:
+gRPC has a thread for each open call, and a child that is forked beside such a thread cannot use gRPC.
 """
 
 from __future__ import annotations
 
+import os
+import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from queue import SimpleQueue
-from typing import Any, TypeVar, cast
+from typing import Any, Final, TypeVar, cast
 
 import grpc
 
@@ -62,10 +66,28 @@ class StepCalls:
         self._call: _StepCall | None = None
         # False: the server is older than TakeSteps
         self._is_known = True
+        # held while a push is under way: one at a time
+        self._turn = threading.Lock()
+        _ALL.add(self)
 
     def takes(self, body: Body) -> bool:
-        """Whether a push goes over the open call."""
-        return self._is_known and body.is_small
+        """Whether a push goes over the open call, which is then taken until `let_go`: others go over calls of their own."""
+        return self._is_known and body.is_small and self._turn.acquire(blocking=False)
+
+    def let_go(self) -> None:
+        """Leave the open call to the next push."""
+        self._turn.release()
+
+    def end_if_idle(self) -> None:
+        """End the open call unless a push is under way."""
+        if self._turn.acquire(blocking=False):
+            self.close()
+            self._turn.release()
+
+    def start_afresh(self) -> None:
+        """In a child of fork: the parent's call is not ours."""
+        self._call = None
+        self._turn = threading.Lock()
 
     def ask(self, push: Sequence[bytes], read: Callable[[Iterator[bytes], Progress], T]) -> T:
         """Send a push, and have `read` read its answer and no more."""
@@ -96,3 +118,19 @@ class StepCalls:
         call, self._call = self._call, None
         if call is not None:
             call.cancel()
+
+
+_ALL: Final[weakref.WeakSet[StepCalls]] = weakref.WeakSet()
+
+
+def _before_fork() -> None:
+    for calls in list(_ALL):
+        calls.end_if_idle()
+
+
+def _after_fork_in_child() -> None:
+    for calls in list(_ALL):
+        calls.start_afresh()
+
+
+os.register_at_fork(before=_before_fork, after_in_child=_after_fork_in_child)

@@ -27,7 +27,7 @@ from ..process import garbage
 from ..process.threads import DISK, STORE
 from ..remote.adoption import adopt
 from ..storage import files
-from ..storage.model_folder import ModelFolder, Recovered, model_folders, sweep_models
+from ..storage.model_folder import IdentityFile, ModelFolder, Recovered, model_folders, sweep_models
 from ..storage.snapshots import EXPORT_PREFIX
 from .catalog import Catalog
 from .model import Model
@@ -98,7 +98,8 @@ class SavedModels:
                 layout, identity = model.layout, of.identity
                 at = model.timeline, model.version, layout.manifest_hash
                 others = () if model.shard is None else model.shard.others
-                surveys[name] = Survey(identity.uid, *at, identity.timeline, of.proven, others)
+                reaches = await DISK.run(self._reaches, name, identity, model.version)
+                surveys[name] = Survey(identity.uid, *at, identity.timeline, of.proven, reaches, others)
         goals = await ranks.meet(surveys)
         for name, survey in surveys.items():
             goal = goals.get(name, Goal(refused=survey.problem))
@@ -109,10 +110,29 @@ class SavedModels:
             elif goal.refused is not None:
                 self._note_not_loaded(name, goal.refused)
             else:
-                again = brought.get(name) or await self.bring_back(name, goal)
-                if again is not None:
-                    await self._adopt(name, again[0], again[1])
+                try:
+                    again = brought.get(name) or await self.bring_back(name, goal)
+                    if again is not None:
+                        await self._adopt(name, again[0], again[1])
+                except Exception as error:  # noqa: BLE001 - the other models are served; a process that ended would come back so
+                    self._note_not_loaded(name, error)
         await ranks.met()
+
+    def _reaches(self, name: str, identity: IdentityFile, newest: int) -> list[tuple[int, int]]:
+        """The versions up to `newest` that `bring_back` comes to, as runs with both ends included. It blocks."""
+        folder = self._catalog.folder(name)
+        chain = JournalChain(folder.journal, identity.uid)
+        runs: list[tuple[int, int]] = []
+        last = newest
+        for manifest in folder.snapshots.manifests():  # newest first
+            if "damaged" in manifest or "unsupported" in manifest:
+                continue
+            version = int(manifest["version"])
+            if version <= last and identity.made_of(int(manifest["timeline"]), version):
+                goes_on = chain.continues(int(manifest.get("journal", 0)))
+                runs.append((version, last if goes_on else version))
+                last = version - 1
+        return runs
 
     async def _patiently(self, work: Callable[[], Awaitable[T]], stopping: Callable[[], bool]) -> T:
         """What `work` returns, once the store of snapshots answers. SnapshotsAway if the server is told to stop."""

@@ -116,6 +116,8 @@ class Survey:
     identity_timeline: int = 0
     # nothing that was ever called safe can be missing
     proven: bool = False
+    # the versions that it can go back to: runs, both ends included
+    reaches: Sequence[tuple[int, int]] = ()
     # the ranks above 0 that have a part of it
     others: Sequence[int] = ()
     problem: PushstepError | None = None

@@ -221,9 +221,12 @@ class PartUpload(Upload):
         model = await PUSHES.run(self._catalog.new_model, header.model, self._layout, promised.uid)
         model.shard = promised.shard
         await model.writer.submit(lambda: self._fill(model.arenas, header.steps))
-        if promised.model is not None:
-            await promised.model.close()
-        self.ranks.part_is_here(promised, model)
+        # a worker that was cut off uploads again: the newest counts, until rank 0 has the model made
+        replaced = model if promised.is_taken else promised.model
+        if not promised.is_taken:
+            self.ranks.part_is_here(promised, model)
+        if replaced is not None:
+            await replaced.close()
         if promised.made is not None:
             await promised.made
         self._has_place = True

@@ -58,6 +58,8 @@ class Promised:
     model: Model | None = None
     # done when rank 0 has had it made
     made: asyncio.Future[None] | None = None
+    # the model is made of the part that is here: another one that comes is dropped
+    is_taken: bool = False
 
 
 class OtherRank:
@@ -269,6 +271,7 @@ class OtherRank:
         creation = self._catalog.creations.get(order.model)
         if model is None or creation is None:
             raise NoCreationTicket(model=order.model)
+        promised.is_taken = True
         try:
             model.durability = read_durability(json.loads(order.durability), model.durability)
             self._catalog.creations.take_place(order.model, creation)

@@ -1,17 +1,17 @@
 """Where the models of all ranks go on after a start: at the newest version that every rank has.
 
 A rank says what it has on its disk. If all have the same version of the same timeline, and nothing that was called safe can
-be missing in one of them, they go on as they are. Otherwise all go back to the oldest of their versions, on a new timeline:
-what a rank has beyond it was acknowledged to nobody, since that takes all ranks. If a rank has lost what it had called
-safe (below `durable`), workers are told how much.
+be missing in one of them, they go on as they are. Otherwise all go back to the newest version that every rank can reach, by
+its snapshots and its journal, on a new timeline: what a rank has beyond it was acknowledged to nobody, since that takes all
+ranks. If a rank has lost what it had called safe (below `durable`), workers are told how much.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from pushstep.proto.errors import ModelNotLoaded
-from pushstep.proto.shards_pb2 import RankGoal, RankModel
+from pushstep.proto.shards_pb2 import RankGoal, RankModel, RankReach
 
 from ..parts.shard import Goal, Survey
 from .words import heard, said
@@ -37,8 +37,27 @@ def goal_of(name: str, own: Survey, theirs: Mapping[int, Mapping[str, Survey]]) 
     at = {(survey.timeline, survey.version) for survey in found}
     if len(at) == 1 and all(survey.proven for survey in found):
         return Goal()
-    version = min(survey.version for survey in found)
+    version = newest_in_common([survey.reaches for survey in found])
+    if version is None:
+        had = "; ".join(
+            f"rank {rank}: {runs_of(survey)}" for rank, survey in zip((0, *own.others), found, strict=True)
+        )
+        problem = f"its ranks have no version in common that they can go back to ({had})"
+        return Goal(refused=ModelNotLoaded(model=name, problem=problem))
     return Goal(version, 1 + max(survey.identity_timeline for survey in found))
+
+
+def newest_in_common(reaches: Sequence[Sequence[tuple[int, int]]]) -> int | None:
+    """The newest version that lies in a run of each."""
+    tops = {last for runs in reaches for _, last in runs}
+    common = [top for top in tops if all(any(a <= top <= b for a, b in runs) for runs in reaches)]
+    return max(common, default=None)
+
+
+def runs_of(survey: Survey) -> str:
+    """Its runs of versions, in words."""
+    runs = [str(first) if first == last else f"{first} to {last}" for first, last in survey.reaches]
+    return ", ".join(runs) or "none"
 
 
 def survey_of(message: RankModel) -> Survey:
@@ -50,6 +69,7 @@ def survey_of(message: RankModel) -> Survey:
         int(message.manifest_hash),
         int(message.identity_timeline),
         message.proven,
+        [(int(run.first), int(run.last)) for run in message.reaches],
         problem=heard(message.problem) if message.HasField("problem") else None,
     )
 
@@ -64,6 +84,7 @@ def survey_message(name: str, survey: Survey) -> RankModel:
         manifest_hash=survey.manifest_hash,
         identity_timeline=survey.identity_timeline,
         proven=survey.proven,
+        reaches=[RankReach(first=first, last=last) for first, last in survey.reaches],
         problem=None if survey.problem is None else said(survey.problem),
     )
 

@@ -67,7 +67,7 @@ def reshard(root: Path, world: int) -> None:
         ):
             locks.callback(os.close, lock_folder(place))
         for name, before in moving:
-            log.info("model %s: from %d to %d ranks", name, before, world)
+            log.info("model %s: from %d to %d ranks", name, before, world, extra={"model": name})
             _Resharding(root, name, before, world).write()
             plan = json.dumps({"model": name, "from": before, "to": world})
             files.write_durably(root / PLAN, plan, PLAN)

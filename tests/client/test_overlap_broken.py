@@ -177,4 +177,5 @@ def test_what_was_set_aside_for_an_early_stream_is_given_back(data: Path, how: s
             step_all(twins)
             twins.check_state()
             session.close()
+        other.close()
         wait_until(lambda: set(threading.enumerate()) <= threads)

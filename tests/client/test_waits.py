@@ -25,7 +25,7 @@ def test_one_attempt_is_bounded_too(server: RunningServer, model_name: str) -> N
         create(session)
         proxy.hold("down")
         started_s = time.monotonic()
-        with pytest.raises(NoAnswer, match="DEADLINE_EXCEEDED"):
+        with pytest.raises(NoAnswer, match=r"nothing moved for 0\.4 s"):
             session.push(grads(0))
         assert 0.4 < time.monotonic() - started_s < 5.0
         proxy.release()

@@ -39,6 +39,7 @@ def stubs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert [path.name for path in sources] == [
         "journal.proto",
         "limits.proto",
+        "shards.proto",
         "training.proto",
         "types.proto",
     ]

@@ -107,7 +107,7 @@ def test_what_fails_before_it_writes_moves_nothing(fault: Callable[[int, bool], 
         assert kinds(model)[-1] == "step_failed"
         receipt = await worker.push(BOTH)
         assert (receipt.outcome, receipt.version) == (Outcome.OUTCOME_APPLIED, 3)
-        assert model.arenas.steps == [2, 2]
+        assert list(model.arenas.steps) == [2, 2]
         assert bits(model) != before
         await model.close()
 
@@ -172,7 +172,7 @@ def test_nothing_is_applied_behind_a_step_that_broke_off_half_way(
         errors = [await refusal(push) for push in pushes]
         assert [error.code for error in errors] == ["step_failed", "model_failed", "model_failed"]
         torn = bits(model)
-        assert model.arenas.steps == [0, 0]
+        assert list(model.arenas.steps) == [0, 0]
         assert "failed" in kinds(model)
         for reading in (
             model.copy,

@@ -132,9 +132,13 @@ class MemoryFolder(ModelFolder):
     def set_aside(self) -> None:
         pass
 
-    def recover(self) -> Recovered | None:
+    def recover(self, at_most: int | None = None) -> Recovered | None:
         identity = IdentityFile.parse(self._disk.identity.encode())
-        found = self.snapshots.newest(identity.made_of)
+        found = self.snapshots.newest(
+            lambda timeline, version: (
+                identity.made_of(timeline, version) and (at_most is None or version <= at_most)
+            )
+        )
         return None if found is None else Recovered(identity, saved_state(*found, self.name))
 
     def write_identity(self, identity: IdentityFile) -> None:

@@ -128,7 +128,7 @@ def test_each_push_is_applied_exactly_once(tmp_path: Path, total: int, kills_eac
             session.create(*model_of(SESSIONS))
         begun_s = time.monotonic()
         with crews_of(server, each, tmp_path) as crews:
-            torment(host, crews, kills_each, total, 1.5)
+            torment(host, crews, kills_each, total, 0.4)
             seconds = time.monotonic() - begun_s
             seen: Counter[str] = Counter()
             order: dict[int, tuple[int, int]] = {}

@@ -58,8 +58,12 @@ def test_each_rank_has_a_folder_and_a_port_of_its_own() -> None:
 
 def survey(version: int = 5, **changed: Any) -> Survey:
     return Survey(
-        **{"uid": b"u", "timeline": 2, "identity_timeline": 2, "version": version, "proven": True} | changed
-    )
+        **{
+            "uid": b"u", "timeline": 2, "identity_timeline": 2, "version": version, "proven": True,
+            "reaches": [(0, version)],
+        }
+        | changed
+    )  # fmt: skip
 
 
 OWN = survey(others=(1, 2))
@@ -73,6 +77,13 @@ OWN = survey(others=(1, 2))
         (OWN, [survey(7), survey(6)], Goal(5, 3)),
         (OWN, [survey(proven=False), survey()], Goal(5, 3)),
         (OWN, [survey(timeline=1, identity_timeline=4), survey()], Goal(5, 5)),
+        # without a journal only snapshots count: ranks that have saved apart go back to one that all have
+        (
+            survey(4, reaches=[(4, 4), (2, 2), (0, 0)], others=(1,)),
+            [survey(3, reaches=[(3, 3), (2, 2), (0, 0)])],
+            Goal(2, 3),
+        ),
+        (survey(4, reaches=[(4, 4), (0, 3)], others=(1,)), [survey(3, reaches=[(2, 3)])], Goal(3, 3)),
     ],
 )
 def test_all_meet_at_the_newest_version_that_all_have(
@@ -87,6 +98,10 @@ def test_all_meet_at_the_newest_version_that_all_have(
         ({1: {"m": survey()}, 2: {}}, "rank 2: it has nothing of it"),
         ({1: {"m": survey(uid=b"v")}, 2: {"m": survey()}}, "rank 1: it has a part of another model"),
         ({1: {"m": survey()}, 2: {"m": Survey(problem=RankLost(rank=2, problem="x"))}}, "rank 2: .*x"),
+        (
+            {1: {"m": survey(4, reaches=[(4, 4)])}, 2: {"m": survey(3, reaches=[(1, 1), (3, 3)])}},
+            "no version in common .*rank 0: 0 to 5; rank 1: 4; rank 2: 1, 3",
+        ),
     ],
 )
 def test_a_model_that_a_rank_lacks_is_not_served(

@@ -21,6 +21,7 @@ from pushstep.proto.errors import (
     AlreadyJoined,
     Fenced,
     LeaseExpired,
+    ModelExists,
     NoCreationTicket,
     NotHeld,
     PushPending,
@@ -172,7 +173,7 @@ class Worker:
                 break
             except (AlreadyJoined, Unavailable) as error:
                 wait_s = await self._again(max(error.retry_after_s or 0.0, wait_s))
-            except (Gone, TimeoutError, NoCreationTicket):
+            except (Gone, TimeoutError, NoCreationTicket, ModelExists):
                 wait_s = await self._again(wait_s)
         self.group.witness.is_created = True
         self.identity, self._map = member.identity, int(member.shards.version)

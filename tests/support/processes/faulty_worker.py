@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,13 @@ import torch
 
 from pushstep.client import Receipt, Session, connect
 from pushstep.client.transport.channel import Transport
+from pushstep.client.transport.progress import Watchdog
 from pushstep.client.transport.retry import TransportFailure, answered
+from pushstep.client.transport.step_call import StepCalls
 from pushstep.client.transport.streams import Body
 from pushstep.proto.errors import PushstepError
-from pushstep.proto.training_pb2 import PushCommit, PushHeader, PushResponse
+from pushstep.proto.training_pb2 import PushCommit, PushHeader
+from pushstep.proto.types_pb2 import Receipt as WireReceipt
 
 LOST_REPLIES = 0.10
 TWICE = 0.03
@@ -70,7 +74,7 @@ class Faults:
         self.trying: dict[str, tuple[int, int]] = {}
         Transport.push = lambda transport, header, body, commit: self.push(transport, header, body, commit)  # type: ignore[method-assign]
 
-    def push(self, transport: Transport, header: PushHeader, body: Body, commit: PushCommit) -> PushResponse:
+    def push(self, transport: Transport, header: PushHeader, body: Body, commit: PushCommit) -> WireReceipt:
         """One attempt, with what may happen to it. A session that joins anew in between tries under another identity."""
         identity = header.identity
         self._diary.write("try", *self.trying[identity.worker], identity.epoch, identity.sequence)
@@ -97,7 +101,7 @@ class Faults:
 
     def _break_off(
         self, transport: Transport, header: PushHeader, body: Body, commit: PushCommit
-    ) -> PushResponse:
+    ) -> WireReceipt:
         """The client gives up at some moment of the call; whether the server had taken it, it does not know."""
         hurried = _Hurried(transport, self._chance.uniform(0.0002, 0.003))
         return self._push(hurried, header, body, commit)
@@ -111,7 +115,7 @@ class Faults:
             self._diary.write("again", type(error).__name__)
             return
         for answer in (first, second):
-            answer.receipt.duplicates = 0
+            answer.duplicates = 0
         if second != first:
             self._diary.write(
                 "bad", "another receipt", str(first).replace("\n", ","), str(second).replace("\n", ",")
@@ -124,6 +128,8 @@ class _Hurried(Transport):
     def __init__(self, transport: Transport, timeout_s: float) -> None:
         self.__dict__.update(vars(transport))
         self.timeout_s = timeout_s
+        self.watchdog = Watchdog(timeout_s)
+        self._steps = StepCalls(partial(self._call, "TakeSteps"), self.watchdog)
 
 
 class Worker:
