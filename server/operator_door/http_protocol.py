@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import weakref
 from typing import Any, Final
 
 import h11
@@ -72,13 +73,19 @@ class HttpProtocol(H11Protocol):
 
     def _running(self, app: ASGIApp) -> ASGIApp:
         """`app`; where it returns in the middle of an answer, which it does to cut its caller off, the connection ends."""
+        weakly = weakref.ref(
+            self
+        )  # a cycle would keep a connection, and what it was sent, until a collection
 
         async def run(scope: Scope, receive: Receive, send: Send) -> None:
             await app(scope, receive, send)
-            cycle = self.cycle
-            if cycle is not None and cycle.response_started and not cycle.response_complete:
+            protocol = weakly()
+            cycle = None if protocol is None else protocol.cycle
+            if protocol is None or cycle is None:
+                return
+            if cycle.response_started and not cycle.response_complete:
                 cycle.disconnected = True  # or uvicorn would log it as a defect
-                self.transport.close()
+                protocol.transport.close()
 
         return run
 
