@@ -268,4 +268,5 @@ def test_steps_that_each_wait_a_little_are_not_a_line_each(
                 until_s = time.monotonic() + 0.4
                 wait_until(lambda until_s=until_s: time.monotonic() > until_s)
                 other.push(ONES)
-        assert len([line for line in lines if "has waited for" in line]) == 1
+        # of the policy's reason: on a slow machine the server's word may come after a line of its own
+        assert len([line for line in lines if "w1 has not pushed yet" in line]) == 1

@@ -6,6 +6,7 @@ import functools
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -79,7 +80,8 @@ def loss_of(command: list[str | Path], folder: Path, environment: dict[str, str]
 
 
 def command_of(programs: CommandShim, script: str, launcher: str) -> list[str | Path]:
-    program = {"python": programs.python, "torchrun": programs.torchrun}[launcher]
+    # torchrun is the real one: ranks that were forked beside each other's threads have hung in gloo
+    program = {"python": programs.python, "torchrun": Path(sys.executable).with_name("torchrun")}[launcher]
     return [program, *LAUNCHERS[launcher], EXAMPLES / script]
 
 
