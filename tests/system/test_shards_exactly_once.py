@@ -78,6 +78,8 @@ class Pusher(threading.Thread):
         self.number = number
         self.versions: list[int] = []
         self.fault: BaseException | None = None
+        # it waits in front of this push: on a fast machine all would be made before the next rank is killed
+        self.limit = 1
         self._address = address
         self._pushes = pushes
 
@@ -86,6 +88,8 @@ class Pusher(threading.Thread):
             with self._session() as session:
                 session.create({"w": np.zeros(ELEMENTS, np.float32)}, GROUPS)
                 for push in range(self._pushes):
+                    while push >= self.limit:
+                        threading.Event().wait(0.01)
                     given = {"w": gradient(self.number, push)}
                     receipt = session.push(given) if push % 2 else session.exchange(given)[0]
                     assert receipt.outcome == "applied", receipt
@@ -112,6 +116,9 @@ def torment(job: Job, pushers: list[Pusher], kills: int, total: int) -> int:
     chance, cuts = random.Random(1), 0
     while any(pusher.is_alive() for pusher in pushers):
         done = sum(len(pusher.versions) for pusher in pushers)
+        for pusher in pushers:
+            part = (job.restarts + 1) * total // (kills + 1) // len(pushers) + 1
+            pusher.limit = total if job.restarts >= kills else part
         if job.restarts < kills and done >= (job.restarts + 1) * total // (kills + 1):
             job.kill(job.restarts % RANKS)
         else:

@@ -165,9 +165,8 @@ class Chaos:
 
 @cache
 def _warm() -> None:
-    """Have the kernels compiled, and hear nothing of ranks that are lost: they are meant to be."""
+    """Have the kernels compiled."""
     warm()
-    logging.getLogger("pushstep").setLevel(logging.CRITICAL + 1)
     _run(WARM, log=False)  # the first run of a process may meet kernels that are not compiled
 
 
@@ -178,10 +177,21 @@ def run(seed: int, *, log: bool = False) -> Run:
 
 
 def _run(seed: int, *, log: bool) -> Run:
+    log_of_all = logging.getLogger("pushstep")
+    level = log_of_all.level
+    log_of_all.setLevel(logging.CRITICAL + 1)  # ranks that are lost are meant to be
+    try:
+        return _quietly(seed, log=log)
+    finally:
+        log_of_all.setLevel(level)
+
+
+def _quietly(seed: int, *, log: bool) -> Run:
     safe_bytes: dict[Path, int] = {}
-    with tempfile.TemporaryDirectory(prefix="ranks-", dir=_memory()) as folder, watched(safe_bytes):
+    deaths: list[int] = []
+    with tempfile.TemporaryDirectory(prefix="ranks-", dir=_memory()) as folder, watched(safe_bytes, deaths):
         chaos = Chaos(seed, Path(folder))
-        chaos.group.safe_bytes = safe_bytes
+        chaos.group.safe_bytes, chaos.group.deaths = safe_bytes, deaths
         if chaos.chance.random() < BEGUN:
             chaos.world.advance(LAST_S, lambda: chaos.group.witness.is_created)
         rough = chaos.chance.choice((0, EVENTS_PER_RUN // 2, EVENTS_PER_RUN))

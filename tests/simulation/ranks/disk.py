@@ -1,4 +1,4 @@
-"""What a machine that dies would lose: the bytes of journals that were not forced to the disk."""
+"""What a machine that dies would lose, and shows: bytes of journals that were not forced to the disk, and its boot."""
 
 from __future__ import annotations
 
@@ -8,15 +8,20 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from pushstep.server.journal import journal
 from pushstep.server.journal.chain import journal_files
 from pushstep.server.journal.file import JournalFile
 from pushstep.server.journal.journal import Journal
 from pushstep.server.journal.reserve import Reserve
+from pushstep.server.models import saved_models
 
 
 @contextmanager
-def watched(safe_bytes: dict[Path, int]) -> Iterator[None]:
-    """Keep in `safe_bytes`, by file, how much of each journal is on the disk; on one that sets no room aside."""
+def watched(safe_bytes: dict[Path, int], deaths: list[int]) -> Iterator[None]:
+    """Keep in `safe_bytes`, by file, how much of each journal is on the disk; on one that sets no room aside.
+
+    `deaths`: of machines. Each is followed by another boot, of all of them.
+    """
     make, sync, force_all = JournalFile.__init__, JournalFile.sync, Journal.force_all
 
     def made(self: JournalFile, *given: Any) -> None:
@@ -35,7 +40,12 @@ def watched(safe_bytes: dict[Path, int]) -> Iterator[None]:
     def none_aside(self: Reserve, end: int, stop: int) -> None:
         self.is_possible = False
 
+    def boot() -> bytes:
+        return len(deaths).to_bytes(16)
+
     with (
+        patch.object(journal, "boot", boot),
+        patch.object(saved_models, "boot", boot),
         patch.object(JournalFile, "__init__", made),
         patch.object(JournalFile, "sync", synced),
         patch.object(Journal, "force_all", forced),

@@ -45,6 +45,8 @@ class Group:
         self.power_is_lost = 0.0
         # by journal file: how much of it is on the disk
         self.safe_bytes: dict[Path, int] = {}
+        # the ranks whose machines have died, in order
+        self.deaths: list[int] = []
         self._work_s = work_s
         self._folders = [folder / f"rank-{rank}" for rank in range(ranks)]
         self._is_ending = False

@@ -205,6 +205,7 @@ class RankProcess:
 
     def lose_power(self, chance: random.Random) -> None:
         """Its machine has died with it: what was not forced to the disk may be lost, from some byte on."""
+        self.group.deaths.append(self.rank)
         for path in sorted((self.folder / "models").glob("*/journal/*.journal")):
             size_bytes = os.path.getsize(path)
             safe_bytes = min(size_bytes, self.group.safe_bytes.get(path, 0))
