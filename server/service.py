@@ -140,7 +140,9 @@ class Service:
         await self._start_grpc()
         if self._http_socket is not None:
             await self._start_http(self._http_socket)
-        await begin(self._role, self.config, self.grpc_address, self.unix_path, self._stop.set)
+        await begin(self._role, self.config, self.grpc_address, self.unix_path, self._stop)
+        if self._role is not None and not self._role.has_met:
+            return  # it was told to stop
         await PUSHES.run(warm_kernels, self.catalog.device.where, self.config.data / "kernels")
         await self._saved_models.load(self._stop.is_set)
         if self._role is not None:

@@ -34,10 +34,16 @@ SILENCE_S: Final = 30.0
 class Link:
     """One rank's link, as rank 0 has it."""
 
-    def __init__(self, hello: RankHello) -> None:
+    def __init__(self, hello: RankHello, serving: asyncio.Task[Any] | None) -> None:
         self.hello = hello
+        self._serving = serving
         self.orders: asyncio.Queue[bytes] = asyncio.Queue()
         self.heard_s = asyncio.get_running_loop().time()
+
+    def end(self) -> None:
+        """End it. The rank takes rank 0 for lost."""
+        if self._serving is not None:
+            self._serving.cancel()
 
 
 class Hub:
@@ -107,21 +113,20 @@ class Hub:
             await asyncio.sleep(ALIVE_S)
             self.send(self.links, RankOrder(alive=True))
             now_s = asyncio.get_running_loop().time()
-            for rank, link in self.links.items():
+            for link in list(self.links.values()):
                 if now_s - link.heard_s > SILENCE_S:
-                    self._lost(rank, f"it has said nothing for {SILENCE_S:.0f} s")
+                    self._lost(link, f"it has said nothing for {SILENCE_S:.0f} s")
+                    link.end()
 
     async def _link(self, messages: AsyncIterator[bytes], context: Context) -> None:
-        rank: int | None = None
+        link: Link | None = None
         try:
             hello = await self._hello(messages)
             rank = int(hello.rank)
-            link = self.links[rank] = Link(hello)
-            await context.write(
-                RankOrder(welcome=RankWelcome(world=self._world, build=self._build)).SerializeToString()
-            )
+            link = self.links[rank] = Link(hello, asyncio.current_task())
             log.info("rank %d of %d is here: %s", rank, self._world, hello.address)
             if len(self.links) == self._world - 1:
+                self.send(self.links, RankOrder(welcome=RankWelcome(world=self._world, build=self._build)))
                 self.all_here.set()
             writing = asyncio.create_task(self._write(link, context))
             try:
@@ -130,15 +135,15 @@ class Hub:
                     self._take(rank, _parsed(message))
             finally:
                 writing.cancel()
-            self._lost(rank, "its link has ended")
+            self._lost(link, "its link has ended")
         except asyncio.CancelledError:
-            if rank is not None:
-                self._lost(rank, "its link has broken")
+            if link is not None:
+                self._lost(link, "its link has broken")
             raise
         except Exception as error:  # noqa: BLE001 - the rank is told by name, whatever it was
             refusal = named(error, log)
-            if rank is not None:
-                self._lost(rank, refusal.message)
+            if link is not None:
+                self._lost(link, refusal.message)
             log.warning("a link was refused: %s", refusal.message)
             await context.abort(
                 refusal.grpc_status, brief(refusal.message), ((TRAILER, to_trailer(refusal)),)
@@ -182,18 +187,29 @@ class Hub:
                 else:
                     answer.set_result(message.done)
             case "failed":
-                self._lost(rank, heard(message.failed).message)
+                self._lost(self.links[rank], heard(message.failed).message)
             case "alive" | "hello" | None:
                 pass
             case _:
                 self._on_message(rank, message)
 
-    def _lost(self, rank: int, problem: str) -> None:
+    def _lost(self, link: Link, problem: str) -> None:
+        """A link is over. Until all ranks have come, its rank may come again."""
+        rank = int(link.hello.rank)
         lost = RankLost(rank=rank, problem=problem)
-        if not self.closing:
+        if self.closing:
+            self.give_up(rank, lost)
+        elif self.all_here.is_set():
             self._on_lost(lost)
-            return
-        self.give_up(rank, lost)
+        elif self.links.get(rank) is link:
+            log.warning("rank %d had come and is gone (%s): it may come again", rank, problem)
+            del self.links[rank]
+
+    def let_go(self) -> None:
+        """End the links that there are: the job has not begun."""
+        self.closing = True
+        for link in self.links.values():
+            link.end()
 
     def give_up(self, rank: int, lost: RankLost) -> None:
         """Wait for no answer of a rank any more: the job ends, and somebody may hold a lock while he waits."""

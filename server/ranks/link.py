@@ -59,7 +59,7 @@ class RankLink:
         self.welcome: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def open(self, address: str) -> None:
-        """Open it. Returns once rank 0 has let this rank in. Raises what it was refused with."""
+        """Open it. Returns once all ranks have come to rank 0. Raises what it was refused with."""
         channel = self._channel(address)
         metadata = () if self._token is None else (("authorization", f"Bearer {self._token}"),)
         try:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
 from typing import Final
 
 import grpc
@@ -39,9 +38,7 @@ log = logging.getLogger("pushstep.ranks")
 LOOK_S: Final = 0.02
 
 
-async def begin(
-    role: Role | None, config: Config, address: str, unix_path: str, stop: Callable[[], None]
-) -> None:
+async def begin(role: Role | None, config: Config, address: str, unix_path: str, stop: asyncio.Event) -> None:
     """Meet the other ranks, if there are any, and have every model lie in as many as there are. What `Role.begin` raises."""
     if role is None:
         await DISK.run(reshard, config.data, 1)
@@ -58,6 +55,8 @@ class Role:
         self._catalog = catalog
         self._build = build
         self._meeting = Meeting(job)
+        # all ranks are linked
+        self.has_met = False
         self._zero = RankZero(job, build, catalog, self._lost) if job.leads else None
         self._other = None if job.leads else OtherRank(job, catalog, self._lost)
         catalog.ranks = self._zero or self._other
@@ -84,11 +83,29 @@ class Role:
         """The names of that."""
         return () if self._zero is None else (SERVICE,)
 
-    async def begin(self, address: str, unix_path: str, stop: Callable[[], None]) -> None:
-        """Meet the others. `address`: of this rank's open door. `stop` stops this server. OSError, or a named error."""
+    async def begin(self, address: str, unix_path: str, stop: asyncio.Event) -> None:
+        """Meet the others, or return without them once `stop` is set. OSError, or a named error.
+
+        `address`: of this rank's open door. `stop` is set if rank 0 ends the job.
+        """
+        meeting = asyncio.create_task(self._meet(address, unix_path, stop))
+        stopped = asyncio.create_task(stop.wait())
+        await asyncio.wait({meeting, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        stopped.cancel()
+        if meeting.done():
+            meeting.result()
+            self.has_met = True
+            return
+        log.info("stopping: not all ranks had come")
+        # a thread may go on to wait for the store; the process ends without it
+        meeting.cancel()
+        await asyncio.wait({meeting})
+
+    async def _meet(self, address: str, unix_path: str, stop: asyncio.Event) -> None:
         reached = self._reached_at(address)
         if self._zero is not None:
             await DISK.run(reshard, self._config.data.parent, self.job.world)
+        log.info("rank %d of %d waits for the others", self.job.rank, self.job.world)
         leader = await self._meeting.leader(reached)
         if self._zero is not None:
             await self._zero.begin(Shard(rank=0, address=reached, unix_path=unix_path), MEET_S)
@@ -107,11 +124,11 @@ class Role:
         await other.link.open(leader)
         self._closing = asyncio.create_task(self._stop_when_told(other, stop))
 
-    async def _stop_when_told(self, other: OtherRank, stop: Callable[[], None]) -> None:
+    async def _stop_when_told(self, other: OtherRank, stop: asyncio.Event) -> None:
         await other.closed.wait()
         if other.link is not None:
             other.link.closing = True
-        stop()
+        stop.set()
 
     def _reached_at(self, address: str) -> str:
         """Where workers and the other ranks reach this one."""
@@ -130,6 +147,10 @@ class Role:
 
     async def drain(self, timeout_s: float) -> None:
         """Rank 0: let steps finish that are under way, then have the others save. Others: wait until it says so."""
+        if not self.has_met:
+            if self._zero is not None:
+                self._zero.hub.let_go()
+            return
         try:
             async with asyncio.timeout(timeout_s):
                 if self._other is not None:

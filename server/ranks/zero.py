@@ -73,6 +73,8 @@ class RankZero:
 
     async def begin(self, own: Shard, timeout_s: float) -> None:
         """Wait until all ranks are there. OSError if one does not come. `own`: where workers reach this one."""
+        # from now on: those who come first must hear that rank 0 lives
+        self._tasks = [asyncio.create_task(self.hub.watch()), asyncio.create_task(self._sweep())]
         try:
             async with asyncio.timeout(timeout_s):
                 await self.hub.all_here.wait()
@@ -82,7 +84,6 @@ class RankZero:
                 f"ranks {', '.join(map(str, missing))} do not come within {timeout_s:.0f} s"
             ) from error
         self._addresses = self.hub.shards(own)
-        self._tasks = [asyncio.create_task(self.hub.watch()), asyncio.create_task(self._sweep())]
 
     def serve(self) -> None:
         """Let workers come to all ranks."""

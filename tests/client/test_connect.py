@@ -28,14 +28,10 @@ from pushstep.proto.errors import (
     ServerUnavailable,
     WrongDtype,
 )
+from tests.support.deployments.ports import free_port
 from tests.support.servers.harness import RunningServer, running_server, start_server
 
 VALUES = {"a": np.zeros(3, np.float32)}
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 @contextmanager

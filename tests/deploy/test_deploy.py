@@ -20,7 +20,8 @@ import pytest
 import yaml
 
 from pushstep.proto.environment import OF_CLIENTS, SETTINGS
-from tests.support.deployments.deployed import DEPLOY, free_port
+from tests.support.deployments.deployed import DEPLOY
+from tests.support.deployments.ports import free_port
 from tests.support.source_tree import ROOT
 
 README = (DEPLOY / "README.md").read_text()

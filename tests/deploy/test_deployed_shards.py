@@ -20,7 +20,8 @@ from pushstep.client import TLS, connect
 from pushstep.optim import Adagrad
 from pushstep.proto.environment import SETTINGS
 from tests.deploy.test_secured import _Loader
-from tests.support.deployments.deployed import DEPLOY, free_port, make_certificate, make_token
+from tests.support.deployments.deployed import DEPLOY, make_certificate, make_token
+from tests.support.deployments.ports import free_port
 from tests.support.servers.harness import wait_until
 
 OVERLAY: dict[str, Any] = yaml.load((DEPLOY / "compose.shards.yaml").read_text(), _Loader)
@@ -117,7 +118,7 @@ def job(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], int, Path]]:
     for name, text in {"srun": SRUN, "scontrol": "#!/bin/sh\necho 127.0.0.1\n"}.items():
         (fakes / name).write_text(text)
         (fakes / name).chmod(0o700)
-    port = free_port()
+    port = free_port(neighbours=12)
     env = {name: value for name, value in os.environ.items() if not name.startswith(("PUSHSTEP_", "SLURM"))} | {
         "PATH": f"{fakes}:{BIN}:{os.environ['PATH']}",
         "SLURM_JOB_NODELIST": "node[0-1]", "SLURM_NNODES": "2", "PORT": str(port), "PUSHSTEP_PORT": str(port),

@@ -20,11 +20,11 @@ from tests.deploy.test_deploy import README, environment, of, options_of
 from tests.support.deployments.deployed import (
     DEPLOY,
     deployed,
-    free_port,
     make_certificate,
     make_token,
     moved,
 )
+from tests.support.deployments.ports import free_port
 from tests.support.servers.harness import wait_until
 from tests.support.source_tree import ROOT
 

@@ -30,11 +30,11 @@ from tests.support.deployments.deployed import (
     SERVER,
     Deployed,
     deployed,
-    free_port,
     make_certificate,
     make_token,
     moved,
 )
+from tests.support.deployments.ports import free_port
 from tests.support.servers.harness import wait_until
 
 

@@ -24,11 +24,11 @@ from tests.support.deployments.deployed import (
     NAMES,
     Deployed,
     deployed,
-    free_port,
     make_certificate,
     make_token,
     moved,
 )
+from tests.support.deployments.ports import free_port
 from tests.support.servers.harness import wait_until
 
 UNIT = (DEPLOY / "systemd" / "pushstep.service").read_text()

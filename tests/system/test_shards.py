@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from pushstep.optim import Adagrad
+from tests.support.deployments.ports import free_port
 from tests.support.ranks.group import RankGroup, running_ranks
 from tests.support.servers.harness import RunningServer, wait_until
 from tests.support.trainings.bits import array_bits, parameter_bits
@@ -141,7 +142,7 @@ def test_a_worker_finds_ranks_that_have_moved(tmp_path: Path, model_name: str) -
             session.create(START)
             assert session.push(drawn(0)).version == 1
             group.kill(1)
-            group._where = [group._where[0], "127.0.0.1:0"]
+            group.ports[1] = free_port()
             group.start()
             receipt, values = session.exchange(drawn(1))
             assert receipt.version == 2

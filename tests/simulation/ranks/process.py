@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
 from collections.abc import Callable
@@ -82,7 +83,7 @@ class SimulatedRole(Role):
 
     process: RankProcess
 
-    async def begin(self, address: str, unix_path: str, stop: Callable[[], None]) -> None:
+    async def _meet(self, address: str, unix_path: str, stop: asyncio.Event) -> None:
         if self._zero is not None:
             await self._zero.begin(Shard(rank=0, address=address), MEET_S)
             return
@@ -117,9 +118,10 @@ class RankProcess:
         self.calls: list[Call] = []
         self.loop = ProcessLoop(group.world, self.exited)
         self.loop.runner = lambda kind, work: self.loop.call_later(group.work_s(kind), work)
-        self._stops = False
+        self._stopping = asyncio.Event()
         self.loop.within(lambda: self._make(level))
         self.loop.create_task(self._life())
+        self.loop.create_task(self._drain())
 
     def _make(self, level: str) -> None:
         config = CONFIG.model_copy(update={"data": self.folder, "durability": level})
@@ -155,7 +157,9 @@ class RankProcess:
     async def _life(self) -> None:
         """As server/service.py has it, without sockets."""
         try:
-            await self.role.begin(f"rank-{self.rank}:1", "", self.stop)
+            await self.role.begin(f"rank-{self.rank}:1", "", self._stopping)
+            if not self.role.has_met:
+                return
             await self._saved.load()
         except (PushstepError, OSError) as error:
             self.lost = error
@@ -166,11 +170,11 @@ class RankProcess:
 
     def stop(self) -> None:
         """End in order, and keep everything."""
-        if not self._stops and not self.is_over:
-            self._stops = True
-            self.loop.create_task(self._drain())
+        if not self.is_over:
+            self._stopping.set()
 
     async def _drain(self) -> None:
+        await self._stopping.wait()
         self.catalog.draining = True
         self.catalog.ready = False
         for model in self.catalog.models.values():

@@ -6,7 +6,6 @@ import contextlib
 import os
 import re
 import signal
-import socket
 import ssl
 import subprocess
 import sys
@@ -29,12 +28,6 @@ from pushstep.server.access.tokens import line_of, made_token
 token, role = made_token(), sys.argv[-1]
 print(token, line_of(token, role, Role(role)), sep=chr(10))
 """)  # fmt: skip
-
-
-def free_port() -> int:
-    """A port that was free just now."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 def make_certificate(secrets: Path, *names: str) -> None:

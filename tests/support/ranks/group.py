@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,10 +14,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from tests.support.deployments.deployed import free_port
+from tests.support.deployments.ports import free_port
 from tests.support.servers.harness import RunningServer, start_server
 
 START_S = 120.0
+
+
+def environment_of(rank: int, world: int, port: int) -> dict[str, str]:
+    """What srun or an operator sets for a rank. `port`: of the store where they meet."""
+    place = {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(world)}
+    return {**os.environ, **place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
 class RankGroup:
@@ -30,7 +37,7 @@ class RankGroup:
         self.world = world
         self._advertised = advertised or [None] * world
         self._options = options
-        self._where: Sequence[str] = ["127.0.0.1:0"] * world
+        self.ports = [free_port() for _ in range(world)]
         self.ranks: list[RunningServer] = []
         self.start()
 
@@ -39,24 +46,22 @@ class RankGroup:
         return self.ranks[0]
 
     def start(self) -> None:
-        port = str(free_port())
+        """Start all. ExceptionGroup if one does not come up; then none runs."""
+        port = free_port()
         with ThreadPoolExecutor(self.world) as starting:
-            self.ranks = list(starting.map(lambda rank: self._start(rank, port), range(self.world)))
-        self._where = [rank.grpc for rank in self.ranks]
+            begun = [starting.submit(self._start, rank, port) for rank in range(self.world)]
+        self.ranks = [rank.result() for rank in begun if rank.exception() is None]
+        problems = [problem for rank in begun if isinstance(problem := rank.exception(), Exception)]
+        if problems:
+            for running in self.ranks:
+                running.kill()
+            raise ExceptionGroup("not all ranks have come up", problems)
 
-    def _start(self, rank: int, port: str) -> RunningServer:
-        environment = {
-            **os.environ,
-            "RANK": str(rank),
-            "LOCAL_RANK": "0",
-            "WORLD_SIZE": str(self.world),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-        }
-        options = [*self._options, "--grpc", self._where[rank]]
+    def _start(self, rank: int, port: int) -> RunningServer:
+        options = [*self._options, "--grpc", f"127.0.0.1:{self.ports[rank]}"]
         shown = self._advertised[rank]
         options += [] if shown is None else ["--advertise", shown]
-        return start_server(self.data, *options, environment=environment)
+        return start_server(self.data, *options, environment=environment_of(rank, self.world, port))
 
     def stop(self) -> list[int]:
         """SIGTERM to all, as torchrun sends it; their exit statuses."""
@@ -100,7 +105,7 @@ class Torchrun:
 
     def __init__(self, data: Path, world: int, *options: str, restarts: int) -> None:
         data.mkdir(parents=True, exist_ok=True)
-        self.grpc, self.world = f"127.0.0.1:{_ports(world)}", world
+        self.grpc, self.world = f"127.0.0.1:{free_port(neighbours=world - 1)}", world
         self.log = data / "torchrun.log"
         self._stderr: IO[str] = self.log.open("w")
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world)]
@@ -121,18 +126,15 @@ class Torchrun:
             "127.0.0.1:0",
             "--data",
             str(data),
-            *options,
         ]
+        command += options
         self.process = subprocess.Popen(command, stdout=self._stderr, stderr=self._stderr)
         self.wait_for_start(1)
 
     def wait_for_start(self, number: int) -> None:
         """Wait until all ranks are ready for the `number`th time."""
         until_s = time.monotonic() + START_S
-        while (
-            self.log.read_text().count("\nready rank=") + self.log.read_text().startswith("ready")
-            < number * self.world
-        ):
+        while len(re.findall("^ready rank=", self.log.read_text(), re.MULTILINE)) < number * self.world:
             assert self.process.poll() is None, self.log.read_text()
             assert time.monotonic() < until_s, self.log.read_text()
             time.sleep(0.05)
@@ -148,18 +150,3 @@ class Torchrun:
         self.process.terminate()
         self.process.wait(START_S)
         self._stderr.close()
-
-
-def _ports(count: int) -> int:
-    """The first of so many ports one after the other that were free just now."""
-    import socket
-
-    while True:
-        first = free_port()
-        try:
-            taken = [socket.create_server(("127.0.0.1", first + more)) for more in range(count)]
-        except OSError:
-            continue
-        for listener in taken:
-            listener.close()
-        return first

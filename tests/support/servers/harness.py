@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import re
+import select
 import shlex
 import signal
 import ssl
@@ -34,7 +35,8 @@ COMMANDS: dict[str, tuple[str | Path, ...]] = {
 # On a loop that is watched, whatever the device.
 WATCHED = (sys.executable, SUPPORT / "servers" / "watched_server.py")
 DEVICE = "cpu"
-START_S = 60.0
+# less than a test may take, so that one whose server does not come up can tell what the server says
+START_S = 90.0
 # the server that all tests share snapshots some hundred models, beside whatever else the machine does
 STOP_S = 90.0
 _numbers = itertools.count()
@@ -156,7 +158,7 @@ def _started(
     environment: dict[str, str] | None,
     command: Sequence[str | Path],
 ) -> tuple[subprocess.Popen[str] | Forked, str]:
-    """A server's process, and the first line that it prints."""
+    """A server's process, and the first line that it prints; "" if it ends before, or prints none in time."""
     arguments = ["--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0", "--data", str(data), *options]
     process: subprocess.Popen[str] | Forked
     started = tuple(str(word) for word in command or COMMANDS[DEVICE])
@@ -172,6 +174,9 @@ def _started(
             )
     if process.stdout is None:
         raise RuntimeError("no pipe")
+    printed, _, _ = select.select([process.stdout], [], [], START_S)
+    if not printed:
+        process.kill()
     return process, process.stdout.readline()
 
 
