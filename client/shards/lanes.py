@@ -17,6 +17,7 @@ from pushstep.proto.errors import PushstepError
 from ..transport.retry import answered
 from ..transport.shield import shield
 from ..transport.spans import Spans
+from ..transport.step_call import Step
 from ..transport.streams import Exchange
 
 # How long rank 0 has for its verdict when another rank has refused a part.
@@ -33,7 +34,7 @@ class Lanes:
 
     def answers(
         self,
-        calls: Sequence[Exchange],
+        calls: Sequence[Exchange | Step],
         spans: Spans,
         given_up: Callable[[], None] = lambda: None,
         *,

@@ -17,12 +17,13 @@ from pushstep.proto.wire.layout import Layout
 from ..membership.receipt import Receipt
 from ..transport.attempts import NOTHING, Attempts
 from ..transport.retry import TransportFailure, answered
+from ..transport.step_call import Step
 from ..transport.streams import Body, Exchange, Pulled
 from .lanes import failure_of
 from .parts import Part
 from .transport import ShardedTransport
 
-Step = tuple[Receipt, Pulled | None]
+Outcome = tuple[Receipt, Pulled | None]
 
 
 class Digests:
@@ -61,7 +62,7 @@ class Digests:
         return self._found.get(rank, 0)
 
 
-class ShardedSending(Attempts[Step]):
+class ShardedSending(Attempts[Outcome]):
     """The attempts of a push in parts. `header` is the whole model's, without segments."""
 
     def __init__(
@@ -95,7 +96,7 @@ class ShardedSending(Attempts[Step]):
         own.segments.extend(body.segments)
         return own
 
-    def _attempt(self) -> Step:
+    def _attempt(self) -> Outcome:
         if self._is_map_in_doubt:
             if not self._transport.check_map(self._header.model, self._header.identity):
                 raise MapChanged(model=self._header.model)
@@ -122,7 +123,7 @@ class ShardedSending(Attempts[Step]):
     def _sent(self) -> list[Any]:
         """Send every part; each rank's answer, or why there is none."""
         self._digests = Digests([part.rank for part, _, _ in self._parts[1:]])
-        calls: list[Exchange] = []
+        calls: list[Exchange | Step] = []
 
         try:
             # rank 0's last: its commit may have to wait for the others' digests
@@ -137,7 +138,7 @@ class ShardedSending(Attempts[Step]):
             list(reversed(calls)), self._transport.spans, self._digests.give_up
         )
 
-    def _begun(self, part: Part, header: pb.PushHeader, body: Body) -> Exchange:
+    def _begun(self, part: Part, header: pb.PushHeader, body: Body) -> Exchange | Step:
         layout = part.layout if self._is_exchange else None
         sent = NOTHING if header.held_digest else body
         to = self._transport.of(part)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import grpc
 import torch
@@ -29,7 +29,7 @@ from .address import target_of
 from .progress import Progress, Watchdog
 from .security import Security
 from .spans import Spans
-from .step_call import StepCalls
+from .step_call import Step, StepCalls
 from .streams import (
     AnswerBodies,
     Body,
@@ -45,7 +45,6 @@ from .streams import (
 )
 from .waiting import Wait
 
-T = TypeVar("T")
 SERVICE: Final = "/pushstep.v1.TrainingService/"
 OPTIONS: Final = (
     ("grpc.max_receive_message_length", TRANSPORT_LIMIT_BYTES),
@@ -175,32 +174,25 @@ class Transport:
     def push(self, header: pb.PushHeader, body: Body, commit: pb.PushCommit) -> Receipt:
         """Push."""
         if self._steps.takes(body):
-            return self._step(
-                header, body, commit, lambda answer, progress: first(answer, progress.moved)[0]
-            ).receipt
+            stepped: pb.PullHeader = self._step(self._messages(header, body, commit), header, None).result()
+            return stepped.receipt
         messages = self._messages(header, body, commit)
         sent: pb.PushResponse = self._begun("Push", messages, None, _only(pb.PushResponse)).result()
         return sent.receipt
 
-    def _step(
-        self,
-        header: pb.PushHeader,
-        body: Body,
-        commit: pb.PushCommit,
-        read: Callable[[Iterator[bytes], Progress], T],
-    ) -> T:
-        """One push of TakeSteps."""
-        try:
-            header.traceparent = self.spans.traceparent()
-            return self._steps.ask(self._messages(header, body, commit).joined(), read)
-        finally:
-            self._steps.let_go()
+    def _step(self, messages: Messages, header: pb.PushHeader, layout: Layout | None) -> Step:
+        """Start one push of TakeSteps, which asks for parameters unless `layout` is None."""
+        header.traceparent = self.spans.traceparent()
+        read = _header if layout is None else partial(self._received, layout=layout, to_end=False)
+        return self._steps.begin(messages.joined, read)
 
     def exchange(self, header: pb.PushHeader, body: Body, commit: pb.PushCommit, layout: Layout) -> Pulled:
         """Exchange."""
+        pulled: Pulled
         if self._steps.takes(body):
-            return self._step(header, body, commit, partial(self._received, layout=layout, to_end=False))
-        pulled: Pulled = self._exchange(self._messages(header, body, commit), None, layout).result()
+            pulled = self._step(self._messages(header, body, commit), header, layout).result()
+            return pulled
+        pulled = self._exchange(self._messages(header, body, commit), None, layout).result()
         return pulled
 
     def _messages(self, header: pb.PushHeader, body: Body, commit: pb.PushCommit) -> Messages:
@@ -214,9 +206,11 @@ class Transport:
         body: Body,
         commit: Callable[[int], pb.PushCommit],
         layout: Layout | None,
-    ) -> Exchange:
+    ) -> Exchange | Step:
         """Start an Exchange, or a Push if `layout` is None. `commit` may be called, and block, in another thread."""
         messages = Messages(pb.PushRequest(header=header), body.segments, body.pieces, commit)
+        if self._steps.takes(body):
+            return self._step(messages, header, layout)
         # gRPC sends a stream's messages from a thread of its own, which takes a third of a small push's time
         joined = messages.joined() if body.is_small else ()
         single = joined[0] if len(joined) == 1 else None
@@ -315,6 +309,11 @@ class Transport:
         self.watchdog.close()
         self._steps.close()
         self._channel.close()
+
+
+def _header(answer: Iterator[bytes], progress: Progress) -> pb.PullHeader:
+    """Reads an answer of TakeSteps that brings no parameters: it has the receipt."""
+    return first(answer, progress.moved)[0]
 
 
 def _only(kind: Any) -> Callable[[Iterator[bytes], Progress], Any]:

@@ -13,7 +13,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from queue import SimpleQueue
-from typing import Any, Final, TypeVar, cast
+from typing import Any, Final, cast
 
 import grpc
 
@@ -24,7 +24,8 @@ from .retry import TransportFailure
 from .shield import shield
 from .streams import Body
 
-T = TypeVar("T")
+# Reads one answer.
+Read = Callable[[Iterator[bytes], Progress], Any]
 # Makes a call of these requests, which a thread of gRPC's iterates.
 Start = Callable[[Iterator[bytes]], Any]
 
@@ -42,10 +43,13 @@ class _StepCall:
         """False once the server may be about to end it, as one that nobody uses."""
         return time.monotonic() - self._used_s < IDLE_S / 2
 
-    def ask(self, push: Sequence[bytes]) -> Iterator[bytes]:
-        """Send a push; the messages of its answer, to be read whole. TransportFailure if the server ends the call."""
+    def send(self, push: Sequence[bytes]) -> None:
+        """Send a push, once the answer to the last one was read whole."""
         for message in push:
             self._requests.put(message)
+
+    def answers(self) -> Iterator[bytes]:
+        """The messages of its answer, to be read whole. TransportFailure if the server ends the call."""
         for answer in self._call:
             self._used_s = time.monotonic()
             yield answer
@@ -57,12 +61,53 @@ class _StepCall:
         self._requests.put(None)  # the thread that waits for the next request
 
 
+class Step:
+    """A push under way over an open call, as `Exchange` is one over a call of its own."""
+
+    def __init__(self, calls: StepCalls, call: _StepCall, progress: Progress, read: Read) -> None:
+        self._calls = calls
+        self._call = call
+        self._progress = progress
+        self._read = read
+        self._is_over = False
+
+    def result(self) -> Any:
+        """Wait for the answer and return it."""
+        try:
+            with self._calls.watchdog.over(self._progress) as progress:
+                shield.breaks(self._call.cancel)
+                return self._read(self._call.answers(), progress)
+        except BaseException as error:
+            self._calls.drop(self._call)
+            if isinstance(error, grpc.RpcError):
+                self._calls.require_known(error)
+            raise
+        finally:
+            shield.breaks(None)
+            self._end()
+
+    def when_over(self, _: Callable[[], None]) -> None:
+        """Nothing: all that is sent was made before."""
+
+    def cancel(self) -> None:
+        """End the call; does nothing if the answer was read."""
+        if not self._is_over:
+            self._calls.watchdog.end(self._progress)
+            self._calls.drop(self._call)
+            self._end()
+
+    def _end(self) -> None:
+        if not self._is_over:
+            self._is_over = True
+            self._calls.let_go()
+
+
 class StepCalls:
     """Owns a session's open call, and opens another one when that has ended."""
 
     def __init__(self, start: Start, watchdog: Watchdog) -> None:
         self._start = start
-        self._watchdog = watchdog
+        self.watchdog = watchdog
         self._call: _StepCall | None = None
         # False: the server is older than TakeSteps
         self._is_known = True
@@ -71,7 +116,7 @@ class StepCalls:
         _ALL.add(self)
 
     def takes(self, body: Body) -> bool:
-        """Whether a push goes over the open call, which is then taken until `let_go`: others go over calls of their own."""
+        """Whether a push goes over the open call, which is then taken until that is over: others go over calls of their own."""
         return self._is_known and body.is_small and self._turn.acquire(blocking=False)
 
     def let_go(self) -> None:
@@ -89,29 +134,33 @@ class StepCalls:
         self._call = None
         self._turn = threading.Lock()
 
-    def ask(self, push: Sequence[bytes], read: Callable[[Iterator[bytes], Progress], T]) -> T:
-        """Send a push, and have `read` read its answer and no more."""
-        if self._call is None or not self._call.is_fresh:
-            self.close()
-            self._call = _StepCall(self._start)
-        call = self._call
+    def begin(self, push: Callable[[], Sequence[bytes]], read: Read) -> Step:
+        """Send a push that the open call was taken for, and have `read` read its answer and no more."""
         try:
-            with self._watchdog.over(self._watchdog.begin()) as progress:
-                progress.of(call)
-                shield.breaks(call.cancel)
-                return read(call.ask(push), progress)
-        except grpc.RpcError as error:
-            self.close()
-            status = cast(grpc.Call, error)  # grpc raises an object that is both
-            if status.code() is not grpc.StatusCode.UNIMPLEMENTED:
-                raise
+            messages = push()
+            if self._call is None or not self._call.is_fresh:
+                self.close()
+                self._call = _StepCall(self._start)
+            call, progress = self._call, self.watchdog.begin()
+            progress.of(call)
+            call.send(messages)
+            return Step(self, call, progress, read)
+        except BaseException:
+            self.let_go()
+            raise
+
+    def require_known(self, error: grpc.RpcError) -> None:
+        """TransportFailure if the server is older than TakeSteps."""
+        status = cast(grpc.Call, error)  # grpc raises an object that is both
+        if status.code() is grpc.StatusCode.UNIMPLEMENTED:
             self._is_known = False
             raise TransportFailure("the server does not know TakeSteps") from error
-        except BaseException:
-            self.close()
-            raise
-        finally:
-            shield.breaks(None)
+
+    def drop(self, call: _StepCall) -> None:
+        """End a call: what comes over it now is of nobody."""
+        if self._call is call:
+            self._call = None
+        call.cancel()
 
     def close(self) -> None:
         """End the open call."""

@@ -16,7 +16,9 @@ from pushstep.proto.errors import (
 )
 from pushstep.proto.types_pb2 import Identity
 
+from ..arenas.publisher import Published
 from ..coordinator.decision import Decision, Offer
+from ..models.catalog import Catalog
 from ..models.model import Model
 from ..process.request_log import about
 from ..process.threads import PUSHES
@@ -27,10 +29,13 @@ from ..requests.pull import (
     published_messages,
     wire_of,
 )
+from ..requests.push import PushHandler
 from ..requests.push_call import PushCall
 from ..requests.receiving import admit
 from ..requests.upload import Upload
+from ..shared_memory.regions import SharedMemory
 from ..streams.bulk import BulkStream
+from ..traces.request_spans import Traces
 from ..worker_door.servicer import GrpcDoor
 from .follower import Follower, HeldPart
 from .other import OtherRank
@@ -58,78 +63,36 @@ class _NoJudge:
         return []
 
 
-class PartDoor(GrpcDoor):
-    """The same methods, of which most are refused by name."""
+class PartPushes(PushHandler):
+    """Push and Exchange: parts of pushes, whose steps rank 0 orders."""
 
-    ranks: OtherRank
+    def __init__(self, catalog: Catalog, memory: SharedMemory, ranks: OtherRank) -> None:
+        super().__init__(catalog, memory)
+        self._ranks = ranks
 
-    def _refused(self, what: str) -> NotTheCoordinator:
-        return NotTheCoordinator(rank=self.ranks.rank, what=what)
-
-    def _follower(self, name: str, uid: bytes) -> Follower:
-        model = self.catalog.get(name, uid)
-        found = self.ranks.followers.get(name)
-        if found is None or found.model is not model:
-            raise self._refused(f"model {name!r}, of which it has no part,")
-        return found
-
-    async def join(self, request: pb.JoinRequest, peer: str = "") -> pb.JoinResponse:
-        """Join: rank 0's."""
-        raise self._refused("Join")
-
-    async def join_in_parts(
-        self, messages: AsyncIterator[bytes], peer: str = ""
-    ) -> AsyncGenerator[bytes, None]:
-        """JoinInParts: rank 0's."""
-        for _ in ():
-            yield b""
-        raise self._refused("Join")
-
-    async def take_steps(self, messages: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
-        """TakeSteps: parts of pushes come in calls of their own."""
-        for _ in ():
-            yield b""
-        raise self._refused("TakeSteps")
-
-    async def heartbeat(self, request: pb.HeartbeatRequest) -> pb.HeartbeatResponse:
-        """Heartbeat: rank 0's."""
-        raise self._refused("Heartbeat")
-
-    async def leave(self, request: pb.LeaveRequest) -> pb.LeaveResponse:
-        """Leave: rank 0's."""
-        raise self._refused("Leave")
-
-    async def pull_extras(self, request: pb.PullExtrasRequest) -> AsyncGenerator[bytes, None]:
-        """PullExtras: rank 0's."""
-        for _ in ():
-            yield b""
-        raise self._refused("PullExtras")
-
-    async def push(self, messages: AsyncIterator[bytes]) -> pb.PushResponse:
-        """Push: a part of one gradient."""
-        with self._stream(messages) as stream:
-            await self._taken(stream, pulls=False)
+    async def push(self, stream: BulkStream[pb.PushRequest]) -> pb.PushResponse:
+        """A part of one gradient. The receipt is rank 0's."""
+        with stream:
+            await self._stepped(stream, pulls=False)
         return pb.PushResponse()
 
-    async def exchange(self, messages: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
-        """Exchange: a part of a push, answered with this part of the version that it makes."""
-        with self._stream(messages) as stream:
-            part, follower, header = await self._taken(stream, pulls=True)
+    async def exchange(self, stream: BulkStream[pb.PushRequest]) -> tuple[Published, pb.PullHeader]:
+        """A part of a push, answered with this part of the version that it makes."""
+        with stream:
+            part, follower, header = await self._stepped(stream, pulls=True)
         model = follower.model
         answer = part.answer if part.answer is not None else exact_answer(model, header.pull, model.timeline)
-        published, said = await exactly_stepped(model, answer, header.manifest_hash)
-        async for message in published_messages(published, said):
-            yield message
+        return await exactly_stepped(model, answer, header.manifest_hash)
 
-    async def _taken(
+    async def _stepped(
         self, stream: BulkStream[pb.PushRequest], *, pulls: bool
     ) -> tuple[HeldPart, Follower, pb.PushHeader]:
-        self.catalog.require_open()
+        self._catalog.require_open()
         header = (await stream.header()).header
         about(header.model, header.identity.worker, header.identity.sequence)
         if pulls:
             wire_of(header.pull.dtype)
-        follower = self._follower(header.model, header.identity.model_uid)
+        follower = self._ranks.follower_of(header.model, header.identity.model_uid)
         model = follower.model
         call = PushCall(model, header)
         call.judge = _NoJudge(model)
@@ -161,10 +124,54 @@ class PartDoor(GrpcDoor):
         finally:
             receiving.release()
 
+
+class PartDoor(GrpcDoor):
+    """The same methods, of which most are refused by name."""
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        memory: SharedMemory,
+        stall_s: float,
+        traces: Traces | None,
+        ranks: OtherRank,
+    ) -> None:
+        super().__init__(catalog, memory, stall_s, traces, PartPushes(catalog, memory, ranks))
+        self.ranks = ranks
+
+    def _refused(self, what: str) -> NotTheCoordinator:
+        return NotTheCoordinator(rank=self.ranks.rank, what=what)
+
+    async def join(self, request: pb.JoinRequest, peer: str = "") -> pb.JoinResponse:
+        """Join: rank 0's."""
+        raise self._refused("Join")
+
+    async def join_in_parts(
+        self, messages: AsyncIterator[bytes], peer: str = ""
+    ) -> AsyncGenerator[bytes, None]:
+        """JoinInParts: rank 0's."""
+        for _ in ():
+            yield b""
+        raise self._refused("Join")
+
+    async def heartbeat(self, request: pb.HeartbeatRequest) -> pb.HeartbeatResponse:
+        """Heartbeat: rank 0's."""
+        raise self._refused("Heartbeat")
+
+    async def leave(self, request: pb.LeaveRequest) -> pb.LeaveResponse:
+        """Leave: rank 0's."""
+        raise self._refused("Leave")
+
+    async def pull_extras(self, request: pb.PullExtrasRequest) -> AsyncGenerator[bytes, None]:
+        """PullExtras: rank 0's."""
+        for _ in ():
+            yield b""
+        raise self._refused("PullExtras")
+
     async def pull(self, request: pb.PullRequest) -> AsyncGenerator[bytes, None]:
         """Pull: the version that rank 0 has answered with, and no other."""
         about(request.model, request.identity.worker, request.identity.sequence)
-        follower = self._follower(request.model, request.identity.model_uid)
+        follower = self.ranks.follower_of(request.model, request.identity.model_uid)
         if not request.options.HasField("version"):
             raise self._refused("a pull of the newest version")
         wire_of(request.options.dtype)
@@ -178,7 +185,7 @@ class PartDoor(GrpcDoor):
     async def pull_state(self, request: pb.PullStateRequest) -> AsyncGenerator[bytes, None]:
         """PullState: this part of the version that rank 0 has answered with, and no other."""
         about(request.model)
-        follower = self._follower(request.model, b"")
+        follower = self.ranks.follower_of(request.model, b"")
         if not request.HasField("version"):
             raise self._refused("a pull of the newest state")
         copy = await follower.state(int(request.version))

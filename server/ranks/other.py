@@ -87,6 +87,14 @@ class OtherRank:
         """How a model lies in the ranks. Where they are only rank 0 knows."""
         return ModelShard(whole, self.rank, [Shard(rank=rank) for rank in range(self.world)])
 
+    def follower_of(self, name: str, uid: bytes) -> Follower:
+        """The part of a model that is here. NotTheCoordinator if there is none."""
+        model = self._catalog.get(name, uid)
+        found = self.followers.get(name)
+        if found is None or found.model is not model:
+            raise NotTheCoordinator(rank=self.rank, what=f"model {name!r}, of which it has no part,")
+        return found
+
     async def take(self, order: RankOrder) -> None:
         """An order from rank 0. The next one is taken when this returns."""
         if order.WhichOneof("ordered") == "snapshot" and not order.snapshot.committed:

@@ -65,9 +65,7 @@ class Role:
         """The workers' door of this rank."""
         if self._other is None:
             return GrpcDoor(catalog, memory, stall_s, traces)
-        door = PartDoor(catalog, memory, stall_s, traces)
-        door.ranks = self._other
-        return door
+        return PartDoor(catalog, memory, stall_s, traces, self._other)
 
     def view(self, address: str, unix_path: str) -> JobView:
         """The job, as operators see it."""

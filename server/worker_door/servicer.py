@@ -69,8 +69,14 @@ class GrpcDoor:
     """The methods of TrainingService."""
 
     def __init__(
-        self, catalog: Catalog, memory: SharedMemory, stall_s: float, traces: Traces | None = None
+        self,
+        catalog: Catalog,
+        memory: SharedMemory,
+        stall_s: float,
+        traces: Traces | None = None,
+        pushes: PushHandler | None = None,
     ) -> None:
+        """`pushes` None: those of a model that is here whole, or that this rank leads."""
         self.traces = traces
         self.catalog = catalog
         self.budget = catalog.staging
@@ -79,7 +85,7 @@ class GrpcDoor:
         self.counts = catalog.counts
         self.readers = Readers(catalog.reading, stall_s, self.counts)
         self.throttle = Throttle()
-        self.pushes = PushHandler(catalog, memory)
+        self.pushes = pushes or PushHandler(catalog, memory)
         self.steps = StepCalls(catalog, self.pushes, stall_s, traces)
         self._copies = ModelCopies(COPIES_AT_ONCE)
         self._part_copies = asyncio.Semaphore(COPIES_AT_ONCE)

@@ -134,6 +134,20 @@ def test_a_push_waits_for_its_round_without_its_body(ranks: RunningServer, model
     second.close()
 
 
+def test_small_pushes_go_over_one_open_call_to_each_rank(ranks: RunningServer, model_name: str) -> None:
+    with ranks.connect(model_name) as session:
+        session.create({"w": np.zeros(30_000, np.float32)})
+        transport = session._transport
+        seen = []
+        for step in range(3):
+            gradient = {"w": np.full(30_000, 1 + step, np.float32)}
+            receipt = session.push(gradient) if step % 2 else session.exchange(gradient)[0]
+            assert receipt.version == step + 1
+            seen.append([each._steps._call for each in (transport, *transport._others.values())])
+        assert len(seen[0]) == 2 and None not in seen[0]
+        assert seen[0] == seen[1] == seen[2]
+
+
 def test_a_worker_finds_ranks_that_have_moved(tmp_path: Path, model_name: str) -> None:
     """The ranks above 0 come back at other addresses: the map is another, and the worker joins again."""
     group = RankGroup(tmp_path, 2, "--durability", "durable")
