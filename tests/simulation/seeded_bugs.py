@@ -7,7 +7,7 @@ changes a check, or the simulator, learns here whether it still catches what it 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import pytest
@@ -96,6 +96,18 @@ def mean_is_over_members(patch: Patch) -> None:
 
     patch.setattr(PendingPushes, "_combine", counting)
     patch.setattr(Reduce, "divisor", property(lambda self: float(members[-1] or 1) if self.mean else 1.0))
+
+
+def rounds_follow_the_settings(patch: Patch) -> None:
+    """A round that is added up again, without somebody, is reduced as the policy says by then."""
+    combine = PendingPushes._combine
+
+    def forgetful(self: PendingPushes, reduce: Reduce, now_s: float) -> None:
+        if isinstance(self.policy, SyncPolicy):
+            reduce = replace(reduce, mean=self.policy.settings.reduce == "mean")
+        combine(self, reduce, now_s)
+
+    patch.setattr(PendingPushes, "_combine", forgetful)
 
 
 def old_timeline_is_applied(patch: Patch) -> None:
@@ -362,6 +374,7 @@ BUGS: Final = (
         seed=7,
     ),
     Bug(mean_is_over_members, "divided by", ("chaos", "stories"), seed=19),
+    Bug(rounds_follow_the_settings, "is not what is left of the last one", ("chaos",), seed=2557),
     Bug(old_timeline_is_applied, "is let in on timeline", ("chaos", "stories"), seed=3),
     Bug(every_scheduler_counts, "the lead's edits make", ("chaos", "stories")),
     Bug(last_edits_are_lost, "the lead's edits make", ("chaos", "stories")),

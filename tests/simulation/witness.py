@@ -28,7 +28,7 @@ from pushstep.server.coordinator.worker import Worker
 
 from .intent import Intent, times_applied
 from .loop import SimulatedLoop
-from .story import Books, Chapter, Key, Replay, key_of
+from .story import Books, Chapter, ClosedRound, Key, Replay, key_of
 
 # What a wait may take beyond the lease or the time-out that bounds it: messages, adding up, and the clock's grain.
 SLACK_S = 2.0
@@ -86,7 +86,7 @@ class Witness:
         self._admitted: dict[Key, tuple[object, int]] = {}
         # the policy after the last event: it may have been another one that this event ended
         self._policy: Policy = coordinator.policy
-        self._rounds: dict[int, tuple[Reduce, Policy]] = {}
+        self._closed: ClosedRound | None = None
         self._last_round: list[tuple[Policy, int]] = []
         # policies that have let late pushes in; a round that is open keeps them when that ends
         self._carry: list[Policy] = []
@@ -147,7 +147,7 @@ class Witness:
         require(timeline >= self.timeline, "a timeline came again")
         self.books, self.timeline = books.copy(), timeline
         self.books.applied = {i for c in self.story if not c.undone for i, _ in c.intents}
-        self._rounds = {}  # what was being added up never will be
+        self._closed = None  # what was being added up never will be
 
     def patched(self, lr: float, *, held: bool) -> None:
         """An operator has set the lr."""
@@ -244,6 +244,8 @@ class Witness:
         self._nobody_hangs()
 
     def _settle(self, resolve: Resolve) -> None:
+        if self._closed is not None and not self._closed.goes_on(resolve):
+            self._closed = None
         if resolve.decided is None:
             self.outcomes["dropped"] = self.outcomes.get("dropped", 0) + 1
             return
@@ -267,18 +269,18 @@ class Witness:
         names = [pending.worker for pending in reduce.pushes]
         require(names == sorted(set(names)), f"a round adds up {names}")
         require(not set(names) & {c.worker for c in reduce.skips}, "a worker counts twice in a round")
-        # what is added up again, without somebody, may be a round that an earlier policy closed
-        earlier = [
-            policy for old, policy in self._rounds.values() if set(names) < {c.worker for c in old.pushes}
-        ]
-        policies = [*earlier, self._policy, self.coordinator.policy]
+        if self._closed is not None:  # added up again, without somebody
+            require(
+                self._closed.is_added_again(reduce), f"a round of {names} is not what is left of the last one"
+            )
+            return
         closed_by = [
             policy
-            for policy in policies
+            for policy in (self._policy, self.coordinator.policy)
             if isinstance(policy.settings, SyncSettings) and (policy.settings.reduce == "mean") == reduce.mean
         ]
         require(bool(closed_by), "a round was closed as no policy says")
-        self._rounds[id(reduce)] = reduce, closed_by[0]
+        self._closed = ClosedRound(closed_by[0], reduce)
 
     def _step(self, step: Step) -> None:
         ticket = step.ticket
@@ -338,15 +340,15 @@ class Witness:
         require(fenced not in self.evicted, f"{who} is let in after its eviction")
 
     def _check_round(self, step: Step, pushes: Sequence[PendingPush]) -> float:
-        found = [entry for entry in self._rounds.values() if list(entry[0].pushes) == pushes]
-        require(bool(found), "a round was stepped that nobody closed")
-        reduce, policy = found[-1]
-        del self._rounds[id(reduce)]
+        closed, self._closed = self._closed, None
+        if closed is None or closed.changed or closed.pushes != pushes:
+            raise Violation("a round was stepped that nobody closed")
+        policy = closed.policy
         weights = [pending.header.samples or 1.0 for pending in pushes]
         require(
             [c.weight for c in step.ticket.contributions] == weights, "a weight is not what its worker said"
         )
-        divisor = sum(weights) if reduce.mean else 1.0
+        divisor = sum(weights) if closed.mean else 1.0
         require(step.ticket.divisor == divisor, f"divided by {step.ticket.divisor} instead of {divisor}")
         since = max((version for known, version in self._last_round if known is policy), default=0)
         if not any(known is policy for known in self._carry):
