@@ -44,6 +44,8 @@ class Reduce:
     skips: tuple[PendingPush, ...]
     mean: bool
     notes: tuple[str, ...]
+    # the name of the policy that closed the round: another one may be in force when the sum is there
+    policy: str
 
     @property
     def weights(self) -> tuple[float, ...]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from pushstep.proto.errors import (
@@ -58,17 +59,19 @@ class PendingPushes:
             return
         self.reducing = None
         if isinstance(result, PushstepError):
-            self._reject(reduce.pushes, result, now_s, blamed=False)
+            self._reject(reduce.pushes, result, now_s, reduce.policy, blamed=False)
         else:
-            self._step(Order(reduce.pushes, result, 1.0, reduce.divisor, reduce.notes), now_s)
-        self._skip(reduce.skips, now_s)
+            order = Order(reduce.pushes, result, 1.0, reduce.divisor, reduce.notes)
+            self._step(order, now_s, reduce.policy)
+        self._skip(reduce.skips, now_s, reduce.policy)
 
     def replace_policy(self, policy: Policy, now_s: float) -> None:
         """Close the policy, and hand the pushes that it leaves to another one."""
-        moves, left = self.policy.close(self.view(now_s))
+        closed = self.policy
+        moves, left = closed.close(self.view(now_s))
         self.policy = policy
         for move in moves:
-            self._play(move, now_s)
+            self._play(move, now_s, closed.name)
         for pending in left:
             self.policy.take(pending)
 
@@ -91,7 +94,7 @@ class PendingPushes:
             self._clear_parked()
         while moves := self.policy.review(self.view(now_s)):
             for move in moves:
-                self._play(move, now_s)
+                self._play(move, now_s, self.policy.name)
         decisions, self._decisions = self._decisions, []
         return decisions
 
@@ -112,26 +115,27 @@ class PendingPushes:
         sequence = int(pending.identity.sequence)
         return worker.undecided.get(sequence) is pending and sequence > worker.sequence + 1
 
-    def _play(self, move: Move, now_s: float) -> None:
+    def _play(self, move: Move, now_s: float, policy: str) -> None:
+        """Execute a move. `policy`: the name of the one that makes it, which the receipts name."""
         match move:
             case Single(pending, lr_scale, notes):
                 if pending.push is None or pending.skips:
-                    self._skip([pending], now_s)
+                    self._skip([pending], now_s, policy)
                 else:
-                    self._step(Order([pending], pending.push, lr_scale, notes=notes), now_s)
+                    self._step(Order([pending], pending.push, lr_scale, notes=notes), now_s, policy)
             case Refuse(pending, outcome, reason, notes):
-                receipt = self.receipts.without_step(pending, self.policy.name, now_s, outcome, reason, notes)
+                receipt = self.receipts.without_step(pending, policy, now_s, outcome, reason, notes)
                 self._consume(pending, Decided(pending.digest, receipt))
             case Round():
                 self.rounds.note(move.closed_by, now_s - move.opened_s, len(move.pushes) + len(move.skips))
-                self._combine(Reduce(move.pushes, move.skips, move.mean, move.notes), now_s)
+                self._combine(Reduce(move.pushes, move.skips, move.mean, move.notes, policy), now_s)
 
     def _combine(self, reduce: Reduce, now_s: float) -> None:
         if reduce.pushes:
             self.reducing = reduce
             self._decisions.append(reduce)
         else:
-            self._skip(reduce.skips, now_s)
+            self._skip(reduce.skips, now_s, reduce.policy)
 
     def pass_on(self, pending: PendingPush) -> None:
         """Pass a push through the gate and on to the policy."""
@@ -157,29 +161,29 @@ class PendingPushes:
                 if not self.admission.decide(pending.push, commits.hooks.nonfinite()):
                     pending.skips, pending.skip_reason = True, NonfiniteGradient.code
         except PushstepError as error:
-            self._reject([pending], error, pending.staged_s)
+            self._reject([pending], error, pending.staged_s, self.policy.name)
         else:
             self.policy.take(pending)
 
-    def _step(self, order: Order, now_s: float) -> None:
+    def _step(self, order: Order, now_s: float, policy: str) -> None:
         """Write the ticket, unless the step is refused after all. Then the pushes are skipped or rejected."""
         sessions = self.sessions
         try:
             if order.divisor is not None and not self._still_finite(order.push):
-                self._skip(order.pushes, now_s, NonfiniteGradient.code)
+                self._skip(order.pushes, now_s, policy, NonfiniteGradient.code)
                 return
             leads = [sessions.leads(sessions.workers[pending.worker]) for pending in order.pushes]
             written = self.commits.write(order, leads)
-            receipts = self.receipts.of_step(order, written, self.policy.name, now_s)
+            receipts = self.receipts.of_step(order, written, policy, now_s)
         except PushstepError as error:
-            self._reject(order.pushes, error, now_s, blamed=order.divisor is None)
+            self._reject(order.pushes, error, now_s, policy, blamed=order.divisor is None)
             return
         except Exception as error:  # noqa: BLE001 - a defect must not leave the pushes without an answer for ever
             failed = StepFailed(
                 model=self.commits.name, version=self.commits.version + 1, problem=repr(error)
             )
             self.record(failed.code, "server", problem=repr(error))
-            self._reject(order.pushes, failed, now_s, blamed=False)
+            self._reject(order.pushes, failed, now_s, policy, blamed=False)
             return
         pairs = zip(order.pushes, receipts, strict=True)
         resolves = [self._resolve(pending, Decided(pending.digest, receipt)) for pending, receipt in pairs]
@@ -193,24 +197,28 @@ class PendingPushes:
         """`admission.decide` for a round's sum, which no gate has seen: finite pushes may sum to infinity."""
         return decide(push, self.admission.nonfinite(self.commits.hooks.nonfinite()))
 
-    def _skip(self, pushes: Sequence[PendingPush], now_s: float, reason: str = "") -> None:
+    def _skip(self, pushes: Sequence[PendingPush], now_s: float, policy: str, reason: str = "") -> None:
         """Resolve pushes as skipped: their workers count as present, and nothing is applied."""
         for pending in pushes:
             why = reason or pending.skip_reason
-            receipt = self.receipts.without_step(pending, self.policy.name, now_s, OUTCOME_SKIPPED, why)
+            receipt = self.receipts.without_step(pending, policy, now_s, OUTCOME_SKIPPED, why)
             self._consume(pending, Decided(pending.digest, receipt))
 
     def _reject(
-        self, pushes: Sequence[PendingPush], error: PushstepError, now_s: float, *, blamed: bool = True
+        self,
+        pushes: Sequence[PendingPush],
+        error: PushstepError,
+        now_s: float,
+        policy: str,
+        *,
+        blamed: bool = True,
     ) -> None:
         """Resolve pushes as rejected.
 
         `blamed` False: the cause is a round's sum or a failed step, so no worker's count of refusals grows.
         """
         for pending in pushes:
-            receipt = self.receipts.without_step(
-                pending, self.policy.name, now_s, OUTCOME_REJECTED, error.code
-            )
+            receipt = self.receipts.without_step(pending, policy, now_s, OUTCOME_REJECTED, error.code)
             self.record("push_rejected", pending.worker, code=error.code)
             # a copy: the traceback of the raised error holds the push's whole body
             self._consume(pending, Decided(pending.digest, receipt, refuse_consumed(copy.copy(error))))
@@ -277,7 +285,7 @@ class PendingPushes:
         self.reducing = None
         kept = tuple(c for c in old.pushes if c not in pushes)
         skips = tuple(c for c in old.skips if c not in pushes)
-        self._combine(Reduce(kept, skips, old.mean, old.notes), pushes[0].staged_s)
+        self._combine(replace(old, pushes=kept, skips=skips), pushes[0].staged_s)
 
     def record(self, kind: str, by: str, **facts: Any) -> None:
         """Add an entry to the model's events."""

@@ -369,6 +369,7 @@ def test_a_switch_at_quorum_steps_under_the_old_policy() -> None:
     court.do(court.coordinator.switch(policies.read({"policy": "async"}), 0))
     assert [court.outcome(push) for push in pushes] == ["applied"] * 2
     assert (court.commits.version, names(court), value(court)) == (1, ["a", "b"], 2.0)
+    assert {court.receipt(push).policy for push in pushes} == {"sync"}
     assert court.coordinator.policy.name == "async"
 
 
@@ -384,6 +385,43 @@ def test_a_switch_while_a_round_is_added_up_keeps_the_round() -> None:
     court.add_up()
     assert [court.outcome(push) for push in pushes] == ["applied"] * 2
     assert court.commits.version == 2
+    assert [court.receipt(push).policy for push in (*pushes, alone)] == ["sync", "sync", "async"]
+
+
+@pytest.mark.parametrize("fenced", [None, "a", "d"])
+@pytest.mark.parametrize("to", [{"reduce": "mean", "quorum": 3}, {"policy": "async"}, {"policy": "bounded"}])
+def test_a_round_that_is_closed_stays_what_it_is(to: dict[str, object], fenced: str | None) -> None:
+    """Whatever is changed while it is added up, and though it is added up again: d, who only skips, too."""
+    court = sync(*"abcd", reduce="sum")
+    court.holds_back = True
+    pushes = {name: court.push(name, number) for name, number in (("a", 1.0), ("b", 2.0), ("c", 4.0))}
+    pushes["d"] = court.push("d", skip=True)
+    court.do(court.coordinator.switch(policies.read(to, court.coordinator.policy.settings), 0))
+    if fenced is not None:
+        court.do(court.coordinator.evicted(fenced, 0))
+        assert court.outcome(pushes.pop(fenced)) == "fenced"
+    court.holds_back = False
+    court.add_up()
+    expected = (["b", "c"], 6.0) if fenced == "a" else (["a", "b", "c"], 7.0)
+    assert (names(court), value(court), court.tickets[-1].divisor) == (*expected, 1.0)
+    assert [court.outcome(pushes[name]) for name in pushes] == [
+        "skipped" if name == "d" else "applied" for name in pushes
+    ]
+    assert {court.receipt(push).policy for push in pushes.values()} == {"sync"}
+
+
+@pytest.mark.parametrize("refused", ["infinite", "broken"])
+def test_a_round_is_refused_by_the_policy_that_closed_it(refused: str) -> None:
+    court = sync("a", "b", reduce="sum")
+    court.holds_back = True
+    pushes = [court.push(name, 3e38 if refused == "infinite" else 1.0) for name in "ab"]
+    court.do(court.coordinator.switch(policies.read({"policy": "async"}), 0))
+    court.holds_back = False
+    if refused == "broken":
+        court.do(court.coordinator.reduced(court.combines.pop(), NonfiniteGradient(parameter="a"), 0))
+    court.add_up()
+    assert [court.outcome(push) for push in pushes] == ["rejected"] * 2
+    assert {court.receipt(push).policy for push in pushes} == {"sync"}
 
 
 def test_edits_count_from_the_lead_of_a_round_only() -> None:

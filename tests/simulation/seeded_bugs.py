@@ -27,6 +27,7 @@ from pushstep.server.coordinator.policies.bounded import BoundedPolicy
 from pushstep.server.coordinator.policies.policy import Move, View
 from pushstep.server.coordinator.policies.synchronous import TIMEOUT, SyncPolicy
 from pushstep.server.coordinator.push import PendingPush
+from pushstep.server.coordinator.receipts import Receipts
 from pushstep.server.coordinator.sessions import Sessions
 from pushstep.server.coordinator.worker import Worker, WorkerState
 
@@ -108,6 +109,25 @@ def rounds_follow_the_settings(patch: Patch) -> None:
         combine(self, reduce, now_s)
 
     patch.setattr(PendingPushes, "_combine", forgetful)
+
+
+def rounds_are_signed_by_the_next(patch: Patch) -> None:
+    """The receipts of a round name the policy of when its sum was there."""
+    of_step = Receipts.of_step
+    reduced = PendingPushes.reduced
+
+    def forgetful(self: PendingPushes, reduce: Reduce, *result: Any) -> None:
+        with Patch.context() as meanwhile:
+            meanwhile.setattr(
+                Receipts,
+                "of_step",
+                lambda receipts, order, written, _, now_s: of_step(
+                    receipts, order, written, self.policy.name, now_s
+                ),
+            )
+            reduced(self, reduce, *result)
+
+    patch.setattr(PendingPushes, "reduced", forgetful)
 
 
 def old_timeline_is_applied(patch: Patch) -> None:
@@ -375,6 +395,7 @@ BUGS: Final = (
     ),
     Bug(mean_is_over_members, "divided by", ("chaos", "stories"), seed=19),
     Bug(rounds_follow_the_settings, "is not what is left of the last one", ("chaos",), seed=2557),
+    Bug(rounds_are_signed_by_the_next, "has decided, and the receipt says", ("chaos",), seed=308),
     Bug(old_timeline_is_applied, "is let in on timeline", ("chaos", "stories"), seed=3),
     Bug(every_scheduler_counts, "the lead's edits make", ("chaos", "stories")),
     Bug(last_edits_are_lost, "the lead's edits make", ("chaos", "stories")),

@@ -290,9 +290,9 @@ class Witness:
         require((self.timeline, ticket.version) not in self.chapters, f"version {ticket.version} came again")
         for pending in pushes:
             self._is_current(pending.identity)
-        divisor = 1.0
+        divisor, policy = 1.0, self.coordinator.policy
         if ticket.contributions:
-            divisor = self._check_round(step, pushes)
+            divisor, policy = self._check_round(step, pushes)
             weights = [float(c.weight) for c in ticket.contributions]
         else:
             require(len(pushes) == 1, "pushes were added up without a word")
@@ -319,7 +319,10 @@ class Witness:
         self.story.append(chapter)
         self.chapters[self.timeline, ticket.version] = chapter
         for resolve in step.resolves:
-            require(resolve.decided is not None, "a step without a verdict")
+            if resolve.decided is None:
+                raise Violation("a step without a verdict")
+            signed = resolve.decided.receipt.policy
+            require(signed == policy.name, f"{policy.name} has decided, and the receipt says {signed}")
             self._consumed(resolve.pending, "OUTCOME_APPLIED", ticket.version)
 
     def undone(self, step: Step, arenas: Arenas) -> None:
@@ -339,7 +342,7 @@ class Witness:
         fenced = (identity.timeline, identity.worker, identity.epoch)
         require(fenced not in self.evicted, f"{who} is let in after its eviction")
 
-    def _check_round(self, step: Step, pushes: Sequence[PendingPush]) -> float:
+    def _check_round(self, step: Step, pushes: Sequence[PendingPush]) -> tuple[float, Policy]:
         closed, self._closed = self._closed, None
         if closed is None or closed.changed or closed.pushes != pushes:
             raise Violation("a round was stepped that nobody closed")
@@ -357,7 +360,7 @@ class Witness:
             }
             require(min(known.values()) >= since, f"pushes on {known} are in a round after version {since}")
         self._last_round.append((policy, step.ticket.version))
-        return divisor
+        return divisor, policy
 
     def _check_staleness(self, step: Step, pending: PendingPush) -> None:
         settings = self.coordinator.policy.settings
