@@ -62,6 +62,8 @@ class Part:
         self.rank = rank
         self.layout = Layout(manifest)
         self.pieces = tuple(pieces)
+        # the same, by the parameter's index in the whole
+        self.by_whole = {piece.whole: piece for piece in pieces}
 
 
 def cut(whole: Layout, ranks: int) -> list[Part | None]:

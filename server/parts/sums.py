@@ -56,10 +56,12 @@ def known_blocks(
     incoming: IncomingBody | None, slots: Sequence[Sequence[Slot]], part: Part
 ) -> dict[int, list[float]]:
     """The block sums of later pieces that were taken while a body came in."""
-    found = {}
-    for index, covered in enumerate(slots if incoming is not None else ()):
+    found: dict[int, list[float]] = {}
+    if incoming is None:
+        return found
+    for index, covered in enumerate(slots):
         first = covered[0].index
-        if incoming is not None and not part.pieces[first].is_first:
+        if not part.pieces[first].is_first:
             blocks = incoming.first_block_sums(index)
             if blocks is not None:
                 found[first] = blocks
@@ -161,12 +163,11 @@ def with_steps_elsewhere(push: StagedPush | None, part: Part, by_rows: Iterable[
     """
     parts = [] if push is None else list(push.parts)
     here = {one.slot.index for one in parts if isinstance(one, RowsPart)}
-    dtypes = {one.slot.index: one.rows.dtype for one in parts if isinstance(one, RowsPart)}
     for whole in by_rows:
-        piece = _piece_of(part, whole)
+        piece = part.by_whole.get(whole)
         if piece is not None and piece.index not in here:
             slot = part.layout.slots[piece.index]
-            parts.append(_no_rows(slot, dtypes.get(piece.index, slot.dtype)))
+            parts.append(_no_rows(slot, slot.dtype))
     if push is None:
         return StagedPush(0, parts, None, 0.0)
     return push if len(parts) == len(push.parts) else replace(push, parts=parts)
@@ -175,10 +176,6 @@ def with_steps_elsewhere(push: StagedPush | None, part: Part, by_rows: Iterable[
 def rows_of(push: StagedPush) -> list[int]:
     """The parameters that a whole push steps by rows, by their indices."""
     return [one.slot.index for one in push.parts if isinstance(one, RowsPart)]
-
-
-def _piece_of(part: Part, whole: int) -> Piece | None:
-    return next((piece for piece in part.pieces if piece.whole == whole), None)
 
 
 def _no_rows(slot: Slot, dtype: torch.dtype) -> RowsPart:

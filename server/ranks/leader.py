@@ -69,7 +69,7 @@ class RankLeader:
         self._safe = dict.fromkeys(shard.others, model.version)
         self._waiting: deque[tuple[int, bool, Callable[[], None]]] = deque()
         # by group, the steps of its first parameter, where that begins in another rank; and such groups' learning rates by version
-        held = set() if shard.part is None else {piece.whole for piece in shard.part.pieces}
+        held = {} if shard.part is None else shard.part.by_whole
         firsts = shard.whole.first_of_group.items()
         self._elsewhere = {group: 0 for group, slot in firsts if slot.index not in held}
         self._lrs: dict[int, dict[int, float]] = {}

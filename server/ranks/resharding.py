@@ -211,9 +211,8 @@ def _fill(
     old: Part,
 ) -> None:
     """Copy what an old part has of a new one."""
-    held = {piece.whole: piece for piece in old.pieces}
     for piece in part.pieces:
-        source = held.get(piece.whole)
+        source = old.by_whole.get(piece.whole)
         if source is None:
             continue
         made.steps[piece.index] = int(copy.steps[source.index])
