@@ -182,8 +182,6 @@ class RankZero:
         uid = secrets.token_bytes(16)
         order = RankCreate(model=model, ticket=ticket, manifest=shard.whole.manifest, uid=uid)
         there = self.hub.asked(shard.others, RankOrder(create=order))
-        for answer in there.values():
-            answer.add_done_callback(lambda done: done.cancelled() or done.exception())
         self._announced[model, ticket] = _Announced(uid, shard, there)
 
     async def uploaded(self, model: str, ticket: int) -> bytes:
