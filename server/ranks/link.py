@@ -16,7 +16,6 @@ from pushstep.proto.shards_pb2 import RankHello, RankMessage, RankOrder
 from pushstep.proto.wire.frames import MAX_MESSAGE_BYTES
 
 from .hub import ALIVE_S, SERVICE, SILENCE_S
-from .words import said
 
 log = logging.getLogger("pushstep.ranks")
 # Orders bring whole manifests.
@@ -88,10 +87,6 @@ class RankLink:
     def say(self, message: RankMessage) -> None:
         """Say something to rank 0, behind everything said before."""
         self._said.put_nowait(message)
-
-    def fail(self, error: Exception) -> None:
-        """Tell rank 0 that this rank cannot go on."""
-        self.say(RankMessage(failed=said(error)))
 
     async def _run(self, channel: grpc.aio.Channel, call: grpc.aio.StreamStreamCall[Any, Any]) -> None:
         writing = asyncio.create_task(self._write(call))
