@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Iterable
+from functools import partial
 from typing import Any, Final
 
 import grpc
@@ -94,12 +95,18 @@ class Hub:
         found = {}
         for rank in ranks:
             answer: asyncio.Future[RankDone] = asyncio.get_running_loop().create_future()
-            answer.add_done_callback(lambda done: done.cancelled() or done.exception())
+            answer.add_done_callback(partial(self._answered, (rank, self._number)))
             found[rank] = self._asked[rank, self._number] = answer
             if rank in self._gone:
                 answer.set_exception(self._gone[rank])
         self.send(found, order)
         return found
+
+    def _answered(self, asked: tuple[int, int], answer: asyncio.Future[RankDone]) -> None:
+        """Forget an order that is answered, or that its giver has given up. A rank never answers for a model withdrawn."""
+        self._asked.pop(asked, None)
+        if not answer.cancelled():
+            answer.exception()  # perhaps nobody waits for it any more
 
     async def ask(self, ranks: Iterable[int], order: RankOrder) -> dict[int, RankDone]:
         """The same, and wait. Raises the first error."""
@@ -179,7 +186,7 @@ class Hub:
     def _take(self, rank: int, message: RankMessage) -> None:
         match message.WhichOneof("said"):
             case "done":
-                answer = self._asked.pop((rank, int(message.done.order)), None)
+                answer = self._asked.get((rank, int(message.done.order)))
                 if answer is None or answer.done():
                     return
                 if message.done.HasField("problem"):
