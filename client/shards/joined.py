@@ -98,16 +98,3 @@ def steps_of(whole: Layout, parts: Sequence[tuple[Part, Pulled]]) -> list[int]:
         for held, count in zip(part.held, pulled.header.steps, strict=True):
             steps[held.whole.index] = int(count)
     return steps
-
-
-@dataclass(frozen=True, slots=True)
-class JoinedRows(Pulled):
-    """Rows of one parameter, from several ranks."""
-
-    slot: Slot
-    ids: Tensor
-    values: Tensor
-
-    def rows(self) -> Iterator[tuple[Slot, Tensor, Tensor]]:
-        """See `Pulled.rows`."""
-        yield self.slot, self.ids, self.values

@@ -10,11 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Final, TypeVar
 
-import torch
-from torch import Tensor
-
 from pushstep.proto import training_pb2 as pb
-from pushstep.proto.errors import MapChanged, NotInRanks, RanksDiffer, VersionGone
+from pushstep.proto.errors import MapChanged, RanksDiffer, VersionGone
 from pushstep.proto.types_pb2 import Identity
 from pushstep.proto.wire.layout import Layout
 from pushstep.proto.wire.shards import cut
@@ -26,11 +23,11 @@ from ..transport.shield import shield
 from ..transport.streams import Body, Exchange, Pulled
 from . import uploads
 from .bodies import Cutting
-from .joined import Joined, JoinedRows, steps_of
+from .joined import Joined, steps_of
 from .lanes import Lanes, failure_of
-from .parts import Held, Part
+from .parts import Part
 
-R = TypeVar("R", pb.PullRequest, pb.PullStateRequest, pb.PullRowsRequest)
+R = TypeVar("R", pb.PullRequest, pb.PullStateRequest)
 # How often a pull begins anew because a rank has gone on, or knows another map.
 TRIES: Final = 100
 
@@ -165,7 +162,8 @@ class ShardedTransport(Transport):
         whole = self._brought[0]
 
         def ask(to: Transport, part: Part) -> Exchange:
-            about = self._about(request, part, first.header.version)
+            about = self._about(request, part)
+            about.version = first.header.version
             return to.begin_pull("PullState", about, part.layout)
 
         parts = self._with_others(first, whole, {}, ask)
@@ -173,61 +171,6 @@ class ShardedTransport(Transport):
         del first.header.steps[:]
         first.header.steps.extend(steps)
         return Joined(first.header, whole, first.body, parts)
-
-    def pull_rows(self, request: pb.PullRowsRequest, layout: Layout) -> Pulled:
-        """See `Transport.pull_rows`. Each rank is asked for its rows, and rank 0 for the version."""
-        if self.shards is None:
-            return super().pull_rows(request, layout)
-        if len(request.selections) > 1:
-            what = "rows of several parameters at once"
-            raise NotInRanks(model=request.model, ranks=len(self.shards.shards), what=what)
-        for selection in request.selections:
-            ids = (
-                torch.frombuffer(bytearray(selection.ids), dtype=torch.int64).tolist()
-                if selection.ids
-                else ()
-            )
-            request = pb.PullRowsRequest(
-                model=request.model, parameter=selection.parameter, ids=ids, dtype=request.dtype
-            )
-        return _at_one_version(partial(self._pull_rows, request, layout), _nothing)
-
-    def _pull_rows(self, request: pb.PullRowsRequest, layout: Layout) -> Pulled:
-        slot, ids = (
-            layout.by_name[request.parameter],
-            torch.tensor(list(request.ids), dtype=torch.int64, device="cpu"),
-        )
-        parts = self.parts(layout)
-        places = [_places(part.of.get(slot.index), ids) for part in parts]
-
-        def own(part: Part, where: Tensor, version: int | None) -> pb.PullRowsRequest:
-            asked = self._about(request, part, version)
-            held = part.of.get(slot.index)
-            asked.ids[:] = (ids[where] - (0 if held is None else held.first_row)).tolist()
-            return asked
-
-        first = super().pull_rows(own(parts[0], places[0], None), parts[0].layout)
-        version = first.header.version
-        having = [(part, where) for part, where in zip(parts[1:], places[1:], strict=True) if len(where)]
-        calls = [
-            to.begin_pull("PullRows", own(part, where, version), part.layout)
-            for part, where in having
-            if (to := self.of(part)) is not None
-        ]
-        answers = _all(self.lanes.answers(calls, self.spans, are_equal=True)) if calls else []
-        found = [
-            (where, next(answer.rows())[2])
-            for where, answer in zip(
-                [places[0], *(where for _, where in having)], [first, *answers], strict=True
-            )
-            if len(where)
-        ]
-        if not found:
-            return first
-        values = torch.empty((len(ids), *slot.shape[1:]), dtype=found[0][1].dtype, device="cpu")
-        for where, rows in found:
-            values[where] = rows
-        return JoinedRows(first.header, layout, first.body, slot, ids, values)
 
     def _pull_first(self, request: pb.PullRequest, layout: Layout | None) -> tuple[Pulled, Layout]:
         """Rank 0's part, and the layout of the whole model."""
@@ -246,20 +189,18 @@ class ShardedTransport(Transport):
         return pulled, pulled.layout if layout is None or known is layout else layout
 
     def _of_part(self, request: pb.PullRequest, part: Part, version: int | None = None) -> pb.PullRequest:
-        own = self._about(request, part, None)
+        own = self._about(request, part)
         if version is not None:
             own.options.version = version
             own.ClearField("identity")  # only rank 0 keeps leases
         return own
 
-    def _about(self, request: R, part: Part, version: int | None) -> R:
-        """A request about one part, and about one version of it."""
+    def _about(self, request: R, part: Part) -> R:
+        """A request about one part."""
         own = type(request)()
         own.CopyFrom(request)
         own.manifest_hash = part.layout.manifest_hash
         own.map_version = 0 if self.shards is None else self.shards.version
-        if version is not None and not isinstance(own, pb.PullRequest):
-            own.version = version
         return own
 
     def join_parts(
@@ -349,13 +290,6 @@ def _all(outcomes: Sequence[Any]) -> list[Any]:
     if failure is not None:
         raise failure
     return list(outcomes)
-
-
-def _places(held: Held | None, ids: Tensor) -> Tensor:
-    """Where the ids of a piece's rows stand."""
-    if held is None:
-        return torch.empty(0, dtype=torch.int64, device="cpu")
-    return torch.nonzero((ids >= held.first_row) & (ids < held.first_row + held.slot.rows)).view(-1)
 
 
 def _nothing() -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from pushstep.optim import Adagrad
+from pushstep.proto.errors import NotInRanks
 from tests.support.deployments.ports import free_port
 from tests.support.ranks.group import RankGroup, running_ranks
 from tests.support.servers.harness import RunningServer, wait_until
@@ -66,6 +67,21 @@ def test_readers_get_all_and_then_what_has_changed(
             return seen
 
     both(server, ranks, run)
+
+
+def test_rows_alone_are_refused(ranks: RunningServer, model_name: str) -> None:
+    """Of one parameter, of several, and for a cache; the session goes on."""
+    with ranks.connect(model_name) as session:
+        session.create(START)
+        rows = session.row_cache()
+        for ask in (
+            lambda: session.pull_rows("table", [ROWS - 1]),
+            lambda: session.pull_rows({"table": [0], "bias": [1]}),
+            lambda: rows.get({"table": [0]}),
+        ):
+            with pytest.raises(NotInRanks):
+                ask()
+        assert array_bits(session.pull()) == array_bits(START)
 
 
 class Net(nn.Module):
