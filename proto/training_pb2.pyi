@@ -394,26 +394,20 @@ class PullRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ..., identity: _Optional[_Union[_types_pb2.Identity, _Mapping]] = ..., options: _Optional[_Union[PullOptions, _Mapping]] = ..., timeline: _Optional[int] = ..., manifest_hash: _Optional[int] = ..., map_version: _Optional[int] = ...) -> None: ...
 
 class PullRowsRequest(_message.Message):
-    __slots__ = ("model", "parameter", "ids", "dtype", "manifest_hash", "map_version", "version", "selections", "joined_chunks")
+    __slots__ = ("model", "parameter", "ids", "dtype", "selections", "joined_chunks")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     PARAMETER_FIELD_NUMBER: _ClassVar[int]
     IDS_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
-    MANIFEST_HASH_FIELD_NUMBER: _ClassVar[int]
-    MAP_VERSION_FIELD_NUMBER: _ClassVar[int]
-    VERSION_FIELD_NUMBER: _ClassVar[int]
     SELECTIONS_FIELD_NUMBER: _ClassVar[int]
     JOINED_CHUNKS_FIELD_NUMBER: _ClassVar[int]
     model: str
     parameter: str
     ids: _containers.RepeatedScalarFieldContainer[int]
     dtype: _types_pb2.DType
-    manifest_hash: int
-    map_version: int
-    version: int
     selections: _containers.RepeatedCompositeFieldContainer[RowSelection]
     joined_chunks: bool
-    def __init__(self, model: _Optional[str] = ..., parameter: _Optional[str] = ..., ids: _Optional[_Iterable[int]] = ..., dtype: _Optional[_Union[_types_pb2.DType, str]] = ..., manifest_hash: _Optional[int] = ..., map_version: _Optional[int] = ..., version: _Optional[int] = ..., selections: _Optional[_Iterable[_Union[RowSelection, _Mapping]]] = ..., joined_chunks: bool = ...) -> None: ...
+    def __init__(self, model: _Optional[str] = ..., parameter: _Optional[str] = ..., ids: _Optional[_Iterable[int]] = ..., dtype: _Optional[_Union[_types_pb2.DType, str]] = ..., selections: _Optional[_Iterable[_Union[RowSelection, _Mapping]]] = ..., joined_chunks: bool = ...) -> None: ...
 
 class RowSelection(_message.Message):
     __slots__ = ("parameter", "ids")

@@ -98,11 +98,11 @@ def _read(text: str) -> Iterator[_Noun]:
         elif line == "}" and noun is not None:
             yield noun
             noun = None
-        elif noun is not None and line:
+        elif noun is not None and line and not line.startswith("reserved"):
             noun.rows.append(_row(line, cell(said), choice, number))
         elif (
             line == "}"
-            or line.startswith(("syntax", "package", "import", "extend", "Limit limit"))
+            or line.startswith(("syntax", "package", "import", "extend", "Limit limit", "reserved"))
             or not line
         ):
             continue
