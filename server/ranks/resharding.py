@@ -11,21 +11,22 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 
-from pushstep.proto.errors import ModelNotLoaded
+from pushstep.proto.errors import ModelNotLoaded, PushstepError
 from pushstep.proto.training_pb2 import Shard
 from pushstep.proto.wire import dtypes
 from pushstep.proto.wire.layout import Layout
 from pushstep.proto.wire.names import is_name
-from pushstep.proto.wire.shards import Part, cut
+from pushstep.proto.wire.shards import Part, Piece, cut
 
 from ..arenas.arenas_copy import ArenasCopy
+from ..arenas.extras import Extras
 from ..arenas.rules import rule_of
 from ..parts.shard import ModelShard
 from ..parts.whole_file import NAME, read_whole, write_whole
@@ -127,6 +128,8 @@ class _Resharding:
         self._old = [ModelFolder(place / "models" / name) for place in places(root, before)]
         self._new = [place / "models" / f"{NEW}{name}" for place in places(root, after)]
         self._manifest, first, self._identity = self._saved(0)
+        self._at = first.timeline, first.version
+        self._extras, self._lineage = first.extras, first.lineage
         whole = None if before == 1 else read_whole(self._old[0].path)
         self._whole: Layout = first.layout if whole is None else whole.whole
         self._parts = cut(self._whole, before)
@@ -155,7 +158,15 @@ class _Resharding:
         return ModelNotLoaded(model=self._name, problem=problem)
 
     def write(self) -> None:
-        """Write the new parts. StorageFailed, DiskFull; then it can be begun anew."""
+        """Write the new parts. ModelNotLoaded, StorageFailed, DiskFull; then none is left, and it can be begun anew."""
+        try:
+            self._write()
+        except PushstepError:
+            for path in self._new:
+                files.sweep(path.parent, path.name)
+            raise
+
+    def _write(self) -> None:
         count = len(self._new)
         addresses = [Shard(rank=rank) for rank in range(count)]
         for rank, (part, path) in enumerate(zip(cut(self._whole, count), self._new, strict=True)):
@@ -174,11 +185,9 @@ class _Resharding:
     def _made(self, part: Part, *, with_extras: bool) -> ArenasCopy:
         layout = part.layout
         averages: dict[str, dict[int, torch.Tensor]] = {}
-        _, first, _ = self._saved(0)
         made = ArenasCopy(
             layout,
-            first.timeline,
-            first.version,
+            *self._at,
             [torch.zeros(arena.elements, dtype=arena.dtype, device="cpu") for arena in layout.arenas],
             [
                 {
@@ -188,14 +197,14 @@ class _Resharding:
                 for arena in layout.arenas
             ],
             [0] * len(layout.slots),
-            first.extras if with_extras else type(first.extras)(),
-            first.lineage,
+            self._extras if with_extras else Extras(),
+            self._lineage,
             averages,
         )
         for rank, old in enumerate(self._parts):
-            if old is not None:
-                copy = first if rank == 0 else self._saved(rank)[1]
-                _fill(made, averages, part, copy, old)
+            # a read verifies the whole old part
+            if old is not None and (shared := _shared(part, old)):
+                _fill(made, averages, shared, self._saved(rank)[1])
         return made
 
 
@@ -203,23 +212,31 @@ def _state(elements: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.zeros(elements, dtype=dtypes.state_dtype(dtype), device="cpu")
 
 
+def _shared(part: Part, old: Part) -> list[tuple[Piece, Piece]]:
+    """The pieces of a new part of which an old one has elements, each with the old one's; and those without elements."""
+    found = []
+    for piece in part.pieces:
+        source = old.by_whole.get(piece.whole)
+        if source is not None and (
+            max(piece.start, source.start) < min(piece.stop, source.stop) or piece.start == piece.stop
+        ):
+            found.append((piece, source))
+    return found
+
+
 def _fill(
     made: ArenasCopy,
     averages: dict[str, dict[int, torch.Tensor]],
-    part: Part,
+    shared: Sequence[tuple[Piece, Piece]],
     copy: ArenasCopy,
-    old: Part,
 ) -> None:
     """Copy what an old part has of a new one."""
-    for piece in part.pieces:
-        source = old.by_whole.get(piece.whole)
-        if source is None:
-            continue
+    for piece, source in shared:
         made.steps[piece.index] = int(copy.steps[source.index])
         start, stop = max(piece.start, source.start), min(piece.stop, source.stop)
-        if start >= stop:
+        if start == stop:
             continue
-        here, there = part.layout.slots[piece.index], old.layout.slots[source.index]
+        here, there = made.layout.slots[piece.index], copy.layout.slots[source.index]
         to = slice(here.start + start - piece.start, here.start + stop - piece.start)
         of = slice(there.start + start - source.start, there.start + stop - source.start)
         made.parameters[here.arena][to] = copy.parameters[there.arena][of]
@@ -227,7 +244,7 @@ def _fill(
             flat[to] = copy.states[there.arena][name][of]
         for hook, kept in copy.averages.items():
             if there.arena in kept:
-                arena = part.layout.arenas[here.arena]
+                arena = made.layout.arenas[here.arena]
                 fresh = averages.setdefault(hook, {})
                 if here.arena not in fresh:
                     fresh[here.arena] = _state(arena.elements, arena.dtype)

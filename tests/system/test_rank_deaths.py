@@ -6,10 +6,13 @@ import os
 import signal
 from pathlib import Path
 
+import pytest
 import torch
 
 from pushstep.client import connect
+from pushstep.proto.errors import ModelNotLoaded
 from pushstep.server.process.exit_status import ExitStatus
+from pushstep.server.ranks.resharding import reshard
 from tests.support.ranks.group import RankGroup, Torchrun, running_ranks
 from tests.support.servers.harness import RunningServer, running_server
 
@@ -108,6 +111,24 @@ def test_another_number_of_ranks_goes_on_with_the_same_bits(tmp_path: Path) -> N
                 one_step(group.leader, net, done)
         done += 1
     assert bits(net) == expected(tmp_path / "one", done)
+
+
+def test_another_number_of_ranks_leaves_nothing_when_a_part_is_damaged(tmp_path: Path) -> None:
+    """The first new part is whole by then; the old ones stay as they are."""
+    data = tmp_path / "ranks"
+    with running_ranks(data, 2) as group:
+        stepped(group, Net(), 0, 1)
+        assert group.stop() == [0, 0]
+    before = sorted(data.rglob("*"))
+    damaged = next(data.glob("rank-1/models/m/snapshots/*/*.safetensors"))
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(ModelNotLoaded, match="rank 1 of 2"):
+        reshard(data, 3)
+    assert sorted(data.rglob("*")) == before
+    damaged.write_bytes(content)
+    reshard(data, 3)
+    assert len(list(data.glob("rank-*/models/m/ranks.json"))) == 3
 
 
 def one_step(server: RunningServer, net: Net, step: int) -> None:
