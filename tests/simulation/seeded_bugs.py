@@ -25,7 +25,7 @@ from pushstep.server.coordinator.decision import Reduce
 from pushstep.server.coordinator.pending import PendingPushes
 from pushstep.server.coordinator.policies.bounded import BoundedPolicy
 from pushstep.server.coordinator.policies.policy import Move, View
-from pushstep.server.coordinator.policies.synchronous import TIMEOUT, SyncPolicy
+from pushstep.server.coordinator.policies.synchronous import COMPLETE, TIMEOUT, OpenRound, SyncPolicy
 from pushstep.server.coordinator.push import PendingPush
 from pushstep.server.coordinator.receipts import Receipts
 from pushstep.server.coordinator.sessions import Sessions
@@ -128,6 +128,46 @@ def rounds_are_signed_by_the_next(patch: Patch) -> None:
             reduced(self, reduce, *result)
 
     patch.setattr(PendingPushes, "reduced", forgetful)
+
+
+def rounds_close_one_too_early(patch: Patch) -> None:
+    """A round does not wait for the last one that it expects."""
+    closed_by = SyncPolicy._closed_by
+
+    def hasty(self: SyncPolicy, open_round: OpenRound, view: View) -> tuple[str, str]:
+        present = {worker.name for worker in view.members}
+        missing = (open_round.expected & present) - open_round.pushes.keys()
+        return (COMPLETE, "") if len(missing) == 1 else closed_by(self, open_round, view)
+
+    patch.setattr(SyncPolicy, "_closed_by", hasty)
+
+
+def time_outs_come_too_early(patch: Patch) -> None:
+    """A round waits for half of its time-out."""
+    deadline_s = SyncPolicy.deadline_s
+
+    def early(self: SyncPolicy) -> float | None:
+        end_s = deadline_s(self)
+        return None if end_s is None or self.round is None else (self.round.opened_s + end_s) / 2
+
+    patch.setattr(SyncPolicy, "deadline_s", early)
+
+
+def quorums_count_everybody_but_one(patch: Patch) -> None:
+    """One less than the quorum is enough."""
+    closed_by = SyncPolicy._closed_by
+
+    def early(self: SyncPolicy, open_round: OpenRound, view: View) -> tuple[str, str]:
+        settings, quorum = self.settings, self.settings.quorum
+        if quorum is None or quorum == 1:
+            return closed_by(self, open_round, view)
+        self.settings = settings.model_copy(update={"quorum": quorum - 1})
+        try:
+            return closed_by(self, open_round, view)
+        finally:
+            self.settings = settings
+
+    patch.setattr(SyncPolicy, "_closed_by", early)
 
 
 def old_timeline_is_applied(patch: Patch) -> None:
@@ -396,6 +436,9 @@ BUGS: Final = (
     Bug(mean_is_over_members, "divided by", ("chaos", "stories"), seed=19),
     Bug(rounds_follow_the_settings, "is not what is left of the last one", ("chaos",), seed=2557),
     Bug(rounds_are_signed_by_the_next, "has decided, and the receipt says", ("chaos",), seed=308),
+    Bug(rounds_close_one_too_early, "is closed without", ("chaos",)),
+    Bug(time_outs_come_too_early, "is closed without", ("chaos",)),
+    Bug(quorums_count_everybody_but_one, "is closed without", ("chaos",)),
     Bug(old_timeline_is_applied, "is let in on timeline", ("chaos", "stories"), seed=3),
     Bug(every_scheduler_counts, "the lead's edits make", ("chaos", "stories")),
     Bug(last_edits_are_lost, "the lead's edits make", ("chaos", "stories")),

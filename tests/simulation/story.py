@@ -10,8 +10,6 @@ from torch import Tensor
 
 from pushstep.optim import RULES
 from pushstep.proto.types_pb2 import Identity
-from pushstep.server.coordinator.decision import Reduce, Resolve
-from pushstep.server.coordinator.policies.policy import Policy
 
 from .intent import FIRST_LR, LAYOUT, Intent, weighted_sum
 
@@ -36,34 +34,6 @@ class Chapter:
     # the pushes that it was made of
     keys: tuple[Key, ...]
     undone: bool = False
-
-
-class ClosedRound:
-    """A round that has no version yet. It stays what it was closed as, whatever an operator has changed since."""
-
-    def __init__(self, policy: Policy, reduce: Reduce) -> None:
-        self.policy = policy
-        self.mean = reduce.mean
-        self.pushes, self.skips = list(reduce.pushes), list(reduce.skips)
-        # somebody was dropped, and it has to be added up again
-        self.changed = False
-
-    def goes_on(self, resolve: Resolve) -> bool:
-        """Note what became of a push. False if there is no round any more: nothing is left, or it is refused whole."""
-        if resolve.pending not in (*self.pushes, *self.skips):
-            return True
-        self.pushes, self.skips = (
-            [pending for pending in held if pending is not resolve.pending]
-            for held in (self.pushes, self.skips)
-        )
-        self.changed = True
-        return resolve.decided is None and bool(self.pushes)
-
-    def is_added_again(self, reduce: Reduce) -> bool:
-        """Note that it is. False if it need not be, or if that is not what is left of it."""
-        needs, self.changed = self.changed, False
-        left = self.pushes, self.skips, self.mean
-        return needs and left == (list(reduce.pushes), list(reduce.skips), reduce.mean)
 
 
 @dataclass

@@ -28,7 +28,8 @@ from pushstep.server.coordinator.worker import Worker
 
 from .intent import Intent, times_applied
 from .loop import SimulatedLoop
-from .story import Books, Chapter, ClosedRound, Key, Replay, key_of
+from .rounds import Awaited, ClosedRound
+from .story import Books, Chapter, Key, Replay, key_of
 
 # What a wait may take beyond the lease or the time-out that bounds it: messages, adding up, and the clock's grain.
 SLACK_S = 2.0
@@ -87,6 +88,7 @@ class Witness:
         # the policy after the last event: it may have been another one that this event ended
         self._policy: Policy = coordinator.policy
         self._closed: ClosedRound | None = None
+        self._awaited = Awaited()
         self._last_round: list[tuple[Policy, int]] = []
         # policies that have let late pushes in; a round that is open keeps them when that ends
         self._carry: list[Policy] = []
@@ -240,8 +242,18 @@ class Witness:
                 case _:
                     pass
         self._slowest()
+        self._note_awaited()
         self._policy = self.coordinator.policy
         self._nobody_hangs()
+
+    def _note_awaited(self) -> None:
+        closed, sessions = self._closed, self.coordinator.sessions
+        waits = any(
+            not (closed is not None and closed.holds(pending))
+            for worker in sessions.workers.values()
+            for pending in worker.undecided.values()
+        )
+        self._awaited.note(sessions.members(), self.loop.now_s, waits=waits)
 
     def _settle(self, resolve: Resolve) -> None:
         if self._closed is not None and not self._closed.goes_on(resolve):
@@ -274,13 +286,17 @@ class Witness:
                 self._closed.is_added_again(reduce), f"a round of {names} is not what is left of the last one"
             )
             return
-        closed_by = [
-            policy
-            for policy in (self._policy, self.coordinator.policy)
-            if isinstance(policy.settings, SyncSettings) and (policy.settings.reduce == "mean") == reduce.mean
-        ]
-        require(bool(closed_by), "a round was closed as no policy says")
-        self._closed = ClosedRound(closed_by[0], reduce)
+        for policy in (self._policy, self.coordinator.policy):
+            settings = policy.settings
+            if isinstance(settings, SyncSettings) and (settings.reduce == "mean") == reduce.mean:
+                break
+        else:
+            raise Violation("a round was closed as no policy says")
+        self._closed = ClosedRound(policy, reduce)
+        handed_in = {*names, *(pending.worker for pending in reduce.skips)}
+        members, now_s = self.coordinator.sessions.members(), self.loop.now_s
+        without = self._awaited.close(settings, handed_in, members, now_s)
+        require(not without, f"a round of {names} is closed without {without}")
 
     def _step(self, step: Step) -> None:
         ticket = step.ticket
