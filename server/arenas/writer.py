@@ -8,16 +8,23 @@ fails half way leaves the arenas torn: no later job reads or steps them until th
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Final, Literal, TypeVar
+
+import torch
 
 from pushstep.proto.errors import ModelFailed
+from pushstep.proto.types_pb2 import Ticket
 
+from ..process.inline import INLINE_STEP_BYTES
 from ..process.threads import DISK
+from ..staging.gradient import StagedPush
 from .arena import Arenas
 
 T = TypeVar("T")
+# Kinds of steps that are remembered. A model of many arenas can have more; then all are forgotten from time to time.
+KINDS_KEPT: Final = 1000
 
 
 class ModelWriter:
@@ -75,3 +82,40 @@ class ModelWriter:
     async def close(self) -> None:
         """Let the queue run empty and end the thread."""
         await DISK.run(self._thread.shutdown)
+
+
+class SmallSteps:
+    """Which steps of one model are small enough for the event loop.
+
+    The first step of a kind may compile its kernels, for seconds, so it never is.
+    """
+
+    def __init__(self, values: Callable[[int], Mapping[str, float | bool]]) -> None:
+        """`values`: a group's hyperparameters."""
+        self._values = values
+        self._kinds: set[int] = set()
+
+    def has(
+        self,
+        ticket: Ticket,
+        push: StagedPush,
+        answer_bytes: int,
+        copied: torch.dtype | Literal[False] | None = False,
+    ) -> bool:
+        """Whether a step is one, and note its kind. Call it once for each step, in order.
+
+        `copied`: the dtype in which the step's own kernel copies parameters out; None: each in its own; False: it does not.
+        """
+        kind = self._kind(ticket, push, copied)
+        is_known = kind in self._kinds
+        if len(self._kinds) >= KINDS_KEPT:
+            self._kinds.clear()
+        self._kinds.add(kind)  # later steps run after this one, which has compiled the kernels by then
+        if not is_known or not push.is_of_few or push.bytes() + answer_bytes > INLINE_STEP_BYTES:
+            return False
+        return not ticket.operations and not ticket.averages  # passes over whole models
+
+    def _kind(self, ticket: Ticket, push: StagedPush, copied: torch.dtype | Literal[False] | None) -> int:
+        """A hash of what selects the kernels: dtypes, and which hyperparameters are off."""
+        switches = [(group, *map(bool, self._values(group).values())) for group, *_ in push.kind]
+        return hash((push.kind, frozenset(switches), copied, ticket.factor == 1))

@@ -20,7 +20,7 @@ from pushstep.proto.types_pb2 import Receipt, ServerTimes
 
 from ..arenas.arena import Arenas
 from ..arenas.gradients import bytes_of_change
-from ..arenas.writer import ModelWriter
+from ..arenas.writer import ModelWriter, SmallSteps
 from ..coordinator.coordinator import Coordinator
 from ..coordinator.decision import Decision, Event, Reduce, Resolve, Step
 from ..coordinator.hooks.hook import Point
@@ -32,7 +32,6 @@ from ..journal.entry import Entry
 from ..journal.journal import Level
 from ..journal.recorder import Recorder
 from ..parts.shard import Leader, ModelShard
-from ..process.inline import INLINE_STEP_BYTES
 from ..process.logs import in_short
 from ..process.threads import PUSHES
 from ..staging import reduction
@@ -41,8 +40,6 @@ from ..staging.gradient import StagedPush
 from .held_pushes import Answer, HeldPushes
 
 log = logging.getLogger("pushstep.executor")
-# Kinds of steps that are remembered. A model of many arenas can have more; then all are forgotten from time to time.
-KINDS_KEPT: Final = 1000
 # Added to each wake-up, because a lease has run out only after its last moment.
 MOMENT_S: Final = 0.001
 # Of a step that was taken: each group's learning rate, and what clipping multiplied the gradients by.
@@ -106,9 +103,7 @@ class Executor:
         self._tasks: set[asyncio.Task[None]] = set()
         # the outcomes of writes that are queued
         self._writes: dict[int, Decided] = {}
-        # The kinds of steps taken before (`_kernels_of`). The first step of a kind may compile its kernels, for seconds,
-        # so the event loop does not take it, however small it is.
-        self._stepped: set[int] = set()
+        self._small = SmallSteps(lambda group: coordinator.commits.groups.list[group].values)
         self._closed = False
 
     def apply(self, decisions: Sequence[Decision]) -> None:
@@ -255,27 +250,14 @@ class Executor:
         if step.hooks:
             model.tell(Point.STEP_PRE, **step.facts)
         # the step is taken even if its callers go away: their retries will ask for the receipts
-        nbytes = push.bytes() + sum([answer.nbytes for answer in shared])
-        kernels = self._kernels_of(step, shared)
-        small = nbytes <= INLINE_STEP_BYTES and kernels in self._stepped and push.is_of_few
-        small = small and entry is None  # the event loop does not wait for the disk
-        # nor for passes over whole models
-        small = small and not step.ticket.operations and not step.ticket.averages
-        job = self._writer.submit(execute, small=small)
-        if len(self._stepped) >= KINDS_KEPT:
-            self._stepped.clear()
-        self._stepped.add(kernels)  # later steps run after this one, which has compiled the kernels by then
+        answer_bytes = sum([answer.nbytes for answer in shared])
+        small = self._small.has(step.ticket, push, answer_bytes, shared[0].wire if shared else False)
+        # the event loop does not wait for the disk
+        job = self._writer.submit(execute, small=small and entry is None)
         if job.done():
             self._finish(job, step, times, entry, changed_bytes)
         else:
             job.add_done_callback(lambda done: self._finish(done, step, times, entry, changed_bytes))
-
-    def _kernels_of(self, step: Step, shared: Sequence[Answer]) -> int:
-        """A hash of what selects the kernels of a step: dtypes, and which hyperparameters are off."""
-        groups, kind = self._coordinator.commits.groups.list, step.push.own.kind
-        switches = [(group, *map(bool, groups[group].values.values())) for group, *_ in kind]
-        copied = shared[0].wire if shared else False
-        return hash((kind, frozenset(switches), copied, step.ticket.factor == 1))
 
     def _finish(
         self,

@@ -34,6 +34,7 @@ from pushstep.proto.wire.shards import Part
 from ..arenas.arenas_copy import ArenasCopy
 from ..arenas.gradients import bytes_of_change
 from ..arenas.publisher import Published
+from ..arenas.writer import SmallSteps
 from ..coordinator.decision import Step
 from ..coordinator.groups import ParamGroups
 from ..coordinator.hooks.chain import HookChain
@@ -43,7 +44,6 @@ from ..journal.journal import Level
 from ..models.model import Model
 from ..parts.exact import ExactAnswer
 from ..parts.sums import measures, with_steps_elsewhere
-from ..process.inline import INLINE_STEP_BYTES
 from ..process.threads import PUSHES
 from ..staging import reduction
 from ..staging.gradient import StagedPush
@@ -91,8 +91,7 @@ class Follower:
         self._states: dict[int, asyncio.Future[ArenasCopy]] = {}
         self._sums: dict[int, asyncio.Task[StagedPush]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        # kinds of steps that were taken: their kernels are compiled
-        self._kinds: set[int] = set()
+        self._small = SmallSteps(lambda group: model.groups.list[group].values)
         self._safe_version = model.version
 
     # Parts.
@@ -197,13 +196,9 @@ class Follower:
                 answer.after_step(arenas, None)
             return took_s
 
-        values = [tuple(map(bool, group.values.values())) for group in model.groups.list]
-        kind = hash((push.kind, tuple(values), step.ticket.factor == 1))
-        nbytes = push.bytes() + sum([answer.nbytes for answer in answers])
-        small = nbytes <= INLINE_STEP_BYTES and kind in self._kinds and push.is_of_few and entry is None
-        small = small and not step.ticket.operations and not step.ticket.averages
-        self._kinds.add(kind)
-        job = model.writer.submit(execute, small=small)
+        small = self._small.has(step.ticket, push, sum([answer.nbytes for answer in answers]))
+        # the event loop does not wait for the disk
+        job = model.writer.submit(execute, small=small and entry is None)
 
         def finish(done: asyncio.Future[float]) -> None:
             if changed_bytes:
