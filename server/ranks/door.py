@@ -142,17 +142,18 @@ class PartDoor(GrpcDoor):
     def _refused(self, what: str) -> NotTheCoordinator:
         return NotTheCoordinator(rank=self.ranks.rank, what=what)
 
+    async def _refusing(self, what: str) -> AsyncGenerator[bytes, None]:
+        for _ in ():
+            yield b""
+        raise self._refused(what)
+
     async def join(self, request: pb.JoinRequest, peer: str = "") -> pb.JoinResponse:
         """Join: rank 0's."""
         raise self._refused("Join")
 
-    async def join_in_parts(
-        self, messages: AsyncIterator[bytes], peer: str = ""
-    ) -> AsyncGenerator[bytes, None]:
+    def join_in_parts(self, messages: AsyncIterator[bytes], peer: str = "") -> AsyncGenerator[bytes, None]:
         """JoinInParts: rank 0's."""
-        for _ in ():
-            yield b""
-        raise self._refused("Join")
+        return self._refusing("Join")
 
     async def heartbeat(self, request: pb.HeartbeatRequest) -> pb.HeartbeatResponse:
         """Heartbeat: rank 0's."""
@@ -162,11 +163,9 @@ class PartDoor(GrpcDoor):
         """Leave: rank 0's."""
         raise self._refused("Leave")
 
-    async def pull_extras(self, request: pb.PullExtrasRequest) -> AsyncGenerator[bytes, None]:
+    def pull_extras(self, request: pb.PullExtrasRequest) -> AsyncGenerator[bytes, None]:
         """PullExtras: rank 0's."""
-        for _ in ():
-            yield b""
-        raise self._refused("PullExtras")
+        return self._refusing("PullExtras")
 
     async def pull(self, request: pb.PullRequest) -> AsyncGenerator[bytes, None]:
         """Pull: the version that rank 0 has answered with, and no other."""
