@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from pushstep.proto.errors import PushstepError
 from pushstep.proto.training_pb2 import PushHeader
-from pushstep.proto.types_pb2 import Identity
+from pushstep.proto.types_pb2 import Identity, Ticket
 from pushstep.proto.wire.hyperparameters import Values, plain_values
 
 from ..staging.gradient import StagedPush
@@ -19,6 +19,11 @@ Key = tuple[int, str, int, int]
 def key_of(identity: Identity) -> Key:
     """What tells the pushes of one model apart."""
     return identity.timeline, identity.worker, identity.epoch, identity.sequence
+
+
+def keys_of(ticket: Ticket) -> list[Key]:
+    """The pushes that a ticket steps, in its order: those of a round, or the only one."""
+    return [key_of(of.identity) for of in ticket.contributions] or [key_of(ticket.identity)]
 
 
 @dataclass(slots=True, eq=False)

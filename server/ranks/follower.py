@@ -38,7 +38,7 @@ from ..arenas.writer import SmallSteps
 from ..coordinator.decision import Step
 from ..coordinator.groups import ParamGroups
 from ..coordinator.hooks.chain import HookChain
-from ..coordinator.push import Key, key_of
+from ..coordinator.push import Key, key_of, keys_of
 from ..journal.entry import Entry
 from ..journal.journal import Level
 from ..models.model import Model
@@ -143,12 +143,9 @@ class Follower:
         if part is None:
             return
         part.release()
-        if part.done.done():
-            return
         if order.HasField("error"):
-            part.done.set_exception(heard(order.error))
-            part.done.exception()  # its sender may be gone
-        else:
+            _fail(part.done, heard(order.error))
+        elif not part.done.done():
             part.done.set_result(None)
 
     # Steps.
@@ -156,8 +153,7 @@ class Follower:
     def ticket(self, order: RankTicket) -> None:
         """Execute a ticket, behind all earlier ones."""
         model, ticket = self.model, order.ticket
-        identities = [of.identity for of in ticket.contributions] or [ticket.identity]
-        parts = [self._held.pop(key_of(identity), None) for identity in identities]
+        parts = [self._held.pop(key, None) for key in keys_of(ticket)]
         pushes = [NOTHING if part is None or part.push is None else part.push for part in parts]
         pushes[0] = with_steps_elsewhere(pushes[0], self.part, order.by_rows)
         if order.reduce:
@@ -308,12 +304,9 @@ class Follower:
         if error is not None:
             log.error("version %d of model %s was not encoded", mark[1], self.model.name, exc_info=error)
         published = None if error is not None else done.result()
-        if kept.done():
-            return
         if published is None or published.version != mark[1]:
-            kept.set_exception(self._gone(mark[1]))
-            kept.exception()
-        else:
+            _fail(kept, self._gone(mark[1]))
+        elif not kept.done():
             kept.set_result(published)
 
     def _mark(self, mark: Mark) -> asyncio.Future[Published]:
@@ -327,9 +320,7 @@ class Follower:
     def _forget(self, mark: Mark, kept: asyncio.Future[Published]) -> None:
         if self._kept.get(mark) is kept:
             del self._kept[mark]
-        if not kept.done():
-            kept.set_exception(self._gone(mark[1]))
-            kept.exception()
+        _fail(kept, self._gone(mark[1]))
 
     def _gone(self, version: int) -> VersionGone:
         return VersionGone(version=version, model=self.model.name, rank=self.part.rank, retry_after_s=0.0)
@@ -379,8 +370,13 @@ class Follower:
     def let_go(self) -> None:
         """The server stops: nobody waits any more."""
         for part in self._held.values():
-            if not part.done.done():
-                part.done.set_exception(self.not_held(part.identity))
-                part.done.exception()
+            _fail(part.done, self.not_held(part.identity))
             part.release()
         self._held.clear()
+
+
+def _fail(awaited: asyncio.Future[Any], error: Exception) -> None:
+    """Whoever awaits it gets the error, unless it is done. Perhaps nobody does any more, and that is no fault."""
+    if not awaited.done():
+        awaited.set_exception(error)
+        awaited.exception()

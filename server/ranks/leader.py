@@ -39,7 +39,7 @@ from pushstep.proto.wire.hyperparameters import values_of
 
 from ..arenas.rules import rule_of
 from ..coordinator.decision import Reduce, Resolve, Step
-from ..coordinator.push import Key, PendingPush, key_of
+from ..coordinator.push import Key, PendingPush, key_of, keys_of
 from ..models.model import Model
 from ..parts.arrival import Arrival, together
 from ..parts.shard import ModelShard
@@ -226,8 +226,8 @@ class RankLeader:
         ticket = step.ticket
         if self._elsewhere:
             self._lrs[int(ticket.version)] = self._lrs_elsewhere(step)
-        for identity in [of.identity for of in ticket.contributions] or [ticket.identity]:
-            self._arrivals.pop(key_of(identity), None)
+        for key in keys_of(ticket):
+            self._arrivals.pop(key, None)
         message = RankTicket(
             model=self._model.name,
             uid=self._model.uid,

@@ -12,15 +12,17 @@ import pytest
 import torch
 
 from pushstep.client.session import Session
+from pushstep.proto import training_pb2 as pb
 from pushstep.proto.errors import NonfiniteGradient, NotTheCoordinator
 from pushstep.proto.errors.status import from_rpc_error
-from pushstep.proto.training_pb2 import JoinRequest
 from pushstep.proto.training_pb2_grpc import TrainingServiceStub
+from pushstep.proto.types_pb2 import Identity
 from pushstep.server.parts.refusals import ROUTES
 from tests.support.ranks.group import RankGroup, running_ranks
 from tests.support.servers.harness import RunningServer, running_server
 
 WORLD = 3
+SOMEBODY = Identity(worker="w", epoch=1, timeline=1)
 STEPS = 6
 
 
@@ -170,7 +172,7 @@ def test_four_workers_in_turn(alone: RunningServer, group: RankGroup) -> None:
 
 def test_the_map_names_every_rank(group: RankGroup, shown: str) -> None:
     with grpc.insecure_channel(group.leader.grpc) as channel:
-        answer = TrainingServiceStub(channel).Join(JoinRequest(model=shown, worker="reader"))
+        answer = TrainingServiceStub(channel).Join(pb.JoinRequest(model=shown, worker="reader"))
     shards = answer.member.shards
     assert shards.world == WORLD
     assert [shard.address for shard in shards.shards] == [rank.grpc for rank in group.ranks]
@@ -249,9 +251,22 @@ def test_what_needs_one_server_is_refused(group: RankGroup, shown: str, route: s
     assert (answer.status_code, answer.json()["code"]) == (409, "not_in_ranks"), answer.text
 
 
-def test_only_rank_0_decides(group: RankGroup) -> None:
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda rank: rank.Join(pb.JoinRequest(model="shown", worker="w")),
+        lambda rank: next(rank.JoinInParts(iter([pb.JoinRequest(model="shown", worker="w")]))),
+        lambda rank: rank.Heartbeat(pb.HeartbeatRequest(model="shown", identity=SOMEBODY)),
+        lambda rank: rank.Leave(pb.LeaveRequest(model="shown", identity=SOMEBODY)),
+        lambda rank: next(rank.TakeSteps(iter([pb.PushRequest()]))),
+        lambda rank: next(rank.Pull(pb.PullRequest(model="shown"))),
+        lambda rank: next(rank.PullState(pb.PullStateRequest(model="shown"))),
+        lambda rank: next(rank.PullExtras(pb.PullExtrasRequest(model="shown"))),
+    ],
+)
+def test_only_rank_0_decides(group: RankGroup, shown: str, call: Callable[[Any], Any]) -> None:
     with grpc.insecure_channel(group.ranks[1].grpc) as channel, pytest.raises(grpc.RpcError) as raised:
-        TrainingServiceStub(channel).Join(JoinRequest(model="adadelta", worker="w"))
+        call(TrainingServiceStub(channel))
     assert isinstance(from_rpc_error(raised.value), NotTheCoordinator)
     assert group.ranks[1].http == ""
 
