@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,11 +45,22 @@ class RankGroup:
     def leader(self) -> RunningServer:
         return self.ranks[0]
 
-    def start(self) -> None:
-        """Start all. ExceptionGroup if one does not come up; then none runs."""
-        port = free_port()
+    def become(self, world: int) -> None:
+        """Have so many ranks from the next start on; those above 0 at other addresses."""
+        self.world = world
+        self.ports = [self.ports[0], *(free_port() for _ in range(world - 1))]
+        self._advertised = [self._advertised[0], *[None] * (world - 1)]
+
+    def start(self, commands: Mapping[int, Sequence[str | Path]] | None = None) -> None:
+        """Start all. `commands`: what runs in place of a server's own command, by rank.
+
+        ExceptionGroup if one does not come up; then none runs.
+        """
+        port, others = free_port(), commands or {}
         with ThreadPoolExecutor(self.world) as starting:
-            begun = [starting.submit(self._start, rank, port) for rank in range(self.world)]
+            begun = [
+                starting.submit(self._start, rank, port, others.get(rank, ())) for rank in range(self.world)
+            ]
         self.ranks = [rank.result() for rank in begun if rank.exception() is None]
         problems = [problem for rank in begun if isinstance(problem := rank.exception(), Exception)]
         if problems:
@@ -57,11 +68,12 @@ class RankGroup:
                 running.kill()
             raise ExceptionGroup("not all ranks have come up", problems)
 
-    def _start(self, rank: int, port: int) -> RunningServer:
+    def _start(self, rank: int, port: int, command: Sequence[str | Path]) -> RunningServer:
         options = [*self._options, "--grpc", f"127.0.0.1:{self.ports[rank]}"]
         shown = self._advertised[rank]
         options += [] if shown is None else ["--advertise", shown]
-        return start_server(self.data, *options, environment=environment_of(rank, self.world, port))
+        environment = environment_of(rank, self.world, port)
+        return start_server(self.data, *options, environment=environment, command=command)
 
     def stop(self) -> list[int]:
         """SIGTERM to all, as torchrun sends it; their exit statuses."""
@@ -77,6 +89,11 @@ class RankGroup:
     def kill(self, rank: int) -> list[int]:
         """SIGKILL to one. The others end by themselves; their exit statuses."""
         self.ranks[rank].kill()
+        return self.ended(rank)
+
+    def ended(self, rank: int) -> list[int]:
+        """Wait until all have ended because one has; the others' exit statuses."""
+        self.ranks[rank].process.wait(START_S)
         statuses = [other.process.wait(START_S) for other in self.ranks if other is not self.ranks[rank]]
         for other in self.ranks:
             other.close_pipe()

@@ -61,14 +61,22 @@ def faulty(
     return call
 
 
-if __name__ == "__main__":
-    calls, what, *options = sys.argv[1:]
-    armed = Path(options[options.index("--data") + 1]) / "armed"
-    exists = os.path.exists
+def armed_by(data: Path) -> Callable[[], bool]:
+    """Whether `armed` lies in a data folder."""
+    armed, exists = data / "armed", os.path.exists
+    return lambda: exists(armed)
+
+
+def break_calls(calls: str, deed: str, is_armed: Callable[[], bool]) -> None:
+    """Have this process's calls fail, or end it."""
     for each in calls.split("+"):
         name, _, where = each.partition(":")
-        at_once = where.startswith("!")
-        now = (lambda: True) if at_once else (lambda: exists(armed))
-        setattr(os, name, faulty(getattr(os, name), where.lstrip("!"), what, now))
+        now = (lambda: True) if where.startswith("!") else is_armed
+        setattr(os, name, faulty(getattr(os, name), where.lstrip("!"), deed, now))
+
+
+if __name__ == "__main__":
+    calls, what, *options = sys.argv[1:]
+    break_calls(calls, what, armed_by(Path(options[options.index("--data") + 1])))
     sys.argv = ["pushstep-server", *options]
     main()
