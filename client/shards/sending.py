@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pushstep.proto import training_pb2 as pb
-from pushstep.proto.errors import MapChanged, NotHeld, PushPending, VersionGone
+from pushstep.proto.errors import MapChanged, NotHeld, PushPending, PushstepError, Unavailable, VersionGone
 from pushstep.proto.wire.layout import Layout
 
 from ..membership.receipt import Receipt
@@ -98,9 +98,7 @@ class ShardedSending(Attempts[Outcome]):
 
     def _attempt(self) -> Outcome:
         if self._is_map_in_doubt:
-            if not self._transport.check_map(self._header.model, self._header.identity):
-                raise MapChanged(model=self._header.model)
-            self._is_map_in_doubt = False
+            self._require_map()
         outcomes = self._sent()
         self._note_held(outcomes)
         first, others = outcomes[0], outcomes[1:]
@@ -109,6 +107,8 @@ class ShardedSending(Attempts[Outcome]):
             if failed is not None and isinstance(first, TransportFailure):
                 self.in_doubt = True  # it may have decided before its call was given up
                 self._is_map_in_doubt = True
+                if isinstance(failed, PushstepError) and not isinstance(failed, Unavailable):
+                    self._require_map()  # by an old map another rank is where the worker looks for this one
                 raise failed
             raise first
         if not self._is_exchange:
@@ -119,6 +119,12 @@ class ShardedSending(Attempts[Outcome]):
             if not isinstance(pulled, Exception)
         }
         return Receipt.of(first.header.receipt), self._joined(first, here)
+
+    def _require_map(self) -> None:
+        """MapChanged if rank 0 has another map by now."""
+        if not self._transport.check_map(self._header.model, self._header.identity):
+            raise MapChanged(model=self._header.model)
+        self._is_map_in_doubt = False
 
     def _sent(self) -> list[Any]:
         """Send every part; each rank's answer, or why there is none."""

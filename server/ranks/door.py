@@ -10,7 +10,6 @@ from pushstep.proto import training_pb2 as pb
 from pushstep.proto.errors import (
     InvalidRequest,
     MalformedFrame,
-    ManifestChanged,
     NotTheCoordinator,
     PushstepError,
 )
@@ -92,12 +91,10 @@ class PartPushes(PushHandler):
         about(header.model, header.identity.worker, header.identity.sequence)
         if pulls:
             wire_of(header.pull.dtype)
-        follower = self._ranks.follower_of(header.model, header.identity.model_uid)
+        follower = self._ranks.follower_of(header.model, header.identity.model_uid, header.manifest_hash)
         model = follower.model
         call = PushCall(model, header)
         call.judge = _NoJudge(model)
-        if header.manifest_hash != model.layout.manifest_hash:
-            raise ManifestChanged(model=model.name)
         if header.held_digest:
             held = follower.held(header.identity)
             if held is None or held.digest != header.held_digest:
@@ -170,9 +167,9 @@ class PartDoor(GrpcDoor):
     async def pull(self, request: pb.PullRequest) -> AsyncGenerator[bytes, None]:
         """Pull: the version that rank 0 has answered with, and no other."""
         about(request.model, request.identity.worker, request.identity.sequence)
-        follower = self.ranks.follower_of(request.model, request.identity.model_uid)
         if not request.options.HasField("version"):
             raise self._refused("a pull of the newest version")
+        follower = self.ranks.follower_of(request.model, request.identity.model_uid, request.manifest_hash)
         wire_of(request.options.dtype)
         published = await follower.exactly(int(request.timeline), request.options)
         model = follower.model
@@ -184,9 +181,9 @@ class PartDoor(GrpcDoor):
     async def pull_state(self, request: pb.PullStateRequest) -> AsyncGenerator[bytes, None]:
         """PullState: this part of the version that rank 0 has answered with, and no other."""
         about(request.model)
-        follower = self.ranks.follower_of(request.model, b"")
         if not request.HasField("version"):
             raise self._refused("a pull of the newest state")
+        follower = self.ranks.follower_of(request.model, b"", request.manifest_hash)
         copy = await follower.state(int(request.version))
         async for message in self._state_messages(follower.model, copy, []):
             yield message

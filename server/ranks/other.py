@@ -11,7 +11,14 @@ from typing import Any, Final
 
 import xxhash
 
-from pushstep.proto.errors import NoCreationTicket, NotTheCoordinator, PushstepError
+from pushstep.proto.errors import (
+    ManifestChanged,
+    ModelLost,
+    NoCreationTicket,
+    NotTheCoordinator,
+    PushstepError,
+    RanksDiffer,
+)
 from pushstep.proto.shards_pb2 import (
     RankCommitCreation,
     RankCreate,
@@ -87,12 +94,22 @@ class OtherRank:
         """How a model lies in the ranks. Where they are only rank 0 knows."""
         return ModelShard(whole, self.rank, [Shard(rank=rank) for rank in range(self.world)])
 
-    def follower_of(self, name: str, uid: bytes) -> Follower:
-        """The part of a model that is here. NotTheCoordinator if there is none."""
+    def follower_of(self, name: str, uid: bytes, manifest_hash: int) -> Follower:
+        """The part that the caller means. NotTheCoordinator, ModelLost, ManifestChanged, RanksDiffer if it is not here."""
         model = self._catalog.get(name, uid)
         found = self.followers.get(name)
-        if found is None or found.model is not model:
+        if found is None or found.model is not model or model.shard is None:
             raise NotTheCoordinator(rank=self.rank, what=f"model {name!r}, of which it has no part,")
+        if uid and uid != model.uid:
+            raise ModelLost(model=name)
+        if manifest_hash != model.layout.manifest_hash:
+            for part in model.shard.parts:
+                if part is not None and part.layout.manifest_hash == manifest_hash:
+                    meant = (
+                        f"it is asked as if it were rank {part.rank}: is it reached at that one's address?"
+                    )
+                    raise RanksDiffer(rank=self.rank, problem=meant)
+            raise ManifestChanged(model=name)
         return found
 
     async def take(self, order: RankOrder) -> None:

@@ -173,7 +173,7 @@ class Run:
         self._settle()
         command = {rank: (sys.executable, FAULTY, calls, deed)}
         if ":!" in calls:
-            with pytest.raises(RuntimeError, match="did not start"):
+            with pytest.raises(ExceptionGroup, match="not all ranks"):
                 self.group.start(command)
             self.group.start()
             self.go_on()

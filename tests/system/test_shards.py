@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,12 +14,15 @@ import pytest
 import torch
 from torch import nn
 
+from pushstep.client import connect
 from pushstep.optim import Adagrad
-from pushstep.proto.errors import NotInRanks
-from tests.support.deployments.ports import free_port
+from pushstep.proto import training_pb2 as pb
+from pushstep.proto.errors import NotInRanks, RanksDiffer
 from tests.support.ranks.group import RankGroup, running_ranks
 from tests.support.servers.harness import RunningServer, wait_until
+from tests.support.servers.proxy import Proxy
 from tests.support.trainings.bits import array_bits, parameter_bits
+from tests.system.test_shards_exactly_once import running
 
 ROWS, WIDTH = 3000, 32
 
@@ -164,20 +169,84 @@ def test_small_pushes_go_over_one_open_call_to_each_rank(ranks: RunningServer, m
         assert seen[0] == seen[1] == seen[2]
 
 
-def test_a_worker_finds_ranks_that_have_moved(tmp_path: Path, model_name: str) -> None:
-    """The ranks above 0 come back at other addresses: the map is another, and the worker joins again."""
-    group = RankGroup(tmp_path, 2, "--durability", "durable")
+# the ports of the ranks above 0, from those of all before; None: another one
+MOVES: dict[str, Callable[[Sequence[int]], Sequence[int | None]]] = {
+    "to other addresses": lambda ports: [None, None],
+    "to each other's": lambda ports: [ports[2], ports[1]],
+    "to fewer": lambda ports: [ports[2]],
+    "to more": lambda ports: [ports[2], None, ports[1]],
+}
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_a_worker_finds_ranks_that_have_moved(tmp_path: Path, model_name: str, move: str) -> None:
+    """The ranks above 0 come back elsewhere: the map is another, and the worker joins again."""
+    group = RankGroup(tmp_path, 3, "--durability", "durable")
     try:
         with group.leader.connect(model_name, retry_for_s=120.0) as session:
             session.create(START)
             assert session.push(drawn(0)).version == 1
-            group.kill(1)
-            group.ports[1] = free_port()
+            for rank in group.ranks:  # `stop` would close the session
+                rank.process.send_signal(signal.SIGTERM)
+            assert group.ended(0) == [0, 0]
+            group.become(*MOVES[move](group.ports))
             group.start()
             receipt, values = session.exchange(drawn(1))
-            assert receipt.version == 2
+            assert (receipt.version, receipt.outcome) == (2, "applied")
             assert array_bits(session.pull()) == array_bits(values)
         group.stop()
     finally:
         for rank in group.ranks:
             rank.kill()
+
+
+def test_ranks_at_each_other_s_addresses(tmp_path: Path, model_name: str) -> None:
+    """Nothing is read from the wrong rank, and nothing applied; once the addresses are right, the worker goes on."""
+    with running(tmp_path) as job, connect(job.address, model=model_name, shared_memory=False) as session:
+        session.create({"flat": np.zeros(60_000, np.float32)})  # of which ranks 1 and 2 have as much
+        gradient = {"flat": np.linspace(-1, 1, 60_000, dtype=np.float32)}
+        first, values = session.exchange(gradient)
+
+        def read() -> None:
+            with connect(job.address, model=model_name, worker="reader", shared_memory=False) as reader:
+                reader.pull()
+
+        for call in (
+            read,
+            session.pull_state,
+            lambda: session.push(gradient),
+            lambda: session.exchange(gradient),
+        ):
+            swap(job.proxies[1:])
+            with pytest.raises(RanksDiffer, match=r"rank [12] .* as if it were rank [12]"):
+                call()
+            swap(job.proxies[1:])
+            assert array_bits(session.pull()) == array_bits(values)
+        assert session.push(gradient).version == first.version + 1
+
+
+def test_an_old_map_is_found_out_though_rank_0_is_the_last_to_say_so(tmp_path: Path, model_name: str) -> None:
+    """Another rank refuses the part at once, by a name that is no retry's: rank 0 is asked for its map before the worker is told."""
+    with running(tmp_path) as job, connect(job.address, model=model_name, shared_memory=False) as session:
+        session.create({"flat": np.zeros(60_000, np.float32)})
+        transport = session._transport
+        old = pb.ShardMap()
+        assert transport.shards is not None
+        old.CopyFrom(transport.shards)
+        old.version += 1
+        old.shards[1].address, old.shards[2].address = old.shards[2].address, old.shards[1].address
+        transport.take(old)
+        job.proxies[0].hold("up")
+        later = threading.Timer(1.0, job.proxies[0].release, ["up"])
+        later.start()
+        receipt = session.push({"flat": np.ones(60_000, np.float32)})
+        later.join()
+        assert (receipt.version, receipt.outcome) == (1, "applied")
+        assert transport.shards.version == old.version - 1
+
+
+def swap(proxies: Sequence[Proxy]) -> None:
+    one, other = proxies
+    one.target, other.target = other.target, one.target
+    for proxy in proxies:
+        proxy.cut()

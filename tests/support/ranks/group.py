@@ -45,11 +45,11 @@ class RankGroup:
     def leader(self) -> RunningServer:
         return self.ranks[0]
 
-    def become(self, world: int) -> None:
-        """Have so many ranks from the next start on; those above 0 at other addresses."""
-        self.world = world
-        self.ports = [self.ports[0], *(free_port() for _ in range(world - 1))]
-        self._advertised = [self._advertised[0], *[None] * (world - 1)]
+    def become(self, *others: int | None) -> None:
+        """Have ranks above 0 at these ports from the next start on, however many they are. None: at another one."""
+        self.world = 1 + len(others)
+        self.ports = [self.ports[0], *(port or free_port() for port in others)]
+        self._advertised = [self._advertised[0], *[None] * len(others)]
 
     def start(self, commands: Mapping[int, Sequence[str | Path]] | None = None) -> None:
         """Start all. `commands`: what runs in place of a server's own command, by rank.
