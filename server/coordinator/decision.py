@@ -11,6 +11,7 @@ from pushstep.proto.errors import PushstepError
 from pushstep.proto.types_pb2 import Ticket
 
 from ..staging.gradient import StagedPush
+from .policies.policy import Policy
 from .push import PendingPush
 from .worker import Decided
 
@@ -44,8 +45,8 @@ class Reduce:
     skips: tuple[PendingPush, ...]
     mean: bool
     notes: tuple[str, ...]
-    # the name of the policy that closed the round: another one may be in force when the sum is there
-    policy: str
+    # the policy that closed the round: another one may be in force when the sum is there
+    policy: Policy
 
     @property
     def weights(self) -> tuple[float, ...]:

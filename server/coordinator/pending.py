@@ -47,8 +47,9 @@ class PendingPushes:
         self.admission = Admission()
         self.receipts = Receipts(commits, sessions)
         self.rounds = RoundCounts()
-        # the round that is being added up
+        # the round that is being added up, and the version that the policy's last round made
         self.reducing: Reduce | None = None
+        self._round_version = 0
         # pushes that wait for an earlier push of their worker, which is undecided or has not come
         self.parked: list[PendingPush] = []
         self._decisions: list[Decision] = []
@@ -61,28 +62,31 @@ class PendingPushes:
         if isinstance(result, PushstepError):
             self._reject(reduce.pushes, result, now_s, reduce.policy, blamed=False)
         else:
+            before = self.commits.version
             order = Order(reduce.pushes, result, 1.0, reduce.divisor, reduce.notes)
             self._step(order, now_s, reduce.policy)
+            if self.commits.version > before and reduce.policy is self.policy:
+                self._round_version = self.commits.version
         self._skip(reduce.skips, now_s, reduce.policy)
 
     def replace_policy(self, policy: Policy, now_s: float) -> None:
         """Close the policy, and hand the pushes that it leaves to another one."""
         closed = self.policy
         moves, left = closed.close(self.view(now_s))
-        self.policy = policy
+        self.policy, self._round_version = policy, 0
         for move in moves:
-            self._play(move, now_s, closed.name)
+            self._play(move, now_s, closed)
         for pending in left:
             self.policy.take(pending)
 
     def start_over(self, policy: Policy) -> None:
         """Replace the policy. Forgets the pushes that it holds and the round that is being added up."""
-        self.policy, self.reducing = policy, None
+        self.policy, self.reducing, self._round_version = policy, None, 0
 
     def view(self, now_s: float) -> View:
         """The state that the policy may look at."""
         members = self.sessions.members() if self.policy.waits else ()
-        return View(now_s, self.commits.version, members, self.reducing is not None)
+        return View(now_s, self.commits.version, members, self.reducing is not None, self._round_version)
 
     def conclude(self, now_s: float) -> list[Decision]:
         """Review until the policy has no move left. Returns everything decided since the last event."""
@@ -94,7 +98,7 @@ class PendingPushes:
             self._clear_parked()
         while moves := self.policy.review(self.view(now_s)):
             for move in moves:
-                self._play(move, now_s, self.policy.name)
+                self._play(move, now_s, self.policy)
         decisions, self._decisions = self._decisions, []
         return decisions
 
@@ -115,8 +119,8 @@ class PendingPushes:
         sequence = int(pending.identity.sequence)
         return worker.undecided.get(sequence) is pending and sequence > worker.sequence + 1
 
-    def _play(self, move: Move, now_s: float, policy: str) -> None:
-        """Execute a move. `policy`: the name of the one that makes it, which the receipts name."""
+    def _play(self, move: Move, now_s: float, policy: Policy) -> None:
+        """Execute a move. `policy`: the one that makes it, which the receipts name."""
         match move:
             case Single(pending, lr_scale, notes):
                 if pending.push is None or pending.skips:
@@ -124,7 +128,7 @@ class PendingPushes:
                 else:
                     self._step(Order([pending], pending.push, lr_scale, notes=notes), now_s, policy)
             case Refuse(pending, outcome, reason, notes):
-                receipt = self.receipts.without_step(pending, policy, now_s, outcome, reason, notes)
+                receipt = self.receipts.without_step(pending, policy.name, now_s, outcome, reason, notes)
                 self._consume(pending, Decided(pending.digest, receipt))
             case Round():
                 self.rounds.note(move.closed_by, now_s - move.opened_s, len(move.pushes) + len(move.skips))
@@ -161,11 +165,11 @@ class PendingPushes:
                 if not self.admission.decide(pending.push, commits.hooks.nonfinite()):
                     pending.skips, pending.skip_reason = True, NonfiniteGradient.code
         except PushstepError as error:
-            self._reject([pending], error, pending.staged_s, self.policy.name)
+            self._reject([pending], error, pending.staged_s, self.policy)
         else:
             self.policy.take(pending)
 
-    def _step(self, order: Order, now_s: float, policy: str) -> None:
+    def _step(self, order: Order, now_s: float, policy: Policy) -> None:
         """Write the ticket, unless the step is refused after all. Then the pushes are skipped or rejected."""
         sessions = self.sessions
         try:
@@ -174,7 +178,7 @@ class PendingPushes:
                 return
             leads = [sessions.leads(sessions.workers[pending.worker]) for pending in order.pushes]
             written = self.commits.write(order, leads)
-            receipts = self.receipts.of_step(order, written, policy, now_s)
+            receipts = self.receipts.of_step(order, written, policy.name, now_s)
         except PushstepError as error:
             self._reject(order.pushes, error, now_s, policy, blamed=order.divisor is None)
             return
@@ -197,11 +201,11 @@ class PendingPushes:
         """`admission.decide` for a round's sum, which no gate has seen: finite pushes may sum to infinity."""
         return decide(push, self.admission.nonfinite(self.commits.hooks.nonfinite()))
 
-    def _skip(self, pushes: Sequence[PendingPush], now_s: float, policy: str, reason: str = "") -> None:
+    def _skip(self, pushes: Sequence[PendingPush], now_s: float, policy: Policy, reason: str = "") -> None:
         """Resolve pushes as skipped: their workers count as present, and nothing is applied."""
         for pending in pushes:
             why = reason or pending.skip_reason
-            receipt = self.receipts.without_step(pending, policy, now_s, OUTCOME_SKIPPED, why)
+            receipt = self.receipts.without_step(pending, policy.name, now_s, OUTCOME_SKIPPED, why)
             self._consume(pending, Decided(pending.digest, receipt))
 
     def _reject(
@@ -209,7 +213,7 @@ class PendingPushes:
         pushes: Sequence[PendingPush],
         error: PushstepError,
         now_s: float,
-        policy: str,
+        policy: Policy,
         *,
         blamed: bool = True,
     ) -> None:
@@ -218,7 +222,7 @@ class PendingPushes:
         `blamed` False: the cause is a round's sum or a failed step, so no worker's count of refusals grows.
         """
         for pending in pushes:
-            receipt = self.receipts.without_step(pending, policy, now_s, OUTCOME_REJECTED, error.code)
+            receipt = self.receipts.without_step(pending, policy.name, now_s, OUTCOME_REJECTED, error.code)
             self.record("push_rejected", pending.worker, code=error.code)
             # a copy: the traceback of the raised error holds the push's whole body
             self._consume(pending, Decided(pending.digest, receipt, refuse_consumed(copy.copy(error))))

@@ -235,6 +235,27 @@ def test_who_pushes_in_every_round_is_never_late() -> None:
     assert court.outcome(court.push("a", 1.0, base=3)) == "dropped_late"
 
 
+@pytest.mark.parametrize("ends", ["skips", "is infinite", "breaks", "is fenced"])
+def test_a_round_without_a_version_makes_nobody_late(ends: str) -> None:
+    """Though there is a newer version than that of the round before: one that an upload has made."""
+    court = sync("a", "b", "c", quorum=2)
+    court.push("a", 1.0)
+    court.push("b", 1.0)
+    straggler = court.push("c", 1.0, base=0)  # which is told of version 1
+    court.do(court.coordinator.uploaded(court.identity("a"), 7, 0)[1] or ())
+    court.holds_back = ends in ("breaks", "is fenced")
+    for name in "ab":
+        court.push(name, 3e38 if ends == "is infinite" else 1.0, skip=ends == "skips")
+    if ends == "breaks":
+        court.do(court.coordinator.reduced(court.combines.pop(), NonfiniteGradient(parameter="a"), 0))
+    elif ends == "is fenced":
+        for name in "ab":
+            court.do(court.coordinator.evicted(name, 0))
+    assert (court.commits.version, len(court.tickets)) == (2, 1)
+    following = court.push("c", 1.0, base=1)
+    assert [court.outcome(push) for push in (straggler, following)] == ["dropped_late", "pending"]
+
+
 def test_skip_pushes_are_present_and_contribute_nothing() -> None:
     court = sync("a", "b", timeout_s=None)
     skip = court.push("a", skip=True)

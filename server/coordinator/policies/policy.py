@@ -35,6 +35,8 @@ class View:
     members: Sequence[Worker]
     # a round is being added up, so its version does not exist yet
     busy: bool = False
+    # the version that this policy's last round made, after which uploads may have made others; 0 before the first
+    round_version: int = 0
 
 
 @dataclass(frozen=True, slots=True)

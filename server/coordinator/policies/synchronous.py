@@ -7,7 +7,7 @@ round if it left or expired, and is dropped if it was evicted or quarantined. A 
 expected and may contribute.
 
 A push is late if it was computed on a version before the one that the last round made, and its worker was not told of
-that version either. A late push is dropped, or carried as its worker's single contribution. A skip push counts as
+that version either. A round that is refused, or that only has skips, makes none. A late push is dropped, or carried as its worker's single contribution. A skip push counts as
 present and contributes nothing. A push that the gate rejected never gets here, so its worker is absent until the
 time-out. Between the end of a round and the version that it makes nothing is decided: pushes that arrive wait for the
 next round.
@@ -74,8 +74,6 @@ class SyncPolicy:
     def __init__(self, settings: SyncSettings) -> None:
         self.settings = settings
         self.round: OpenRound | None = None
-        # the version that the last round made; None until it exists. Before the first round it is 0, so nothing is late
-        self._since: int | None = 0
         # pushes in no round yet: none is open, or the last one is being added up
         self._queue: list[PendingPush] = []
 
@@ -105,9 +103,7 @@ class SyncPolicy:
         """Open a round, add the pushes that have arrived, and close it if it waits for nothing more."""
         if view.busy:
             return []
-        if self._since is None:
-            self._since = view.version
-        late = self._turn_away_late(self._since) if self.settings.late == "drop" else []
+        late = self._turn_away_late(view.round_version) if self.settings.late == "drop" else []
         if self.round is None and self._queue and len(view.members) >= self.settings.min_workers:
             self.round = OpenRound({worker.name for worker in view.members}, view.now_s)
         if self.round is None:
@@ -152,7 +148,7 @@ class SyncPolicy:
         return "", ""
 
     def _end(self, open_round: OpenRound, ended_by: str, why: str) -> list[Move]:
-        self.round, self._since = None, None
+        self.round = None
         ordered = [open_round.pushes[name] for name in sorted(open_round.pushes)]
         skips = tuple(pending for pending in ordered if pending.skips)
         stepped = tuple(pending for pending in ordered if not pending.skips)
