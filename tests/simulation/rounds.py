@@ -80,3 +80,43 @@ class ClosedRound:
     def holds(self, pending: PendingPush) -> bool:
         """Whether it is a push of this round."""
         return pending in (*self.pushes, *self.skips)
+
+
+class Lateness:
+    """Which versions rounds have made, by the policy that closed them, and which version who knows of.
+
+    And which policies have let late pushes in.
+    """
+
+    def __init__(self) -> None:
+        # the version in the last receipt, by timeline, worker and epoch
+        self._told: dict[tuple[int, str, int], int] = {}
+        self._made: list[tuple[Policy, int]] = []
+        # a round that is open keeps late pushes when its policy lets no more in
+        self._lets_in: list[Policy] = []
+
+    def told(self, pending: PendingPush, version: int) -> None:
+        """The sender of a push got its receipt."""
+        self._told[pending.key[:3]] = version
+
+    def known_to(self, pending: PendingPush) -> int:
+        """The newest version that the sender of a push knew of."""
+        return max(pending.header.base_version, self._told.get(pending.key[:3], 0))
+
+    def note(self, policy: Policy) -> None:
+        """A policy is in force, with the settings that it has."""
+        carries = isinstance(policy.settings, SyncSettings) and policy.settings.late == "carry"
+        if carries and not self.is_let_in(policy):
+            self._lets_in.append(policy)
+
+    def is_let_in(self, policy: Policy) -> bool:
+        """Whether a late push may be in a round of this policy."""
+        return any(known is policy for known in self._lets_in)
+
+    def made(self, policy: Policy, version: int) -> None:
+        """A round has made a version."""
+        self._made.append((policy, version))
+
+    def since(self, policy: Policy) -> int:
+        """The version of the policy's last round. Who knew only of earlier ones is late."""
+        return max((version for known, version in self._made if known is policy), default=0)

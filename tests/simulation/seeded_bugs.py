@@ -6,8 +6,8 @@ changes a check, or the simulator, learns here whether it still catches what it 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Final
 
 import pytest
@@ -21,17 +21,15 @@ from pushstep.proto.errors import ModelLost
 from pushstep.proto.types_pb2 import Identity
 from pushstep.server.coordinator.commits import Commits
 from pushstep.server.coordinator.coordinator import Coordinator
-from pushstep.server.coordinator.decision import Reduce
 from pushstep.server.coordinator.pending import PendingPushes
+from pushstep.server.coordinator.policies.asynchronous import AsyncPolicy
 from pushstep.server.coordinator.policies.bounded import BoundedPolicy
-from pushstep.server.coordinator.policies.policy import Move, View
-from pushstep.server.coordinator.policies.synchronous import COMPLETE, TIMEOUT, OpenRound, SyncPolicy
+from pushstep.server.coordinator.policies.policy import View
 from pushstep.server.coordinator.push import PendingPush
-from pushstep.server.coordinator.receipts import Receipts
 from pushstep.server.coordinator.sessions import Sessions
 from pushstep.server.coordinator.worker import Worker, WorkerState
 
-from . import executor_bugs
+from . import executor_bugs, round_bugs
 
 Patch = pytest.MonkeyPatch
 
@@ -67,107 +65,6 @@ def fencing_is_skipped(patch: Patch) -> None:
         return require(self, identity, now_s)
 
     patch.setattr(Sessions, "require", lenient)
-
-
-def time_out_counts_twice(patch: Patch) -> None:
-    """What a round that timed out has added up is in the next one again."""
-    end = SyncPolicy._end
-
-    def careless(self: SyncPolicy, open_round: Any, ended_by: str, why: str) -> list[Move]:
-        if ended_by == TIMEOUT:
-            self._queue.extend(open_round.pushes.values())
-        return end(self, open_round, ended_by, why)
-
-    patch.setattr(SyncPolicy, "_end", careless)
-
-
-def left_behind_stays(patch: Patch) -> None:
-    """A push whose worker has joined anew stays in the round."""
-    patch.setattr(SyncPolicy, "drop", lambda self, pending: None)
-
-
-def mean_is_over_members(patch: Patch) -> None:
-    """The sum is divided by the number of members instead of by the contributors' weight."""
-    combine = PendingPushes._combine
-    members: list[int] = []
-
-    def counting(self: PendingPushes, reduce: Reduce, now_s: float) -> None:
-        members.append(len(self.sessions.members()))
-        combine(self, reduce, now_s)
-
-    patch.setattr(PendingPushes, "_combine", counting)
-    patch.setattr(Reduce, "divisor", property(lambda self: float(members[-1] or 1) if self.mean else 1.0))
-
-
-def rounds_follow_the_settings(patch: Patch) -> None:
-    """A round that is added up again, without somebody, is reduced as the policy says by then."""
-    combine = PendingPushes._combine
-
-    def forgetful(self: PendingPushes, reduce: Reduce, now_s: float) -> None:
-        if isinstance(self.policy, SyncPolicy):
-            reduce = replace(reduce, mean=self.policy.settings.reduce == "mean")
-        combine(self, reduce, now_s)
-
-    patch.setattr(PendingPushes, "_combine", forgetful)
-
-
-def rounds_are_signed_by_the_next(patch: Patch) -> None:
-    """The receipts of a round name the policy of when its sum was there."""
-    of_step = Receipts.of_step
-    reduced = PendingPushes.reduced
-
-    def forgetful(self: PendingPushes, reduce: Reduce, *result: Any) -> None:
-        with Patch.context() as meanwhile:
-            meanwhile.setattr(
-                Receipts,
-                "of_step",
-                lambda receipts, order, written, _, now_s: of_step(
-                    receipts, order, written, self.policy.name, now_s
-                ),
-            )
-            reduced(self, reduce, *result)
-
-    patch.setattr(PendingPushes, "reduced", forgetful)
-
-
-def rounds_close_one_too_early(patch: Patch) -> None:
-    """A round does not wait for the last one that it expects."""
-    closed_by = SyncPolicy._closed_by
-
-    def hasty(self: SyncPolicy, open_round: OpenRound, view: View) -> tuple[str, str]:
-        present = {worker.name for worker in view.members}
-        missing = (open_round.expected & present) - open_round.pushes.keys()
-        return (COMPLETE, "") if len(missing) == 1 else closed_by(self, open_round, view)
-
-    patch.setattr(SyncPolicy, "_closed_by", hasty)
-
-
-def time_outs_come_too_early(patch: Patch) -> None:
-    """A round waits for half of its time-out."""
-    deadline_s = SyncPolicy.deadline_s
-
-    def early(self: SyncPolicy) -> float | None:
-        end_s = deadline_s(self)
-        return None if end_s is None or self.round is None else (self.round.opened_s + end_s) / 2
-
-    patch.setattr(SyncPolicy, "deadline_s", early)
-
-
-def quorums_count_everybody_but_one(patch: Patch) -> None:
-    """One less than the quorum is enough."""
-    closed_by = SyncPolicy._closed_by
-
-    def early(self: SyncPolicy, open_round: OpenRound, view: View) -> tuple[str, str]:
-        settings, quorum = self.settings, self.settings.quorum
-        if quorum is None or quorum == 1:
-            return closed_by(self, open_round, view)
-        self.settings = settings.model_copy(update={"quorum": quorum - 1})
-        try:
-            return closed_by(self, open_round, view)
-        finally:
-            self.settings = settings
-
-    patch.setattr(SyncPolicy, "_closed_by", early)
 
 
 def old_timeline_is_applied(patch: Patch) -> None:
@@ -229,6 +126,12 @@ def retries_tick(patch: Patch) -> None:
     patch.setattr(Coordinator, "_who", ticking)
 
 
+def staleness_is_off_by_one(patch: Patch) -> None:
+    """A push is too stale one version too early."""
+    move = AsyncPolicy._move
+    patch.setattr(AsyncPolicy, "_move", lambda self, pending, version: move(self, pending, version + 1))
+
+
 def bound_is_off_by_one(patch: Patch) -> None:
     """SSP lets a worker run one clock too far."""
     admits = BoundedPolicy.admits
@@ -277,20 +180,6 @@ def the_dead_are_waited_for(patch: Patch) -> None:
         return sorted((w for w in self.workers.values() if w.state in there), key=lambda w: w.joined)
 
     patch.setattr(Sessions, "live", live)
-
-
-def time_outs_are_ignored(patch: Patch) -> None:
-    """A round waits for its last member, however long."""
-    patch.setattr(SyncPolicy, "deadline_s", lambda self: None)
-
-
-def late_is_counted(patch: Patch) -> None:
-    """A push of an earlier round is part of this one although late ones are dropped."""
-
-    def none(self: SyncPolicy, since: int) -> Sequence[Move]:
-        return []
-
-    patch.setattr(SyncPolicy, "_turn_away_late", none)
 
 
 def receipts_are_forgotten(patch: Patch) -> None:
@@ -387,16 +276,6 @@ def held_push_is_taken_twice(patch: Patch) -> None:
     patch.setattr(Coordinator, "on_body", greedy)
 
 
-def busy_is_ignored(patch: Patch) -> None:
-    """A round is closed while the one before it is still being added up."""
-    review = SyncPolicy.review
-    patch.setattr(
-        SyncPolicy,
-        "review",
-        lambda self, view: review(self, View(view.now_s, view.version, view.members, busy=False)),
-    )
-
-
 def residual_always_advances(patch: Patch) -> None:
     """What int8 or top-k left out of a push that was not applied counts as sent."""
     settle = Compression.settle
@@ -428,17 +307,19 @@ BUGS: Final = (
     # which of them comes first differs with what else is loaded: hypothesis draws numbers from all code that it sees
     Bug(fencing_is_skipped, "is let in, its epoch is over|is told", ("chaos", "stories")),
     Bug(
-        time_out_counts_twice,
+        round_bugs.time_out_counts_twice,
         "was applied, and denied|another receipt|is applied again|is told",
         ("chaos", "stories"),
         seed=7,
     ),
-    Bug(mean_is_over_members, "divided by", ("chaos", "stories"), seed=19),
-    Bug(rounds_follow_the_settings, "is not what is left of the last one", ("chaos",), seed=2557),
-    Bug(rounds_are_signed_by_the_next, "has decided, and the receipt says", ("chaos",), seed=308),
-    Bug(rounds_close_one_too_early, "is closed without", ("chaos",)),
-    Bug(time_outs_come_too_early, "is closed without", ("chaos",)),
-    Bug(quorums_count_everybody_but_one, "is closed without", ("chaos",)),
+    Bug(round_bugs.mean_is_over_members, "divided by", ("chaos", "stories"), seed=19),
+    Bug(round_bugs.rounds_follow_the_settings, "is not what is left of the last one", ("chaos",), seed=2557),
+    Bug(round_bugs.rounds_are_signed_by_the_next, "has decided, and the receipt says", ("chaos",), seed=308),
+    Bug(round_bugs.rounds_close_one_too_early, "is closed without", ("chaos",)),
+    Bug(round_bugs.time_outs_come_too_early, "is closed without", ("chaos",)),
+    Bug(round_bugs.quorums_count_everybody_but_one, "is closed without", ("chaos",)),
+    Bug(round_bugs.everybody_is_late, "is said to be late", ("chaos",)),
+    Bug(staleness_is_off_by_one, "is refused, the bound is", ("chaos",)),
     Bug(old_timeline_is_applied, "is let in on timeline", ("chaos", "stories"), seed=3),
     Bug(every_scheduler_counts, "the lead's edits make", ("chaos", "stories")),
     Bug(last_edits_are_lost, "the lead's edits make", ("chaos", "stories")),
@@ -449,7 +330,12 @@ BUGS: Final = (
         ("chaos",),  # a story comes to it too seldom
         seed=7,
     ),
-    Bug(left_behind_stays, "is let in, its epoch is over|is let in after its eviction", ("chaos",), seed=37),
+    Bug(
+        round_bugs.left_behind_stays,
+        "is let in, its epoch is over|is let in after its eviction",
+        ("chaos",),
+        seed=37,
+    ),
     Bug(receipts_are_forgotten, "its worker is not told", ("chaos",)),
     Bug(epochs_begin_again, "epoch .* came again|two pushes have one identity", ("chaos",), seed=10),
     Bug(restores_lift_fences, "DID NOT RAISE", ("sessions",)),
@@ -464,10 +350,10 @@ BUGS: Final = (
         ("chaos",),
         seed=7,
     ),
-    Bug(late_is_counted, "are in a round after version", ("chaos", "stories"), seed=15),
-    Bug(busy_is_ignored, "are in a round after version|a round", ("chaos", "stories"), seed=15),
+    Bug(round_bugs.late_is_counted, "are in a round after version", ("chaos", "stories"), seed=15),
+    Bug(round_bugs.busy_is_ignored, "are in a round after version|a round", ("chaos", "stories"), seed=15),
     Bug(the_dead_are_waited_for, "is waited for, silent", ("chaos",), seed=37),
-    Bug(time_outs_are_ignored, "a push of .* waits", ("chaos",), seed=7),
+    Bug(round_bugs.time_outs_are_ignored, "a push of .* waits", ("chaos",), seed=7),
     Bug(retries_tick, "clocks ahead", ("chaos",), seed=20),
     Bug(bound_is_off_by_one, "clocks ahead", ("chaos", "schedules")),
     Bug(bound_blocks_too_early, "clocks ahead", ("chaos", "schedules")),

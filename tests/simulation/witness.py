@@ -28,7 +28,7 @@ from pushstep.server.coordinator.worker import Worker
 
 from .intent import Intent, times_applied
 from .loop import SimulatedLoop
-from .rounds import Awaited, ClosedRound
+from .rounds import Awaited, ClosedRound, Lateness
 from .story import Books, Chapter, Key, Replay, key_of
 
 # What a wait may take beyond the lease or the time-out that bounds it: messages, adding up, and the clock's grain.
@@ -45,10 +45,6 @@ def require(holds: bool, what: str) -> None:
     """Violation unless it holds."""
     if not holds:
         raise Violation(what)
-
-
-def _who(identity: Identity) -> tuple[int, str, int]:
-    return identity.timeline, identity.worker, identity.epoch
 
 
 class Witness:
@@ -68,8 +64,7 @@ class Witness:
         self.evicted: set[tuple[int, str, int]] = set()
         self.outcomes: dict[str, int] = {}
         self.last_heard_s: dict[str, float] = {}
-        # the version in the last receipt, by timeline, worker and epoch
-        self._told: dict[tuple[int, str, int], int] = {}
+        self._lateness = Lateness()
         self._joins = 0
         # epochs, by the number of the join that got them on a timeline; and each name's newest
         self._attempts: dict[tuple[int, int], int] = {}
@@ -89,9 +84,6 @@ class Witness:
         self._policy: Policy = coordinator.policy
         self._closed: ClosedRound | None = None
         self._awaited = Awaited()
-        self._last_round: list[tuple[Policy, int]] = []
-        # policies that have let late pushes in; a round that is open keeps them when that ends
-        self._carry: list[Policy] = []
         self._waits: dict[Key, float] = {}
         self._waits_under: object = None
 
@@ -227,10 +219,7 @@ class Witness:
     def decided(self, decisions: Sequence[Decision]) -> None:
         """In the order in which they were made."""
         self._changed_s = self.loop.now_s
-        policy = self.coordinator.policy
-        carries = isinstance(policy.settings, SyncSettings) and policy.settings.late == "carry"
-        if carries and not any(known is policy for known in self._carry):
-            self._carry.append(policy)
+        self._lateness.note(self.coordinator.policy)
         for decision in decisions:
             match decision:
                 case Reduce():
@@ -263,11 +252,15 @@ class Witness:
             return
         receipt = resolve.decided.receipt
         require(receipt.outcome != Outcome.OUTCOME_APPLIED, "applied without a step")
+        if receipt.outcome == Outcome.OUTCOME_DROPPED_LATE:
+            self._check_late(resolve.pending)
+        elif receipt.outcome == Outcome.OUTCOME_TOO_STALE:
+            self._check_too_stale(int(receipt.version) - resolve.pending.header.base_version)
         self._consumed(resolve.pending, Outcome.Name(receipt.outcome), int(receipt.version))
 
     def _consumed(self, pending: PendingPush, outcome: str, version: int) -> None:
         self.outcomes[outcome] = self.outcomes.get(outcome, 0) + 1
-        self._told[_who(pending.identity)] = version
+        self._lateness.told(pending, version)
         key, who = key_of(pending.identity), (pending.worker, int(pending.identity.epoch))
         policy, bound = self._admitted.get(key, (None, 0))
         slowest = self._slowest()
@@ -369,14 +362,26 @@ class Witness:
         )
         divisor = sum(weights) if closed.mean else 1.0
         require(step.ticket.divisor == divisor, f"divided by {step.ticket.divisor} instead of {divisor}")
-        since = max((version for known, version in self._last_round if known is policy), default=0)
-        if not any(known is policy for known in self._carry):
-            known = {
-                c.worker: max(c.header.base_version, self._told.get(_who(c.identity), 0)) for c in pushes
-            }
+        since = self._lateness.since(policy)
+        if not self._lateness.is_let_in(policy):
+            known = {c.worker: self._lateness.known_to(c) for c in pushes}
             require(min(known.values()) >= since, f"pushes on {known} are in a round after version {since}")
-        self._last_round.append((policy, step.ticket.version))
+        self._lateness.made(policy, step.ticket.version)
         return divisor, policy
+
+    def _check_late(self, pending: PendingPush) -> None:
+        settings, since = self.coordinator.policy.settings, self._lateness.since(self.coordinator.policy)
+        drops = isinstance(settings, SyncSettings) and settings.late == "drop"
+        is_there = any(worker.name == pending.worker for worker in self.coordinator.sessions.members())
+        is_late = (drops and self._lateness.known_to(pending) < since) or not is_there
+        require(is_late, f"{pending.worker} is said to be late, the last round made version {since}")
+
+    def _check_too_stale(self, stale: int) -> None:
+        settings = self.coordinator.policy.settings
+        bound = settings.max_staleness if isinstance(settings, AsyncSettings) else None
+        require(
+            bound is not None and stale > bound, f"a staleness of {stale} is refused, the bound is {bound}"
+        )
 
     def _check_staleness(self, step: Step, pending: PendingPush) -> None:
         settings = self.coordinator.policy.settings
