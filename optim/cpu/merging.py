@@ -132,21 +132,27 @@ class Moved:
         self, targets: Sequence[int], ids_to: Sequence[int], begin: int = 0, end: int | None = None
     ) -> None:
         """Copy rows [begin, end) of all of these to addresses, and their ids beside them (0: not)."""
-        self._move(kernels.gather, targets, ids_to, begin, end)
+        self._move(targets, ids_to, begin, end)
 
     def scatter(self, sources: Sequence[int]) -> None:
         """Copy rows from addresses into the tables."""
-        self._move(kernels.scatter, sources, [0] * len(sources), 0, None)
+        self._move(sources, [0] * len(sources), scatters=True)
 
     def _move(
-        self, make: Any, rows: Sequence[int], ids_to: Sequence[int], begin: int, end: int | None
+        self,
+        rows: Sequence[int],
+        ids_to: Sequence[int],
+        begin: int = 0,
+        end: int | None = None,
+        *,
+        scatters: bool = False,
     ) -> None:
         last = int(self.starts[-1]) if end is None else end
         if last > begin:
             tables = self._tables.copy()
             tables[:, kernels.MOVED_ROWS] = rows
             tables[:, kernels.MOVED_IDS_TO] = ids_to
-            kernel = compiled(make, kernels.MOVE_SIGNATURE, None)
+            kernel = compiled(kernels.move, kernels.MOVE_SIGNATURE, scatters)
             work = partial(kernel, tables, self.starts, begin)
             over_slices(work, last - begin, slice_size=SLICE_ROWS, inline=INLINE_ROWS)
 

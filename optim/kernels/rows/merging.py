@@ -100,10 +100,11 @@ def merge(kind: int) -> Callable[..., None]:
     return kernel
 
 
-def gather(_: None) -> Callable[..., None]:
-    """Make `kernel(tables, starts, begin, plan, worker)`, which copies rows out of tables, and their ids beside them.
+def move(scatters: bool) -> Callable[..., None]:
+    """Make the kernel that copies rows out of tables, and their ids beside them; or into tables, if it `scatters`.
 
-    tables: (tables, MOVED_COLUMNS). starts: (tables + 1,) number of each table's first row, of all that are copied.
+    `kernel(tables, starts, begin, plan, worker)`. tables: (tables, MOVED_COLUMNS). starts: (tables + 1,) number of each
+    table's first row, of all that are copied. Rows go into a table only where no id of it comes twice.
     """
 
     def kernel(tables: Any, starts: Any, begin: int, plan: Any, worker: int) -> None:
@@ -121,32 +122,13 @@ def gather(_: None) -> Callable[..., None]:
                     for line in range(0, size, 64):
                         prefetch(ahead + line)
                 row = load_integer(ids, k)
-                copy_bytes(tables[table, MOVED_ROWS] + k * size, base + row * size, size)
+                here, there = base + row * size, tables[table, MOVED_ROWS] + k * size
+                if scatters:
+                    copy_bytes(here, there, size)
+                    continue
+                copy_bytes(there, here, size)
                 if tables[table, MOVED_IDS_TO]:
                     store_integer(tables[table, MOVED_IDS_TO], k, row)
-            piece = claim(plan, worker)
-
-    return kernel
-
-
-def scatter(_: None) -> Callable[..., None]:
-    """Make `kernel(tables, starts, begin, plan, worker)`, which copies rows into tables; no id of a table comes twice."""
-
-    def kernel(tables: Any, starts: Any, begin: int, plan: Any, worker: int) -> None:
-        piece = claim(plan, worker)
-        while piece >= 0:
-            start, stop = begin + piece * plan[1], begin + min((piece + 1) * plan[1], plan[2])
-            table = tensor_at(starts, start)
-            for number in range(start, stop):
-                while starts[table + 1] <= number:
-                    table += 1
-                k, size = number - starts[table], tables[table, MOVED_BYTES]
-                base, ids = tables[table, MOVED_TABLE], tables[table, MOVED_IDS]
-                if number + PREFETCH_ROWS < min(stop, starts[table + 1]):
-                    ahead = base + load_integer(ids, k + PREFETCH_ROWS) * size
-                    for line in range(0, size, 64):
-                        prefetch(ahead + line)
-                copy_bytes(base + load_integer(ids, k) * size, tables[table, MOVED_ROWS] + k * size, size)
             piece = claim(plan, worker)
 
     return kernel
