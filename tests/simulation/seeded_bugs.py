@@ -308,7 +308,7 @@ BUGS: Final = (
     Bug(fencing_is_skipped, "is let in, its epoch is over|is told", ("chaos", "stories")),
     Bug(
         round_bugs.time_out_counts_twice,
-        "was applied, and denied|another receipt|is applied again|is told",
+        "was applied, and denied|another receipt|is applied again|is told|is said to be late",
         ("chaos", "stories"),
         seed=7,
     ),
