@@ -158,7 +158,7 @@ class Coordinator:
         pending.staged_s, pending.accepted = now_s, True
         worker.undecided[sequence] = pending
         if sequence == worker.sequence + 1:
-            self.pending_pushes.pass_on(pending)
+            self.pending_pushes.pass_on(pending, now_s)
         else:
             self.pending_pushes.parked.append(pending)
         return self.pending_pushes.conclude(now_s)
@@ -178,7 +178,7 @@ class Coordinator:
         worker = self.sessions.workers.get(identity.worker)
         if worker is not None and worker.epoch == identity.epoch and not worker.quarantined:
             self.pending_pushes.record("push_refused", worker.name, code=error.code)
-            self.pending_pushes.count_refused(worker)
+            self.pending_pushes.count_refused(worker, now_s)
         return self.pending_pushes.conclude(now_s)
 
     # Events of members and of time.
@@ -197,7 +197,9 @@ class Coordinator:
         if worker.epoch != epoch:
             worker.base_version = self.commits.version  # it takes this version along, and is behind nothing
             why = "another session joined under this name"
-            self.pending_pushes.drop(left, lambda c: Fenced(worker=name, epoch=c.identity.epoch, why=why))
+            self.pending_pushes.drop(
+                left, lambda c: Fenced(worker=name, epoch=c.identity.epoch, why=why), now_s
+            )
         return worker, self.pending_pushes.conclude(now_s)
 
     def receipts_of(self, worker: Worker) -> list[Receipt]:
@@ -250,13 +252,13 @@ class Coordinator:
         held = list(worker.undecided.values())
         worker.undecided, worker.receiving = {}, {}
         self.pending_pushes.drop(
-            held, lambda c: Fenced(worker=name, epoch=c.identity.epoch, why="evicted by an operator")
+            held, lambda c: Fenced(worker=name, epoch=c.identity.epoch, why="evicted by an operator"), now_s
         )
         return self.pending_pushes.conclude(now_s)
 
     def quarantine(self, name: str, now_s: float) -> list[Decision]:
         """An operator quarantines a worker. Its pending pushes are not applied. UnknownWorker."""
-        self.pending_pushes.quarantine(self.sessions.known(name), by_hand=True)
+        self.pending_pushes.quarantine(self.sessions.known(name), now_s, by_hand=True)
         return self.pending_pushes.conclude(now_s)
 
     def released(self, name: str, now_s: float) -> list[Decision]:
@@ -327,7 +329,7 @@ class Coordinator:
         self.commits.go_back(lineage, timeline)
         self.pending_pushes.start_over(policies.make(settings))
         self.pending_pushes.drop(
-            ended, lambda c: Superseded(model=self.name, timeline=timeline, got=c.identity.timeline)
+            ended, lambda c: Superseded(model=self.name, timeline=timeline, got=c.identity.timeline), now_s
         )
         return self.pending_pushes.conclude(now_s)
 

@@ -95,14 +95,14 @@ class PendingPushes:
             for worker in self.sessions.take_expired():
                 self.record("worker_expired", "server", worker=worker.name, epoch=worker.epoch)
         if self.parked:
-            self._clear_parked()
+            self._clear_parked(now_s)
         while moves := self.policy.review(self.view(now_s)):
             for move in moves:
                 self._play(move, now_s, self.policy)
         decisions, self._decisions = self._decisions, []
         return decisions
 
-    def _clear_parked(self) -> None:
+    def _clear_parked(self, now_s: float) -> None:
         """Drop parked pushes of workers that are not live: the push before them will never come."""
         waiting = [c for c in self.parked if self._is_parked(c)]
         gone = [c for c in waiting if self.sessions.workers[c.worker].state is not WorkerState.LIVE]
@@ -110,7 +110,7 @@ class PendingPushes:
         for pending in gone:
             del self.sessions.workers[pending.worker].undecided[int(pending.identity.sequence)]
         lease_s = self.sessions.lease_s
-        self.drop(gone, lambda c: LeaseExpired(worker=c.worker, seconds=lease_s))
+        self.drop(gone, lambda c: LeaseExpired(worker=c.worker, seconds=lease_s), now_s)
 
     def _is_parked(self, pending: PendingPush) -> bool:
         worker = self.sessions.workers.get(pending.worker)
@@ -129,7 +129,7 @@ class PendingPushes:
                     self._step(Order([pending], pending.push, lr_scale, notes=notes), now_s, policy)
             case Refuse(pending, outcome, reason, notes):
                 receipt = self.receipts.without_step(pending, policy.name, now_s, outcome, reason, notes)
-                self._consume(pending, Decided(pending.digest, receipt))
+                self._consume(pending, Decided(pending.digest, receipt), now_s)
             case Round():
                 self.rounds.note(move.closed_by, now_s - move.opened_s, len(move.pushes) + len(move.skips))
                 self._combine(Reduce(move.pushes, move.skips, move.mean, move.notes, policy), now_s)
@@ -141,7 +141,7 @@ class PendingPushes:
         else:
             self._skip(reduce.skips, now_s, reduce.policy)
 
-    def pass_on(self, pending: PendingPush) -> None:
+    def pass_on(self, pending: PendingPush, now_s: float) -> None:
         """Pass a push through the gate and on to the policy."""
         worker = self.sessions.workers[pending.worker]
         worker.base_version = pending.header.base_version
@@ -165,7 +165,7 @@ class PendingPushes:
                 if not self.admission.decide(pending.push, commits.hooks.nonfinite()):
                     pending.skips, pending.skip_reason = True, NonfiniteGradient.code
         except PushstepError as error:
-            self._reject([pending], error, pending.staged_s, self.policy)
+            self._reject([pending], error, now_s, self.policy)
         else:
             self.policy.take(pending)
 
@@ -195,7 +195,7 @@ class PendingPushes:
         after = hooks.dump() if hooks.list else ()
         self._decisions.append(Step(written.ticket, order.push, tuple(resolves), written.facts, after))
         for pending in order.pushes:
-            self._pass_on_next(pending)
+            self._pass_on_next(pending, now_s)
 
     def _still_finite(self, push: StagedPush) -> bool:
         """`admission.decide` for a round's sum, which no gate has seen: finite pushes may sum to infinity."""
@@ -206,7 +206,7 @@ class PendingPushes:
         for pending in pushes:
             why = reason or pending.skip_reason
             receipt = self.receipts.without_step(pending, policy.name, now_s, OUTCOME_SKIPPED, why)
-            self._consume(pending, Decided(pending.digest, receipt))
+            self._consume(pending, Decided(pending.digest, receipt), now_s)
 
     def _reject(
         self,
@@ -225,13 +225,14 @@ class PendingPushes:
             receipt = self.receipts.without_step(pending, policy.name, now_s, OUTCOME_REJECTED, error.code)
             self.record("push_rejected", pending.worker, code=error.code)
             # a copy: the traceback of the raised error holds the push's whole body
-            self._consume(pending, Decided(pending.digest, receipt, refuse_consumed(copy.copy(error))))
+            refused = Decided(pending.digest, receipt, refuse_consumed(copy.copy(error)))
+            self._consume(pending, refused, now_s)
             if blamed:
-                self.count_refused(self.sessions.workers[pending.worker])
+                self.count_refused(self.sessions.workers[pending.worker], now_s)
 
-    def _consume(self, pending: PendingPush, decided: Decided) -> None:
+    def _consume(self, pending: PendingPush, decided: Decided, now_s: float) -> None:
         self._decisions.append(self._resolve(pending, decided))
-        self._pass_on_next(pending)
+        self._pass_on_next(pending, now_s)
 
     def _resolve(self, pending: PendingPush, decided: Decided) -> Resolve:
         """Store the outcome. From here on the push counts as seen."""
@@ -247,28 +248,28 @@ class PendingPushes:
         )
         return Resolve(pending, decided)
 
-    def _pass_on_next(self, pending: PendingPush) -> None:
+    def _pass_on_next(self, pending: PendingPush, now_s: float) -> None:
         """Pass on the worker's next push, if it is here already."""
         worker = self.sessions.workers[pending.worker]
         following = worker.undecided.get(worker.sequence + 1)
         if following is not None:
-            self.pass_on(following)
+            self.pass_on(following, now_s)
 
-    def count_refused(self, worker: Worker) -> None:
+    def count_refused(self, worker: Worker, now_s: float) -> None:
         """Count one more refused push in a row. At the limit quarantine the worker and drop its pushes."""
         worker.refused_in_row += 1
         limit = self.admission.settings.quarantine_after
         if limit is not None and worker.refused_in_row >= limit and not worker.quarantined:
             self.record("worker_quarantined", "server", worker=worker.name, refused=worker.refused_in_row)
-            self.quarantine(worker, by_hand=False)
+            self.quarantine(worker, now_s, by_hand=False)
 
-    def quarantine(self, worker: Worker, *, by_hand: bool) -> None:
+    def quarantine(self, worker: Worker, now_s: float, *, by_hand: bool) -> None:
         """Read nothing more of a worker. Its pending pushes are dropped."""
         worker.quarantines += not worker.quarantined
         worker.quarantined, worker.quarantined_by_hand = True, by_hand
         self.sessions.mark_changed(worker.name)
         held, worker.undecided = list(worker.undecided.values()), {}
-        self.drop(held, lambda _: self.quarantined(worker))
+        self.drop(held, lambda _: self.quarantined(worker), now_s)
 
     def quarantined(self, worker: Worker) -> Quarantined:
         """The error that a quarantined worker gets."""
@@ -277,7 +278,9 @@ class PendingPushes:
             why = "by an operator"
         return Quarantined(worker=worker.name, why=why, model=self.commits.name, times=worker.quarantines)
 
-    def drop(self, pushes: Sequence[PendingPush], why: Callable[[PendingPush], PushstepError]) -> None:
+    def drop(
+        self, pushes: Sequence[PendingPush], why: Callable[[PendingPush], PushstepError], now_s: float
+    ) -> None:
         """Resolve pushes that will never have an outcome, each with the error of `why`."""
         for pending in pushes:
             self.policy.drop(pending)
@@ -289,7 +292,7 @@ class PendingPushes:
         self.reducing = None
         kept = tuple(c for c in old.pushes if c not in pushes)
         skips = tuple(c for c in old.skips if c not in pushes)
-        self._combine(replace(old, pushes=kept, skips=skips), pushes[0].staged_s)
+        self._combine(replace(old, pushes=kept, skips=skips), now_s)
 
     def record(self, kind: str, by: str, **facts: Any) -> None:
         """Add an entry to the model's events."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from pushstep.proto.errors import NonfiniteGradient
+from pushstep.proto.training_pb2 import GroupEdit
+from pushstep.proto.wire.hyperparameters import wire_values
 from pushstep.server.coordinator.hooks.hook import Hook, Point, Settings, StepContext
 from pushstep.server.coordinator.policies import catalogue as policies
 from pushstep.server.staging.gradient import DensePart
@@ -345,6 +347,20 @@ def test_who_is_fenced_while_a_round_is_added_up_is_taken_out_of_it(fences: str)
     assert [court.outcome(push) for push in pushes] == ["applied", "fenced"]
 
 
+def test_how_long_a_push_waited_is_counted_to_its_outcome() -> None:
+    """Also if another one's going, or the outcome of the one before it, is what decides it."""
+    court = sync("a", "b")
+    court.holds_back = True
+    contributes = court.push("a", 1.0)
+    court.wait(2)
+    skips = court.push("b", skip=True)
+    wrong = court.push("b", groups="a", edits=[GroupEdit(group=9, values=wire_values({"lr": 1.0}))])
+    court.wait(3)
+    court.do(court.coordinator.evicted("a", court.now_s))  # only the skip is left of the round
+    assert [court.outcome(push) for push in (contributes, skips, wrong)] == ["fenced", "skipped", "rejected"]
+    assert [court.receipt(push).times.wait_s for push in (skips, wrong)] == [3.0, 3.0]
+
+
 def test_a_restore_ends_what_is_held() -> None:
     court = sync("a", "b", "c")
     court.holds_back = True
@@ -446,9 +462,6 @@ def test_a_round_is_refused_by_the_policy_that_closed_it(refused: str) -> None:
 
 
 def test_edits_count_from_the_lead_of_a_round_only() -> None:
-    from pushstep.proto.training_pb2 import GroupEdit
-    from pushstep.proto.wire.hyperparameters import wire_values
-
     court = sync("a", "b", "c", "d")
     pushes = [
         court.push(name, 1.0, edits=[GroupEdit(group=0, values=wire_values({"lr": lr}))])
