@@ -18,7 +18,7 @@ from torch import Tensor
 from pushstep.proto.errors import InvalidSettings, WrongDtype
 from pushstep.proto.wire import dtypes
 from pushstep.proto.wire.buffers import BufferPool
-from pushstep.proto.wire.dtypes import INT8_BLOCK
+from pushstep.proto.wire.dtypes import INT8_BLOCK, int8_bytes
 from pushstep.proto.wire.frames import Piece, Writer
 from pushstep.proto.wire.layout import MAX_INDEXED, Slot
 
@@ -64,12 +64,8 @@ class Quantised:
         self._residual = residual
         self.rest = take(residual.nbytes).view(residual.dtype)
         self._length = length
-        from pushstep.optim.ops.quantise import (
-            code_bytes,
-        )  # with numba, which most workers need later or never
-
         units = gradient.numel() // length if length else 0
-        self.nbytes = units * code_bytes(length, INT8_BLOCK)
+        self.nbytes = units * int8_bytes(length)
         self._blocks = units * -(-length // INT8_BLOCK)
         self._made = 0
         self._codes = take(self.nbytes)
@@ -87,14 +83,11 @@ class Quantised:
         target.copy_(self._codes[start:stop])
 
     def _block_after(self, byte: int) -> int:
-        from pushstep.optim.ops.quantise import code_bytes
-
-        unit, within = divmod(byte, code_bytes(self._length, INT8_BLOCK))
-        block_bytes = code_bytes(INT8_BLOCK, INT8_BLOCK)
-        return unit * -(-self._length // INT8_BLOCK) + -(-within // block_bytes)
+        unit, within = divmod(byte, int8_bytes(self._length))
+        return unit * -(-self._length // INT8_BLOCK) + -(-within // int8_bytes(INT8_BLOCK))
 
     def _make(self, end: int) -> None:
-        from pushstep.optim.ops.quantise import quantise
+        from pushstep.optim.ops.quantise import quantise  # with numba, which most workers need later or never
 
         if end > self._made:
             quantise(
@@ -195,7 +188,7 @@ class Compression:
         return torch.cat(indices), torch.cat(values)
 
     def _largest(self, slot: Slot, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        from pushstep.optim.ops.select import select
+        from pushstep.optim.ops.select import select  # with numba, too
 
         flat = gradient.detach().cpu().contiguous().view(-1)
         residual = self.residuals.get(slot.name)

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pushstep.optim.ops.quantise import code_bytes
 from pushstep.proto.types_pb2 import Segment
 from pushstep.proto.wire import dtypes
-from pushstep.proto.wire.dtypes import INT8_BLOCK
+from pushstep.proto.wire.dtypes import int8_bytes
 from pushstep.proto.wire.frames import Piece, Source, Writer
 from pushstep.proto.wire.layout import Layout, Slot
 
@@ -168,8 +167,8 @@ def _taken(source: Source, held: Held | None) -> Source:
     if isinstance(source, Piece):
         return Piece(held.view(source.source), source.dtype)
     # int8: its blocks are counted from the parameter's start, and a cut lies between two of them
-    stop = source.nbytes if held.is_last else code_bytes(held.stop, INT8_BLOCK)
-    return Bytes(source, code_bytes(held.start, INT8_BLOCK), stop)
+    stop = source.nbytes if held.is_last else int8_bytes(held.stop)
+    return Bytes(source, int8_bytes(held.start), stop)
 
 
 def _rows(held: Held, sources: Sequence[Source]) -> tuple[int, list[Source]]:

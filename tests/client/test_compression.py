@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -87,6 +89,13 @@ BOUNDS: dict[torch.dtype, Callable[[Tensor], Tensor]] = {
     torch.float16: lambda values: (values.abs() * 2.0**-11).clamp(min=2.0**-25),
     torch.int8: lambda values: quantum(values) * (0.5 + 2.0**-15),
 }
+
+
+def test_a_session_comes_without_kernels() -> None:
+    """numba takes 0.2 s to import, and a worker needs it at the first push that merges or compresses something."""
+    code = "import sys, pushstep.client.connection; assert 'numba' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("wire", BOUNDS, ids=str)
