@@ -93,7 +93,8 @@ class RowCache:
         return {slot.name: as_array(self._tables[slot.name].rows(ids)) for slot, ids in slots.items()}
 
     def forget(self) -> None:
-        """Have everything pulled anew."""
+        """Have everything pulled anew, also what was asked for early."""
+        self._land()
         self._tables.clear()
 
     def _slots(self, wanted: Mapping[str, Any]) -> dict[Slot, Tensor]:

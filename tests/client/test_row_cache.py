@@ -68,6 +68,16 @@ def test_rows_asked_for_beside_a_push_need_no_pull(session: Session, monkeypatch
     assert cache.misses == 0
 
 
+def test_what_is_forgotten_is_pulled_anew(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    pulls = counted(session, monkeypatch)
+    cache = session.row_cache(1)
+    for forgotten in (cache.forget, lambda: None):
+        cache.prefetch({"a": [1, 2]})
+        forgotten()
+        assert np.array_equal(cache.get({"a": [1, 2]})["a"], TABLES["a"][[1, 2]])
+        assert pulls() == 1
+
+
 def test_a_full_table_begins_anew(session: Session) -> None:
     cache, draw = session.row_cache(5, most_rows=50), np.random.default_rng(0)
     for _ in range(20):
