@@ -351,8 +351,6 @@ class Worker:
 
     def begin_rows(self, asked: RowsAsked, layout: Layout) -> Finish:
         """Ask for rows, and return at once; a call of the result waits for them. grpc.RpcError, TransportFailure."""
-        if self._transport.shards is not None:  # each rank answers about a version that rank 0 names first
-            return partial(self.pull_rows, asked, layout)
         request = asked.request(self.model, _wire_enum(self._pull_wire))
         call = self._transport.begin_pull("PullRows", request, layout)
         return lambda: asked.answer(call.result())

@@ -51,7 +51,6 @@ class RankLink:
         self._own = own
         self._said: asyncio.Queue[RankMessage] = asyncio.Queue()
         self._task: asyncio.Task[None] | None = None
-        self._alive: asyncio.Task[None] | None = None
         self._heard_s = 0.0
         # the job ends: the link may
         self.closing = False
