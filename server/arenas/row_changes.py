@@ -7,6 +7,7 @@ the ids of the last pushes are kept, too, up to a share of the table: for a read
 from __future__ import annotations
 
 from collections import deque
+from itertools import takewhile
 from typing import Final
 
 import torch
@@ -18,6 +19,8 @@ from pushstep.proto.wire.layout import Slot
 # Ids are kept up to one for so many rows. With more of them a scan costs no more.
 ROWS_PER_ID: Final = 16
 LEAST_IDS: Final = 1024
+# Pushes whose ids are kept. To look through more would cost as much as a scan.
+MOST_PUSHES: Final = 1024
 
 
 class RowChanges:
@@ -66,9 +69,12 @@ class _Recent:
         if not ids.is_cpu:
             self.forget(version)
             return
-        self._log.append((version, ids))
+        if not ids.numel():  # a step of rows that all lie in another rank
+            return
+        # ids of all of a push's tables lie in one stretch of memory, which a view would keep
+        self._log.append((version, ids.clone()))
         self._count += ids.numel()
-        while self._count > self._most and self._log:
+        while self._log and (self._count > self._most or len(self._log) > MOST_PUSHES):
             self._since, gone = self._log.popleft()
             self._count -= gone.numel()
 
@@ -80,7 +86,7 @@ class _Recent:
         """The rows that have changed behind a version, ascending; None if that is not known any more."""
         if version < self._since:
             return None
-        found = [ids for number, ids in self._log if number > version]
+        found = [ids for _, ids in takewhile(lambda entry: entry[0] > version, reversed(self._log))]
         if len(found) == 1:
             return found[0]
         return different(torch.cat(found)) if found else torch.empty(0, dtype=torch.int64, device="cpu")
