@@ -123,20 +123,16 @@ def dense_runs(arenas: Arenas, wire: torch.dtype | None) -> list[tuple[Segment, 
 
 
 def rows_bytes(slot: Slot, ids: torch.Tensor | None, wire: torch.dtype | None) -> int:
-    """Bytes of a segment with some rows of a parameter, or with all if that is smaller or `ids` is None."""
-    itemsize = (wire or slot.dtype).itemsize
-    whole_bytes = slot.rows * slot.row_elements * itemsize
-    return (
-        whole_bytes
-        if ids is None
-        else min(whole_bytes, ids.numel() * (ID_BYTES + slot.row_elements * itemsize))
-    )
+    """Bytes of a segment with some rows of a parameter, or with all if that is no larger or `ids` is None."""
+    row_bytes = slot.row_elements * (wire or slot.dtype).itemsize
+    whole_bytes = slot.rows * row_bytes
+    return whole_bytes if ids is None else min(whole_bytes, ids.numel() * (ID_BYTES + row_bytes))
 
 
 def changed_rows(
     arenas: Arenas, slot: Slot, ids: torch.Tensor | None, wire: torch.dtype | None
 ) -> tuple[Segment, torch.Tensor, torch.Tensor | None]:
-    """A segment that carries some rows of a parameter, or all of it when that is smaller or `ids` is None.
+    """A segment that carries some rows of a parameter, or all of it when that is no larger or `ids` is None.
 
     Also the parameter, and the ids of the rows: None for all.
     """
@@ -145,8 +141,7 @@ def changed_rows(
         arena=slot.arena, start=slot.start, stop=slot.stop, dtype=dtypes.to_wire(dtype, "segment")
     )
     table = arenas.view(slot)
-    whole_bytes = table.numel() * dtype.itemsize
-    if ids is None or ids.numel() * (ID_BYTES + slot.row_elements * dtype.itemsize) >= whole_bytes:
+    if ids is None or rows_bytes(slot, ids, wire) == rows_bytes(slot, None, wire):
         return segment, table, None
     segment.rows = ids.numel()
     return segment, table, ids

@@ -78,26 +78,29 @@ def measured(
     for k, some in zip(fresh, pieces, strict=True):
         own = list(islice(taken, len(some)))
         sums[k] = [in_order(own)] if isinstance(parts[k], RowsPart) and len(own) != 1 else own
-    total = _added(slots_of, [found or () for found in sums])
-    nonfinite = None
-    for part, slots, found in zip(parts, slots_of, sums, strict=True):
-        stepped = dtypes.state_dtype(slots[0].dtype)  # the parameters of an arena have one dtype
-        narrowed = (
-            _values(part).dtype.itemsize > stepped.itemsize
-        )  # a finite float64 may be an infinite float32
-        if narrowed or not math.isfinite(total):
-            named = zip(slots, _pieces(part), found or (), strict=True)
-            nonfinite = nonfinite or next(
-                (
-                    slot.name
-                    for slot, piece, square_sum in named
-                    if (narrowed or not math.isfinite(square_sum)) and not _all_finite(piece, stepped)
-                ),
-                None,
-            )
-    return StagedPush(
-        sum(map(len, slots_of)), parts, nonfinite, math.sqrt(total), [found or () for found in sums]
+    complete = [found or () for found in sums]
+    total = _added(slots_of, complete)
+    names = (
+        _first_nonfinite(part, slots, some, total)
+        for part, slots, some in zip(parts, slots_of, complete, strict=True)
     )
+    nonfinite = next(filter(None, names), None)
+    return StagedPush(sum(map(len, slots_of)), parts, nonfinite, math.sqrt(total), complete)
+
+
+def _first_nonfinite(
+    part: DensePart | RowsPart, slots: Sequence[Slot], sums: Sequence[float], total: float
+) -> str | None:
+    """The name of a part's first parameter whose gradient is not finite in the dtype that it is stepped in."""
+    stepped = dtypes.state_dtype(slots[0].dtype)  # the parameters of an arena have one dtype
+    # a finite float64 may be an infinite float32
+    narrowed = _values(part).dtype.itemsize > stepped.itemsize
+    if not narrowed and math.isfinite(total):
+        return None
+    for slot, piece, square_sum in zip(slots, _pieces(part), sums, strict=True):
+        if (narrowed or not math.isfinite(square_sum)) and not _all_finite(piece, stepped):
+            return slot.name
+    return None
 
 
 def _values(part: DensePart | RowsPart) -> Tensor:
