@@ -12,13 +12,13 @@ from typing import Any, Final
 
 from torch import Tensor
 
-from pushstep.optim import RULES
 from pushstep.proto.errors import PushstepError, SnapshotDamaged, SnapshotUnsupported, UnknownSnapshot
 from pushstep.proto.wire import dtypes
 from pushstep.proto.wire.layout import Layout
 
 from ..arenas.arenas_copy import ArenasCopy
 from ..arenas.extras import Extras
+from ..arenas.rules import rule_of
 from ..captures.capture import AVERAGE, PARAMETER
 from ..pacing.pace import AT_ONCE, Pace
 from . import files
@@ -69,7 +69,8 @@ class SnapshotReader:
                 averages.setdefault(name.removeprefix(AVERAGE), {})[entry["arena"]] = tensors.pop(name)
             _require_arena(snapshot, layout, entry["arena"], tensors)
             parameters.append(tensors.pop(PARAMETER))
-            states.append(tensors)
+            rule = rule_of(layout, layout.arenas[entry["arena"]].group)
+            states.append({name: tensors[name] for name in rule.state_names})
         for entry in chain[-1]["files"]:
             if entry["file"] == EXTRAS:
                 extras = Extras(self._read_file(snapshot, entry, snapshot))
@@ -254,7 +255,7 @@ def _require_arena(snapshot: str, layout: Layout, index: int, tensors: Mapping[s
     """SnapshotUnsupported unless `tensors` are all of an arena's parameters and states."""
     arena = layout.arenas[index]
     state = dtypes.state_dtype(arena.dtype)
-    rule = RULES[layout.manifest.groups[arena.group].rule]
+    rule = rule_of(layout, arena.group)
     wanted = {PARAMETER: (arena.dtype, (arena.elements,))}
     wanted |= dict.fromkeys(rule.state_names, (state, (arena.elements,)))
     if {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()} != wanted:
