@@ -223,7 +223,7 @@ class RankRates(_message.Message):
     def __init__(self, ingest_bytes_per_s: _Optional[float] = ..., step_elements_per_s: _Optional[_Mapping[str, float]] = ..., age_s: _Optional[float] = ...) -> None: ...
 
 class RankOrder(_message.Message):
-    __slots__ = ("order", "welcome", "create", "commit_creation", "withdraw", "ticket", "drop", "publish", "reduce", "delete", "snapshot", "restore", "close", "serve", "alive", "durability", "hooks", "meet", "report")
+    __slots__ = ("order", "welcome", "create", "commit_creation", "withdraw", "ticket", "drop", "publish", "reduce", "delete", "snapshot", "restore", "close", "serve", "alive", "durability", "hooks", "meet", "report", "export")
     ORDER_FIELD_NUMBER: _ClassVar[int]
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     CREATE_FIELD_NUMBER: _ClassVar[int]
@@ -243,6 +243,7 @@ class RankOrder(_message.Message):
     HOOKS_FIELD_NUMBER: _ClassVar[int]
     MEET_FIELD_NUMBER: _ClassVar[int]
     REPORT_FIELD_NUMBER: _ClassVar[int]
+    EXPORT_FIELD_NUMBER: _ClassVar[int]
     order: int
     welcome: RankWelcome
     create: RankCreate
@@ -262,7 +263,8 @@ class RankOrder(_message.Message):
     hooks: RankHooks
     meet: RankMeet
     report: RankReport
-    def __init__(self, order: _Optional[int] = ..., welcome: _Optional[_Union[RankWelcome, _Mapping]] = ..., create: _Optional[_Union[RankCreate, _Mapping]] = ..., commit_creation: _Optional[_Union[RankCommitCreation, _Mapping]] = ..., withdraw: _Optional[_Union[RankWithdraw, _Mapping]] = ..., ticket: _Optional[_Union[RankTicket, _Mapping]] = ..., drop: _Optional[_Union[RankDrop, _Mapping]] = ..., publish: _Optional[_Union[RankPublish, _Mapping]] = ..., reduce: _Optional[_Union[RankReduce, _Mapping]] = ..., delete: _Optional[_Union[RankDelete, _Mapping]] = ..., snapshot: _Optional[_Union[RankSnapshot, _Mapping]] = ..., restore: _Optional[_Union[RankRestore, _Mapping]] = ..., close: bool = ..., serve: _Optional[_Union[RankServe, _Mapping]] = ..., alive: bool = ..., durability: _Optional[_Union[RankDurability, _Mapping]] = ..., hooks: _Optional[_Union[RankHooks, _Mapping]] = ..., meet: _Optional[_Union[RankMeet, _Mapping]] = ..., report: _Optional[_Union[RankReport, _Mapping]] = ...) -> None: ...
+    export: RankExport
+    def __init__(self, order: _Optional[int] = ..., welcome: _Optional[_Union[RankWelcome, _Mapping]] = ..., create: _Optional[_Union[RankCreate, _Mapping]] = ..., commit_creation: _Optional[_Union[RankCommitCreation, _Mapping]] = ..., withdraw: _Optional[_Union[RankWithdraw, _Mapping]] = ..., ticket: _Optional[_Union[RankTicket, _Mapping]] = ..., drop: _Optional[_Union[RankDrop, _Mapping]] = ..., publish: _Optional[_Union[RankPublish, _Mapping]] = ..., reduce: _Optional[_Union[RankReduce, _Mapping]] = ..., delete: _Optional[_Union[RankDelete, _Mapping]] = ..., snapshot: _Optional[_Union[RankSnapshot, _Mapping]] = ..., restore: _Optional[_Union[RankRestore, _Mapping]] = ..., close: bool = ..., serve: _Optional[_Union[RankServe, _Mapping]] = ..., alive: bool = ..., durability: _Optional[_Union[RankDurability, _Mapping]] = ..., hooks: _Optional[_Union[RankHooks, _Mapping]] = ..., meet: _Optional[_Union[RankMeet, _Mapping]] = ..., report: _Optional[_Union[RankReport, _Mapping]] = ..., export: _Optional[_Union[RankExport, _Mapping]] = ...) -> None: ...
 
 class RankReport(_message.Message):
     __slots__ = ("rates",)
@@ -401,6 +403,48 @@ class RankRestore(_message.Message):
     version: int
     snapshot: str
     def __init__(self, model: _Optional[str] = ..., uid: _Optional[bytes] = ..., timeline: _Optional[int] = ..., version: _Optional[int] = ..., snapshot: _Optional[str] = ...) -> None: ...
+
+class RankExport(_message.Message):
+    __slots__ = ("model", "snapshot", "state", "averages", "parameter")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    AVERAGES_FIELD_NUMBER: _ClassVar[int]
+    PARAMETER_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    snapshot: str
+    state: bool
+    averages: _containers.RepeatedCompositeFieldContainer[RankAverage]
+    parameter: int
+    def __init__(self, model: _Optional[str] = ..., snapshot: _Optional[str] = ..., state: bool = ..., averages: _Optional[_Iterable[_Union[RankAverage, _Mapping]]] = ..., parameter: _Optional[int] = ...) -> None: ...
+
+class RankAverage(_message.Message):
+    __slots__ = ("hook", "groups")
+    HOOK_FIELD_NUMBER: _ClassVar[int]
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
+    hook: str
+    groups: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, hook: _Optional[str] = ..., groups: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class RankContent(_message.Message):
+    __slots__ = ("rank", "order", "timeline", "version", "content", "digest")
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    ORDER_FIELD_NUMBER: _ClassVar[int]
+    TIMELINE_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    CONTENT_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    rank: int
+    order: int
+    timeline: int
+    version: int
+    content: bytes
+    digest: int
+    def __init__(self, rank: _Optional[int] = ..., order: _Optional[int] = ..., timeline: _Optional[int] = ..., version: _Optional[int] = ..., content: _Optional[bytes] = ..., digest: _Optional[int] = ...) -> None: ...
+
+class RankTaken(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class RankDurability(_message.Message):
     __slots__ = ("model", "settings")

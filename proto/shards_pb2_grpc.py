@@ -44,6 +44,11 @@ class ShardServiceStub(object):
                 request_serializer=pushstep_dot_proto_dot_shards__pb2.RankMessage.SerializeToString,
                 response_deserializer=pushstep_dot_proto_dot_shards__pb2.RankOrder.FromString,
                 _registered_method=True)
+        self.Give = channel.stream_unary(
+                '/pushstep.v1.ShardService/Give',
+                request_serializer=pushstep_dot_proto_dot_shards__pb2.RankContent.SerializeToString,
+                response_deserializer=pushstep_dot_proto_dot_shards__pb2.RankTaken.FromString,
+                _registered_method=True)
 
 
 class ShardServiceServicer(object):
@@ -60,6 +65,13 @@ class ShardServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Give(self, request_iterator, context):
+        """Give brings what a RankExport has asked for, as fast as rank 0 takes it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ShardServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -67,6 +79,11 @@ def add_ShardServiceServicer_to_server(servicer, server):
                     servicer.Link,
                     request_deserializer=pushstep_dot_proto_dot_shards__pb2.RankMessage.FromString,
                     response_serializer=pushstep_dot_proto_dot_shards__pb2.RankOrder.SerializeToString,
+            ),
+            'Give': grpc.stream_unary_rpc_method_handler(
+                    servicer.Give,
+                    request_deserializer=pushstep_dot_proto_dot_shards__pb2.RankContent.FromString,
+                    response_serializer=pushstep_dot_proto_dot_shards__pb2.RankTaken.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -101,6 +118,33 @@ class ShardService(object):
             '/pushstep.v1.ShardService/Link',
             pushstep_dot_proto_dot_shards__pb2.RankMessage.SerializeToString,
             pushstep_dot_proto_dot_shards__pb2.RankOrder.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Give(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/pushstep.v1.ShardService/Give',
+            pushstep_dot_proto_dot_shards__pb2.RankContent.SerializeToString,
+            pushstep_dot_proto_dot_shards__pb2.RankTaken.FromString,
             options,
             channel_credentials,
             insecure,

@@ -85,7 +85,7 @@ ARROWS = {
             "observers", "journal", "remote", "storage", "pacing", "coordinator", "captures", "arenas", "devices", "staging", "counters",
             "process", "config", "parts",
         },
-        "parts": {"storage", "coordinator", "arenas", "staging"},
+        "parts": {"storage", "coordinator", "arenas", "staging", "process"},
         "remote": {"storage", "process"},
         "observers": {"coordinator", "traces"},
         "journal": {"storage", "coordinator", "arenas", "staging", "counters", "process"},

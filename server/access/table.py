@@ -96,6 +96,7 @@ RPCS: Final[Mapping[str, Need]] = {
     f"{_TRAINING}/PullExtras": Need.WORKER,
     # the other ranks of this server's job; what they say changes models
     f"{_SHARDS}/Link": Need.OPERATOR,
+    f"{_SHARDS}/Give": Need.OPERATOR,
     f"{_HEALTH}/Check": Need.OPEN,
     f"{_HEALTH}/List": Need.MEMBER,
     # a stream that stays open

@@ -7,13 +7,13 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 from starlette.requests import ClientDisconnect
-from torch import Tensor
 
 from ..imports.incoming_file import IncomingFile
 from ..models.catalog import Catalog
 from ..models.copies import Copies, ModelCopies
 from ..models.events import OPERATOR
 from ..models.model import Model
+from ..parts.looks import Look
 from ..parts.refusals import refuse_route
 from ..reports.job_view import JobView
 from .answers.downloads import Downloads
@@ -61,7 +61,7 @@ ViewHere = Annotated[JobView, Depends(_view)]
 CatalogHere = Annotated[Catalog, Depends(_catalog)]
 ModelHere = Annotated[Model, Depends(_model)]
 EditedModel = Annotated[Model, Depends(_edited)]
-Looks = Copies[tuple[dict[str, int], dict[str, Tensor]]]
+Looks = Copies[Look]
 
 
 def _looks(request: Request) -> Looks:

@@ -17,14 +17,10 @@ _MODEL: Final = "/v1/models/{m}"
 # Routes of REST, as the table of who may do what names them, and what each does.
 ROUTES: Final[Mapping[str, str]] = {
     f"POST {_MODEL}/param-groups": "a further param group",
-    f"GET {_MODEL}/parameters/{{name:path}}": "a look at one parameter's values",
     f"POST {_MODEL}/snapshots/{{snapshot}}/restore": "restoring a snapshot while it is trained",
     f"POST {_MODEL}/restore": "restoring a version while it is trained",
-    f"GET {_MODEL}/snapshots/{{snapshot}}/content": "downloading a snapshot",
     f"DELETE {_MODEL}/snapshots/{{snapshot}}": "deleting a snapshot",
     f"PATCH {_MODEL}/durability": "another durability",
-    f"GET {_MODEL}/export": "an export",
-    f"GET {_MODEL}/state-dict": "a state dict over REST",
     f"PUT {_MODEL}/state-dict": "replacing values or state",
 }
 # Transforms that need the whole gradient of a parameter in one place, or its whole norm.

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import xxhash
 
 from pushstep.proto.errors import PushstepError
+from pushstep.proto.shards_pb2 import RankContent, RankExport
 from pushstep.proto.training_pb2 import PullOptions, PushCommit, Shard, ShardMap
 from pushstep.proto.wire.layout import Layout
 from pushstep.proto.wire.shards import Part, cut
@@ -17,6 +18,13 @@ from pushstep.proto.wire.shards import Part, cut
 from ..coordinator.decision import Reduce, Resolve, Step
 from ..coordinator.push import PendingPush
 from ..staging.gradient import StagedPush
+
+
+class Taker(Protocol):
+    """Where what one rank sends goes, message by message."""
+
+    def take(self, message: RankContent) -> None:
+        """Take the next message. It blocks."""
 
 
 class Leader(Protocol):
@@ -60,6 +68,9 @@ class Leader(Protocol):
 
     def publish_state(self, version: int) -> None:
         """Have the others copy everything of the version that they are at here, for one reader."""
+
+    def export(self, order: RankExport, taking: Callable[[RankContent], Taker]) -> Awaitable[None]:
+        """Have the others send all that they have of the version that they are at here, or of a snapshot; wait for it."""
 
     def failed(self, error: Exception) -> None:
         """A step has failed here: the ranks are not at one version any more."""

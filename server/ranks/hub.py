@@ -9,19 +9,29 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import grpc
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 
 from pushstep.proto.errors import MalformedFrame, PushstepError, RankLost, RanksDiffer
 from pushstep.proto.errors.status import TRAILER, brief, named, to_trailer
-from pushstep.proto.shards_pb2 import RankDone, RankHello, RankMessage, RankOrder, RankWelcome
+from pushstep.proto.shards_pb2 import (
+    RankContent,
+    RankDone,
+    RankHello,
+    RankMessage,
+    RankOrder,
+    RankTaken,
+    RankWelcome,
+)
 from pushstep.proto.training_pb2 import Shard
 from pushstep.proto.wire import limits
 
+from ..parts.shard import Taker
+from ..process.threads import DOWNLOADS
 from ..streams.readers import Context
 from .words import heard
 
@@ -30,6 +40,10 @@ SERVICE: Final = "pushstep.v1.ShardService"
 # How often each side says that it lives, and for how long it may be silent.
 ALIVE_S: Final = 2.0
 SILENCE_S: Final = 30.0
+# How many ranks may send what they have of a model at the same time: each has some messages on their way here.
+SENDING_AT_ONCE: Final = 4
+Receive = Callable[[RankContent], Taker]
+M = TypeVar("M", bound=Message)
 
 
 class Link:
@@ -68,13 +82,17 @@ class Hub:
         self.closing = False
         self._number = 0
         self._asked: dict[tuple[int, int], asyncio.Future[RankDone]] = {}
+        # by the number of an order, where what the ranks send for it goes
+        self._receiving: dict[int, Receive] = {}
+        self._turns = asyncio.Semaphore(SENDING_AT_ONCE)
         # whose links have ended, at the end of the job
         self._gone: dict[int, RankLost] = {}
 
     def handler(self) -> grpc.GenericRpcHandler:
         """The handler to add to a grpc.aio server."""
         method: grpc.RpcMethodHandler[Any, Any] = grpc.stream_stream_rpc_method_handler(self._link)
-        return grpc.method_handlers_generic_handler(SERVICE, {"Link": method})
+        give: grpc.RpcMethodHandler[Any, Any] = grpc.stream_unary_rpc_method_handler(self._give)
+        return grpc.method_handlers_generic_handler(SERVICE, {"Link": method, "Give": give})
 
     def shards(self, own: Shard) -> list[Shard]:
         """Where all ranks are. `own`: rank 0."""
@@ -114,6 +132,26 @@ class Hub:
         await asyncio.gather(*answers.values())
         return {rank: answer.result() for rank, answer in answers.items()}
 
+    def received(self, ranks: Iterable[int], order: RankOrder, taking: Receive) -> Awaitable[None]:
+        """Give an order that each rank answers by Give first. `taking`: where that goes, by its first message.
+
+        Done when no rank sends any more. Raises the first error.
+        """
+        answers = self.asked(ranks, order)
+        self._receiving[order.order] = taking
+
+        async def wait() -> None:
+            try:
+                await asyncio.wait(answers.values())
+            finally:
+                del self._receiving[order.order]
+            for answer in answers.values():
+                answer.result()
+
+        waiting = asyncio.ensure_future(wait())
+        waiting.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return waiting
+
     async def watch(self) -> None:
         """Say that rank 0 lives, and notice a rank that does not, until this is cancelled."""
         while True:
@@ -139,7 +177,7 @@ class Hub:
             try:
                 async for message in messages:
                     link.heard_s = asyncio.get_running_loop().time()
-                    self._take(rank, _parsed(message))
+                    self._take(rank, _parsed(RankMessage, message))
             finally:
                 writing.cancel()
             self._lost(link, "its link has ended")
@@ -152,9 +190,28 @@ class Hub:
             if link is not None:
                 self._lost(link, refusal.message)
             log.warning("a link was refused: %s", refusal.message)
-            await context.abort(
-                refusal.grpc_status, brief(refusal.message), ((TRAILER, to_trailer(refusal)),)
-            )
+            await _refuse(context, refusal)
+
+    async def _give(self, messages: AsyncIterator[bytes], context: Context) -> bytes:
+        try:
+            taker: Taker | None = None
+            async with self._turns:
+                async for message in messages:
+                    content = _parsed(RankContent, message)
+                    if taker is None:
+                        taker = self._taker(content)
+                    await DOWNLOADS.run(taker.take, content)
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:  # noqa: BLE001 - the rank is told by name, whatever it was
+            await _refuse(context, named(error, log))
+        return RankTaken().SerializeToString()
+
+    def _taker(self, first: RankContent) -> Taker:
+        taking = self._receiving.get(int(first.order))
+        if taking is None:
+            raise MalformedFrame(problem="nobody waits for this part")
+        return taking(first)
 
     async def _write(self, link: Link, context: Context) -> None:
         while True:
@@ -163,7 +220,7 @@ class Hub:
     async def _hello(self, messages: AsyncIterator[bytes]) -> RankHello:
         """The first message of a link. RanksDiffer unless it is one of the ranks that are awaited."""
         async with asyncio.timeout(SILENCE_S):
-            first = _parsed(await anext(messages, b""))
+            first = _parsed(RankMessage, await anext(messages, b""))
         hello = first.hello
         rank = int(hello.rank)
         problem = ""
@@ -226,10 +283,14 @@ class Hub:
                 answer.set_exception(lost)
 
 
-def _parsed(message: Any) -> RankMessage:
+async def _refuse(context: Context, refusal: PushstepError) -> None:
+    await context.abort(refusal.grpc_status, brief(refusal.message), ((TRAILER, to_trailer(refusal)),))
+
+
+def _parsed(kind: type[M], message: Any) -> M:
     try:
-        parsed = RankMessage.FromString(message)
+        parsed = kind.FromString(message)
     except DecodeError as error:
-        raise MalformedFrame(problem="not a RankMessage") from error
+        raise MalformedFrame(problem=f"not a {kind.DESCRIPTOR.name}") from error
     limits.check(parsed)
     return parsed

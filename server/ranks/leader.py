@@ -23,6 +23,7 @@ from pushstep.proto.errors import (
 )
 from pushstep.proto.shards_pb2 import (
     RankDrop,
+    RankExport,
     RankHooks,
     RankOrder,
     RankPublish,
@@ -47,7 +48,7 @@ from ..parts.sums import Whole, measures, rows_of, with_steps_elsewhere
 from ..process.inline import INLINE_PARTS
 from ..process.threads import PUSHES
 from ..staging.gradient import RowsPart, StagedPush
-from .hub import Hub
+from .hub import Hub, Receive
 from .words import heard, said
 
 # How long a push waits for the parts that its sender has promised, and a part for its push.
@@ -340,6 +341,10 @@ class RankLeader:
         """Have the others copy everything of the version that they are at here, for one reader."""
         order = RankPublish(model=self._model.name, version=version, state=True)
         self._hub.send(self._stepped, RankOrder(publish=order))
+
+    def export(self, order: RankExport, taking: Receive) -> Awaitable[None]:
+        """Have the others send all that they have of the version that they are at here, or of a snapshot; wait for it."""
+        return self._hub.received(self._stepped, RankOrder(export=order), taking)
 
     def failed(self, error: Exception) -> None:
         """A step has failed here: the ranks are not at one version any more."""

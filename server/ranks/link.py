@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,6 +24,7 @@ OPTIONS: Final = (
     ("grpc.max_receive_message_length", LONGEST_ORDER_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.enable_http_proxy", 0),
+    ("grpc.use_local_subchannel_pool", 1),
     ("grpc.keepalive_time_ms", 60_000),
 )
 # How long a rank tries to reach rank 0, whose door may open later.
@@ -54,12 +55,13 @@ class RankLink:
         self._heard_s = 0.0
         # the job ends: the link may
         self.closing = False
+        self._address = ""
         self.welcome: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def open(self, address: str) -> None:
         """Open it. Returns once all ranks have come to rank 0. Raises what it was refused with."""
-        channel = self._channel(address)
-        metadata = () if self._token is None else (("authorization", f"Bearer {self._token}"),)
+        self._address = address
+        channel = self._channel()
         try:
             async with asyncio.timeout(REACH_S):
                 await channel.channel_ready()
@@ -69,11 +71,15 @@ class RankLink:
         method: Any = channel.stream_stream(
             f"/{SERVICE}/Link", request_serializer=None, response_deserializer=None
         )
-        call = method(metadata=metadata)
+        call = method(metadata=self._metadata())
         self._task = asyncio.create_task(self._run(channel, call))
         await self.welcome
 
-    def _channel(self, address: str) -> grpc.aio.Channel:
+    def _metadata(self) -> tuple[tuple[str, str], ...]:
+        return () if self._token is None else (("authorization", f"Bearer {self._token}"),)
+
+    def _channel(self) -> grpc.aio.Channel:
+        address = self._address
         if self._ca is None:
             return grpc.aio.insecure_channel(address, options=OPTIONS)
         key, chain = (
@@ -86,6 +92,18 @@ class RankLink:
     def say(self, message: RankMessage) -> None:
         """Say something to rank 0, behind everything said before."""
         self._said.put_nowait(message)
+
+    async def give(self, contents: AsyncIterator[bytes]) -> None:
+        """Send what rank 0 has asked for, over a connection of its own: what is said here waits for none of it."""
+        async with self._channel() as channel:
+            method: Any = channel.stream_unary(
+                f"/{SERVICE}/Give", request_serializer=None, response_deserializer=None
+            )
+            try:
+                await method(contents, metadata=self._metadata())
+            except grpc.aio.AioRpcError as error:
+                problem = error.details() or str(error.code())
+                raise from_rpc_error(error) or RankLost(rank=0, problem=problem) from error
 
     async def _run(self, channel: grpc.aio.Channel, call: grpc.aio.StreamStreamCall[Any, Any]) -> None:
         writing = asyncio.create_task(self._write(call))

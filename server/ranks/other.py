@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -34,13 +34,16 @@ from pushstep.proto.training_pb2 import Shard
 from pushstep.proto.wire.layout import Layout
 
 from ..arenas.arena import Arenas
+from ..arenas.arenas_copy import ArenasCopy
 from ..journal.durability import read_durability
 from ..models.catalog import Catalog
 from ..models.creations import CREATION_S, Proposal
 from ..models.model import Model
 from ..pacing.pace import AT_ONCE
-from ..parts.shard import Goal, LedModel, ModelShard, Survey
-from ..process.threads import DISK, REQUESTS
+from ..parts.content import Content, Wanted, messages_of, tensors_of
+from ..parts.looks import content_of, look_at_piece
+from ..parts.shard import Goal, LedModel, ModelShard, Survey, whole_of
+from ..process.threads import DISK, PULLS, READS, REQUESTS
 from ..reports.reporter import Reporter
 from .follower import Follower
 from .job import Job
@@ -170,6 +173,8 @@ class OtherRank:
                 self.followers[order.hooks.model].hooks(order.hooks)
             case "snapshot":
                 self._start(order, self._prune(order.snapshot), is_done=False)
+            case "export":
+                self._export(order)
             case "report":
                 self._start(order, self._report(order), is_done=False)
             case "serve":
@@ -216,6 +221,40 @@ class OtherRank:
         task = asyncio.create_task(run())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    def _export(self, order: RankOrder) -> None:
+        """Send all of this part, of the version that is the newest in the writer's queue now, or of a snapshot."""
+        export = order.export
+        part, model = self.followers[export.model].part, self.followers[export.model].model
+        whole = whole_of(model)
+        wanted = Wanted(export.state, {each.hook: list(each.groups) for each in export.averages})
+
+        def all_of(copy: ArenasCopy) -> Content:
+            return Content(copy.timeline, copy.version, tensors_of(copy, part, whole, wanted))
+
+        def read() -> Content:
+            snapshots = self._catalog.snapshots(model.name)
+            found = next((each for each in snapshots.ids() if each.startswith(export.snapshot)), "")
+            return all_of(snapshots.read(found or export.snapshot)[1])
+
+        def copied() -> Content:
+            if not export.HasField("parameter"):
+                return all_of(model.arenas.copy())
+            seen = look_at_piece(model.arenas, part, whole.slots[export.parameter])
+            return content_of(seen, model.arenas.timeline, model.arenas.version)
+
+        reading = READS.run(read) if export.snapshot else model.writer.submit(copied)
+        self._start(order, self._give(int(order.order), reading))
+
+    async def _give(self, order: int, reading: Awaitable[Content]) -> None:
+        messages = messages_of(self.rank, order, await reading)
+
+        async def contents() -> AsyncIterator[bytes]:
+            while (message := await PULLS.run(next, messages, None)) is not None:
+                yield message
+
+        if self.link is not None:
+            await self.link.give(contents())
 
     async def _report(self, order: RankOrder) -> None:
         reporter = self._reporter

@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO, Final, NamedTuple
 
 import torch
 import xxhash
@@ -37,6 +37,13 @@ FORMATS: Final = ("safetensors", "torch")
 READ_BYTES: Final = 1 << 20
 
 
+class Needs(NamedTuple):
+    """What a checkpoint is made of, beside the parameters."""
+
+    state: bool
+    average: str
+
+
 @dataclass(frozen=True, slots=True)
 class Content:
     """What a checkpoint holds: its format, and whether a safetensors file has the optimizer's state, too.
@@ -52,6 +59,11 @@ class Content:
         """UnsupportedFormat for an unknown format."""
         if self.format not in FORMATS:
             raise UnsupportedFormat(got=self.format, known=", ".join(FORMATS))
+
+    @property
+    def needs(self) -> Needs:
+        """What it is made of."""
+        return Needs(self.state or self.format == "torch", self.average)
 
 
 @dataclass(slots=True, eq=False)

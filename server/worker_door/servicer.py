@@ -273,7 +273,7 @@ class GrpcDoor:
                 async for message in self._state_messages(model, part, values):
                     yield message
             return
-        async with copy_of(self._copies, model) as (_, copy):
+        async with copy_of(self._copies, model, self.catalog.config.data) as (_, copy):
             async for message in self._state_messages(model, copy, values):
                 yield message
 

@@ -69,7 +69,7 @@ async def export(
     asked.require(model.timeline, model.version)
 
     async def written() -> Checkpoint:
-        async with copy_of(copies, model) as (facts, copy):
+        async with copy_of(copies, model, catalog.config.data, content) as (facts, copy):
             return await READS.run(write, facts, copy, content, catalog.config.data)
 
     async with AsyncExitStack() as held:
@@ -114,9 +114,9 @@ class _Asked:
 
 
 @router.get("/models/{m}/state-dict", summary="Show the state_dict")
-async def show_state_dict(model: ModelHere, copies: CopiesHere) -> dict[str, Any]:
+async def show_state_dict(model: ModelHere, catalog: CatalogHere, copies: CopiesHere) -> dict[str, Any]:
     """The state_dict in torch's shape, with each state's shape and norm in place of its elements."""
-    async with copy_of(copies, model) as (facts, copy):
+    async with copy_of(copies, model, catalog.config.data) as (facts, copy):
         optimizers = await READS.run(describe_state, facts, copy)
         return {
             "version": copy.version,

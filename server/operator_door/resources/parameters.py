@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from itertools import islice
 from operator import attrgetter
-from typing import Annotated, Any, Final
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
 from torch import Tensor
@@ -15,9 +15,10 @@ from pushstep.proto.wire import dtypes
 from pushstep.proto.wire.layout import Slot
 
 from ...arenas.statistics import statistics
+from ...models.copies import looked
 from ...models.model import Model
+from ...parts.looks import VALUE
 from ...parts.shard import whole_of
-from ...process.memory import copy_of
 from ...process.threads import READS
 from ..answers.pages import Cursor, key_in, page_of
 from ..depends import LooksHere, ModelHere
@@ -25,9 +26,6 @@ from ..numbers import finite_values
 from ..queries import Index
 
 router = APIRouter(tags=["parameters"])
-# A look copies them in the writer thread: 16 MB of each float32 state, some milliseconds.
-LOOK_ELEMENTS: Final = 4 << 20
-LOOK_BLOCK: Final = 1024
 
 
 def _show(slot: Slot, model: Model) -> dict[str, Any]:
@@ -76,34 +74,20 @@ async def show_parameter(model: ModelHere, name: str, looks: LooksHere) -> dict[
     Of a large parameter only `looked_at` elements are looked at, in blocks spread over it, since steps wait meanwhile: the
     statistics are of those, and the norm is estimated from theirs.
     """
-    slot = model.layout.slot(name, model.name)
-    arenas = model.arenas
-
-    def copy() -> tuple[dict[str, int], dict[str, Tensor]]:
-        views = {"value": arenas.view(slot), **{s: arenas.view(slot, s) for s in arenas.state_names(slot)}}
-        copied = {name: copy_of(_looked_at(view), f"a look at {slot.name!r}") for name, view in views.items()}
-        return {"version": arenas.version, "timeline": arenas.timeline}, copied
-
-    async def copied() -> tuple[dict[str, int], dict[str, Tensor]]:
-        # the writer thread only copies: the statistics are computed in another one
-        at, tensors = await model.writer.submit(copy)
-        await model.recorder.until_shown(at["version"])
-        return at, tensors
-
-    async with looks.shared((model.uid, model.timeline, model.version, slot.index), copied) as (at, tensors):
-        shown = await READS.run(_statistics, tensors, math.prod(slot.shape))
-        looked_at = tensors["value"].numel()
-    return {**_show(slot, model), **at, "statistics": shown, "looked_at": looked_at}
-
-
-def _looked_at(tensor: Tensor) -> Tensor:
-    """All of a tensor, or of a large one at most LOOK_ELEMENTS, in blocks at equal distances."""
-    every = -(-tensor.numel() // LOOK_ELEMENTS)
-    if every <= 1:
-        return tensor
-    flat = tensor.reshape(-1)
-    blocks = flat.numel() // (every * LOOK_BLOCK)
-    return flat[: blocks * every * LOOK_BLOCK].view(blocks, every * LOOK_BLOCK)[:, :LOOK_BLOCK]
+    slot = whole_of(model).slot(name, model.name)
+    async with looks.shared(
+        (model.uid, model.timeline, model.version, slot.index), lambda: looked(model, slot)
+    ) as found:
+        shown = await READS.run(_statistics, found.tensors, math.prod(slot.shape))
+    return {
+        **_show(slot, model),
+        "row_sparse": found.row_sparse,
+        "steps": found.steps,
+        "version": found.version,
+        "timeline": found.timeline,
+        "statistics": shown,
+        "looked_at": found.tensors[VALUE].numel(),
+    }
 
 
 def _statistics(tensors: Mapping[str, Tensor], elements: int) -> dict[str, dict[str, float | None]]:

@@ -13,6 +13,7 @@ from pushstep.proto.errors import UnknownSnapshot
 
 from ...arenas.arenas_copy import ArenasCopy
 from ...models.catalog import Catalog
+from ...models.copies import whole_snapshot
 from ...models.events import OPERATOR
 from ...process.threads import DISK, READS, STORE, Threads
 from ...storage.checkpoints import Checkpoint, Content, write
@@ -142,10 +143,11 @@ async def snapshot_content(
     content = Content(format, state, average)
 
     async def read() -> tuple[dict[str, Any], ArenasCopy]:
-        return await _readers(catalog).run(catalog.snapshots(model.name).read, snapshot)
+        manifest, own = await _readers(catalog).run(catalog.snapshots(model.name).read, snapshot)
+        return await whole_snapshot(model, manifest, own, catalog.config.data, content)
 
     async def written() -> Checkpoint:
-        async with copies.shared((model.uid, snapshot), read) as (facts, copy):
+        async with copies.shared((model.uid, snapshot, model.shard and content.needs), read) as (facts, copy):
             return await READS.run(write, facts, copy, content, catalog.config.data)
 
     async with AsyncExitStack() as held:

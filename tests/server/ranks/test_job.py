@@ -9,9 +9,9 @@ from typing import Any
 import grpc
 import pytest
 
-from pushstep.proto.errors import PushstepError, RankLost, RanksDiffer
+from pushstep.proto.errors import MalformedFrame, PushstepError, RankLost, RanksDiffer
 from pushstep.proto.errors.status import from_rpc_error
-from pushstep.proto.shards_pb2 import RankHello, RankMessage
+from pushstep.proto.shards_pb2 import RankContent, RankHello, RankMessage
 from pushstep.server.config import Config
 from pushstep.server.parts.shard import Goal, Survey
 from pushstep.server.ranks.hub import SERVICE, Hub
@@ -156,3 +156,31 @@ async def refused_link(changed: dict[str, Any], said: str) -> None:
         hub.closing = True
         second.cancel()
     await server.stop(None)
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        (RankContent(rank=1, order=7).SerializeToString(), "nobody waits for this part"),
+        (b"no message", "not a RankContent"),
+    ],
+)
+def test_a_part_that_nobody_waits_for_is_refused_by_name(message: bytes, said: str) -> None:
+    asyncio.run(refused_part(message, said))
+
+
+async def refused_part(message: bytes, said: str) -> None:
+    server, hub = grpc.aio.server(), Hub(3, "1.0", lambda *_: None, lambda _: None)
+    server.add_generic_rpc_handlers((hub.handler(),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        give: Any = channel.stream_unary(
+            f"/{SERVICE}/Give", request_serializer=None, response_deserializer=None
+        )
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await give(iter([message]))
+    await server.stop(None)
+    refusal = from_rpc_error(raised.value)
+    assert isinstance(refusal, MalformedFrame)
+    assert said in refusal.message
