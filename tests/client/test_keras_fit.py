@@ -12,6 +12,7 @@ import pytest
 
 from pushstep.proto.errors import LocalParameterEdit, UnsupportedModule
 from tests.support.numbers.optimizer_peers import keras
+from tests.support.ranks.group import running_ranks
 from tests.support.servers.harness import RunningServer
 from tests.support.servers.operators import patch_group
 
@@ -92,6 +93,17 @@ def test_it_trains_as_keras_does(server: RunningServer, model_name: str, make: s
     assert optimizer.iterations == local[0].optimizer.iterations
     assert float(optimizer.learning_rate) == pytest.approx(float(local[0].optimizer.learning_rate))
     assert optimizer.last_receipt.version == (6 if make == "accumulation" else 12)
+
+
+def test_it_trains_in_two_ranks_as_on_one_server(
+    server: RunningServer, model_name: str, tmp_path: Path
+) -> None:
+    with running_ranks(tmp_path, 2) as ranks:
+        for make in ("Adagrad", "Adadelta", "weight decay of some", "a schedule"):
+            model = f"{model_name}-{make.replace(' ', '-')}"
+            found = [fitted(attach(of.connect(model), MAKES[make]())) for of in (ranks.leader, server)]
+            assert found[0][1] == found[1][1], make
+            assert all(map(np.array_equal, found[0][2], found[1][2])), make
 
 
 CALLBACKS: dict[str, Callable[[], Any]] = {

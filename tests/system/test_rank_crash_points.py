@@ -253,6 +253,7 @@ class Run:
 def test_all_ranks_go_on_at_one_version_wherever_one_is_killed(
     tmp_path: Path, level: str, all_of_them: bool
 ) -> None:
+    """All of them: 5 minutes for both levels on two cores that others use, too."""
     run = Run(tmp_path, level)
     try:
         for name in POINTS if all_of_them else SOME[level]:

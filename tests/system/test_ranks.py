@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from pushstep.client.session import Session
+from pushstep.optim import keras, mlx
 from pushstep.proto import training_pb2 as pb
 from pushstep.proto.errors import NonfiniteGradient, NotTheCoordinator
 from pushstep.proto.errors.status import from_rpc_error
@@ -97,6 +98,15 @@ TRAININGS = {
         )
     ),
     "some parameters only": Training(left_out=("weight",)),
+    "Keras Adadelta": Training(
+        lambda net: keras.Adadelta(net.parameters(), learning_rate=0.7, weight_decay=0.01)
+    ),
+    "Keras Adagrad": Training(lambda net: keras.Adagrad(net.parameters(), learning_rate=0.1)),
+    "MLX AdaDelta": Training(lambda net: mlx.AdaDelta(net.parameters(), learning_rate=0.7)),
+    "MLX Adagrad": Training(lambda net: mlx.Adagrad(net.parameters(), learning_rate=0.1)),
+    "MLX int8": Training(
+        lambda net: mlx.Adagrad(net.parameters(), learning_rate=0.1), options=(("wire", "int8"),)
+    ),
 }
 
 
@@ -136,7 +146,9 @@ def attached(session: Session, net: Net, training: Training) -> Any:
     return session.attach(training.optimizer(net), module=net)
 
 
-def trained(server: RunningServer, model: str, training: Training, workers: int = 1) -> tuple[Any, ...]:
+def trained(
+    server: RunningServer, model: str, training: Training, workers: int = 1, steps: int = STEPS
+) -> tuple[Any, ...]:
     nets = [Net(training.sparse) for _ in range(workers)]
     sessions = [server.connect(model, f"w{number}", **dict(training.options)) for number in range(workers)]
     optimizers = [attached(s, net, training) for s, net in zip(sessions, nets, strict=True)]
@@ -145,7 +157,7 @@ def trained(server: RunningServer, model: str, training: Training, workers: int 
         added = server.rest("POST", f"/v1/models/{model}/hooks", json=body)
         assert added.status_code == 201, added.text
     receipts = []
-    for step in range(STEPS):
+    for step in range(steps):
         for number, (net, optimizer) in enumerate(zip(nets, optimizers, strict=True)):
             gradients(net, step, training, number)
             optimizer.step()
@@ -156,9 +168,13 @@ def trained(server: RunningServer, model: str, training: Training, workers: int 
     return found
 
 
+def model_of(name: str) -> str:
+    return name.replace(" ", "-")
+
+
 @pytest.mark.parametrize("name", TRAININGS)
 def test_the_same_bits_as_one_server(alone: RunningServer, group: RankGroup, name: str) -> None:
-    training, model = TRAININGS[name], name.replace(" ", "-")
+    training, model = TRAININGS[name], model_of(name)
     receipts, parameters = trained(group.leader, model, training)
     expected_receipts, expected = trained(alone, model, training)
     assert receipts == expected_receipts
@@ -183,7 +199,7 @@ def test_rounds_of_three(alone: RunningServer, group: RankGroup) -> None:
     assert in_rounds(group.leader, training) == in_rounds(alone, training)
 
 
-def in_rounds(server: RunningServer, training: Training) -> tuple[Any, ...]:
+def in_rounds(server: RunningServer, training: Training, steps: int = STEPS) -> tuple[Any, ...]:
     """What three workers under `sync` end with, and are told."""
     nets = [Net(training.sparse) for _ in range(3)]
     sessions = [server.connect("rounds", f"w{number}") for number in range(3)]
@@ -194,7 +210,7 @@ def in_rounds(server: RunningServer, training: Training) -> tuple[Any, ...]:
 
     def work(number: int) -> list[Any]:
         receipts = []
-        for step in range(STEPS):
+        for step in range(steps):
             gradients(nets[number], step, training, number)
             optimizers[number].step()
             receipts.append(told(optimizers[number].last_receipt))

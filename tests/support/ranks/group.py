@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -118,7 +118,7 @@ def running_ranks(data: Path, world: int, *options: str) -> Iterator[RankGroup]:
 
 
 class Torchrun:
-    """A group that torchrun starts, and starts again."""
+    """A group that torchrun starts, and starts again. Of one rank it is a server alone."""
 
     def __init__(self, data: Path, world: int, *options: str, restarts: int) -> None:
         data.mkdir(parents=True, exist_ok=True)
@@ -145,16 +145,27 @@ class Torchrun:
             str(data),
         ]
         command += options
-        self.process = subprocess.Popen(command, stdout=self._stderr, stderr=self._stderr)
+        self.process = subprocess.Popen(command, stdout=self._stderr, stderr=self._stderr, text=True)
         self.wait_for_start(1)
 
     def wait_for_start(self, number: int) -> None:
         """Wait until all ranks are ready for the `number`th time."""
         until_s = time.monotonic() + START_S
-        while len(re.findall("^ready rank=", self.log.read_text(), re.MULTILINE)) < number * self.world:
+        while len(self._ready()) < number * self.world:
             assert self.process.poll() is None, self.log.read_text()
             assert time.monotonic() < until_s, self.log.read_text()
             time.sleep(0.05)
+
+    def _ready(self) -> list[dict[str, str]]:
+        """What ranks have printed of themselves."""
+        lines = [line for line in self.log.read_text().splitlines() if line.startswith("ready ")]
+        return [dict(entry.split("=", 1) for entry in shlex.split(line)[1:]) for line in lines]
+
+    @property
+    def leader(self) -> RunningServer:
+        """Rank 0, as it was started last. Its process is torchrun."""
+        (*_, http) = [found["http"] for found in self._ready() if "http" in found]
+        return RunningServer(self.process, self.grpc, http, "", self.log.parent, self.log)
 
     def pids(self) -> list[int]:
         """Its ranks' processes, in order of their start."""
