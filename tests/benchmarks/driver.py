@@ -17,11 +17,8 @@ from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
 END_S = 15.0
-PRELOADED = [
-    "torch",
-    "torch.distributed.rpc",
-    "pushstep.client",
-]  # importing torch takes a process 2 s, a fork none
+# Importing torch takes a process 2 s, and its first optimizer as much again, in which it imports _dynamo; a fork none.
+PRELOADED = ["torch", "torch._dynamo", "torch.distributed.rpc", "pushstep.client"]
 Span = tuple[float, float]  # begin and end, on the clock that all processes share
 
 

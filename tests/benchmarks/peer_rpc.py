@@ -1,8 +1,12 @@
-"""torch.distributed.rpc: a process that holds torch's optimizer, called by workers over TensorPipe.
+"""torch.distributed.rpc: processes that hold torch's optimizer, called by workers over TensorPipe.
 
 The call takes the gradient and returns the parameters, as torch's own parameter-server tutorial does. The answer is
 the parameter itself, not a copy, and the gradient is used where TensorPipe received it: no faster way is known to us.
 With several workers a pull may therefore be torn, which is this peer's to keep.
+
+With several servers each holds an even part of the parameter, and a worker calls all at once. Its gradient lies cut already,
+one tensor for each server: a view of a larger tensor would travel whole, or as a copy of its own. Nothing makes one step of
+what the servers do, and nobody looks whether all have done it.
 """
 
 from __future__ import annotations
@@ -10,7 +14,8 @@ from __future__ import annotations
 import os
 import tempfile
 import threading
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +27,7 @@ from .peer_local import Rule, optimizer_of, parameter_of
 from .side import Side, side_of
 
 TIMEOUT_S = 60.0
+FIRST_SERVER = "server"
 # Transport and channels as TensorPipe names them; None: what it chooses by itself.
 VARIANTS: dict[str, tuple[list[str] | None, list[str] | None]] = {
     "default": (None, None),
@@ -61,6 +67,7 @@ def _pull(key: str) -> Tensor:
 
 
 def _join(name: str, rank: int, world: int, folder: str, variant: str) -> End:
+    warnings.simplefilter("ignore")  # torch warns of how its own rpc uses gloo
     os.environ["TP_SOCKET_IFNAME"] = "lo"
     transports, channels = VARIANTS[variant]
     chosen: dict[str, Any] = {"_transports": transports, "_channels": channels}
@@ -74,43 +81,57 @@ def _join(name: str, rank: int, world: int, folder: str, variant: str) -> End:
 
 
 class RpcWorker:
-    """Calls the server and takes over what it returns."""
+    """Calls the servers and takes over what they return."""
 
-    def __init__(self, key: str, rule: Rule, elements: int) -> None:
+    def __init__(self, key: str, rule: Rule, elements: int, servers: Sequence[str]) -> None:
         self._key = key
-        self._gradient = torch.randn(elements)
-        self._parameter = torch.zeros(elements)
-        self._parameter.copy_(rpc.rpc_sync("server", _create, args=(key, rule, elements)))
+        self._servers = servers
+        self._parts = torch.zeros(elements).tensor_split(len(servers))
+        self._gradients = [torch.randn_like(part) for part in self._parts]
+        self._take_over(_create, [(rule, part.numel()) for part in self._parts])
+
+    def _call(self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """All servers' answers. `arguments`: of each, behind the key."""
+        calls = [
+            rpc.rpc_async(server, function, args=(self._key, *own))
+            for server, own in zip(self._servers, arguments, strict=True)
+        ]
+        return [call.wait() for call in calls]
+
+    def _take_over(self, function: Callable[..., Tensor], arguments: Sequence[tuple[Any, ...]]) -> None:
+        for part, values in zip(self._parts, self._call(function, arguments), strict=True):
+            part.copy_(values)
 
     def exchange(self) -> None:
         """Push, step, pull."""
-        self._parameter.copy_(rpc.rpc_sync("server", _exchange, args=(self._key, self._gradient)))
+        self._take_over(_exchange, [(gradient,) for gradient in self._gradients])
 
     def push(self) -> None:
         """Push and step."""
-        rpc.rpc_sync("server", _push, args=(self._key, self._gradient))
+        self._call(_push, [(gradient,) for gradient in self._gradients])
 
     def pull(self) -> None:
         """Pull."""
-        self._parameter.copy_(rpc.rpc_sync("server", _pull, args=(self._key,)))
+        self._take_over(_pull, [()] * len(self._servers))
 
     def close(self) -> None:
-        """Have the server forget the parameter."""
-        rpc.rpc_sync("server", _drop, args=(self._key,))
+        """Have the servers forget the parameter."""
+        self._call(_drop, [()] * len(self._servers))
 
 
-def _workers(key: str, rule: Rule, elements: int, count: int) -> Sequence[RpcWorker]:
-    return [RpcWorker(key, rule, elements) for _ in range(count)]
+def _workers(key: str, rule: Rule, elements: int, count: int, servers: Sequence[str]) -> Sequence[RpcWorker]:
+    return [RpcWorker(key, rule, elements, servers) for _ in range(count)]
 
 
 class Rpc:
-    """Owns a server process and one or two processes of workers."""
+    """Owns processes of servers, and one or two of workers."""
 
-    def __init__(self, variant: str, drivers: int = 1) -> None:
+    def __init__(self, variant: str, drivers: int = 1, servers: int = 1) -> None:
         self._variant = variant
         self._folder = tempfile.TemporaryDirectory()
         self._made = 0
-        names = ["server", *(f"worker{n}" for n in range(drivers))]
+        self._servers = [FIRST_SERVER, *(f"server{n}" for n in range(1, servers))]
+        names = [*self._servers, *(f"worker{n}" for n in range(drivers))]
         self._drivers = [
             Driver(_join, name, rank, len(names), self._folder.name, variant)
             for rank, name in enumerate(names)
@@ -121,23 +142,29 @@ class Rpc:
     def side(self, rule: Rule, elements: int, workers: int = 1) -> Side:
         """Workers spread over the processes, all of one parameter."""
         self._made += 1
-        server, *drivers = self._drivers[: 1 + workers]
+        servers, drivers = self._processes(workers)
         share = -(-workers // len(drivers))
+        in_servers = "" if len(servers) == 1 else f", {len(servers)} servers"
         return side_of(
-            f"rpc {self._variant}",
+            f"rpc {self._variant}{in_servers}",
             _workers,
             drivers,
-            [(f"{self._made}", rule, elements, share)] * len(drivers),
-            servers=[server.pid],
+            [(f"{self._made}", rule, elements, share, self._servers)] * len(drivers),
+            servers=[server.pid for server in servers],
         )
 
     def of(self, make: Make, workers: int, *arguments: object) -> Side:
-        """Workers of another load: `make(key, first, count, *arguments)` makes those of a process."""
+        """Workers of another load, which call the first server: `make(key, first, count, *arguments)` makes a process's."""
         self._made += 1
-        server, *drivers = self._drivers[: 1 + workers]
+        servers, drivers = self._processes(workers)
         share = -(-workers // len(drivers))
         own = [(f"of{self._made}", number * share, share, *arguments) for number in range(len(drivers))]
-        return side_of(f"rpc {self._variant}", make, drivers, own, servers=[server.pid])
+        return side_of(f"rpc {self._variant}", make, drivers, own, servers=[server.pid for server in servers])
+
+    def _processes(self, workers: int) -> tuple[list[Driver], list[Driver]]:
+        """Those of the servers, and as many of the workers' as are needed."""
+        servers = len(self._servers)
+        return self._drivers[:servers], self._drivers[servers : servers + workers]
 
     def close(self) -> None:
         """End the processes together, as rpc.shutdown wants it."""
