@@ -174,8 +174,9 @@ def _started(
             )
     if process.stdout is None:
         raise RuntimeError("no pipe")
-    printed, _, _ = select.select([process.stdout], [], [], START_S)
-    if not printed:
+    output = select.poll()  # select() knows no descriptors above 1023
+    output.register(process.stdout, select.POLLIN)
+    if not output.poll(START_S * 1000):
         process.kill()
     return process, process.stdout.readline()
 
