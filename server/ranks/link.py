@@ -61,7 +61,7 @@ class RankLink:
     async def open(self, address: str) -> None:
         """Open it. Returns once all ranks have come to rank 0. Raises what it was refused with."""
         self._address = address
-        channel = self._channel()
+        channel = self._channel(address)
         try:
             async with asyncio.timeout(REACH_S):
                 await channel.channel_ready()
@@ -78,8 +78,7 @@ class RankLink:
     def _metadata(self) -> tuple[tuple[str, str], ...]:
         return () if self._token is None else (("authorization", f"Bearer {self._token}"),)
 
-    def _channel(self) -> grpc.aio.Channel:
-        address = self._address
+    def _channel(self, address: str) -> grpc.aio.Channel:
         if self._ca is None:
             return grpc.aio.insecure_channel(address, options=OPTIONS)
         key, chain = (
@@ -95,7 +94,7 @@ class RankLink:
 
     async def give(self, contents: AsyncIterator[bytes]) -> None:
         """Send what rank 0 has asked for, over a connection of its own: what is said here waits for none of it."""
-        async with self._channel() as channel:
+        async with self._channel(self._address) as channel:
             method: Any = channel.stream_unary(
                 f"/{SERVICE}/Give", request_serializer=None, response_deserializer=None
             )

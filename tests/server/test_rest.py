@@ -23,7 +23,7 @@ from pushstep.server.config import Config
 from pushstep.server.models.catalog import Catalog
 from pushstep.server.models.saved_models import SavedModels
 from pushstep.server.operator_door.app import create_app
-from pushstep.server.operator_door.resources.parameters import LOOK_ELEMENTS
+from pushstep.server.parts.looks import LOOK_ELEMENTS
 from tests.support.servers.harness import RunningServer, wait_until
 from tests.support.servers.operators import all_models
 from tests.support.workers.wire import PARAMETERS, created, state_of
