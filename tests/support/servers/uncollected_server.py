@@ -31,12 +31,13 @@ def report() -> None:
     frames: set[str] = set()
     held: dict[int, int] = {}
     for found in gc.garbage:
-        if isinstance(found, types.FrameType) and Path(found.f_code.co_filename).is_relative_to(ROOT):
+        if type(found) is types.FrameType and Path(found.f_code.co_filename).is_relative_to(ROOT):
             frames.add(f"{Path(found.f_code.co_filename).name}:{found.f_code.co_name}")
         for held_by in (found, *gc.get_referents(found)):
-            if isinstance(held_by, (bytes, bytearray)):
+            kind = type(held_by)  # isinstance() would ask a weakref's proxy for what is gone
+            if issubclass(kind, (bytes, bytearray)):
                 held[id(held_by)] = len(held_by)
-            elif isinstance(held_by, (np.ndarray, torch.Tensor)):
+            elif issubclass(kind, (np.ndarray, torch.Tensor)):
                 held[id(held_by)] = held_by.nbytes
     gc.garbage.clear()
     gc.collect()
