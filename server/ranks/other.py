@@ -341,10 +341,11 @@ class OtherRank:
             self._catalog.creations.take_place(order.model, creation)
             await self._catalog.finish_creation(order.model, creation, model)
         except Exception as error:
-            self.followers.pop(order.model, None)
+            self._catalog.creations.end(order.model)
             self._withdraw(order.model, 0, heard(said(error)))
             raise
-        del self._promised[order.model]
+        if self._promised.get(order.model) is promised:
+            del self._promised[order.model]
         if promised.made is not None and not promised.made.done():
             promised.made.set_result(None)
 
@@ -358,8 +359,9 @@ class OtherRank:
         self._on_lost(heard(said(error)))
 
     async def _delete(self, order: RankDelete) -> None:
-        self.followers.pop(order.model, None)
-        model = self._catalog.models.get(order.model)
+        async with self._catalog.alone(order.model):  # it may be about to be made
+            model = self._catalog.models.get(order.model)
+            self.followers.pop(order.model, None)
         if model is not None and model.uid == order.uid:
             await self._catalog.delete(order.model, "rank 0")
 

@@ -167,7 +167,9 @@ class RankZero:
     # Models.
 
     def loaded(self, model: LedModel) -> None:
-        """Lead a model from here on."""
+        """Lead a model from here on. Its creation, if it was one, can come to nothing no more."""
+        for known in [known for known in self._announced if known[0] == model.name]:
+            del self._announced[known]
         if isinstance(model, Model) and model.shard is not None:
             leader = RankLeader(self.hub, model, model.shard, self._failed)
             self._leaders[model.name] = model.shard.leader = leader
@@ -197,23 +199,27 @@ class RankZero:
         return announced.uid
 
     async def commit(self, model: LedModel, ticket: int) -> None:
-        """Have the others make a model, and wait."""
-        announced = self._announced.pop((model.name, ticket))
+        """Have the others make a model, and wait until each has made it or failed. Raises the first error."""
+        announced = self._announced[model.name, ticket]
         if not isinstance(model, Model):
             raise TypeError("not a model of this server")
         durability = model.durability.model_dump_json()
         order = RankCommitCreation(model=model.name, ticket=ticket, durability=durability)
-        await self.hub.ask(announced.shard.others, RankOrder(commit_creation=order))
+        answers = self.hub.asked(announced.shard.others, RankOrder(commit_creation=order))
+        await asyncio.gather(*answers.values(), return_exceptions=True)
+        for answer in answers.values():
+            answer.result()
 
     def _failed(self, error: Exception) -> None:
         self._on_lost(heard(said(error)))
 
     def withdraw(self, model: str, ticket: int) -> None:
-        """A creation has come to nothing."""
+        """A creation has come to nothing, perhaps when some ranks had made the model already."""
         announced = self._announced.pop((model, ticket), None)
         if announced is not None:
-            order = RankWithdraw(model=model, ticket=ticket)
-            self.hub.send(announced.shard.others, RankOrder(withdraw=order))
+            others = announced.shard.others
+            self.hub.send(others, RankOrder(withdraw=RankWithdraw(model=model, ticket=ticket)))
+            self.hub.send(others, RankOrder(delete=RankDelete(model=model, uid=announced.uid)))
             for answer in announced.there.values():
                 if not answer.done():  # an upload that waits for them holds its bytes
                     answer.set_exception(NoCreationTicket(model=model))

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
 import torch
 
 from pushstep.client.session import Session
 from pushstep.optim import keras, mlx
 from pushstep.proto import training_pb2 as pb
-from pushstep.proto.errors import NonfiniteGradient, NotTheCoordinator
+from pushstep.proto.errors import NonfiniteGradient, NotTheCoordinator, StorageFailed
 from pushstep.proto.errors.status import from_rpc_error
 from pushstep.proto.training_pb2_grpc import TrainingServiceStub
 from pushstep.proto.types_pb2 import Identity
@@ -274,7 +276,6 @@ def test_what_needs_one_server_is_refused(group: RankGroup, shown: str, route: s
         lambda rank: next(rank.JoinInParts(iter([pb.JoinRequest(model="shown", worker="w")]))),
         lambda rank: rank.Heartbeat(pb.HeartbeatRequest(model="shown", identity=SOMEBODY)),
         lambda rank: rank.Leave(pb.LeaveRequest(model="shown", identity=SOMEBODY)),
-        lambda rank: next(rank.TakeSteps(iter([pb.PushRequest()]))),
         lambda rank: next(rank.Pull(pb.PullRequest(model="shown"))),
         lambda rank: next(rank.PullState(pb.PullStateRequest(model="shown"))),
         lambda rank: next(rank.PullExtras(pb.PullExtrasRequest(model="shown"))),
@@ -335,3 +336,17 @@ def state_of(server: RunningServer, model: str, training: Training) -> Any:
     state = optimizer.state_dict()
     session.close()
     return state
+
+
+@pytest.mark.parametrize("rank", range(WORLD))
+def test_a_creation_that_fails_in_one_rank_leaves_nothing_in_the_others(tmp_path: Path, rank: int) -> None:
+    values = {"w": np.ones(30_000, np.float32)}
+    with running_ranks(tmp_path, WORLD) as ranks:
+        models = tmp_path / f"rank-{rank}" / "models"
+        models.write_text("in the way of the folder")
+        with ranks.leader.connect("m") as session, pytest.raises(StorageFailed):
+            session.create(values)
+        models.unlink()
+        with ranks.leader.connect("m") as session:
+            session.create(values)
+            assert session.push(values).version == 1
