@@ -69,7 +69,8 @@ class Step:
         self._call = call
         self._progress = progress
         self._read = read
-        self._is_over = False
+        # held once it is over: whoever waits for the answer and whoever cancels are different threads
+        self._over = threading.Lock()
 
     def result(self) -> Any:
         """Wait for the answer and return it."""
@@ -84,22 +85,22 @@ class Step:
             raise
         finally:
             shield.breaks(None)
-            self._end()
+            if self._end():
+                self._calls.let_go()
 
     def when_over(self, _: Callable[[], None]) -> None:
         """Nothing: all that is sent was made before."""
 
     def cancel(self) -> None:
         """End the call; does nothing if the answer was read."""
-        if not self._is_over:
+        if self._end():
             self._calls.watchdog.end(self._progress)
             self._calls.drop(self._call)
-            self._end()
-
-    def _end(self) -> None:
-        if not self._is_over:
-            self._is_over = True
             self._calls.let_go()
+
+    def _end(self) -> bool:
+        """Whether it was not over yet."""
+        return self._over.acquire(blocking=False)
 
 
 class StepCalls:
