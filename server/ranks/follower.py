@@ -261,14 +261,15 @@ class Follower:
             if part is not None and part.push is not None:
                 pushes.append(part.push)
                 weights.append(of.weight)
-        adding = PUSHES.run(reduction.add_up, pushes, weights, order.divisor)
-        self._sums[number] = asyncio.ensure_future(adding)
-        self._start(self._say_sums(number))
+        adding = asyncio.ensure_future(PUSHES.run(reduction.add_up, pushes, weights, order.divisor))
+        # rounds are stepped one after the other: no ticket comes for an earlier one any more
+        self._sums = {number: adding}
+        self._start(self._say_sums(number, adding))
 
-    async def _say_sums(self, number: int) -> None:
+    async def _say_sums(self, number: int, adding: asyncio.Future[StagedPush]) -> None:
         sums = RankSums()
         try:
-            sums = measures(await self._sums[number], self.part)
+            sums = measures(await adding, self.part)
         except Exception as error:  # noqa: BLE001 - rank 0 decides what it means
             sums.problem.CopyFrom(said(error))
         sums.reduce, sums.model = number, self.model.name

@@ -78,8 +78,6 @@ class RankLeader:
         # the hooks that keep averages, as the others know them
         self._hooks: list[str] = []
         self._sums: dict[int, dict[int, asyncio.Future[RankSums]]] = {}
-        # the number of the RankReduce whose sum is about to be stepped, by that sum
-        self._reduced: dict[int, int] = {}
 
     # Parts of pushes.
 
@@ -235,7 +233,7 @@ class RankLeader:
             timeline=self._model.timeline,
             ticket=ticket,
             by_rows=rows_of(step.push),
-            reduce=self._reduced.pop(id(step.push), 0),
+            reduce=step.push.reduce,
         )
         self._hub.send(self._stepped, RankOrder(ticket=message))
 
@@ -371,8 +369,7 @@ class RankLeader:
         said_by = {rank: answer.result() for rank, answer in answers.items()}
         made = await PUSHES.run(self._whole_sum, own, said_by)
         self._require_open()
-        self._reduced[id(made)] = number
-        return made
+        return replace(made, reduce=number)
 
     def summed(self, rank: int, message: RankSums) -> None:
         """A rank has added up its parts of a round."""

@@ -51,6 +51,8 @@ class StagedPush:
     arrival: object = None
     # of a push to a model that lies in several ranks, which this describes as a whole: what is stepped here
     here: StagedPush | None = None
+    # of a round's sum there: the number under which the other ranks have theirs
+    reduce: int = 0
 
     @property
     def own(self) -> StagedPush:

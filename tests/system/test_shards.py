@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import nn
 from pushstep.client import connect
 from pushstep.optim import Adagrad
 from pushstep.proto import training_pb2 as pb
-from pushstep.proto.errors import NotInRanks, RanksDiffer
+from pushstep.proto.errors import NonfiniteGradient, NotInRanks, RanksDiffer
 from tests.support.ranks.group import RankGroup, running_ranks
 from tests.support.servers.harness import RunningServer, wait_until
 from tests.support.servers.proxy import Proxy
@@ -153,6 +154,30 @@ def test_a_push_waits_for_its_round_without_its_body(ranks: RunningServer, model
     assert array_bits(values) == array_bits(same)
     first.close()
     second.close()
+
+
+def test_the_sum_of_a_round_that_is_not_stepped_is_of_no_other_push(
+    server: RunningServer, ranks: RunningServer, model_name: str
+) -> None:
+    """Two finite gradients whose sum is not."""
+    huge = {"flat": np.full(50_001, 3e38, np.float32)}
+
+    def run(of: RunningServer) -> Any:
+        first, second = (of.connect(model_name, f"w{number}") for number in range(2))
+        with first, second, ThreadPoolExecutor(1) as pool:
+            for session in (first, second):
+                session.create(START, policy="sync", workers=2)
+            for _ in range(3):
+                pushed = pool.submit(first.push, huge)
+                for push in (partial(second.push, huge), pushed.result):
+                    with pytest.raises(NonfiniteGradient):
+                        push()
+            answer = of.rest("PATCH", f"/v1/models/{model_name}/policy", json={"policy": "async"})
+            assert answer.status_code == 200, answer.text
+            receipts = [first.push(drawn(step)).gradient_norm for step in range(30)]
+            return receipts, array_bits(first.pull())
+
+    both(server, ranks, run)
 
 
 def test_small_pushes_go_over_one_open_call_to_each_rank(ranks: RunningServer, model_name: str) -> None:
