@@ -101,6 +101,11 @@ class Creations:
         """The ticket for a name."""
         return self._by_name.get(name)
 
+    def holds(self, name: str, ticket: int, now_s: float) -> bool:
+        """Whether a ticket is in use."""
+        current = self._current(name, now_s)
+        return current is not None and current.ticket == ticket
+
     def with_places(self) -> Collection[Creation]:
         """The creations that count as models, because their values are there."""
         return self._with_places.values()

@@ -211,7 +211,10 @@ class RankLeader:
         """Have parts forgotten whose push has not come: its worker has gone, or sends it anew."""
         now_s = self._model.clock()
         for key, arrival in list(self._arrivals.items()):
-            if arrival.waiting or now_s - arrival.since_s < GATHER_S or not arrival.staged:
+            if arrival.waiting or now_s - arrival.since_s < GATHER_S:
+                continue
+            if not arrival.staged:  # its parts have not come, either
+                del self._arrivals[key]
                 continue
             identity = next(iter(arrival.staged.values())).identity
             if not self._is_known(identity):

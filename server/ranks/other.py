@@ -290,9 +290,9 @@ class OtherRank:
         push_bytes = sum(arena.elements * arena.dtype.itemsize for arena in layout.arenas)
         manifest = layout.manifest.SerializeToString()
         self._catalog.require_creatable(order.model, Proposal(layout, manifest, needed, push_bytes))
+        self._withdraw(order.model, 0, NoCreationTicket(model=order.model))
         until_s = self._catalog.clock() + CREATION_S
         self._catalog.creations.promised(order.model, int(order.ticket), manifest, needed, until_s)
-        self._withdraw(order.model, 0, NoCreationTicket(model=order.model))
         made: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         made.add_done_callback(lambda done: done.cancelled() or done.exception())
         self._promises.set()
@@ -326,6 +326,9 @@ class OtherRank:
         found = self._promised.get(model)
         if found is not None and ticket in (0, found.ticket):
             del self._promised[model]
+            creation = self._catalog.creations.get(model)
+            if creation is not None and creation.ticket == found.ticket:
+                self._catalog.creations.end(model)
             if found.made is not None and not found.made.done():
                 found.made.set_exception(error)
 
@@ -341,8 +344,7 @@ class OtherRank:
             self._catalog.creations.take_place(order.model, creation)
             await self._catalog.finish_creation(order.model, creation, model)
         except Exception as error:
-            self._catalog.creations.end(order.model)
-            self._withdraw(order.model, 0, heard(said(error)))
+            self._withdraw(order.model, int(order.ticket), heard(said(error)))
             raise
         if self._promised.get(order.model) is promised:
             del self._promised[order.model]

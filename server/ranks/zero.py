@@ -92,8 +92,16 @@ class RankZero:
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(SWEEP_S)
+            self.sweep()
             for leader in self._leaders.values():
                 leader.sweep()
+
+    def sweep(self) -> None:
+        """Have the others forget models whose ticket was taken back, or has run out."""
+        creations, now_s = self._catalog.creations, self._catalog.clock()
+        for model, ticket in list(self._announced):
+            if not creations.holds(model, ticket, now_s):
+                self.withdraw(model, ticket)
 
     def _heard(self, rank: int, message: RankMessage) -> None:
         kind = message.WhichOneof("said")
