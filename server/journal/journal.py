@@ -101,6 +101,8 @@ class Journal:
         # everything that is needed to make records durable is opened here: a process that has no descriptor left has lost
         # nothing that was written
         self._folder = self._marker = -1
+        # first what earlier processes wrote, which may be in the kernel's memory only: the file behind it says that it is whole
+        self._force_earlier()
         self._file = self._made(last, self.appended, link)
         try:
             self._folder = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -278,7 +280,7 @@ class Journal:
         with contextlib.suppress(OSError):  # it only helps to tell damage from a torn tail
             os.pwrite(self._marker, marker(self.synced, self._uid), 0)
 
-    def force_all(self) -> None:
+    def _force_earlier(self) -> None:
         """Force the files of earlier processes to the disk."""
         for path in journal_files(self.folder, self.model):
             try:

@@ -229,8 +229,6 @@ class Snapshotter:
             counts=model.counts.journal,
         )
         if not after_gap:
-            # what was replayed may be in the kernel's memory only
-            await DISK.run(journal.force_all)
             journal.durable_version = model.version
         recorder.begin(journal)
 

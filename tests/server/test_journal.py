@@ -399,6 +399,31 @@ def test_a_power_cut_leaves_a_prefix(
     _survives(tmp_path, monkeypatch, seed, 100)
 
 
+@pytest.mark.parametrize("after_gap", [False, True])
+def test_a_power_cut_behind_another_start_leaves_a_prefix(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after_gap: bool
+) -> None:
+    """What a killed process wrote is in the kernel's memory only, when the next one begins a file behind it."""
+    chance = random.Random(1)
+    disk = Disk(tmp_path / "m" / "journal")
+    with monkeypatch.context() as patched:
+        disk.record(patched)
+        killed = _journal(tmp_path, level=Level.EVERYSEC)
+        _write(killed, range(1, 30))
+        killed._close_files()
+        following = _journal(tmp_path, killed.appended, killed.link, after_gap=after_gap)
+        begun = len(disk.log)
+        following.close()
+    for number in range(100):
+        at = begun if number < 10 else chance.randrange(begun + 1)
+        into = tmp_path / f"cut{number}" / "m" / "journal"
+        into.mkdir(parents=True)
+        disk.cut(at, chance, into)
+        found = _read(into.parent.parent)
+        assert found == list(range(1, len(found) + 1))
+        assert len(found) == 29 or at < begun
+
+
 def _grow(journal: Journal) -> None:
     journal.append(JournalRecord(timeline=1, version=4), [memoryview(bytes(32 << 20))])
 

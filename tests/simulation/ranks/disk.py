@@ -22,7 +22,7 @@ def watched(safe_bytes: dict[Path, int], deaths: list[int]) -> Iterator[None]:
 
     `deaths`: of machines. Each is followed by another boot, of all of them.
     """
-    make, sync, force_all = JournalFile.__init__, JournalFile.sync, Journal.force_all
+    make, sync, force = JournalFile.__init__, JournalFile.sync, Journal._force_earlier
 
     def made(self: JournalFile, *given: Any) -> None:
         make(self, *given)
@@ -33,7 +33,7 @@ def watched(safe_bytes: dict[Path, int], deaths: list[int]) -> Iterator[None]:
         safe_bytes[self.path] = self.end
 
     def forced(self: Journal) -> None:
-        force_all(self)
+        force(self)
         for path in journal_files(self.folder, self.model):
             safe_bytes[path] = path.stat().st_size
 
@@ -48,7 +48,7 @@ def watched(safe_bytes: dict[Path, int], deaths: list[int]) -> Iterator[None]:
         patch.object(saved_models, "boot", boot),
         patch.object(JournalFile, "__init__", made),
         patch.object(JournalFile, "sync", synced),
-        patch.object(Journal, "force_all", forced),
+        patch.object(Journal, "_force_earlier", forced),
         # it would take most of the time of a run
         patch.object(Reserve, "_extend", none_aside),
     ):
