@@ -166,6 +166,8 @@ class RankLeader:
         finally:
             arrival.waiting -= 1
             arrival.since_s = self._model.clock()
+            if not (arrival.waiting or arrival.staged) and self._arrivals.get(key) is arrival:
+                del self._arrivals[key]  # its sender has gone, and no rank has a part of it
         return arrival
 
     def _whole(self, pending: PendingPush, staged: dict[int, RankStaged]) -> StagedPush:
@@ -212,9 +214,6 @@ class RankLeader:
         now_s = self._model.clock()
         for key, arrival in list(self._arrivals.items()):
             if arrival.waiting or now_s - arrival.since_s < GATHER_S:
-                continue
-            if not arrival.staged:  # its parts have not come, either
-                del self._arrivals[key]
                 continue
             identity = next(iter(arrival.staged.values())).identity
             if not self._is_known(identity):

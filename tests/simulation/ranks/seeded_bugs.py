@@ -14,7 +14,8 @@ import pytest
 
 from pushstep.proto.errors import PushstepError
 from pushstep.proto.training_pb2 import PushCommit
-from pushstep.server.coordinator.push import PendingPush
+from pushstep.server.coordinator.push import Key, PendingPush
+from pushstep.server.parts.arrival import Arrival
 from pushstep.server.parts.exact import ExactAnswer
 from pushstep.server.parts.shard import Goal
 from pushstep.server.ranks import zero as zero_module
@@ -93,6 +94,21 @@ def answers_come_before_all_have_stepped(patch: Patch) -> None:
     patch.setattr(RankLeader, "when_all", lambda self, version, *, safe, then: then())
 
 
+def senders_that_went_are_remembered(patch: Patch) -> None:
+    """Rank 0 keeps in mind a push that was waited for in vain, and of which nothing came to any rank."""
+    arrived = RankLeader._arrived
+
+    async def kept(self: RankLeader, key: Key, promised: dict[int, int]) -> Arrival:
+        arrival = self._arrival(key)
+        try:
+            return await arrived(self, key, promised)
+        finally:
+            self._arrivals.setdefault(key, arrival)
+            arrival.waiting += not arrival.staged
+
+    patch.setattr(RankLeader, "_arrived", kept)
+
+
 def dropped_parts_are_kept(patch: Patch) -> None:
     """A rank does not forget the part of a push that came to nothing."""
     patch.setattr(Follower, "drop", lambda self, order: None)
@@ -129,5 +145,6 @@ BUGS: Final = (
     Bug(a_rank_comes_back_one_version_behind, "come back at different versions"),
     Bug(answers_come_before_all_have_stepped, "is told before rank", range(2, 20)),
     Bug(dropped_parts_are_kept, "still holds|bytes set aside", range(50, 70)),
+    Bug(senders_that_went_are_remembered, "rank 0 still waits for", (1217, 1325)),
     Bug(tickets_overtake, "is at version|is not what the pushes make", range(3)),
 )
