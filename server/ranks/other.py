@@ -83,6 +83,8 @@ class OtherRank:
         self.link: RankLink | None = None
         self.followers: dict[str, Follower] = {}
         self._reporter = Reporter(catalog, lambda: sum(each.parts_held for each in self.followers.values()))
+        # by model, the newest snapshot here, until rank 0 has said that its own of that version is on its disk
+        self._uncommitted: dict[str, str] = {}
         self._promised: dict[str, Promised] = {}
         self._promises = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -134,15 +136,15 @@ class OtherRank:
             return
 
         async def written() -> None:
+            folder = self._catalog.folder(model.name)
             async with self._catalog.alone(model.name):
                 manifest = await snapshotter.write(
-                    model,
-                    self._catalog.folder(model.name),
-                    taken,
-                    "rank 0",
-                    automatic=order.snapshot.automatic,
-                    pace=AT_ONCE,
+                    model, folder, taken, "rank 0", automatic=order.snapshot.automatic, pace=AT_ONCE
                 )
+                given_up = self._uncommitted.pop(model.name, None)
+                self._uncommitted[model.name] = manifest["id"]
+                if given_up is not None:  # or they would fill this disk for as long as another rank's takes none
+                    await DISK.run(folder.snapshots.delete, given_up)
             done.snapshot = manifest["id"]
             done.digest = xxhash.xxh3_64_intdigest(json.dumps(manifest, sort_keys=True).encode())
             self.say(RankMessage(done=done))
@@ -172,6 +174,7 @@ class OtherRank:
             case "hooks":
                 self.followers[order.hooks.model].hooks(order.hooks)
             case "snapshot":
+                self._uncommitted.pop(order.snapshot.model, None)
                 self._start(order, self._prune(order.snapshot), is_done=False)
             case "export":
                 self._export(order)
@@ -353,6 +356,7 @@ class OtherRank:
 
     def loaded(self, model: LedModel) -> None:
         """Take orders for a model from here on."""
+        self._uncommitted.pop(model.name, None)
         if isinstance(model, Model) and model.shard is not None and model.shard.part is not None:
             self.followers[model.name] = Follower(model, model.shard.part, self.say, self._failed)
 
