@@ -143,7 +143,9 @@ class OtherRank:
                 )
                 given_up = self._uncommitted.pop(model.name, None)
                 self._uncommitted[model.name] = manifest["id"]
-                if given_up is not None:  # or they would fill this disk for as long as another rank's takes none
+                if (
+                    given_up is not None
+                ):  # or they would fill this disk for as long as another rank's takes none
                     await DISK.run(folder.snapshots.delete, given_up)
             done.snapshot = manifest["id"]
             done.digest = xxhash.xxh3_64_intdigest(json.dumps(manifest, sort_keys=True).encode())
