@@ -15,6 +15,7 @@ NAMES = (
     "metrics",
     "optim",
     "page",
+    "scale",
     "shards",
     "start",
     "tensors",

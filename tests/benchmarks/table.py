@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], others_share: float) -> None:
-    """Print one: the first column is words, the others are numbers. Says how busy strangers kept the CPUs."""
-    print(f"\n### {title}\n\nOther processes had {others_share:.0%} of the CPUs meanwhile.")
+def table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], others_share: float | None = None
+) -> None:
+    """Print one: the first column is words, the others are numbers. Of what was measured, says how busy strangers kept the CPUs."""
+    print(f"\n### {title}")
+    if others_share is not None:
+        print(f"\nOther processes had {others_share:.0%} of the CPUs meanwhile.")
     print(f"\n| {' | '.join(columns)} |\n|---|{'--:|' * (len(columns) - 1)}")
     for row in rows:
         print(f"| {' | '.join(map(str, row))} |")

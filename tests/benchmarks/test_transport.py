@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
+from .printed import printed
+
 TIMEOUT_S = 240  # 28 s on a quiet machine of 2 cores, more than 100 s on one with a load of 8
-ROOT = Path(__file__).parents[2]
 CASES = [
     f"pushstep {transport} {wire}"
     for transport in ("tcp", "unix")
@@ -18,32 +15,15 @@ CASES = [
 CASES += ["pushstep shm float32"]
 
 
-def rows(*options: str) -> dict[str, list[list[str]]]:
-    """What the benchmark printed: each table's rows by its title."""
-    ran = subprocess.run(
-        [sys.executable, "-m", "tests.benchmarks", "transport", "--quick", "--size", "1K", *options],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stderr
-    found: dict[str, list[list[str]]] = {}
-    for part in ran.stdout.split("### ")[1:]:
-        title, *lines = part.splitlines()
-        cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line[:1] == "|"]
-        found[title] = cells[2:]
-    return found
-
-
 @pytest.mark.timeout(TIMEOUT_S + 20)
 @pytest.mark.soak
 def test_each_side_takes_part_in_its_tables() -> None:
     """Takes about half a minute."""
     words = ("pushstep", "rpc default", "socket tcp")
     tables = ("exchange", "streams", "sync", "pulls")
-    found = rows(
+    found = printed(
+        TIMEOUT_S,
+        *("transport", "--size", "1K"),
         "--rule",
         "adagrad",
         *(option for word in words for option in ("--sides", word)),
