@@ -93,7 +93,7 @@ def plan_rows(step: RowStep) -> Callable[[], None]:
         if not found.is_as_given(0):
             ids, arranged = found.ids(0), found
     t: float = step.step if step.steps is None else (step.steps + 1).item()
-    lr = number(step.lr) / (1 + (t - 1) * step.lr_decay)
+    lr = _rate(step, t)
     whole = all(operand.is_contiguous() and not operand.is_neg() for operand in whole_operands)
     # A table with gaps: the named rows are copied out, stepped as a small table, and copied back.
     taken = whole_operands if whole else [operand.index_select(0, ids) for operand in whole_operands]
@@ -147,7 +147,7 @@ def plan_tables(steps: Sequence[RowStep]) -> Callable[[], None]:
         kinds.setdefault(kind, []).append((step, operands))
     plans = [one_by_one(plan_rows, others)] if others else []
     for (spec, scalars, mark), members in kinds.items():
-        rates = [(_rate(step), step.factor) for step, _ in members]
+        rates = [(_rate(step, step.step), step.factor) for step, _ in members]
         plans.append(_launch(spec, [operands for _, operands in members], rates, np.array(scalars), mark))
 
     def run() -> None:
@@ -165,8 +165,9 @@ def _is_plain(step: RowStep) -> bool:
     return step.unique and not counts and lie
 
 
-def _rate(step: RowStep) -> float:
-    return number(step.lr) / (1 + (step.step - 1) * step.lr_decay)
+def _rate(step: RowStep, count: float) -> float:
+    """The learning rate at a table's step of this number."""
+    return number(step.lr) / (1 + (count - 1) * step.lr_decay)
 
 
 class _Operands(NamedTuple):
