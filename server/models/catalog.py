@@ -224,16 +224,16 @@ class Catalog:
     async def finish_creation(self, name: str, creation: Creation, model: Model) -> None:
         """Write the identity of a filled model with a place, and make it visible to all. NoCreationTicket."""
         async with self.alone(name):  # the folder of an earlier model of this name may still be being removed
-            if self.creations.get(name) is not creation:  # withdrawn
-                raise NoCreationTicket(model=name)
-            await DISK.run(self.folder(name).set_aside)
-            folder = self.folder(name)
-            model.kept = replace(model.kept, epochs=EPOCHS_AHEAD)
-            if model.shard is not None:
-                await DISK.run(write_whole, folder.path, model.shard)
-            model.record("created", creation.worker)
-            await DISK.run(folder.write_identity, model.identity(None))
             try:
+                if self.creations.get(name) is not creation:  # withdrawn
+                    raise NoCreationTicket(model=name)
+                folder = self.folder(name)
+                await DISK.run(folder.set_aside)
+                model.kept = replace(model.kept, epochs=EPOCHS_AHEAD)
+                if model.shard is not None:
+                    await DISK.run(write_whole, folder.path, model.shard)
+                model.record("created", creation.worker)
+                await DISK.run(folder.write_identity, model.identity(None))
                 # no later crash may leave it without a snapshot
                 await self.snapshotter.open_journal(model, folder, after_gap=False)
                 await self.snapshotter.take(model, folder, "server", automatic=True)

@@ -114,10 +114,9 @@ class PartPushes(PushHandler):
             pending = await receiving.finish(commit)
             model.require_whole()
             answer = exact_answer(model, header.pull, header.identity.timeline) if pulls else None
-            part = HeldPart(pending.identity, pending.digest, pending.push, receiving.hand_over(), answer)
-            fault = pending.fault
             blocks = receiving.known_blocks(follower.part) if pending.push is not None else {}
-            return follower.hold(part, fault, blocks)
+            part = HeldPart(pending.identity, pending.digest, pending.push, receiving.hand_over(), answer)
+            return follower.hold(part, pending.fault, blocks)
         finally:
             receiving.release()
 

@@ -224,7 +224,11 @@ class Upload:
         await model.writer.submit(lambda: self._fill(model.arenas, header.steps))
         model.begin_under(self._policy)
         if ranks is not None:
-            await ranks.commit(model, int(header.ticket))
+            try:
+                await ranks.commit(model, int(header.ticket))
+            except BaseException:
+                await model.close()
+                raise
         await self._catalog.finish_creation(header.model, self._creation, model)
         self._promise.close()  # from here on the model counts its buffers itself
         joined = self._join(model, worker, attempt, process=self._creation.process)
