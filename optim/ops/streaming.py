@@ -78,13 +78,11 @@ class Blocks:
         np.cumsum(-(-self.sizes // BLOCK_ELEMENTS), out=self.starts[1:])
 
 
-def floats(values: Tensor, blocks: Blocks | Sequence[int]) -> StreamingNorms:
+def floats(values: Tensor, blocks: Blocks) -> StreamingNorms:
     """Norms of parameters that lie one after the other in `values`.
 
-    values: contiguous floats on the CPU, of a dtype that has kernels. blocks: or the parameters' lengths. OperandError if
-    they do not fit.
+    values: contiguous floats on the CPU, of a dtype that has kernels. OperandError if they do not fit.
     """
-    blocks = blocks if isinstance(blocks, Blocks) else Blocks(blocks)
     sizes, tos, starts = blocks.sizes, blocks.tos, blocks.starts
     check_run("the values", values, int(tos[-1]), *KIND)
     sums = np.zeros(int(starts[-1]))
@@ -93,12 +91,11 @@ def floats(values: Tensor, blocks: Blocks | Sequence[int]) -> StreamingNorms:
     return StreamingNorms(work, _ends(sizes, starts, lambda count: count * values.itemsize), sums, starts)
 
 
-def codes(source: Tensor, values: Tensor, blocks: Blocks | Sequence[int], *, block: int) -> StreamingNorms:
+def codes(source: Tensor, values: Tensor, blocks: Blocks, *, block: int) -> StreamingNorms:
     """Norms of parameters that arrive as int8 codes. Their values are written in the same pass.
 
     source: uint8; values: float32. OperandError if they do not fit.
     """
-    blocks = blocks if isinstance(blocks, Blocks) else Blocks(blocks)
     sizes, tos, starts = blocks.sizes, blocks.tos, blocks.starts
     sums = np.zeros(int(starts[-1]))
     froms = np.zeros(len(sizes) + 1, np.int64)

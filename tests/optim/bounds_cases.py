@@ -211,12 +211,12 @@ def test_codes(dtype, guards):
 def test_bodies_that_arrive(guards):
     for dtype in DTYPES:
         values = guards.around(torch.rand(sum(SIZES)).to(dtype))
-        body = arriving.floats(values, SIZES)
+        body = arriving.floats(values, arriving.Blocks(SIZES))
         for arrived in (0, 100, 5000, values.nbytes):
             body.advance(arrived)
         body.square_sums()
     source = guards.around(torch.zeros(sum(code_bytes(n, 256) for n in SIZES), dtype=torch.uint8))
-    body = arriving.codes(source, guards.around(torch.zeros(sum(SIZES))), SIZES, block=256)
+    body = arriving.codes(source, guards.around(torch.zeros(sum(SIZES))), arriving.Blocks(SIZES), block=256)
     for arrived in (0, 100, 5000, source.nbytes):
         body.advance(arrived)
     body.square_sums()

@@ -129,7 +129,7 @@ MISTAKES = {
         torch.zeros(N), [torch.rand(N), torch.rand(N - 1)], [1.0, 1.0], 2.0, [N]
     ),
     "a short sum": lambda: sums.weighted_sum(torch.zeros(N - 1), [torch.rand(N)], [1.0], 2.0, [N]),
-    "a body that is short": lambda: arriving.floats(torch.rand(N - 1), [N]).advance(4 * N),
+    "a body that is short": lambda: arriving.floats(torch.rand(N - 1), arriving.Blocks([N])).advance(4 * N),
     "a copy of more than there is": lambda: cpu_copies.copy_wider(
         torch.zeros(N), torch.zeros(N - 1, dtype=torch.bfloat16)
     ),

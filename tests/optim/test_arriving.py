@@ -26,7 +26,7 @@ def test_norms_of_what_arrives_in_pieces(dtype: torch.dtype, step: int) -> None:
     torch.manual_seed(1)
     values = torch.randn(sum(LENGTHS)).to(dtype)
 
-    found = _in_steps(arriving.floats(values, LENGTHS), values.nbytes, step)
+    found = _in_steps(arriving.floats(values, arriving.Blocks(LENGTHS)), values.nbytes, step)
 
     assert found == square_sums(values.split(LENGTHS))
 
@@ -35,7 +35,7 @@ def test_that_nothing_is_read_before_it_is_there() -> None:
     values = torch.randn(sum(LENGTHS))
     expected = square_sums(values.split(LENGTHS))
     arrived = torch.full_like(values, float("nan"))
-    found = arriving.floats(arrived, LENGTHS)
+    found = arriving.floats(arrived, arriving.Blocks(LENGTHS))
     for start in range(0, len(values), 1001):
         stop = min(start + 1001, len(values))
         arrived[start:stop] = values[start:stop]
@@ -58,7 +58,7 @@ def test_codes_that_arrive_in_pieces(step: int) -> None:
     expected = torch.empty(sum(LENGTHS))
     sums = dequantise(whole, expected, LENGTHS, block=BLOCK)
     arrived, values = torch.full_like(whole, 255), torch.empty(sum(LENGTHS))
-    found = arriving.codes(arrived, values, LENGTHS, block=BLOCK)
+    found = arriving.codes(arrived, values, arriving.Blocks(LENGTHS), block=BLOCK)
     for start in range(0, len(whole), step):
         arrived[start : start + step] = whole[start : start + step]
         found.advance(min(start + step, len(whole)))

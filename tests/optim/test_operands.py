@@ -329,13 +329,17 @@ OTHERS = {
     "sums, a total of half floats": _summed(total=torch.ones(50, dtype=BF16)),
     "sums, sizes of more": _summed(sizes=[20, 31]),
     "sums, a size below zero": _summed(sizes=[60, -10]),
-    "arriving, few values": lambda: arriving.floats(torch.ones(9), [4, 6]),
-    "arriving, a length below zero": lambda: arriving.floats(torch.ones(9), [10, -1]),
-    "arriving, integers": lambda: arriving.floats(torch.ones(10, dtype=torch.int64), [4, 6]),
-    "arriving, few codes": lambda: arriving.codes(STREAMED[1:], torch.ones(40), [40], block=256),
-    "arriving, few values of codes": lambda: arriving.codes(STREAMED, torch.ones(39), [40], block=256),
+    "arriving, few values": lambda: arriving.floats(torch.ones(9), arriving.Blocks([4, 6])),
+    "arriving, a length below zero": lambda: arriving.floats(torch.ones(9), arriving.Blocks([10, -1])),
+    "arriving, integers": lambda: arriving.floats(torch.ones(10, dtype=torch.int64), arriving.Blocks([4, 6])),
+    "arriving, few codes": lambda: arriving.codes(
+        STREAMED[1:], torch.ones(40), arriving.Blocks([40]), block=256
+    ),
+    "arriving, few values of codes": lambda: arriving.codes(
+        STREAMED, torch.ones(39), arriving.Blocks([40]), block=256
+    ),
     "arriving, values of half floats": lambda: arriving.codes(
-        STREAMED, torch.ones(40, dtype=BF16), [40], block=256
+        STREAMED, torch.ones(40, dtype=BF16), arriving.Blocks([40]), block=256
     ),
     "coalesce, more ids than rows": lambda: rows.coalesce(torch.arange(4), torch.ones(3, 2)),
     "coalesce, ids of int32": lambda: rows.coalesce(torch.arange(3, dtype=torch.int32), torch.ones(3, 2)),

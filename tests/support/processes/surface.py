@@ -206,7 +206,7 @@ def optim_functions():
     def run():
         found = [norms.square_sums(list(values.values())), norms.global_norm(many)]
         found += [rows.coalesce(ids, some) for some in their_rows.values()]
-        body = arriving.floats(values[F32], [n])
+        body = arriving.floats(values[F32], arriving.Blocks([n]))
         body.advance(4 * n)
         found.append(body.square_sums())
         for source in values.values():
