@@ -201,7 +201,12 @@ class Follower:
                 model.staging.release(changed_bytes)
             error = done.exception()
             if error is not None:
-                self._on_failure(model.broke_off(error, int(step.ticket.version)))
+                failure = model.broke_off(error, int(step.ticket.version))
+                if not model.deleted:
+                    self._on_failure(failure)
+                for part in held:
+                    part.release()
+                    _fail(part.done, failure)
                 return
             model.note_nonfinite()
             # once for each push, as rank 0 does

@@ -18,6 +18,7 @@ from pushstep.proto.errors import (
     DigestMismatch,
     Draining,
     MalformedFrame,
+    ModelLost,
     NotHeld,
     StreamStalled,
 )
@@ -69,6 +70,8 @@ class RankLeader:
         self._stepped = dict.fromkeys(shard.others, model.version)
         self._safe = dict.fromkeys(shard.others, model.version)
         self._waiting: deque[tuple[int, bool, Callable[[], None]]] = deque()
+        # readers who wait for the others' steps
+        self._awaited: set[asyncio.Future[None]] = set()
         # by group, the steps of its first parameter, where that begins in another rank; and such groups' learning rates by version
         held = {} if shard.part is None else shard.part.by_whole
         firsts = shard.whole.first_of_group.items()
@@ -106,6 +109,8 @@ class RankLeader:
     def _require_open(self) -> None:
         if self._hub.closing:
             raise Draining()
+        if self._model.deleted:
+            raise ModelLost(model=self._model.name)
 
     async def _gathered(self, pending: PendingPush, commit: PushCommit) -> None:
         promised = self._promised(commit.parts)
@@ -132,8 +137,8 @@ class RankLeader:
         pending.push = await PUSHES.run_unless(
             few <= INLINE_PARTS,
             self._whole,
-            pending,
-            {rank: arrival.staged[rank] for rank in sorted(promised)},
+            pending.push,
+            {rank: arrival.staged[rank].sums for rank in promised},
         )
 
     def _promised(self, parts: Iterable[PartDigest]) -> dict[int, int]:
@@ -170,17 +175,18 @@ class RankLeader:
                 del self._arrivals[key]  # its sender has gone, and no rank has a part of it
         return arrival
 
-    def _whole(self, pending: PendingPush, staged: dict[int, RankStaged]) -> StagedPush:
-        here, part = pending.push, self._shard.part
-        if here is None or part is None:
-            raise MalformedFrame(problem="rank 0 has no part of this push")
+    def _whole(self, here: StagedPush, said_by: Mapping[int, RankSums]) -> StagedPush:
+        """A push as a whole. `here`: this rank's part."""
+        part = self._shard.part
+        if part is None:
+            raise MalformedFrame(problem="rank 0 has no part of this model")
         whole = Whole(self._shard.whole)
         whole.add(part, measures(here, part))
-        for rank, message in staged.items():
+        for rank, sums in sorted(said_by.items()):
             of = self._shard.parts[rank]
             if of is None:
                 raise MalformedFrame(problem=f"rank {rank} has no part of this model")
-            whole.add(of, message.sums)
+            whole.add(of, sums)
         made = whole.push(here)
         return replace(made, here=with_steps_elsewhere(here, part, rows_of(made)))
 
@@ -291,8 +297,12 @@ class RankLeader:
     async def until(self, version: int, *, safe: bool) -> None:
         """Wait for that."""
         reached: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._awaited.add(reached)
         self.when_all(version, safe=safe, then=lambda: None if reached.done() else reached.set_result(None))
-        await reached
+        try:
+            await reached
+        finally:
+            self._awaited.discard(reached)
 
     def reached(self) -> dict[int, int]:
         """The version that each other rank has come to."""
@@ -312,13 +322,10 @@ class RankLeader:
 
         async def written() -> list[dict[str, Any]]:
             await asyncio.gather(*answers.values())
+            said_by = ((rank, answer.result()) for rank, answer in answers.items())
             return [
-                {
-                    "rank": rank,
-                    "snapshot": answer.result().snapshot,
-                    "digest": f"{answer.result().digest:016x}",
-                }
-                for rank, answer in answers.items()
+                {"rank": rank, "snapshot": done.snapshot, "digest": f"{done.digest:016x}"}
+                for rank, done in said_by
             ]
 
         return asyncio.ensure_future(written())
@@ -347,8 +354,16 @@ class RankLeader:
         return self._hub.received(self._stepped, RankOrder(export=order), taking)
 
     def failed(self, error: Exception) -> None:
-        """A step has failed here: the ranks are not at one version any more."""
-        self._on_failure(error)
+        """A step has failed here: the ranks are not at one version any more. Of a model that is deleted none has to be."""
+        if not self._model.deleted:
+            self._on_failure(error)
+
+    def end(self) -> None:
+        """The model is deleted: what the others say of it is not heard any more."""
+        summing: list[asyncio.Future[Any]] = [each for of in self._sums.values() for each in of.values()]
+        for awaited in [*summing, *self._awaited]:
+            if not awaited.done():
+                awaited.set_exception(ModelLost(model=self._model.name))
 
     # Rounds.
 
@@ -369,7 +384,7 @@ class RankLeader:
         finally:
             del self._sums[number]
         said_by = {rank: answer.result() for rank, answer in answers.items()}
-        made = await PUSHES.run(self._whole_sum, own, said_by)
+        made = await PUSHES.run(self._whole, own, said_by)
         self._require_open()
         return replace(made, reduce=number)
 
@@ -382,16 +397,3 @@ class RankLeader:
             answer.set_exception(heard(message.problem))
         else:
             answer.set_result(message)
-
-    def _whole_sum(self, own: StagedPush, said_by: dict[int, RankSums]) -> StagedPush:
-        part = self._shard.part
-        if part is None:
-            raise MalformedFrame(problem="rank 0 has no part of this model")
-        whole = Whole(self._shard.whole)
-        whole.add(part, measures(own, part))
-        for rank, message in sorted(said_by.items()):
-            of = self._shard.parts[rank]
-            if of is not None:
-                whole.add(of, message)
-        made = whole.push(own)
-        return replace(made, here=with_steps_elsewhere(own, part, rows_of(made)))

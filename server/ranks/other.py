@@ -126,9 +126,9 @@ class OtherRank:
 
     async def _snapshot(self, order: RankOrder) -> None:
         """Capture what is here now, behind the last ticket; write it while further ones are executed."""
-        model, snapshotter = self._catalog.get(order.snapshot.model), self._catalog.snapshotter
-        done = RankDone(order=order.order)
+        snapshotter, done = self._catalog.snapshotter, RankDone(order=order.order)
         try:
+            model = self._catalog.get(order.snapshot.model)
             taken = await snapshotter.capture(model)
         except Exception as error:  # noqa: BLE001 - rank 0 decides what it means
             done.problem.CopyFrom(said(error))
@@ -162,19 +162,13 @@ class OtherRank:
     def _take(self, order: RankOrder) -> None:
         kind = order.WhichOneof("ordered")
         match kind:
-            case "ticket":
-                self.followers[order.ticket.model].ticket(order.ticket)
-            case "drop":
-                if order.drop.model in self.followers:
-                    self.followers[order.drop.model].drop(order.drop)
-            case "publish":
-                self.followers[order.publish.model].publish(order.publish)
-            case "reduce":
-                self.followers[order.reduce.model].reduce(order.reduce)
+            case "ticket" | "drop" | "publish" | "reduce" | "hooks":
+                of = getattr(order, kind)
+                follower = self.followers.get(of.model)
+                if follower is not None:  # rank 0 may have decided it before it deleted the model
+                    getattr(follower, kind)(of)
             case "meet":
                 self._meet.set_result(order)
-            case "hooks":
-                self.followers[order.hooks.model].hooks(order.hooks)
             case "snapshot":
                 self._uncommitted.pop(order.snapshot.model, None)
                 self._start(order, self._prune(order.snapshot), is_done=False)
@@ -230,7 +224,12 @@ class OtherRank:
     def _export(self, order: RankOrder) -> None:
         """Send all of this part, of the version that is the newest in the writer's queue now, or of a snapshot."""
         export = order.export
-        part, model = self.followers[export.model].part, self.followers[export.model].model
+        follower = self.followers.get(export.model)
+        if follower is None:
+            problem = said(ModelLost(model=export.model))
+            self.say(RankMessage(done=RankDone(order=order.order, problem=problem)))
+            return
+        part, model = follower.part, follower.model
         whole = whole_of(model)
         wanted = Wanted(export.state, {each.hook: list(each.groups) for each in export.averages})
 
@@ -369,7 +368,10 @@ class OtherRank:
     async def _delete(self, order: RankDelete) -> None:
         async with self._catalog.alone(order.model):  # it may be about to be made
             model = self._catalog.models.get(order.model)
-            self.followers.pop(order.model, None)
+            follower = self.followers.pop(order.model, None)
+            self._uncommitted.pop(order.model, None)
+        if follower is not None:
+            follower.let_go()
         if model is not None and model.uid == order.uid:
             await self._catalog.delete(order.model, "rank 0")
 

@@ -234,7 +234,9 @@ class RankZero:
 
     async def delete(self, model: str, uid: bytes) -> None:
         """Have the others delete a model, and wait."""
-        if self._leaders.pop(model, None) is not None:
+        leader = self._leaders.pop(model, None)
+        if leader is not None:
+            leader.end()
             await self.hub.ask(self.hub.links, RankOrder(delete=RankDelete(model=model, uid=uid)))
 
     async def close(self) -> None:

@@ -15,10 +15,10 @@ import pytest
 import torch
 from torch import nn
 
-from pushstep.client import connect
+from pushstep.client import Session, connect
 from pushstep.optim import Adagrad
 from pushstep.proto import training_pb2 as pb
-from pushstep.proto.errors import NonfiniteGradient, NotInRanks, RanksDiffer
+from pushstep.proto.errors import ModelLost, NonfiniteGradient, NotInRanks, RanksDiffer
 from tests.support.ranks.group import RankGroup, running_ranks
 from tests.support.servers.harness import RunningServer, wait_until
 from tests.support.servers.proxy import Proxy
@@ -275,3 +275,26 @@ def swap(proxies: Sequence[Proxy]) -> None:
     one.target, other.target = other.target, one.target
     for proxy in proxies:
         proxy.cut()
+
+
+@pytest.mark.parametrize("policy", ["async", "sync"])
+def test_a_model_is_deleted_while_workers_push(ranks: RunningServer, model_name: str, policy: str) -> None:
+    """Its workers are told, and the job goes on."""
+
+    def push(session: Session) -> None:
+        with pytest.raises(ModelLost):
+            while True:
+                session.exchange(drawn(0))
+
+    for turn in range(3):
+        name = f"{model_name}-{turn}"
+        sessions = [ranks.connect(name, f"w{number}") for number in range(2)]
+        options: dict[str, Any] = {"policy": policy, **({"workers": 2} if policy == "sync" else {})}
+        sessions[0].create(START, **options)
+        with ThreadPoolExecutor(2) as pool:
+            pushing = [pool.submit(push, session) for session in sessions]
+            wait_until(lambda name=name: ranks.rest("GET", f"/v1/models/{name}").json()["version"] > 3)
+            assert ranks.rest("DELETE", f"/v1/models/{name}").status_code == 204
+            for pushed in pushing:
+                pushed.result()
+    assert ranks.rest("GET", "/v1/shards").json()["ready"]
