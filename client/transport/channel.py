@@ -174,15 +174,22 @@ class Transport:
     def push(self, header: pb.PushHeader, body: Body, commit: pb.PushCommit) -> Receipt:
         """Push."""
         if self._steps.takes(body):
-            stepped: pb.PullHeader = self._step(self._messages(header, body, commit), header, None).result()
+            stepped: pb.PullHeader = self._step(header, body, lambda _: commit, None).result()
             return stepped.receipt
-        messages = self._messages(header, body, commit)
+        messages = self._messages(header, body, lambda _: commit)
         sent: pb.PushResponse = self._begun("Push", messages, None, _only(pb.PushResponse)).result()
         return sent.receipt
 
-    def _step(self, messages: Messages, header: pb.PushHeader, layout: Layout | None) -> Step:
+    def _step(
+        self,
+        header: pb.PushHeader,
+        body: Body,
+        commit: Callable[[int], pb.PushCommit],
+        layout: Layout | None,
+    ) -> Step:
         """Start one push of TakeSteps, which asks for parameters unless `layout` is None."""
-        header.traceparent = self.spans.traceparent()
+        header.traceparent = self.spans.traceparent()  # metadata would be the whole call's
+        messages = self._messages(header, body, commit)
         read = _header if layout is None else partial(self._received, layout=layout, to_end=False)
         return self._steps.begin(messages.joined, read)
 
@@ -190,13 +197,15 @@ class Transport:
         """Exchange."""
         pulled: Pulled
         if self._steps.takes(body):
-            pulled = self._step(self._messages(header, body, commit), header, layout).result()
+            pulled = self._step(header, body, lambda _: commit, layout).result()
             return pulled
-        pulled = self._exchange(self._messages(header, body, commit), None, layout).result()
+        pulled = self._exchange(self._messages(header, body, lambda _: commit), None, layout).result()
         return pulled
 
-    def _messages(self, header: pb.PushHeader, body: Body, commit: pb.PushCommit) -> Messages:
-        messages = Messages(pb.PushRequest(header=header), body.segments, body.pieces, lambda _: commit)
+    def _messages(
+        self, header: pb.PushHeader, body: Body, commit: Callable[[int], pb.PushCommit]
+    ) -> Messages:
+        messages = Messages(pb.PushRequest(header=header), body.segments, body.pieces, commit)
         messages.joined_chunks = self.joined_chunks
         return messages
 
@@ -208,9 +217,9 @@ class Transport:
         layout: Layout | None,
     ) -> Exchange | Step:
         """Start an Exchange, or a Push if `layout` is None. `commit` may be called, and block, in another thread."""
-        messages = Messages(pb.PushRequest(header=header), body.segments, body.pieces, commit)
         if self._steps.takes(body):
-            return self._step(messages, header, layout)
+            return self._step(header, body, commit, layout)
+        messages = Messages(pb.PushRequest(header=header), body.segments, body.pieces, commit)
         # gRPC sends a stream's messages from a thread of its own, which takes a third of a small push's time
         joined = messages.joined() if body.is_small else ()
         single = joined[0] if len(joined) == 1 else None
