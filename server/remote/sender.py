@@ -49,6 +49,9 @@ class Sending:
     """How the snapshots of one model are being sent."""
 
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    # superfluous ones are being removed; and the newest that was sent meanwhile
+    is_pruned: bool = False
+    prune_behind: str = ""
     # when they are sent next; None if nothing is to be sent
     due_s: float | None = None
     wait_s: float = FIRST_WAIT_S
@@ -111,17 +114,29 @@ class Sender:
         async with sending.lock, self._turns:
             sending.due_s = None
             try:
-                await self._send_all(model, sending, prune)
+                await self._send_all(model, sending)
             except Exception as error:  # noqa: BLE001 - whatever it was, it is tried again
                 self._failed(model, sending, error)
+        await self._prune(model, sending, prune)
 
-    async def _send_all(self, model: M, sending: Sending, prune: Prune[M]) -> None:
+    async def _send_all(self, model: Model, sending: Sending) -> None:
         """Send all that is in the data folder. Of the automatic ones the newest is enough."""
         store = self._remote.store(self._models / model.name)
         newest = await STORE.run(store.send_unsent)
         self._went_well(model, sending, newest)
-        if newest:
-            await prune(model, newest)
+        sending.prune_behind = newest or sending.prune_behind
+
+    async def _prune(self, model: M, sending: Sending, prune: Prune[M]) -> None:
+        """Remove what is superfluous, without the lock: a store that is slow meanwhile must be noticed by the next one sent."""
+        if sending.is_pruned:
+            return
+        sending.is_pruned = True
+        try:
+            while sending.prune_behind:
+                newest, sending.prune_behind = sending.prune_behind, ""
+                await prune(model, newest)
+        finally:
+            sending.is_pruned = False
 
     async def send(self, model: Model, snapshot: str) -> None:
         """Send a snapshot that an operator has asked for. Raises why it cannot be; it is tried again with the others.
@@ -141,7 +156,8 @@ class Sender:
         """Send the last snapshot, at a stop. Raises why it cannot be: the data folder has it."""
         sending = self._of(model)
         async with sending.lock, self._turns:
-            await self._send_all(model, sending, prune)
+            await self._send_all(model, sending)
+        await self._prune(model, sending, prune)
 
     def _went_well(self, model: Model, sending: Sending, snapshot: str) -> None:
         if snapshot:

@@ -145,6 +145,6 @@ BUGS: Final = (
     Bug(a_rank_comes_back_one_version_behind, "come back at different versions"),
     Bug(answers_come_before_all_have_stepped, "is told before rank", range(2, 20)),
     Bug(dropped_parts_are_kept, "still holds|bytes set aside", range(50, 70)),
-    Bug(senders_that_went_are_remembered, "rank 0 still waits for", (1217, 1325)),
+    Bug(senders_that_went_are_remembered, "rank 0 still waits for", (1407, 1524)),
     Bug(tickets_overtake, "is at version|is not what the pushes make", range(3)),
 )
