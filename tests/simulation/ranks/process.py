@@ -20,7 +20,7 @@ from pushstep.server.models.catalog import Catalog
 from pushstep.server.models.model import Model
 from pushstep.server.models.saved_models import SavedModels
 from pushstep.server.ranks.hub import Hub
-from pushstep.server.ranks.job import MEET_S, Job
+from pushstep.server.ranks.job import Job
 from pushstep.server.ranks.role import Role
 from pushstep.server.shared_memory.regions import SharedMemory
 
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 LEASE_S = 10.0
 STALL_S = 10.0
 DRAIN_S = 20.0
+# Nobody starts one again that was stopped alone before all had come: the others give up.
+MEET_S = 60.0
 BUILD = "simulated"
 CONFIG = Config(
     data=Path("/nowhere"),
@@ -85,7 +87,11 @@ class SimulatedRole(Role):
 
     async def _meet(self, address: str, unix_path: str, stop: asyncio.Event) -> None:
         if self._zero is not None:
-            await self._zero.begin(Shard(rank=0, address=address), MEET_S)
+            try:
+                await self._zero.begin(Shard(rank=0, address=address), MEET_S)
+            except OSError as error:
+                self.process.lost = error
+                raise ProcessEnds from error
             return
         other = self._other
         if other is None:
