@@ -51,6 +51,14 @@ LONG_FIRST = (
     "server/test_openapi.py",
     "server/test_openapi_roles.py",
     "client/test_trainings.py",
+    "examples/test_scripts.py",
+    "simulation/test_simulation.py",
+    "system/test_end_to_end.py",
+    "system/test_rank_crash_points.py",
+    "system/test_rank_deaths.py",
+    "system/test_rank_exports.py",
+    "system/test_shards.py",
+    "test_promises.py",
 )
 
 
