@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from pushstep.proto.errors import LocalParameterEdit, UnsupportedModule
 from tests.support.numbers.optimizer_peers import keras
@@ -223,7 +225,11 @@ def test_a_constraint_needs_uploads(server: RunningServer, model_name: str, cons
 
 
 @pytest.mark.filterwarnings("ignore")  # the compiler warns of itself and of Keras
-def test_a_compiled_step_is_refused_in_words(server: RunningServer, model_name: str) -> None:
+def test_a_compiled_step_is_refused_in_words(
+    server: RunningServer, model_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # what is traced is the same; the code that would be made of it takes 40 s to compile
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     model = network()
     model.compile(
         optimizer=attach(server.connect(model_name), MAKES["Adagrad"]()), loss="mse", jit_compile=True
