@@ -12,7 +12,7 @@ from pushstep.proto.errors import MalformedFrame
 from pushstep.proto.shards_pb2 import RankContent
 from pushstep.proto.wire import dtypes
 from pushstep.proto.wire.layout import Slot
-from pushstep.proto.wire.shards import Part, Piece
+from pushstep.proto.wire.shards import Part
 
 from ..arenas.arena import Arenas
 from ..arenas.rules import rule_of
@@ -80,7 +80,7 @@ def look(arenas: Arenas, slot: Slot, start: int, elements: int) -> Look:
 
 def look_at_piece(arenas: Arenas, part: Part, whole: Slot) -> Look | None:
     """The same of a piece; None without one."""
-    piece = _piece_of(part, whole)
+    piece = part.by_whole.get(whole.index)
     if piece is None:
         return None
     return look(arenas, part.layout.slots[piece.index], piece.start, whole.stop - whole.start)
@@ -120,7 +120,7 @@ class Looking:
     def _lengths(self, rank: int) -> list[int]:
         """The bytes of each tensor that a rank sends."""
         part = self._shard.parts[rank]
-        piece = None if part is None else _piece_of(part, self._slot)
+        piece = None if part is None else part.by_whole.get(self._slot.index)
         if piece is None:
             return []
         elements = _looked_at(piece.start, piece.stop, self._slot.stop - self._slot.start).elements
@@ -158,7 +158,3 @@ class _Memory:
 def _room_of(memory: _Memory) -> Iterator[tuple[int, int]]:
     if memory.content.numel():
         yield 0, memory.content.numel()
-
-
-def _piece_of(part: Part, whole: Slot) -> Piece | None:
-    return next((piece for piece in part.pieces if piece.whole == whole.index), None)

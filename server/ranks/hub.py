@@ -201,8 +201,6 @@ class Hub:
                     if taker is None:
                         taker = self._taker(content)
                     await DOWNLOADS.run(taker.take, content)
-        except asyncio.CancelledError:
-            raise
         except Exception as error:  # noqa: BLE001 - the rank is told by name, whatever it was
             await _refuse(context, named(error, log))
         return RankTaken().SerializeToString()
