@@ -94,7 +94,7 @@ async def copy_of(
     model.require_whole()
 
     async def make() -> tuple[dict[str, Any], ArenasCopy]:
-        leader = None if model.shard is None else model.shard.leader
+        leader = model.executor.leader
         if model.shard is None or leader is None:
             facts, copied = await model.copy()
             await model.recorder.until_shown(copied.version)
@@ -127,7 +127,7 @@ async def whole_snapshot(
 ) -> tuple[dict[str, Any], ArenasCopy]:
     """A snapshot as it was read here, with the parts of the other ranks, if there are any. As `copy_of`."""
     shard = model.shard
-    leader = None if shard is None else shard.leader
+    leader = model.executor.leader
     if shard is None or leader is None:
         return manifest, own
     wanted = _wanted(saved_state(manifest, own, model.name).hooks, content)
@@ -144,7 +144,7 @@ async def whole_snapshot(
 async def looked(model: Model, slot: Slot) -> Look:
     """A look at a parameter, wherever it lies. `slot`: of the whole model."""
     arenas, shard = model.arenas, model.shard
-    leader = None if shard is None else shard.leader
+    leader = model.executor.leader
     if shard is None or leader is None or shard.part is None:
         found = await model.writer.submit(lambda: look(arenas, slot, 0, slot.stop - slot.start))
         await model.recorder.until_shown(found.version)

@@ -115,8 +115,8 @@ class Executor:
                 case Event(kind, by, facts):
                     self._model.record(kind, by, **facts)
                 case Resolve():
-                    if self._leader is not None:
-                        self._leader.resolved(decision)
+                    if self.leader is not None:
+                        self.leader.resolved(decision)
                     self.record(self._recorder.outcome(decision), decision)
                 case Reduce():
                     self._start(self._reduce(decision))
@@ -127,7 +127,7 @@ class Executor:
         self._set_clock()
 
     @property
-    def _leader(self) -> Leader | None:
+    def leader(self) -> Leader | None:
         """Who tells the other ranks, if this is rank 0 of several."""
         shard = self._model.shard
         return None if shard is None else shard.leader
@@ -164,10 +164,10 @@ class Executor:
             for resolve in resolves:
                 self._resolve(resolve)
 
-        if version and self._leader is not None:
+        if version and self.leader is not None:
             safe = entry is not None and entry.level is Level.DURABLE
             resolve = partial(self._resolve_when_safe, entry, resolves)
-            self._leader.when_all(version, safe=safe, then=resolve)
+            self.leader.when_all(version, safe=safe, then=resolve)
             return
         if entry is None:
             resolve_all()
@@ -196,8 +196,8 @@ class Executor:
             sum_bytes = await PUSHES.run_unless(small, reduction.largest_sum, pushes)
             self._staging.count(sum_bytes)
             result = await PUSHES.run(self._add_up, pushes, reduce)
-            if self._leader is not None:
-                result = await self._leader.reduce(reduce, result)
+            if self.leader is not None:
+                result = await self.leader.reduce(reduce, result)
         except Exception as error:  # noqa: BLE001 - whatever it was, its pushes must not wait for ever
             result = named(error, log)
         del pushes
@@ -225,8 +225,8 @@ class Executor:
                 shared.append(answer)
 
         entry, push = self._recorder.step(step), step.push.own
-        if self._leader is not None:
-            self._leader.ticket(step)
+        if self.leader is not None:
+            self.leader.ticket(step)
         # of gradients that hooks change: beside those that came, until the step is taken
         changed_bytes = bytes_of_change(step.ticket, push.parts)
         if changed_bytes:
@@ -277,7 +277,7 @@ class Executor:
         # not raised: the traceback would be kept, and with it this frame, which holds the push
         broken = job.exception()
         lrs, clip_factor = job.result() if broken is None else ({}, None)
-        lrs = lrs if self._leader is None else self._leader.lrs(int(step.ticket.version), lrs)
+        lrs = lrs if self.leader is None else self.leader.lrs(int(step.ticket.version), lrs)
         if step.hooks and broken is None:
             seen = {"clip_factor": clip_factor, "lrs": lrs, "step_s": times.step_s, "queue_s": times.queue_s}
             model.tell(Point.STEP_POST, **step.facts, **seen)
@@ -289,8 +289,8 @@ class Executor:
                 if failure is not None:
                     count_failed(self._coordinator.sessions.workers, resolve.decided)
                 model.last_receipt = resolve.decided.receipt if failure is None else model.last_receipt
-        if failure is not None and self._leader is not None:
-            self._leader.failed(failure)
+        if failure is not None and self.leader is not None:
+            self.leader.failed(failure)
         elif failure is None or entry is None:
             self._resolve_when_safe(entry, step.resolves, int(step.ticket.version))
         elif entry.number:

@@ -104,7 +104,7 @@ class Snapshotter:
     async def _write(
         self, model: Model, folder: ModelFolder, by: str, automatic: bool, pace: Pace
     ) -> dict[str, Any]:
-        leader = None if model.shard is None else model.shard.leader
+        leader = model.executor.leader
         # the others capture theirs behind the same ticket: `capture` queues this one in the same turn of the event loop
         others = None if leader is None else leader.snapshot(automatic=automatic)
         taken = await self.capture(model)

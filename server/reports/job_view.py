@@ -203,5 +203,5 @@ def versions_behind(models: Iterable[Model]) -> dict[int, int]:
 
 def versions_of(model: Model) -> dict[int, int]:
     """The version that each rank above 0 with a part of a model has come to."""
-    leader = None if model.shard is None else model.shard.leader
+    leader = model.executor.leader
     return {} if leader is None else leader.reached()

@@ -66,8 +66,7 @@ async def exactly_stepped(
 
 async def led(model: Model, options: pb.PullOptions, timeline: int) -> Published:
     """The newest version in rank 0, which the other ranks keep, too, for the same caller. OverBudget."""
-    shard, wire, have = model.shard, wire_of(options.dtype), have_version(options)
-    leader = None if shard is None else shard.leader
+    wire, have, leader = wire_of(options.dtype), have_version(options), model.executor.leader
     if leader is None:
         return await newest(model, options, timeline)
     loop, publisher, version = asyncio.get_running_loop(), model.publisher, model.version

@@ -130,7 +130,7 @@ async def hand_in(receiving: Receiving, commit: PushCommit | None) -> None:
 
 async def _judged(model: Model, pending: PendingPush, commit: PushCommit | None) -> list[Decision]:
     """What the coordinator decides about a complete push. Of a model in several ranks, once all have their parts."""
-    leader = None if model.shard is None else model.shard.leader
+    leader = model.executor.leader
     if leader is not None and commit is not None:
         await leader.gather(pending, commit)
     try:

@@ -265,7 +265,7 @@ class GrpcDoor:
         about(request.model)
         model = self.catalog.get(request.model)
         values = model.groups.messages()
-        leader = None if model.shard is None else model.shard.leader
+        leader = model.executor.leader
         if leader is not None:
             async with self._part_copies:
                 leader.publish_state(model.version)  # both are queued in this turn of the event loop
