@@ -47,6 +47,7 @@ class Reader:
     __slots__ = (
         "_context",
         "_counted_bytes",
+        "_is_open",
         "_readers",
         "_rested_s",
         "_seen",
@@ -70,6 +71,7 @@ class Reader:
         # its connection, once that was found, and the acknowledged bytes when it last made progress
         self._socket: socket.socket | None = None
         self._seen = 0
+        self._is_open = False
         self.is_dropped = False
         self._way = readers.counts.way_of(context.peer())
 
@@ -84,6 +86,8 @@ class Reader:
             await self._count(size)
         self.begin(size)
         try:
+            if not self._is_open:
+                await self._open()
             await self._context.write(message)
         except asyncio.CancelledError:
             # tell the reader why, unless its connection was closed: then nobody is left to be told
@@ -103,6 +107,20 @@ class Reader:
             self._window_bytes += size
             if self._window_bytes >= PROGRESS_BYTES:
                 self._window_s, self._window_bytes = self._rested_s, 0
+
+    async def _open(self) -> None:
+        """Send the initial metadata, before the first message and to the end, even if the call is cut meanwhile.
+
+        gRPC notes that they are sent once it hears so. A call that is cut before that, also in a first message that
+        carries them, could not be ended with a status: its reader would wait for ever.
+        """
+        opening = asyncio.ensure_future(self._context.send_initial_metadata(()))
+        try:
+            await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            await asyncio.wait([opening])
+            raise
+        self._is_open = True
 
     def begin(self, size_bytes: int) -> None:
         """Start to watch the reader: `size_bytes` are on their way to it."""

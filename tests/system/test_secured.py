@@ -29,6 +29,7 @@ from pushstep.proto.errors import (
 from pushstep.server.access.roles import Role
 from tests.support.access.secured import Authority, TokenFile, reload
 from tests.support.servers.harness import RunningServer, running_server, start_server, wait_until
+from tests.support.workers.unread import UnreadCall
 from tests.support.workers.wire import PARAMETERS, RawWorker, Wire, state_of
 
 STALL_S = 2.0
@@ -351,6 +352,24 @@ def test_a_token_that_is_taken_back_ends_a_push_that_streams(
     assert type(wire.refused("Push", iter([b""]))) is Unauthenticated
     assert state_of(guarded, "m") == before
     wire.close()
+
+
+def test_a_token_that_is_taken_back_ends_a_pull_that_nobody_reads(
+    guarded: RunningServer, tokens: TokenFile
+) -> None:
+    """Cut in its first message, before gRPC has heard that any of it is sent, the call ends with a status."""
+    guarded.connect("m", "owner", token=tokens.tokens["second"]).create({"w": np.zeros(1 << 20, np.float32)})
+    request = pb.PullRequest(model="m").SerializeToString()
+    call = UnreadCall(guarded.grpc, "Pull", [request], metadata=tokens.metadata("worker"))
+    wait_until(call.begins)
+    tokens.take_back("worker")
+    reload(guarded)
+    wait_until(lambda: "calls cut: 1" in guarded.log.read_text())
+    assert not call.is_over()
+    call.open(1 << 30)
+    wait_until(call.is_over)
+    assert call.has_status
+    call.close()
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ import socket
 import struct
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -41,15 +41,16 @@ def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
     return len(payload).to_bytes(3, "big") + struct.pack(">BBI", kind, flags, stream) + payload
 
 
-def header_block(authority: str, method: str) -> bytes:
-    """The headers of a gRPC call, without compression."""
+def header_block(authority: str, method: str, metadata: Iterable[tuple[str, str]] = ()) -> bytes:
+    """The headers of a gRPC call, without compression. Each text is shorter than 127 bytes."""
 
     def text(value: str) -> bytes:
         return bytes([len(value)]) + value.encode()
 
     path = b"\x04" + text(SERVICE + method)
     kind = b"\x0f\x10" + text("application/grpc")
-    return b"\x83\x86" + path + b"\x01" + text(authority) + kind + b"\x00" + text("te") + text("trailers")
+    more = b"".join(b"\x00" + text(key) + text(value) for key, value in (("te", "trailers"), *metadata))
+    return b"\x83\x86" + path + b"\x01" + text(authority) + kind + more
 
 
 class Connection:

@@ -33,7 +33,14 @@ LARGEST_FRAME = 16 << 10
 class UnreadCall:
     """One call on a connection of its own, of whose answer no more comes than there is window for."""
 
-    def __init__(self, address: str, method: str, messages: Iterable[bytes], window: int = 0) -> None:
+    def __init__(
+        self,
+        address: str,
+        method: str,
+        messages: Iterable[bytes],
+        window: int = 0,
+        metadata: Iterable[tuple[str, str]] = (),
+    ) -> None:
         if address.startswith("unix:"):
             self.socket = socket.socket(socket.AF_UNIX)
             self.socket.connect(address.removeprefix("unix:"))
@@ -42,12 +49,13 @@ class UnreadCall:
             self.socket = socket.create_connection((host, int(port)), timeout=20)
         settings = struct.pack(">HI", INITIAL_WINDOW, window)
         self.socket.sendall(PREFACE + frame(SETTINGS, 0, 0, settings))
-        self.socket.sendall(frame(HEADERS, END_HEADERS, 1, header_block("x", method)))
+        self.socket.sendall(frame(HEADERS, END_HEADERS, 1, header_block("x", method, metadata)))
         body = b"".join(b"\0" + struct.pack(">I", len(message)) + message for message in messages)
         self._held = b""
-        # answers of the server's: how much of the payload came, and whether it has ended the call or the connection
+        # answers of the server's: how much of the payload came, whether the answer has begun, whether the server has
+        # ended the call or the connection, and the call with a status
         self.came_bytes = 0
-        self.has_ended = False
+        self.has_begun = self.has_ended = self.has_status = False
         for at in range(0, len(body), LARGEST_FRAME):
             self.socket.sendall(frame(DATA, 0, 1, body[at : at + LARGEST_FRAME]))
             self.hear()
@@ -57,6 +65,11 @@ class UnreadCall:
     def open(self, window: int) -> None:
         """Take that much more."""
         self._send(b"".join(frame(WINDOW_UPDATE, 0, stream, struct.pack(">I", window)) for stream in (0, 1)))
+
+    def begins(self) -> bool:
+        """Whether the server has begun to answer."""
+        self.hear()
+        return self.has_begun
 
     def is_over(self) -> bool:
         """Whether the server has ended the call, or the connection."""
@@ -92,9 +105,9 @@ class UnreadCall:
                 self._send(frame(PING, ACK, 0, payload))
             elif kind == DATA:
                 self.came_bytes += size
-            self.has_ended = (
-                self.has_ended or kind == RST_STREAM or (kind == HEADERS and bool(flags & END_STREAM))
-            )
+            self.has_begun = self.has_begun or kind == HEADERS
+            self.has_status = self.has_status or (kind == HEADERS and bool(flags & END_STREAM))
+            self.has_ended = self.has_ended or self.has_status or kind == RST_STREAM
             self._held = self._held[9 + size :]
 
     def _send(self, message: bytes) -> None:
