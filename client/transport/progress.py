@@ -126,6 +126,9 @@ class Watchdog:
             if isinstance(from_rpc_error(error), StreamStalled):
                 self.pace.slower()
             raise
+        except TransportFailure:
+            self.pace.slower()  # the server ended the call unanswered: a message may have taken too long to come
+            raise
         finally:
             self.end(progress)
 

@@ -22,7 +22,7 @@ from pushstep.proto.wire.frames import IDLE_S
 from .progress import Progress, Watchdog
 from .retry import TransportFailure
 from .shield import shield
-from .streams import Body
+from .streams import SMALL_BYTES, Body
 
 # Reads one answer.
 Read = Callable[[Iterator[bytes], Progress], Any]
@@ -118,7 +118,11 @@ class StepCalls:
 
     def takes(self, body: Body) -> bool:
         """Whether a push goes over the open call, which is then taken until that is over: others go over calls of their own."""
-        return self._is_known and body.is_small and self._turn.acquire(blocking=False)
+        return self._is_known and self.in_one(body) and self._turn.acquire(blocking=False)
+
+    def in_one(self, body: Body) -> bool:
+        """Whether a push is small enough for one message, also for this link."""
+        return body.nbytes <= min(SMALL_BYTES, self.watchdog.pace.chunk_bytes)
 
     def let_go(self) -> None:
         """Leave the open call to the next push."""

@@ -17,7 +17,6 @@ from pushstep.proto.wire.buffers import BufferPool
 from pushstep.proto.wire.frames import CHUNK_BYTES
 
 from ..process import garbage
-from ..process.inline import INLINE_BYTES
 
 # Retry-After per queued claim, so a longer queue spreads retries.
 RETRY_AFTER_S: Final = 0.1
@@ -28,6 +27,8 @@ WAITING_SHARE: Final = 0.5
 OWNERS_REMEMBERED: Final = 10_000
 # The share of the budget for manifests and headers that come in parts. The rest is always left for pushes.
 PARTS_SHARE: Final = 0.25
+# A body of up to this size comes with its header.
+HEADED_BYTES: Final = 64 << 10
 # gRPC receives this much of a stream before anyone reads it (server/service.py sets it).
 WINDOW_BYTES: Final = 512 << 10
 # A stream being read: one chunk being copied, one received, one coming in.
@@ -37,13 +38,13 @@ KEPT_BYTES: Final = 1 << 30
 
 
 def window(body_bytes: int) -> int:
-    """Bytes that gRPC may hold of an unread body; 0 up to INLINE_BYTES, since that comes with its header."""
-    return min(body_bytes, WINDOW_BYTES) if body_bytes > INLINE_BYTES else 0
+    """Bytes that gRPC may hold of an unread body; 0 up to HEADED_BYTES."""
+    return min(body_bytes, WINDOW_BYTES) if body_bytes > HEADED_BYTES else 0
 
 
 def charge(body_bytes: int) -> int:
     """Bytes that a body takes of the budget: itself, and what is on its way to its place while it is read."""
-    return body_bytes + (min(body_bytes, READING_BYTES) if body_bytes > INLINE_BYTES else 0)
+    return body_bytes + (min(body_bytes, READING_BYTES) if body_bytes > HEADED_BYTES else 0)
 
 
 @dataclass(eq=False, slots=True)

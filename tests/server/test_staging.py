@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from pushstep.proto.errors import MemoryShort, OverBudget, OverCapacity
-from pushstep.server.process.inline import INLINE_BYTES
 from pushstep.server.staging.budget import (
+    HEADED_BYTES,
     MAX_WAITING,
     READING_BYTES,
     RETRY_AFTER_S,
@@ -49,8 +49,8 @@ def test_what_is_reserved_at_once_is_all_or_nothing() -> None:
     ("body", "charged"),
     [
         (0, 0),
-        (INLINE_BYTES, INLINE_BYTES),
-        (INLINE_BYTES + 1, 2 * (INLINE_BYTES + 1)),
+        (HEADED_BYTES, HEADED_BYTES),
+        (HEADED_BYTES + 1, 2 * (HEADED_BYTES + 1)),
         (READING_BYTES, 2 * READING_BYTES),
         (READING_BYTES + 1, 2 * READING_BYTES + 1),
         (64 * MIB, 64 * MIB + READING_BYTES),

@@ -123,6 +123,24 @@ def test_a_session_keeps_its_call(server: RunningServer) -> None:
     assert transport._steps._call is None
 
 
+def test_a_message_has_to_fit_the_link(server: RunningServer) -> None:
+    """What the link does not carry in one message has a call of its own; an open call that ends unanswered tells."""
+    gradient = {"w": np.ones(100_000, np.float32)}
+    session = server.connect("larger", "slow")
+    session.create({"w": np.zeros(100_000, np.float32)})
+    transport: Any = session._transport
+    pace = transport.watchdog.pace
+    assert session.push(gradient).version == 1
+    first = transport._steps._call
+    assert first is not None
+    first._requests.put(None)  # ends, as a server ends one whose message does not come
+    assert session.push(gradient).version == 2
+    assert transport._steps._call is None
+    assert pace.chunk_bytes > 2 * gradient["w"].nbytes  # grown again: the messages left at once
+    assert session.push(gradient).version == 3
+    assert transport._steps._call is not None
+
+
 def test_a_session_that_is_dropped_ends_its_call(server: RunningServer) -> None:
     """Or else a thread of gRPC's would wait for its next push for ever."""
 
