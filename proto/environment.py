@@ -33,6 +33,7 @@ SETTINGS: Final = (
     "max_workers",
     "worker_bytes",
     "max_connections",
+    "part_bytes",
     "durability",
     "snapshot_every_s",
     "snapshots",

@@ -109,14 +109,16 @@ class Arena(_message.Message):
     def __init__(self, group: _Optional[int] = ..., dtype: _Optional[_Union[DType, str]] = ..., elements: _Optional[int] = ...) -> None: ...
 
 class Manifest(_message.Message):
-    __slots__ = ("parameters", "groups", "arenas")
+    __slots__ = ("parameters", "groups", "arenas", "part_bytes")
     PARAMETERS_FIELD_NUMBER: _ClassVar[int]
     GROUPS_FIELD_NUMBER: _ClassVar[int]
     ARENAS_FIELD_NUMBER: _ClassVar[int]
+    PART_BYTES_FIELD_NUMBER: _ClassVar[int]
     parameters: _containers.RepeatedCompositeFieldContainer[Parameter]
     groups: _containers.RepeatedCompositeFieldContainer[ParamGroup]
     arenas: _containers.RepeatedCompositeFieldContainer[Arena]
-    def __init__(self, parameters: _Optional[_Iterable[_Union[Parameter, _Mapping]]] = ..., groups: _Optional[_Iterable[_Union[ParamGroup, _Mapping]]] = ..., arenas: _Optional[_Iterable[_Union[Arena, _Mapping]]] = ...) -> None: ...
+    part_bytes: int
+    def __init__(self, parameters: _Optional[_Iterable[_Union[Parameter, _Mapping]]] = ..., groups: _Optional[_Iterable[_Union[ParamGroup, _Mapping]]] = ..., arenas: _Optional[_Iterable[_Union[Arena, _Mapping]]] = ..., part_bytes: _Optional[int] = ...) -> None: ...
 
 class Segment(_message.Message):
     __slots__ = ("arena", "start", "stop", "dtype", "rows", "state", "elements", "parameter")

@@ -38,6 +38,8 @@ from .journal.journal import Level
 MAX_UNIX_PATH_BYTES = 107  # sun_path has 108 with the final zero
 # Room for a few messages to each of a few readers.
 LEAST_READ_BYTES = 16 << 20
+# Two ranks with 512 KB each take an exchange as fast as one with 1 MB does, and four with 256 KB take 1.5 times as long.
+PART_BYTES = 1 << 20
 
 
 def _lines(value: Any) -> Any:
@@ -107,6 +109,12 @@ class Config(BaseSettings):
         20_000,
         ge=1,
         description="workers' connections held at once; fewer if this process may not open as many files",
+    )
+    part_bytes: int = Field(
+        PART_BYTES,
+        ge=0,
+        lt=1 << 63,
+        description="a rank that has a part of a new model has about so many bytes of its parameters, or more; 0: all have one",
     )
     durability: Literal["applied", "everysec", "durable"] = Field(
         "applied", description="how safe a push of a new model is when it is acknowledged"

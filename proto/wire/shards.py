@@ -5,6 +5,9 @@ from the whole manifest and the number of ranks, so only that number has to trav
 each arena, so only the parameters at its borders are cut. A piece of a parameter keeps its name, and its shape but for
 the number of rows; `Parameter.whole_rows` and `first_row` say where it lies.
 
+A part costs a push some 1.5 ms at both ends, whatever it holds. So a small model lies in fewer ranks, as
+`Manifest.part_bytes` says, and the smallest in rank 0 alone.
+
 A parameter is cut only between stretches of rows. A stretch is a whole number of rows and, counted from the parameter's
 start, of the norms' blocks of 4096 elements, so every block lies in one rank. Sums of squares of rows are taken
 stretch by stretch (`optim/ops/norms.py`), so those lie in one rank, too. Both are added in order, whoever has taken
@@ -66,10 +69,17 @@ class Part:
         self.by_whole = {piece.whole: piece for piece in pieces}
 
 
+def taking_part(whole: Layout, ranks: int) -> int:
+    """Among how many of the ranks a model is cut: those from 0 on."""
+    least_bytes = whole.manifest.part_bytes
+    held_bytes = sum(arena.elements * arena.dtype.itemsize for arena in whole.arenas)
+    return ranks if not least_bytes else max(1, min(ranks, held_bytes // least_bytes))
+
+
 def cut(whole: Layout, ranks: int) -> list[Part | None]:
     """The parts of a model in so many ranks; None for a rank that gets nothing. Rank 0 always has a part."""
     ranges: list[list[tuple[int, int, int]]] = [[] for _ in range(ranks)]
-    held = [0] * ranks
+    held = [0] * taking_part(whole, ranks)
     for arena in whole.arenas:
         _cut_arena(arena, ranges, held)
     for slot in whole.slots:

@@ -130,7 +130,7 @@ class Imports:
             text = groups if groups is not None else texts.get(GROUPS)
             if text is None:
                 raise InvalidFile(problem=f"name its param groups, in `groups` or its metadata {GROUPS!r}")
-            proposal = propose(manifest_of(tensors, text))
+            proposal = propose(manifest_of(tensors, text), self._catalog.config.part_bytes)
             sorting = Sorting(proposal.layout, name, None)
             return proposal, sorting.sorted(tensors, partial=False, weights_only=False)
 

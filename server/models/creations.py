@@ -47,12 +47,13 @@ class Proposal:
     shard: ModelShard | None = None
 
 
-def propose(manifest: Manifest, ranks: Ranks | None = None) -> Proposal:
+def propose(manifest: Manifest, part_bytes: int = 0, ranks: Ranks | None = None) -> Proposal:
     """The model that a manifest describes. InvalidManifest or InvalidHyperparameter if it is not valid.
 
-    It reads nothing but the manifest, so a large one can be checked in a thread.
+    It reads nothing but the manifest, so a large one can be checked in a thread. `part_bytes`: of the manifest.
     """
     check_names(manifest)
+    manifest.part_bytes = part_bytes
     layout = Layout(manifest)
     for group in manifest.groups:
         Group.make(group)

@@ -13,7 +13,7 @@ from pushstep.proto.errors import PushstepError
 from pushstep.proto.shards_pb2 import RankContent, RankExport
 from pushstep.proto.training_pb2 import PullOptions, PushCommit, Shard, ShardMap
 from pushstep.proto.wire.layout import Layout
-from pushstep.proto.wire.shards import Part, cut
+from pushstep.proto.wire.shards import Part, cut, taking_part
 
 from ..coordinator.decision import Reduce, Resolve, Step
 from ..coordinator.push import PendingPush
@@ -105,7 +105,7 @@ class ModelShard:
     @cached_property
     def map(self) -> ShardMap:
         """Where the parts are, for workers."""
-        made = ShardMap(world=len(self.parts))
+        made = ShardMap(world=taking_part(self.whole, len(self.parts)))
         for part in self.parts:
             if part is not None:
                 shard = made.shards.add()

@@ -88,7 +88,9 @@ async def _join(catalog: Catalog, request: JoinRequest, peer: str) -> tuple[Join
     if not request.HasField("manifest"):
         raise UnknownModel(model=request.model[:200])
     check_name(request.model, "model name")
-    proposal = await _looked_at(request.manifest, partial(propose, ranks=catalog.ranks))
+    proposal = await _looked_at(
+        request.manifest, partial(propose, part_bytes=catalog.config.part_bytes, ranks=catalog.ranks)
+    )
     if request.model in catalog.models:
         return await _join(catalog, request, peer)
     now_s = catalog.clock()

@@ -20,6 +20,7 @@ import httpx
 import torch
 
 from pushstep.client import connect
+from pushstep.server.config import PART_BYTES
 from tests.support.ranks.group import RankGroup
 from tests.support.servers.harness import start_server
 
@@ -110,7 +111,8 @@ class Pushstep:
         self._drivers = [Driver() for _ in range(drivers)]
         data = Path(self._folder.name) / "data"
         options = ("--log-level", "warning", "--device", device)
-        self._group = RankGroup(data, ranks, *options) if ranks > 1 else None
+        parts = ("--part-bytes", str(PART_BYTES))
+        self._group = RankGroup(data, ranks, *options, *parts) if ranks > 1 else None
         servers = [start_server(data, *options)] if self._group is None else self._group.ranks
         self._server = servers[0]
         self._pids = [server.process.pid for server in servers]

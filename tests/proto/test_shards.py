@@ -13,7 +13,7 @@ from pushstep.proto.errors import InvalidManifest
 from pushstep.proto.types_pb2 import DType, Manifest, Parameter, ParamGroup
 from pushstep.proto.wire.layout import Layout
 from pushstep.proto.wire.names import check_names
-from pushstep.proto.wire.shards import BLOCK_ELEMENTS, MAX_RANKS, Part, cut, stretch_rows
+from pushstep.proto.wire.shards import BLOCK_ELEMENTS, MAX_RANKS, Part, cut, stretch_rows, taking_part
 
 SHAPES = [
     (),
@@ -127,6 +127,25 @@ def test_many_ranks_of_a_small_model_get_nothing_and_rank_0_something() -> None:
     assert first is not None
     assert first.pieces[0].is_whole
     assert others == [None] * (MAX_RANKS - 1)
+
+
+@pytest.mark.parametrize(
+    ("elements", "expected"),
+    [(10, 1), (10_000, 1), (1 << 19, 2), ((1 << 19) - 1, 1), (3 << 18, 3), (1 << 22, 4)],
+)
+def test_a_small_model_is_cut_among_fewer_ranks(elements: int, expected: int) -> None:
+    """As if there were no more; and by the number of those alone, which is what workers are told."""
+    parameters = [Parameter(name="w", shape=[elements], dtype=DType.DTYPE_FLOAT32)]
+    manifest = Manifest(parameters=parameters, groups=[ParamGroup(rule="adagrad")])
+    evenly = cut(Layout(manifest), expected)
+    manifest.part_bytes = 1 << 20
+    whole = Layout(manifest)
+    assert taking_part(whole, 4) == expected
+    for parts in (cut(whole, 4), cut(whole, expected)):
+        assert [part and part.pieces for part in parts[:expected]] == [
+            part and part.pieces for part in evenly
+        ]
+        assert not any(parts[expected:])
 
 
 def test_groups_take_turns_so_that_small_ones_do_not_all_lie_in_rank_0() -> None:

@@ -19,10 +19,11 @@ from pushstep.client import Session, connect
 from pushstep.optim import Adagrad
 from pushstep.proto import training_pb2 as pb
 from pushstep.proto.errors import ModelLost, NonfiniteGradient, NotInRanks, RanksDiffer
+from pushstep.server.config import Config
 from tests.support.ranks.group import RankGroup, running_ranks
 from tests.support.servers.harness import RunningServer, wait_until
 from tests.support.servers.proxy import Proxy
-from tests.support.trainings.bits import array_bits, parameter_bits
+from tests.support.trainings.bits import Bits, array_bits, parameter_bits
 from tests.system.test_shards_exactly_once import running
 
 ROWS, WIDTH = 3000, 32
@@ -298,3 +299,32 @@ def test_a_model_is_deleted_while_workers_push(ranks: RunningServer, model_name:
             for pushed in pushing:
                 pushed.result()
     assert ranks.rest("GET", "/v1/shards").json()["ready"]
+
+
+def test_a_small_model_lies_in_fewer_ranks(tmp_path: Path, server: RunningServer) -> None:
+    """As by default. It goes on, also with another number of ranks, and has the bits that one server has."""
+    sizes = {"small": 10_000, "larger": 600_000, "large": 1_000_000}
+
+    def pushed(leader: RunningServer, name: str, step: int) -> Bits:
+        values = np.linspace(-1, 1, sizes[name], dtype=np.float32)
+        with leader.connect(name, "w0") as session:
+            session.create({"w": values})
+            receipt, after = session.exchange({"w": np.roll(values, step)})
+        assert receipt.version == step
+        return array_bits(after)
+
+    def lying(leader: RunningServer) -> dict[str, list[int]]:
+        models = leader.rest("GET", "/v1/shards").json()["models"]
+        return {model["name"]: [shard["rank"] for shard in model["shards"]] for model in models}
+
+    part_bytes = ("--part-bytes", str(Config.model_fields["part_bytes"].default))
+    group = RankGroup(tmp_path, 3, *part_bytes)
+    for step in (1, 2):
+        for name in sizes:
+            both(server, group.leader, partial(pushed, name=name, step=step))
+        few = {"small": [0], "larger": [0, 1]}
+        assert lying(group.leader) == {**few, "large": [0, 1, 2] if step == 1 else [0, 1]}
+        assert group.stop() == [0] * group.world
+        if step == 1:
+            group.become(None)
+            group.start()

@@ -18,12 +18,14 @@ from tests.support.deployments.ports import free_port
 from tests.support.servers.harness import RunningServer, start_server
 
 START_S = 120.0
+# Also the small models of tests are cut.
+CUT_ALL = {"PUSHSTEP_PART_BYTES": "0"}
 
 
 def environment_of(rank: int, world: int, port: int) -> dict[str, str]:
     """What srun or an operator sets for a rank. `port`: of the store where they meet."""
     place = {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(world)}
-    return {**os.environ, **place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return {**os.environ, **CUT_ALL, **place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
 class RankGroup:
@@ -145,7 +147,10 @@ class Torchrun:
             str(data),
         ]
         command += options
-        self.process = subprocess.Popen(command, stdout=self._stderr, stderr=self._stderr, text=True)
+        environment = {**os.environ, **CUT_ALL}
+        self.process = subprocess.Popen(
+            command, env=environment, stdout=self._stderr, stderr=self._stderr, text=True
+        )
         self.wait_for_start(1)
 
     def wait_for_start(self, number: int) -> None:
