@@ -37,6 +37,7 @@ VALUES: dict[str, tuple[Any, Any, Any, Any]] = {
     "staging_bytes": (1, 2, 3, 8 << 30),
     "max_workers": (1, 2, 3, 10_000),
     "max_connections": (1, 2, 3, 20_000),
+    "part_bytes": (0, 1, 2, 1 << 20),
     "read_bytes": (16 << 20, 17 << 20, 18 << 20, None),
     "worker_bytes": (1 << 20, 2 << 20, 3 << 20, 512 << 20),
     "durability": ("everysec", "durable", "applied", "applied"),

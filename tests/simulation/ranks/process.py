@@ -45,6 +45,7 @@ CONFIG = Config(
     staging_bytes=1 << 20,
     read_bytes=16 << 20,
     drain_s=DRAIN_S,
+    part_bytes=0,
 )
 EVERYSEC_S = 1.0
 
