@@ -20,6 +20,7 @@ import numpy as np
 from pushstep.optim import RULES
 from pushstep.proto import training_pb2 as pb
 from pushstep.server.capacity.idle_memory import LOOK_S
+from pushstep.server.staging.budget import charge
 from tests.support.servers.harness import RunningServer, forget_peak, memory_bytes, running_server
 
 from .machine import Others
@@ -68,9 +69,11 @@ def _model(server: RunningServer, rule: str, elements: int) -> list[tuple[str, .
     rest_bytes = memory_bytes(server.process.pid)
 
     def at_most(work: Callable[[], None]) -> float:
+        _rested()
+        before_bytes = memory_bytes(server.process.pid)
         forget_peak(server.process.pid)
         work()
-        return (memory_bytes(server.process.pid, "VmHWM") - rest_bytes) / held
+        return (memory_bytes(server.process.pid, "VmHWM") - before_bytes) / held
 
     def snapshot() -> None:
         server.rest("POST", "/v1/models/m/snapshots", timeout=300).raise_for_status()
@@ -86,9 +89,9 @@ def _model(server: RunningServer, rule: str, elements: int) -> list[tuple[str, .
 
     found = [
         _row(f"{rule}, at rest", (rest_bytes - empty_bytes) / held, 1 + states, MOST_AT_REST),
-        _row(f"{rule}, a push, more", at_most(pushed), 1.0, 1.1),
+        _row(f"{rule}, a push, more", at_most(pushed), charge(held) / held, 1.1),
         _row(f"{rule}, a snapshot, more", at_most(snapshot), 1.0 + states, 1.0),
-        _row(f"{rule}, an export, more", at_most(export), 1.0 + states, 1.0),
+        _row(f"{rule}, an export, more", at_most(export), 1.0 + states, 1.1),
     ]
     session.close()
     return found
