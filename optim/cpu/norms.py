@@ -4,19 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any, Final
 
 import numpy as np
 from torch import Tensor
 
 from ..kernels.cache import compiled
-from ..kernels.norms import BLOCK_ELEMENTS, SIGNATURE, block_sums
-from ..step.operands import run_of
+from ..kernels.norms import (
+    BLOCK_ELEMENTS,
+    ROWS_AT,
+    ROWS_COLUMNS,
+    ROWS_COUNT,
+    ROWS_IDS,
+    ROWS_STRETCH,
+    ROWS_WIDTH,
+    SIGNATURE,
+    STRETCHES_SIGNATURE,
+    block_sums,
+)
+from ..kernels.norms import stretch_sums as stretches_kernel
+from ..step.operands import SomeRows, run_of
 from .pointer_table import KIND
 from .pool import over_slices
 
 SLICE_BLOCKS: Final = 64
 INLINE_BLOCKS: Final = 32
+SLICE_STRETCHES: Final = 16
+INLINE_ELEMENTS: Final = INLINE_BLOCKS * BLOCK_ELEMENTS
 
 
 def square_sums(tensors: Sequence[Tensor]) -> list[float]:
@@ -41,6 +56,33 @@ def square_sums(tensors: Sequence[Tensor]) -> list[float]:
         for k, total in zip(members, added_in_order(sums, starts), strict=True):
             totals[k] = total
     return totals
+
+
+def stretch_sums(tables: Sequence[SomeRows]) -> list[list[float]]:
+    """`stretch_sums` of `ops/norms.py` for CPU tensors of dtypes that have kernels."""
+    found: list[list[float]] = [[]] * len(tables)
+    for dtype in {of.rows.dtype for of in tables}:
+        members = [k for k, of in enumerate(tables) if of.rows.dtype == dtype]
+        some = [tables[k] for k in members]
+        flat = [(of.ids.contiguous(), run_of(of.rows.detach())) for of in some]
+        counts, elements = [ids.numel() for ids, _ in flat], [rows.numel() for _, rows in flat]
+        table = np.empty((len(some), ROWS_COLUMNS), np.int64)
+        table[:, ROWS_IDS] = [ids.data_ptr() for ids, _ in flat]
+        table[:, ROWS_AT] = [rows.data_ptr() for _, rows in flat]
+        table[:, ROWS_COUNT] = counts
+        table[:, ROWS_WIDTH] = np.array(elements) // np.maximum(counts, 1)
+        table[:, ROWS_STRETCH] = [of.stretch_rows for of in some]
+        starts = np.zeros(len(some) + 1, np.int64)
+        np.cumsum([-(-of.table_rows // of.stretch_rows) for of in some], out=starts[1:])
+        total = int(starts[-1])
+        sums, rows_in = np.empty(total), np.empty(total, np.int64)
+        kernel = compiled(stretches_kernel, STRETCHES_SIGNATURE, KIND[dtype])
+        work = partial(kernel, table, starts, sums, rows_in)
+        inline = total if sum(elements) <= INLINE_ELEMENTS else 0
+        over_slices(work, total, slice_size=SLICE_STRETCHES, inline=inline)
+        for k, (start, stop) in zip(members, pairwise(starts.tolist()), strict=True):
+            found[k] = sums[start:stop][rows_in[start:stop] > 0].tolist()
+    return found
 
 
 def _square_sum(tensor: Tensor) -> float:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import chain, islice, pairwise
 from typing import Final
 
 import torch
 from torch import Tensor
 
 from ..backends.dispatch import path_of
+from ..step.operands import SomeRows as SomeRows
 from ..step.step import FUSED_DTYPES
 
 BLOCK_ELEMENTS: Final = 4096
@@ -40,6 +42,27 @@ def square_sums(tensors: Sequence[Tensor]) -> list[float]:
 
         return on_cuda(tensors)
     return [_in_torch(t) for t in tensors]
+
+
+def stretch_sums(tables: Sequence[SomeRows]) -> list[list[float]]:
+    """Of each table, `square_sum` of the rows in each stretch that has some, in order. The threads work on all together."""
+    if all(of.ids.is_cpu and of.rows.is_cpu and of.rows.dtype in FUSED_DTYPES for of in tables):
+        from ..cpu.norms import stretch_sums as on_cpu
+
+        return on_cpu(tables)
+    pieces = [_stretches(of) for of in tables]
+    taken = iter(square_sums(list(chain.from_iterable(pieces))))
+    return [list(islice(taken, len(some))) for some in pieces]
+
+
+def _stretches(of: SomeRows) -> list[Tensor]:
+    if of.table_rows <= of.stretch_rows:
+        return [of.rows] if of.ids.numel() else []
+    borders = torch.arange(
+        of.stretch_rows, of.table_rows, of.stretch_rows, dtype=torch.int64, device=of.ids.device
+    )
+    starts = [0, *torch.searchsorted(of.ids, borders).tolist(), of.ids.numel()]
+    return [of.rows[start:stop] for start, stop in pairwise(starts) if stop > start]
 
 
 def block_sums(values: Tensor) -> list[float]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from operator import attrgetter
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,15 @@ _is_cpu = attrgetter("is_cpu")
 
 # The number of states that each rule's kernels take.
 STATES: Final = {"adadelta": 2, "adagrad": 1}
+
+
+class SomeRows(NamedTuple):
+    """Some rows of a table: ascending ids, and their rows. The table has so many rows, and a stretch of it so many."""
+
+    ids: Tensor
+    rows: Tensor
+    table_rows: int
+    stretch_rows: int
 
 
 class OperandError(ValueError, RuntimeError):

@@ -28,7 +28,7 @@ from pushstep.proto.wire import dtypes
 from pushstep.proto.wire.layout import Slot
 
 from ..staging.gradient import DensePart, RowsPart
-from ..staging.row_sums import row_square_sum
+from ..staging.row_sums import row_square_sums
 
 Part = DensePart | RowsPart
 Take = Callable[[int], Tensor]
@@ -190,10 +190,11 @@ class Gradients:
     def _square_sums(self) -> dict[int, float]:
         """Each parameter's sum of squares, of what lies there now."""
         if self._sums is None:
-            self._sums = {}
+            rows = [part for part in self.parts if isinstance(part, RowsPart)]
+            totals = row_square_sums(rows) if rows else []
+            self._sums = {part.slot.index: total for part, total in zip(rows, totals, strict=True)}
             for k, part in enumerate(self.parts):
                 if isinstance(part, RowsPart):
-                    self._sums[part.slot.index] = row_square_sum(part.slot, part.ids, part.rows)
                     continue
                 slots = self._slots[k]
                 found = zip(slots, square_sums(_pieces(part, slots)), strict=True)

@@ -36,7 +36,7 @@ def measures(push: StagedPush, part: Part, blocks: Mapping[int, list[float]] | N
             if part.pieces[one.slot.index].is_first:
                 made.sums.append(sums[0])
             else:
-                found = stretch_sums(one.slot, one.ids, one.rows)
+                (found,) = stretch_sums([one])
                 made.sums.extend(found)
                 made.counts.append(len(found))
             continue

@@ -22,7 +22,7 @@ from pushstep.proto.wire.layout import Slot
 
 from .gradient import DensePart, RowsPart, StagedPush
 from .incoming import IncomingBody
-from .row_sums import in_order, stretches
+from .row_sums import row_square_sums
 from .unpack import Take, dense_part, rows_parts
 
 # Elements that are checked for finiteness at once: 256 Ki lie in the cache, and take little memory.
@@ -73,12 +73,16 @@ def measured(
     slots_of = [[part.slot] if isinstance(part, RowsPart) else part.slots for part in parts]
     sums = list(known or [None] * len(parts))
     fresh = [k for k, found in enumerate(sums) if found is None]
-    pieces = [_measured_apart(parts[k]) for k in fresh]
-    taken = iter(square_sums(list(chain.from_iterable(pieces))) if fresh else ())
-    for k, some in zip(fresh, pieces, strict=True):
-        own = list(islice(taken, len(some)))
-        sums[k] = [in_order(own)] if isinstance(parts[k], RowsPart) and len(own) != 1 else own
-    complete = [found or () for found in sums]
+    by_rows = [(k, part) for k in fresh if isinstance(part := parts[k], RowsPart)]
+    taken = row_square_sums([part for _, part in by_rows]) if by_rows else []
+    for (k, _), total in zip(by_rows, taken, strict=True):
+        sums[k] = [total]
+    dense = [k for k in fresh if sums[k] is None]
+    pieces = [_pieces(parts[k]) for k in dense]
+    found = iter(square_sums(list(chain.from_iterable(pieces))) if dense else ())
+    for k, some in zip(dense, pieces, strict=True):
+        sums[k] = list(islice(found, len(some)))
+    complete = [own or () for own in sums]
     total = _added(slots_of, complete)
     names = (
         _first_nonfinite(part, slots, some, total)
@@ -112,11 +116,6 @@ def _pieces(part: DensePart | RowsPart) -> list[Tensor]:
     if isinstance(part, RowsPart) or len(part.slots) == 1:
         return [_values(part)]  # a single parameter is all of the part, and needs no view
     return [part.gradient[slot.start - part.start : slot.stop - part.start] for slot in part.slots]
-
-
-def _measured_apart(part: DensePart | RowsPart) -> list[Tensor]:
-    """What sums of squares are taken of: each parameter's gradient, or each stretch's rows."""
-    return stretches(part.slot, part.ids, part.rows) if isinstance(part, RowsPart) else _pieces(part)
 
 
 def _added(slots_of: Sequence[Sequence[Slot]], sums: Sequence[Sequence[float]]) -> float:

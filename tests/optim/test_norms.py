@@ -48,6 +48,31 @@ def test_any_split_on_block_borders_adds_up_to_the_same():
     assert total == norms.square_sum(values)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_rows_are_summed_stretch_by_stretch(dtype, threads):
+    """Of each stretch that has rows, what `square_sum` says of them."""
+    torch.manual_seed(0)
+    tables, expected = [], []
+    for table_rows, stretch_rows, width, share in (
+        (1000, 256, 32, 0.3),
+        (70, 128, 5, 0.5),
+        (100_000, 512, 64, 0.05),
+        (1000, 10, 3, 0.01),
+        (50, 8, 4, 0.0),
+        (20_000, 16_384, 3, 0.9),
+    ):
+        ids = torch.nonzero(torch.rand(table_rows) < share).flatten()
+        rows = torch.randn(len(ids), width).to(dtype)
+        tables.append(norms.SomeRows(ids, rows, table_rows, stretch_rows))
+        own = (rows[ids // stretch_rows == stretch] for stretch in range(-(-table_rows // stretch_rows)))
+        expected.append([norms.square_sum(some) for some in own if len(some)])
+    with threads_at_most(threads):
+        assert norms.stretch_sums(tables) == expected
+    # as on a device without kernels for rows
+    assert [[norms.square_sum(some) for some in norms._stretches(table)] for table in tables] == expected
+
+
 def test_layouts_read_in_row_major_order():
     torch.manual_seed(0)
     values = torch.randn(300, 100)
