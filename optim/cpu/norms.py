@@ -32,6 +32,7 @@ SLICE_BLOCKS: Final = 64
 INLINE_BLOCKS: Final = 32
 SLICE_STRETCHES: Final = 16
 INLINE_ELEMENTS: Final = INLINE_BLOCKS * BLOCK_ELEMENTS
+_NOTHING: Final = np.zeros(0), np.zeros(0, np.int64)
 
 
 def square_sums(tensors: Sequence[Tensor]) -> list[float]:
@@ -60,7 +61,17 @@ def square_sums(tensors: Sequence[Tensor]) -> list[float]:
 
 def stretch_sums(tables: Sequence[SomeRows]) -> list[list[float]]:
     """`stretch_sums` of `ops/norms.py` for CPU tensors of dtypes that have kernels."""
-    found: list[list[float]] = [[]] * len(tables)
+    return [sums[counts > 0].tolist() for sums, counts in _by_stretch(tables)]
+
+
+def row_square_sums(tables: Sequence[SomeRows]) -> list[float]:
+    """`row_square_sums` of `ops/norms.py` for the same. A stretch without rows adds 0."""
+    return [_in_order(sums) for sums, _ in _by_stretch(tables)]
+
+
+def _by_stretch(tables: Sequence[SomeRows]) -> list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
+    """Of each table, the sum of every stretch, and how many rows are in it."""
+    found = [_NOTHING] * len(tables)
     for dtype in {of.rows.dtype for of in tables}:
         members = [k for k, of in enumerate(tables) if of.rows.dtype == dtype]
         some = [tables[k] for k in members]
@@ -81,7 +92,7 @@ def stretch_sums(tables: Sequence[SomeRows]) -> list[list[float]]:
         inline = total if sum(elements) <= INLINE_ELEMENTS else 0
         over_slices(work, total, slice_size=SLICE_STRETCHES, inline=inline)
         for k, (start, stop) in zip(members, pairwise(starts.tolist()), strict=True):
-            found[k] = sums[start:stop][rows_in[start:stop] > 0].tolist()
+            found[k] = sums[start:stop], rows_in[start:stop]
     return found
 
 

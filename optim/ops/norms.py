@@ -46,13 +46,32 @@ def square_sums(tensors: Sequence[Tensor]) -> list[float]:
 
 def stretch_sums(tables: Sequence[SomeRows]) -> list[list[float]]:
     """Of each table, `square_sum` of the rows in each stretch that has some, in order. The threads work on all together."""
-    if all(of.ids.is_cpu and of.rows.is_cpu and of.rows.dtype in FUSED_DTYPES for of in tables):
+    if all(map(_has_kernel, tables)):
         from ..cpu.norms import stretch_sums as on_cpu
 
         return on_cpu(tables)
     pieces = [_stretches(of) for of in tables]
     taken = iter(square_sums(list(chain.from_iterable(pieces))))
     return [list(islice(taken, len(some))) for some in pieces]
+
+
+def row_square_sums(tables: Sequence[SomeRows]) -> list[float]:
+    """Of each table, its `stretch_sums` added one after the other."""
+    if all(map(_has_kernel, tables)):
+        from ..cpu.norms import row_square_sums as on_cpu
+
+        return on_cpu(tables)
+    totals = []
+    for sums in stretch_sums(tables):
+        total = 0.0
+        for one in sums:
+            total += one
+        totals.append(total)
+    return totals
+
+
+def _has_kernel(of: SomeRows) -> bool:
+    return of.ids.is_cpu and of.rows.is_cpu and of.rows.dtype in FUSED_DTYPES
 
 
 def _stretches(of: SomeRows) -> list[Tensor]:

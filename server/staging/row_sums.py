@@ -15,17 +15,13 @@ from .gradient import RowsPart
 
 def stretch_sums(parts: Sequence[RowsPart]) -> list[list[float]]:
     """Of each part, the sum of each stretch that has rows, in order."""
-    return norms.stretch_sums(
-        [norms.SomeRows(part.ids, part.rows, part.slot.rows, stretch_rows(part.slot)) for part in parts]
-    )
+    return norms.stretch_sums(list(map(_rows, parts)))
 
 
 def row_square_sums(parts: Sequence[RowsPart]) -> list[float]:
     """Of each part, the sum over all, added one after the other."""
-    totals = []
-    for sums in stretch_sums(parts):
-        total = 0.0
-        for one in sums:
-            total += one
-        totals.append(total)
-    return totals
+    return norms.row_square_sums(list(map(_rows, parts)))
+
+
+def _rows(part: RowsPart) -> norms.SomeRows:
+    return norms.SomeRows(part.ids, part.rows, part.slot.rows, stretch_rows(part.slot))

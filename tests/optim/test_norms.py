@@ -69,6 +69,7 @@ def test_rows_are_summed_stretch_by_stretch(dtype, threads):
         expected.append([norms.square_sum(some) for some in own if len(some)])
     with threads_at_most(threads):
         assert norms.stretch_sums(tables) == expected
+        assert norms.row_square_sums(tables) == [sum(own, 0.0) for own in expected]
     # as on a device without kernels for rows
     assert [[norms.square_sum(some) for some in norms._stretches(table)] for table in tables] == expected
 
