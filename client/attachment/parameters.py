@@ -18,7 +18,7 @@ from torch import Tensor
 from pushstep.proto.errors import UnsupportedModule, WrongDtype, WrongShape
 from pushstep.proto.wire.layout import Layout, Slot
 
-from ..gradients.body import Rows, as_gradient
+from ..gradients.body import Rows, as_gradient, check_ids
 from ..transport.streams import Pulled
 from .local_edits import NOTHING, LocalEdits, same_bits
 from .received import Into
@@ -151,6 +151,7 @@ class Parameters:
             fits = gradient.dtype is slot.dtype and gradient.shape == slot.shape
             usual = fits and gradient.layout is torch.strided
             found[slot] = gradient if usual else as_gradient(gradient, slot)
+        check_ids(found)
         return found
 
     # Tensors that are replaced in the groups.

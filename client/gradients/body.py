@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pushstep.optim.ops.rows import coalesce
+from pushstep.optim.ops.rows import OutOfBounds, check_all_bounds, coalesce
 from pushstep.optim.state_dict import tensor_of
 from pushstep.proto.errors import NotAttached, RowOutOfRange, UnsupportedModule, WrongDtype, WrongShape
 from pushstep.proto.types_pb2 import Segment
@@ -29,7 +29,7 @@ def as_gradient(value: Any, slot: Slot) -> Tensor | Rows:
     """A gradient as a dense tensor of the slot's shape, or as (ids, rows): int64 ids and one row for each.
 
     Takes a numpy array, a torch tensor (strided or sparse COO with one sparse dimension), or a pair (ids, rows).
-    WrongShape, WrongDtype or RowOutOfRange, naming the parameter, for anything else.
+    WrongShape or WrongDtype, naming the parameter, for anything else. `check_ids` looks at the ids of all of them.
     """
     if isinstance(value, tuple):
         ids, rows = map(tensor_of, value)
@@ -56,11 +56,17 @@ def _checked_rows(ids: Tensor, rows: Tensor, slot: Slot) -> Rows:
     expected = (ids.numel(), *slot.shape[1:])
     if not slot.shape or tuple(rows.shape) != expected:
         raise WrongShape(what=f"gradient rows of {slot.name!r}", got=tuple(rows.shape), expected=expected)
-    if ids.numel():
-        lowest, highest = map(int, torch.aminmax(ids))
-        if lowest < 0 or highest >= slot.rows:
-            raise RowOutOfRange(parameter=slot.name, row=lowest if lowest < 0 else highest, rows=slot.rows)
     return ids.to(torch.int64), rows
+
+
+def check_ids(gradients: Mapping[Slot, Tensor | Rows]) -> None:
+    """RowOutOfRange, naming the parameter, unless every row that these name is there."""
+    named = [(slot, value[0]) for slot, value in gradients.items() if isinstance(value, tuple)]
+    try:
+        check_all_bounds([ids for _, ids in named], [slot.rows for slot, _ in named])
+    except OutOfBounds as error:
+        slot, _ = named[error.table]
+        raise RowOutOfRange(parameter=slot.name, row=error.row, rows=slot.rows) from error
 
 
 def _check_floating(tensor: Tensor, slot: Slot) -> None:
@@ -188,6 +194,7 @@ def by_slot(grads: Mapping[str, Any], layout: Layout, model: str) -> dict[Slot, 
                 problem=f"{name!r} is another name of {slot.name!r}, of which a push has one gradient: add them up"
             )
         found[slot] = as_gradient(gradient, slot)
+    check_ids(found)
     return found
 
 

@@ -52,10 +52,14 @@ class Arranged:
         self.starts = np.zeros(len(arrays) + 1, np.int64)
         np.cumsum(counts, out=self.starts[1:])
         self._unique = torch.from_numpy(unique)
+        self._begins: list[int] = self.offsets[:-1].tolist()
+        self._as_given: list[bool] = (
+            self.segments[self.offsets[:-1] + np.arange(len(arrays))] == -1
+        ).tolist()
 
     def ids(self, table: int) -> Tensor:
         """A table's different ids, ascending. It shares memory with those of the other tables."""
-        start = int(self.offsets[table])
+        start = self._begins[table]
         return self._unique[start : start + self.counts[table]]
 
     def places(self, table: int) -> Tensor | None:
@@ -70,7 +74,7 @@ class Arranged:
 
     def is_as_given(self, table: int) -> bool:
         """True if a table's ids came in ascending order, without repetition."""
-        return bool(self.segments[self.offsets[table] + table] == -1)
+        return self._as_given[table]
 
 
 def merge(
@@ -110,6 +114,20 @@ def merge(
         begin,
     )
     over_slices(work, end - begin, slice_size=SLICE_ROWS, inline=INLINE_ROWS)
+
+
+def check_all_bounds(ids: Sequence[Tensor], rows: Sequence[int]) -> None:
+    """`check_all_bounds` of `ops/rows.py` for ids on the CPU."""
+    ids = [each.contiguous() for each in ids]
+    addresses = np.array([each.data_ptr() for each in ids], np.int64)
+    counts = np.array([each.numel() for each in ids], np.int64)
+    ends, limits = np.empty((len(ids), 2), np.int64), np.array(rows, np.int64)
+    compiled(kernels.bounds, kernels.BOUNDS_SIGNATURE, None)(addresses, counts, ends)
+    wrong = (ends[:, 0] < 0) | (ends[:, 1] >= limits)
+    if wrong.any():
+        table = int(wrong.argmax())
+        low, high = ends[table].tolist()
+        raise OutOfBounds(low if low < 0 else high, rows[table], table)
 
 
 class Moved:

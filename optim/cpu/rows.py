@@ -17,7 +17,7 @@ from ..kernels.rows import step as row_kernels
 from ..step.operands import check_bounds, check_memory, check_rows, run_of
 from ..step.step import RowStep, Step, number, one_by_one
 from ..step.unscaling import unscale
-from .merging import Arranged
+from .merging import Arranged, check_all_bounds
 from .pointer_table import KIND, STATE_COLUMNS
 from .pool import over_slices
 
@@ -133,22 +133,27 @@ def plan_tables(steps: Sequence[RowStep]) -> Callable[[], None]:
     """
     kinds: dict[Any, list[tuple[RowStep, Any]]] = {}
     others: list[RowStep] = []
+    named: list[tuple[Tensor, int]] = []
     for step in steps:
         if not _is_plain(step):
             others.append(step)
             continue
         check_rows(step)
         ids, rows = run_of(step.ids), run_of(step.rows)
-        check_bounds(ids, step.param.shape[0])
+        named.append((ids, step.param.shape[0]))
         operands = _Operands(step.param, ids, rows, step.states, None, step.marks)
         if not operands.width or not ids.numel():
             continue
-        kind = _spec(step, operands, step.factor), tuple(scalars_of(step).tolist()), step.mark
+        # of a plain step, these are all that `scalars_of` reads
+        kind = _spec(step, operands, step.factor), (step.rho, step.eps, step.weight_decay), step.mark
         kinds.setdefault(kind, []).append((step, operands))
+    if named:
+        check_all_bounds(*zip(*named, strict=True))
     plans = [one_by_one(plan_rows, others)] if others else []
-    for (spec, scalars, mark), members in kinds.items():
+    for (spec, _, mark), members in kinds.items():
         rates = [(_rate(step, step.step), step.factor) for step, _ in members]
-        plans.append(_launch(spec, [operands for _, operands in members], rates, np.array(scalars), mark))
+        scalars = scalars_of(members[0][0])
+        plans.append(_launch(spec, [operands for _, operands in members], rates, scalars, mark))
 
     def run() -> None:
         for take in plans:

@@ -75,7 +75,7 @@ class Merging:
     def row_bytes(self, table: int) -> int:
         """Bytes of a row."""
         rows = self._rows[table]
-        return rows[0].nbytes if len(rows) else 0
+        return rows.nbytes // (rows.shape[0] or 1)
 
     def write(self, table: int, target: int, begin: int, end: int) -> None:
         """Write rows [begin, end) of a table, merged, to an address: that of row 0."""
@@ -89,6 +89,21 @@ class Merging:
         self._merging.merge(self._arranged, self._rows, 0, np.array(targets), np.array(ids_to))
 
 
+def check_all_bounds(ids: Sequence[Tensor], rows: Sequence[int]) -> None:
+    """`check_bounds` of several tables' ids: 1-d int64, of tables with so many rows each. OutOfBounds."""
+    if all(each.is_cpu for each in ids):
+        if ids:
+            from ..cpu.merging import check_all_bounds as on_cpu
+
+            on_cpu(ids, rows)
+        return
+    for table, (each, limit) in enumerate(zip(ids, rows, strict=True)):
+        try:
+            check_bounds(each, limit)
+        except OutOfBounds as error:
+            raise OutOfBounds(error.row, limit, table) from error
+
+
 def moved(tables: Sequence[Tensor], ids: Sequence[Tensor]) -> Moved:
     """Rows of several tables, to be copied out of them or into them; see `cpu/merging.py`.
 
@@ -96,8 +111,7 @@ def moved(tables: Sequence[Tensor], ids: Sequence[Tensor]) -> Moved:
     """
     from ..cpu.merging import Moved
 
-    for table, named in zip(tables, ids, strict=True):
-        check_bounds(named, table.shape[0])
+    check_all_bounds(ids, [table.shape[0] for table in tables])
     return Moved(tables, ids)
 
 
