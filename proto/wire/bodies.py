@@ -24,11 +24,11 @@ def check_body(
     for segment in segments:
         if not of_push:
             _check_plain(segment)
-        covered = layout.slots_of(segment)
+        covered, start, stop = layout.slots_of(segment), segment.start, segment.stop
         # parameters without elements never overlap: the index tells whether two segments are of the same one
-        which = covered[0].index if segment.start == segment.stop else -1
-        spans.append((segment.state, segment.arena, which, segment.start, segment.stop, covered[0].name))
-        lengths.append(layout.segment_bytes(segment))
+        which = covered[0].index if start == stop else -1
+        spans.append((segment.state, segment.arena, which, start, stop, covered[0].name))
+        lengths.append(layout.segment_bytes(segment, covered))
     _check_apart(spans)
     total = sum(lengths) + (sum(map(layout.unpacked_bytes, segments)) if of_push else 0)
     if total > limit_bytes:

@@ -186,18 +186,20 @@ class Layout:
             )
         dtypes.to_torch(segment.dtype, "values of an element-sparse segment")
 
-    def segment_bytes(self, segment: Segment) -> int:
-        """Payload bytes of a legal segment."""
+    def segment_bytes(self, segment: Segment, covered: Sequence[Slot] | None = None) -> int:
+        """Payload bytes of a legal segment. covered: what `slots_of` says of it, if that is known."""
         dtype = dtypes.of_push(segment.dtype, "segment")
-        quantised = dtype == torch.int8
+        quantised = dtype is torch.int8
         if segment.HasField("elements"):
             return int(segment.elements) * (INDEX_BYTES + dtype.itemsize)
         if segment.HasField("rows"):
-            width = self.slots_of(segment)[0].row_elements
+            width = (covered or self.slots_of(segment))[0].row_elements
             row_bytes = dtypes.int8_bytes(width) if quantised else width * dtype.itemsize
             return int(segment.rows) * (ID_BYTES + row_bytes)
         if quantised:
-            return sum(dtypes.int8_bytes(slot.stop - slot.start) for slot in self.slots_of(segment))
+            return sum(
+                dtypes.int8_bytes(slot.stop - slot.start) for slot in covered or self.slots_of(segment)
+            )
         return int(segment.stop - segment.start) * dtype.itemsize
 
     def unpacked_bytes(self, segment: Segment) -> int:

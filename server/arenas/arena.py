@@ -248,12 +248,12 @@ class Arenas:
         """The step over rows of tables of one arena, which also writes the version of each row's change."""
         rule, group = rule_of(self.layout, parts[0].slot.group), values[parts[0].slot.group]
         tables = []
-        for part in parts:
-            slot = part.slot
+        for slot, part in [(part.slot, part) for part in parts]:
             marks = self.row_changes.of(slot, int(self.changed[slot.index]), self.version, self.device)
-            states = [self.view(slot, name) for name in rule.state_names]
-            count = int(self.steps[slot.index]) + 1
-            tables.append(TableRows(self.view(slot), part.ids, part.rows, states, count, marks))
+            view, flats = self.row_changes.view, self.states[slot.arena]
+            states = [view(slot, flats[name], name) for name in rule.state_names]
+            table, count = view(slot, self.parameters[slot.arena]), int(self.steps[slot.index]) + 1
+            tables.append(TableRows(table, part.ids, part.rows, states, count, marks))
         return rule.plan_tables(tables, group, factor=factor, mark=version)
 
     def applied_lrs(self, ticket: Ticket) -> dict[int, float]:

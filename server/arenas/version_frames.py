@@ -140,7 +140,7 @@ def changed_rows(
     segment = Segment(
         arena=slot.arena, start=slot.start, stop=slot.stop, dtype=dtypes.to_wire(dtype, "segment")
     )
-    table = arenas.view(slot)
+    table = arenas.row_changes.view(slot, arenas.flat(slot.arena))
     if ids is None or rows_bytes(slot, ids, wire) == rows_bytes(slot, None, wire):
         return segment, table, None
     segment.rows = ids.numel()

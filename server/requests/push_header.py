@@ -44,13 +44,17 @@ class Declared:
     # the step reads the body as it was received, with nothing to unpack
     is_plain: bool
     # of each segment, once they are asked for
-    _blocks: list[Blocks] = field(default_factory=list)
+    _blocks: list[Blocks | None] = field(default_factory=list)
 
-    def blocks(self) -> Sequence[Blocks]:
-        """Of each segment: where its parameters' elements and blocks begin. In any thread."""
+    def blocks(self) -> Sequence[Blocks | None]:
+        """Of each dense segment: where its parameters' elements and blocks begin. In any thread."""
         if len(self._blocks) < len(self.slots):
-            found = [Blocks([slot.stop - slot.start for slot in slots]) for slots in self.slots]
-            self._blocks[:] = found
+            self._blocks[:] = [
+                None
+                if segment.HasField("rows") or segment.HasField("elements")
+                else Blocks([slot.stop - slot.start for slot in slots])
+                for segment, slots in zip(self.segments, self.slots, strict=True)
+            ]
         return self._blocks
 
     @property

@@ -28,26 +28,23 @@ class IncomingBody:
     def __init__(
         self,
         segments: Sequence[Segment],
-        blocks: Sequence[streaming.Blocks],
+        blocks: Sequence[streaming.Blocks | None],
         body: Assembly | SharedBody,
         take: Take,
     ) -> None:
-        """`blocks`: of each segment's parameters. `take` allocates memory for what is unpacked."""
+        """`blocks`: of each dense segment's parameters. `take` allocates memory for what is unpacked."""
         self._dense: dict[int, tuple[Tensor, streaming.StreamingNorms]] = {}
-        for index, segment in enumerate(segments):
-            if segment.HasField("rows") or segment.HasField("elements"):
+        for index, (segment, of) in enumerate(zip(segments, blocks, strict=True)):
+            if of is None:
                 continue
             dtype = dtypes.of_push(segment.dtype, "segment")
             if dtype == torch.int8:
-                values = take(int(blocks[index].tos[-1]) * INT8_UNPACKED.itemsize).view(INT8_UNPACKED)
+                values = take(int(of.tos[-1]) * INT8_UNPACKED.itemsize).view(INT8_UNPACKED)
                 codes = body.part(index, torch.uint8)
-                self._dense[index] = (
-                    values,
-                    streaming.codes(codes, values, blocks[index], block=dtypes.INT8_BLOCK),
-                )
+                self._dense[index] = values, streaming.codes(codes, values, of, block=dtypes.INT8_BLOCK)
             else:
                 values = body.part(index, dtype)
-                self._dense[index] = values, streaming.floats(values, blocks[index])
+                self._dense[index] = values, streaming.floats(values, of)
 
     def advance(self, segment: int, arrived_bytes: int) -> None:
         """Process what is complete of a segment, now that `arrived_bytes` of it are there."""
