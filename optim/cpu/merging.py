@@ -108,7 +108,7 @@ def merge(
         ids_to,
         widths,
         starts,
-        arranged.offsets[first:last],
+        arranged.offsets[first : last + 1],
         arranged.arranged,
         segments,
         begin,
