@@ -179,9 +179,8 @@ def values_body(layout: Layout, values: Mapping[tuple[Slot, str], Tensor]) -> Bo
 
 
 def as_array(tensor: Tensor) -> np.ndarray[Any, Any]:
-    """A numpy copy; bfloat16, which numpy lacks, as float32."""
-    wide = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
-    return np.array(wide.numpy())
+    """The same elements for numpy, which lacks bfloat16: that becomes float32, in memory of its own."""
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 def by_slot(grads: Mapping[str, Any], layout: Layout, model: str) -> dict[Slot, Tensor | Rows]:

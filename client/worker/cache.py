@@ -61,5 +61,5 @@ class ParameterCache:
         slots = self.layout.slots if self.layout is not None else ()
         if any(slot.name not in self._values for slot in slots):
             return None
-        arrays = {slot.name: as_array(self._values[slot.name]) for slot in slots}
+        arrays = {slot.name: np.array(as_array(self._values[slot.name])) for slot in slots}
         return arrays | {alias: arrays[slot.name] for slot in slots for alias in slot.aliases}

@@ -152,6 +152,24 @@ class Moved:
         """Copy rows [begin, end) of all of these to addresses, and their ids beside them (0: not)."""
         self._move(targets, ids_to, begin, end)
 
+    def gather_of(self, table: int, target: int, begin: int, end: int) -> None:
+        """Copy rows [begin, end) of one of the tables to an address."""
+        one = self._tables[table : table + 1].copy()
+        one[0, kernels.MOVED_ROWS] = target - begin * self.row_bytes(table)
+        starts = np.array([0, self.count(table)], np.int64)
+        kernel = compiled(kernels.move, kernels.MOVE_SIGNATURE, False)
+        over_slices(
+            partial(kernel, one, starts, begin), end - begin, slice_size=SLICE_ROWS, inline=INLINE_ROWS
+        )
+
+    def count(self, table: int) -> int:
+        """How many rows of a table are copied."""
+        return int(self.starts[table + 1] - self.starts[table])
+
+    def row_bytes(self, table: int) -> int:
+        """Bytes of a row."""
+        return int(self._tables[table, kernels.MOVED_BYTES])
+
     def scatter(self, sources: Sequence[int]) -> None:
         """Copy rows from addresses into the tables."""
         self._move(sources, [0] * len(sources), scatters=True)

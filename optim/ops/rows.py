@@ -16,7 +16,7 @@ from ..step.operands import check_ids, run_of
 from ..step.step import FUSED_DTYPES
 
 if TYPE_CHECKING:
-    from ..cpu.merging import Moved
+    from ..cpu.merging import Moved as Moved
 
 
 def coalesce(ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ import copy
 import threading
 import time
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -337,27 +337,15 @@ class Publisher:
                 raise self._budget.too_large(nbytes)
             return None
         try:
-            segments: list[Segment] = []
-            made = list(pack(self._rows_bodies(ids, wire, segments), first=first, joined=joined))
+            slots = arenas.layout.slots
+            some = [changed_rows(arenas, slots[index], found, wire) for index, found in ids.items()]
+            segments = [segment for segment, _, _ in some]
+            made = list(pack(rows_sources(arenas, some), first=first, joined=joined))
             self._rows[wire, have, joined] = rows = RowFrames(segments, made, self._budget, nbytes)
         except BaseException:
             self._budget.give_back(nbytes)
             raise
         return rows
-
-    def _rows_bodies(
-        self, ids: Mapping[int, torch.Tensor | None], wire: torch.dtype | None, segments: list[Segment]
-    ) -> Iterator[Sequence[Source]]:
-        """The bodies, one parameter at a time, so that only one copy exists at once.
-
-        Adds each segment to `segments`.
-        """
-        for index, found in ids.items():
-            segment, table, gathered = changed_rows(
-                self._arenas, self._arenas.layout.slots[index], found, wire
-            )
-            segments.append(segment)
-            yield rows_sources(self._arenas, table, gathered, segment)
 
     def rest(self) -> asyncio.Future[None] | None:
         """Drop the encoded frames of a large version, if nobody has asked for one since the last call. Done with the result."""

@@ -80,7 +80,7 @@ class _Recent:
         if not ids.numel():  # a step of rows that all lie in another rank
             return
         # ids of all of a push's tables lie in one stretch of memory, which a view would keep
-        self._log.append((version, ids.clone()))
+        self._log.append((version, torch.from_numpy(ids.numpy().copy())))
         self._count += ids.numel()
         while self._log and (self._count > self._most or len(self._log) > MOST_PUSHES):
             self._since, gone = self._log.popleft()

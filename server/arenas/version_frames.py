@@ -6,8 +6,8 @@ import asyncio
 import copy
 import io
 import weakref
-from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Final
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Final
 
 import torch
 
@@ -20,6 +20,9 @@ from pushstep.proto.wire.layout import ID_BYTES, Slot
 
 from ..staging.read_budget import ReadBudget
 from .arena import Arenas
+
+if TYPE_CHECKING:
+    from pushstep.optim.ops.rows import Moved
 
 # Wider rows are copied before they are sent: a chunk ends between rows where it can.
 WIDEST_BYTES: Final = 64 << 10
@@ -148,33 +151,47 @@ def changed_rows(
 
 
 def rows_sources(
-    arenas: Arenas, table: torch.Tensor, ids: torch.Tensor | None, segment: Segment
-) -> list[Source]:
-    """The sources of frames for a whole parameter, or for some of its rows: their ids, then the rows."""
-    dtype = dtypes.to_torch(segment.dtype, "segment")
-    if ids is None:
-        return fetched(arenas, [Piece(table, dtype)])
+    arenas: Arenas, some: Sequence[tuple[Segment, torch.Tensor, torch.Tensor | None]]
+) -> Iterator[list[Source]]:
+    """The sources of frames for parameters, each whole or by some of its rows: their ids, then the rows.
+
+    Each is made when it is asked for, so that only one copy exists at once.
+    """
+    named = [(table, ids) for segment, table, ids in some if ids is not None and _is_gathered(segment, table)]
+    rows = moved([table for table, _ in named], [ids for _, ids in named]) if named else None
+    gathered = 0
+    for segment, table, ids in some:
+        dtype = dtypes.to_torch(segment.dtype, "segment")
+        if ids is None:
+            yield fetched(arenas, [Piece(table, dtype)])
+        elif rows is not None and _is_gathered(segment, table):
+            yield [Piece(ids, torch.int64), GatheredRows(rows, gathered)]
+            gathered += 1
+        else:
+            yield fetched(arenas, [Piece(ids, torch.int64), Piece(table.index_select(0, ids), dtype)])
+
+
+def _is_gathered(segment: Segment, table: torch.Tensor) -> bool:
     narrow = 0 < table.nbytes <= WIDEST_BYTES * table.shape[0]
-    if table.is_cpu and dtype == table.dtype and narrow:
-        return [Piece(ids, torch.int64), GatheredRows(table, ids)]
-    return fetched(arenas, [Piece(ids, torch.int64), Piece(table.index_select(0, ids), dtype)])
+    return table.is_cpu and dtypes.to_torch(segment.dtype, "segment") == table.dtype and narrow
 
 
 class GatheredRows:
     """The source of some rows of a table in host memory, read when their frame is made: before the next step is taken."""
 
-    def __init__(self, table: torch.Tensor, ids: torch.Tensor) -> None:
-        """ids: ascending or not, on the CPU. IndexError for one outside the table."""
-        self._rows = moved([table], [ids])
+    def __init__(self, rows: Moved, table: int) -> None:
+        """table: its place among those of `rows`."""
+        self._rows = rows
+        self._table = table
         # a chunk never splits a row
-        self.unit_bytes = table.nbytes // table.shape[0]
-        self.nbytes = ids.numel() * self.unit_bytes
+        self.unit_bytes = rows.row_bytes(table)
+        self.nbytes = rows.count(table) * self.unit_bytes
 
     def writer(self) -> Writer:
         """A writer that gathers straight into its target."""
 
         def write(target: torch.Tensor, start: int) -> None:
             first, count = start // self.unit_bytes, target.numel() // self.unit_bytes
-            self._rows.gather([target.data_ptr() - start], [0], first, first + count)
+            self._rows.gather_of(self._table, target.data_ptr(), first, first + count)
 
         return write

@@ -140,15 +140,14 @@ class RowsAsked:
 
     def _gathered(self, wanted: Sequence[tuple[Slot, Tensor]]) -> tuple[bytes, Sequence[bytes], int]:
         """In the writer thread: the first message, the others, and the version."""
-        arenas, segments, bodies = self.model.arenas, [], []
+        arenas, some = self.model.arenas, []
         for slot, ids in wanted:
             dtype = wire_of(self.request.dtype) or slot.dtype
             wire = dtypes.to_wire(dtype, "segment")
-            segments.append(
-                Segment(arena=slot.arena, start=slot.start, stop=slot.stop, dtype=wire, rows=ids.numel())
+            segment = Segment(
+                arena=slot.arena, start=slot.start, stop=slot.stop, dtype=wire, rows=ids.numel()
             )
-            table = arenas.view(slot)
-            bodies.append(rows_sources(arenas, table, ids.to(arenas.device), segments[-1]))
-        header = header_of(self.model, arenas, segments)
-        frames = list(pack(bodies, joined=self.request.joined_chunks))
+            some.append((segment, arenas.view(slot), ids.to(arenas.device)))
+        header = header_of(self.model, arenas, [segment for segment, _, _ in some])
+        frames = list(pack(rows_sources(arenas, some), joined=self.request.joined_chunks))
         return pb.PullResponse(header=header).SerializeToString(), frames, arenas.version
