@@ -77,7 +77,7 @@ class Case:
 
     def session(self, worker: str, **options: Any) -> Session:
         session = self.server.connect(
-            self.model, worker, **{"timeout_s": 0.45, "retry_for_s": 0.4, **options}
+            self.model, worker, **{"timeout_s": 0.45, "retry_for_s": 1.5, **options}
         )
         self.stack.callback(session.close)
         return session
@@ -183,7 +183,7 @@ def a_server_that_is_away(case: Case) -> Waiting:
 def no_room(case: Case) -> Waiting:
     """Another push holds the server's memory; what waits is told so when the server will not have it wait longer."""
     proxy = case.stack.enter_context(Proxy(case.server.grpc))
-    size = 120_000
+    size = 240_000  # large enough that its header comes first
     values = {"a": np.zeros(size, np.float32)}
     holder = case.session("w1", address=proxy.address, timeout_s=20.0, retry_for_s=20.0)
     holder.create(values)
@@ -225,7 +225,7 @@ def check(case: Case, make: Callable[[Case], Waiting], lines: list[str]) -> None
     call, release, reason = make(case)
     with meanwhile(call):
         wait_until(lambda: [line for line in lines if reason in line])
-        until_s = time.monotonic() + 0.6  # past what retry_for_s gives to a silent server
+        until_s = time.monotonic() + 1.7  # past what retry_for_s gives to a silent server
         wait_until(lambda: time.monotonic() > until_s)
         release()
     said = next(line for line in lines if reason in line)
@@ -243,7 +243,7 @@ def test_a_wait_says_what_for(
 
 
 def test_a_wait_for_room_says_so(data: Path, lines: list[str]) -> None:
-    with running_server(data, "--staging-bytes", "1200000", "--stall-s", "2") as server, ExitStack() as stack:
+    with running_server(data, "--staging-bytes", "2400000", "--stall-s", "2") as server, ExitStack() as stack:
         check(Case(server, "m", stack), no_room, lines)
 
 
