@@ -185,7 +185,7 @@ class Config(BaseSettings):
             if isinstance(text := _lines(from_file.get("tokens")), list):
                 list(read_tokens(map(str, text), f"tokens in {file}", hashed_only=True))
         try:
-            made = _with_file(cls, from_file)(**arguments)
+            made = (cls if file is None else _with_file(cls, from_file))(**arguments)
             made._origin = arguments, file
             return made
         except ValidationError as error:

@@ -35,7 +35,10 @@ def entry_of(method: str, path: str) -> str:
 
 def need_of(method: str, path: str) -> Need:
     """What a route asks for. RuntimeError for one without an entry."""
-    entry = entry_of(method, path)
+    return _need(entry_of(method, path))
+
+
+def _need(entry: str) -> Need:
     if entry not in ROUTES:
         raise RuntimeError(f"{entry} has no entry in server/access/table.py")
     return ROUTES[entry]
@@ -47,13 +50,13 @@ class RouteAccess:
     def __init__(self, guard: Guard, routes: Routes) -> None:
         """RuntimeError for a route without an entry."""
         self._guard = guard
-        self._routes: list[tuple[Pattern[str], dict[str, tuple[Need, str]]]] = [
-            (
-                compile_path(path)[0],
-                {method: (need_of(method, path), entry_of(method, path)) for method in methods},
+        self._routes: list[tuple[Pattern[str], dict[str, tuple[Need, str]]]] = []
+        for path, methods in routes:
+            pattern, written, _ = compile_path(path)
+            entries = {method: f"{method} {written}" for method in methods}
+            self._routes.append(
+                (pattern, {method: (_need(entry), entry) for method, entry in entries.items()})
             )
-            for path, methods in routes
-        ]
 
     def admit(self, scope: Scope) -> None:
         """Let a request in. Unauthenticated, PermissionDenied, TooManyAttempts."""

@@ -279,6 +279,13 @@ def _load_kernels() -> None:
     cache.folder.cache_clear()  # a server may be told another
 
 
+def _look_at_packages() -> None:
+    """Enter the hooks of installed packages in the catalogue: of what is left of a server's start, that is a quarter."""
+    from pushstep.server.observers.catalogue import register
+
+    register()
+
+
 if __name__ == "__main__":
     for name in sys.argv[2:]:
         importlib.import_module(name)
@@ -289,6 +296,7 @@ if __name__ == "__main__":
     cpu_target.target_context.refresh()
     if "pushstep.server.__main__" in sys.argv:
         _load_kernels()
+        _look_at_packages()
     given = _take_orders(socket.socket(fileno=int(sys.argv[1])))
     if given is not None and "code" in given:
         import torch
