@@ -24,7 +24,7 @@ ROLES = (None, *Role)
 
 
 class Training:
-    """A worker that pushes without an end, and joins again whatever an operator does to it."""
+    """A worker that pushes a hundred times a second at most, and joins again whatever an operator does to it."""
 
     def __init__(self, server: RunningServer) -> None:
         self._server = server
@@ -49,6 +49,7 @@ class Training:
                 ) as session:
                     while not self._ends.is_set():
                         self.applied += session.push(gradients).outcome is Outcome.APPLIED
+                        self._ends.wait(0.01)
             except (PushstepError, Warning) as error:
                 self.refused.append(repr(error))
                 self._ends.wait(0.1)
