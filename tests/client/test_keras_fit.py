@@ -230,7 +230,7 @@ def test_a_compiled_step_is_refused_in_words(
 ) -> None:
     # what is traced is the same; the code that would be made of it takes 40 s to compile
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    model = network()
+    model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(1)])
     model.compile(
         optimizer=attach(server.connect(model_name), MAKES["Adagrad"]()), loss="mse", jit_compile=True
     )

@@ -86,7 +86,6 @@ STEP = """
     from pushstep.optim.ops import norms, samples
     rule = RULES["adagrad"]
     rule.step_dense(torch.ones(3), torch.ones(3), [torch.ones(3)], rule.defaults, step=1)
-    rule.step_rows(torch.ones(3, 2), torch.tensor([1]), torch.ones(1, 2), [torch.ones(3, 2)], rule.defaults, step=1)
     norms.square_sum(torch.ones(3))
     samples.Samples([torch.ones(300)])  # its kernel calls another function of ours
     kernels = kernel_cache._compiled.values()
@@ -102,24 +101,24 @@ def test_a_second_process_compiles_nothing_and_a_damaged_cache_heals(scripts, tm
         return _run_forked(scripts, STEP).splitlines()[-1]
 
     counts = [line.splitlines()[-1].split() for line in _run_at_once(scripts, STEP, times=3)]
-    assert sum(int(compiled) for _, compiled in counts) == 4, (
+    assert sum(int(compiled) for _, compiled in counts) == 3, (
         "those that begin together compile each once, too"
     )
-    assert run() == "4 0"
+    assert run() == "3 0"
     files = sorted(path for path in tmp_path.rglob("*") if path.suffix in (".nbi", ".nbc"))
-    assert len(files) == 8
+    assert len(files) == 6
     # Two kernels in one index could take each other's place when two processes write at the same time.
-    assert len({path.parent for path in files}) == 4
+    assert len({path.parent for path in files}) == 3
     for k, path in enumerate(files):
         path.write_bytes(path.read_bytes()[: 40 * (k % 3)])
-    assert run() == "0 4"
+    assert run() == "0 3"
     run()
-    assert run() == "4 0"
+    assert run() == "3 0"
     for k, path in enumerate(files):
         path.unlink()
         os.mkfifo(path) if k % 2 else path.mkdir()  # opening a FIFO would wait for who writes it
-    assert run() == "0 4"
-    assert run() == "4 0"
+    assert run() == "0 3"
+    assert run() == "3 0"
 
 
 def unknown_user(uid):

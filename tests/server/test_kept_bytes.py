@@ -92,7 +92,7 @@ def push(raw: RawWorker, header: pb.PushHeader, beside: bytes = b"") -> bytes:
 
 def unknown_in_the_identity(scene: Scene) -> None:
     raw = scene.raw()
-    for _ in range(8):
+    for _ in range(2):
         raw.advance()
         header = raw.header([], skip=True)
         header.ClearField("identity")
@@ -220,7 +220,7 @@ CASES: list[Callable[[Scene], None]] = [
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
 def test_little_is_kept_of_what_is_large(scene: Scene, case: Callable[[Scene], None]) -> None:
     pid = scene.server.process.pid
-    slow = case in (large_policies, large_hooks)
+    slow = case in (large_policies, large_hooks, large_states)
     for _ in range(4 if slow else 40):  # malloc keeps the memory through which such messages go
         case(scene)
     before = memory_bytes(pid)
