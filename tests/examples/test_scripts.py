@@ -69,8 +69,14 @@ def local_loss_of(programs: CommandShim, tmp_path_factory: pytest.TempPathFactor
 
 
 def loss_of(command: list[str | Path], folder: Path, environment: dict[str, str] | None = None) -> float:
-    # one thread: the networks are too small for more
-    known = {**os.environ, "OMP_NUM_THREADS": "1", "KERAS_HOME": str(folder), "HF_HUB_OFFLINE": "1"}
+    known = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",  # the networks are too small for more
+        "KERAS_HOME": str(folder),
+        "HF_HUB_OFFLINE": "1",
+        # torchrun's ranks are not forked: beside each other's threads they have hung in gloo
+        "PYTHON_EXEC": sys.executable,
+    }
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=250, check=False, cwd=folder, env=known
     )
@@ -80,8 +86,7 @@ def loss_of(command: list[str | Path], folder: Path, environment: dict[str, str]
 
 
 def command_of(programs: CommandShim, script: str, launcher: str) -> list[str | Path]:
-    # torchrun is the real one: ranks that were forked beside each other's threads have hung in gloo
-    program = {"python": programs.python, "torchrun": Path(sys.executable).with_name("torchrun")}[launcher]
+    program = {"python": programs.python, "torchrun": programs.torchrun}[launcher]
     return [program, *LAUNCHERS[launcher], EXAMPLES / script]
 
 

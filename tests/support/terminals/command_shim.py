@@ -41,10 +41,11 @@ else:
     sys.path.insert(0, os.path.dirname(os.path.abspath(sys.argv[0])))
     runpy.run_path(sys.argv[0], run_name="__main__")
 """
+# Its ranks are forked, too, unless the environment names a Python for them.
 TORCHRUN = """
 import os, sys
 from torch.distributed.run import main
-os.environ["PYTHON_EXEC"] = {python!r}
+os.environ.setdefault("PYTHON_EXEC", {python!r})
 sys.exit(main())
 """
 
