@@ -58,6 +58,15 @@ LONG_FIRST = (
     "system/test_rank_deaths.py",
     "system/test_rank_exports.py",
     "system/test_shards.py",
+    "simulation/test_stories.py",
+    "optim/test_parity.py",
+    "server/test_connections.py",
+    "client/test_keras_fit.py",
+    "system/test_deaths.py",
+    "system/test_long_messages.py",
+    "system/test_small_disk.py",
+    "system/test_traces.py",
+    "system/test_storms.py",
     "test_promises.py",
 )
 
