@@ -119,6 +119,7 @@ class Reader:
             await asyncio.shield(opening)
         except asyncio.CancelledError:
             await asyncio.wait([opening])
+            opening.exception()  # nobody else asks for it
             raise
         self._is_open = True
 
