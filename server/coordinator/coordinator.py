@@ -14,7 +14,8 @@ again each header that was told to wait. It calls `tick` at `next_s`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from pushstep.proto.errors import (
     Conflict,
@@ -37,7 +38,7 @@ from .pending import PendingPushes
 from .policies import catalogue as policies
 from .policies.policy import Policy, PolicySettings
 from .push import PendingPush
-from .receipts import superseded
+from .receipts import superseded, take_over_receipts
 from .sessions import Sessions
 from .worker import Decided, Worker, WorkerState
 
@@ -322,8 +323,12 @@ class Coordinator:
         timeline: int,
         settings: PolicySettings,
         now_s: float,
+        workers: Iterable[Mapping[str, Any]] = (),
     ) -> list[Decision]:
-        """The model was restored to the end of `lineage`. Every epoch ends; pending pushes get Superseded."""
+        """The model was restored to the end of `lineage`. Every epoch ends; pending pushes get Superseded.
+
+        `workers`: the snapshot's worker table, for receipts that are known there alone.
+        """
         ended = [c for worker in self.sessions.workers.values() for c in worker.undecided.values()]
         self.sessions.close_epochs()
         self.commits.go_back(lineage, timeline)
@@ -331,6 +336,7 @@ class Coordinator:
         self.pending_pushes.drop(
             ended, lambda c: Superseded(model=self.name, timeline=timeline, got=c.identity.timeline), now_s
         )
+        take_over_receipts(self.sessions, workers, now_s)
         return self.pending_pushes.conclude(now_s)
 
     # Inside.

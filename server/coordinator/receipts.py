@@ -6,7 +6,7 @@ A receipt is made when the outcome is decided. What only the step can tell, such
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pushstep.proto.errors import PushstepError, Superseded
@@ -23,7 +23,7 @@ from pushstep.proto.types_pb2 import (
 from .commits import Commits, Order, Written
 from .push import PendingPush
 from .sessions import Sessions
-from .worker import Decided, Worker
+from .worker import RECEIPTS_KEPT, Decided, Worker, WorkerState
 
 
 class Receipts:
@@ -159,3 +159,33 @@ def refuse_consumed(error: PushstepError) -> PushstepError:
     """Mark an error as a push's outcome. The push has taken its sequence, and a retry gets the same error."""
     error.fields["consumed"] = "True"
     return error
+
+
+def take_over_receipts(sessions: Sessions, rows: Iterable[Mapping[str, Any]], now_s: float) -> None:
+    """Keep the receipts of a restored state that the worker table has lost. All epochs have ended.
+
+    The table outlives restores, so it usually knows more than any snapshot. A crash takes it back to the snapshot that
+    the start is from, and an operator may then restore a later one. `rows`: the table there, as `Sessions.dump` wrote it.
+    """
+    for row in rows:
+        known = sessions.workers.get(row["name"])
+        decided = [Decided.parsed(each) for each in row["verdicts"]]
+        forgotten = tuple(row.get("forgotten", (0, 0)))
+        if known is not None:
+            forgotten = max(forgotten, known.forgotten)
+            held = {each.key for each in known.decided_pushes}
+            decided = [each for each in decided if each.key not in held and each.key > known.forgotten]
+        if not decided:
+            continue
+        if known is None:
+            state = WorkerState.EVICTED if row["state"] == WorkerState.EVICTED else WorkerState.LEFT
+            epoch = max(int(row["epoch"]), sessions.forgotten_epoch, sessions.first_epoch)
+            into = {**row, "epoch": epoch, "state": str(state)}
+        else:
+            decided = sorted([*known.decided_pushes, *decided], key=lambda each: each.key)
+            into = known.dump()
+        lost, kept = decided[:-RECEIPTS_KEPT], decided[-RECEIPTS_KEPT:]
+        into["forgotten"] = list(max(forgotten, lost[-1].key) if lost else forgotten)
+        into["verdicts"] = [each.dump() for each in kept]
+        sessions.put(row["name"], into, now_s)
+        sessions.mark_changed(row["name"])

@@ -280,7 +280,8 @@ class Model:
         self.failed = None
         self.replaced_by = None  # that upload is undone
         self.extras = copy.extras
-        decisions = self.coordinator.restored(copy.lineage_here, timeline, settings, self.clock())
+        workers = () if saved is None else saved.workers
+        decisions = self.coordinator.restored(copy.lineage_here, timeline, settings, self.clock(), workers)
         self.record("restored", by)
         self.recorder.let_readers_go()
         self.executor.apply(decisions)

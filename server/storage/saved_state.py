@@ -22,7 +22,7 @@ from .chains import Base, base_of
 class SavedState:
     """What a snapshot holds. One model takes it over: its groups, hooks and gate are live objects.
 
-    `workers` and `forgotten_epoch` are as `Sessions.parse` takes them. A restore leaves them out.
+    `workers` and `forgotten_epoch` are as `Sessions.parse` takes them. A restore takes over only receipts that are lost.
     """
 
     snapshot: str

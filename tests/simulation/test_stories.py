@@ -11,7 +11,7 @@ import pytest
 from hypothesis import Phase
 
 from tests.simulation.seeded_bugs import Bug, dedupe_is_dropped, found_by
-from tests.simulation.storyteller import Story
+from tests.simulation.storyteller import POLICIES, WAITS_S, Story
 from tests.simulation.witness import Violation
 from tests.support.processes.bounded import run_machine
 
@@ -24,6 +24,26 @@ def tell(stories: int, events: int, phases: Sequence[Phase] = (TELL,)) -> None:
 
 def test_whatever_is_told() -> None:
     tell(150, 40, (TELL, SHORTEN))
+
+
+@pytest.mark.parametrize("comes_back", [False, True], ids=["a name not known", "a worker that is back"])
+def test_a_snapshot_that_knows_more_than_the_worker_table(comes_back: bool) -> None:
+    """A crash has taken the table back to the snapshot before it; its workers are told of their pushes all the same."""
+    story = Story()
+    story.begin(POLICIES[0], 1, "reject")
+    back = (lambda: story.wait(WAITS_S[-1]), story.flow) if comes_back else ()
+    for event in (
+        lambda: story.step("w0"),
+        lambda: story.command("snapshot"),
+        lambda: story.command("restore"),  # of the one at the creation: the other is not written yet
+        story.flow,
+        lambda: story.command("kill"),
+        *back,
+        lambda: story.command("restore"),
+    ):
+        event()
+        story.the_state_is_what_was_decided()
+    story.teardown()
 
 
 @pytest.mark.soak
