@@ -106,12 +106,14 @@ def _workers(
 class Pushstep:
     """Owns a server, alone or in several ranks, and one or two processes of workers."""
 
-    def __init__(self, drivers: int = 1, device: str = "cpu", ranks: int = 1) -> None:
+    def __init__(
+        self, drivers: int = 1, device: str = "cpu", ranks: int = 1, part_bytes: int = PART_BYTES
+    ) -> None:
         self._folder = tempfile.TemporaryDirectory()
         self._drivers = [Driver() for _ in range(drivers)]
         data = Path(self._folder.name) / "data"
         options = ("--log-level", "warning", "--device", device)
-        parts = ("--part-bytes", str(PART_BYTES))
+        parts = ("--part-bytes", str(part_bytes))
         self._group = RankGroup(data, ranks, *options, *parts) if ranks > 1 else None
         servers = [start_server(data, *options)] if self._group is None else self._group.ranks
         self._server = servers[0]

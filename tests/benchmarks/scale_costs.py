@@ -99,7 +99,8 @@ def sampled(sizes: Sequence[int], ranks: Sequence[int], workers: Sequence[int], 
     rounds, seconds = (2, 0.2) if quick else (5, 1.0)
     found = []
     with contextlib.ExitStack() as stack:
-        servers = [Pushstep(DRIVERS, ranks=number) for number in ranks]
+        # each rank has a part, also of the small models
+        servers = [Pushstep(DRIVERS, ranks=number, part_bytes=0) for number in ranks]
         for server in servers:
             stack.callback(server.close)
         for elements in sizes:

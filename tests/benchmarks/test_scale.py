@@ -43,8 +43,8 @@ def test_the_parts_are_the_whole(elements: int, ranks: int) -> None:
 def test_what_rank_0_has_beside_its_part() -> None:
     assert COSTS.of_rank(0, [40_000]) == pytest.approx(0.7e-3 + 40_000 * 1.1e-9)
     # of its 4 ranks one has no part
-    assert COSTS.of_rank(0, [100_000, 60_000, 0, 7]) == pytest.approx(2.7e-3 + 1.1e-4 + 0.2e-3 + 2 * 0.3e-3)
-    assert COSTS.of_rank(1, [100_000, 60_000, 0, 7]) == pytest.approx(1.1e-3 + 60_000 * 1.1e-9)
+    assert COSTS.of_rank(0, [1_000_000, 60_000, 0, 7]) == pytest.approx(2.7e-3 + 1.1e-3 + 0.2e-3 + 2 * 0.3e-3)
+    assert COSTS.of_rank(1, [1_000_000, 60_000, 0, 7]) == pytest.approx(1.1e-3 + 60_000 * 1.1e-9)
 
 
 def test_constants_come_back_from_what_they_make() -> None:
