@@ -97,6 +97,8 @@ class Address:
         except ssl.SSLCertVerificationError as error:
             return f"its certificate is not accepted: {error.verify_message}"
         except ssl.SSLEOFError:
+            if context is None:
+                return None  # a server that stops ends any connection, whatever it speaks
             has_ended = True
         except ssl.SSLError as error:
             if context is None:

@@ -158,6 +158,29 @@ def test_another_web_server() -> None:
         serving.join(60)
 
 
+def test_a_server_that_ends_each_connection_is_not_taken_for_one_that_speaks_tls() -> None:
+    """One that stops does, and a network that breaks; who waits for it would be told to pass certificates."""
+
+    def end(there: socket.socket) -> None:
+        there.settimeout(20)
+        while not done.is_set():
+            connection, _ = there.accept()
+            with connection:
+                connection.recv(1 << 16)
+
+    done = threading.Event()
+    with listener() as there:
+        serving = threading.Thread(target=end, args=(there,))
+        serving.start()
+        try:
+            with pytest.raises(ServerUnavailable):
+                connect(f"127.0.0.1:{there.getsockname()[1]}", model="m", timeout_s=1.0)
+        finally:
+            done.set()
+            socket.create_connection(there.getsockname()).close()
+            serving.join(60)
+
+
 def test_another_grpc_server() -> None:
     other = grpc.server(ThreadPoolExecutor(1))
     port = other.add_insecure_port("127.0.0.1:0")

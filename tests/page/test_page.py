@@ -195,8 +195,9 @@ def test_an_edit_of_what_somebody_else_has_changed_is_not_made(
 ) -> None:
     page = watched.show(f"models/{MODEL}/policy")
     page.get_by_label("max staleness", exact=True).fill("50")
-    # the answer to the page's next look is held back: it does not know yet
-    page.route("**/v1/models/flights", lambda route: route.abort("aborted"))
+    # the answers to the page's next looks are held back: it does not know yet. None is on its way once one was
+    with page.expect_event("requestfailed", lambda request: request.url.endswith("/v1/models/flights")):
+        page.route("**/v1/models/flights", lambda route: route.abort("aborted"))
     served.rest("PATCH", f"/v1/models/{MODEL}/policy", json={"scale": True})
     panel = page.locator("section").filter(has=page.get_by_role("heading", name="Policy"))
     panel.get_by_role("button", name="Apply").click()
