@@ -58,8 +58,7 @@ class Arenas:
         self.timeline = 1
         self.changed = np.zeros(len(layout.slots), np.int64)
         self.row_changes = RowChanges()
-        # of each table, by its slot: the version of each row's last change
-        self.row_changed = self.row_changes.versions
+        self._tables: dict[tuple[int, str], Tensor] = {}
         self.averages = Averages()
         self.watch = FiniteWatch()
         # between two versions: a write has begun and was not finished
@@ -100,9 +99,8 @@ class Arenas:
         total = 0
         for arena in layout.arenas:
             states = len(rule_of(layout, arena.group).state_names)
-            total += arena.elements * (
-                arena.dtype.itemsize + states * dtypes.state_dtype(arena.dtype).itemsize
-            )
+            state_bytes = dtypes.state_dtype(arena.dtype).itemsize
+            total += arena.elements * (arena.dtype.itemsize + states * state_bytes)
         return total
 
     @staticmethod
@@ -123,8 +121,12 @@ class Arenas:
         return self.states[arena][state] if state else self.parameters[arena]
 
     def view(self, slot: Slot, state: str = "") -> Tensor:
-        """One parameter (or its state) in its own shape."""
-        return self.flat(slot.arena, state)[slot.start : slot.stop].view(slot.shape)
+        """One parameter (or its state) in its own shape. That of a table which rows have changed is made once."""
+        if (found := self._tables.get((slot.index, state))) is None:
+            found = self.flat(slot.arena, state)[slot.start : slot.stop].view(slot.shape)
+            if slot.index in self.row_changes.versions:
+                self._tables[slot.index, state] = found
+        return found
 
     def state_names(self, slot: Slot) -> tuple[str, ...]:
         """torch's names of a parameter's states."""
@@ -248,12 +250,11 @@ class Arenas:
         """The step over rows of tables of one arena, which also writes the version of each row's change."""
         rule, group = rule_of(self.layout, parts[0].slot.group), values[parts[0].slot.group]
         tables = []
-        for slot, part in [(part.slot, part) for part in parts]:
+        for part in parts:
+            slot, count = part.slot, int(self.steps[part.slot.index]) + 1
             marks = self.row_changes.of(slot, int(self.changed[slot.index]), self.version, self.device)
-            view, flats = self.row_changes.view, self.states[slot.arena]
-            states = [view(slot, flats[name], name) for name in rule.state_names]
-            table, count = view(slot, self.parameters[slot.arena]), int(self.steps[slot.index]) + 1
-            tables.append(TableRows(table, part.ids, part.rows, states, count, marks))
+            states = [self.view(slot, name) for name in rule.state_names]
+            tables.append(TableRows(self.view(slot), part.ids, part.rows, states, count, marks))
         return rule.plan_tables(tables, group, factor=factor, mark=version)
 
     def applied_lrs(self, ticket: Ticket) -> dict[int, float]:
@@ -275,7 +276,7 @@ class Arenas:
 
     def _mark(self, slots: Sequence[Slot], where: Indices, version: int) -> None:
         self.changed[where] = version
-        for index in self.row_changed:
+        for index in self.row_changes.versions:
             if slots[0].index <= index <= slots[-1].index and self.changed[index] == version:
                 self.row_changes.all_of(index, version)
 
@@ -330,15 +331,14 @@ class Arenas:
             extras,
             lineage,
             self.averages.copied(lambda average: average),
-            self.row_changed,
+            self.row_changes.versions,
             self.device_stream,
         )
         return self.capture
 
     def copy(self) -> ArenasCopy:
         """A copy of everything at this version, in memory of its own on the CPU. OutOfMemory."""
-        what = "a copy of the model"
-        return self._copied(lambda flat: copy_of(flat, what))
+        return self._copied(lambda flat: copy_of(flat, "a copy of the model"))
 
     def as_copy(self) -> ArenasCopy:
         """Like `copy`, but arenas on the CPU are shared and not copied.

@@ -258,7 +258,7 @@ class Publisher:
         dense = self._dense(wire, unmade, crowds)
         if dense is None:
             return None
-        if not arenas.row_changed:
+        if not arenas.row_changes.versions:
             return Published(*self._now(), False, dense.segments, dense, None)
         rows = self._row_tracked(have, wire, joined, len(dense.segments))
         if rows is None:
@@ -330,7 +330,7 @@ class Publisher:
         known = self._rows.get((wire, have, joined))
         if known is not None:
             return known
-        ids = {index: arenas.row_changes.after(index, have) for index in sorted(arenas.row_changed)}
+        ids = {index: arenas.row_changes.after(index, have) for index in sorted(arenas.row_changes.versions)}
         nbytes = sum(rows_bytes(arenas.layout.slots[index], found, wire) for index, found in ids.items())
         if not self._budget.take(nbytes):
             if nbytes > self._budget.total_bytes:

@@ -30,14 +30,6 @@ class RowChanges:
         # the version of each row's last change
         self.versions: dict[int, Tensor] = {}
         self._recent: dict[int, _Recent] = {}
-        self._views: dict[tuple[int, str], Tensor] = {}
-
-    def view(self, slot: Slot, flat: Tensor, state: str = "") -> Tensor:
-        """A table, or a state of it, in its own shape. It is made once: the arenas that it lies in stay where they are."""
-        found = self._views.get((slot.index, state))
-        if found is None:
-            found = self._views[slot.index, state] = flat[slot.start : slot.stop].view(slot.shape)
-        return found
 
     def of(self, slot: Slot, changed: int, now: int, device: torch.device) -> Tensor:
         """The versions of a table's rows, which a step writes. `changed`: of a change of all rows; `now`: before the step."""

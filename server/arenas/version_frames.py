@@ -119,9 +119,9 @@ def fetched(arenas: Arenas, body: Sequence[Piece]) -> list[Source]:
 
 def dense_runs(arenas: Arenas, wire: torch.dtype | None) -> list[tuple[Segment, list[Slot]]]:
     """The segments of the parameters that are not sent by rows, each with its slots. Do not write to them."""
-    if not arenas.row_changed:
+    if not arenas.row_changes.versions:
         return arenas.layout.whole(wire)
-    plain = [slot for slot in arenas.layout.slots if slot.index not in arenas.row_changed]
+    plain = [slot for slot in arenas.layout.slots if slot.index not in arenas.row_changes.versions]
     return arenas.layout.dense_segments(plain, wire)
 
 
@@ -143,7 +143,7 @@ def changed_rows(
     segment = Segment(
         arena=slot.arena, start=slot.start, stop=slot.stop, dtype=dtypes.to_wire(dtype, "segment")
     )
-    table = arenas.row_changes.view(slot, arenas.flat(slot.arena))
+    table = arenas.view(slot)
     if ids is None or rows_bytes(slot, ids, wire) == rows_bytes(slot, None, wire):
         return segment, table, None
     segment.rows = ids.numel()

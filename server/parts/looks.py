@@ -74,7 +74,7 @@ def look(arenas: Arenas, slot: Slot, start: int, elements: int) -> Look:
         elif places.step:
             flat = flat[:0]
         tensors[name] = copy_of(flat, f"a look at {slot.name!r}").reshape(-1)
-    steps, row_sparse = int(arenas.steps[slot.index]), slot.index in arenas.row_changed
+    steps, row_sparse = int(arenas.steps[slot.index]), slot.index in arenas.row_changes.versions
     return Look(arenas.timeline, arenas.version, steps, row_sparse, tensors)
 
 

@@ -106,7 +106,7 @@ class SharedAnswer:
         tables: list[Tensor] = []
         gathered: list[Tensor] = []
         targets: list[int] = []
-        for index in sorted(arenas.row_changed):
+        for index in sorted(arenas.row_changes.versions):
             found = arenas.row_changes.after(index, have)
             segment, table, ids = changed_rows(arenas, arenas.layout.slots[index], found, places.wire)
             segments.append(segment)

@@ -113,7 +113,7 @@ def test_the_changed_rows_of_every_parameter_are_charged() -> None:
         await model.close()
 
     asyncio.run(scenario())
-    made = sum(table.nbytes for table in model.arenas.row_changed.values())
+    made = sum(table.nbytes for table in model.arenas.row_changes.versions.values())
     buffers = model.arenas.bytes_needed(model.layout)
     assert made > 0
     assert model.held_bytes == before >= buffers + made

@@ -45,7 +45,7 @@ def _taken(slot: Slot, model: Model) -> dict[str, Any]:
     if here is None:
         return {"row_sparse": None, "steps": None}
     return {
-        "row_sparse": here.index in model.arenas.row_changed,
+        "row_sparse": here.index in model.arenas.row_changes.versions,
         "steps": int(model.arenas.steps[here.index]),
     }
 
