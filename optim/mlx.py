@@ -13,11 +13,11 @@ groups, hooks, `state_dict` and torch's LR schedulers:
 
 lr is rounded to float32 and then to the gradient's dtype, as in MLX. A float64 gradient takes lr unrounded: MLX has no
 float64 learning rates.
-The states are `v` and `u`, float32 for half parameters unless `state_dtype="param"`. There is one step counter, in
+The states are `v` and `u`, float32 for half-precision parameters unless `state_dtype="param"`. There is one step counter, in
 every param group as `step`. A callable learning rate is evaluated on the counter before the counter advances, so first
 on 0. A step counts even if no parameter has a gradient, as in MLX. Parameters without a gradient do not change.
 
-One thing is stricter than in MLX: to assign a number where the learning rate is a callable raises TypeError. MLX
+One thing is stricter than in MLX: if the learning rate is a callable, assigning a number raises TypeError. MLX
 accepts the number and puts the callable's value back at the next step. Source: mlx/python/mlx/optimizers.
 """
 
@@ -124,7 +124,7 @@ class AdaDelta(MlxOptimizer):
     rho: at least 0. eps: more than 0.
     fused: None uses the kernels wherever they can step. True raises RuntimeError at a step that no kernel takes. False
         never uses them.
-    state_dtype: None keeps float32 states for half parameters; "param" keeps them in the parameter's dtype, as MLX.
+    state_dtype: None keeps float32 states for half-precision parameters; "param" keeps them in the parameter's dtype, as MLX.
     """
 
     rule = MlxAdaDeltaRule()

@@ -1,8 +1,8 @@
 """Extras: the buffers and frozen values of a module, beside the parameters that are stepped.
 
 Attach pulls them like parameters. A script that is started again then continues with the trained statistics, and every
-worker has the same frozen layers. The lead worker sends what has changed here since, every EVERY_STEPS steps and at the
-end, so that exports and snapshots hold it.
+worker has the same frozen layers. The lead worker sends extras that have changed, every EVERY_STEPS steps and at the end,
+so that exports and snapshots hold them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .names import CleanNames
 from .overwritten import Overwritten
 
 EVERY_STEPS: Final = 100
-# Extras of up to this size are watched whole; of larger ones some lines are compared each time.
+# An extra of up to this size is compared whole. Of a larger one each check compares some cache lines.
 WHOLE_BYTES: Final = 1 << 20
 _EXTRA_STATE: Final = "_extra_state"
 # The dtypes that a safetensors file can hold.
@@ -40,7 +40,7 @@ _DTYPES: Final = frozenset(
 
 
 class Extras:
-    """Owns the watch over one module's extras and the values that attach overwrote; empty without a module."""
+    """Watches one module's extras for changes, and keeps the values that attach overwrote. Does nothing without a module."""
 
     def __init__(self, membership: Membership, module: nn.Module | None) -> None:
         self._membership = membership
@@ -90,7 +90,7 @@ class Extras:
     # Pulling.
 
     def join(self, version: int) -> None:
-        """Pull the model's extras into the module, if it has any (`version` > 0). The lead sends those that it lacks.
+        """Pull the model's extras into the module, if it has any (`version` > 0). The lead then sends those that the model lacks.
 
         Raises ManifestMismatch for a frozen value of another shape than the server's.
         """
@@ -126,7 +126,8 @@ class Extras:
         ]
         if other:
             warn(
-                f"buffers of another shape than the server's, or expanded, keep their values: {', '.join(dict.fromkeys(other))}"
+                f"these buffers keep their local values, since they are expanded or have another shape than the server's: "
+                f"{', '.join(dict.fromkeys(other))}"
             )
         for name, value in here.items():
             if name not in other:

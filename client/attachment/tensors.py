@@ -1,6 +1,6 @@
 """Which tensors can be parameters of a model, and which tensors are one parameter.
 
-torch steps memory under two parameters once for each of them. The server holds each parameter separately, so two copies
+If two parameters share memory, torch steps that memory twice. The server holds each parameter separately, so two copies
 of one memory would diverge, and the copy that is pulled last would win. Tensors that are the same view of the same memory
 are therefore one parameter with two names. Any other overlap is refused.
 """
@@ -39,7 +39,7 @@ def check_parameter(parameter: Tensor, name: str) -> None:
         )
     if parameter.is_inference():
         raise UnsupportedModule(
-            problem=f"parameter {name!r} was made in inference mode, outside of which nothing may write to it"
+            problem=f"parameter {name!r} was made in inference mode, so nothing may write to it elsewhere: make it without"
         )
     if not is_dense(parameter) and int(_marks(parameter, *_span(parameter)).sum()) != parameter.nbytes:
         raise UnsupportedModule(
@@ -48,7 +48,7 @@ def check_parameter(parameter: Tensor, name: str) -> None:
 
 
 def firsts(named: Sequence[tuple[str, Tensor]]) -> list[int]:
-    """For each parameter, return the index of the first that is the same view of the same memory; mostly its own.
+    """For each parameter, return the index of the first that is the same view of the same memory: its own, if it is the first.
 
     Raises UnsupportedModule, naming both, for parameters that share some of their elements in another way.
     """

@@ -1,7 +1,7 @@
 """A safetensors export with state, as a folder of torch.distributed.checkpoint.
 
-The folder holds {"model": {name: tensor}, "optimizer": {"state": {name: ...}, "param_groups": [...]}}, with parameters'
-names in the optimizer's part, which is what `torch.distributed.checkpoint.state_dict.set_state_dict` takes. Nothing is
+The folder holds {"model": {name: tensor}, "optimizer": {"state": {name: ...}, "param_groups": [...]}}. The optimizer's part
+has names of parameters instead of numbers, as `torch.distributed.checkpoint.state_dict.set_state_dict` takes it. Nothing is
 unpickled on the way.
 """
 
@@ -28,12 +28,14 @@ def write_dcp(export: Path, out: Path) -> None:
     with safe_open(export, framework="pt") as file:
         groups = json.loads(file.metadata()[GROUPS])
     state_dicts = _state_dicts(load_file(export), groups)
-    with warnings.catch_warnings(action="ignore"):  # that there is no process group is on purpose
+    with warnings.catch_warnings(
+        action="ignore"
+    ):  # torch warns that there is no process group: none is needed
         save(state_dicts, storage_writer=FileSystemWriter(out), no_dist=True)
 
 
 def _state_dicts(tensors: dict[str, Tensor], groups: list[dict[str, Any]]) -> dict[str, Any]:
-    """The state_dicts of module and optimizer. It takes the states out of `tensors`; the others are the module's."""
+    """The state_dicts of module and optimizer. Removes the states from `tensors`; what is left is the module's."""
     names: list[str] = []
     parts = []
     for group in groups:

@@ -1,6 +1,6 @@
-"""What every command that asks a server shares: which server, as whom, text or JSON, and what a refusal looks like.
+"""What the commands that call a server share: its address, the credentials, how answers and errors are shown.
 
-`operates` gives a command the options for that, and itself a `Door` as its first argument. A command asks, and shows the
+`operates` gives a command these options, and passes a `Door` as its first argument. A command asks, and shows the
 answer: as a table for people, and with --json as the server sent it, on one line. The exit status is one of `Exit`.
 """
 
@@ -58,7 +58,7 @@ class Door:
     def stream(
         self, method: str, path: str, query: Mapping[str, Any], headers: Mapping[str, str], body: bytes = b""
     ) -> AbstractContextManager[Answer]:
-        """An answer, to be read in a block. The catalogue's error that the server answers with; ServerUnavailable."""
+        """Send a request; the answer is read in a block. Raises the error that the server answers with, or ServerUnavailable."""
         from .rest import answer_to
 
         texts = {
@@ -69,7 +69,7 @@ class Door:
         return answer_to(self.server, method, path, texts, headers, self.security, [body] if body else ())
 
     def with_token(self, token: str) -> Door:
-        """The same door for someone else. BadParameter."""
+        """The same door with another token. Raises BadParameter."""
         return replace(self, security=self.security.with_token(read_token(token)))
 
     def ask(self, method: str, path: str, body: Any = None, **query: Any) -> Any:
@@ -110,7 +110,7 @@ class Door:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Rows under headings, as wide as the terminal, or as they are where none is."""
+    """Rows under headings, as wide as the terminal. Without a terminal no line is wrapped."""
 
     columns: Sequence[str]
     rows: Iterable[Sequence[Any]]
@@ -145,9 +145,9 @@ def changes_of(answer: Mapping[str, Any]) -> list[Table]:
 
 
 def leaves(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
-    """What JSON holds, by its place in it, such as settings.max_norm or param_groups.0.lr."""
+    """Each value of some JSON with its path, such as settings.max_norm or param_groups.0.lr."""
     if value is None and not place:
-        return  # there is nothing before what is made, nor after what is deleted
+        return  # `before` of what is made, and `after` of what is deleted
     is_list = isinstance(value, list) and any(isinstance(each, dict) for each in value)
     if not is_list and not isinstance(value, dict):
         yield place, value
@@ -196,7 +196,7 @@ def listed(values: Mapping[str, Any]) -> str:
 
 
 def pairs(given: Iterable[str]) -> dict[str, Any]:
-    """NAME=VALUE as a mapping: values as JSON, and as text where they are none. BadParameter."""
+    """NAME=VALUE as a mapping. A value that is not JSON is kept as text. Raises BadParameter."""
     found: dict[str, Any] = {}
     for each in given:
         name, equals, value = each.partition("=")
@@ -209,15 +209,15 @@ def pairs(given: Iterable[str]) -> dict[str, Any]:
     return found
 
 
-def one_of(**asked: Any) -> None:
+def at_most_one(**asked: Any) -> None:
     """BadParameter if more than one of these options was given."""
     given = [f"--{name.replace('_', '-')}" for name, value in asked.items() if value not in (None, False, [])]
     if len(given) > 1:
-        raise typer.BadParameter(f"{' and '.join(given)} are done one at a time")
+        raise typer.BadParameter(f"give only one of {' and '.join(given)}")
 
 
-def agreed(question: str, *, yes: bool) -> None:
-    """Ask before what cannot be undone. Ends the command without a yes; BadParameter where nobody can be asked."""
+def confirm(question: str, *, yes: bool) -> None:
+    """Ask before what cannot be undone. Aborts the command if the answer is no. BadParameter without a terminal."""
     if yes:
         return
     if not sys.stdin.isatty():
@@ -226,9 +226,9 @@ def agreed(question: str, *, yes: bool) -> None:
 
 
 def operates(command: Callable[..., None]) -> Callable[..., None]:
-    """`command`, whose first argument is a Door, with the options that make one.
+    """Make a command of a function whose first argument is a Door, which is made of the shared options.
 
-    An argument of its own named `where` is another way to say which server; the Door has it.
+    If the function has a parameter `where`, its value replaces --server. The function itself does not get it.
     """
     _, *own = inspect.signature(command, eval_str=True).parameters.values()
     shared = [

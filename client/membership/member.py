@@ -1,4 +1,4 @@
-"""The membership of a worker in a model, and how to get one: join, wait for a turn, create the model."""
+"""The membership of a worker in a model, and how to get one: join, wait until the name is free, create the model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LOOK_AGAIN_S: Final = 0.5
 
 
 class Member:
-    """A membership as the server's answer gave it, and the last sequence that it has used."""
+    """A membership as the server's answer gave it, and the last sequence that the worker has used."""
 
     def __init__(self, message: pb.Membership, known: Layout | None = None) -> None:
         """`known` is used if it has the model's manifest: laying out a million parameters takes seconds."""
@@ -72,8 +72,8 @@ class Member:
         """The receipt of a push of an earlier epoch, if the join brought it; otherwise None."""
         return next((Receipt.of(found) for found in self._receipts if found.identity == identity), None)
 
-    def restored_since(self, timeline: int, model: str) -> Superseded:
-        """What a caller that knows an earlier timeline is told. RolledBack if a crash has undone versions."""
+    def undone_since(self, timeline: int, model: str) -> Superseded:
+        """The error for a caller that knows an earlier timeline: RolledBack if a crash has undone versions, else Superseded."""
         if not self.rolled_back:
             return Superseded(model=model, timeline=self.timeline, got=timeline)
         versions, version = self.rolled_back, self.version
@@ -98,11 +98,11 @@ def join(
 ) -> tuple[Member, bool]:
     """Join; the membership, and whether this join created the model.
 
-    Waits, within the retry time, for the end of a live lease under this name and of another worker's creation; then
-    raises AlreadyJoined, NoCreationTicket, ModelExists or BeingCreated. `attempt` is this join's number, the same in
-    every retry: a delayed copy of the request must not take over from the membership that another copy got. `old` is
-    the session's own earlier membership: the session may join over itself, and the server tells it if the model is now
-    another one. `told_version`: the newest version that a receipt has told it of. Without `create` a model that does not exist is NoCreationTicket.
+    If the name has a live lease, or another worker is creating the model, it waits for the retry time at most; then it
+    raises AlreadyJoined, NoCreationTicket, ModelExists or BeingCreated. `attempt` is this join's number, the same in every
+    retry: a delayed copy of the request must not end the membership that another copy opened. `old` is the session's own
+    earlier membership, which it may replace; the server tells it if the model is now another one. `told_version`: the
+    newest version that a receipt has told it of. If the model does not exist and `create` is None, it raises NoCreationTicket.
     """
     request = pb.JoinRequest(
         model=model, worker=worker, takeover=takeover, attempt=attempt, process=this_process()
@@ -144,6 +144,6 @@ def _join(
         try:
             return retry.run(lambda: create(ticket)), True  # noqa: B023
         except (NoCreationTicket, ModelExists, BeingCreated):
-            # the ticket ran out, or an upload whose answer was lost has created the model: join that
+            # the ticket ran out, or an upload whose answer was lost has created the model: join again
             if time.monotonic() > until_s:
                 raise

@@ -268,7 +268,7 @@ class Membership:
         """
         member, known = self.joined(), self.known_timeline
         self.known_timeline = member.timeline
-        return None if known == member.timeline else member.restored_since(known, self.model)
+        return None if known == member.timeline else member.undone_since(known, self.model)
 
     def leave_untold(self, timeline: int) -> None:
         """Have the next step tell the caller of a restore: the caller knows of `timeline` only."""

@@ -1,7 +1,7 @@
 """Spans of steps, pushes and pulls, in the traces of a program that has set OpenTelemetry up.
 
-Nothing of OpenTelemetry is imported here unless the program has done so before it connected, and without it a span costs a
-comparison. What a call sends names the span that it is made in, so the server's span becomes its child.
+OpenTelemetry is imported here only if the program has imported it before it connected. Otherwise a span costs a comparison.
+Each call sends the id of the span that it is made in, so the server's span becomes its child.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Spans:
     """Makes the spans of one session."""
 
     def __init__(self) -> None:
-        """Look whether OpenTelemetry has been set up, for as long as the session lives."""
+        """Look once whether OpenTelemetry has been set up; that holds for the whole session."""
         self._tracer: Any = None
         self._inject: Callable[[dict[str, str]], None] = lambda carrier: None
         if "opentelemetry.trace" not in sys.modules:
@@ -37,7 +37,7 @@ class Spans:
             self._inject = TraceContextTextMapPropagator().inject
 
     def span(self, name: str, **attributes: Any) -> AbstractContextManager[Any]:
-        """A span for a block, in which it is the current one. The block gets it for `note`, or None."""
+        """A context manager in which a new span is the current one. Gives the span, for `note`; None without OpenTelemetry."""
         if self._tracer is None:
             return _NOTHING
         made: AbstractContextManager[Any] = self._tracer.start_as_current_span(
@@ -58,12 +58,12 @@ class Spans:
         return carrier.get(TRACEPARENT, "")
 
     def metadata(self, others: Metadata) -> Metadata:
-        """The same in the metadata of a call, beside `others`; those alone without a span."""
+        """The metadata of a call: `others`, and the current span's traceparent if there is one."""
         if self._tracer is None:
             return others
         current = self.traceparent()
         return (*(others or ()), (TRACEPARENT, current)) if current else others
 
     def here(self, call: Callable[[], T]) -> Callable[[], T]:
-        """`call`, for another thread, within the span that is the current one here."""
+        """Wrap `call` so that it runs within the span that is current here, also in another thread."""
         return call if self._tracer is None else partial(copy_context().run, call)

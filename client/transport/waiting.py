@@ -1,7 +1,7 @@
 """Logs long waits: what a session waits for, and for how long.
 
 A session notes when it begins to wait, when bytes move, and the reason that it was given. A thread that all sessions
-share checks twice a second and logs for them, since a session that waits for a silent server cannot log itself.
+share checks twice a second and logs for them: a session that waits for a silent server is blocked, and cannot log.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from typing import Final
 log = logging.getLogger("pushstep.client")
 
 SAY_AFTER_S: Final = 2.0
-# One wait is logged again when it has lasted this many times longer.
+# A wait is logged again when it has lasted this many times as long as at its last line.
 _LONGER: Final = 4.0
-# One session logs the same reason again after this time, so that steps that each wait a little are not a line each.
+# One session logs the same reason again after this time. Otherwise many short waits would be a line each.
 _SAME_AGAIN_S: Final = 60.0
 _LOOK_S: Final = 0.5
 
 
 class Wait:
-    """The wait of one session: a context manager around it. Nested contexts are one wait."""
+    """A context manager around what one session waits for. Nested contexts are one wait."""
 
     def __init__(self, address: str) -> None:
         self.address = address
@@ -62,7 +62,7 @@ class Wait:
         self.moved_s = time.monotonic()
 
     def told(self, reason: object) -> None:
-        """Note the reason that the server, or the network, gave for waiting on."""
+        """Note why the session must wait longer, as the server or the network gave the reason."""
         self._reason = str(reason)
         self.in_trouble = True
 

@@ -57,7 +57,7 @@ class Flight(Generic[T]):
         self._warnings.append(message)
 
     def wait(self, timeout_s: float = math.inf) -> bool:
-        """Wait at most `timeout_s`; whether the call has ended. A signal may end the wait, not the call."""
+        """Wait at most `timeout_s`. Returns whether the call has ended. A signal may end the wait, not the call."""
         until_s = time.monotonic() + timeout_s
         while self._thread.is_alive() and time.monotonic() < until_s:
             self._thread.join(_LOOK_S)
@@ -93,7 +93,7 @@ class Flights:
             self._flight.wait()
 
     def land_within(self, seconds: float) -> bool:
-        """Wait up to `seconds` for the push in flight; whether none is in flight then."""
+        """Wait up to `seconds` for the push in flight. Returns whether none is in flight afterwards."""
         return self._flight is None or self._flight.wait(seconds)
 
     def warn(self, message: str) -> None:

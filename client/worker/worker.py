@@ -87,8 +87,9 @@ class Worker:
         self._transport = transport
         self.spans = transport.spans
         self._bodies = PushBodies(self.compression)
-        # of what is attached: the checks of torch.distributed's ranks, and the tasks to run before the end
+        # looks for a DistributedDataParallel wrapper around what is attached
         self.ranks = Ranks(())
+        # tasks to run before the session leaves
         self._before_close: list[Callable[[], None]] = []
         self.cache = ParameterCache()
         self._outcomes = Outcomes(
@@ -129,7 +130,7 @@ class Worker:
             task()
 
     def hurry(self, seconds: float) -> bool:
-        """Let calls take `seconds` at most, the push in flight too; whether none is in flight then."""
+        """Limit each call, and the push in flight, to `seconds`. Returns whether no push is in flight afterwards."""
         self.membership.retry.give_up()
         self._transport.hurry(seconds)
         return self._flights.land_within(seconds)
@@ -168,12 +169,12 @@ class Worker:
         early: EarlyPush | None = None,
         onto: tuple[int, int] | None = None,
     ) -> Step:
-        """Push under the next sequence, sent until it is answered; the receipt and what was pulled.
+        """Push under the next sequence until the server answers. Returns the receipt and what was pulled.
 
         `held` is the (timeline, version) that the gradients were computed on; None means the version of the join. With
         `skip` there are no gradients, on purpose: the push only says that this worker takes part. With `pull` the push
-        is an exchange: its answer is relative to `onto`, or to `held` if `onto` is None. `early` is the same exchange,
-        sent except for its commit. A restore in between gives the outcome `superseded` and no parameters: the session
+        is an exchange: its answer has what has changed since `onto`, or since `held` if `onto` is None. `early` is the same
+        exchange, sent except for its commit. A restore in between gives the outcome `superseded` and no parameters: the session
         has joined again, and the caller has to forget what it holds and pull.
         """
         spans = self.spans
@@ -202,8 +203,8 @@ class Worker:
             known = membership.known_timeline
             if known != member.timeline or (held is not None and held[0] < member.timeline):
                 # The session has joined again after a restore that the caller does not know of yet, or the caller
-                # holds values from before it. If `held` is later than the membership, a pull has brought the restored
-                # values, and the server answers this push with Superseded.
+                # holds values from before it. If `held` is later than the membership, since a pull has brought the restored
+                # values, this does not apply: the push is sent, and the server answers it with Superseded.
                 push = member.next_identity()
                 push.timeline = held[0] if held is not None and held[0] < member.timeline else known
                 return self._outcomes.resolved(
@@ -350,7 +351,7 @@ class Worker:
         return asked.answer(self._read(lambda: self._transport.pull_rows(request, layout)))
 
     def begin_rows(self, asked: RowsAsked, layout: Layout) -> Finish:
-        """Ask for rows, and return at once; a call of the result waits for them. grpc.RpcError, TransportFailure."""
+        """Ask for rows, and return at once; call the result to wait for them. grpc.RpcError, TransportFailure."""
         request = asked.request(self.model, _wire_enum(self._pull_wire))
         call = self._transport.begin_pull("PullRows", request, layout)
         return lambda: asked.answer(call.result())

@@ -15,7 +15,7 @@ from ..step.operands import check_run
 from .pointer_table import KIND
 from .pool import over_slices
 
-# A copy of this size or more bypasses the cache: little of so large a target would stay there for its next reader.
+# A copy of this size or more bypasses the cache: little of so large a target would still be there when it is next read.
 PAST_CACHE_BYTES: Final = 8 << 20
 SLICE_LINES: Final = (512 << 10) // LINE_BYTES
 INLINE_LINES: Final = (1 << 20) // LINE_BYTES
@@ -54,9 +54,9 @@ def copy_wider(target: Tensor, source: Tensor) -> None:
 
 
 def copy_runs(targets: Any, sources: Any, starts: Any, begin: int, end: int) -> None:
-    """Copy runs of memory by their addresses; `kernels/copies.py` says how they are given.
+    """Copy runs of memory between addresses; `kernels/copies.py` describes the arguments.
 
-    Only the bytes [begin, end) of them, laid end to end, are copied. The caller has checked that they are there.
+    Laid end to end, the bytes [begin, end) of the runs are copied. The caller has checked the addresses.
     """
     if end > begin:
         kernel = compiled(runs, RUNS_SIGNATURE, end - begin >= PAST_CACHE_BYTES)

@@ -4,8 +4,8 @@ k is gradient_accumulation_steps, n the number of micro-steps before this one, a
 
     g = g / loss_scale_factor
     acc = acc + g                            only with accumulation; then there is no update unless k divides n + 1
-    g = acc / k; acc = 0                     every accumulator is cleared, also of parameters without a gradient now,
-                                             which are not updated
+    g = acc / k; acc = 0                     every accumulator is cleared; a parameter without a gradient
+                                                 now is not updated
     clip g                                   see `keras/clipping.py`
     p = p * (1 - lr*weight_decay)            decoupled, on the weights from before the update; lr = schedule(n)
     update p by g
@@ -20,11 +20,11 @@ Keras's call: it raises ValueError if all gradients are None, and warns if some 
 Differences from Keras, on purpose:
 
 - Norms are summed in float64. Keras sums in the gradient's dtype, where large float32 gradients overflow.
-- Half parameters keep float32 states, averages and accumulators (`state_dtype="param"`: their own dtype). They are
+- Half-precision parameters keep float32 states, averages and accumulators (`state_dtype="param"`: their own dtype). They are
   updated in float32 with an unrounded lr.
-- A learning rate without arguments is called once per update. Keras calls it again for the decay.
+- A learning rate that is a callable without arguments is called once per update. Keras calls it again for the decay.
 - Accumulators are cleared. Keras's torch backend multiplies them by 0 and so keeps a NaN for ever.
-- Keras's variables may carry constraints or be overwritten by their gradients (float8 scales). torch's parameters have
+- In Keras a variable may have a constraint, and a float8 scale is replaced by its gradient. torch's parameters have
   neither.
 """
 
@@ -147,7 +147,7 @@ class KerasOptimizer(KerasTerms, ABC):
             self.state[param][ACCUMULATOR].add_(divided, alpha=ratio)
 
     def _unscaled(self, grad: Tensor) -> tuple[Tensor, float]:
-        """g / loss_scale_factor, as a gradient and a factor that it is still to be multiplied by.
+        """A gradient and a factor, whose product is g / loss_scale_factor.
 
         If the scale is a power of two, the factor is its inverse, which is exact. Else the factor is 1.
         """
@@ -200,7 +200,7 @@ class KerasOptimizer(KerasTerms, ABC):
         return self.ema_momentum if self.iterations > 0 else 0.0
 
     def _average(self, params: Sequence[Tensor]) -> None:
-        """Move the averages of parameters that this step has not updated; the kernels move the others."""
+        """Update the averages of parameters that this step has not updated; the kernels update the others."""
         momentum = self._momentum()
         for param in params:
             average = self.state[param][AVERAGE]

@@ -1,12 +1,12 @@
 """The kernels behind `ops/quantise.py`: they make or read blocks of int8 codes with one float32 scale each.
 
-Either takes one pass. A block is its scale's four bytes and then one byte per element. All arithmetic is float32, so
+Each kernel reads its input once. A block is its scale's four bytes and then one byte per element. All arithmetic is float32, so
 any language gets the same bytes. With a = gradient + residual:
 
     scale = max|a| / 127          0 where that is below the smallest normal float32; NaN if any a is not finite
     code  = a / scale             rounded to nearest, halves to even; 0 where the scale is 0 or NaN
     value = code * scale          what the receiver reads
-    rest  = a - value             exact (Sterbenz); where the scale is NaN the residual stays as it was
+    rest  = a - value             exact (Sterbenz); the residual as it was where the scale is NaN
 
 A unit is a parameter or a row. Blocks are counted from each unit's start, and a unit's last block may be shorter.
 """
@@ -105,10 +105,9 @@ def quantise(spec: tuple[int, int]) -> Callable[..., None]:
 def dequantise(spec: tuple[int, bool]) -> Callable[..., None]:
     """Make `kernel(codes, values, froms, tos, sizes, starts, sums, plan, worker)`, over units.
 
-    It goes by the norm blocks of a list of units. spec: the number of elements in a block of codes, and whether to sum
-    the squares of the float32 values, in the order of `kernels/norms.py`. codes and values are addresses. froms and
-    tos: where each unit begins, in bytes of codes and in elements of values. starts: the number of each unit's first
-    norm block.
+    Each piece of work is a norm block of a unit. spec: the number of elements in a block of codes, and whether to sum the
+    squares of the float32 values, in the order of `kernels/norms.py`. codes and values are addresses. froms: each unit's
+    first byte of codes. tos: each unit's first element of values. starts: the number of each unit's first norm block.
     """
     block, summed = spec
 

@@ -35,7 +35,7 @@ MAX_ELEMENTS: Final = 1 << 48
 # The most elements of a segment whose indices are uint32.
 MAX_INDEXED: Final = 1 << 32
 INT8_UNPACKED: Final = torch.float32
-# The parameters of segments are cached, up to this many times all parameters. Others are looked up each time.
+# How many parameters of segments are cached, as a multiple of all parameters. Those of further segments are looked up each time.
 COVERED_KEPT: Final = 8
 
 
@@ -52,7 +52,7 @@ class Slot:
     start: int
     stop: int
     aliases: tuple[str, ...]
-    # of a piece of a parameter (shards.py): the rows of the whole one, and the first of them that is here; 0: it is whole
+    # of a piece of a parameter (shards.py): the whole parameter's rows, and the piece's first row; whole_rows 0: no piece
     whole_rows: int = 0
     first_row: int = 0
 
@@ -167,11 +167,12 @@ class Layout:
         place = segment.arena, segment.start, segment.stop
         if slot is None or slot.start != slot.stop or place != (slot.arena, slot.start, slot.stop):
             raise MalformedFrame(
-                problem=f"a segment names parameter {segment.parameter}, which is none without elements at its place"
+                problem=f"a segment names parameter {segment.parameter}, and no parameter without elements has this "
+                "index and place"
             )
         if segment.HasField("rows") or segment.HasField("elements"):
             raise MalformedFrame(
-                problem=f"the segment of {slot.name!r}, which has no elements, is not sparse"
+                problem=f"the segment of {slot.name!r}, which has no elements, must not be sparse"
             )
         return slot
 
@@ -310,7 +311,9 @@ def _arranged(manifest: Manifest) -> tuple[tuple[Slot, ...], tuple[ArenaSpec, ..
         parameter.arena, parameter.offset = arena, start
         rows, first = parameter.whole_rows, parameter.first_row
         if (rows or first) and (not shape or first + shape[0] > rows):
-            raise InvalidManifest(problem=f"{name!r} is no piece of {rows} rows")
+            raise InvalidManifest(
+                problem=f"the rows of {name!r} do not lie within the {rows} rows of the whole parameter"
+            )
         slot = Slot(
             index, name, shape, dtypes.TORCH[dtype], group, arena, start, ends[arena], aliases, rows, first
         )
@@ -338,7 +341,7 @@ def _take_names(names: set[str], name: str, aliases: tuple[str, ...]) -> None:
 
 
 def _room(shape: tuple[int, ...], name: str) -> int:
-    """A parameter's elements, for the limit. A length of 0 counts as 1, since the others become strides."""
+    """A parameter's elements, for the limit. A dimension of 0 counts as 1, because strides are made of the other lengths."""
     if len(shape) > MAX_DIMENSIONS:
         raise InvalidManifest(problem=f"{name!r} has more than {MAX_DIMENSIONS} dimensions")
     return math.prod(shape) or math.prod(max(1, length) for length in shape)

@@ -20,11 +20,11 @@ from pushstep.proto.wire.layout import Layout
 
 from ..staging.gradient import DensePart, RowsPart
 
-# Diverging parameters diverge together, so a few elements show it within some steps. 3 us of a step of 700 us.
+# Diverging parameters diverge together, so a few elements show it within some steps. That takes 3 us of a step's 700.
 SAMPLED_ELEMENTS: Final = 8
-# Of a step of many tables, so many in turn: all of 26 would take 0.2 ms.
+# Of a step with more parts than this, each step looks at this many, in turn. All parts of 26 tables would take 0.2 ms.
 SAMPLED_PARTS: Final = 4
-# A pass over 16 M float32 takes 4 ms: 0.03 % of a thousand steps.
+# A pass over 16 M float32 takes 4 ms, which is 0.03 % of a thousand steps of that size.
 WHOLE_EVERY_STEPS: Final = 1000
 
 
@@ -39,7 +39,7 @@ class FiniteWatch:
     def stepped(
         self, layout: Layout, parameters: Sequence[Tensor], parts: Sequence[DensePart | RowsPart]
     ) -> None:
-        """Check a few elements that a step has moved; all elements if one is nonfinite, or now and then."""
+        """Check a few elements that a step has moved. Check all if one is nonfinite anew, and each WHOLE_EVERY_STEPS steps."""
         self._steps += 1
         if len(parts) > SAMPLED_PARTS:
             first = self._steps * SAMPLED_PARTS % len(parts)
@@ -50,7 +50,7 @@ class FiniteWatch:
             self.look(layout, parameters)
 
     def _sample(self, parameters: Sequence[Tensor], part: DensePart | RowsPart) -> bool:
-        """True if one of a few elements is nonfinite. Always False on a device: no step waits for it."""
+        """True if one of a few elements is nonfinite. Always False on a GPU, for which no step must wait."""
         if isinstance(part, RowsPart):
             flat, start = parameters[part.slot.arena], part.slot.start
             if not flat.is_cpu or part.ids.numel() == 0:

@@ -23,7 +23,7 @@ from ..staging.gradient import StagedPush
 from .arena import Arenas
 
 T = TypeVar("T")
-# Kinds of steps that are remembered. A model of many arenas can have more; then all are forgotten from time to time.
+# Kinds of steps that are remembered. Beyond that all are forgotten, which a model of many arenas may come to.
 KINDS_KEPT: Final = 1000
 
 
@@ -39,7 +39,7 @@ class ModelWriter:
 
     @property
     def is_idle(self) -> bool:
-        """True if the event loop may do a small job itself now, which has nothing to wait for."""
+        """True if the event loop may run a small job itself now: no job is queued, and the arenas are not torn."""
         return self._takes_small and not self._unfinished and not self._arenas.torn
 
     def submit(
@@ -49,7 +49,7 @@ class ModelWriter:
 
         A small job with no job before it runs at once in the calling thread. Only the event loop submits jobs, so the
         writer thread stays idle meanwhile, and the way there and back costs 0.15 ms, more than a small step. ModelFailed
-        if the arenas are torn when the job's turn comes, unless it `mends` them, or has nothing to do with them.
+        if the arenas are torn when the job's turn comes, unless it `mends` them, or does not touch them (`reads` False).
         """
         loop = asyncio.get_running_loop()
         if small and self._takes_small and not self._unfinished:
@@ -87,7 +87,7 @@ class ModelWriter:
 class SmallSteps:
     """Which steps of one model are small enough for the event loop.
 
-    The first step of a kind may compile its kernels, for seconds, so it never is.
+    The first step of a kind may compile its kernels, for seconds, so it never counts as small.
     """
 
     def __init__(self, values: Callable[[int], Mapping[str, float | bool]]) -> None:
@@ -102,9 +102,9 @@ class SmallSteps:
         answer_bytes: int,
         copied: torch.dtype | Literal[False] | None = False,
     ) -> bool:
-        """Whether a step is one, and note its kind. Call it once for each step, in order.
+        """Whether a step is small; also notes its kind. Call it once for each step, in order.
 
-        `copied`: the dtype in which the step's own kernel copies parameters out; None: each in its own; False: it does not.
+        `copied`: the dtype in which the step's kernel copies parameters out; None: each parameter's own; False: it copies none.
         """
         kind = self._kind(ticket, push, copied)
         is_known = kind in self._kinds
@@ -113,7 +113,7 @@ class SmallSteps:
         self._kinds.add(kind)  # later steps run after this one, which has compiled the kernels by then
         if not is_known or not push.is_of_few or push.bytes() + answer_bytes > INLINE_STEP_BYTES:
             return False
-        return not ticket.operations and not ticket.averages  # passes over whole models
+        return not ticket.operations and not ticket.averages  # both read whole parameters
 
     def _kind(self, ticket: Ticket, push: StagedPush, copied: torch.dtype | Literal[False] | None) -> int:
         """A hash of what selects the kernels: dtypes, and which hyperparameters are off."""

@@ -14,7 +14,7 @@ from .findings import ModelFindings, state_of
 
 
 def show(folder: Path, found: Sequence[ModelFindings]) -> None:
-    """Print what each model has, and what a start would make of it."""
+    """Print each model's snapshots and journal, and what a server would load of them."""
     console = Console(highlight=False)
     if not found:
         console.print(f"{escape(str(folder))}: no models")

@@ -31,9 +31,9 @@ from pushstep.proto.types_pb2 import OUTCOME_APPLIED, Identity, Receipt
 from pushstep.proto.wire.hyperparameters import Values
 
 from ..staging.gradient import StagedPush
-from .admission import Admission
 from .commits import Commits
 from .decision import Decision, Offer, Reduce
+from .gate import Gate
 from .pending import PendingPushes
 from .policies import catalogue as policies
 from .policies.policy import Policy, PolicySettings
@@ -59,13 +59,13 @@ class Coordinator:
         return self.pending_pushes.policy
 
     @property
-    def admission(self) -> Admission:
+    def gate(self) -> Gate:
         """The gate: its settings, and its estimate of the norms."""
-        return self.pending_pushes.admission
+        return self.pending_pushes.gate
 
-    @admission.setter
-    def admission(self, admission: Admission) -> None:
-        self.pending_pushes.admission = admission
+    @gate.setter
+    def gate(self, gate: Gate) -> None:
+        self.pending_pushes.gate = gate
 
     # Events of a push.
 

@@ -26,9 +26,9 @@ from pushstep.proto.wire.hyperparameters import Values
 
 from ..counters.round_counts import RoundCounts
 from ..staging.gradient import StagedPush
-from .admission import Admission, decide
 from .commits import Commits, Order
 from .decision import Decision, Event, Reduce, Resolve, Step
+from .gate import Gate, decide
 from .policies.asynchronous import AsyncPolicy
 from .policies.policy import Move, Policy, Refuse, Round, Single, View
 from .push import PendingPush
@@ -44,7 +44,7 @@ class PendingPushes:
         self.commits = commits
         self.sessions = sessions
         self.policy: Policy = AsyncPolicy()
-        self.admission = Admission()
+        self.gate = Gate()
         self.receipts = Receipts(commits, sessions)
         self.rounds = RoundCounts()
         # the round that is being added up, and the version that the policy's last round made
@@ -162,7 +162,7 @@ class PendingPushes:
                 pending.skips, pending.skip_reason = True, "skip_push"
             else:
                 commits.groups.require_steppable(pending.push, planned)
-                if not self.admission.decide(pending.push, commits.hooks.nonfinite()):
+                if not self.gate.decide(pending.push, commits.hooks.nonfinite()):
                     pending.skips, pending.skip_reason = True, NonfiniteGradient.code
         except PushstepError as error:
             self._reject([pending], error, now_s, self.policy)
@@ -198,8 +198,8 @@ class PendingPushes:
             self._pass_on_next(pending, now_s)
 
     def _still_finite(self, push: StagedPush) -> bool:
-        """`admission.decide` for a round's sum, which no gate has seen: finite pushes may sum to infinity."""
-        return decide(push, self.admission.nonfinite(self.commits.hooks.nonfinite()))
+        """`gate.decide` for a round's sum, which no gate has seen: finite pushes may sum to infinity."""
+        return decide(push, self.gate.nonfinite(self.commits.hooks.nonfinite()))
 
     def _skip(self, pushes: Sequence[PendingPush], now_s: float, policy: Policy, reason: str = "") -> None:
         """Resolve pushes as skipped: their workers count as present, and nothing is applied."""
@@ -258,7 +258,7 @@ class PendingPushes:
     def count_refused(self, worker: Worker, now_s: float) -> None:
         """Count one more refused push in a row. At the limit quarantine the worker and drop its pushes."""
         worker.refused_in_row += 1
-        limit = self.admission.settings.quarantine_after
+        limit = self.gate.settings.quarantine_after
         if limit is not None and worker.refused_in_row >= limit and not worker.quarantined:
             self.record("worker_quarantined", "server", worker=worker.name, refused=worker.refused_in_row)
             self.quarantine(worker, now_s, by_hand=False)

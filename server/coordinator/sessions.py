@@ -1,8 +1,9 @@
 """The workers of one model: their leases, epochs and sequences, and the receipts that make a retry harmless.
 
-A synchronous state machine. A push is (worker, epoch, sequence). The next sequence is decided. A sequence that was
-decided before is answered with the stored outcome. A gap or an old epoch is refused. A few sequences may be in flight at
-once; they are decided in order. An epoch is never given out twice: a new name starts above those of all that were forgotten.
+A synchronous state machine. A push is (worker, epoch, sequence). The pushes of an epoch are decided in the order of
+their sequences, of which a few may be in flight at once. A sequence that was decided before is answered with the stored
+outcome. A gap or an old epoch is refused. An epoch is never given out twice: a new name starts above the epochs of all
+forgotten workers.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ from .worker import RECEIPTS_KEPT, Decided, Worker, WorkerState
 IN_FLIGHT: Final = 8
 FORGET_AFTER_S: Final = 24 * 3600.0
 LAST_SEQUENCE: Final = 2**64 - 1
-# Estimated memory of a worker beside what it sends, and of a receipt beside its message. SPREAD is memory per byte on
-# the wire: a message takes four times its size, and so do bytes when a snapshot's manifest is made of them.
+# Estimated memory of a worker without what it sends, and of a receipt without its message. SPREAD is memory per byte on
+# the wire: a parsed message takes four times its size, and so do bytes while a snapshot's manifest is made of them.
 WORKER_BYTES: Final = 4096
 RECEIPT_BYTES: Final = 1024
 SPREAD: Final = 4
@@ -62,14 +63,14 @@ class Sessions:
         self.leases = Leases(self.workers)
         # workers whose leases ran out since the last `take_expired`
         self.expired: list[Worker] = []
-        # names of workers whose rows have changed since `take_changed`, other than by an outcome or a receipt's count
+        # names of workers whose rows have changed since `take_changed`; a new outcome, or one more duplicate, is no change here
         self._changed: set[str] = set()
 
     def join(self, name: str, now_s: float, takeover: bool, attempt: int = 0, old_epoch: int = 0) -> Worker:
         """Open the next epoch under a name. AlreadyJoined while another session holds it, without `takeover`.
 
-        An `attempt` that has come before opens no epoch: it gets the epoch that it opened, or Fenced if that is over.
-        `old_epoch`: the epoch of a caller that joins again. Such a caller needs no `takeover`. It is Fenced if it was
+        An `attempt` that has come before opens no epoch: it gets the epoch that it opened. Fenced if a later join came, or
+        the worker was evicted. `old_epoch`: the epoch of a caller that joins again. Such a caller needs no `takeover`. It is Fenced if it was
         evicted, or if another session has joined under the name since. OverCapacity if there is no room for a worker.
         """
         self.expire(now_s)
@@ -117,7 +118,7 @@ class Sessions:
     def _is_itself(self, worker: Worker, old_epoch: int) -> bool:
         """True if `old_epoch` belongs to the session that has the name.
 
-        Fenced if another session has the name, or the worker was evicted. A restore does not lift a fence.
+        Fenced if another session has the name, or the worker was evicted. An eviction remains in force after a restore.
         """
         if not 0 < old_epoch <= worker.epoch:
             return False
@@ -129,9 +130,7 @@ class Sessions:
 
     def _joined_before(self, worker: Worker, attempt: int, now_s: float) -> Worker:
         if attempt != worker.attempts[-1]:
-            raise Fenced(
-                worker=worker.name, epoch=0, why="this join was answered, and another one came after it"
-            )
+            raise Fenced(worker=worker.name, epoch=0, why="a later join has replaced this one")
         if worker.state is WorkerState.EVICTED:
             raise Fenced(worker=worker.name, epoch=worker.epoch, why="evicted by an operator")
         if worker.state is WorkerState.LIVE:
@@ -164,10 +163,9 @@ class Sessions:
             self._touch(worker, now_s)
 
     def decided_before(self, worker: Worker, identity: Identity, digest: int | None = None) -> Decided | None:
-        """The stored outcome of a sequence seen before, or None if it is one of the next.
+        """The stored outcome of a sequence seen before; None if it is not decided yet.
 
-        `digest` None: not known yet (only the header has arrived). Otherwise raises TooOld, OutOfOrder,
-        TooManyInFlight, or Conflict if the stored digest differs.
+        Raises TooOld, OutOfOrder or TooManyInFlight. Conflict if `digest` is given, and the stored one differs.
         """
         ahead = identity.sequence - worker.sequence
         if ahead > 1:
@@ -282,7 +280,10 @@ class Sessions:
         return worker
 
     def close_epochs(self, first_epoch: int = 0) -> None:
-        """End every epoch: each worker has to join again, above `first_epoch`, which a crash may have undone."""
+        """End every epoch: each worker has to join again.
+
+        New epochs are above `first_epoch`, because a crash may have undone joins up to it.
+        """
         self.first_epoch = max(self.first_epoch, first_epoch)
         for worker in self.workers.values():
             worker.epoch = max(worker.epoch, first_epoch)
@@ -374,9 +375,9 @@ class Sessions:
         worker.lease_until_s = now_s + self.lease_s
 
     def _forget(self, now_s: float, more_bytes: int = WORKER_BYTES, but: Worker | None = None) -> None:
-        """Forget workers absent for `FORGET_AFTER_S`, and the longest absent while there is no room.
+        """Forget workers absent for `FORGET_AFTER_S`. Then forget the longest absent ones until there is room.
 
-        There is room for `max_workers` workers, and for `max_bytes` with `more_bytes`. `but` is not forgotten.
+        There is room if one more worker fits into `max_workers`, and `more_bytes` into `max_bytes`. Never forgets `but`.
         """
         absent = sorted(
             (

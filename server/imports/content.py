@@ -51,7 +51,7 @@ class FileContent:
         *,
         keeps_state: bool,
     ) -> None:
-        """Write everything into arenas. Without state in the file, the state begins anew unless it is kept.
+        """Write everything into arenas. If the file has no state, the state begins anew, or stays as it is with `keeps_state`.
 
         groups: the hyperparameters of all groups.
         """
@@ -81,7 +81,7 @@ def read_file(
 
 
 def header_limit(layout: Layout) -> int:
-    """Bytes that the header of a file with this model's values may have: its names are in it more than once."""
+    """The most bytes of the header of a file for this model: a name is in it for the values, the steps and each state."""
     entries = 2 + max(len(rule_of(layout, group).state_names) for group in layout.arenas_of_group)
     names = (name for slot in layout.slots for name in (slot.name, *slot.aliases))
     return max(LONGEST_HEADER_BYTES, entries * sum(2 * len(name) + 150 for name in names))
@@ -91,7 +91,7 @@ class Sorting:
     """Sorts the tensors of one file by what they are to one model."""
 
     def __init__(self, layout: Layout, model: str, extras: Mapping[str, Tensor] | None) -> None:
-        """`extras`: the model's buffers; None: what is no parameter's becomes one."""
+        """`extras`: the model's buffers. None, for a new model: each tensor that belongs to no parameter becomes a buffer."""
         self._layout = layout
         self._model = model
         self._extras = extras
@@ -116,7 +116,7 @@ class Sorting:
             first = content.values.setdefault(slot.index, tensor)
             if first is not tensor and not _same_bytes(first, tensor):
                 raise InvalidFile(
-                    problem=f"{name[:SHOWN]!r} is a tied weight, and has other values than its twin"
+                    problem=f"{name[:SHOWN]!r} is a tied weight, and its values differ from those under its other name"
                 )
             return
         if self._extras is not None and name in self._extras:
@@ -170,7 +170,7 @@ class Sorting:
             elif found:
                 raise InvalidFile(problem=f"it has state of {slot.name!r}, and not its values")
         if lacking:
-            _lacks(lacking, ": with state, it must have the state of each of its parameters")
+            _lacks(lacking, "; a file with state must have the state of each parameter in it")
 
 
 def _lacks(names: Sequence[str], hint: str) -> None:

@@ -278,7 +278,7 @@ class Recorder:
         now: dict[str, Any] = {
             "edit": model.edit,
             "revisions": model.revisions.known,
-            "gate": model.coordinator.admission.dump(),
+            "gate": model.coordinator.gate.dump(),
             "forgotten_epoch": model.sessions.forgotten_epoch,
         }
         now["hooks"] = list(model.commits.hooks.dump() if hooks is None else hooks)

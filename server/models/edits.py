@@ -13,8 +13,8 @@ from pushstep.proto.errors import InvalidHyperparameter
 
 from ..arenas.arenas_copy import ArenasCopy
 from ..arenas.averages import Averages
-from ..coordinator.admission import GateSettings
 from ..coordinator.commits import DURABILITY, GATE, GROUPS, HOOKS, POLICY, of_group, of_hook
+from ..coordinator.gate import GateSettings
 from ..coordinator.groups import Group, OperatorEdit, ParamGroups
 from ..coordinator.hooks.chain import HookChain
 from ..coordinator.hooks.hook import Hook
@@ -81,7 +81,7 @@ class Edits:
 
     def set_gate(self, settings: GateSettings, by: str) -> int:
         """Change the settings of the gate."""
-        self._model.coordinator.admission.settings = settings
+        self._model.coordinator.gate.settings = settings
         return self.edited("gate_changed", by, [GATE], **settings.model_dump(mode="json"))
 
     def set_durability(self, settings: DurabilitySettings, by: str) -> int:

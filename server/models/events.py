@@ -19,7 +19,7 @@ EVENTS_KEPT: Final = 1000
 # Sizes as JSON. In memory an event takes several times as much.
 EVENT_BYTES: Final = 4 << 10
 EVENTS_BYTES: Final = 1 << 20
-# When an event is longer than EVENT_BYTES: the characters kept of a long fact, and the facts kept.
+# Of an event longer than EVENT_BYTES: the characters kept of each fact, and the facts kept.
 FACT_CHARACTERS: Final = 200
 FACTS_KEPT: Final = 16
 # The author of what is done through the operators' door, and of what the server does by itself.
@@ -36,7 +36,7 @@ class Events:
         self._kept: deque[tuple[int, dict[str, Any]]] = deque()
         self._bytes = 0
         self._seen = 0
-        # names this log: another one, such as that of the process before, gives the same ids to other events
+        # the name of this log: ids begin anew in each process, so an id says which event only together with this name
         self.log = secrets.token_hex(4)
         # why no further event comes; empty while the model lives
         self.ended = ""

@@ -245,7 +245,7 @@ class Model:
         self.groups.become(saved.groups)
         self.hooks.become(saved.hooks)
         self.observers.keep(self.hooks.list)
-        self.coordinator.admission = saved.admission
+        self.coordinator.gate = saved.gate
         self.extras = saved.copy.extras
         self.edit = saved.edit
         self.revisions = Revisions(saved.revisions)
@@ -322,7 +322,7 @@ class Model:
             "edit": self.edit,
             "revisions": self.revisions.known,
             "policy": self.coordinator.policy.settings.model_dump(mode="json"),
-            "gate": self.coordinator.admission.dump(),
+            "gate": self.coordinator.gate.dump(),
             "groups": self.groups.dump(),
             "hooks": self.hooks.dump(),
             "workers": self.sessions.dump(),

@@ -21,8 +21,8 @@ from pushstep.proto.wire.hyperparameters import values_of
 from ..arenas.arenas_copy import ArenasCopy
 from ..arenas.extras import Extras
 from ..captures.capture import spans_of
-from ..coordinator.admission import Admission
 from ..coordinator.commits import Revisions
+from ..coordinator.gate import Gate
 from ..coordinator.groups import ParamGroups
 from ..coordinator.hooks.chain import HookChain
 from ..coordinator.policies import catalogue as policies
@@ -194,7 +194,7 @@ class Replay:
             arenas = model.arenas
             arenas.averages.keep(hooks.averages(), arenas.layout, arenas.parameters)
         if "gate" in changed:
-            model.coordinator.admission = Admission.parsed(changed["gate"])
+            model.coordinator.gate = Gate.parsed(changed["gate"])
         if "policy" in changed:
             model.coordinator.switch(policies.read(changed["policy"]), model.clock())
         if "durability" in changed:

@@ -29,7 +29,7 @@ def _catalog(request: Request) -> Catalog:
 
 def _model(request: Request, m: str) -> Model:
     model = _catalog(request).get(m)
-    # a route knows its path below the prefix of its router
+    # FastAPI gives the path with the prefix of the router, or without it
     path = f"/v1{request.scope['route'].path.removeprefix('/v1')}"
     refuse_route(model.shard, m, f"{request.method.replace('HEAD', 'GET')} {path}")
     return model
@@ -81,7 +81,7 @@ def declared_bytes(request: Request) -> int | None:
 
 
 async def received(request: Request, catalog: Catalog, model: str) -> IncomingFile:
-    """The file that is a request's body, in memory: release it. Its room is taken before it is read."""
+    """Receive a request's body as a file in memory, whose room is taken before it is read. The caller releases it."""
     sha256 = claimed_digest(request.headers.get("repr-digest", ""))
     file = IncomingFile(catalog.staging, declared_bytes(request), catalog.config.max_bytes)
     try:

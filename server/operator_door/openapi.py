@@ -20,7 +20,7 @@ from pushstep.proto.errors.status import PROBLEM_TYPE
 
 from ..access.roles import Need
 from ..access.routes import need_of
-from ..coordinator.admission import GateSettings
+from ..coordinator.gate import GateSettings
 from ..coordinator.hooks.catalogue import BUILT_IN
 from ..coordinator.policies.catalogue import POLICIES
 from ..coordinator.settings import Settings

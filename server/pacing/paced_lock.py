@@ -1,4 +1,4 @@
-"""A lock of which the holder works at a pace, until somebody else wants it."""
+"""A lock whose holder works at a pace until somebody else waits for the lock."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from .pace import Pace
 
 
 class PacedLock(asyncio.Lock):
-    """The lock of a model's folder. Who wants it does not wait for the pace of a snapshot that is being written there."""
+    """The lock of a model's folder. A task that waits for it has the snapshot that is being written finish at full speed."""
 
     _pace: Pace | None = None
 
     @contextlib.contextmanager
     def at(self, pace: Pace) -> Iterator[None]:
-        """A block, of who holds the lock, in which this pace is kept while nobody else wants the lock."""
+        """A block in which the lock's holder works at this pace. The pace ends when somebody else waits for the lock."""
         self._pace = pace
         try:
             yield
@@ -25,7 +25,7 @@ class PacedLock(asyncio.Lock):
             self._pace = None
 
     async def acquire(self) -> Literal[True]:
-        """As asyncio's."""
+        """As asyncio's, but tells the holder to hurry first."""
         if self._pace is not None:
             self._pace.hurry()
         return await super().acquire()

@@ -23,9 +23,10 @@ T = TypeVar("T")
 
 RETRY_AFTER_S: Final = 1.0
 _CORES: Final = os.cpu_count() or 1
-# Requests get this share of one core's time, after BURST_S at a stretch. REST reads get a share of all cores.
+# Large requests may take BURST_S at a stretch, and then this share of one core's time.
 SHARE_OF_REQUESTS: Final = 0.25
 BURST_S: Final = 30.0
+# REST reads get this share of all cores, and scrapes of metrics this share of one.
 SHARE_OF_READS: Final = 0.25
 METRICS_BURST_S: Final = 5.0
 
@@ -67,7 +68,7 @@ class Threads:
     def __init__(
         self, name: str, count: int, most_waiting: int | None = None, share: Share | None = None
     ) -> None:
-        """`most_waiting` None: the callers are counted elsewhere.
+        """`most_waiting` None: no limit here, because something else limits the callers.
 
         `share`: how much of their time the threads may work.
         """
@@ -80,7 +81,7 @@ class Threads:
         self._unfinished = 0
 
     def start(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[T]:
-        """Have a thread do the work. Busy if too many calls wait already; then nothing of it is kept."""
+        """Have a thread do the work. Busy if too many calls wait already."""
         if self._most is not None and self._unfinished >= self._most:
             raise Busy(what=f"calls for {self.name}", waiting=self._unfinished, retry_after_s=RETRY_AFTER_S)
         self._unfinished += 1
@@ -100,7 +101,7 @@ class Threads:
         return work(*args, **kwargs) if small else await self.run(work, *args, **kwargs)
 
     def let_go(self) -> None:
-        """End all rests: the server stops, and its process waits for its threads."""
+        """End all pauses: the server stops, and its process waits for its threads."""
         if self._share is not None:
             self._share.ended.set()
 
@@ -122,10 +123,10 @@ SNAPSHOTS: Final = Threads("snapshots", 2)
 # Frames of whole states, made for workers as they are sent.
 PULLS: Final = Threads("pulls", 2)
 # What readers ask for over REST: verified snapshots, checkpoints, whole states. Each computes all the time, so they have
-# a quarter of the cores. A reader beyond those that may wait gets Busy.
+# a quarter of the cores. If 16 readers wait, the next gets Busy.
 READS: Final = Threads("reads", max(1, int(SHARE_OF_READS * _CORES)), most_waiting=16)
-# Scrapes of /metrics, most of whose work is Python: a quarter of a core, however often they are asked for. One of 10 models
-# takes 20 ms, one of 100 with 10,000 workers each 2.4 s.
+# Scrapes of /metrics, most of whose work is Python: a quarter of a core, however often they are asked for. A scrape
+# of 10 models takes 20 ms, and one of 100 models with 10,000 workers each takes 2.4 s.
 METRICS: Final = Threads("metrics", 1, most_waiting=8, share=Share(SHARE_OF_READS, METRICS_BURST_S))
 # Chunks of files that are sent over REST. The limit on HTTP requests bounds the calls: each has one read at a time.
 DOWNLOADS: Final = Threads("downloads", 2)

@@ -1,8 +1,8 @@
 """Sends the snapshots of models from the data folder to the store that `--snapshots` names.
 
-A model is never held up by it: a snapshot that the store does not take stays in the data folder, an event and the durability
-resource say so, and it, or a newer one in its place, is tried again with longer and longer waits. Only what was sent counts
-for what is kept of older snapshots and of the journal.
+Sending never holds up a model. A snapshot that the store does not take stays in the data folder; an event and the
+durability resource say so. It is tried again, with longer and longer waits, or a newer one in its place. Older snapshots and
+the journal are removed only behind a snapshot that was sent.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Model(Protocol):
 
 
 M = TypeVar("M", bound=Model)
-# removes what a snapshot that was sent makes superfluous
+# removes older snapshots that are not needed once this one was sent
 Prune = Callable[[M, str], Awaitable[None]]
 
 
@@ -49,8 +49,9 @@ class Sending:
     """How the snapshots of one model are being sent."""
 
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    # superfluous ones are being removed; and the newest that was sent meanwhile
-    is_pruned: bool = False
+    # older snapshots are being removed
+    is_pruning: bool = False
+    # the newest snapshot that was sent, behind which the others may go; empty: nothing is to be removed
     prune_behind: str = ""
     # when they are sent next; None if nothing is to be sent
     due_s: float | None = None
@@ -58,7 +59,7 @@ class Sending:
     # the newest one that was sent by this process
     sent: str = ""
     problem: str = ""
-    # since when there is a problem: the time, for people
+    # the time of day at which the problem began; 0: there is none
     since: float = 0.0
 
 
@@ -95,7 +96,7 @@ class Sender:
         }
 
     def start_due(self, models: Iterable[M], prune: Prune[M]) -> None:
-        """Start to send what is due, and to delete what deleted models had."""
+        """Start to send the snapshots that are due, and to delete those of deleted models."""
         now_s = time.monotonic()
         for model in models:
             sending = self._of(model)
@@ -120,28 +121,28 @@ class Sender:
         await self._prune(model, sending, prune)
 
     async def _send_all(self, model: Model, sending: Sending) -> None:
-        """Send all that is in the data folder. Of the automatic ones the newest is enough."""
+        """Send all snapshots that are in the data folder only. Of the automatic ones only the newest is sent."""
         store = self._remote.store(self._models / model.name)
         newest = await STORE.run(store.send_unsent)
         self._went_well(model, sending, newest)
         sending.prune_behind = newest or sending.prune_behind
 
     async def _prune(self, model: M, sending: Sending, prune: Prune[M]) -> None:
-        """Remove what is superfluous, without the lock: a store that is slow meanwhile must be noticed by the next one sent."""
-        if sending.is_pruned:
+        """Remove older snapshots. Without the lock, so that the next snapshot can be sent meanwhile."""
+        if sending.is_pruning:
             return
-        sending.is_pruned = True
+        sending.is_pruning = True
         try:
             while sending.prune_behind:
                 newest, sending.prune_behind = sending.prune_behind, ""
                 await prune(model, newest)
         finally:
-            sending.is_pruned = False
+            sending.is_pruning = False
 
     async def send(self, model: Model, snapshot: str) -> None:
-        """Send a snapshot that an operator has asked for. Raises why it cannot be; it is tried again with the others.
+        """Send a snapshot that an operator has asked for. If that fails, raises the error; it is tried again with the others.
 
-        It stays in the data folder meanwhile: the model counts on it.
+        It stays in the data folder until then, because the model may need it.
         """
         store, sending = self._remote.store(self._models / model.name), self._of(model)
         async with sending.lock:
@@ -153,7 +154,7 @@ class Sender:
             self._went_well(model, sending, snapshot)
 
     async def send_last(self, model: M, prune: Prune[M]) -> None:
-        """Send the last snapshot, at a stop. Raises why it cannot be: the data folder has it."""
+        """Send the last snapshot, at a stop. If that fails, raises the error; the snapshot stays in the data folder."""
         sending = self._of(model)
         async with sending.lock, self._turns:
             await self._send_all(model, sending)
@@ -163,7 +164,7 @@ class Sender:
         if snapshot:
             sending.sent = snapshot
         if sending.problem:
-            log.info("model %s: its snapshots are sent again", model.name, extra={"model": model.name})
+            log.info("model %s: sending snapshots works again", model.name, extra={"model": model.name})
             model.record("snapshots_sent_again", "server", snapshot=snapshot)
         sending.problem, sending.since, sending.wait_s = "", 0.0, FIRST_WAIT_S
 
@@ -173,7 +174,7 @@ class Sender:
         problem = error.message if isinstance(error, PushstepError) else in_words(error)
         sending.due_s = time.monotonic() + sending.wait_s
         log.warning(
-            "model %s: a snapshot was not sent, again in %.0f s: %s",
+            "model %s: a snapshot could not be sent, next try in %.0f s: %s",
             model.name,
             sending.wait_s,
             problem,

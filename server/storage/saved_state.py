@@ -9,7 +9,7 @@ from typing import Any
 from pushstep.proto.errors import PushstepError, SnapshotUnsupported
 
 from ..arenas.arenas_copy import ArenasCopy
-from ..coordinator.admission import Admission
+from ..coordinator.gate import Gate
 from ..coordinator.groups import ParamGroups
 from ..coordinator.hooks.chain import HookChain
 from ..coordinator.policies import catalogue as policies
@@ -30,7 +30,7 @@ class SavedState:
     edit: int
     groups: ParamGroups
     hooks: HookChain
-    admission: Admission
+    gate: Gate
     policy: PolicySettings
     workers: Sequence[Mapping[str, Any]]
     forgotten_epoch: int
@@ -54,7 +54,7 @@ def saved_state(manifest: Mapping[str, Any], copy: ArenasCopy, model: str) -> Sa
     try:
         groups = ParamGroups.parse(manifest["groups"])
         hooks = HookChain.parsed(manifest["hooks"], groups, model)
-        admission = Admission.parsed(manifest["gate"])
+        gate = Gate.parsed(manifest["gate"])
         policy = policies.read(manifest["policy"])
         Sessions(1.0, 1, model).parse(workers, 0.0, forgotten_epoch)
     except PushstepError as error:
@@ -69,7 +69,7 @@ def saved_state(manifest: Mapping[str, Any], copy: ArenasCopy, model: str) -> Sa
         int(manifest["edit"]),
         groups,
         hooks,
-        admission,
+        gate,
         policy,
         workers,
         forgotten_epoch,

@@ -1,7 +1,7 @@
-"""The files of a snapshot: an arena whole, or what has changed of it since another snapshot.
+"""The files of a snapshot: whole arenas, or what has changed since another snapshot.
 
-A link holds an arena's dense parameters and their states whole, and of each table the rows that were changed, with their
-ids. It is laid over what the snapshot before it holds.
+A link is an incremental snapshot. It holds all dense parameters with their states. Of each table (a parameter with
+row-sparse gradients) it holds the changed rows and their ids. A reader lays it over the snapshot before it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .snapshot_manifest import arena_file, rows_file
 from .tensor_file import DIGEST, aligned_first, header_of
 
 IDS: Final = "ids"
-# The changed rows of tables, by slot.
+# The ids of the changed rows of tables, by slot.
 Rows = Mapping[int, Tensor]
 
 
@@ -45,7 +45,10 @@ def link_bytes(content: Capture, rows: Rows) -> int:
 
 
 def write_arenas(folder: Path, content: Capture, rows: Rows | None, pace: Pace) -> list[dict[str, Any]]:
-    """Write the arenas' files, whole or as a link's. Returns their entries in the manifest. OSError."""
+    """Write the arenas' files, of a whole snapshot if `rows` is None, else of a link.
+
+    Returns their entries in the manifest. Raises OSError.
+    """
     written, of_rows = [], []
     for arena in content.layout.arenas:
         index = arena.index
@@ -129,7 +132,7 @@ def _last(at: int, end: int) -> list[tuple[int, int]]:
 
 
 def lay_dense(copy: ArenasCopy, index: int, tables: list[int], tensors: Mapping[str, Tensor]) -> None:
-    """Lay a link's dense part of an arena over a copy. ValueError if it is not of that size."""
+    """Lay a link's dense part of an arena over a copy. ValueError if names, dtypes or sizes differ."""
     flats = copy.flats(index)
     spans = dense_spans(copy.layout, index, tables)
     wanted = {name: (flat.dtype, (sum(b - a for a, b in spans),)) for name, flat in flats.items()}
@@ -150,7 +153,7 @@ def lay_rows(copy: ArenasCopy, index: int, tables: list[int], tensors: Mapping[s
         ids = tensors.get(f"{slot.index}.{IDS}")
         count = ids.numel() if ids is not None else 0
         if ids is not None and count and not 0 <= int(ids.min()) <= int(ids.max()) < slot.rows:
-            raise ValueError(f"it has rows that {slot.name[:100]!r} does not have")
+            raise ValueError(f"ids of rows are out of range for {slot.name[:100]!r}")
         wanted[f"{slot.index}.{IDS}"] = (torch.int64, (count,))
         for name, flat in flats.items():
             wanted[f"{slot.index}.{name}"] = (flat.dtype, (count, slot.row_elements))
@@ -165,4 +168,4 @@ def _require(
     tensors: Mapping[str, Tensor], wanted: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 ) -> None:
     if {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()} != wanted:
-        raise ValueError("it does not hold what its parameters need")
+        raise ValueError("names, dtypes or shapes of its tensors are not those of the parameters")

@@ -1,4 +1,4 @@
-"""What makes spans in this process: the provider that is set up already, or one that OpenTelemetry's variables describe."""
+"""The process's tracer provider: the one that is set up already, or one made from OpenTelemetry's variables."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ _own: Final[list[Any]] = []
 
 
 def require_installed(what: str) -> None:
-    """MissingExtra if OpenTelemetry's SDK is not installed. `what` needs it."""
+    """MissingExtra if OpenTelemetry's SDK is not installed. `what`: the feature that needs it."""
     for package in ("opentelemetry", "opentelemetry.sdk", "opentelemetry.exporter"):
         try:
             found = importlib.util.find_spec(package)
-        except ModuleNotFoundError:  # the package that it lies in
+        except ModuleNotFoundError:  # its parent package is missing
             found = None
         if found is None:
             raise MissingExtra(what=what, package="opentelemetry-sdk", extra="otel")
 
 
 def provider() -> Any:
-    """The process's tracer provider; one of our own, which the environment sets up, if there is none."""
+    """The process's tracer provider. If there is none, one is made from the environment."""
     from opentelemetry import trace
 
     found = trace.get_tracer_provider()

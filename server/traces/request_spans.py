@@ -1,7 +1,7 @@
 """Spans of requests, by OpenTelemetry (`--otel`); the callers' spans are their parents.
 
-Nothing of OpenTelemetry is imported unless it is asked for. Where the spans go is said by the OTEL_* variables, as for every program that
-uses its SDK.
+Nothing of OpenTelemetry is imported unless it is asked for. The OTEL_* variables say where the spans go, as in every
+program that uses OpenTelemetry's SDK.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .provider import provider, require_installed
 # W3C's header: version, trace, parent, flags.
 _TRACEPARENT: Final = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
 TRACEPARENT: Final = "traceparent"
-# How long the end of the process waits for the last spans to be taken.
+# How long the process waits at its end for the last spans to be exported.
 LAST_MS: Final = 2000
 
 
@@ -43,7 +43,7 @@ class Traces:
 
     @contextmanager
     def span(self, name: str, traceparent: str) -> Iterator[None]:
-        """A span around a request. `traceparent`: what its caller sent; empty for a trace of its own."""
+        """A span around a request. `traceparent`: what its caller sent; if it is empty, a new trace begins."""
         span = self._tracer.start_span(
             f"pushstep.server.{name}", self._parent({TRACEPARENT: traceparent}), kind=self._server
         )
@@ -62,7 +62,7 @@ class Traces:
             TRACE_ID.reset(token)
 
     def end(self) -> None:
-        """Have the last spans sent, if somebody takes them soon."""
+        """Flush the last spans. Waits for LAST_MS at most."""
         flush = getattr(self._provider, "force_flush", None)
         if flush is not None:
             flush(LAST_MS)

@@ -1,6 +1,6 @@
-"""Lets calls of gRPC in by the table, before anything of them is read.
+"""Checks each call of gRPC against the table of who may do what, before anything of it is read.
 
-A call that is refused costs its caller's address one of its attempts; beyond those its connection ends, too.
+A call without a valid token uses one attempt of its caller's address. When none is left, the connection is closed, too.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def require_entries(services: Iterable[str]) -> None:
 
 
 class Entrance(grpc.aio.ServerInterceptor):
-    """Asks the guard about each call. A method without an entry is not there for anyone."""
+    """Asks the guard about each call. gRPC answers UNIMPLEMENTED for a method without an entry."""
 
     def __init__(self, guard: Guard, counts: ServerCounts) -> None:
         self._guard = guard

@@ -3,7 +3,7 @@
 A refused header costs the event loop about as much as a small push, so a worker that asks again and again would slow
 the others. Its first call is answered after ANSWER_S, and then the connection ends. Its other calls wait for HOLD_S and
 are never answered. A connection has room for a fixed number of calls (`grpc.max_concurrent_streams` in
-`server/service.py`). Each new connection has room for as many again, so a worker that comes again is answered later
+`grpc_options.py`). Each new connection has room for as many again, so a worker that comes again is answered later
 every time. A connection ends at once only when MOST_HELD calls wait.
 
 gRPC itself refuses calls beyond that room: 170,000 a second on two cores, which take most of one core. So the receive

@@ -316,7 +316,7 @@ def test_a_lost_reply_of_a_takeover(
         (answer,) = wire.answers("Join", [request.SerializeToString()])
         assert pb.JoinResponse.FromString(answer).member.identity.epoch == expected
     request.attempt = 7
-    assert "another one came after it" in wire.refused("Join", [request.SerializeToString()]).message
+    assert "a later join has replaced this one" in wire.refused("Join", [request.SerializeToString()]).message
     assert epoch() == 4
     wire.close()
     heir.close()

@@ -185,5 +185,5 @@ def test_the_manifest_of_a_piece_is_no_new_model() -> None:
     with pytest.raises(InvalidManifest, match="'w' is a piece"):
         check_names(part.layout.manifest)
     part.layout.manifest.parameters[0].whole_rows = 5
-    with pytest.raises(InvalidManifest, match="'w' is no piece of 5 rows"):
+    with pytest.raises(InvalidManifest, match="the rows of 'w' do not lie within the 5 rows"):
         Layout(part.layout.manifest)

@@ -27,7 +27,7 @@ from pushstep.proto.wire.buffers import BufferPool
 from pushstep.proto.wire.frames import Assembly, BodyDigest, Piece, pack, unpack
 from pushstep.proto.wire.layout import Layout
 from pushstep.server.config import Config
-from pushstep.server.coordinator.admission import Admission, Nonfinite, decide
+from pushstep.server.coordinator.gate import Gate, Nonfinite, decide
 from pushstep.server.coordinator.groups import Group, ParamGroups
 from pushstep.server.coordinator.hooks.chain import HookChain
 from pushstep.server.models.catalog import Catalog
@@ -191,7 +191,7 @@ def test_the_last_finite_guard_sets_nonfinite(wishes: Sequence[str], setting: st
     chain = HookChain()
     for wish in wishes:
         chain.add("finite_guard", "step_pre", {"action": wish}, groups(), "m")
-    assert Admission().nonfinite(chain.nonfinite()) is Nonfinite(setting)
+    assert Gate().nonfinite(chain.nonfinite()) is Nonfinite(setting)
     for hook in list(chain.list):
         chain.remove(hook.hook_id, groups(), "m")
     assert chain.nonfinite() is None

@@ -314,7 +314,7 @@ def test_a_join_that_comes_again_changes_nothing(sessions: Sessions, state: str)
     assert sessions.dump() == before
     assert first.lease_until_s == (2 if state == "live" else 0) + LEASE_S
     assert sessions.join("w", 3, takeover=True, attempt=6).epoch == 2
-    with pytest.raises(Fenced, match="another one came after it"):
+    with pytest.raises(Fenced, match="a later join has replaced this one"):
         sessions.join("w", 4, takeover=True, attempt=5)
     assert sessions.join("w", 5, takeover=True).epoch == 3  # without a number each is one of its own
     assert sessions.join("w", 6, takeover=True).epoch == 4

@@ -22,7 +22,7 @@ from pushstep.proto import types_pb2
 from pushstep.proto.errors import ModelNotLoaded, SnapshotDamaged, StorageFailed, UnknownSnapshot
 from pushstep.proto.wire.layout import Layout
 from pushstep.server.arenas.arenas_copy import ArenasCopy
-from pushstep.server.coordinator.admission import Admission
+from pushstep.server.coordinator.gate import Gate
 from pushstep.server.storage import snapshot_reader as module
 from pushstep.server.storage.checkpoints import Content
 from pushstep.server.storage.checkpoints import write as write_export
@@ -47,7 +47,7 @@ FACTS = {
     "uid": "00",
     "edit": 0,
     "policy": {"policy": "async"},
-    "gate": Admission().dump(),
+    "gate": Gate().dump(),
     # numbers that JSON can write in more than one way
     "groups": [
         {

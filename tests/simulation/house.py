@@ -9,8 +9,8 @@ from typing import Any
 from pushstep.proto.errors import PushstepError, UnknownWorker
 from pushstep.proto.training_pb2 import Membership, PushHeader, PushRequest
 from pushstep.proto.types_pb2 import Identity
-from pushstep.server.coordinator.admission import GateSettings
-from pushstep.server.coordinator.admission import read as read_gate
+from pushstep.server.coordinator.gate import GateSettings
+from pushstep.server.coordinator.gate import read as read_gate
 from pushstep.server.coordinator.groups import OperatorEdit
 from pushstep.server.coordinator.policies.policy import PolicySettings
 from pushstep.server.devices.device import Device
@@ -31,14 +31,14 @@ class House:
     """The server as its workers and operators know it."""
 
     def __init__(
-        self, loop: SimulatedLoop, max_workers: int, admission: dict[str, Any], device: Device
+        self, loop: SimulatedLoop, max_workers: int, settings: dict[str, Any], device: Device
     ) -> None:
         self.loop = loop
         self.max_workers = max_workers
         self.device = device
         self.witness = Witness(loop)
         self.server = Server(loop, Disk(), max_workers, device)
-        gate = read_gate(admission, GateSettings())
+        gate = read_gate(settings, GateSettings())
         loop.complete(self.server.create(gate, lambda model: watch(self.server, model, self.witness)))
 
     @property

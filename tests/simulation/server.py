@@ -20,7 +20,7 @@ from pushstep.proto.types_pb2 import Identity, Receipt
 from pushstep.proto.wire.hyperparameters import wire_values
 from pushstep.server.arenas.arena import Arenas
 from pushstep.server.config import Config
-from pushstep.server.coordinator.admission import GateSettings
+from pushstep.server.coordinator.gate import GateSettings
 from pushstep.server.devices.device import Device, DeviceStream
 from pushstep.server.models import catalog
 from pushstep.server.models.catalog import Catalog
@@ -140,7 +140,7 @@ class Server:
         catalog, now_s = self.catalog, self.loop.now_s
         catalog.loaded = catalog.ready = True
         model = catalog.new_model("m", LAYOUT)
-        model.coordinator.admission.settings = gate
+        model.coordinator.gate.settings = gate
         begin(model)
         proposal = Proposal(LAYOUT, b"", Arenas.bytes_charged(LAYOUT), BODY_BYTES)
         creation = catalog.begin_creation("m", "creator", proposal, now_s, 0, pb.Process())

@@ -39,7 +39,7 @@ class Plan:
     weather: Weather = field(default_factory=Weather)
     habits: list[Habits] = field(default_factory=list)
     policy: Settings = field(default_factory=lambda: {"policy": "async"})
-    admission: Settings = field(default_factory=dict)
+    gate: Settings = field(default_factory=dict)
     # of a push: to be non-finite, to be skipped, to say how many samples it is over
     poison: float = 0.0
     skips: float = 0.0
@@ -58,7 +58,7 @@ class Simulation:
         self.loop = loop
         self.network = network
         device = Device() if plan.takes_small else Busy()
-        self.house = House(loop, plan.max_workers, plan.admission, device)
+        self.house = House(loop, plan.max_workers, plan.gate, device)
         self.intents: list[Intent] = []
         self._drawn: dict[str, int] = {}
         self.processes: dict[str, Process] = {}

@@ -56,7 +56,7 @@ class Story(RuleBasedStateMachine):
             workers=len(NAMES),
             habits=[Habits(window=window, pulls=1.0, retry_for_s=6.0, by_hand=True) for _ in NAMES],
             policy=policy,
-            admission={"quarantine_after": 2, "nonfinite": nonfinite},
+            gate={"quarantine_after": 2, "nonfinite": nonfinite},
         )
         self.simulation = Simulation(random.Random(0), plan, loop, self.hand)
         loop.runner = self.hand.work

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..door import Door, DryRunOption, ModelArgument, SetOption, Table, listed, one_of, operates, pairs
+from ..door import Door, DryRunOption, ModelArgument, SetOption, Table, at_most_one, listed, operates, pairs
 
 COLUMNS = ("hook", "kind", "point", "settings", "failures", "dropped")
 
@@ -38,7 +38,7 @@ def hooks(
     """Show a model's hooks; add one: `pushstep hooks flights --add clip_grad_norm --set max_norm=1.0`."""
     from ..rest import model_path
 
-    one_of(add=add, change=change, remove=remove, catalogue=catalogue)
+    at_most_one(add=add, change=change, remove=remove, catalogue=catalogue)
     settings = pairs(values or ())
     if settings and add is None and change is None:
         raise typer.BadParameter("of which hook? pass --add or --change", param_hint="--set")

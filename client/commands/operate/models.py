@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from ..completion import model_names
-from ..door import Door, DryRunOption, Table, YesOption, agreed, leaves, operates
+from ..door import Door, DryRunOption, Table, YesOption, confirm, leaves, operates
 
 COLUMNS = ("model", "version", "policy", "workers", "parameters", "bytes", "groups", "hooks", "problem")
 
@@ -57,6 +57,6 @@ def models(
         door.show(shown, Table(("", model), leaves(shown)))
         return
     if not dry_run:
-        agreed(f"Delete {model!r} and its snapshots for good?", yes=yes)
+        confirm(f"Delete {model!r} and its snapshots for good?", yes=yes)
     answer = door.ask("DELETE", model_path(model), dry_run=dry_run)
     door.show_edit(answer, f"{model} was deleted", dry_run=dry_run)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..door import Door, DryRunOption, ModelArgument, Table, YesOption, agreed, one_of, operates
+from ..door import Door, DryRunOption, ModelArgument, Table, YesOption, at_most_one, confirm, operates
 
 COLUMNS = ("snapshot", "version", "timeline", "taken", "bytes", "by")
 
@@ -40,7 +40,7 @@ def snapshots(
     """Show a model's snapshots; take, restore or delete one."""
     from ..rest import model_path
 
-    one_of(take=take, restore=restore, delete=delete)
+    at_most_one(take=take, restore=restore, delete=delete)
     path = model_path(model, "snapshots")
     if take:
         answer = _waited_for("taking a snapshot", lambda: door.ask("POST", path, dry_run=dry_run))
@@ -48,13 +48,13 @@ def snapshots(
         door.show_edit(answer, done, dry_run=dry_run)
     elif restore is not None:
         if not dry_run:
-            agreed(f"Set {model!r} back to {restore}? Its workers are told.", yes=yes)
+            confirm(f"Set {model!r} back to {restore}? Its workers are told.", yes=yes)
         where = model_path(model, "snapshots", restore, "restore")
         answer = _waited_for("restoring", lambda: door.ask("POST", where, dry_run=dry_run))
         door.show_edit(answer, f"{model} is what {restore} holds", dry_run=dry_run)
     elif delete is not None:
         if not dry_run:
-            agreed(f"Delete {delete} for good?", yes=yes)
+            confirm(f"Delete {delete} for good?", yes=yes)
         answer = door.ask("DELETE", model_path(model, "snapshots", delete), dry_run=dry_run)
         door.show_edit(answer, f"{delete} was deleted", dry_run=dry_run)
     else:

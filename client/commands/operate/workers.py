@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..door import Door, DryRunOption, ModelArgument, Table, YesOption, agreed, listed, one_of, operates
+from ..door import Door, DryRunOption, ModelArgument, Table, YesOption, at_most_one, confirm, listed, operates
 
 COLUMNS = ("worker", "state", "lag", "stale", "seen s", "applied", "other", "flight", "metrics")
 
@@ -48,10 +48,10 @@ def workers(
     """Show a model's workers; quarantine, release or evict one."""
     from ..rest import model_path
 
-    one_of(quarantine=quarantine, release=release, evict=evict)
+    at_most_one(quarantine=quarantine, release=release, evict=evict)
     if evict is not None:
         if not dry_run:
-            agreed(f"End the session of {evict!r}?", yes=yes)
+            confirm(f"End the session of {evict!r}?", yes=yes)
         answer = door.ask("DELETE", model_path(model, "workers", evict), dry_run=dry_run)
         door.show_edit(answer, f"{evict} was evicted from {model}", dry_run=dry_run)
     elif (name := quarantine or release) is not None:

@@ -8,7 +8,7 @@ from typing import Any, Final, TypeVar
 
 from pushstep.proto.errors import InvalidHook, PushstepError, RejectedByHook, UnknownHook
 
-from ..admission import Nonfinite
+from ..gate import Nonfinite
 from ..groups import ParamGroups
 from ..settings import read
 from .catalogue import BUILT_IN, CATALOGUE

@@ -14,7 +14,7 @@ from pydantic import Field
 from pushstep.optim.ops.norms import keras_global_factor, torch_factor
 from pushstep.proto.types_pb2 import ClipByNorm, GradientOperation
 
-from ..admission import Nonfinite
+from ..gate import Nonfinite
 from ..groups import LARGEST
 from ..settings import Settings
 from .hook import Hook, Point, StepContext

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from ..admission import Nonfinite
+from ..gate import Nonfinite
 from ..settings import Settings
 from .hook import Hook, Point
 

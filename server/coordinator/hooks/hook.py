@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from pushstep.proto.types_pb2 import GradientOperation, ParameterAverage
 
-from ..admission import Nonfinite
+from ..gate import Nonfinite
 from ..groups import ParamGroups
 from ..settings import Settings
 

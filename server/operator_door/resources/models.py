@@ -42,7 +42,7 @@ def describe(model: Model) -> dict[str, Any]:
         "groups": len(model.groups.list),
         "hooks": len(model.hooks.list),
         "policy": model.coordinator.policy.settings.model_dump(mode="json"),
-        "nonfinite": model.coordinator.admission.nonfinite(model.hooks.nonfinite()),
+        "nonfinite": model.coordinator.gate.nonfinite(model.hooks.nonfinite()),
         "workers_live": model.sessions.live_count(),
         "workers_quarantined": sum(worker.quarantined for worker in model.sessions.workers.values()),
         "parameters_nonfinite": list(model.nonfinite[:NAMES_SHOWN]),

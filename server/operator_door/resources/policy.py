@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Response
 
-from ...coordinator import admission as admission
+from ...coordinator import gate as gates
 from ...coordinator.commits import GATE, POLICY
 from ...coordinator.policies import catalogue as policies
 from ...models.edits import Edits
@@ -24,7 +24,7 @@ def _policy(model: Model) -> dict[str, Any]:
 
 
 def _gate(model: Model) -> dict[str, Any]:
-    gate = model.coordinator.admission
+    gate = model.coordinator.gate
     limit = gate.limit()
     return {**gate.settings.model_dump(mode="json"), "norms_seen": gate.seen, "norm_limit": limit}
 
@@ -88,7 +88,7 @@ async def change_gate(
     if_match: IfMatch = None,
 ) -> Any:
     """A setting that is left out stays as it is."""
-    wanted = admission.read(settings, model.coordinator.admission.settings)
+    wanted = gates.read(settings, model.coordinator.gate.settings)
     require_known(if_match, model, GATE)
     if dry_run:
         before = _gate(model)

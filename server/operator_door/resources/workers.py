@@ -19,7 +19,7 @@ from ..numbers import finite_values
 from ..queries import Index
 
 router = APIRouter(tags=["workers"])
-# Each takes 10 us of the event loop.
+# Of one page. Each worker takes 10 us of the event loop.
 MOST_SHOWN: Final = 2000
 
 
@@ -39,7 +39,7 @@ class _Shown:
             "lead": self._model.sessions.leads(worker),
             "epoch": worker.epoch,
             "sequence": worker.sequence,
-            # a restore may have gone back behind what the worker has
+            # after a restore the model's version may be below the worker's
             "lag": max(0, self._model.version - worker.base_version),
             "staleness": worker.staleness,
             "last_seen_s": round(self._now_s - worker.last_seen_s, 3),
@@ -84,8 +84,8 @@ async def show_worker(model: ModelHere, worker: str) -> dict[str, Any]:
 async def quarantine_worker(model: EditedModel, worker: str, dry_run: DryRun = False) -> Any:
     """Nothing more of the worker is read, until it is released: its pushes are refused as `quarantined`.
 
-    Those that are pending are not applied, and no round waits for it. It stays a member under its name, also when it joins
-    again or the server is started anew.
+    Those that are pending are not applied, and no round waits for it. The quarantine belongs to the worker's name: it
+    lasts when the worker joins again, and when the server is started anew.
     """
     if dry_run:
         return _would(model, worker, quarantined=True, quarantined_by_hand=True, in_flight=0)
@@ -106,7 +106,7 @@ async def release_worker(model: EditedModel, worker: str, dry_run: DryRun = Fals
 
 @router.delete("/models/{m}/workers/{worker}", summary="Evict a worker")
 async def evict_worker(model: EditedModel, worker: str, dry_run: DryRun = False) -> Any:
-    """Fences the worker at once. Its receipts are kept, and it may join again by hand."""
+    """Fences the worker at once. Its receipts are kept. A new session may join under its name."""
     if dry_run:
         return _would(model, worker, state=WorkerState.EVICTED, in_flight=0)
     version = Edits(model).evict(worker, OPERATOR)

@@ -7,16 +7,16 @@ import math
 import pytest
 
 from pushstep.proto.errors import InvalidSettings, NonfiniteGradient, NormOutlier, Quarantined
-from pushstep.server.coordinator import admission as admission
-from pushstep.server.coordinator.admission import Admission, GateSettings
+from pushstep.server.coordinator import gate as gates
+from pushstep.server.coordinator.gate import Gate, GateSettings
 from tests.support.servers.judged import Court, dense
 
 NAN = float("nan")
 
 
-def fed(*values: float, **settings: object) -> Admission:
+def fed(*values: float, **settings: object) -> Gate:
     """A gate that has let pushes of these values in."""
-    gate = Admission(GateSettings.model_validate({"norm_outlier": 4.0, "norm_warmup": 10, **settings}))
+    gate = Gate(GateSettings.model_validate({"norm_outlier": 4.0, "norm_warmup": 10, **settings}))
     for value in values:
         assert gate.decide(dense(value), None)
     return gate
@@ -64,7 +64,7 @@ def test_the_estimate_follows_a_training_whose_norms_fall() -> None:
     limit = gate.limit()
     assert limit is not None
     assert math.exp(-4) * 2**0.5 < limit < 0.1
-    same = Admission.parsed(gate.dump())
+    same = Gate.parsed(gate.dump())
     assert (same.dump(), same.limit()) == (gate.dump(), limit)
 
 
@@ -80,12 +80,12 @@ def test_outliers_are_let_in_unless_asked_for() -> None:
 )
 def test_settings_are_refused_whole(wrong: dict[str, object]) -> None:
     with pytest.raises(InvalidSettings):
-        admission.read(wrong, GateSettings())
+        gates.read(wrong, GateSettings())
 
 
 def test_so_many_refusals_in_a_row_end_in_quarantine() -> None:
     court = Court()
-    court.coordinator.admission.settings = GateSettings(quarantine_after=3)
+    court.coordinator.gate.settings = GateSettings(quarantine_after=3)
     court.join("bad", "good")
     for value in (NAN, NAN, 1.0, NAN, NAN):  # one that is let in begins the count anew
         court.push("bad", value)
@@ -112,7 +112,7 @@ def test_so_many_refusals_in_a_row_end_in_quarantine() -> None:
 
 def test_what_never_became_a_push_counts_too_and_consumes_nothing() -> None:
     court = Court()
-    court.coordinator.admission.settings = GateSettings(quarantine_after=2)
+    court.coordinator.gate.settings = GateSettings(quarantine_after=2)
     court.join("bad")
     for _ in range(2):
         court.do(court.coordinator.on_fault(court.identity("bad"), NonfiniteGradient(parameter="x"), 0))
@@ -129,7 +129,7 @@ def test_what_never_became_a_push_counts_too_and_consumes_nothing() -> None:
 
 def test_quarantine_takes_what_is_held_along() -> None:
     court = Court(policy="sync", timeout_s=None)
-    court.coordinator.admission.settings = GateSettings(quarantine_after=1)
+    court.coordinator.gate.settings = GateSettings(quarantine_after=1)
     court.join("a", "b")
     held = court.push("b", 1.0)
     court.do(court.coordinator.on_fault(court.identity("b"), NonfiniteGradient(parameter="x"), 0))

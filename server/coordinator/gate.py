@@ -1,7 +1,7 @@
 """The gate of one model: decides about non-finite values and outlying norms; sets the quarantine limit.
 
-The running estimate of a model's gradient norms is an exponentially weighted mean of their logarithms, with such a
-mean of the distance from it. Only pushes that were let in feed it, so one wild gradient cannot raise the limit for
+The running estimate of a model's gradient norms has two exponentially weighted means: of the norms' logarithms, and of
+their distance from the first mean. Only pushes that were let in feed it, so one wild gradient cannot raise the limit for
 the next. No push is an outlier before `norm_warmup` pushes were let in.
 """
 
@@ -20,9 +20,9 @@ from ..staging.gradient import StagedPush
 from .settings import Positive, Settings
 from .settings import read as read_settings
 
-# Weight of the newest push. At one in twenty the estimate follows falling norms and forgets within 100 pushes.
+# Weight of the newest push. With 0.05 the estimate follows falling norms, and a push has hardly any weight after 100 more.
 WEIGHT: Final = 0.05
-# Lower limit of a deviation, in ln. Without it norms that hardly vary make an outlier of the first one that differs.
+# Lower limit of a deviation, in ln. Without it, where norms hardly vary, the first one that differs is an outlier.
 LEAST_DEVIATION: Final = 0.1
 
 
@@ -39,7 +39,8 @@ class GateSettings(Settings):
 
     nonfinite: Nonfinite = Field(
         default=Nonfinite.REJECT,
-        description="of a gradient with NaN or infinity: reject it by name, skip it (it counts and moves nothing), or "
+        description="of a gradient with NaN or infinity: reject it with an error that names the parameter, skip it (the push counts "
+        "and no parameter moves), or "
         "apply it as torch does; a finite_guard hook overrides this",
     )
     norm_outlier: float | None = Field(
@@ -61,7 +62,7 @@ def read(changes: Mapping[str, Any], current: GateSettings) -> GateSettings:
     return read_settings(GateSettings, {**current.model_dump(mode="json"), **changes}, "gate")
 
 
-class Admission:
+class Gate:
     """One model's gate: its settings, and the running estimate of the norms that it let in."""
 
     def __init__(self, settings: GateSettings | None = None) -> None:
@@ -111,7 +112,7 @@ class Admission:
         return {**self.settings.model_dump(mode="json"), "norms": estimate}
 
     @classmethod
-    def parsed(cls, dumped: Mapping[str, Any]) -> Admission:
+    def parsed(cls, dumped: Mapping[str, Any]) -> Gate:
         """The gate that `dump` wrote."""
         settings = dict(dumped)
         norms = settings.pop("norms")
