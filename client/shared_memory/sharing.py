@@ -101,8 +101,8 @@ class SharedMemory:
             model=self._model,
             identity=member.identity(),
             manifest_hash=member.layout.manifest_hash,
-            push_dtype=_wire(self._wires[0]),
-            pull_dtype=_wire(self._wires[1]),
+            push_dtype=dtypes.to_wire_or_own(self._wires[0], "wire"),
+            pull_dtype=dtypes.to_wire_or_own(self._wires[1], "wire"),
             device_uuid=b"" if where is None else device_memory.driver.uuid(where),
         )
         with self._transport.wait:
@@ -173,10 +173,6 @@ class SharedMemory:
             for task in self.before_drop:
                 task(region)
             region.close()
-
-
-def _wire(dtype: torch.dtype | None) -> Any:
-    return 0 if dtype is None else dtypes.to_wire(dtype, "wire")
 
 
 # A child of fork shares the memory and keeps the local socket open: it drops both before anything else.

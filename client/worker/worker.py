@@ -10,9 +10,8 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Final
+from typing import Final
 
-import torch
 from torch import Tensor
 
 from pushstep.proto import training_pb2 as pb
@@ -347,12 +346,12 @@ class Worker:
 
     def pull_rows(self, asked: RowsAsked, layout: Layout) -> tuple[tuple[int, int], dict[Slot, Tensor]]:
         """The (timeline, version) of rows, and the rows of each parameter in the order of its ids."""
-        request = asked.request(self.model, _wire_enum(self._pull_wire))
+        request = asked.request(self.model, dtypes.to_wire_or_own(self._pull_wire, "wire"))
         return asked.answer(self._read(lambda: self._transport.pull_rows(request, layout)))
 
     def begin_rows(self, asked: RowsAsked, layout: Layout) -> Finish:
         """Ask for rows, and return at once; call the result to wait for them. grpc.RpcError, TransportFailure."""
-        request = asked.request(self.model, _wire_enum(self._pull_wire))
+        request = asked.request(self.model, dtypes.to_wire_or_own(self._pull_wire, "wire"))
         call = self._transport.begin_pull("PullRows", request, layout)
         return lambda: asked.answer(call.result())
 
@@ -376,15 +375,10 @@ class Worker:
 
     def _pull_options(self, have: tuple[int, int] | None) -> pb.PullOptions:
         """The options of a pull for a worker that holds `have` (timeline, version)."""
-        options = pb.PullOptions(dtype=_wire_enum(self._pull_wire), joined_chunks=True)
+        options = pb.PullOptions(dtype=dtypes.to_wire_or_own(self._pull_wire, "wire"), joined_chunks=True)
         if have is not None:
             options.have_version = have[1]
         return options
-
-
-def _wire_enum(dtype: torch.dtype | None) -> Any:
-    """A dtype as a message's enum; 0 stands for each parameter's own dtype."""
-    return 0 if dtype is None else dtypes.to_wire(dtype, "wire")
 
 
 def _finished(early: EarlyPush, commit: pb.PushCommit) -> Step:

@@ -78,6 +78,11 @@ def to_wire(dtype: torch.dtype, what: str) -> DType:
     return wire
 
 
+def to_wire_or_own(dtype: torch.dtype | None, what: str) -> DType:
+    """The same; None is each parameter's own dtype."""
+    return DType.DTYPE_UNSPECIFIED if dtype is None else to_wire(dtype, what)
+
+
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of a parameter's optimizer state: float32 for half types, else the parameter's own."""
     return torch.float32 if dtype.itemsize == 2 else dtype

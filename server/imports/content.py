@@ -12,7 +12,6 @@ from torch import Tensor
 
 from pushstep.proto.errors import (
     InvalidFile,
-    InvalidState,
     NonfiniteParameter,
     NumberOutOfRange,
     UnknownParameter,
@@ -27,7 +26,7 @@ from ..arenas.arena import Arenas
 from ..arenas.arenas_copy import ArenasCopy
 from ..arenas.rules import rule_of
 from ..coordinator.settings import LARGEST_WHOLE
-from ..staging.inspect import is_accumulated
+from ..staging.inspect import require_accumulated
 from ..storage.tensor_file import LONGEST_HEADER_BYTES, tensors_and_metadata
 
 NAMES_SHOWN: Final = 5
@@ -144,10 +143,7 @@ class Sorting:
             content.steps[slot.index] = steps
         elif state in rule.state_names:
             _require(name, tensor, slot.shape, dtypes.state_dtype(slot.dtype))
-            if not is_accumulated(tensor):
-                lowest, highest = (float(bound) for bound in torch.aminmax(tensor))
-                got = lowest if not 0 <= lowest < math.inf else highest
-                raise InvalidState(state=state, parameter=slot.name, got=got)
+            require_accumulated(tensor, state, slot.name)
             content.states.setdefault(slot.index, {})[state] = tensor
         else:
             raise InvalidFile(

@@ -35,8 +35,7 @@ from pushstep.proto.wire.layout import MAX_DIMENSIONS, Layout, with_group
 from ..arenas.arena import Arenas
 from ..arenas.arenas_copy import ArenasCopy
 from ..coordinator.groups import Group
-from ..coordinator.policies.policy import listed
-from ..coordinator.policies.synchronous import require_round_fits
+from ..coordinator.policies.policy import listed, require_gradients_fit
 from ..coordinator.settings import LARGEST_WHOLE, Settings, Text
 from ..coordinator.settings import read as read_settings
 from ..models.catalog import Catalog
@@ -175,7 +174,7 @@ class NewGroups:
                 setting="staging-bytes",
             )
         settings = model.coordinator.policy.settings
-        require_round_fits(settings, model.sessions.live_count(), push_bytes, total_bytes)
+        require_gradients_fit(settings, model.sessions.live_count(), push_bytes, total_bytes)
         self._catalog.holding.require_room(Arenas.bytes_charged(layout) - Arenas.bytes_charged(model.layout))
 
     async def add(

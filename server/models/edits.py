@@ -73,7 +73,7 @@ class Edits:
 
     def set_policy(self, settings: PolicySettings, by: str) -> int:
         """Use another policy or other settings from the next version on. OverCapacity as `begin_under`."""
-        self._model.require_round_fits(settings, self._model.sessions.live_count())
+        self._model.require_gradients_fit(settings, self._model.sessions.live_count())
         decisions = self._model.coordinator.switch(settings, self._model.clock())
         version = self.edited("policy_changed", by, [POLICY], **settings.model_dump(mode="json"))
         self._model.executor.apply(decisions)

@@ -34,8 +34,7 @@ from ..coordinator.coordinator import Coordinator
 from ..coordinator.groups import Group, ParamGroups
 from ..coordinator.hooks.chain import HookChain
 from ..coordinator.hooks.hook import Hook, Point
-from ..coordinator.policies.policy import PolicySettings
-from ..coordinator.policies.synchronous import require_round_fits
+from ..coordinator.policies.policy import PolicySettings, require_gradients_fit
 from ..coordinator.sessions import Sessions
 from ..coordinator.worker import WorkerState, put_outcomes
 from ..counters.model_counts import ModelCounts
@@ -181,16 +180,18 @@ class Model:
         return not self.deleted and self.coordinator.has_live(identity, now_s)
 
     def require_room_for(self, worker: str) -> None:
-        """OverCapacity if a round with one more worker does not fit in the staging budget."""
+        """OverCapacity if what the policy keeps does not fit in the staging budget with one more worker."""
         self.sessions.expire(self.clock())
         known = self.sessions.workers.get(worker)
         is_live = known is not None and known.state is WorkerState.LIVE
-        self.require_round_fits(self.coordinator.policy.settings, self.sessions.live_count() + (not is_live))
+        self.require_gradients_fit(
+            self.coordinator.policy.settings, self.sessions.live_count() + (not is_live)
+        )
 
-    def require_round_fits(self, settings: PolicySettings, workers: int) -> None:
-        """OverCapacity if a round of so many workers does not fit in the staging budget."""
+    def require_gradients_fit(self, settings: PolicySettings, workers: int) -> None:
+        """OverCapacity if what a policy keeps of so many workers does not fit in the staging budget."""
         gradient_bytes = sum(arena.elements * arena.dtype.itemsize for arena in self.layout.arenas)
-        require_round_fits(settings, workers, gradient_bytes, self.staging.total_bytes)
+        require_gradients_fit(settings, workers, gradient_bytes, self.staging.total_bytes)
 
     def broke_off(self, problem: BaseException, version: int) -> PushstepError:
         """The error for the pushes of a step that failed. If it had begun to write, the model fails too."""
@@ -223,8 +224,8 @@ class Model:
                 self._log.warning(many, self.name, len(found), found[0])
 
     def begin_under(self, settings: PolicySettings) -> None:
-        """Set the policy that the model is created with. OverCapacity if a round does not fit."""
-        self.require_round_fits(settings, 0)
+        """Set the policy that the model is created with. OverCapacity if what it keeps does not fit."""
+        self.require_gradients_fit(settings, 0)
         self.coordinator.switch(settings, self.clock())
 
     def record(self, kind: str, by: str, **facts: Any) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
-from pushstep.proto.errors import InvalidManifest, InvalidState, MalformedFrame, WrongDtype, WrongLength
+from pushstep.proto.errors import InvalidManifest, MalformedFrame, WrongDtype, WrongLength
 from pushstep.proto.training_pb2 import (
     UPLOAD_KIND_CREATE,
     UPLOAD_KIND_EXTRAS,
@@ -19,7 +17,7 @@ from pushstep.proto.wire.frames import Assembly
 from pushstep.proto.wire.layout import Layout
 
 from ..coordinator.groups import Group
-from ..staging.inspect import is_accumulated
+from ..staging.inspect import is_accumulated, require_accumulated
 from ..storage.tensor_file import tensors_in
 
 
@@ -93,7 +91,4 @@ def check_state(layout: Layout, header: UploadHeader, body: Assembly) -> None:
             continue
         for slot in layout.slots_of(segment):
             own = values[slot.start - segment.start : slot.stop - segment.start]
-            if not is_accumulated(own):
-                lowest, highest = (float(bound) for bound in torch.aminmax(own))
-                got = lowest if not 0 <= lowest < math.inf else highest
-                raise InvalidState(state=segment.state, parameter=slot.name, got=got)
+            require_accumulated(own, segment.state, slot.name)

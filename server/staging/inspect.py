@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pushstep.optim.ops.norms import square_sums
+from pushstep.proto.errors import InvalidState
 from pushstep.proto.shared_memory.slots import SharedBody
 from pushstep.proto.training_pb2 import PushHeader
 from pushstep.proto.wire import dtypes
@@ -139,6 +140,14 @@ def _all_finite(values: Tensor, stepped: torch.dtype) -> bool:
     flat = values.reshape(-1)
     blocks = (flat[start : start + BLOCK_ELEMENTS] for start in range(0, flat.numel(), BLOCK_ELEMENTS))
     return all(bool(torch.isfinite(block.to(stepped)).all()) for block in blocks)
+
+
+def require_accumulated(values: Tensor, state: str, parameter: str) -> None:
+    """InvalidState, with the first bad bound, unless steps can have left these values of a parameter's state."""
+    if not is_accumulated(values):
+        lowest, highest = (float(bound) for bound in torch.aminmax(values))
+        got = lowest if not 0 <= lowest < math.inf else highest
+        raise InvalidState(state=state, parameter=parameter, got=got)
 
 
 def is_accumulated(values: Tensor) -> bool:

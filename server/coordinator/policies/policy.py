@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, Protocol
 
+from pushstep.proto.errors import OverCapacity
 from pushstep.proto.types_pb2 import Outcome
 
 from ..push import PendingPush
@@ -22,6 +23,23 @@ class PolicySettings(Settings):
     """Base of every policy's settings."""
 
     policy: str
+
+    def gradients_held(self, workers: int) -> int:
+        """The most gradients that the policy keeps in staging at once, for a number of live workers; 0: it keeps none."""
+        return 0
+
+
+def require_gradients_fit(
+    settings: PolicySettings, workers: int, gradient_bytes: int, staging_bytes: int
+) -> None:
+    """OverCapacity if what a policy keeps at once does not fit in staging."""
+    held = settings.gradients_held(workers)
+    if held * gradient_bytes > staging_bytes:
+        raise OverCapacity(
+            problem=f"policy {settings.policy} with {workers} workers keeps {held} buffers of {gradient_bytes} bytes, "
+            f"staging has {staging_bytes}",
+            setting="staging-bytes",
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,6 @@ from typing import Any, ClassVar, Final, Literal
 
 from pydantic import Field
 
-from pushstep.proto.errors import OverCapacity
 from pushstep.proto.types_pb2 import Outcome
 
 from ..push import PendingPush
@@ -54,6 +53,10 @@ class SyncSettings(PolicySettings):
         default="drop",
         description="what becomes of a push of an earlier round: dropped_late, or part of this one",
     )
+
+    def gradients_held(self, workers: int) -> int:
+        """A round holds all pushes until the last one has come, and then their sum."""
+        return max(workers, self.min_workers) + 1
 
 
 @dataclass(slots=True)
@@ -198,18 +201,3 @@ class SyncPolicy:
             return {"round": "awaited" if worker.name in open_round.expected else "not expected"}
 
         return show
-
-
-def require_round_fits(
-    settings: PolicySettings, workers: int, gradient_bytes: int, staging_bytes: int
-) -> None:
-    """OverCapacity if a round does not fit in staging: it holds all pushes until the last, and then their sum."""
-    if not isinstance(settings, SyncSettings):
-        return
-    buffers = max(workers, settings.min_workers) + 1
-    if buffers * gradient_bytes > staging_bytes:
-        raise OverCapacity(
-            problem=f"a round of {buffers - 1} workers holds {buffers} buffers of {gradient_bytes} bytes, staging "
-            f"has {staging_bytes}",
-            setting="staging-bytes",
-        )

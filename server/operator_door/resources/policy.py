@@ -59,7 +59,7 @@ async def change_policy(
     policy.
     """
     wanted = policies.read(settings, model.coordinator.policy.settings)
-    model.require_round_fits(wanted, model.sessions.live_count())
+    model.require_gradients_fit(wanted, model.sessions.live_count())
     require_known(if_match, model, POLICY)
     if dry_run:
         after = wanted.model_dump(mode="json")

@@ -55,7 +55,7 @@ export function Settings({ below, title, about, what, found, etag, again, pick, 
   const isChanged = Object.keys(draft).length > 0;
   return html`<${Section} title=${title}>
     <p class="quiet">${about}</p>
-    ${extra?.({ draft, change, values, mayEdit })}
+    ${extra?.({ draft, change, values, known: found.schemas, mayEdit })}
     <${SchemaFields} prefix=${what.replaceAll(" ", "-")} schema=${schema} root=${root} values=${values} draft=${draft} onDraft=${change} skip=${skip} mayEdit=${mayEdit} />
     ${mayEdit && html`<${EditButtons} edit=${edit} isChanged=${isChanged}>
       ${isChanged && html`<${Button} kind="plain" onClick=${() => change({})}>Reset</${Button}>`}
@@ -64,15 +64,22 @@ export function Settings({ below, title, about, what, found, etag, again, pick, 
   </${Section}>`;
 }
 
-const POLICIES = {
-  async: ["AsyncSettings", "async: each push is applied at once"],
-  bounded: ["BoundedSettings", "bounded: a fast worker waits for slow ones"],
-  sync: ["SyncSettings", "sync: one step for a push of each worker"],
+const WORDS = {
+  async: "async: each push is applied at once",
+  bounded: "bounded: a fast worker waits for slow ones",
+  sync: "sync: one step for a push of each worker",
 };
+const wordsOf = (policy) => WORDS[policy] ?? policy;
 
-function Choice({ draft, change, values, mayEdit }) {
+// The schema of each policy's settings, by the policy's name.
+function policySchemas(known) {
+  const found = Object.values(known).filter((schema) => schema.properties?.policy?.const);
+  return Object.fromEntries(found.map((schema) => [schema.properties.policy.const, schema]));
+}
+
+function Choice({ draft, change, values, known, mayEdit }) {
   const chosen = draft.policy ?? values.policy;
-  if (!mayEdit) return html`<p><strong>${POLICIES[chosen]?.[1] ?? chosen}</strong></p>`;
+  if (!mayEdit) return html`<p><strong>${wordsOf(chosen)}</strong></p>`;
   function choose(event) {
     const policy = event.target.value;
     change(policy === values.policy ? {} : { policy });
@@ -80,7 +87,7 @@ function Choice({ draft, change, values, mayEdit }) {
   return html`<div class="fields"><div class="field wide">
     <label for="policy-kind">policy</label>
     <select id="policy-kind" class=${draft.policy ? "changed" : ""} value=${chosen} onChange=${choose}>
-      ${Object.entries(POLICIES).map(([key, [, words]]) => html`<option value=${key}>${words}</option>`)}
+      ${Object.keys(policySchemas(known)).map((key) => html`<option value=${key}>${wordsOf(key)}</option>`)}
     </select>
   </div></div>`;
 }
@@ -94,7 +101,7 @@ export function Policy({ name, stamp, mayEdit }) {
   return html`
     <${Settings} ...${policy} below=${policyPath} title="Policy" what="policy" mayEdit=${mayEdit} skip=${["policy"]} extra=${Choice}
       about="When a push is applied. No push is lost when it changes."
-      pick=${(draft, values, known) => known[POLICIES[draft.policy ?? values.policy][0]]} />
+      pick=${(draft, values, known) => policySchemas(known)[draft.policy ?? values.policy]} />
     <${Settings} ...${gate} below=${gatePath} title="Gate" what="gate" mayEdit=${mayEdit}
       about=${`Which pushes are let in. It has seen the norms of ${whole(seen)} pushes; ${limit === null ? "no norm is too large now" : `a norm above ${number(limit)} is refused now`}.`}
       pick=${(draft, values, known) => known.GateSettings} />`;
