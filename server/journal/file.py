@@ -9,17 +9,16 @@ of, from damage: after a power cut, the records since the last fsync may be ther
 from __future__ import annotations
 
 import contextlib
-import errno
 import mmap
 import os
 import struct
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple
 
-import numpy as np
 import torch
 import xxhash
 from torch import Tensor
@@ -28,6 +27,7 @@ from pushstep.proto.journal_pb2 import JournalRecord
 
 from ..process.memory import take
 from ..storage.files import opened
+from .part_writer import DIRECT_BYTES, PAGE_BYTES, Bytes, PartWriter, Run, nbytes_of
 from .reserve import LOW_BYTES, Reserve
 
 SUFFIX: Final = ".journal"
@@ -41,14 +41,8 @@ _RECORD: Final = struct.Struct("<4sIQQQQ")
 _CHECKSUM_BYTES: Final = 8
 # Parts of a payload begin at a multiple of the largest element size, large ones at a page.
 ALIGNMENT: Final = 8
-PAGE_BYTES: Final = 4096
-# Parts of this size are written past the page cache. 64 MB took 24 ms so, and were on the disk then; through fresh pages of
-# the cache they took 170 ms, and 20 ms more for the fsync (benchmark `durability`).
-DIRECT_BYTES: Final = 1 << 20
-# A disk takes memory that is aligned to its blocks.
-BLOCK_BYTES: Final = 512
-# The most buffers that one system call takes.
-_BUFFERS: Final = 1024
+# From here on the checksum is computed while the disk writes: of 64 MB it takes 4 ms, and a thread takes 0.1 ms to begin.
+ASIDE_BYTES: Final = 8 << 20
 LONGEST_MESSAGE_BYTES: Final = 1 << 30
 
 
@@ -138,15 +132,14 @@ class JournalFile:
         packed = _HEADER.pack(_MAGIC, *heading, 0)[:-_CHECKSUM_BYTES]
         packed += xxhash.xxh3_64_intdigest(packed, self._seed).to_bytes(_CHECKSUM_BYTES, "little")
         flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-        self._direct = -1
         # held by the syncing thread while it uses the descriptor, so that it needs none of its own
         self._in_use = threading.Lock()
         self._is_open = True
         self._descriptor = os.open(new, flags, 0o600)
+        self._writer = PartWriter(new, self._descriptor)
         self._reserve = Reserve(self._descriptor)
         try:
-            self._direct = _opened_direct(new)
-            _write(self._descriptor, [packed], 0)
+            self._writer.write([(0, [packed])])
             with contextlib.suppress(OSError):  # edits are refused then
                 self._reserve.extend(self.end)
             os.fsync(self._descriptor)
@@ -168,12 +161,10 @@ class JournalFile:
         begin = _payload_at(self.end, len(message), size_bytes)
         head = _RECORD.pack(_RECORD_MAGIC, len(message), size_bytes, number, synced, 0)[:-_CHECKSUM_BYTES]
         parts = [message, bytes(begin - self.end - _RECORD.size - len(message)), *_with_padding(payload)]
-        digest = xxhash.xxh3_64(head, self._seed)
-        for part in parts:
-            digest.update(part)
-        checksum = digest.intdigest()
+        direct, buffered = self._writer.divided(self.end + _RECORD.size, parts)
+        checksum = self._write_and_sum(direct, [head, *parts])
         head += checksum.to_bytes(_CHECKSUM_BYTES, "little")
-        self._write([head, *parts])
+        self._writer.write([(self.end, [head]), *buffered])
         self.end, self.link = begin + size_bytes, checksum
         if self._reserve.left_bytes(self.end) < LOW_BYTES:
             with contextlib.suppress(OSError):
@@ -190,29 +181,21 @@ class JournalFile:
             if self._is_open:
                 self._reserve.extend(self.end)
 
-    def _write(self, parts: Sequence[bytes | memoryview]) -> None:
-        """Write parts behind the last record, the large ones past the page cache where the disk takes them so."""
-        at, run = self.end, list[bytes | memoryview]()
-        for part in parts:
-            here = at + sum(map(_nbytes, run))
-            if self._direct >= 0 and _may_be_direct(part, here):
-                _write(self._descriptor, run, at)
-                whole = _nbytes(part) // PAGE_BYTES * PAGE_BYTES
-                self._write_direct(memoryview(part)[:whole], here)
-                at, run = here + whole, [memoryview(part)[whole:]]
-            else:
-                run.append(part)
-        _write(self._descriptor, run, at)
+    def _write_and_sum(self, direct: Sequence[Run], parts: Sequence[Bytes]) -> int:
+        """Write what goes past the page cache, and return the checksum of all parts, which is computed meanwhile."""
+        if sum(nbytes_of(part) for _, run in direct for part in run) < ASIDE_BYTES:
+            self._writer.write_direct(direct)
+            return self._sum(parts)
+        with ThreadPoolExecutor(1, "journal-checksum") as aside:
+            checksum = aside.submit(self._sum, parts)
+            self._writer.write_direct(direct)
+            return checksum.result()
 
-    def _write_direct(self, part: memoryview, at: int) -> None:
-        try:
-            _write(self._direct, [part], at)
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-            os.close(self._direct)  # the disk asks for another alignment
-            self._direct = -1
-            _write(self._descriptor, [part], at)
+    def _sum(self, parts: Sequence[Bytes]) -> int:
+        digest = xxhash.xxh3_64(seed=self._seed)
+        for part in parts:
+            digest.update(part)
+        return digest.intdigest()
 
     def sync(self) -> None:
         """Force what was written to the disk. OSError; after one nothing is known of what is there.
@@ -230,29 +213,10 @@ class JournalFile:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._descriptor, self.end)
             os.close(self._descriptor)
-            if self._direct >= 0:
-                os.close(self._direct)
+            self._writer.close()
 
 
-def _opened_direct(path: Path) -> int:
-    """A descriptor that writes past the page cache; -1 if the file's disk has none."""
-    try:
-        return os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError:
-        return -1
-
-
-def _may_be_direct(part: bytes | memoryview, at: int) -> bool:
-    if _nbytes(part) < DIRECT_BYTES or at % PAGE_BYTES or isinstance(part, bytes):
-        return False
-    return int(np.frombuffer(part, np.uint8).ctypes.data) % BLOCK_BYTES == 0
-
-
-def _nbytes(part: bytes | memoryview) -> int:
-    return len(part) if isinstance(part, bytes) else part.nbytes
-
-
-def _with_padding(payload: Sequence[memoryview]) -> Iterator[bytes | memoryview]:
+def _with_padding(payload: Sequence[memoryview]) -> Iterator[Bytes]:
     end = 0
     for part in payload:
         begin = begin_of(end, part.nbytes)
@@ -260,18 +224,6 @@ def _with_padding(payload: Sequence[memoryview]) -> Iterator[bytes | memoryview]
         yield part
         end = begin + part.nbytes
     yield bytes(_rounded(end, ALIGNMENT) - end)
-
-
-def _write(descriptor: int, parts: Sequence[bytes | memoryview], at: int) -> None:
-    """Write all parts, one behind the other, however few bytes the disk takes at a time. OSError."""
-    left = [memoryview(part).cast("B") for part in parts if _nbytes(part)]
-    while left:
-        written = os.pwritev(descriptor, left[:_BUFFERS], at)
-        at += written
-        while left and written >= left[0].nbytes:
-            written -= left.pop(0).nbytes
-        if left:
-            left[0] = left[0][written:]
 
 
 class JournalReader:
