@@ -34,8 +34,8 @@ def take(
     need_bytes = (shape if isinstance(shape, int) else math.prod(shape)) * dtype.itemsize
 
     def make() -> Tensor:
-        if not zeros and device == CPU and need_bytes >= SMALLEST_POOLED_BYTES:
-            # a copy is freed soon, and this returns it to the system: malloc would keep pieces of up to 32 MiB
+        if device == CPU and need_bytes >= SMALLEST_POOLED_BYTES:
+            # it has huge pages, and what is freed returns to the system: malloc would keep pieces of up to 32 MiB
             return torch.from_numpy(fresh_memory(need_bytes)).view(dtype).view(shape)
         return (torch.zeros if zeros else torch.empty)(shape, dtype=dtype, device=device)
 

@@ -24,6 +24,7 @@ import torch
 
 from pushstep.client import RemoteOptimizer, Session, connect
 from pushstep.optim import Adadelta, Adagrad
+from pushstep.proto.wire.buffers import fresh_memory
 from tests.support.servers.harness import RunningServer, running_server, start_server
 
 from .machine import Others, cpu_s
@@ -66,15 +67,15 @@ class DiskAlone:
     def __init__(self, folder: Path, nbytes: int, *, direct: bool) -> None:
         self.name = "the disk alone" if direct else "the disk alone, through the cache"
         whole = -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
-        self._content = mmap.mmap(-1, whole)
-        self._content.write(os.urandom(whole))
+        self._content = fresh_memory(whole)
+        self._content[:] = np.frombuffer(os.urandom(whole), np.uint8)
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | (os.O_DIRECT if direct else 0)
         self._file = os.open(folder / f"alone-{direct}", flags)
         self._at = 0
 
     def step(self) -> None:
         """One write and one fsync."""
-        self._at += os.pwrite(self._file, self._content, self._at)
+        self._at += os.pwrite(self._file, self._content.data, self._at)
         os.fdatasync(self._file)
 
 
