@@ -280,10 +280,7 @@ class Sessions:
         return worker
 
     def close_epochs(self, first_epoch: int = 0) -> None:
-        """End every epoch: each worker has to join again.
-
-        New epochs are above `first_epoch`, because a crash may have undone joins up to it.
-        """
+        """End every epoch. Workers join again above `first_epoch`: a crash may have undone joins up to it."""
         self.first_epoch = max(self.first_epoch, first_epoch)
         for worker in self.workers.values():
             worker.epoch = max(worker.epoch, first_epoch)

@@ -184,9 +184,8 @@ class Model:
         self.sessions.expire(self.clock())
         known = self.sessions.workers.get(worker)
         is_live = known is not None and known.state is WorkerState.LIVE
-        self.require_gradients_fit(
-            self.coordinator.policy.settings, self.sessions.live_count() + (not is_live)
-        )
+        workers = self.sessions.live_count() + (not is_live)
+        self.require_gradients_fit(self.coordinator.policy.settings, workers)
 
     def require_gradients_fit(self, settings: PolicySettings, workers: int) -> None:
         """OverCapacity if what a policy keeps of so many workers does not fit in the staging budget."""
