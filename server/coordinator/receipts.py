@@ -165,16 +165,16 @@ def take_over_receipts(sessions: Sessions, rows: Iterable[Mapping[str, Any]], no
     """Keep the receipts of a restored state that the worker table has lost. All epochs have ended.
 
     The table outlives restores, so it usually knows more than any snapshot. A crash takes it back to the snapshot that
-    the start is from, and an operator may then restore a later one. `rows`: the table there, as `Sessions.dump` wrote it.
+    the start is from, and an operator may then restore a later one. A worker that the table has forgotten stays forgotten:
+    its fence is, too. `rows`: the table there, as `Sessions.dump` wrote it.
     """
     for row in rows:
         known = sessions.workers.get(row["name"])
+        gone = sessions.forgotten_before if known is None else known.forgotten
+        held = set() if known is None else {each.key for each in known.decided_pushes}
         decided = [Decided.parsed(each) for each in row["verdicts"]]
-        forgotten = tuple(row.get("forgotten", (0, 0)))
-        if known is not None:
-            forgotten = max(forgotten, known.forgotten)
-            held = {each.key for each in known.decided_pushes}
-            decided = [each for each in decided if each.key not in held and each.key > known.forgotten]
+        decided = [each for each in decided if each.key not in held and each.key > gone]
+        forgotten = max(tuple(row.get("forgotten", (0, 0))), gone)
         if not decided:
             continue
         if known is None:

@@ -70,8 +70,9 @@ class Sessions:
         """Open the next epoch under a name. AlreadyJoined while another session holds it, without `takeover`.
 
         An `attempt` that has come before opens no epoch: it gets the epoch that it opened. Fenced if a later join came, or
-        the worker was evicted. `old_epoch`: the epoch of a caller that joins again. Such a caller needs no `takeover`. It is Fenced if it was
-        evicted, or if another session has joined under the name since. OverCapacity if there is no room for a worker.
+        the worker was evicted. `old_epoch`: the epoch of a caller that joins again. Such a caller needs no `takeover`. It is
+        Fenced if it was evicted, or if another session has joined under the name since. OverCapacity if there is no room
+        for a worker.
         """
         self.expire(now_s)
         worker = self.workers.get(name)
@@ -81,8 +82,7 @@ class Sessions:
             self._require_bytes(WORKER_BYTES)
             worker = self.workers[name] = Worker(name, epoch=max(self.forgotten_epoch, self.first_epoch))
             self._count(worker, WORKER_BYTES)
-            if self.forgotten_epoch:
-                worker.forgotten = self.forgotten_epoch, LAST_SEQUENCE
+            worker.forgotten = self.forgotten_before
         elif attempt and attempt in worker.attempts:
             return self._joined_before(worker, attempt, now_s)
         itself = self._is_itself(worker, old_epoch)
@@ -303,6 +303,11 @@ class Sessions:
         expired, self.expired = self.expired, []
         return expired
 
+    @property
+    def forgotten_before(self) -> tuple[int, int]:
+        """The last push that a worker of a forgotten name may have made; (0, 0) if no name was forgotten."""
+        return (self.forgotten_epoch, LAST_SEQUENCE) if self.forgotten_epoch else (0, 0)
+
     def live_count(self) -> int:
         """The number of live workers."""
         return sum(worker.state is WorkerState.LIVE for worker in self.workers.values())
@@ -376,14 +381,8 @@ class Sessions:
 
         There is room if one more worker fits into `max_workers`, and `more_bytes` into `max_bytes`. Never forgets `but`.
         """
-        absent = sorted(
-            (
-                w
-                for w in self.workers.values()
-                if w.state is not WorkerState.LIVE and not w.undecided and w is not but
-            ),
-            key=lambda worker: worker.last_seen_s,
-        )
+        gone = [w for w in self.workers.values() if w.state is not WorkerState.LIVE and w is not but]
+        absent = sorted((w for w in gone if not w.undecided), key=lambda worker: worker.last_seen_s)
         surplus = len(self.workers) + 1 - self.max_workers
         for index, worker in enumerate(absent):
             is_crowded = index < surplus or self.kept_bytes + more_bytes > self.max_bytes

@@ -45,6 +45,11 @@ def test_whatever_happens_each_push_is_applied_once_or_not_at_all(first: int) ->
     assert everything_happened(simulate(range(first, first + 40)))
 
 
+def test_a_worker_that_was_forgotten_stays_fenced() -> None:
+    """It was evicted, then forgotten, and a snapshot that knew it from before was restored: it joined again."""
+    simulate([3772])
+
+
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
 def test_ten_thousand_times() -> None:
