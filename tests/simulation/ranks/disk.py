@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,12 +21,19 @@ from pushstep.server.models import saved_models
 def watched(safe_bytes: dict[Path, int], deaths: list[int]) -> Iterator[None]:
     """Keep in `safe_bytes`, by file, how much of each journal is on the disk; on one that sets no room aside.
 
-    `deaths`: of machines. Each is followed by another boot, of all of them.
+    `deaths`: of machines. Each is followed by another boot, of all of them. At the end the descriptors are closed that killed
+    processes have left: a kernel would have done it.
     """
     make, sync, force = JournalFile.__init__, JournalFile.sync, Journal._force_earlier
+    begin, journals, opened_files = Journal.__init__, list[Journal](), list[JournalFile]()
+
+    def opened(self: Journal, *given: Any, **named: Any) -> None:
+        begin(self, *given, **named)
+        journals.append(self)
 
     def made(self: JournalFile, *given: Any) -> None:
         make(self, *given)
+        opened_files.append(self)
         safe_bytes[self.path] = self.end
 
     def synced(self: JournalFile) -> None:
@@ -46,10 +54,20 @@ def watched(safe_bytes: dict[Path, int], deaths: list[int]) -> Iterator[None]:
     with (
         patch.object(journal, "boot", boot),
         patch.object(saved_models, "boot", boot),
+        patch.object(Journal, "__init__", opened),
         patch.object(JournalFile, "__init__", made),
         patch.object(JournalFile, "sync", synced),
         patch.object(Journal, "_force_earlier", forced),
         # it would take most of the time of a run
         patch.object(Reserve, "_extend", none_aside),
     ):
-        yield
+        try:
+            yield
+        finally:
+            for file in opened_files:
+                if file._is_open:
+                    file.close()
+            for left in journals:
+                if not left._closed:
+                    os.close(left._folder)
+                    os.close(left._marker)

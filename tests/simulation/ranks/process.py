@@ -209,10 +209,8 @@ class RankProcess:
         self.kill()
 
     def bury(self) -> None:
-        """The run is over: close what it has open on the disk."""
+        """The run is over."""
         self.loop.kill()
-        if self.model is not None and self.model.recorder.journal is not None:
-            self.model.recorder.journal._close_files()
 
     def lose_power(self, chance: random.Random) -> None:
         """Its machine has died with it: what was not forced to the disk may be lost, from some byte on."""
