@@ -274,7 +274,7 @@ def _at_one_version(pull: Callable[[], Pulled], map_changed: Callable[[], None])
     tries = 0
     while True:
         try:
-            return pull()
+            return answered(pull)
         except (VersionGone, MapChanged) as error:
             tries += 1
             if tries == TRIES:

@@ -209,14 +209,19 @@ def test_a_worker_finds_ranks_that_have_moved(tmp_path: Path, model_name: str, m
     """The ranks above 0 come back elsewhere: the map is another, and the worker joins again."""
     group = RankGroup(tmp_path, 3, "--durability", "durable")
     try:
-        with group.leader.connect(model_name, retry_for_s=120.0) as session:
+        with (
+            group.leader.connect(model_name, "w0", retry_for_s=120.0) as session,
+            group.leader.connect(model_name, "r1", retry_for_s=120.0) as other,
+        ):
             session.create(START)
             assert session.push(drawn(0)).version == 1
+            seen = other.pull()
             for rank in group.ranks:  # `stop` would close the session
                 rank.process.send_signal(signal.SIGTERM)
             assert group.ended(0) == [0, 0]
             group.become(*MOVES[move](group.ports))
             group.start()
+            assert array_bits(other.pull()) == array_bits(seen)
             receipt, values = session.exchange(drawn(1))
             assert (receipt.version, receipt.outcome) == (2, "applied")
             assert array_bits(session.pull()) == array_bits(values)
