@@ -26,7 +26,7 @@ class RankError(_message.Message):
     def __init__(self, code: _Optional[str] = ..., message: _Optional[str] = ..., fields: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class RankMessage(_message.Message):
-    __slots__ = ("hello", "models", "staged", "stepped", "done", "failed", "sums", "alive")
+    __slots__ = ("hello", "models", "staged", "stepped", "done", "failed", "sums", "alive", "asked")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     MODELS_FIELD_NUMBER: _ClassVar[int]
     STAGED_FIELD_NUMBER: _ClassVar[int]
@@ -35,6 +35,7 @@ class RankMessage(_message.Message):
     FAILED_FIELD_NUMBER: _ClassVar[int]
     SUMS_FIELD_NUMBER: _ClassVar[int]
     ALIVE_FIELD_NUMBER: _ClassVar[int]
+    ASKED_FIELD_NUMBER: _ClassVar[int]
     hello: RankHello
     models: RankModels
     staged: RankStaged
@@ -43,7 +44,8 @@ class RankMessage(_message.Message):
     failed: RankError
     sums: RankSums
     alive: bool
-    def __init__(self, hello: _Optional[_Union[RankHello, _Mapping]] = ..., models: _Optional[_Union[RankModels, _Mapping]] = ..., staged: _Optional[_Union[RankStaged, _Mapping]] = ..., stepped: _Optional[_Union[RankStepped, _Mapping]] = ..., done: _Optional[_Union[RankDone, _Mapping]] = ..., failed: _Optional[_Union[RankError, _Mapping]] = ..., sums: _Optional[_Union[RankSums, _Mapping]] = ..., alive: bool = ...) -> None: ...
+    asked: RankAsked
+    def __init__(self, hello: _Optional[_Union[RankHello, _Mapping]] = ..., models: _Optional[_Union[RankModels, _Mapping]] = ..., staged: _Optional[_Union[RankStaged, _Mapping]] = ..., stepped: _Optional[_Union[RankStepped, _Mapping]] = ..., done: _Optional[_Union[RankDone, _Mapping]] = ..., failed: _Optional[_Union[RankError, _Mapping]] = ..., sums: _Optional[_Union[RankSums, _Mapping]] = ..., alive: bool = ..., asked: _Optional[_Union[RankAsked, _Mapping]] = ...) -> None: ...
 
 class RankHello(_message.Message):
     __slots__ = ("rank", "world", "build", "address", "unix_path")
@@ -126,6 +128,16 @@ class RankSums(_message.Message):
     model: str
     problem: RankError
     def __init__(self, sums: _Optional[_Iterable[float]] = ..., counts: _Optional[_Iterable[int]] = ..., nonfinite: _Optional[int] = ..., reduce: _Optional[int] = ..., segments: _Optional[_Iterable[_Union[_types_pb2.Segment, _Mapping]]] = ..., model: _Optional[str] = ..., problem: _Optional[_Union[RankError, _Mapping]] = ...) -> None: ...
+
+class RankAsked(_message.Message):
+    __slots__ = ("model", "read", "over")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    READ_FIELD_NUMBER: _ClassVar[int]
+    OVER_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    read: int
+    over: bool
+    def __init__(self, model: _Optional[str] = ..., read: _Optional[int] = ..., over: bool = ...) -> None: ...
 
 class RankStepped(_message.Message):
     __slots__ = ("model", "timeline", "version", "safe_version")
@@ -223,7 +235,7 @@ class RankRates(_message.Message):
     def __init__(self, ingest_bytes_per_s: _Optional[float] = ..., step_elements_per_s: _Optional[_Mapping[str, float]] = ..., age_s: _Optional[float] = ...) -> None: ...
 
 class RankOrder(_message.Message):
-    __slots__ = ("order", "welcome", "create", "commit_creation", "withdraw", "ticket", "drop", "publish", "reduce", "delete", "snapshot", "restore", "close", "serve", "alive", "durability", "hooks", "meet", "report", "export")
+    __slots__ = ("order", "welcome", "create", "commit_creation", "withdraw", "ticket", "drop", "publish", "reduce", "delete", "snapshot", "restore", "close", "serve", "alive", "durability", "hooks", "meet", "report", "export", "read")
     ORDER_FIELD_NUMBER: _ClassVar[int]
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     CREATE_FIELD_NUMBER: _ClassVar[int]
@@ -244,6 +256,7 @@ class RankOrder(_message.Message):
     MEET_FIELD_NUMBER: _ClassVar[int]
     REPORT_FIELD_NUMBER: _ClassVar[int]
     EXPORT_FIELD_NUMBER: _ClassVar[int]
+    READ_FIELD_NUMBER: _ClassVar[int]
     order: int
     welcome: RankWelcome
     create: RankCreate
@@ -264,7 +277,8 @@ class RankOrder(_message.Message):
     meet: RankMeet
     report: RankReport
     export: RankExport
-    def __init__(self, order: _Optional[int] = ..., welcome: _Optional[_Union[RankWelcome, _Mapping]] = ..., create: _Optional[_Union[RankCreate, _Mapping]] = ..., commit_creation: _Optional[_Union[RankCommitCreation, _Mapping]] = ..., withdraw: _Optional[_Union[RankWithdraw, _Mapping]] = ..., ticket: _Optional[_Union[RankTicket, _Mapping]] = ..., drop: _Optional[_Union[RankDrop, _Mapping]] = ..., publish: _Optional[_Union[RankPublish, _Mapping]] = ..., reduce: _Optional[_Union[RankReduce, _Mapping]] = ..., delete: _Optional[_Union[RankDelete, _Mapping]] = ..., snapshot: _Optional[_Union[RankSnapshot, _Mapping]] = ..., restore: _Optional[_Union[RankRestore, _Mapping]] = ..., close: bool = ..., serve: _Optional[_Union[RankServe, _Mapping]] = ..., alive: bool = ..., durability: _Optional[_Union[RankDurability, _Mapping]] = ..., hooks: _Optional[_Union[RankHooks, _Mapping]] = ..., meet: _Optional[_Union[RankMeet, _Mapping]] = ..., report: _Optional[_Union[RankReport, _Mapping]] = ..., export: _Optional[_Union[RankExport, _Mapping]] = ...) -> None: ...
+    read: RankRead
+    def __init__(self, order: _Optional[int] = ..., welcome: _Optional[_Union[RankWelcome, _Mapping]] = ..., create: _Optional[_Union[RankCreate, _Mapping]] = ..., commit_creation: _Optional[_Union[RankCommitCreation, _Mapping]] = ..., withdraw: _Optional[_Union[RankWithdraw, _Mapping]] = ..., ticket: _Optional[_Union[RankTicket, _Mapping]] = ..., drop: _Optional[_Union[RankDrop, _Mapping]] = ..., publish: _Optional[_Union[RankPublish, _Mapping]] = ..., reduce: _Optional[_Union[RankReduce, _Mapping]] = ..., delete: _Optional[_Union[RankDelete, _Mapping]] = ..., snapshot: _Optional[_Union[RankSnapshot, _Mapping]] = ..., restore: _Optional[_Union[RankRestore, _Mapping]] = ..., close: bool = ..., serve: _Optional[_Union[RankServe, _Mapping]] = ..., alive: bool = ..., durability: _Optional[_Union[RankDurability, _Mapping]] = ..., hooks: _Optional[_Union[RankHooks, _Mapping]] = ..., meet: _Optional[_Union[RankMeet, _Mapping]] = ..., report: _Optional[_Union[RankReport, _Mapping]] = ..., export: _Optional[_Union[RankExport, _Mapping]] = ..., read: _Optional[_Union[RankRead, _Mapping]] = ...) -> None: ...
 
 class RankReport(_message.Message):
     __slots__ = ("rates",)
@@ -357,6 +371,14 @@ class RankPublish(_message.Message):
     have_version: int
     state: bool
     def __init__(self, model: _Optional[str] = ..., timeline: _Optional[int] = ..., version: _Optional[int] = ..., dtype: _Optional[_Union[_types_pb2.DType, str]] = ..., have_version: _Optional[int] = ..., state: bool = ...) -> None: ...
+
+class RankRead(_message.Message):
+    __slots__ = ("model", "read")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    READ_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    read: int
+    def __init__(self, model: _Optional[str] = ..., read: _Optional[int] = ...) -> None: ...
 
 class RankReduce(_message.Message):
     __slots__ = ("model", "reduce", "contributions", "divisor")

@@ -394,20 +394,28 @@ class PullRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ..., identity: _Optional[_Union[_types_pb2.Identity, _Mapping]] = ..., options: _Optional[_Union[PullOptions, _Mapping]] = ..., timeline: _Optional[int] = ..., manifest_hash: _Optional[int] = ..., map_version: _Optional[int] = ...) -> None: ...
 
 class PullRowsRequest(_message.Message):
-    __slots__ = ("model", "parameter", "ids", "dtype", "selections", "joined_chunks")
+    __slots__ = ("model", "parameter", "ids", "dtype", "selections", "joined_chunks", "manifest_hash", "map_version", "read", "ranks")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     PARAMETER_FIELD_NUMBER: _ClassVar[int]
     IDS_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     SELECTIONS_FIELD_NUMBER: _ClassVar[int]
     JOINED_CHUNKS_FIELD_NUMBER: _ClassVar[int]
+    MANIFEST_HASH_FIELD_NUMBER: _ClassVar[int]
+    MAP_VERSION_FIELD_NUMBER: _ClassVar[int]
+    READ_FIELD_NUMBER: _ClassVar[int]
+    RANKS_FIELD_NUMBER: _ClassVar[int]
     model: str
     parameter: str
     ids: _containers.RepeatedScalarFieldContainer[int]
     dtype: _types_pb2.DType
     selections: _containers.RepeatedCompositeFieldContainer[RowSelection]
     joined_chunks: bool
-    def __init__(self, model: _Optional[str] = ..., parameter: _Optional[str] = ..., ids: _Optional[_Iterable[int]] = ..., dtype: _Optional[_Union[_types_pb2.DType, str]] = ..., selections: _Optional[_Iterable[_Union[RowSelection, _Mapping]]] = ..., joined_chunks: bool = ...) -> None: ...
+    manifest_hash: int
+    map_version: int
+    read: int
+    ranks: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, model: _Optional[str] = ..., parameter: _Optional[str] = ..., ids: _Optional[_Iterable[int]] = ..., dtype: _Optional[_Union[_types_pb2.DType, str]] = ..., selections: _Optional[_Iterable[_Union[RowSelection, _Mapping]]] = ..., joined_chunks: bool = ..., manifest_hash: _Optional[int] = ..., map_version: _Optional[int] = ..., read: _Optional[int] = ..., ranks: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class RowSelection(_message.Message):
     __slots__ = ("parameter", "ids")

@@ -221,7 +221,7 @@ class TrainingServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def PullRows(self, request, context):
-        """PullRows returns some rows of one parameter at one version.
+        """PullRows returns some rows of one parameter, or of several, at one version.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, Final, TypeVar
 
 from pushstep.proto import training_pb2 as pb
-from pushstep.proto.errors import MapChanged, RanksDiffer, VersionGone
+from pushstep.proto.errors import ManifestChanged, MapChanged, RanksDiffer, VersionGone
 from pushstep.proto.types_pb2 import Identity
 from pushstep.proto.wire.layout import Layout
 from pushstep.proto.wire.shards import cut
@@ -26,6 +26,7 @@ from .bodies import Cutting
 from .joined import Joined, steps_of
 from .lanes import Lanes, failure_of
 from .parts import Part
+from .rows import RowCalls, RowsCut
 
 R = TypeVar("R", pb.PullRequest, pb.PullStateRequest)
 # How often a pull begins anew because a rank has gone on, or knows another map.
@@ -171,6 +172,44 @@ class ShardedTransport(Transport):
         del first.header.steps[:]
         first.header.steps.extend(steps)
         return Joined(first.header, whole, first.body, parts)
+
+    # Rows.
+
+    def pull_rows(self, request: pb.PullRowsRequest, layout: Layout) -> Pulled:
+        """See `Transport.pull_rows`. Of all ranks at one version."""
+
+        def pull() -> Pulled:
+            return self.begin_rows(request, layout)()
+
+        return _at_one_version(pull, partial(self._learn_map, request.model, layout))
+
+    def begin_rows(self, request: pb.PullRowsRequest, layout: Layout) -> Callable[[], Pulled]:
+        """See `Transport.begin_rows`."""
+        if self.shards is None:
+            return super().begin_rows(request, layout)
+        parts = self.parts(layout)
+        version = self.shards.version
+        asked = RowsCut(request, layout, parts, version)
+        calls: list[Exchange] = []
+        try:
+            for part, own in zip(asked.parts, asked.requests, strict=True):
+                calls.append((self.of(part) or self).begin_pull("PullRows", own, part.layout))
+        except BaseException:
+            for call in calls:
+                call.cancel()
+            raise
+        first, known = parts[0].layout, pb.PullRowsRequest(model=request.model, map_version=version)
+        known.manifest_hash = first.manifest_hash
+        check_map = partial(super().pull_rows, known, first)
+        return RowCalls(asked, calls, layout, self.lanes, self.spans, check_map).result
+
+    def _learn_map(self, model: str, layout: Layout) -> None:
+        """Ask rank 0 where the parts are by now. ManifestChanged if they are not of this layout."""
+        self._brought.clear()
+        pulled: Pulled = self.begin_pull("PullRows", pb.PullRowsRequest(model=model), None).result()
+        whole = self._brought[0] if self._brought else pulled.layout
+        if whole.manifest_hash != layout.manifest_hash:
+            raise ManifestChanged(model=model)
 
     def _pull_first(self, request: pb.PullRequest, layout: Layout | None) -> tuple[Pulled, Layout]:
         """Rank 0's part, and the layout of the whole model."""

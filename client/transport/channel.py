@@ -276,6 +276,11 @@ class Transport:
         """PullRows."""
         return self._pulled("PullRows", request, layout)
 
+    def begin_rows(self, request: pb.PullRowsRequest, layout: Layout) -> Callable[[], Pulled]:
+        """Start a PullRows; a call of the result waits for the rows."""
+        result: Callable[[], Pulled] = self.begin_pull("PullRows", request, layout).result
+        return result
+
     def pull_state(self, request: pb.PullStateRequest, layout: Layout | None = None) -> Pulled:
         """PullState."""
         return self._pulled("PullState", request, layout)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pushstep.optim.ops.rows import different
-from pushstep.proto.errors import InvalidSettings
+from pushstep.proto.errors import InvalidSettings, PushstepError
 from pushstep.proto.wire.layout import Layout, Slot
 
 from ..gradients.body import as_array, row_ids
@@ -127,7 +127,7 @@ class RowCache:
         for asked, finish in ahead:
             try:
                 at, rows = finish()
-            except (grpc.RpcError, TransportFailure):
+            except (grpc.RpcError, TransportFailure, PushstepError):
                 continue
             self._take(at, rows, asked.wanted)
 

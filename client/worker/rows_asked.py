@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,10 +13,8 @@ from pushstep.proto import training_pb2 as pb
 from pushstep.proto.errors import TooLong
 from pushstep.proto.wire.layout import ID_BYTES, Slot
 
+from ..shards.rows import MOST_BYTES
 from ..transport.streams import Pulled
-
-# Of the ids in one message of at most 4 MiB, beside the names of their parameters.
-MOST_BYTES: Final = 3 << 20
 
 
 class RowsAsked:

@@ -352,8 +352,8 @@ class Worker:
     def begin_rows(self, asked: RowsAsked, layout: Layout) -> Finish:
         """Ask for rows, and return at once; call the result to wait for them. grpc.RpcError, TransportFailure."""
         request = asked.request(self.model, dtypes.to_wire_or_own(self._pull_wire, "wire"))
-        call = self._transport.begin_pull("PullRows", request, layout)
-        return lambda: asked.answer(call.result())
+        finish = self._transport.begin_rows(request, layout)
+        return lambda: asked.answer(finish())
 
     @shield
     def pull_state(self) -> Pulled:

@@ -18,6 +18,7 @@ from pushstep.proto.wire.shards import Part, cut, taking_part
 from ..coordinator.decision import Reduce, Resolve, Step
 from ..coordinator.push import PendingPush
 from ..staging.gradient import StagedPush
+from .row_reads import RowOrders
 
 
 class Taker(Protocol):
@@ -29,6 +30,8 @@ class Taker(Protocol):
 
 class Leader(Protocol):
     """What rank 0 does about one model for the other ranks. Called on the event loop only."""
+
+    reads: RowOrders
 
     async def gather(self, pending: PendingPush, commit: PushCommit) -> None:
         """Wait until every rank has its part of a push; make of the parts what the coordinator judges."""

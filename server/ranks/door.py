@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ from ..requests.pull import (
     published_messages,
     wire_of,
 )
+from ..requests.pull_rows import Gathered, Turns
 from ..requests.push import PushHandler
 from ..requests.push_call import PushCall
 from ..requests.receiving import admit
@@ -121,6 +122,27 @@ class PartPushes(PushHandler):
             receiving.release()
 
 
+@dataclass(frozen=True, slots=True)
+class PartTurns(Turns):
+    """PullRows: rows of this part, when rank 0 orders it."""
+
+    ranks: OtherRank
+
+    def admit(self, model: Model, request: pb.PullRowsRequest) -> None:
+        """See `Turns.admit`. NotTheCoordinator, ManifestChanged, RanksDiffer."""
+        if not request.read:
+            raise NotTheCoordinator(rank=self.ranks.rank, what="a pull of the newest rows")
+        self.ranks.follower_of(model.name, b"", request.manifest_hash)
+        model.require_whole()
+
+    async def gathered(
+        self, model: Model, request: pb.PullRowsRequest, gather: Callable[[], Gathered]
+    ) -> Gathered:
+        """See `Turns.gathered`. VersionGone."""
+        follower = self.ranks.follower_of(model.name, model.uid, request.manifest_hash)
+        return await follower.reads.ordered(int(request.read), gather)
+
+
 class PartDoor(GrpcDoor):
     """The same methods, of which most are refused by name."""
 
@@ -134,6 +156,7 @@ class PartDoor(GrpcDoor):
     ) -> None:
         super().__init__(catalog, memory, stall_s, traces, PartPushes(catalog, memory, ranks))
         self.ranks = ranks
+        self.row_turns = PartTurns(ranks)
 
     def _refused(self, what: str) -> NotTheCoordinator:
         return NotTheCoordinator(rank=self.ranks.rank, what=what)

@@ -19,6 +19,7 @@ from pushstep.proto.shards_pb2 import (
     RankHooks,
     RankMessage,
     RankPublish,
+    RankRead,
     RankReduce,
     RankStaged,
     RankStepped,
@@ -43,6 +44,7 @@ from ..journal.entry import Entry
 from ..journal.journal import Level
 from ..models.model import Model
 from ..parts.exact import ExactAnswer
+from ..parts.row_reads import RowReads
 from ..parts.sums import measures, with_steps_elsewhere
 from ..process.threads import PUSHES
 from ..staging import reduction
@@ -93,6 +95,7 @@ class Follower:
         self._tasks: set[asyncio.Task[None]] = set()
         self._small = SmallSteps(lambda group: model.groups.list[group].values)
         self._safe_version = model.version
+        self.reads = RowReads(model.name, part.rank, model.arenas, model.writer, say)
 
     # Parts.
 
@@ -295,6 +298,10 @@ class Follower:
         have = int(order.have_version) if order.HasField("have_version") else None
         self._publish((int(order.timeline), int(order.version), int(order.dtype), have))
 
+    def read(self, order: RankRead) -> None:
+        """Gather the rows that a call waits for, of the version at this place in the orders."""
+        self.reads.read(order)
+
     def _publish(self, mark: Mark) -> None:
         """Encode the version that is the newest in the writer's queue now."""
         loop, publisher = asyncio.get_running_loop(), self.model.publisher
@@ -375,6 +382,7 @@ class Follower:
 
     def let_go(self) -> None:
         """The server stops: nobody waits any more."""
+        self.reads.let_go()
         for part in self._held.values():
             _fail(part.done, self.not_held(part.identity))
             part.release()

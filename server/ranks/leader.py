@@ -44,6 +44,7 @@ from ..coordinator.decision import Reduce, Resolve, Step
 from ..coordinator.push import Key, PendingPush, key_of, keys_of
 from ..models.model import Model
 from ..parts.arrival import Arrival, together
+from ..parts.row_reads import RowOrders
 from ..parts.shard import ModelShard
 from ..parts.sums import Whole, measures, rows_of, with_steps_elsewhere
 from ..process.inline import INLINE_PARTS
@@ -78,8 +79,8 @@ class RankLeader:
         self._elsewhere = {group: 0 for group, slot in firsts if slot.index not in held}
         self._lrs: dict[int, dict[int, float]] = {}
         self._reduces = 0
-        # the hooks that keep averages, as the others know them
-        self._hooks: list[str] = []
+        self.reads = RowOrders(model.name, shard.others, hub.send)
+        self._hooks: list[str] = []  # those that keep averages, as the others know them
         self._sums: dict[int, dict[int, asyncio.Future[RankSums]]] = {}
 
     # Parts of pushes.
@@ -360,6 +361,7 @@ class RankLeader:
 
     def end(self) -> None:
         """The model is deleted: what the others say of it is not heard any more."""
+        self.reads.end()
         summing: list[asyncio.Future[Any]] = [each for of in self._sums.values() for each in of.values()]
         for awaited in [*summing, *self._awaited]:
             if not awaited.done():
@@ -370,10 +372,9 @@ class RankLeader:
     async def reduce(self, reduce: Reduce, own: StagedPush) -> StagedPush:
         """Have the others add up their parts of a round; the sum as a whole. `own`: this rank's."""
         self._require_open()
-        self._reduces += 1
-        number = self._reduces
-        answers = {rank: asyncio.get_running_loop().create_future() for rank in self._stepped}
-        self._sums[number] = answers
+        self._reduces = number = self._reduces + 1
+        loop = asyncio.get_running_loop()
+        self._sums[number] = answers = {rank: loop.create_future() for rank in self._stepped}
         contributions = [Contribution(identity=p.identity, weight=p.weight) for p in reduce.pushes]
         order = RankReduce(
             model=self._model.name, reduce=number, contributions=contributions, divisor=reduce.divisor

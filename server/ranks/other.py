@@ -162,7 +162,7 @@ class OtherRank:
     def _take(self, order: RankOrder) -> None:
         kind = order.WhichOneof("ordered")
         match kind:
-            case "ticket" | "drop" | "publish" | "reduce" | "hooks":
+            case "ticket" | "drop" | "publish" | "read" | "reduce" | "hooks":
                 of = getattr(order, kind)
                 follower = self.followers.get(of.model)
                 if follower is not None:  # rank 0 may have decided it before it deleted the model

@@ -107,7 +107,7 @@ class RankZero:
         kind = message.WhichOneof("said")
         if kind == "models" and not self._survey(rank).done():
             self._survey(rank).set_result(message.models)
-        if kind not in ("staged", "stepped", "sums"):
+        if kind not in ("staged", "stepped", "sums", "asked"):
             return
         of = getattr(message, kind)
         leader = self._leaders.get(of.model)
@@ -117,6 +117,8 @@ class RankZero:
             leader.staged(rank, message.staged)
         elif kind == "stepped":
             leader.stepped(rank, message.stepped)
+        elif kind == "asked":
+            leader.reads.asked(rank, message.asked)
         else:
             leader.summed(rank, message.sums)
 

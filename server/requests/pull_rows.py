@@ -1,5 +1,7 @@
 """PullRows: rows of parameters at one version, in the order in which the request names them.
 
+Of a model that lies in several ranks, each answers for its own part, all at one version (`parts/row_reads.py`).
+
 Ids may repeat, and a request may name millions of them. So a small request can ask for far more than the parameter
 holds. The ids are counted first, before any of them is decoded. Then the bytes of ids and rows are claimed from the
 read budget. Then the ids are decoded. The rows are gathered
@@ -8,7 +10,7 @@ straight into frames in the model's writer thread, for one request at a time.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Final
@@ -28,28 +30,70 @@ from pushstep.proto.wire.limits import limit_of
 
 from ..access.caller import require_named
 from ..arenas.version_frames import rows_sources
+from ..journal.journal import Level
 from ..models.catalog import Catalog
 from ..models.model import Model
-from ..parts.refusals import refuse
+from ..parts.shard import whole_of
 from ..process.request_log import about
 from ..process.threads import PULLS
 from ..staging.read_budget import ReadBudget
 from ..streams.received import INLINE_MESSAGE_BYTES, received
-from .pull import header_of, wire_of
+from .join import fill_in
+from .pull import header_frames, header_of, require_map, wire_of
 
 IDS_FIELD: Final = pb.PullRowsRequest.IDS_FIELD_NUMBER
 MOST_IDS: Final = limit_of(pb.PullRowsRequest, "ids").count
+# The header of an answer without its manifest, and its frames.
+Gathered = tuple[pb.PullHeader, Sequence[bytes]]
 
 
-async def pulled_rows(catalog: Catalog, budget: ReadBudget, message: bytes) -> AsyncGenerator[bytes, None]:
+class Turns:
+    """When the rows of a request are gathered: at a server alone when the writer gets to it.
+
+    In rank 0, behind the same ticket as in the other ranks that the request names.
+    """
+
+    def admit(self, model: Model, request: pb.PullRowsRequest) -> None:
+        """Raise what the caller must know before anything is read. MapChanged, MalformedFrame."""
+        model.require_whole()
+        if request.map_version or names_rows(request):
+            require_map(model, int(request.map_version))
+        if request.ranks and model.executor.leader is None:
+            raise MalformedFrame(problem="the model lies in one server, and the request names others")
+
+    async def gathered(
+        self, model: Model, request: pb.PullRowsRequest, gather: Callable[[], Gathered]
+    ) -> Gathered:
+        """What `gather` returns, once readers may be shown its version."""
+        leader, read, ranks = model.executor.leader, int(request.read), list(request.ranks)
+        reads = leader.reads if leader is not None and ranks else None
+        if reads is not None:
+            await reads.all_asked(read, ranks, model.version)
+        async with model.gathering:
+            if reads is not None:
+                await reads.room()
+            model.require_whole()
+            job = model.writer.submit(gather)
+            if reads is not None:
+                reads.order(read, ranks)  # in this turn of the event loop: behind the same ticket
+            header, frames = await job
+        await model.recorder.until_shown(header.version)
+        if leader is not None:
+            await leader.until(header.version, safe=model.recorder.level is Level.DURABLE)
+        return header, frames
+
+
+async def pulled_rows(
+    catalog: Catalog, budget: ReadBudget, message: bytes, turns: Turns
+) -> AsyncGenerator[bytes, None]:
     """The answer's messages.
 
     Raises UnknownModel, UnknownParameter, WrongShape, RowOutOfRange, OverBudget and others.
     """
-    asked = await RowsAsked.parse(catalog, message)
+    asked = await RowsAsked.parse(catalog, message, turns)
     await budget.claim(asked.nbytes)
     try:
-        async with aclosing(asked.answers()) as answers:
+        async with aclosing(asked.answers(turns)) as answers:
             async for answer in answers:
                 yield answer
     finally:
@@ -66,7 +110,7 @@ class RowsAsked:
     is_small: bool
 
     @classmethod
-    async def parse(cls, catalog: Catalog, message: bytes) -> RowsAsked:
+    async def parse(cls, catalog: Catalog, message: bytes, turns: Turns) -> RowsAsked:
         """Parse a message and check all but the values of its ids. Raises a named error."""
         if len(message) > MAX_MESSAGE_BYTES:
             raise MessageTooLarge(got=len(message), limit=MAX_MESSAGE_BYTES)
@@ -81,8 +125,7 @@ class RowsAsked:
             raise TooLong(what="PullRowsRequest.ids", got=ids.count, unit="entries", most=MOST_IDS)
         about(request.model)
         model = catalog.get(request.model)
-        model.require_whole()
-        refuse(model.shard, model.name, "rows of a parameter for a worker")
+        turns.admit(model, request)
         asked = cls(model, request, ids, is_small)
         slots = [slot for slot, _ in asked.counts()]
         for slot in slots:
@@ -96,6 +139,8 @@ class RowsAsked:
     def counts(self) -> list[tuple[Slot, int]]:
         """Each parameter and how many of its rows are asked for. UnknownParameter, MalformedFrame."""
         layout, name = self.model.layout, self.model.name
+        if not names_rows(self.request) and not self.ids.count:
+            return []
         if not self.request.selections:
             return [(layout.slot(self.request.parameter, name), self.ids.count)]
         found = []
@@ -113,14 +158,17 @@ class RowsAsked:
             count * (ID_BYTES + slot.row_elements * slot.dtype.itemsize) for slot, count in self.counts()
         )
 
-    async def answers(self) -> AsyncGenerator[bytes, None]:
+    async def answers(self, turns: Turns) -> AsyncGenerator[bytes, None]:
         """The answer's messages, all of one version."""
+        model, request = self.model, self.request
         wanted = await PULLS.run_unless(self.is_small, self._checked)
-        self.model.require_whole()
-        async with self.model.gathering:
-            first, frames, version = await self.model.writer.submit(lambda: self._gathered(wanted))
-        await self.model.recorder.until_shown(version)
-        yield first
+        header, frames = await turns.gathered(model, request, lambda: self._gathered(wanted))
+        if not wanted and header.manifest_hash != request.manifest_hash:
+            await fill_in(header, whole_of(model))
+            if model.shard is not None:
+                header.shards.CopyFrom(model.shard.map)
+        for first in await header_frames(header):
+            yield first
         for frame in frames:
             yield frame
 
@@ -138,8 +186,8 @@ class RowsAsked:
             found.append((slot, torch.from_numpy(numbers.copy())))
         return found
 
-    def _gathered(self, wanted: Sequence[tuple[Slot, Tensor]]) -> tuple[bytes, Sequence[bytes], int]:
-        """In the writer thread: the first message, the others, and the version."""
+    def _gathered(self, wanted: Sequence[tuple[Slot, Tensor]]) -> Gathered:
+        """In the writer thread: the header, and the rows."""
         arenas, some = self.model.arenas, []
         for slot, ids in wanted:
             dtype = wire_of(self.request.dtype) or slot.dtype
@@ -149,5 +197,9 @@ class RowsAsked:
             )
             some.append((segment, arenas.view(slot), ids.to(arenas.device)))
         header = header_of(self.model, arenas, [segment for segment, _, _ in some])
-        frames = list(pack(rows_sources(arenas, some), joined=self.request.joined_chunks))
-        return pb.PullResponse(header=header).SerializeToString(), frames, arenas.version
+        return header, list(pack(rows_sources(arenas, some), joined=self.request.joined_chunks))
+
+
+def names_rows(request: pb.PullRowsRequest) -> bool:
+    """Whether a request names a parameter. One that does not brings only what there is to know of the model."""
+    return bool(request.parameter or request.selections)

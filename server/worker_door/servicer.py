@@ -46,7 +46,7 @@ from ..requests.pull import (
     state_bodies,
     state_header,
 )
-from ..requests.pull_rows import pulled_rows
+from ..requests.pull_rows import Turns, pulled_rows
 from ..requests.push import PushHandler
 from ..requests.upload import Upload
 from ..shared_memory.regions import SharedMemory
@@ -86,6 +86,7 @@ class GrpcDoor:
         self.readers = Readers(catalog.reading, stall_s, self.counts)
         self.throttle = Throttle()
         self.pushes = pushes or PushHandler(catalog, memory)
+        self.row_turns = Turns()
         self.steps = StepCalls(catalog, self.pushes, stall_s, traces)
         self._copies = ModelCopies(COPIES_AT_ONCE)
         self._part_copies = asyncio.Semaphore(COPIES_AT_ONCE)
@@ -256,7 +257,8 @@ class GrpcDoor:
 
     async def pull_rows(self, messages: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
         """PullRows: rows of one parameter. The request's message is not parsed yet."""
-        async with aclosing(pulled_rows(self.catalog, self.readers.budget, await only(messages))) as answers:
+        asked, budget = await only(messages), self.readers.budget
+        async with aclosing(pulled_rows(self.catalog, budget, asked, self.row_turns)) as answers:
             async for answer in answers:
                 yield answer
 

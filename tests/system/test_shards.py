@@ -18,7 +18,7 @@ from torch import nn
 from pushstep.client import Session, connect
 from pushstep.optim import Adagrad
 from pushstep.proto import training_pb2 as pb
-from pushstep.proto.errors import ModelLost, NonfiniteGradient, NotInRanks, RanksDiffer
+from pushstep.proto.errors import ModelLost, NonfiniteGradient, RanksDiffer
 from pushstep.server.config import Config
 from tests.support.ranks.group import RankGroup, running_ranks
 from tests.support.servers.harness import RunningServer, wait_until
@@ -41,6 +41,10 @@ START: dict[str, Any] = {
     "table": np.ones((ROWS, WIDTH), np.float32),
     "bias": np.ones(3, np.float32),
 }
+
+
+# of every rank
+ASKED = {"table": np.arange(0, ROWS, 100), "flat": [0, 50_000]}
 
 
 def drawn(seed: int, last_rows: bool = False) -> dict[str, Any]:
@@ -74,21 +78,6 @@ def test_readers_get_all_and_then_what_has_changed(
             return seen
 
     both(server, ranks, run)
-
-
-def test_rows_alone_are_refused(ranks: RunningServer, model_name: str) -> None:
-    """Of one parameter, of several, and for a cache; the session goes on."""
-    with ranks.connect(model_name) as session:
-        session.create(START)
-        rows = session.row_cache()
-        for ask in (
-            lambda: session.pull_rows("table", [ROWS - 1]),
-            lambda: session.pull_rows({"table": [0], "bias": [1]}),
-            lambda: rows.get({"table": [0]}),
-        ):
-            with pytest.raises(NotInRanks):
-                ask()
-        assert array_bits(session.pull()) == array_bits(START)
 
 
 class Net(nn.Module):
@@ -211,16 +200,18 @@ def test_a_worker_finds_ranks_that_have_moved(tmp_path: Path, model_name: str, m
     try:
         with (
             group.leader.connect(model_name, "w0", retry_for_s=120.0) as session,
+            group.leader.connect(model_name, "r0", retry_for_s=120.0) as reader,
             group.leader.connect(model_name, "r1", retry_for_s=120.0) as other,
         ):
             session.create(START)
             assert session.push(drawn(0)).version == 1
-            seen = other.pull()
+            rows, seen = reader.pull_rows(ASKED), other.pull()
             for rank in group.ranks:  # `stop` would close the session
                 rank.process.send_signal(signal.SIGTERM)
             assert group.ended(0) == [0, 0]
             group.become(*MOVES[move](group.ports))
             group.start()
+            assert array_bits(reader.pull_rows(ASKED)) == array_bits(rows)
             assert array_bits(other.pull()) == array_bits(seen)
             receipt, values = session.exchange(drawn(1))
             assert (receipt.version, receipt.outcome) == (2, "applied")
@@ -247,6 +238,7 @@ def test_ranks_at_each_other_s_addresses(tmp_path: Path, model_name: str) -> Non
             session.pull_state,
             lambda: session.push(gradient),
             lambda: session.exchange(gradient),
+            lambda: session.pull_rows("flat", [0, 59_999]),
         ):
             swap(job.proxies[1:])
             with pytest.raises(RanksDiffer, match=r"rank [12] .* as if it were rank [12]"):

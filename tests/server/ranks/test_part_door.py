@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 import torch
@@ -16,7 +17,8 @@ from pushstep.proto.types_pb2 import Identity
 from pushstep.proto.wire.frames import BodyDigest, Piece, pack
 from pushstep.proto.wire.shards import Part, cut
 from tests.support.ranks.group import RankGroup, running_ranks
-from tests.support.workers.wire import RawWorker, Wire
+from tests.support.servers.harness import wait_until
+from tests.support.workers.wire import RawWorker, Wire, named
 
 RANKS = 3
 START = {"flat": np.ones(50_000, np.float32), "table": np.ones((3000, 8), np.float32)}
@@ -226,6 +228,86 @@ def test_a_call_that_a_rank_does_not_answer(raw: Raw, case: str) -> None:
     assert raw.wires[1].refused(method, [request.SerializeToString()]).code == code
 
 
+def rows(raw: Raw, rank: int, **changes: Any) -> pb.PullRowsRequest:
+    """A good call for rows of a rank's part, without the others' calls."""
+    ids = np.array([0, 1]).tobytes()
+    name = raw.parts[rank].layout.slots[0].name
+    own = {
+        "model": "m",
+        "manifest_hash": raw.parts[rank].layout.manifest_hash,
+        "map_version": raw.map_version,
+        "read": 5,
+        "selections": [pb.RowSelection(parameter=name, ids=ids)],
+    }
+    return pb.PullRowsRequest(**{**own, **changes})
+
+
+def behind(raw: Raw, rank: int) -> list[pb.RowSelection]:
+    """The row behind the last of a rank's part, which another rank has."""
+    slot = raw.parts[rank].layout.slots[0]
+    return [pb.RowSelection(parameter=slot.name, ids=np.array([slot.rows]).tobytes())]
+
+
+# the rank that is called, with what, and the name of the refusal
+ROWS: dict[str, tuple[int, Callable[[Raw], pb.PullRowsRequest], str]] = {
+    "the newest": (1, lambda raw: rows(raw, 1, read=0), "not_the_coordinator"),
+    "another rank's": (1, lambda raw: rows(raw, 2), "ranks_differ"),
+    "by the whole manifest": (
+        1,
+        lambda raw: rows(raw, 1, manifest_hash=raw.worker.layout.manifest_hash),
+        "manifest_changed",
+    ),
+    "of no model": (1, lambda raw: rows(raw, 1, model="nobody"), "unknown_model"),
+    "behind a part": (1, lambda raw: rows(raw, 1, selections=behind(raw, 1)), "row_out_of_range"),
+    "behind rank 0's part": (0, lambda raw: rows(raw, 0, selections=behind(raw, 0)), "row_out_of_range"),
+    "of no parameter": (1, lambda raw: rows(raw, 1, selections=(), ids=[0]), "unknown_parameter"),
+    "by no map": (0, lambda raw: rows(raw, 0, map_version=0), "map_changed"),
+    "by another map": (0, lambda raw: rows(raw, 0, map_version=5), "map_changed"),
+    "nothing by another map": (0, lambda raw: rows(raw, 0, map_version=5, selections=()), "map_changed"),
+    "with a rank that there is not": (0, lambda raw: rows(raw, 0, ranks=[1, 3]), "malformed_frame"),
+    "with rank 0 itself": (0, lambda raw: rows(raw, 0, ranks=[0]), "malformed_frame"),
+    "with a rank twice": (0, lambda raw: rows(raw, 0, ranks=[1, 1]), "malformed_frame"),
+}
+
+
+@pytest.mark.parametrize("case", ROWS)
+def test_rows_that_do_not_fit(raw: Raw, case: str) -> None:
+    rank, make, code = ROWS[case]
+    assert raw.wires[rank].refused("PullRows", [make(raw).SerializeToString()]).code == code
+
+
+def test_calls_of_one_read_wait_for_each_other(raw: Raw) -> None:
+    """Whichever comes first; of two under the same number one is refused."""
+    for first in (0, 1, 2):
+        order = [first, *(rank for rank in range(RANKS) if rank != first)]
+        calls = {}
+        for rank in order:
+            others = [1, 2] if rank == 0 else ()
+            message = [rows(raw, rank, ranks=others).SerializeToString()]
+            calls[rank] = raw.wires[rank].start("PullRows", message)
+            if rank == first:
+                both = [calls[rank], raw.wires[rank].start("PullRows", message)]
+                wait_until(lambda both=both: any(call.done() for call in both))
+                again, calls[rank] = sorted(both, key=lambda call: not call.done())
+                with pytest.raises(grpc.RpcError) as raised:
+                    next(again)
+                assert named(raised.value).code == "malformed_frame"
+        found = [pb.PullResponse.FromString(next(iter(calls[rank]))).header for rank in range(RANKS)]
+        assert {header.version for header in found} == {found[0].version}
+        for call in calls.values():
+            list(call)
+
+
+def test_a_call_for_nothing_brings_the_manifest_and_the_map(raw: Raw) -> None:
+    (answer,) = raw.wires[0].answers("PullRows", [pb.PullRowsRequest(model="m").SerializeToString()])
+    header = pb.PullResponse.FromString(answer).header
+    assert header.manifest == raw.worker.layout.manifest
+    assert header.shards.version == raw.map_version
+    known = rows(raw, 0, selections=()).SerializeToString()
+    (answer,) = raw.wires[0].answers("PullRows", [known])
+    assert not pb.PullResponse.FromString(answer).header.HasField("manifest")
+
+
 @pytest.mark.parametrize("map_version", [0, 5], ids=["none", "another"])
 def test_an_old_map_is_refused_by_rank_0(raw: Raw, map_version: int) -> None:
     whole = raw.worker.layout
@@ -257,9 +339,9 @@ COMMITS: dict[str, tuple[list[tuple[int, int]], str]] = {
 
 @pytest.mark.parametrize("case", COMMITS)
 def test_a_commit_that_names_other_parts(raw: Raw, case: str) -> None:
-    named, code = COMMITS[case]
+    digests, code = COMMITS[case]
     others = [raw.wires[rank].start("Push", raw.push(raw.header(rank), rank)) for rank in (1, 2)]
-    parts = [pb.PartDigest(rank=rank, digest=digest) for rank, digest in named]
+    parts = [pb.PartDigest(rank=rank, digest=digest) for rank, digest in digests]
     assert raw.wires[0].refused("Push", raw.push(raw.header(0), 0, parts=parts)).code == code
     for call in others:
         call.cancel()

@@ -5,7 +5,7 @@
 `CALLS` are joined by "+", each "name:path": a function of `os`, and the end of a path, as a pattern of fnmatch: of one that
 the call is given, or that its descriptor is of. `DEED` is the name of an errno, with which such calls fail, or `kill`, or
 `stop`, which has the server told to stop in the middle of the call; `kill-after` lets the call end first, and `kill-half` has it
-write half of its bytes; `full` has `statvfs` find no room. They do so once the file `armed` lies in the data folder, or at once if the path begins with "!".
+write half of its bytes; `full` has `statvfs` find no room; `wait` has it wait while `armed` is there. They do so once the file `armed` lies in the data folder, or at once if the path begins with "!".
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import errno
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -21,6 +22,8 @@ from typing import Any
 
 from pushstep.server.__main__ import main
 
+# how long between two looks at whether a call may go on
+WAIT_S = 0.01
 SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGTERM}
 
 
@@ -44,6 +47,10 @@ def faulty(
                 found = list(real(*arguments, **keywords))
                 found[3] = found[4] = 0  # f_bfree and f_bavail
                 return os.statvfs_result(found)
+            while deed == "wait" and is_armed():
+                time.sleep(WAIT_S)
+            if deed == "wait":
+                return real(*arguments, **keywords)
             if deed == "kill-half":
                 descriptor, parts, at = arguments
                 whole = b"".join(bytes(part) for part in parts)
