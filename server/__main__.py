@@ -24,10 +24,10 @@ from pushstep.proto.errors import PushstepError
 from .access.roles import Role
 from .access.tokens import line_of, made_token
 from .config import Config
+from .links.job import Job, job_of
 from .process import logs
 from .process.exit_status import ExitStatus
 from .process.folder_lock import DataFolderLocked
-from .ranks.job import Job, job_of
 from .service import Service
 
 gc.freeze()

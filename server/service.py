@@ -31,6 +31,7 @@ from .access.guard import Guard
 from .capacity.idle_memory import give_back_idle
 from .config import Config, is_loopback, split_address
 from .devices.warmup import warm_kernels
+from .links.job import Job
 from .metrics.loop_lag import LoopLag
 from .models.catalog import Catalog
 from .models.saved_models import SavedModels
@@ -41,7 +42,6 @@ from .process.exit_status import ExitStatus
 from .process.folder_lock import lock_folder
 from .process.threads import DISK, METRICS, PUSHES, REQUESTS
 from .process.unix_socket import UnixSocket
-from .ranks.job import Job
 from .ranks.role import Role, begin, seen_by_operators
 from .service_manager import tell_manager
 from .shared_memory.regions import SharedMemory

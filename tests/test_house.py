@@ -53,10 +53,10 @@ ARROWS = {
     },
     "server": {
         "__init__": set[str](),
-        "__main__": {"service", "access", "config", "process", "ranks"},
+        "__main__": {"service", "access", "config", "process", "links"},
         "service": {
             "worker_door", "operator_door", "capacity", "shared_memory", "metrics", "models", "devices", "traces",
-            "access", "process", "config", "service_manager", "ranks",
+            "access", "process", "config", "service_manager", "ranks", "links",
         },
         "service_manager": set[str](),
         "commands": {"models", "journal", "storage", "arenas", "process", "config"},
@@ -65,8 +65,9 @@ ARROWS = {
         },
         "ranks": {
             "worker_door", "requests", "shared_memory", "models", "journal", "storage", "pacing", "coordinator", "parts", "arenas", "streams",
-            "staging", "traces", "process", "config", "reports",
+            "staging", "traces", "process", "config", "reports", "links",
         },
+        "links": {"parts", "streams", "process"},
         "reports": {"capacity", "models", "arenas"},
         "operator_door": {
             "capacity", "imports", "metrics", "models", "observers", "page", "remote", "journal", "storage", "coordinator", "arenas",

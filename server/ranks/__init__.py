@@ -1,1 +1,1 @@
-"""Several servers as the ranks of one job: who they are, what they say to each other, and what each does with its part."""
+"""Several servers as the ranks of one job: what rank 0 decides, and what each does with its part."""

@@ -217,7 +217,7 @@ class PartDoor(GrpcDoor):
             header = (await stream.header()).header
             if header.kind != pb.UPLOAD_KIND_CREATE:
                 raise self._refused("an upload that makes no model")
-            await self.ranks.until_promised(header.model, int(header.ticket))
+            await self.ranks.creations.until_promised(header.model, int(header.ticket))
             upload = PartUpload(self.catalog, header)
             upload.ranks = self.ranks
             try:
@@ -240,7 +240,7 @@ class PartUpload(Upload):
 
     async def _create(self) -> pb.UploadResponse:
         header = self._header
-        promised = self.ranks.promised(header.model, int(header.ticket))
+        promised = self.ranks.creations.promised(header.model, int(header.ticket))
         if header.extras_bytes:
             raise MalformedFrame(problem="buffers go to rank 0")
         model = await PUSHES.run(self._catalog.new_model, header.model, self._layout, promised.uid)
@@ -249,7 +249,7 @@ class PartUpload(Upload):
         # a worker that was cut off uploads again: the newest counts, until rank 0 has the model made
         replaced = model if promised.is_taken else promised.model
         if not promised.is_taken:
-            self.ranks.part_is_here(promised, model)
+            self.ranks.creations.part_is_here(promised, model)
         if replaced is not None:
             await replaced.close()
         if promised.made is not None:
@@ -258,7 +258,7 @@ class PartUpload(Upload):
         return pb.UploadResponse(version=model.version, timeline=model.timeline)
 
     def _laid_out(self, manifest: bytes) -> Any:
-        part = self.ranks.promised(self._header.model, int(self._header.ticket)).shard.part
+        part = self.ranks.creations.promised(self._header.model, int(self._header.ticket)).shard.part
         if part is None:
             raise InvalidRequest("no part of it is here")
         return part.layout

@@ -42,6 +42,7 @@ from ..coordinator.hooks.chain import HookChain
 from ..coordinator.push import Key, key_of, keys_of
 from ..journal.entry import Entry
 from ..journal.journal import Level
+from ..links.words import heard, said
 from ..models.model import Model
 from ..parts.exact import ExactAnswer
 from ..parts.row_reads import RowReads
@@ -49,7 +50,6 @@ from ..parts.sums import measures, with_steps_elsewhere
 from ..process.threads import PUSHES
 from ..staging import reduction
 from ..staging.gradient import StagedPush
-from .words import heard, said
 
 log = logging.getLogger("pushstep.ranks")
 NOTHING: Final = StagedPush(0, [], None, 0.0)

@@ -42,6 +42,8 @@ from pushstep.proto.wire.hyperparameters import values_of
 from ..arenas.rules import rule_of
 from ..coordinator.decision import Reduce, Resolve, Step
 from ..coordinator.push import Key, PendingPush, key_of, keys_of
+from ..links.hub import Hub, Receive
+from ..links.words import heard, said
 from ..models.model import Model
 from ..parts.arrival import Arrival, together
 from ..parts.row_reads import RowOrders
@@ -50,8 +52,6 @@ from ..parts.sums import Whole, measures, rows_of, with_steps_elsewhere
 from ..process.inline import INLINE_PARTS
 from ..process.threads import PUSHES
 from ..staging.gradient import RowsPart, StagedPush
-from .hub import Hub, Receive
-from .words import heard, said
 
 # How long a push waits for the parts that its sender has promised, and a part for its push.
 GATHER_S: Final = 60.0

@@ -6,8 +6,7 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import xxhash
 
@@ -20,8 +19,6 @@ from pushstep.proto.errors import (
     RanksDiffer,
 )
 from pushstep.proto.shards_pb2 import (
-    RankCommitCreation,
-    RankCreate,
     RankDelete,
     RankDone,
     RankMessage,
@@ -33,43 +30,23 @@ from pushstep.proto.shards_pb2 import (
 from pushstep.proto.training_pb2 import Shard
 from pushstep.proto.wire.layout import Layout
 
-from ..arenas.arena import Arenas
 from ..arenas.arenas_copy import ArenasCopy
-from ..journal.durability import read_durability
+from ..links.job import Job
+from ..links.link import RankLink
+from ..links.words import heard, said
 from ..models.catalog import Catalog
-from ..models.creations import CREATION_S, Proposal
 from ..models.model import Model
 from ..pacing.pace import AT_ONCE
 from ..parts.content import Content, Wanted, messages_of, tensors_of
 from ..parts.looks import content_of, look_at_piece
 from ..parts.shard import Goal, LedModel, ModelShard, Survey, whole_of
-from ..process.threads import DISK, PULLS, READS, REQUESTS
+from ..process.threads import DISK, PULLS, READS
 from ..reports.reporter import Reporter
 from .follower import Follower
-from .job import Job
-from .link import RankLink
+from .part_creations import PartCreations
 from .recovery import goal_heard, survey_message
-from .words import heard, said
 
 log = logging.getLogger("pushstep.ranks")
-# How long the part of a new model waits for rank 0's word of it.
-PROMISE_S: Final = 10.0
-
-
-@dataclass(slots=True, eq=False)
-class Promised:
-    """A model whose part is to be uploaded here."""
-
-    order: int
-    ticket: int
-    uid: bytes
-    shard: ModelShard
-    # its part, once it was uploaded
-    model: Model | None = None
-    # done when rank 0 has had it made
-    made: asyncio.Future[None] | None = None
-    # the model is made of the part that is here: another one that comes is dropped
-    is_taken: bool = False
 
 
 class OtherRank:
@@ -85,8 +62,7 @@ class OtherRank:
         self._reporter = Reporter(catalog, lambda: sum(each.parts_held for each in self.followers.values()))
         # by model, the newest snapshot here, until rank 0 has said that its own of that version is on its disk
         self._uncommitted: dict[str, str] = {}
-        self._promised: dict[str, Promised] = {}
-        self._promises = asyncio.Event()
+        self.creations = PartCreations(catalog, self.shard, self.say)
         self._tasks: set[asyncio.Task[None]] = set()
         self._meet: asyncio.Future[RankOrder] = asyncio.get_running_loop().create_future()
         # workers may come
@@ -182,11 +158,11 @@ class OtherRank:
                 self._close_order = int(order.order)
                 self.closed.set()
             case "create":
-                self._start(order, self._create(int(order.order), order.create), is_done=False)
+                self._start(order, self.creations.create(int(order.order), order.create), is_done=False)
             case "commit_creation":
-                self._start(order, self._commit_creation(order.commit_creation))
+                self._start(order, self.creations.commit(order.commit_creation))
             case "withdraw":
-                self._withdraw(
+                self.creations.withdraw(
                     order.withdraw.model,
                     int(order.withdraw.ticket),
                     NoCreationTicket(model=order.withdraw.model),
@@ -284,76 +260,6 @@ class OtherRank:
         self.say(RankMessage(done=done))
 
     # Models.
-
-    async def _create(self, number: int, order: RankCreate) -> None:
-        shard = await REQUESTS.run(lambda: self.shard(Layout(order.manifest)))
-        if shard.part is None:
-            raise NoCreationTicket(model=order.model)
-        layout = shard.part.layout
-        needed = Arenas.bytes_charged(layout)
-        push_bytes = sum(arena.elements * arena.dtype.itemsize for arena in layout.arenas)
-        manifest = layout.manifest.SerializeToString()
-        self._catalog.require_creatable(order.model, Proposal(layout, manifest, needed, push_bytes))
-        self._withdraw(order.model, 0, NoCreationTicket(model=order.model))
-        until_s = self._catalog.clock() + CREATION_S
-        self._catalog.creations.promised(order.model, int(order.ticket), manifest, needed, until_s)
-        made: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        made.add_done_callback(lambda done: done.cancelled() or done.exception())
-        self._promises.set()
-        self._promised[order.model] = Promised(number, int(order.ticket), order.uid, shard, None, made)
-
-    async def until_promised(self, model: str, ticket: int) -> None:
-        """Wait for rank 0's word of a ticket, which a worker may be faster than. NoCreationTicket if it does not come."""
-        try:
-            async with asyncio.timeout(PROMISE_S):
-                while model not in self._promised or self._promised[model].ticket != ticket:
-                    self._promises.clear()
-                    await self._promises.wait()
-        except TimeoutError as error:
-            raise NoCreationTicket(model=model) from error
-
-    def promised(self, model: str, ticket: int) -> Promised:
-        """What rank 0 has said of a model that is uploaded. NoCreationTicket."""
-        found = self._promised.get(model)
-        if found is None or found.ticket != ticket:
-            raise NoCreationTicket(model=model)
-        return found
-
-    def part_is_here(self, promised: Promised, model: Model) -> None:
-        """A part was uploaded, whole: rank 0 may have the model made."""
-        is_first = promised.model is None
-        promised.model = model
-        if is_first:
-            self.say(RankMessage(done=RankDone(order=promised.order)))
-
-    def _withdraw(self, model: str, ticket: int, error: PushstepError) -> None:
-        found = self._promised.get(model)
-        if found is not None and ticket in (0, found.ticket):
-            del self._promised[model]
-            creation = self._catalog.creations.get(model)
-            if creation is not None and creation.ticket == found.ticket:
-                self._catalog.creations.end(model)
-            if found.made is not None and not found.made.done():
-                found.made.set_exception(error)
-
-    async def _commit_creation(self, order: RankCommitCreation) -> None:
-        promised = self.promised(order.model, int(order.ticket))
-        model = promised.model
-        creation = self._catalog.creations.get(order.model)
-        if model is None or creation is None:
-            raise NoCreationTicket(model=order.model)
-        promised.is_taken = True
-        try:
-            model.durability = read_durability(json.loads(order.durability), model.durability)
-            self._catalog.creations.take_place(order.model, creation)
-            await self._catalog.finish_creation(order.model, creation, model)
-        except Exception as error:
-            self._withdraw(order.model, int(order.ticket), heard(said(error)))
-            raise
-        if self._promised.get(order.model) is promised:
-            del self._promised[order.model]
-        if promised.made is not None and not promised.made.done():
-            promised.made.set_result(None)
 
     def loaded(self, model: LedModel) -> None:
         """Take orders for a model from here on."""

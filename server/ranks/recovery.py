@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from pushstep.proto.errors import ModelNotLoaded
 from pushstep.proto.shards_pb2 import RankGoal, RankModel, RankReach
 
+from ..links.words import heard, said
 from ..parts.shard import Goal, Survey
-from .words import heard, said
 
 
 def goal_of(name: str, own: Survey, theirs: Mapping[int, Mapping[str, Survey]]) -> Goal:

@@ -19,6 +19,9 @@ from pushstep.proto.shards_pb2 import RankHello
 from pushstep.proto.training_pb2 import Shard
 
 from ..config import Config, split_address
+from ..links.hub import SERVICE
+from ..links.job import MEET_S, Job, Meeting
+from ..links.link import RankLink
 from ..models.catalog import Catalog
 from ..process.exit_status import rank_lost
 from ..process.threads import DISK
@@ -27,9 +30,6 @@ from ..shared_memory.regions import SharedMemory
 from ..traces.request_spans import Traces
 from ..worker_door.servicer import GrpcDoor
 from .door import PartDoor
-from .hub import SERVICE
-from .job import MEET_S, Job, Meeting
-from .link import RankLink
 from .other import OtherRank
 from .resharding import reshard
 from .zero import RankZero

@@ -26,15 +26,15 @@ from pushstep.proto.shards_pb2 import (
 from pushstep.proto.training_pb2 import Shard
 from pushstep.proto.wire.layout import Layout
 
+from ..links.hub import Hub
+from ..links.job import Job
+from ..links.words import heard, said
 from ..models.catalog import Catalog
 from ..models.model import Model
 from ..parts.shard import Goal, LedModel, ModelShard, Survey
 from ..reports.job_view import SeenRank, pushes_held
-from .hub import Hub
-from .job import Job
 from .leader import RankLeader
 from .recovery import goal_message, goal_of, survey_of
-from .words import heard, said
 
 log = logging.getLogger("pushstep.ranks")
 # How long the values of a new model wait for those of the other parts.

@@ -32,8 +32,8 @@ from pushstep.server.access.routes import RouteAccess, entry_of
 from pushstep.server.access.table import LOCAL_SOCKET, ROUTES, RPCS
 from pushstep.server.access.tokens import Token, Tokens, digest_of, made_token, read_tokens
 from pushstep.server.config import Config
+from pushstep.server.links.hub import SERVICE as SHARDS
 from pushstep.server.operator_door.app import all_routes
-from pushstep.server.ranks.hub import SERVICE as SHARDS
 from pushstep.server.worker_door.entrance import require_entries
 from pushstep.server.worker_door.servicer import SERVICE
 

@@ -13,9 +13,9 @@ from pushstep.proto.errors import MalformedFrame, PushstepError, RankLost, Ranks
 from pushstep.proto.errors.status import from_rpc_error
 from pushstep.proto.shards_pb2 import RankContent, RankHello, RankMessage
 from pushstep.server.config import Config
+from pushstep.server.links.hub import SERVICE, Hub
+from pushstep.server.links.job import Job, job_of
 from pushstep.server.parts.shard import Goal, Survey
-from pushstep.server.ranks.hub import SERVICE, Hub
-from pushstep.server.ranks.job import Job, job_of
 from pushstep.server.ranks.recovery import goal_of
 
 WHOLE = {"RANK": "1", "WORLD_SIZE": "3", "MASTER_ADDR": "host", "MASTER_PORT": "29500"}

@@ -14,9 +14,9 @@ from pushstep.proto.wire.layout import Layout
 from pushstep.proto.wire.shards import Part
 from pushstep.server.coordinator.decision import Reduce, Step
 from pushstep.server.coordinator.policies.asynchronous import AsyncPolicy, AsyncSettings
+from pushstep.server.links.hub import Hub, Link
 from pushstep.server.parts.shard import ModelShard
 from pushstep.server.parts.sums import measures
-from pushstep.server.ranks.hub import Hub, Link
 from pushstep.server.ranks.leader import RankLeader
 from pushstep.server.staging.gradient import DensePart, StagedPush
 from pushstep.server.staging.inspect import measured

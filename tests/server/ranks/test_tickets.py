@@ -14,9 +14,9 @@ from pushstep.proto.types_pb2 import Manifest, Parameter, ParamGroup
 from pushstep.proto.wire import dtypes
 from pushstep.proto.wire.layout import Layout
 from pushstep.server.config import Config
+from pushstep.server.links.job import Job
 from pushstep.server.models.catalog import Catalog
 from pushstep.server.models.creations import CREATION_S
-from pushstep.server.ranks.job import Job
 from pushstep.server.ranks.other import OtherRank
 from pushstep.server.ranks.zero import RankZero
 
@@ -59,9 +59,9 @@ def test_another_rank_forgets_what_is_taken_back(catalog: Catalog) -> None:
         other = OtherRank(Job(1, 2, 0), catalog, lambda _: None)
         create = RankCreate(model="m", ticket=5, manifest=WHOLE.manifest, uid=b"u" * 16)
         await other.take(RankOrder(create=create))
-        await other.until_promised("m", 5)
+        await other.creations.until_promised("m", 5)
         held = catalog.creations.get("m") is not None
         await other.take(RankOrder(withdraw=RankWithdraw(model="m", ticket=5)))
-        return held, catalog.creations.get("m") is None and not other._promised
+        return held, catalog.creations.get("m") is None and not other.creations._promised
 
     assert asyncio.run(run()) == (True, True)

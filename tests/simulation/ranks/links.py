@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pushstep.proto.errors import PushstepError
 from pushstep.proto.errors.status import untrace
-from pushstep.server.ranks.link import RankLink
+from pushstep.server.links.link import RankLink
 
 from .world import ProcessLoop, World
 

@@ -15,12 +15,12 @@ from pushstep.proto.shards_pb2 import RankHello
 from pushstep.proto.training_pb2 import Shard
 from pushstep.server.config import Config
 from pushstep.server.journal.journal import Journal, Level
+from pushstep.server.links.hub import Hub
+from pushstep.server.links.job import Job
 from pushstep.server.models import catalog as catalog_module
 from pushstep.server.models.catalog import Catalog
 from pushstep.server.models.model import Model
 from pushstep.server.models.saved_models import SavedModels
-from pushstep.server.ranks.hub import Hub
-from pushstep.server.ranks.job import Job
 from pushstep.server.ranks.role import Role
 from pushstep.server.shared_memory.regions import SharedMemory
 

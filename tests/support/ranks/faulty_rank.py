@@ -18,8 +18,8 @@ from typing import Any, Final
 
 from pushstep.proto.shards_pb2 import RankMessage, RankOrder
 from pushstep.server.__main__ import main
-from pushstep.server.ranks.hub import Hub
-from pushstep.server.ranks.link import RankLink
+from pushstep.server.links.hub import Hub
+from pushstep.server.links.link import RankLink
 from pushstep.server.ranks.other import OtherRank
 from tests.support.servers.faulty_server import armed_by, break_calls
 

@@ -2,7 +2,7 @@
 
 A process alone has nothing of this: no environment, no torch.distributed, no link. Of torch.distributed only the
 store is used, once, at the start: rank 0 writes its address there, the others read it. Everything after that goes over
-the link (server/ranks/link.py).
+the link (server/links/link.py).
 """
 
 from __future__ import annotations
