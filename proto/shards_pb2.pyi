@@ -235,7 +235,7 @@ class RankRates(_message.Message):
     def __init__(self, ingest_bytes_per_s: _Optional[float] = ..., step_elements_per_s: _Optional[_Mapping[str, float]] = ..., age_s: _Optional[float] = ...) -> None: ...
 
 class RankOrder(_message.Message):
-    __slots__ = ("order", "welcome", "create", "commit_creation", "withdraw", "ticket", "drop", "publish", "reduce", "delete", "snapshot", "restore", "close", "serve", "alive", "durability", "hooks", "meet", "report", "export", "read")
+    __slots__ = ("order", "welcome", "create", "commit_creation", "withdraw", "ticket", "drop", "publish", "reduce", "delete", "snapshot", "close", "serve", "alive", "durability", "hooks", "meet", "report", "export", "read")
     ORDER_FIELD_NUMBER: _ClassVar[int]
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     CREATE_FIELD_NUMBER: _ClassVar[int]
@@ -247,7 +247,6 @@ class RankOrder(_message.Message):
     REDUCE_FIELD_NUMBER: _ClassVar[int]
     DELETE_FIELD_NUMBER: _ClassVar[int]
     SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
-    RESTORE_FIELD_NUMBER: _ClassVar[int]
     CLOSE_FIELD_NUMBER: _ClassVar[int]
     SERVE_FIELD_NUMBER: _ClassVar[int]
     ALIVE_FIELD_NUMBER: _ClassVar[int]
@@ -268,7 +267,6 @@ class RankOrder(_message.Message):
     reduce: RankReduce
     delete: RankDelete
     snapshot: RankSnapshot
-    restore: RankRestore
     close: bool
     serve: RankServe
     alive: bool
@@ -278,7 +276,7 @@ class RankOrder(_message.Message):
     report: RankReport
     export: RankExport
     read: RankRead
-    def __init__(self, order: _Optional[int] = ..., welcome: _Optional[_Union[RankWelcome, _Mapping]] = ..., create: _Optional[_Union[RankCreate, _Mapping]] = ..., commit_creation: _Optional[_Union[RankCommitCreation, _Mapping]] = ..., withdraw: _Optional[_Union[RankWithdraw, _Mapping]] = ..., ticket: _Optional[_Union[RankTicket, _Mapping]] = ..., drop: _Optional[_Union[RankDrop, _Mapping]] = ..., publish: _Optional[_Union[RankPublish, _Mapping]] = ..., reduce: _Optional[_Union[RankReduce, _Mapping]] = ..., delete: _Optional[_Union[RankDelete, _Mapping]] = ..., snapshot: _Optional[_Union[RankSnapshot, _Mapping]] = ..., restore: _Optional[_Union[RankRestore, _Mapping]] = ..., close: bool = ..., serve: _Optional[_Union[RankServe, _Mapping]] = ..., alive: bool = ..., durability: _Optional[_Union[RankDurability, _Mapping]] = ..., hooks: _Optional[_Union[RankHooks, _Mapping]] = ..., meet: _Optional[_Union[RankMeet, _Mapping]] = ..., report: _Optional[_Union[RankReport, _Mapping]] = ..., export: _Optional[_Union[RankExport, _Mapping]] = ..., read: _Optional[_Union[RankRead, _Mapping]] = ...) -> None: ...
+    def __init__(self, order: _Optional[int] = ..., welcome: _Optional[_Union[RankWelcome, _Mapping]] = ..., create: _Optional[_Union[RankCreate, _Mapping]] = ..., commit_creation: _Optional[_Union[RankCommitCreation, _Mapping]] = ..., withdraw: _Optional[_Union[RankWithdraw, _Mapping]] = ..., ticket: _Optional[_Union[RankTicket, _Mapping]] = ..., drop: _Optional[_Union[RankDrop, _Mapping]] = ..., publish: _Optional[_Union[RankPublish, _Mapping]] = ..., reduce: _Optional[_Union[RankReduce, _Mapping]] = ..., delete: _Optional[_Union[RankDelete, _Mapping]] = ..., snapshot: _Optional[_Union[RankSnapshot, _Mapping]] = ..., close: bool = ..., serve: _Optional[_Union[RankServe, _Mapping]] = ..., alive: bool = ..., durability: _Optional[_Union[RankDurability, _Mapping]] = ..., hooks: _Optional[_Union[RankHooks, _Mapping]] = ..., meet: _Optional[_Union[RankMeet, _Mapping]] = ..., report: _Optional[_Union[RankReport, _Mapping]] = ..., export: _Optional[_Union[RankExport, _Mapping]] = ..., read: _Optional[_Union[RankRead, _Mapping]] = ...) -> None: ...
 
 class RankReport(_message.Message):
     __slots__ = ("rates",)
@@ -411,20 +409,6 @@ class RankSnapshot(_message.Message):
     automatic: bool
     committed: bool
     def __init__(self, model: _Optional[str] = ..., version: _Optional[int] = ..., automatic: bool = ..., committed: bool = ...) -> None: ...
-
-class RankRestore(_message.Message):
-    __slots__ = ("model", "uid", "timeline", "version", "snapshot")
-    MODEL_FIELD_NUMBER: _ClassVar[int]
-    UID_FIELD_NUMBER: _ClassVar[int]
-    TIMELINE_FIELD_NUMBER: _ClassVar[int]
-    VERSION_FIELD_NUMBER: _ClassVar[int]
-    SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
-    model: str
-    uid: bytes
-    timeline: int
-    version: int
-    snapshot: str
-    def __init__(self, model: _Optional[str] = ..., uid: _Optional[bytes] = ..., timeline: _Optional[int] = ..., version: _Optional[int] = ..., snapshot: _Optional[str] = ...) -> None: ...
 
 class RankExport(_message.Message):
     __slots__ = ("model", "snapshot", "state", "averages", "parameter")

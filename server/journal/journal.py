@@ -46,6 +46,10 @@ class Level(StrEnum):
     DURABLE = "durable"
 
 
+# From the least safe one on.
+LEVELS: Final = tuple(Level)
+
+
 @functools.cache
 def boot() -> bytes:
     """The machine's boot: what a process wrote before it died is still there, while this stays the same."""
@@ -97,7 +101,10 @@ class Journal:
         # bytes that the disk had free when it was last asked, without what was appended since
         self._free_bytes = 0
         self._closed = False
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._refusal(error) from error
         # everything that is needed to make records durable is opened here: a process that has no descriptor left has lost
         # nothing that was written
         self._folder = self._marker = -1

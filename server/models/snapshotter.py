@@ -19,7 +19,7 @@ from pushstep.proto.errors import Draining, ModelFailed, ModelLost, PushstepErro
 from ..captures.capture import Capture
 from ..coordinator.hooks.hook import Point
 from ..journal.durability import DurabilitySettings
-from ..journal.journal import Journal, Level
+from ..journal.journal import LEVELS, Journal, Level
 from ..pacing.pace import AT_ONCE, Pace
 from ..pacing.paced_lock import PacedLock
 from ..process.exit_status import disk_failed
@@ -240,9 +240,29 @@ class Snapshotter:
     async def set_durability(
         self, model: Model, folder: ModelFolder, settings: DurabilitySettings, by: str
     ) -> None:
-        """Change a model's durability. Another level is in force when this returns. Hold the lock of the folder."""
-        level, journal = settings.level, model.recorder.journal
+        """Change a model's durability. Another level is in force when this returns. Hold the lock of the folder.
+
+        Of a model in several ranks all have the higher one of two levels for as long as they change: rank 0 promises what the
+        others keep.
+        """
+        leader, before = model.executor.leader, model.durability
+        rises = LEVELS.index(settings.level) > LEVELS.index(before.level)
+        if leader is not None and rises:
+            await leader.set_durability(settings.model_dump_json())
         Edits(model).set_durability(settings, by)
+        try:
+            if await self.keep_at(model, folder, settings.level):
+                await self.take(model, folder, by, automatic=True)
+        except BaseException:
+            if leader is not None and rises and model.recorder.level is not settings.level:
+                await leader.set_durability(before.model_dump_json())
+            raise
+        if leader is not None and not rises:
+            await leader.set_durability(settings.model_dump_json())
+
+    async def keep_at(self, model: Model, folder: ModelFolder, level: Level) -> bool:
+        """Use another level. True if a snapshot has to follow, since there was no journal. Hold the lock of the folder."""
+        journal = model.recorder.journal
         if journal is not None and level is not Level.APPLIED:
             if journal.level is not level:
                 await model.writer.submit(lambda: journal.set_level(level), reads=False)
@@ -251,7 +271,8 @@ class Snapshotter:
             await model.recorder.close()
         elif level is not Level.APPLIED:
             await self.open_journal(model, folder, after_gap=True)
-            await self.take(model, folder, by, automatic=True)
+            return True
+        return False
 
     def is_due(self, model: Model) -> bool:
         """True if it is time for a snapshot of a model that has changed since the last one."""

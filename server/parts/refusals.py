@@ -20,7 +20,6 @@ ROUTES: Final[Mapping[str, str]] = {
     f"POST {_MODEL}/snapshots/{{snapshot}}/restore": "restoring a snapshot while it is trained",
     f"POST {_MODEL}/restore": "restoring a version while it is trained",
     f"DELETE {_MODEL}/snapshots/{{snapshot}}": "deleting a snapshot",
-    f"PATCH {_MODEL}/durability": "another durability",
     f"PUT {_MODEL}/state-dict": "replacing values or state",
 }
 # Transforms that need the whole gradient of a parameter in one place, or its whole norm.

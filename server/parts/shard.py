@@ -75,6 +75,9 @@ class Leader(Protocol):
     def export(self, order: RankExport, taking: Callable[[RankContent], Taker]) -> Awaitable[None]:
         """Have the others send all that they have of the version that they are at here, or of a snapshot; wait for it."""
 
+    async def set_durability(self, settings: str) -> None:
+        """Have the others keep their parts on the disk in another way (JSON), and wait. Raises the first refusal."""
+
     def failed(self, error: Exception) -> None:
         """A step has failed here: the ranks are not at one version any more."""
 

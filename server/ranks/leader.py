@@ -24,11 +24,11 @@ from pushstep.proto.errors import (
 )
 from pushstep.proto.shards_pb2 import (
     RankDrop,
+    RankDurability,
     RankExport,
     RankHooks,
     RankOrder,
     RankPublish,
-    RankReduce,
     RankSnapshot,
     RankStaged,
     RankStepped,
@@ -36,7 +36,7 @@ from pushstep.proto.shards_pb2 import (
     RankTicket,
 )
 from pushstep.proto.training_pb2 import PartDigest, PullOptions, PushCommit
-from pushstep.proto.types_pb2 import Contribution, Identity
+from pushstep.proto.types_pb2 import Identity
 from pushstep.proto.wire.hyperparameters import values_of
 
 from ..arenas.rules import rule_of
@@ -52,6 +52,7 @@ from ..parts.sums import Whole, measures, rows_of, with_steps_elsewhere
 from ..process.inline import INLINE_PARTS
 from ..process.threads import PUSHES
 from ..staging.gradient import RowsPart, StagedPush
+from .round_sums import RoundSums
 
 # How long a push waits for the parts that its sender has promised, and a part for its push.
 GATHER_S: Final = 60.0
@@ -78,10 +79,10 @@ class RankLeader:
         firsts = shard.whole.first_of_group.items()
         self._elsewhere = {group: 0 for group, slot in firsts if slot.index not in held}
         self._lrs: dict[int, dict[int, float]] = {}
-        self._reduces = 0
+        self._rounds = RoundSums(hub, model.name, shard.others)
         self.reads = RowOrders(model.name, shard.others, hub.send)
-        self._hooks: list[str] = []  # those that keep averages, as the others know them
-        self._sums: dict[int, dict[int, asyncio.Future[RankSums]]] = {}
+        # the hooks that keep averages, as the others know them
+        self._hooks: list[str] = []
 
     # Parts of pushes.
 
@@ -354,6 +355,11 @@ class RankLeader:
         """Have the others send all that they have of the version that they are at here, or of a snapshot; wait for it."""
         return self._hub.received(self._stepped, RankOrder(export=order), taking)
 
+    async def set_durability(self, settings: str) -> None:
+        """Have the others keep their parts on the disk in another way, and wait. Raises what one of them was refused with."""
+        order = RankDurability(model=self._model.name, settings=settings)
+        await self._hub.ask(self._stepped, RankOrder(durability=order))
+
     def failed(self, error: Exception) -> None:
         """A step has failed here: the ranks are not at one version any more. Of a model that is deleted none has to be."""
         if not self._model.deleted:
@@ -362,39 +368,19 @@ class RankLeader:
     def end(self) -> None:
         """The model is deleted: what the others say of it is not heard any more."""
         self.reads.end()
-        summing: list[asyncio.Future[Any]] = [each for of in self._sums.values() for each in of.values()]
-        for awaited in [*summing, *self._awaited]:
+        self._rounds.end()
+        for awaited in self._awaited:
             if not awaited.done():
                 awaited.set_exception(ModelLost(model=self._model.name))
-
-    # Rounds.
 
     async def reduce(self, reduce: Reduce, own: StagedPush) -> StagedPush:
         """Have the others add up their parts of a round; the sum as a whole. `own`: this rank's."""
         self._require_open()
-        self._reduces = number = self._reduces + 1
-        loop = asyncio.get_running_loop()
-        self._sums[number] = answers = {rank: loop.create_future() for rank in self._stepped}
-        contributions = [Contribution(identity=p.identity, weight=p.weight) for p in reduce.pushes]
-        order = RankReduce(
-            model=self._model.name, reduce=number, contributions=contributions, divisor=reduce.divisor
-        )
-        self._hub.send(self._stepped, RankOrder(reduce=order))
-        try:
-            await asyncio.gather(*answers.values())
-        finally:
-            del self._sums[number]
-        said_by = {rank: answer.result() for rank, answer in answers.items()}
+        number, said_by = await self._rounds.added(reduce)
         made = await PUSHES.run(self._whole, own, said_by)
         self._require_open()
         return replace(made, reduce=number)
 
     def summed(self, rank: int, message: RankSums) -> None:
         """A rank has added up its parts of a round."""
-        answer = self._sums.get(int(message.reduce), {}).get(rank)
-        if answer is None or answer.done():
-            return
-        if message.HasField("problem"):
-            answer.set_exception(heard(message.problem))
-        else:
-            answer.set_result(message)
+        self._rounds.summed(rank, message)

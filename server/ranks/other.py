@@ -21,6 +21,7 @@ from pushstep.proto.errors import (
 from pushstep.proto.shards_pb2 import (
     RankDelete,
     RankDone,
+    RankDurability,
     RankMessage,
     RankModels,
     RankOrder,
@@ -31,6 +32,7 @@ from pushstep.proto.training_pb2 import Shard
 from pushstep.proto.wire.layout import Layout
 
 from ..arenas.arenas_copy import ArenasCopy
+from ..journal.durability import read_durability
 from ..links.job import Job
 from ..links.link import RankLink
 from ..links.words import heard, said
@@ -167,6 +169,8 @@ class OtherRank:
                     int(order.withdraw.ticket),
                     NoCreationTicket(model=order.withdraw.model),
                 )
+            case "durability":
+                self._start(order, self._set_durability(order.durability))
             case "delete":
                 self._start(order, self._delete(order.delete))
             case _:
@@ -266,6 +270,19 @@ class OtherRank:
         self._uncommitted.pop(model.name, None)
         if isinstance(model, Model) and model.shard is not None and model.shard.part is not None:
             self.followers[model.name] = Follower(model, model.shard.part, self.say, self._failed)
+
+    async def _set_durability(self, order: RankDurability) -> None:
+        """Keep a part on the disk in another way. The snapshot that a new journal needs is ordered by rank 0."""
+        model = self._catalog.get(order.model)
+        async with self._catalog.alone(model.name):
+            model.require_here()
+            before = model.durability
+            model.durability = wanted = read_durability(json.loads(order.settings), before)
+            try:
+                await self._catalog.snapshotter.keep_at(model, self._catalog.folder(model.name), wanted.level)
+            except BaseException:
+                model.durability = before
+                raise
 
     def _failed(self, error: Exception) -> None:
         self.say(RankMessage(failed=said(error)))
