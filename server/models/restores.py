@@ -99,13 +99,16 @@ class Restores:
         """Replace what the model holds by `copy`, on a new timeline that is written to disk first.
 
         `saved`: the snapshot that `copy` is of; None if `copy` was made from the model itself. ManifestChanged if a group
-        was added since, Superseded if a restore came since.
+        was added since, Superseded if a restore came since, UnknownSnapshot if the snapshot was removed since: a start after
+        a crash would have nothing to go on from.
         """
         folder = self._folder(model.name)
         async with self._alone(model.name):
             model.require_here()
             if saved is None and copy.timeline != model.timeline:  # a restore came after it was copied
                 raise Superseded(model=model.name, timeline=model.timeline, got=copy.timeline)
+            if saved is not None and saved.snapshot not in await DISK.run(folder.snapshots.ids):
+                raise UnknownSnapshot(model=model.name, snapshot=saved.snapshot)
             model.tell(Point.LOAD_STATE_DICT_PRE)
             timeline = model.timeline + 1
             identity = model.identity(None, timeline, copy.lineage_here)
@@ -130,8 +133,7 @@ class Restores:
         """Restore a model that a failed write has left torn, to the last version before that write."""
         try:
             async with self.turns:
-                last = await model.recorder.appended()
-                state = await DISK.run(self._state_at, model, model.arenas.version - 1, last)
+                state = await self._before_failure(model)
                 if state is None:
                     log.error(
                         "model %s failed and has no snapshot that verifies",
@@ -139,7 +141,6 @@ class Restores:
                         extra={"model": model.name},
                     )
                     return
-                await self.replace(model, state.copy, state, "server")
                 log.warning(
                     "model %s failed and goes on from version %d (snapshot %s)",
                     model.name,
@@ -154,6 +155,19 @@ class Restores:
                 error.message,
                 extra={"model": model.name},
             )
+
+    async def _before_failure(self, model: Model) -> SavedState | None:
+        """Restore the last version before a failed write, whole; None if no snapshot verifies."""
+        while True:
+            last = await model.recorder.appended()
+            state = await DISK.run(self._state_at, model, model.arenas.version - 1, last)
+            if state is None:
+                return None
+            try:
+                await self.replace(model, state.copy, state, "server")
+            except UnknownSnapshot:
+                continue  # it was removed behind a newer one meanwhile
+            return state
 
     def _state_at(self, model: Model, version: int, last: int) -> SavedState | None:
         """What the model held at a version, or as near before it as snapshots and journal reach. It blocks.

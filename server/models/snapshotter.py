@@ -185,7 +185,9 @@ class Snapshotter:
         `threads`: who removes snapshots. `alone`: the lock of the folder, unless it is held.
         """
         try:
-            oldest = await threads.run(folder.snapshots.prune, model.durability.keep, pace)
+            oldest = await threads.run(
+                folder.snapshots.prune, model.durability.keep, model.commits.holds, pace
+            )
             async with alone or contextlib.nullcontext():
                 if model.recorder.journal is not None:
                     await DISK.run(model.recorder.journal.prune, oldest)

@@ -233,16 +233,18 @@ class Snapshots(SnapshotReader):
                 needed.update(name for name in candidates if order_of(name) < order_of(snapshot))
         return needed & candidates
 
-    def prune(self, keep: int, pace: Pace = AT_ONCE) -> int:
+    def prune(self, keep: int, made_of: Callable[[int, int], bool], pace: Pace = AT_ONCE) -> int:
         """Delete all but the newest automatic snapshots. Returns the journal's record that the oldest of them follows.
 
+        The newest that the model descends from stays, too, by `made_of` of its timeline and version: after a restore the newer
+        ones may all be of a timeline that has ended, and a start could go on from none of them.
         Only those that verify to the last byte are counted or deleted. One that has not been sent to where it is kept is not
         counted, and stays. If all that are kept stand on one whole snapshot, the newest that does not is kept, too, unless
         only one is to be kept: one damaged file must not take all.
         """
         kept, record, roots = 0, 0, set[str]()
         known: dict[str, dict[str, Any]] = {}
-        unsent = self.store.unsent()
+        unsent, has_own = self.store.unsent(), False
         for snapshot in self.ids():
             if snapshot in unsent:
                 continue
@@ -256,7 +258,9 @@ class Snapshots(SnapshotReader):
             root, is_needed = chain[0]["id"], kept < keep
             if not is_needed and keep > 1 and len(roots) == 1:
                 is_needed = root not in roots
-            if is_needed:
+            is_own = made_of(int(chain[-1]["timeline"]), int(chain[-1]["version"]))
+            if is_needed or (is_own and not has_own):
+                has_own = has_own or is_own
                 kept, record = kept + 1, int(chain[-1].get("journal", 0))
                 roots.add(root)
             else:

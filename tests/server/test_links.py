@@ -42,6 +42,11 @@ LAYOUT = Layout(
 )
 
 
+def every(timeline: int, version: int) -> bool:
+    """No restore has undone any."""
+    return True
+
+
 class Trained:
     """Arenas, their snapshots, and the base of the next one."""
 
@@ -277,17 +282,17 @@ def test_pruning_keeps_what_kept_ones_need_and_one_that_stands_apart(keep: int, 
     chain(trained, 3)
     trained.base = None
     found = chain(trained, 5)
-    record = trained.store.prune(keep)
+    record = trained.store.prune(keep, every)
     kept = found[:keep]
     if keep > 1:  # all of these stand on one whole snapshot
         kept = [*kept, next(s for s in found if trained.held[s].version < trained.held[found[4]].version)]
     trained.check(*kept)
     assert record == trained.held[kept[-1]].version
-    assert trained.store.prune(keep) == record
+    assert trained.store.prune(keep, every) == record
     trained.check(*kept)
     trained.base = None
     newest = trained.take()
-    trained.store.prune(1)
+    trained.store.prune(1, every)
     trained.check(newest)
     assert trained.folders() == {newest}
 
@@ -309,7 +314,7 @@ def test_damage_is_told_apart_and_nothing_is_removed_for_it(trained: Trained) ->
     found = trained.store.newest()
     assert found is not None and found[0]["id"] == older
     before = trained.folders()
-    trained.store.prune(1)
+    trained.store.prune(1, every)
     assert trained.folders() == before
 
 

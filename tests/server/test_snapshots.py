@@ -62,6 +62,11 @@ FACTS = {
 }
 
 
+def every(timeline: int, version: int) -> bool:
+    """No restore has undone any."""
+    return True
+
+
 def copy_of(version: int, *, timeline: int = 1, value: float | None = None) -> ArenasCopy:
     flat = torch.full((3,), float(version) if value is None else value)
     return ArenasCopy(
@@ -221,7 +226,7 @@ def test_a_damaged_one_is_never_deleted_or_written_over(store: Snapshots) -> Non
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    store.prune(KEPT)
+    store.prune(KEPT, every)
     left = {entry["id"] for entry in store.manifests()}
     assert left == {bad, kept, *good[-KEPT:]}
     assert path.read_bytes() == content
@@ -236,10 +241,19 @@ def test_damaged_ones_do_not_count_as_kept(store: Snapshots) -> None:
     for version in range(2, 2 + KEPT):
         path = store.folder / taken(store, version, automatic=True) / "arena-0000.safetensors"
         path.write_bytes(path.read_bytes()[:-1] + b"\xaa")
-    store.prune(KEPT)
+    store.prune(KEPT, every)
     found = store.newest()
     assert found is not None
     assert found[0]["id"] == good
+
+
+def test_the_newest_that_the_model_descends_from_is_kept(store: Snapshots) -> None:
+    """After a restore, newer ones of a timeline that has ended are no state to go on from."""
+    older, own = (taken(store, version, automatic=True) for version in (1, 2))
+    undone = [taken(store, version, automatic=True) for version in range(3, 4 + KEPT)]
+    store.prune(KEPT, lambda timeline, version: version <= 2)
+    assert [entry["id"] for entry in store.manifests()] == [*undone[: -KEPT - 1 : -1], own]
+    assert older not in store.ids()
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,8 +94,10 @@ class MemorySnapshots(Snapshots):
         kept = self._disk.snapshots[snapshot]
         return json.loads(kept.manifest), kept.copy
 
-    def prune(self, keep: int, pace: Pace = AT_ONCE) -> int:
-        for snapshot in self.ids()[keep:]:
+    def prune(self, keep: int, made_of: Callable[[int, int], bool], pace: Pace = AT_ONCE) -> int:
+        every = self.ids()
+        own = (name for name in every if made_of(*list(map(int, re.findall("[0-9]+", name)))[:2]))
+        for snapshot in {*every[keep:]} - {next(own, "")}:
             del self._disk.snapshots[snapshot]
         return 0
 

@@ -46,6 +46,23 @@ def test_a_snapshot_that_knows_more_than_the_worker_table(comes_back: bool) -> N
     story.teardown()
 
 
+def test_a_snapshot_that_goes_while_its_restore_waits() -> None:
+    """Two newer ones, under way, took its place. It was restored all the same, and a start had nothing to go on from."""
+    story = Story()
+    story.begin(POLICIES[0], 1, "reject")
+    for event in (
+        lambda: story.command("kill"),
+        lambda: story.command("snapshot"),
+        lambda: story.command("snapshot"),
+        lambda: story.command("restore"),
+        lambda: story.retire(name="w0"),
+        lambda: story.command("kill"),
+    ):
+        event()
+        story.the_state_is_what_was_decided()
+    story.teardown()
+
+
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
 def test_whatever_is_told_for_long() -> None:

@@ -101,7 +101,11 @@ class SimulatedRole(Role):
         link = SimulatedLink(hello, other.take, self._lost)
         link.process = self.process
         other.link = link
-        await link.open("rank 0")
+        try:
+            await link.open("rank 0")
+        except OSError as error:  # whoever has started it starts it again
+            self.process.lost = error
+            raise ProcessEnds from error
         self._closing = self.process.loop.create_task(self._stop_when_told(other, stop))
 
     def _lost(self, error: PushstepError) -> None:
