@@ -123,6 +123,7 @@ def job(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], int, Path]]:
         "PATH": f"{fakes}:{BIN}:{os.environ['PATH']}",
         "SLURM_JOB_NODELIST": "node[0-1]", "SLURM_NNODES": "2", "PORT": str(port), "PUSHSTEP_PORT": str(port),
         "PUSHSTEP_DATA": str(tmp_path / "data"), "PUSHSTEP_UNIX": "", "PUSHSTEP_DURABILITY": "durable",
+        "PUSHSTEP_PART_BYTES": "0",  # or this small model would lie in rank 0 alone
         "PUSHSTEP_TLS_CERT": str(secrets / "server.pem"), "PUSHSTEP_TLS_KEY": str(secrets / "server.key"),
         "PUSHSTEP_TOKENS_FILE": str(secrets / "tokens"), "PUSHSTEP_LINK_CA": str(secrets / "ca.pem"),
         "PUSHSTEP_LINK_TOKEN_FILE": str(secrets / "operator.token"),
@@ -161,7 +162,6 @@ def test_a_job_of_two_nodes_trains_and_comes_back_when_a_rank_is_killed(
     _, port, secrets = job
     token = (secrets / "worker.token").read_text().strip()
     torch.manual_seed(0)
-    # large enough that each rank has a part
     remote, local = (torch.nn.Parameter(torch.ones(300, 100)) for _ in range(2))
     alone = Adagrad([local], lr=0.1)
     with connect(
