@@ -126,7 +126,7 @@ class Extras:
         ]
         if other:
             warn(
-                f"these buffers keep their local values, since they are expanded or have another shape than the server's: "
+                "these buffers keep their local values, since they are expanded or have another shape than the server's: "
                 f"{', '.join(dict.fromkeys(other))}"
             )
         for name, value in here.items():

@@ -28,9 +28,8 @@ def write_dcp(export: Path, out: Path) -> None:
     with safe_open(export, framework="pt") as file:
         groups = json.loads(file.metadata()[GROUPS])
     state_dicts = _state_dicts(load_file(export), groups)
-    with warnings.catch_warnings(
-        action="ignore"
-    ):  # torch warns that there is no process group: none is needed
+    # torch warns that there is no process group: none is needed
+    with warnings.catch_warnings(action="ignore"):
         save(state_dicts, storage_writer=FileSystemWriter(out), no_dist=True)
 
 

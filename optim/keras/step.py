@@ -5,7 +5,7 @@ k is gradient_accumulation_steps, n the number of micro-steps before this one, a
     g = g / loss_scale_factor
     acc = acc + g                            only with accumulation; then there is no update unless k divides n + 1
     g = acc / k; acc = 0                     every accumulator is cleared; a parameter without a gradient
-                                                 now is not updated
+                                             now is not updated
     clip g                                   see `keras/clipping.py`
     p = p * (1 - lr*weight_decay)            decoupled, on the weights from before the update; lr = schedule(n)
     update p by g

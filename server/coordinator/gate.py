@@ -40,8 +40,7 @@ class GateSettings(Settings):
     nonfinite: Nonfinite = Field(
         default=Nonfinite.REJECT,
         description="of a gradient with NaN or infinity: reject it with an error that names the parameter, skip it (the push counts "
-        "and no parameter moves), or "
-        "apply it as torch does; a finite_guard hook overrides this",
+        "and no parameter moves), or apply it as torch does; a finite_guard hook overrides this",
     )
     norm_outlier: float | None = Field(
         default=None,

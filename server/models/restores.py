@@ -133,7 +133,7 @@ class Restores:
         """Restore a model that a failed write has left torn, to the last version before that write."""
         try:
             async with self.turns:
-                state = await self._before_failure(model)
+                state = await self._restored_before_failure(model)
                 if state is None:
                     log.error(
                         "model %s failed and has no snapshot that verifies",
@@ -156,7 +156,7 @@ class Restores:
                 extra={"model": model.name},
             )
 
-    async def _before_failure(self, model: Model) -> SavedState | None:
+    async def _restored_before_failure(self, model: Model) -> SavedState | None:
         """Restore the last version before a failed write, whole; None if no snapshot verifies."""
         while True:
             last = await model.recorder.appended()

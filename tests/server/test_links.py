@@ -27,6 +27,7 @@ from pushstep.server.storage.snapshot_manifest import MOST_LINKS
 from pushstep.server.storage.snapshots import Snapshots
 from pushstep.server.storage.store import FolderStore
 from tests.server.test_snapshots import FACTS
+from tests.support.disks.histories import every
 
 GROUPS = [ParamGroup(rule="adagrad"), ParamGroup(rule="adadelta")]
 LAYOUT = Layout(
@@ -40,11 +41,6 @@ LAYOUT = Layout(
         groups=GROUPS,
     )
 )
-
-
-def every(timeline: int, version: int) -> bool:
-    """No restore has undone any."""
-    return True
 
 
 class Trained:

@@ -20,13 +20,9 @@ from pushstep.server.storage.model_folder import IdentityFile, ModelFolder
 from pushstep.server.storage.snapshot_reader import MANIFEST
 from pushstep.server.storage.snapshots import Snapshots
 from tests.server.test_snapshots import FACTS, copy_of
+from tests.support.disks.histories import every
 
 UID = bytes(range(16))
-
-
-def every(timeline: int, version: int) -> bool:
-    """No restore has undone any."""
-    return True
 
 
 class Store:

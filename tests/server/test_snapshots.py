@@ -29,6 +29,7 @@ from pushstep.server.storage.checkpoints import write as write_export
 from pushstep.server.storage.files import write_durably
 from pushstep.server.storage.snapshots import Snapshots
 from pushstep.server.storage.store import FolderStore
+from tests.support.disks.histories import every
 from tests.support.servers.harness import running_server, start_server
 from tests.support.workers.wire import created, state_of
 
@@ -60,11 +61,6 @@ FACTS = {
     "hooks": [],
     "workers": [],
 }
-
-
-def every(timeline: int, version: int) -> bool:
-    """No restore has undone any."""
-    return True
 
 
 def copy_of(version: int, *, timeline: int = 1, value: float | None = None) -> ArenasCopy:
